@@ -1,0 +1,47 @@
+"""Errors a user can act on. Each is one line: what is wrong, with what, and the mend."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+
+
+class LocalmotionError(Exception):
+    """Base of every error that the command line prints as one line and leaves with exit code 2."""
+
+
+class ConfigError(LocalmotionError):
+    """A setting, preset, method, backend or environment name that does not exist or has an impossible value."""
+
+
+class VideoError(LocalmotionError):
+    """A video (file or frame folder) that cannot be used. Carries the path and a short reason code."""
+
+    def __init__(self, path: str | Path, reason: str, detail: str) -> None:
+        self.path, self.reason, self.detail = str(path), reason, detail
+        super().__init__(f"{self.path}: {detail}")
+
+
+class StoreError(LocalmotionError):
+    """A clip store that is missing, incomplete, of another recipe, or damaged."""
+
+
+class CheckpointError(LocalmotionError):
+    """A run or checkpoint that is missing, incomplete, or of another method or shape."""
+
+
+class EnvError(LocalmotionError):
+    """An environment that cannot be made, rendered or stepped."""
+
+
+class MissingExtraError(LocalmotionError):
+    """An optional package is not installed; the message gives the command that installs it."""
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> ConfigError:
+    """Build the error for a name that is in no registry, naming the nearest ones."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+    hint = f"; did you mean {', '.join(near)}?" if near else f"; known: {', '.join(known[:40])}"
+    return ConfigError(f"unknown {kind} {name!r}{hint}")

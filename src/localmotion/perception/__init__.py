@@ -1,0 +1,25 @@
+"""Atomic Actions: optical flow, foreground, point tracks; batch extraction of clips and the streaming form."""
+
+from localmotion.perception.base import (
+    ClipMotion,
+    FlowBackend,
+    Recipe,
+    SegmentBackend,
+    StepMotion,
+    TrackBackend,
+    backends,
+    make_backend,
+    register,
+)
+
+__all__ = [
+    "ClipMotion",
+    "FlowBackend",
+    "Recipe",
+    "SegmentBackend",
+    "StepMotion",
+    "TrackBackend",
+    "backends",
+    "make_backend",
+    "register",
+]

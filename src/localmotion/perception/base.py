@@ -1,0 +1,209 @@
+"""The three small interfaces of perception (flow, segment, track), their registry, the recipe, and what extraction returns.
+
+Conventions, everywhere in this package:
+
+* frames are uint8 RGB arrays (H, W, 3); points are float32 (x, y) in pixels, the centre of the top-left pixel is (0, 0);
+* flow is float32 (H, W, 2), x then y, in pixels of the picture it was computed on: ``flow[y, x]`` is where the pixel moved;
+* backends never resize silently in the result: they may work at another resolution but return the one they were given.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from localmotion.errors import ConfigError, unknown_name
+
+Frame = NDArray[np.uint8]  # (H, W, 3) RGB
+Flow = NDArray[np.float32]  # (H, W, 2) x, y in pixels
+Points = NDArray[np.float32]  # (N, 2) x, y in pixels
+
+
+@runtime_checkable
+class FlowBackend(Protocol):
+    """Dense optical flow between pairs of frames."""
+
+    name: ClassVar[str]
+    licence: ClassVar[str]
+
+    def flow(self, first: NDArray[np.uint8], second: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Flow of a batch of pairs: (N, H, W, 3) uint8 twice -> (N, H, W, 2) float32 pixels."""
+        ...
+
+
+@runtime_checkable
+class SegmentBackend(Protocol):
+    """Where the moving things are: a sampling weight, not a hard mask (perception notes 2.4)."""
+
+    name: ClassVar[str]
+    licence: ClassVar[str]
+
+    def weight(self, frames: NDArray[np.uint8], flows: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Foreground weight in [0, 1] for the FIRST frame.
+
+        ``frames`` (n, H, W, 3), n >= 1, the first frame and a few that follow (streaming: those that came before, newest
+        first); ``flows`` (n - 1, H, W, 2) from the first frame to each of the others (may be empty). Returns (H, W) float32.
+        """
+        ...
+
+
+@runtime_checkable
+class TrackBackend(Protocol):
+    """Point tracks. `step` is the streaming form; `track` the clip form. A causal backend's `track` is `step` repeated."""
+
+    name: ClassVar[str]
+    licence: ClassVar[str]
+    causal: ClassVar[bool]
+
+    def track(
+        self, frames: NDArray[np.uint8], points: Points, start: int = 0
+    ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        """Follow (N, 2) ``points`` given in frame ``start`` through (T, H, W, 3): (T, N, 2) positions and (T, N) visibility.
+
+        Positions before ``start`` equal the starting points and are invisible.
+        """
+        ...
+
+    def step(self, previous: Frame, current: Frame, points: Points) -> tuple[Points, NDArray[np.bool_]]:
+        """Advance (N, 2) points from ``previous`` to ``current``: new (N, 2) positions and (N,) visibility."""
+        ...
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the bytes of a clip store; the streaming side of fine-tuning uses the same one."""
+
+    size: int = 64
+    """Side of the stored square frames and flow fields, in pixels (paper: 64). The aspect ratio is squashed as IPV does."""
+    percept_size: int = 128
+    """Side at which flow and tracks are computed; the field is then area-averaged to `size` and divided by the ratio."""
+    flow: str = "dis"
+    """Flow backend: dis (embedded), sea_raft (paper)."""
+    segment: str = "saliency"
+    """Foreground backend: saliency (embedded), grounded_sam (paper)."""
+    track: str = "lk"
+    """Track backend: lk (embedded), cotracker3 (paper)."""
+    tracks: int = 32
+    """Tracks stored per clip, 1..32; the model's K is chosen later, so K needs no re-extraction."""
+    segment_frames: int = 25
+    """Points are drawn anew every so many frames (paper: once per 25-frame clip)."""
+    frame_stride: int = 1
+    """Keep every n-th decoded frame. Changes what the model sees as one time step."""
+    flow_span: int = 1
+    """Flow over n stored frames (from t+1-n to t+1) instead of one: a lever for very slow motion."""
+    redraw_rounds: int = 2
+    """How many times points of low motion variance are replaced and tracked again (paper 4.2.1); 0 = causal, as streaming."""
+    min_motion: float = 0.05
+    """Points whose positions deviate less than this over a segment (standard deviation, pixels of `size`) are redrawn."""
+    prompt: str = "person. hand. robot arm."
+    """What the text-prompted detector looks for (paper: "individuals"). Unused by the embedded segmenter."""
+    seed: int = 0
+    """Seed of the point draw; with the clip's id it decides every random choice."""
+    backend_options: dict[str, Any] = field(default_factory=dict)
+    """Options of the backends, by backend name, e.g. {"sea_raft": {"checkpoint": "things"}}."""
+
+    def __post_init__(self) -> None:
+        checks = {
+            "size": 8 <= self.size <= 1024,
+            "percept_size": self.percept_size >= self.size and self.percept_size % self.size == 0,
+            "tracks": 1 <= self.tracks <= 32,
+            "segment_frames": self.segment_frames >= 2,
+            "frame_stride": self.frame_stride >= 1,
+            "flow_span": self.flow_span >= 1,
+            "redraw_rounds": self.redraw_rounds >= 0,
+            "min_motion": self.min_motion >= 0,
+        }
+        for name, good in checks.items():
+            if not good:
+                extra = " (a multiple of size)" if name == "percept_size" else ""
+                raise ConfigError(f"recipe setting {name}={getattr(self, name)!r} is out of range{extra}")
+
+    @property
+    def ratio(self) -> int:
+        """percept_size / size."""
+        return self.percept_size // self.size
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Recipe:
+        known = {f for f in cls.__dataclass_fields__}
+        for key in values:
+            if key not in known:
+                raise unknown_name("recipe setting", key, known)
+        return cls(**values)
+
+    def hash(self) -> str:
+        """Twelve hex digits that name this recipe."""
+        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class ClipMotion:
+    """Motion of a clip of T frames, in pixels of the stored `size`.
+
+    flow     (T, S, S, 2) float16   ``flow[t]``: motion from frame t to t+1; the last one is zero
+    tracks   (T, N, 2)    float32   (x, y) of each track slot in frame t
+    visible  (T, N)       bool      the point is seen and tracked in frame t
+    track_id (T, N)       int32     changes when a slot is given a new point: history before the change is another track's
+    info     JSON-able dict: how the points were found (salient or not, redraws, camera motion, scene cuts, flow quantiles)
+    """
+
+    flow: NDArray[np.float16]
+    tracks: NDArray[np.float32]
+    visible: NDArray[np.bool_]
+    track_id: NDArray[np.int32]
+    info: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class StepMotion:
+    """Motion that led to the newest frame of a stream, in pixels of `size`: what a transition stores in the replay.
+
+    flow     (S, S, 2) float16   from the previous frame to this one; zeros right after a reset
+    tracks   (N, 2)    float32   where the points were in the PREVIOUS frame, i.e. where the flow is cropped
+    visible  (N,)      bool      usable for this motion (seen in the previous frame and not just redrawn); all False after reset
+    track_id (N,)      int32     identity of each slot's track
+    """
+
+    flow: NDArray[np.float16]
+    tracks: NDArray[np.float32]
+    visible: NDArray[np.bool_]
+    track_id: NDArray[np.int32]
+
+
+_REGISTRY: dict[tuple[str, str], Callable[..., Any]] = {}
+KINDS = ("flow", "segment", "track")
+
+
+def register(kind: str, name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Class decorator: make a backend known under ``kind`` (flow, segment, track) and ``name``."""
+    assert kind in KINDS, kind
+
+    def add(factory: Callable[..., Any]) -> Callable[..., Any]:
+        _REGISTRY[kind, name] = factory
+        return factory
+
+    return add
+
+
+def backends(kind: str) -> list[str]:
+    """Names of the registered backends of one kind."""
+    import localmotion.perception  # noqa: F401  (registers all backends)
+
+    return sorted(name for k, name in _REGISTRY if k == kind)
+
+
+def make_backend(kind: str, name: str, **options: Any) -> Any:
+    """Build a backend. Raises ConfigError for an unknown name, MissingExtraError when its packages are absent."""
+    known = backends(kind)
+    if name not in known:
+        raise unknown_name(f"{kind} backend", name, known)
+    return _REGISTRY[kind, name](**options)
