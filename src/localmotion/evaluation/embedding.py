@@ -1,0 +1,109 @@
+"""How motion embeddings fall into classes: a t-SNE picture and, beside it, two numbers (kNN accuracy, silhouette).
+
+The picture alone can be read into; kNN accuracy and silhouette are computed on the vectors themselves, never on the
+t-SNE.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+
+def _vectors(vectors: ArrayLike, least: int) -> NDArray[np.float64]:
+    x = np.asarray(vectors, dtype=np.float64)
+    if x.ndim != 2 or len(x) < least:
+        raise ValueError(f"needs at least {least} vectors as (n, d), not {x.shape}")
+    if not np.isfinite(x).all():
+        raise ValueError("vectors are not finite")
+    return x
+
+
+def _labels(labels: ArrayLike, n: int) -> NDArray[np.int64]:
+    names = np.asarray(labels)
+    if names.shape != (n,):
+        raise ValueError(f"needs one label a vector: {names.shape} labels for {n} vectors")
+    return np.unique(names, return_inverse=True)[1].astype(np.int64)
+
+
+def tsne(vectors: ArrayLike, *, perplexity: float = 30.0, seed: int = 0) -> NDArray[np.float32]:
+    """Two-dimensional t-SNE (van der Maaten and Hinton 2008) of (n, d) vectors, n >= 4: (n, 2) float32.
+
+    Initialised with the first two principal components, so that equal input and seed give an equal picture.
+    ``perplexity`` is lowered to (n - 1) / 3 for few vectors. Vectors are reduced to their first 50 principal
+    components before, as is usual. Raises ValueError for fewer than 4 or non-finite vectors.
+    """
+    from sklearn.decomposition import PCA
+    from sklearn.manifold import TSNE
+
+    x = _vectors(vectors, 4)
+    x = x - x.mean(axis=0)
+    scale = np.abs(x).max()
+    if scale == 0:
+        return np.zeros((len(x), 2), dtype=np.float32)  # one and the same vector: PCA would divide by a zero spread
+    x = x / scale
+    if x.shape[1] < 2:
+        x = np.concatenate([x, np.zeros((len(x), 1))], axis=1)
+    if x.shape[1] > 50 and len(x) > 50:
+        x = PCA(n_components=50, svd_solver="full").fit_transform(x)
+    start = PCA(n_components=2, svd_solver="full").fit_transform(x)
+    start = 1e-4 * start / start[:, 0].std()  # the scale of scikit-learn's own PCA start
+    model = TSNE(
+        n_components=2,
+        perplexity=min(perplexity, (len(x) - 1) / 3),
+        init=start.astype(np.float32),
+        learning_rate="auto",
+        random_state=seed,
+        method="exact" if len(x) < 100 else "barnes_hut",
+        n_jobs=1,
+    )
+    return model.fit_transform(x).astype(np.float32)
+
+
+def knn_accuracy(vectors: ArrayLike, labels: ArrayLike, *, k: int = 5, groups: ArrayLike | None = None) -> float:
+    """Leave-one-out accuracy in [0, 1] of the majority label among the k nearest (Euclidean) vectors.
+
+    ``vectors`` (n, d), ``labels`` (n,). With ``groups`` (n,), e.g. the clip a window was cut from, neighbours of the
+    same group do not vote: windows of one clip are near-copies, and counting them measures memory, not motion. Equal
+    votes go to the label of the nearer neighbour. A vector without any allowed neighbour counts as wrong. Raises
+    ValueError for k < 1, fewer than two vectors, or labels or groups of another length.
+    """
+    x = _vectors(vectors, 2)
+    n = len(x)
+    y = _labels(labels, n)
+    own = np.arange(n) if groups is None else _labels(groups, n)
+    if k < 1:
+        raise ValueError(f"k must be at least 1, not {k}")
+    k = min(k, n - 1)
+    square = (x * x).sum(axis=1)
+    distance = square[:, None] + square[None, :] - 2 * x @ x.T
+    distance[own[:, None] == own[None, :]] = np.inf
+    order = np.argsort(distance, axis=1, kind="stable")[:, :k]  # (n, k), nearest first
+    allowed = np.isfinite(np.take_along_axis(distance, order, axis=1))
+    # A vote weighs 1 plus 2^-rank: the extras sum to less than 1, so they only ever decide between equal counts.
+    weight = allowed * (1.0 + 0.5 ** np.arange(1, k + 1))
+    votes = np.zeros((n, y.max() + 1))
+    np.add.at(votes, (np.arange(n)[:, None], y[order]), weight)
+    return float(((votes.argmax(axis=1) == y) & allowed.any(axis=1)).mean())
+
+
+def majority_share(labels: ArrayLike) -> float:
+    """Share of the commonest label in [0, 1]: the accuracy of always saying it, the floor beside `knn_accuracy`."""
+    counts = np.unique(np.asarray(labels), return_counts=True)[1]
+    if counts.size == 0:
+        raise ValueError("no labels")
+    return float(counts.max() / counts.sum())
+
+
+def silhouette(vectors: ArrayLike, labels: ArrayLike) -> float:
+    """Mean silhouette (Rousseeuw 1987) in [-1, 1] of (n, d) vectors under (n,) labels, Euclidean distance.
+
+    Raises ValueError unless there are at least two labels and fewer labels than vectors.
+    """
+    from sklearn.metrics import silhouette_score
+
+    x = _vectors(vectors, 3)
+    y = _labels(labels, len(x))
+    if not 2 <= y.max() + 1 < len(x):
+        raise ValueError(f"silhouette needs 2..{len(x) - 1} labels, not {y.max() + 1}")
+    return float(silhouette_score(x, y))
