@@ -1,0 +1,293 @@
+"""The command line: parses, calls, prints. No logic.
+
+Exit codes: 0 done, 2 a LocalmotionError (one line on stderr), 130 Ctrl-C (what was done is saved where the command saves).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from localmotion import __version__
+from localmotion.errors import ConfigError, LocalmotionError, unknown_name
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line, like every other error here."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{self.prog}: {message}")
+
+
+def _parser() -> _Parser:
+    parser = _Parser(prog="localmotion", description="Unlabeled video in, a world model that knows motion out, and an agent that learns.")
+    parser.add_argument("--version", action="version", version=f"localmotion {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+
+    def add(name: str, text: str, call: Callable[..., Any]) -> _Parser:
+        sub: _Parser = commands.add_parser(name, help=text, description=text, add_help=name not in TRAINING)
+        sub.set_defaults(call=call)
+        return sub
+
+    sub = add("info", "Versions, device, threads, bf16, GL backend actually tested, extras found.", info)
+
+    sub = add("scan", "What is in a folder of videos, what is unusable and why.", scan)
+    _videos(sub)
+    sub.add_argument("--manifest", type=Path, help="write the findings here, one JSON line a video")
+
+    sub = add("extract", "Atomic Actions of a folder of videos into a clip store. The same command goes on where it stopped.", extract)
+    _videos(sub)
+    sub.add_argument("--out", type=Path, required=True, help="the clip store, a directory")
+    _recipe(sub)
+
+    sub = add("inspect", "Draw a clip with its tracks, flow and patches, as a picture (.png) or film (.mp4).", inspect)
+    sub.add_argument("store", type=Path, help="clip store")
+    sub.add_argument("--out", type=Path, required=True, help="picture.png or film.mp4")
+    sub.add_argument("--clip", help="clip id or number; default: one with much motion")
+
+    for name, text in TRAINING.items():
+        sub = add(name, text, train)
+        sub.add_argument("--method", required=True, help="registry name of the method, e.g. drp")
+        sub.add_argument("--preset", default="small", help="paper, small or debug")
+        sub.add_argument("--run", type=Path, required=True, help="run directory; an existing one of the same settings is continued")
+        sub.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change any setting (short names where unique)")
+        sub.add_argument("-h", "--help", action="store_true", help="show this help and every setting")
+
+    sub = add("evaluate", "Play evaluation episodes with a trained agent.", evaluate)
+    sub.add_argument("run", type=Path, help="run directory")
+    sub.add_argument("--episodes", type=int, default=10, help="episodes (paper: 10)")
+    sub.add_argument("--seed", type=int, help="seed of the evaluation episodes; default: the run's")
+    sub.add_argument("--video", type=Path, help="film of the first episode, .mp4")
+    sub.add_argument("--policy", choices=("agent", "random"), default="agent", help="random gives the floor")
+    sub.add_argument("--device", default="auto")
+
+    sub = add("predict", "Open-loop prediction of clips: truth, prediction, error.", predict)
+    sub.add_argument("--checkpoint", type=Path, required=True, help="pre-training run")
+    sub.add_argument("--data", type=Path, required=True, help="clip store")
+    sub.add_argument("--out", type=Path, required=True, help="strips, .png")
+    sub.add_argument("--clips", type=int, default=4)
+    sub.add_argument("--split", choices=("heldout", "train", "all"), default="heldout")
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--device", default="auto")
+
+    sub = add("report", "One self-contained HTML page of one or more runs.", report)
+    sub.add_argument("runs", type=Path, nargs="+", help="run directories")
+    sub.add_argument("--out", type=Path, required=True, help="page.html")
+
+    sub = add("demo", "The whole chain on this machine, from videos to a report. Needs no data and no network.", demo)
+    sub.add_argument("--run", type=Path, default=Path("demo_run"), help="where everything goes")
+    sub.add_argument("--videos", type=Path, help="your own folder of videos instead of rendered ones")
+    return parser
+
+
+TRAINING = {
+    "pretrain": "Pre-train a method on a clip store. The same command with the same run directory resumes.",
+    "finetune": "Fine-tune a pre-trained method in an environment. The same command with the same run directory resumes.",
+    "train": "Learn in an environment from scratch. The same command with the same run directory resumes.",
+}
+
+
+def _videos(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("videos", type=Path, help="folder of mp4/webm/mkv/avi/mov/gif files or of frame folders")
+    sub.add_argument("--list", type=Path, dest="list_file", help="list file in SSV2's layout: id frames label a line")
+    sub.add_argument("--min-frames", type=int, default=25, help="shorter videos are rejected (paper: 25)")
+    sub.add_argument("--workers", type=int, help="processes; default: one a core")
+
+
+def _recipe(sub: argparse.ArgumentParser) -> None:
+    from dataclasses import fields
+
+    from localmotion.config import field_docs
+    from localmotion.perception.base import Recipe
+
+    docs = field_docs(Recipe)
+    for item in fields(Recipe):
+        if item.name != "backend_options":
+            kind = {"int": int, "float": float}.get(str(item.type), str)
+            sub.add_argument(
+                f"--{item.name.replace('_', '-')}", dest=item.name, type=kind, help=f"{docs[item.name]} (default {item.default})".replace("%", "%%")
+            )
+    sub.add_argument("--backend-options", type=json.loads, help=docs["backend_options"].replace("%", "%%"))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point."""
+    from localmotion.console import errors
+
+    try:
+        args, rest = _parser().parse_known_args(argv)
+        if rest and args.command not in TRAINING:
+            known = [s for a in _parser()._subparsers._group_actions[0].choices[args.command]._actions for s in a.option_strings]  # type: ignore[union-attr,index,call-overload]
+            raise unknown_name(f"option of {args.command}", rest[0], known)
+        args.rest = rest
+        args.call(args)
+    except LocalmotionError as error:
+        errors.print(f"error: {error}", markup=False, style="red")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        errors.print("interrupted", style="yellow")
+        sys.exit(130)
+
+
+def _settings(rest: list[str]) -> list[str]:
+    """Typed flags ``--name value`` or ``--name=value`` as name=value texts."""
+    out, items = [], list(rest)
+    while items:
+        flag = items.pop(0)
+        if not flag.startswith("--"):
+            raise ConfigError(f"unexpected argument {flag!r}; settings are written --name value")
+        name = flag[2:].replace("-", "_") if "=" not in flag else flag[2:].partition("=")[0].replace("-", "_")
+        if "=" in flag:
+            out.append(f"{name}={flag.partition('=')[2]}")
+        elif items:
+            out.append(f"{name}={items.pop(0)}")
+        else:
+            raise ConfigError(f"setting {flag} lacks its value")
+    return out
+
+
+def info(args: argparse.Namespace) -> None:
+    """`localmotion info`"""
+    from localmotion.console import say
+    from localmotion.info import report_lines
+
+    for line in report_lines():
+        say(line)
+
+
+def scan(args: argparse.Namespace) -> None:
+    """`localmotion scan`"""
+    from localmotion.console import progress, say
+    from localmotion.video.scan import scan as scan_videos
+
+    with progress("scan", 1, "videos") as advance:
+        found = scan_videos(
+            args.videos, min_frames=args.min_frames, list_file=args.list_file, workers=args.workers or 0, progress=advance
+        )
+    for line in found.table():
+        say(line)
+    if args.manifest:
+        found.save(args.manifest)
+        say(f"manifest: {args.manifest}")
+
+
+def extract(args: argparse.Namespace) -> None:
+    """`localmotion extract`"""
+    import os
+    from dataclasses import fields
+
+    from localmotion.console import progress, say
+    from localmotion.perception.base import Recipe
+    from localmotion.perception.extract import extract_folder
+
+    given = {f.name: getattr(args, f.name) for f in fields(Recipe) if getattr(args, f.name) is not None}
+    if "size" in given and "percept_size" not in given:
+        given["percept_size"] = max(128, given["size"]) if max(128, given["size"]) % given["size"] == 0 else given["size"]
+    with progress("extract", 1, "videos") as advance:
+        summary = extract_folder(
+            args.videos,
+            args.out,
+            Recipe(**given),
+            list_file=args.list_file,
+            min_frames=args.min_frames,
+            workers=args.workers if args.workers is not None else (os.cpu_count() or 1),
+            progress=advance,
+        )
+    for line in summary.lines():
+        say(line)
+
+
+def inspect(args: argparse.Namespace) -> None:
+    """`localmotion inspect`"""
+    from localmotion.console import say
+    from localmotion.perception.draw import inspect as draw
+    from localmotion.video.store import ClipStore
+
+    clip = int(args.clip) if args.clip and args.clip.isdigit() else args.clip
+    draw(ClipStore(args.store), args.out, clip)
+    say(f"wrote {args.out}")
+
+
+def train(args: argparse.Namespace) -> None:
+    """`localmotion pretrain | finetune | train`"""
+    from localmotion.config import compose
+
+    rest = [item for item in args.rest if item not in ("-h", "--help")]
+    texts = _settings(rest) + args.set
+    env = next((t.partition("=")[2] for t in texts if t.startswith("env=")), "")
+    run = compose(args.method, args.command, preset=args.preset, env=env, settings=texts)
+    if args.help:
+        _show_settings(args.command, run)
+        return
+    if args.command == "pretrain":
+        from localmotion.training.pretrain import pretrain
+
+        pretrain(run, args.run)
+    else:
+        from localmotion.training.finetune import finetune
+
+        finetune(run, args.run)
+
+
+def _show_settings(command: str, run: Any) -> None:
+    from rich.table import Table
+
+    from localmotion.config import all_docs, leaves
+    from localmotion.console import console
+
+    docs = all_docs(run)
+    table = Table("setting", "value", "meaning", title=f"localmotion {command}: settings of {run.method}, preset {run.preset}", show_lines=False)
+    for name, value in leaves(run):
+        table.add_row(f"--{name}", str(value), docs.get(name, ""))
+    console.print(table, markup=False)
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """`localmotion evaluate`"""
+    from localmotion.console import say
+    from localmotion.evaluation.evaluate import evaluate_run
+
+    result = evaluate_run(
+        args.run, episodes=args.episodes, seed=args.seed, video=args.video, device=args.device, policy=args.policy
+    )
+    say(json.dumps(result))
+    if args.video:
+        say(f"film: {args.video}")
+
+
+def predict(args: argparse.Namespace) -> None:
+    """`localmotion predict`"""
+    from localmotion.console import say
+    from localmotion.evaluation.predict import predict as run_prediction
+    from localmotion.report.pictures import save_strips
+
+    scores, pictures = run_prediction(
+        args.checkpoint, args.data, clips=args.clips, split=args.split, seed=args.seed, device=args.device
+    )
+    save_strips(pictures, args.out)
+    for name, value in scores.items():
+        say(f"{name:24s} {value:.3f}")
+    say(f"strips: {args.out}")
+
+
+def report(args: argparse.Namespace) -> None:
+    """`localmotion report`"""
+    from localmotion.console import say
+    from localmotion.report.collect import report as make_report
+
+    say(f"report: {make_report(args.runs, args.out)}")
+
+
+def demo(args: argparse.Namespace) -> None:
+    """`localmotion demo`"""
+    from localmotion.demo import demo as run_demo
+
+    run_demo(args.run, videos=args.videos)
+
+
+if __name__ == "__main__":
+    main()

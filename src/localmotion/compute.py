@@ -1,0 +1,71 @@
+"""Device, precision and threads, chosen by measurement at start and said aloud."""
+
+from __future__ import annotations
+
+import time
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+
+from localmotion.config import RunConfig
+from localmotion.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Where and how a run computes."""
+
+    device: torch.device
+    bf16: bool
+    threads: int
+    note: str
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """Autocast to bf16 where it was found to be faster; parameters stay fp32."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+
+def _rate(dtype: torch.dtype, size: int = 512, repeats: int = 8) -> float:
+    """FLOP/s of a square matrix product on the CPU (best of a few)."""
+    a, b = torch.randn(size, size, dtype=dtype), torch.randn(size, size, dtype=dtype)
+    best = float("inf")
+    for _ in range(repeats):
+        began = time.perf_counter()
+        torch.mm(a, b)
+        best = min(best, time.perf_counter() - began)
+    return 2 * size**3 / best
+
+
+def bf16_speedup() -> tuple[float, float]:
+    """(bf16 FLOP/s, fp32 FLOP/s) of this CPU with torch's present thread count."""
+    return _rate(torch.bfloat16), _rate(torch.float32)
+
+
+def choose(run: RunConfig) -> Compute:
+    """Decide device, precision and threads of a run. Raises ConfigError for a device that is not there."""
+    if run.threads:
+        torch.set_num_threads(run.threads)
+    name = run.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            f"device {name!r} cannot be used here: {str(error).splitlines()[0]}; use --device cpu"
+        ) from error
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+        bf16 = run.precision != "fp32" and torch.cuda.is_bf16_supported()
+        return Compute(
+            device, bf16, torch.get_num_threads(), f"{torch.cuda.get_device_name(device)}, {'bf16' if bf16 else 'fp32'}"
+        )
+    if run.precision != "auto":
+        bf16, note = run.precision == "bf16", f"{run.precision} as asked"
+    else:
+        fast, slow = bf16_speedup()
+        bf16 = fast > 1.3 * slow
+        note = f"bf16 {fast / 1e9:.0f} against fp32 {slow / 1e9:.0f} GFLOP/s: {'bf16' if bf16 else 'fp32'}"
+    return Compute(device, bf16, torch.get_num_threads(), f"cpu, {torch.get_num_threads()} thread(s), {note}")

@@ -1,0 +1,381 @@
+"""Settings: frozen dataclasses, presets, and strict loading.
+
+The defaults of every dataclass are the paper's (DRP Table 5, and IPV where the paper is silent). A run's settings are composed
+in this order, later wins: defaults, suite (what the paper sets per benchmark), preset (`paper` changes nothing; `small` is sized
+for two CPU cores; `debug` for seconds), flags. Unknown names are errors that name the nearest ones. Nothing in a configuration
+is code: methods, backends and environments are registry names, values are JSON scalars or lists of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from localmotion.errors import ConfigError, unknown_name
+
+Stage = Literal["pretrain", "finetune", "train"]
+PRESETS = ("paper", "small", "debug")
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Pre-training on a clip store (Table 5, upper half)."""
+
+    updates: int = 600_000
+    """Training iterations."""
+    batch_size: int = 16
+    """Video segments a batch."""
+    length: int = 25
+    """Video segment length T, frames."""
+    lr: float = 3e-4
+    """Learning rate of Adam."""
+    heldout_fraction: float = 0.1
+    """Share of clips (by a hash of their id) never trained on, for the held-out figures."""
+    log_every: int = 100
+    """Updates between lines in metrics.jsonl."""
+    eval_every: int = 5_000
+    """Updates between measurements on the held-out clips (masked reconstruction, open-loop prediction)."""
+    eval_batches: int = 8
+    """Held-out batches a measurement averages over."""
+    save_every: int = 5_000
+    """Updates between checkpoints."""
+
+
+@dataclass(frozen=True)
+class OnlineConfig:
+    """Learning in an environment: fine-tuning and training from scratch (Table 5, lower half; IPV 2.6)."""
+
+    env_steps: int = 255_000
+    """Budget in environment steps (after action repeat: agent steps x repeat). Paper: 255K Meta-World, 1.02M DMC Remastered."""
+    batch_size: int = 50
+    """Sequences a batch. Paper: 50 Meta-World, 16 DMC."""
+    length: int = 50
+    """Trajectory segment length T, agent steps."""
+    prefill: int = 5_000
+    """Random exploration before learning, environment steps. Paper: 5000 Meta-World, 1000 DMC."""
+    warmup_updates: int = 100
+    """Updates on the prefill data before acting with the policy (IPV 2.3)."""
+    freeze_updates: int = 100
+    """The first updates leave the pre-trained encoder and latent dynamics as they are (IPV 2.2; Meta-World only)."""
+    train_every: int = 5
+    """Agent steps per update (paper: training frequency)."""
+    replay_capacity: int = 1_000_000
+    """Replay buffer capacity, agent steps."""
+    prioritize_ends: bool = False
+    """Sample windows at episode ends more often (IPV 2.6; Meta-World)."""
+    lr: float = 3e-4
+    """Learning rate of the world model."""
+    actor_lr: float = 8e-5
+    """Learning rate of the actor."""
+    critic_lr: float = 8e-5
+    """Learning rate of the critic."""
+    pretrained_lr_factor: float = 0.1
+    """The pre-trained motion encoder and latent dynamics learn this much slower ("slowly fine-tuned", 4.4; no number in the
+    paper). Applies only when a checkpoint was loaded."""
+    eval_every: int = 10_000
+    """Agent steps between evaluations."""
+    eval_episodes: int = 10
+    """Episodes an evaluation averages over."""
+    log_every: int = 100
+    """Updates between lines in metrics.jsonl."""
+    save_every: int = 5_000
+    """Agent steps between checkpoints (taken at the next episode end)."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Adam as IPV sets it (0.6), used by every optimiser."""
+
+    eps: float = 1e-5
+    """Adam's epsilon."""
+    clip: float = 100.0
+    """Each optimiser clips the global norm of its own gradients to this."""
+    weight_decay: float = 1e-6
+    """L2 term added to the gradient."""
+
+
+@dataclass(frozen=True)
+class WorldModelConfig:
+    """Image encoder, decoder and the recurrent state-space model(s)."""
+
+    encoder: Literal["resnet", "cnn"] = "resnet"
+    """Image encoder and decoder: residual (IPV) or plain CNN (DreamerV2)."""
+    context: bool = True
+    """IPV's context: one random frame of the segment goes through its own encoder and is attended to by the decoder."""
+    stem: Literal["conv", "unshuffle"] = "conv"
+    """conv: full-resolution first convolution (paper); unshuffle: 4x4 pixels become channels first, for CPUs."""
+    norm: Literal["batch", "none"] = "batch"
+    """Normalisation inside the residual layers."""
+    depth: int = 48
+    """Width of the first stage of encoder and decoder."""
+    context_mask: float = 0.75
+    """Share of context tokens dropped at random in each cross-attention (IPV 1.4)."""
+    deter: int = 1024
+    """Deterministic state width."""
+    hidden: int = 1024
+    """Width of the RSSM's hidden layers."""
+    stoch: int = 32
+    """Number of categorical latents."""
+    classes: int = 32
+    """Classes of each categorical latent."""
+    units: int = 400
+    """Width of the heads' layers (reward, actor, critic)."""
+    layers: int = 4
+    """Layers of each head."""
+    kl_balance: float = 0.8
+    """Share of the KL that trains the prior."""
+
+
+@dataclass(frozen=True)
+class BehaviourConfig:
+    """Actor-critic in imagination (DRP Eqs. 10-12; IPV 2.5)."""
+
+    horizon: int = 15
+    """Imagination horizon H."""
+    discount: float = 0.99
+    """Discount gamma."""
+    lambda_: float = 0.95
+    """lambda of the lambda-return."""
+    entropy: float = 1e-4
+    """Entropy regularisation eta."""
+    slow_critic_every: int = 100
+    """Updates between hard copies into the slow (target) critic."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """All settings of one run."""
+
+    method: str
+    """Registry name of the method."""
+    stage: Stage
+    """pretrain, finetune or train."""
+    model: Any
+    """The method's own settings."""
+    preset: str = "small"
+    """paper (Table 5 to the letter), small (two CPU cores), debug (seconds)."""
+    seed: int = 0
+    """Seed of weights, sampling, exploration and environments."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, ..."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto measures at start whether bf16 autocast is faster here."""
+    threads: int = 0
+    """CPU threads of torch; 0 leaves torch's own choice."""
+    env: str = ""
+    """Environment name, suite:task."""
+    quality: Literal["auto", "fast", "reference"] = "auto"
+    """Rendering quality; auto is fast on software GL."""
+    data: str = ""
+    """Clip store (pre-training)."""
+    checkpoint: str = ""
+    """Pre-trained run to start from (fine-tuning)."""
+    recipe: dict[str, Any] = field(default_factory=dict)
+    """Perception recipe of the streaming side; taken from the checkpoint's clip store."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    online: OnlineConfig = field(default_factory=OnlineConfig)
+
+
+# What the papers set per benchmark (IPV 4.2, DRP Table 5), for every method of the family. `model` keys that a method does not have
+# are dropped for it: DreamerV2 has no intrinsic weight.
+SUITES: dict[str, dict[str, Any]] = {
+    "metaworld": {
+        "online": {
+            "env_steps": 255_000,
+            "batch_size": 50,
+            "prefill": 5_000,
+            "freeze_updates": 100,
+            "prioritize_ends": True,
+        },
+        "model": {"intrinsic_weight": 1.0, "free_nats": 0.0, "context_erasing": True},
+    },
+    "dmc": {
+        "online": {"env_steps": 1_020_000, "batch_size": 16, "prefill": 1_000, "freeze_updates": 0},
+        "model": {"intrinsic_weight": 0.1, "free_nats": 1.0, "context_erasing": False},
+    },
+}
+SUITES["dmcr"] = SUITES["dmc"]
+SUITES["toy"] = {
+    "online": {"env_steps": 10_000, "batch_size": 16, "prefill": 500, "freeze_updates": 0},
+    "model": {"intrinsic_weight": 0.0, "free_nats": 0.0, "context_erasing": False},
+}
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A configuration as nested JSON-able dicts."""
+    return dataclasses.asdict(config)
+
+
+def update(config: Any, values: Mapping[str, Any], where: str = "", ignore_unknown: bool = False) -> Any:
+    """A copy of a (nested) frozen dataclass with some values changed. Unknown keys and wrong types raise ConfigError."""
+    hints = get_type_hints(type(config))
+    changes: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in hints:
+            if ignore_unknown:
+                continue
+            raise unknown_name("setting", f"{where}{key}", [f"{where}{name}" for name in hints])
+        current = getattr(config, key)
+        if dataclasses.is_dataclass(current) and isinstance(value, Mapping):
+            changes[key] = update(current, value, f"{where}{key}.", ignore_unknown)
+        else:
+            changes[key] = _coerce(f"{where}{key}", value, hints[key])
+    return dataclasses.replace(config, **changes)
+
+
+def _coerce(name: str, value: Any, hint: Any) -> Any:
+    """Check ``value`` against a type hint; numbers written as text (flags) become numbers."""
+    if hint is Any:
+        return value
+    origin = get_origin(hint)
+    if origin is Literal:
+        if value in get_args(hint):
+            return value
+        raise ConfigError(f"setting {name}={value!r}: must be one of {', '.join(map(str, get_args(hint)))}")
+    if origin in (Union, types.UnionType):
+        errors = []
+        for option in get_args(hint):
+            try:
+                return (
+                    None if option is type(None) and value in (None, "none", "None") else _coerce(name, value, option)
+                )
+            except ConfigError as error:
+                errors.append(str(error))
+        raise ConfigError(errors[0])
+    base = origin or hint
+    if base is bool:
+        if isinstance(value, bool):
+            return value
+        if str(value).lower() in ("true", "false"):
+            return str(value).lower() == "true"
+    elif base is int and not isinstance(value, bool):
+        try:
+            if float(value) == int(float(value)):
+                return int(float(value))
+        except (TypeError, ValueError, OverflowError):
+            pass
+    elif base is float and not isinstance(value, bool):
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            pass
+    elif base is str and isinstance(value, str):
+        return value
+    elif base is dict and isinstance(value, Mapping):
+        return dict(value)
+    elif base in (list, tuple) and isinstance(value, (list, tuple)):
+        return base(value)
+    elif isinstance(hint, type) and isinstance(value, hint):
+        return value
+    wanted = getattr(base, "__name__", str(hint))
+    raise ConfigError(f"setting {name}={value!r}: expected {wanted}, got {type(value).__name__}")
+
+
+def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """All (dotted name, value) pairs of a nested configuration."""
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        if dataclasses.is_dataclass(value):
+            yield from leaves(value, f"{prefix}{item.name}.")
+        else:
+            yield f"{prefix}{item.name}", value
+
+
+def assign(config: Any, text: str) -> Any:
+    """Apply one ``name=value`` (as given to --set). A short name is enough where it is unique.
+
+    Raises ConfigError for a name that is unknown or ambiguous, or a value of the wrong type.
+    """
+    name, sign, raw = text.partition("=")
+    if not sign:
+        raise ConfigError(f"--set {text!r}: write it as name=value")
+    name = name.strip()
+    names = [dotted for dotted, _ in leaves(config)]
+    if name not in names:
+        found = [dotted for dotted in names if dotted.rsplit(".", 1)[-1] == name]
+        if len(found) > 1:
+            raise ConfigError(f"setting {name!r} is ambiguous: {', '.join(found)}")
+        if not found:
+            raise unknown_name("setting", name, names + [dotted.rsplit(".", 1)[-1] for dotted in names])
+        name = found[0]
+    try:
+        value = yaml.safe_load(raw)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {text!r}: value cannot be read ({error})") from error
+    nested: Any = value
+    for part in reversed(name.split(".")):
+        nested = {part: nested}
+    return update(config, nested)
+
+
+def field_docs(cls: type) -> dict[str, str]:
+    """The docstring line under each field of a dataclass, for --help and the report's settings table."""
+    import ast
+    import inspect
+    import textwrap
+
+    body = typing.cast(ast.ClassDef, ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]).body
+    docs: dict[str, str] = {}
+    for node, after in zip(body, body[1:], strict=False):
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and isinstance(after, ast.Expr):
+            text = getattr(after.value, "value", None)
+            if isinstance(text, str):
+                docs[node.target.id] = " ".join(text.split())
+    return docs
+
+
+def all_docs(config: Any, prefix: str = "") -> dict[str, str]:
+    """Docstrings of every setting in a nested configuration, by dotted name."""
+    docs = {f"{prefix}{key}": text for key, text in field_docs(type(config)).items()}
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        if dataclasses.is_dataclass(value):
+            docs.update(all_docs(value, f"{prefix}{item.name}."))
+    return docs
+
+
+def compose(
+    method: str,
+    stage: Stage,
+    *,
+    preset: str = "small",
+    env: str = "",
+    flags: Mapping[str, Any] | None = None,
+    settings: tuple[str, ...] | list[str] = (),
+) -> RunConfig:
+    """Settings of a run: defaults, then suite, then preset, then ``flags`` (nested), then ``settings`` (name=value texts)."""
+    from localmotion import methods
+
+    cls = methods.get(method)
+    if preset not in PRESETS:
+        raise unknown_name("preset", preset, PRESETS)
+    config = RunConfig(method=method, stage=stage, model=cls.Config(), preset=preset, env=env)
+    suite = env.partition(":")[0]
+    if suite in SUITES:
+        config = update(config, SUITES[suite], ignore_unknown=True)
+    config = update(config, cls.PRESETS[preset])
+    if flags:
+        config = update(config, flags)
+    for text in settings:
+        config = assign(config, text)
+    return config
+
+
+def from_dict(values: Mapping[str, Any]) -> RunConfig:
+    """The RunConfig of a saved config.json. Strict: unknown keys, wrong types and unknown methods raise ConfigError."""
+    from localmotion import methods
+
+    values = dict(values)
+    for key in ("method", "stage", "model"):
+        if key not in values:
+            raise ConfigError(f"configuration lacks {key!r}")
+    cls = methods.get(str(values["method"]))
+    config = RunConfig(method=values["method"], stage=values["stage"], model=cls.Config())
+    return update(config, values)

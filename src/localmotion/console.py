@@ -1,0 +1,70 @@
+"""What long work shows: a progress bar with rate and ETA on a terminal, a plain line now and then elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+console = Console(highlight=False, soft_wrap=True)
+errors = Console(highlight=False, soft_wrap=True, stderr=True)
+
+
+class Advance(Protocol):
+    """Progress callback."""
+
+    def __call__(self, done: int, total: int | None = None, note: str = "") -> None: ...
+
+
+def say(text: str) -> None:
+    """Print one line of what was decided or found."""
+    console.print(text, markup=False)
+
+
+@contextmanager
+def progress(label: str, total: int, unit: str, start: int = 0, every: float = 30.0) -> Iterator[Advance]:
+    """Show progress of ``total`` units; the yielded callback takes how many are done and a short note.
+
+    On a terminal a bar; otherwise a line with rate and ETA at most every ``every`` seconds.
+    """
+    began = time.monotonic()
+    if sys.stdout.isatty():
+        bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+        )
+        with bar:
+            task = bar.add_task(label, total=total, completed=start, rate="", note="")
+
+            def advance(done: int, total: int | None = None, note: str = "") -> None:
+                rate = (done - start) / max(time.monotonic() - began, 1e-6)
+                bar.update(task, completed=done, total=total, rate=f"{rate:.2f} {unit}/s", note=note)
+
+            yield advance
+        return
+    last = began
+
+    def line(done: int, total_now: int | None = None, note: str = "") -> None:
+        nonlocal last, total
+        total = total_now or total
+        now = time.monotonic()
+        if now - last < every and done < total:
+            return
+        last = now
+        rate = (done - start) / max(now - began, 1e-6)
+        left = (total - done) / rate if rate > 0 else float("inf")
+        eta = f"{int(left // 3600)}:{int(left % 3600 // 60):02d}:{int(left % 60):02d}" if left < 1e7 else "?"
+        say(f"{label} {done:,}/{total:,} {unit}  {rate:.2f}/s  ETA {eta}  {note}".rstrip())
+
+    yield line

@@ -1,0 +1,58 @@
+"""Evaluate a trained agent: returns, success rate, a film."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from localmotion.errors import CheckpointError
+from localmotion.evaluation.load import load_run
+from localmotion.evaluation.rollout import Observer, evaluate, make_observer, method_policy, random_policy
+from localmotion.perception.base import Recipe
+from localmotion.video.write import write_video
+
+
+def evaluate_run(
+    path: Path, *, episodes: int = 10, seed: int | None = None, video: Path | None = None, device: str = "auto", policy: str = "agent"
+) -> dict[str, Any]:
+    """Play ``episodes`` evaluation episodes of a run's environment; ``policy`` is "agent" or "random" (the floor).
+
+    Returns the fields of an "eval" line. Raises CheckpointError for a pre-training run.
+    """
+    run, method, compute = load_run(path, device=device)
+    if run.stage == "pretrain":
+        raise CheckpointError(f"{path}: is a pre-training run and has no actor; fine-tune it first")
+    recipe = Recipe.from_json(run.recipe) if run.recipe and method.wants_motion else None
+    base = run.seed if seed is None else seed
+
+    def make() -> Observer:
+        return make_observer(run.env, recipe if policy == "agent" else None, seed=base, quality=run.quality)
+
+    observers = [make()]
+    dim = observers[0].action_dim
+    counter = iter(range(10**9))
+
+    def policy_for() -> Any:
+        if policy == "random":
+            return random_policy(dim, base * 1000 + next(counter))
+        return method_policy(method, compute, explore=False, window=run.online.length)
+
+    result = evaluate(policy_for, make, seed=base, episodes=episodes, observers=observers, keep_frames=video is not None)
+    if video is not None and result.frames is not None:
+        write_video(video, result.frames, fps=25)
+    return {**result.summary(), "env": run.env, "policy": policy, "seed": base}
+
+
+def random_floor(path: Path, episodes: int = 10) -> dict[str, Any]:
+    """Score of the uniform random policy on a run's environment, kept in the run directory so that reports can draw it."""
+    target = path / "random.json"
+    if target.exists():
+        found: dict[str, Any] = json.loads(target.read_text())
+        if found.get("episodes", 0) >= episodes:
+            return found
+    result = evaluate_run(path, episodes=episodes, policy="random")
+    target.write_text(json.dumps(result, default=lambda x: np.asarray(x).tolist()) + "\n")
+    return result

@@ -1,0 +1,75 @@
+"""What a pre-trained model can do on clips it never saw: masked reconstruction and open-loop prediction, against trivial predictors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from localmotion.evaluation.metrics import psnr, ssim
+from localmotion.methods.base import Batch, Method, images
+from localmotion.models.dae import Motion, mae_loss, random_mask
+
+CONTEXT_FRAMES = 5
+
+
+def trivial_reconstructions(motion: Motion, masked: Tensor) -> dict[str, Tensor]:
+    """Three predictors without a model (drp.md 3), each (B,T,K,P,P,2) in scaled flow.
+
+    zero: no motion. frame_mean: mean of the visible patches of the same frame (zero if there is none). nearest_time: the same track's
+    patch at the nearest time where it is visible and not masked, the earlier one on a tie (frame mean if there is none).
+    """
+    patches = motion.patches.float()
+    seen = motion.visible & ~masked  # (B, T, K)
+    weight = seen.float()[..., None, None, None]
+    mean = (patches * weight).sum(2, keepdim=True) / weight.sum(2, keepdim=True).clamp(min=1.0)
+    mean = mean.expand_as(patches)
+    time = torch.arange(patches.shape[1], device=patches.device)
+    distance = (time[:, None] - time[None, :]).abs() * 2 + (
+        time[None, :] > time[:, None]
+    )  # (T, T'): earlier wins a tie
+    track = motion.track.transpose(1, 2)  # (B, K, T)
+    usable = seen.transpose(1, 2)[:, :, None] & (track[..., None] == track[:, :, None])  # (B, K, T, T')
+    cost = torch.where(usable, distance, torch.iinfo(torch.int64).max)
+    found, index = cost.min(-1)  # (B, K, T)
+    by_part = patches.transpose(1, 2)  # (B, K, T, P, P, 2)
+    picked = torch.gather(by_part, 2, index[..., None, None, None].expand_as(by_part)).transpose(1, 2)
+    has = (found < torch.iinfo(torch.int64).max).transpose(1, 2)[..., None, None, None]
+    return {"zero": torch.zeros_like(patches), "frame_mean": mean, "nearest_time": torch.where(has, picked, mean)}
+
+
+@torch.no_grad()
+def reconstruction_errors(
+    method: Method, batch: Batch, generator: torch.Generator
+) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
+    """Eq. 5's error of the model and of the trivial predictors on one batch, and example patches; None without a motion code.
+
+    Errors are scalars by name, means over "count" masked tokens; examples are truth and reconstruction (M,P,P,2), scaled flow.
+    """
+    found = method.masked_reconstruction(batch, generator)
+    if found is None:
+        return None
+    motion, masked, rebuilt = found
+    errors = {"model": mae_loss(rebuilt, motion.patches, masked), "count": masked.sum()}
+    for name, guess in trivial_reconstructions(motion, masked).items():
+        errors[name] = mae_loss(guess, motion.patches, masked)
+    energy = motion.patches.square().flatten(-3).sum(-1).masked_fill(~masked, -1.0).flatten()
+    best = energy.topk(min(64, energy.numel())).indices[::4]
+    best = best[energy[best] > 0]
+    return errors, {"truth": motion.patches.flatten(0, 2)[best], "reconstruction": rebuilt.float().flatten(0, 2)[best]}
+
+
+@torch.no_grad()
+def open_loop_errors(
+    method: Method, batch: Batch, context: int = CONTEXT_FRAMES
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """PSNR and SSIM per horizon (T - context,) of each prediction and of the last-frame copy; and the pictures themselves."""
+    shape = batch["image"].shape
+    truth = images(batch).view(shape[0], shape[1], 3, *shape[2:4]) + 0.5
+    guesses = {name: (x.float() + 0.5).clamp(0, 1) for name, x in method.open_loop(batch, context).items()}
+    guesses["last_frame"] = truth[:, context - 1 : context].expand_as(truth)
+    scores: dict[str, Tensor] = {}
+    for name, guess in guesses.items():
+        # A still clip is copied without error; 60 dB stands for it, so that a mean stays finite.
+        scores[f"psnr/{name}"] = psnr(guess[:, context:], truth[:, context:]).clamp(max=60.0).mean(0)
+        scores[f"ssim/{name}"] = ssim(guess[:, context:], truth[:, context:]).mean(0)
+    return scores, {"truth": truth, **guesses}

@@ -1,0 +1,30 @@
+"""A trained run back in memory: settings, method, weights."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from localmotion import methods
+from localmotion.compute import Compute, choose
+from localmotion.config import RunConfig
+from localmotion.methods.base import Method
+from localmotion.training import checkpoint
+
+
+def load_run(path: Path, *, device: str = "auto", threads: int = 0) -> tuple[RunConfig, Method, Compute]:
+    """Settings, method with its newest weights (evaluation mode), and where it computes.
+
+    Raises CheckpointError when the run is missing, incomplete or damaged.
+    """
+    run = replace(checkpoint.read_config(path), device=device, threads=threads)
+    found = checkpoint.newest(path)
+    weights = checkpoint.read(found, "weights")
+    compute = choose(run)
+    action_dim = None
+    if run.stage != "pretrain":
+        # The actor's last layer knows the number of actions: two numbers (mean, deviation) each.
+        action_dim = int(checkpoint.read_state(found)["action_dim"])
+    method = methods.get(run.method)(run.model, image_size=64 if not run.recipe else int(run.recipe["size"]), action_dim=action_dim)
+    checkpoint.load_weights(method, weights, str(found))
+    return run, method.to(compute.device).eval(), compute

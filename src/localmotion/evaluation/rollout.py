@@ -1,0 +1,234 @@
+"""Environment and streaming perception together, and the evaluation protocol."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import gymnasium
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from localmotion.methods.base import Method
+from localmotion.perception.base import Recipe
+from localmotion.perception.stream import StreamingExtractor
+from localmotion.compute import Compute
+
+
+def episode_seed(seed: int, stream: str, episode: int) -> int:
+    """Seed of one episode: a pure function of the run's seed, the stream (train, eval) and the episode's number.
+
+    Training and evaluation never share random numbers, and a resumed run meets the same episodes.
+    """
+    mixed = np.random.SeedSequence([seed, {"train": 0, "eval": 1, "prefill": 2}[stream], episode])
+    return int(mixed.generate_state(1)[0] >> 1)
+
+
+class Observer:
+    """One environment with its stream of Atomic Actions: what the agent sees and what the replay stores.
+
+    Args:
+        env: a localmotion environment whose observation has "image", and "percept" when the recipe perceives at another size.
+        recipe: perception recipe, or None for methods without motion.
+    """
+
+    def __init__(self, env: gymnasium.Env[Any, Any], recipe: Recipe | None) -> None:
+        self.env, self.recipe = env, recipe
+        self.seconds = {"env": 0.0, "perception": 0.0}
+        self.extractor: StreamingExtractor | None = None
+
+    @property
+    def action_dim(self) -> int:
+        """Number of action dimensions."""
+        shape = self.env.action_space.shape
+        assert shape is not None
+        return int(shape[0])
+
+    def spec(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Shapes and dtypes of a replay record."""
+        image = self.env.observation_space["image"].shape  # type: ignore[index]
+        spec: dict[str, tuple[tuple[int, ...], str]] = {
+            "image": (tuple(image), "uint8"),
+            "action": ((self.action_dim,), "float32"),
+            "reward": ((), "float32"),
+            "is_terminal": ((), "bool"),
+        }
+        if self.recipe:
+            size, count = self.recipe.size, self.recipe.tracks
+            spec |= {
+                "flow": ((size, size, 2), "float16"),
+                "tracks": ((count, 2), "float32"),
+                "visible": ((count,), "bool"),
+                "track_id": ((count,), "int32"),
+            }
+        return spec
+
+    def reset(self, seed: int) -> dict[str, Any]:
+        """Start an episode: record 0, with a zero action and no motion."""
+        began = time.perf_counter()
+        obs, _ = self.env.reset(seed=seed)
+        self.seconds["env"] += time.perf_counter() - began
+        if self.recipe:
+            self.extractor = StreamingExtractor(self.recipe, seed)
+        zeros = np.zeros(self.action_dim, np.float32)
+        return self._record(obs, zeros, 0.0, False, first=True)
+
+    def step(self, action: NDArray[np.float32]) -> tuple[dict[str, Any], bool, dict[str, Any]]:
+        """One agent step: the record, whether the episode is over, and the environment's info."""
+        began = time.perf_counter()
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        self.seconds["env"] += time.perf_counter() - began
+        return self._record(obs, action, float(reward), terminated, first=False), terminated or truncated, info
+
+    def _record(
+        self, obs: dict[str, Any], action: NDArray[np.float32], reward: float, terminal: bool, *, first: bool
+    ) -> dict[str, Any]:
+        record = {"image": obs["image"], "action": action, "reward": reward, "is_terminal": terminal}
+        if self.recipe and self.extractor:
+            began = time.perf_counter()
+            frame = obs.get("percept", obs["image"])
+            motion = self.extractor.reset(frame) if first else self.extractor.step(frame)
+            record |= {
+                "flow": motion.flow,
+                "tracks": motion.tracks,
+                "visible": motion.visible,
+                "track_id": motion.track_id,
+            }
+            self.seconds["perception"] += time.perf_counter() - began
+        return record
+
+
+def make_observer(env: str, recipe: Recipe | None, *, seed: int, quality: str, size: int = 64) -> Observer:
+    """An environment by name with the perception a run uses. The picture is rendered once, at the size perception wants."""
+    from localmotion.envs import make_env
+
+    percept = recipe.percept_size if recipe and recipe.percept_size != size else None
+    return Observer(make_env(env, seed=seed, size=size, percept_size=percept, quality=quality), recipe)  # type: ignore[arg-type]
+
+
+def streaming_recipe(recipe: Recipe) -> Recipe:
+    """The recipe of a clip store as the streaming side uses it: no look-ahead, every environment frame."""
+    return replace(recipe, redraw_rounds=0, frame_stride=1)
+
+
+def to_batch(records: Sequence[dict[str, Any]], *, first: bool, device: torch.device) -> dict[str, Tensor]:
+    """Records of several environments at one time as a batch (B, 1, ...)."""
+    keys = [key for key in records[0] if key not in ("reward", "is_terminal")]
+    batch = {key: torch.from_numpy(np.stack([np.asarray(r[key]) for r in records])[:, None]).to(device) for key in keys}
+    batch["is_first"] = torch.full((len(records), 1), first, device=device)
+    return batch
+
+
+@dataclass
+class Rollout:
+    """Finished evaluation episodes."""
+
+    returns: list[float] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    successes: list[float] = field(default_factory=list)
+    """1.0 where success was signalled at any step; empty for suites without a success signal."""
+    frames: NDArray[np.uint8] | None = None
+    """(T, S, S, 3) of the first episode."""
+
+    def summary(self) -> dict[str, Any]:
+        """Fields of an "eval" line."""
+        out: dict[str, Any] = {
+            "returns": [round(x, 4) for x in self.returns],
+            "return_mean": float(np.mean(self.returns)),
+            "return_std": float(np.std(self.returns)),
+            "episodes": len(self.returns),
+            "length_mean": float(np.mean(self.lengths)),
+        }
+        if self.successes:
+            out["success_rate"] = float(np.mean(self.successes))
+        return out
+
+
+Policy = Callable[[list[dict[str, Any]], bool], NDArray[np.float32]]
+
+
+def run_episodes(
+    observers: Sequence[Observer], seeds: Sequence[int], policy: Policy, *, keep_frames: bool = False
+) -> Rollout:
+    """One episode in each environment, in lockstep; ``policy(records, first)`` gives the actions (E, A) of all at once."""
+    records = [observer.reset(seed) for observer, seed in zip(observers, seeds, strict=True)]
+    count = len(observers)
+    returns, lengths, success = np.zeros(count), np.zeros(count, int), np.zeros(count)
+    alive, has_success, frames = np.ones(count, bool), False, [records[0]["image"]]
+    first = True
+    while alive.any():
+        actions = policy(records, first)
+        first = False
+        for index in np.flatnonzero(alive):
+            records[index], done, info = observers[index].step(actions[index])
+            returns[index] += records[index]["reward"]
+            lengths[index] += 1
+            if "success" in info:
+                has_success = True
+                success[index] = max(success[index], float(info["success"]))
+            alive[index] = not done
+        if keep_frames and lengths[0] == len(frames):
+            frames.append(records[0]["image"])
+    return Rollout(
+        returns.tolist(),
+        lengths.tolist(),
+        success.tolist() if has_success else [],
+        np.stack(frames) if keep_frames else None,
+    )
+
+
+def method_policy(method: Method, compute: Compute, *, explore: bool, window: int) -> Policy:
+    """A policy of a trained method with its own recurrent state, for environments stepped in lockstep."""
+    carry: Any = None
+
+    @torch.inference_mode()
+    def policy(records: list[dict[str, Any]], first: bool) -> NDArray[np.float32]:
+        nonlocal carry
+        if first:
+            carry = method.initial_carry(len(records))
+        batch = to_batch(records, first=first, device=compute.device)
+        with compute.autocast():
+            action, carry = method.act(batch, carry, explore=explore, window=window)
+        result: NDArray[np.float32] = action.float().clamp(-1, 1).cpu().numpy()
+        return result
+
+    return policy
+
+
+def random_policy(action_dim: int, seed: int) -> Policy:
+    """Uniform random actions."""
+    rng = np.random.default_rng(seed)
+    return lambda records, first: rng.uniform(-1, 1, (len(records), action_dim)).astype(np.float32)
+
+
+def evaluate(
+    policy_for: Callable[[], Policy],
+    make: Callable[[], Observer],
+    *,
+    seed: int,
+    episodes: int,
+    at_once: int = 5,
+    observers: list[Observer] | None = None,
+    keep_frames: bool = False,
+) -> Rollout:
+    """The evaluation protocol: ``episodes`` episodes with seeds of the eval stream, a few environments in lockstep.
+
+    ``observers`` (if given) is filled once and reused by later evaluations.
+    """
+    pool = observers if observers is not None else []
+    while len(pool) < min(at_once, episodes):
+        pool.append(make())
+    out = Rollout()
+    for begin in range(0, episodes, len(pool)):
+        wanted = range(begin, min(begin + len(pool), episodes))
+        seeds = [episode_seed(seed, "eval", index) for index in wanted]
+        part = run_episodes(pool[: len(seeds)], seeds, policy_for(), keep_frames=keep_frames and begin == 0)
+        out.returns += part.returns
+        out.lengths += part.lengths
+        out.successes += part.successes
+        out.frames = out.frames if out.frames is not None else part.frames
+    return out

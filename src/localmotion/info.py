@@ -1,0 +1,48 @@
+"""What this installation is and can do: versions, device, precision, GL backend actually tested, extras found."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+
+from localmotion import methods
+from localmotion.compute import bf16_speedup
+from localmotion.errors import LocalmotionError
+from localmotion.perception import backends
+from localmotion.training.rundir import versions
+
+EXTRAS = {
+    "perception: SEA-RAFT": ("ptlflow", "see docs/perception.md"),
+    "perception: Grounding DINO + SAM": ("transformers", "pip install 'localmotion[perception]'"),
+    "tracking: tensorboard": ("tensorboard", "pip install 'localmotion[tracking]'"),
+    "tracking: wandb": ("wandb", "pip install 'localmotion[tracking]'"),
+    "hub": ("huggingface_hub", "pip install 'localmotion[hub]'"),
+}
+
+
+def report_lines() -> list[str]:
+    """Lines of `localmotion info`."""
+    lines = [f"{name:24s} {version}" for name, version in versions().items()]
+    if torch.cuda.is_available():
+        lines.append(f"{'device':24s} {torch.cuda.get_device_name()}, {torch.cuda.get_device_properties(0).total_memory / 1e9:.0f} GB")
+    fast, slow = bf16_speedup()
+    verdict = "bf16" if fast > 1.3 * slow else "fp32"
+    lines.append(f"{'cpu':24s} {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads")
+    lines.append(f"{'precision (measured)':24s} {verdict}: bf16 {fast / 1e9:.0f}, fp32 {slow / 1e9:.0f} GFLOP/s")
+    try:
+        from localmotion.envs.gl import choose_gl
+
+        gl = choose_gl()
+        kind = "software" if gl.software else "hardware"
+        lines.append(f"{'GL (rendered and seen)':24s} {gl.backend}: {gl.renderer} ({kind})")
+    except LocalmotionError as error:
+        lines.append(f"{'GL':24s} {error}")
+    lines.append(f"{'methods':24s} {', '.join(methods.names())}")
+    for kind in ("flow", "segment", "track"):
+        lines.append(f"{kind + ' backends':24s} {', '.join(backends(kind))}")
+    for name, (module, mend) in EXTRAS.items():
+        found = importlib.util.find_spec(module) is not None
+        lines.append(f"{name:34s} {'found' if found else 'not installed: ' + mend}")
+    return lines

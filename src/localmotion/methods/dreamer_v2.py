@@ -1,0 +1,151 @@
+"""DreamerV2: a world model learned from scratch in the environment, the baseline without pre-training and without motion.
+
+Paper: "Mastering Atari with Discrete World Models" (arXiv 2010.02193), with the settings that IPV's experiments give it for continuous
+control (plain CNN, one RSSM, no intrinsic bonus, no context, no representative head; IPV 4.3).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from localmotion.config import BehaviourConfig, RunConfig, WorldModelConfig
+from localmotion.methods.base import Batch, Group, Method, images
+from localmotion.methods.drp import DRP
+from localmotion.models.actor_critic import ActorCritic
+from localmotion.models.heads import MLP
+from localmotion.models.image import ImageModel, image_loss
+from localmotion.models.rssm import RSSM, RSSMState, kl_loss
+
+
+@dataclass(frozen=True)
+class DreamerV2Config:
+    """Settings of DreamerV2. Defaults are those of the baseline in IPV's repository."""
+
+    world: WorldModelConfig = field(default_factory=lambda: WorldModelConfig(encoder="cnn", context=False))
+    behaviour: BehaviourConfig = field(default_factory=BehaviourConfig)
+    beta: float = 1.0
+    """KL weight."""
+    free_nats: float = 0.0
+    """Free nats of the KL: 0 Meta-World, 1 DMC."""
+
+
+class Carry(NamedTuple):
+    """What acting keeps between agent steps."""
+
+    state: RSSMState
+    action: Tensor
+
+
+def _presets() -> dict[str, dict[str, Any]]:
+    """The sizes of DRP's presets, so that a comparison differs in the method alone."""
+    out: dict[str, dict[str, Any]] = {"paper": {}}
+    for name in ("small", "debug"):
+        theirs = DRP.PRESETS[name]
+        world = {**theirs["model"]["world"], "encoder": "resnet", "context": False}
+        model = {"world": world}
+        if "behaviour" in theirs["model"]:
+            model["behaviour"] = theirs["model"]["behaviour"]
+        out[name] = {"model": model, "online": theirs["online"]}
+    return out
+
+
+class DreamerV2(Method):
+    """DreamerV2 for continuous control from pixels."""
+
+    name = "dreamer_v2"
+    paper = "arXiv 2010.02193"
+    Config = DreamerV2Config
+    PRESETS = _presets()
+
+    config: DreamerV2Config
+
+    def __init__(self, config: DreamerV2Config, *, image_size: int, action_dim: int | None) -> None:
+        super().__init__(config, image_size=image_size, action_dim=action_dim)
+        if action_dim is None:
+            raise NotImplementedError("dreamer_v2 has no pre-training stage")
+        self.config, self.image_size, self.action_dim = config, image_size, action_dim
+        world, behaviour = config.world, config.behaviour
+        self.image = ImageModel(world, image_size=image_size)
+        self.dynamics = RSSM(
+            embed_dim=self.image.embed_dim,
+            action_dim=action_dim,
+            deter=world.deter,
+            hidden=world.hidden,
+            stoch=world.stoch,
+            classes=world.classes,
+        )
+        self.reward = MLP(self.dynamics.feat_dim, 1, units=world.units, layers=world.layers)
+        self.behaviour = ActorCritic(
+            self.dynamics.feat_dim,
+            action_dim,
+            units=world.units,
+            layers=world.layers,
+            horizon=behaviour.horizon,
+            discount=behaviour.discount,
+            lambda_=behaviour.lambda_,
+            entropy=behaviour.entropy,
+            slow_every=behaviour.slow_critic_every,
+        )
+
+    # 1. Learning --------------------------------------------------------------------------------------------------------------
+
+    def world_model_losses(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor], RSSMState]:
+        truth = images(batch)
+        embed, context = self.image.encode(truth, batch["image"])
+        state, prior = self.dynamics.observe(embed, batch["action"], batch["is_first"])
+        feat = self.dynamics.feat(state)  # (B, T, F)
+        kl, metrics = kl_loss(state.logits, prior, balance=self.config.world.kl_balance, free=self.config.free_nats)
+        reward = self.reward(feat).squeeze(-1).float()
+        losses = {
+            "image": image_loss(self.image.decode(feat, context), truth),
+            "kl": kl,
+            "reward": 0.5 * (reward - batch["reward"]).square().mean(),
+        }
+        metrics = {f"dynamics/{key}": value for key, value in metrics.items()}
+        return losses, metrics, RSSMState(*(x.detach().flatten(0, 1) for x in state))
+
+    def behaviour_losses(self, start: RSSMState) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        return self.behaviour.losses(start, self.dynamics, lambda feat: self.reward(feat).squeeze(-1))
+
+    def loss_scales(self, stage: str) -> dict[str, float]:
+        return {"image": 1.0, "kl": self.config.beta, "reward": 1.0}
+
+    def groups(self, run: RunConfig, pretrained: bool) -> list[Group]:
+        model = [p for module in (self.image, self.dynamics, self.reward) for p in module.parameters()]
+        return [
+            Group("model", model, run.online.lr),
+            Group("actor", list(self.behaviour.actor.parameters()), run.online.actor_lr),
+            Group("critic", list(self.behaviour.critic.parameters()), run.online.critic_lr),
+        ]
+
+    def after_update(self) -> None:
+        self.behaviour.after_update()
+
+    # 2. Acting and looking ----------------------------------------------------------------------------------------------------
+
+    def initial_carry(self, batch_size: int) -> Carry:
+        device = next(self.parameters()).device
+        return Carry(self.dynamics.initial(batch_size), torch.zeros(batch_size, self.action_dim, device=device))
+
+    def act(self, obs: Batch, carry: Carry, *, explore: bool, window: int = 0) -> tuple[Tensor, Carry]:
+        embed = self.image.embed(images(obs))
+        state = self.dynamics.obs_step(carry.state, carry.action, embed, obs["is_first"][:, 0])
+        policy = self.behaviour.policy(self.dynamics.feat(state))
+        action = policy.rsample() if explore else policy.mode
+        return action, Carry(state, action)
+
+    def open_loop(self, batch: Batch, context: int) -> dict[str, Tensor]:
+        """Prior rolled out after ``context`` frames with the real actions."""
+        shape = (*batch["image"].shape[:2], 3, self.image_size, self.image_size)
+        embed, maps = self.image.encode(images(batch), batch["image"])
+        post, _ = self.dynamics.observe(
+            embed[:, :context], batch["action"][:, :context], batch["is_first"][:, :context]
+        )
+        last = RSSMState(*(x[:, -1] for x in post))
+        prior = self.dynamics.imagine(last, batch["action"][:, context:])
+        feat = torch.cat([self.dynamics.feat(post), self.dynamics.feat(prior)], 1)
+        return {"action": self.image.decode(feat, maps).view(shape)}

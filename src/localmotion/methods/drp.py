@@ -1,0 +1,348 @@
+"""DRP: Deconstruct-Recompose pre-training from videos and fine-tuning with the learned motion.
+
+Paper: "Local Motion Matters: A Deconstruct-Recompose Paradigm for Reinforcement Learning Pre-training from Videos",
+arXiv 2607.00808; equation numbers are the paper's. Where it is silent it says it follows IPV (arXiv 2305.18499).
+
+    pre-training    Atomic Actions -> DAE (Eqs. 13-19) -> masked autoencoding (Eq. 5)
+                    [MAT] -> a^agg -> latent dynamics z (Eq. 1) -> image and KL (Eqs. 2, 6)
+    fine-tuning     the same two (Eqs. 7, 8), Adapter(z) -> action-specific dynamics s (Eq. 3) -> image, reward, KL (Eqs. 4, 9),
+                    actor and critic in imagination over s (Eqs. 10-12)
+
+Open choices, each a setting, with the reason:
+
+* `joint_gradient`: the dynamics loss reaches [MAT] and the DAE, as 4.3 says that it "enriches" them; off trains the DAE by Eq. 5 only.
+* `context`: Eq. 4 conditions the decoder on a context frame, Eq. 2 does not print it; on by default in both, as in IPV.
+* `embed_input`: Eq. 3 gives the posterior of s only Adapter(z); IPV adds the image embedding on DMC. Off: the equation. On: IPV.
+* one decoder reconstructs from z and from s (both equations write p_theta), in one batched call.
+* `adapter`: the paper says only that an MLP is worse (Fig. 13); attention over the parts of z by default (see models/adapters.py).
+* "Slowly fine-tuned" (4.4) has no number: the DAE and the latent dynamics learn `online.pretrained_lr_factor` slower.
+
+Shapes: B sequences, T positions, K parts, F features of z or s, A actions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from localmotion.config import BehaviourConfig, RunConfig, WorldModelConfig
+from localmotion.errors import ConfigError
+from localmotion.methods.base import Batch, Group, Method, images
+from localmotion.models.actor_critic import ActorCritic
+from localmotion.models.adapters import make_adapter
+from localmotion.models.bonus import IntrinsicBonus
+from localmotion.models.dae import DAECache, DAEConfig, MaskedMotion, Motion, atomic_actions, random_mask
+from localmotion.models.heads import MLP
+from localmotion.models.image import ImageModel, image_loss
+from localmotion.models.rssm import RSSM, RSSMState, kl_loss
+
+
+@dataclass(frozen=True)
+class DRPConfig:
+    """Settings of DRP. Defaults are the paper's."""
+
+    dae: DAEConfig = field(default_factory=DAEConfig)
+    world: WorldModelConfig = field(default_factory=WorldModelConfig)
+    behaviour: BehaviourConfig = field(default_factory=BehaviourConfig)
+    adapter: Literal["attention", "mlp", "linear"] = "attention"
+    """How z reaches the action-specific dynamics; mlp is the ablation of Fig. 13."""
+    embed_input: bool = False
+    """Give the posterior of s the image embedding too (IPV on DMC); off is Eq. 3."""
+    joint_gradient: bool = True
+    """The latent dynamics loss trains [MAT] and the DAE."""
+    beta_z: float = 1.0
+    """KL weight beta_z of the latent dynamics (Table 5)."""
+    beta_s: float = 1.0
+    """Action-conditional KL weight beta_s (Table 5)."""
+    beta_r: float = 1.0
+    """Representative reward predictor weight beta_r (Table 5)."""
+    intrinsic_weight: float = 1.0
+    """Intrinsic reward weight lambda: 1.0 Meta-World, 0.1 DMC (Table 5)."""
+    free_nats: float = 0.0
+    """Free nats of the action-conditional KL: 0 Meta-World, 1 DMC (IPV 4.2)."""
+    context_erasing: bool = False
+    """Random erasing on the context frame while fine-tuning (IPV 1.5: Meta-World)."""
+
+
+class Carry(NamedTuple):
+    """What acting keeps between agent steps."""
+
+    motion: DAECache
+    latent: RSSMState  # z
+    state: RSSMState  # s
+    action: Tensor  # (B, A), the one that leads to the next frame
+
+
+class DRP(Method):
+    """Deconstruct-Recompose Paradigm."""
+
+    name = "drp"
+    paper = "arXiv 2607.00808"
+    Config = DRPConfig
+    wants_motion = True
+    can_pretrain = True
+    transfers = ("motion", "image", "latent")
+    PRESETS: dict[str, dict[str, Any]] = {
+        "paper": {},
+        "small": {
+            "model": {
+                "dae": {"keypoints": 16, "blocks": 3, "dim": 96},
+                "world": {
+                    "stem": "unshuffle",
+                    "norm": "none",
+                    "depth": 32,
+                    "deter": 256,
+                    "hidden": 256,
+                    "stoch": 16,
+                    "classes": 16,
+                    "units": 256,
+                    "layers": 3,
+                },
+            },
+            "pretrain": {"updates": 20_000, "eval_every": 2_000, "save_every": 1_000},
+            "online": {
+                "env_steps": 50_000,
+                "batch_size": 8,
+                "length": 32,
+                "prefill": 2_500,
+                "eval_every": 2_500,
+                "eval_episodes": 5,
+                "replay_capacity": 100_000,
+                "lr": 6e-4,
+                "actor_lr": 2e-4,
+                "critic_lr": 2e-4,
+            },
+        },
+        "debug": {
+            "model": {
+                "dae": {"keypoints": 4, "patch": 8, "blocks": 2, "dim": 16, "heads": 2},
+                "world": {
+                    "stem": "unshuffle",
+                    "norm": "none",
+                    "depth": 8,
+                    "deter": 32,
+                    "hidden": 32,
+                    "stoch": 4,
+                    "classes": 4,
+                    "units": 32,
+                    "layers": 2,
+                },
+                "behaviour": {"horizon": 5},
+            },
+            "pretrain": {
+                "updates": 20,
+                "batch_size": 2,
+                "length": 8,
+                "log_every": 5,
+                "eval_every": 10,
+                "eval_batches": 1,
+                "save_every": 10,
+            },
+            "online": {
+                "env_steps": 400,
+                "batch_size": 2,
+                "length": 8,
+                "prefill": 120,
+                "warmup_updates": 2,
+                "freeze_updates": 0,
+                "eval_every": 100,
+                "eval_episodes": 1,
+                "log_every": 5,
+                "save_every": 50,
+                "replay_capacity": 2_000,
+            },
+        },
+    }
+
+    config: DRPConfig
+
+    def __init__(self, config: DRPConfig, *, image_size: int, action_dim: int | None) -> None:
+        super().__init__(config, image_size=image_size, action_dim=action_dim)
+        self.config, self.image_size, self.action_dim = config, image_size, action_dim
+        world = config.world
+        # Deconstruct (zeta), recompose (theta)
+        self.motion = MaskedMotion(config.dae)
+        self.image = ImageModel(world, image_size=image_size)
+        sizes = {"deter": world.deter, "hidden": world.hidden, "stoch": world.stoch, "classes": world.classes}
+        self.latent = RSSM(embed_dim=self.image.embed_dim, action_dim=self.motion.encoder.agg_dim, **sizes)
+        if action_dim is None:
+            return
+        # Adapter (omega), action-specific dynamics (phi), rewards (varphi), actor (psi), critic (xi)
+        feat = self.latent.feat_dim
+        self.adapter = make_adapter(
+            config.adapter, deter=world.deter, stoch=world.stoch, classes=world.classes, out_dim=feat
+        )
+        embed = feat + (self.image.embed_dim if config.embed_input else 0)
+        self.dynamics = RSSM(embed_dim=embed, action_dim=action_dim, **sizes)
+        self.reward = MLP(feat, 1, units=world.units, layers=world.layers)  # behavioural: r + lambda r_int
+        self.reward_representative = MLP(feat, 1, units=world.units, layers=world.layers)  # r
+        self.bonus = IntrinsicBonus(feat)
+        behaviour = config.behaviour
+        self.behaviour = ActorCritic(
+            feat,
+            action_dim,
+            units=world.units,
+            layers=world.layers,
+            horizon=behaviour.horizon,
+            discount=behaviour.discount,
+            lambda_=behaviour.lambda_,
+            entropy=behaviour.entropy,
+            slow_every=behaviour.slow_critic_every,
+        )
+
+    # 1. Pre-training on videos (Algorithm 1) ----------------------------------------------------------------------------------
+
+    def pretrain_losses(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        embed, context = self.image.encode(images(batch), batch["image"])
+        agg, mae = self._recompose(batch)
+        post, prior_logits = self.latent.observe(embed, agg, batch["is_first"])
+        image = image_loss(self.image.decode(self.latent.feat(post), context), images(batch))
+        kl, metrics = kl_loss(post.logits, prior_logits, balance=self.config.world.kl_balance)
+        metrics = {**{f"latent/{key}": value for key, value in metrics.items()}, "agg/std": agg.detach().float().std()}
+        return {"mae": mae, "image": image, "kl": kl}, metrics
+
+    def _recompose(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """a^agg (B,T,d), zero at is_first, and the MAE loss of Eq. 5 / 7."""
+        motion = self._atomic_actions(batch)
+        agg, _, mae = self.motion(motion, batch["is_first"].cumsum(1))
+        if not self.config.joint_gradient:
+            agg = agg.detach()
+        return agg, mae
+
+    def _atomic_actions(self, batch: Batch) -> Motion:
+        return atomic_actions(batch["flow"], batch["tracks"], batch["visible"], batch["track_id"], self.config.dae)
+
+    # 2. Fine-tuning in the environment (Algorithm 2) --------------------------------------------------------------------------
+
+    def world_model_losses(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor], RSSMState]:
+        config, truth, is_first = self.config, images(batch), batch["is_first"]
+        # Deconstruct (7), recompose (8)
+        embed, context = self.image.encode(truth, batch["image"], erase=config.context_erasing)
+        agg, mae = self._recompose(batch)
+        latent, latent_prior = self.latent.observe(embed, agg, is_first)
+        latent_feat = self.latent.feat(latent)  # (B, T, F)
+        latent_kl, _ = kl_loss(latent.logits, latent_prior, balance=config.world.kl_balance)
+        # Action-specific dynamics (9)
+        observed = self.adapter(latent_feat)
+        if config.embed_input:
+            observed = torch.cat([embed, observed], -1)
+        state, prior = self.dynamics.observe(observed, batch["action"], is_first)
+        feat = self.dynamics.feat(state)
+        kl, metrics = kl_loss(state.logits, prior, balance=config.world.kl_balance, free=config.free_nats)
+        latent_image, image = self._two_images(latent_feat, feat, context, truth)
+        # Rewards: the representative head learns r on all T, the behavioural one r + lambda r_int where a bonus window fits
+        bonus = self.bonus(latent_feat.detach().float())  # (B, T - 4)
+        target = batch["reward"][:, : bonus.shape[1]] + config.intrinsic_weight * bonus
+        behavioural = self.reward(feat).squeeze(-1).float()
+        representative = self.reward_representative(feat).squeeze(-1).float()
+        losses = {
+            "mae": mae,
+            "latent_image": latent_image,
+            "latent_kl": latent_kl,
+            "image": image,
+            "kl": kl,
+            "reward": 0.5 * (behavioural[:, : bonus.shape[1]] - target).square().mean(),
+            "reward_representative": 0.5 * (representative - batch["reward"]).square().mean(),
+        }
+        metrics = {**{f"dynamics/{key}": value for key, value in metrics.items()}, "bonus/mean": bonus.mean()}
+        return losses, metrics, RSSMState(*(x.detach().flatten(0, 1) for x in state))
+
+    def _two_images(self, latent_feat: Tensor, feat: Tensor, context: Any, truth: Tensor) -> tuple[Tensor, Tensor]:
+        """Image losses from z (8) and from s (9): the same decoder, one call."""
+        both = self.image.decode(torch.cat([latent_feat, feat]), self.image.repeat_context(context, 2))
+        first, second = both.chunk(2)
+        return image_loss(first, truth), image_loss(second, truth)
+
+    def behaviour_losses(self, start: RSSMState) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        return self.behaviour.losses(start, self.dynamics, lambda feat: self.reward(feat).squeeze(-1))
+
+    def loss_scales(self, stage: str) -> dict[str, float]:
+        config = self.config
+        if stage == "pretrain":
+            return {"mae": 1.0, "image": 1.0, "kl": config.beta_z}
+        return {
+            "mae": 1.0,
+            "latent_image": 1.0,
+            "latent_kl": config.beta_z,
+            "image": 1.0,
+            "kl": config.beta_s,
+            "reward": 1.0,
+            "reward_representative": config.beta_r,
+        }
+
+    def groups(self, run: RunConfig, pretrained: bool) -> list[Group]:
+        if run.stage == "pretrain":
+            return [Group("model", list(self.parameters()), run.pretrain.lr)]
+        online = run.online
+        slow = online.pretrained_lr_factor if pretrained else 1.0
+        freeze = online.freeze_updates if pretrained else 0
+        motion = [*self.motion.parameters(), *self.latent.parameters()]
+        encoder, decoder = self.image.encoder_parameters(), self.image.decoder_parameters()
+        new = [self.adapter, self.dynamics, self.reward, self.reward_representative]
+        return [
+            Group("motion", motion, online.lr * slow, freeze),
+            Group("encoder", encoder, online.lr, freeze),
+            Group("model", [*decoder, *(p for module in new for p in module.parameters())], online.lr),
+            Group("actor", list(self.behaviour.actor.parameters()), online.actor_lr),
+            Group("critic", list(self.behaviour.critic.parameters()), online.critic_lr),
+        ]
+
+    def after_update(self) -> None:
+        if self.action_dim is not None:
+            self.behaviour.after_update()
+
+    # 3. Acting and looking ----------------------------------------------------------------------------------------------------
+
+    def initial_carry(self, batch_size: int) -> Carry:
+        if self.action_dim is None:
+            raise ConfigError("a pre-trained model has no actor; fine-tune it in an environment first")
+        device = next(self.parameters()).device
+        return Carry(
+            self.motion.encoder.start(batch_size, device),
+            self.latent.initial(batch_size),
+            self.dynamics.initial(batch_size),
+            torch.zeros(batch_size, self.action_dim, device=device),
+        )
+
+    def act(self, obs: Batch, carry: Carry, *, explore: bool, window: int = 32) -> tuple[Tensor, Carry]:
+        """One agent step. Only the newest frame's tokens are computed; ``window`` is the training length."""
+        is_first = obs["is_first"][:, 0]
+        motion = self._atomic_actions(obs)
+        agg, cache = self.motion.encoder.step(carry.motion, motion, window)
+        embed = self.image.embed(images(obs))
+        latent = self.latent.obs_step(carry.latent, agg, embed, is_first)
+        observed = self.adapter(self.latent.feat(latent))
+        if self.config.embed_input:
+            observed = torch.cat([embed, observed], -1)
+        state = self.dynamics.obs_step(carry.state, carry.action, observed, is_first)
+        policy = self.behaviour.policy(self.dynamics.feat(state))
+        action = policy.rsample() if explore else policy.mode
+        return action, Carry(cache, latent, state, action)
+
+    def open_loop(self, batch: Batch, context: int) -> dict[str, Tensor]:
+        """Prior rolled out after ``context`` frames with the real motion (paper Fig. 8) and, apart, with a^agg = 0.
+
+        The second row has no information from the future; the first knows how the tracked points move.
+        """
+        shape = (*batch["image"].shape[:2], 3, self.image_size, self.image_size)
+        embed, maps = self.image.encode(images(batch), batch["image"])
+        agg, _ = self.motion.encode(self._atomic_actions(batch), batch["is_first"].cumsum(1))
+        post, _ = self.latent.observe(embed[:, :context], agg[:, :context], batch["is_first"][:, :context])
+        last = RSSMState(*(x[:, -1] for x in post))
+        out = {}
+        for name, actions in (("motion", agg), ("zero_motion", torch.zeros_like(agg))):
+            prior = self.latent.imagine(last, actions[:, context:])
+            feat = torch.cat([self.latent.feat(post), self.latent.feat(prior)], 1)
+            out[name] = self.image.decode(feat, maps).view(shape)
+        return out
+
+    def masked_reconstruction(self, batch: Batch, generator: torch.Generator) -> tuple[Motion, Tensor, Tensor]:
+        motion = self._atomic_actions(batch)
+        masked = random_mask(motion.visible, self.config.dae.mask_ratio, generator)
+        return motion, masked, self.motion.reconstruct(motion, masked, batch["is_first"].cumsum(1))
+
+    def motion_code(self, batch: Batch) -> Tensor:
+        return self.motion.encode(self._atomic_actions(batch), batch["is_first"].cumsum(1))[0]

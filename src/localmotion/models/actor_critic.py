@@ -1,0 +1,98 @@
+"""Actor-critic in imagination, DreamerV2 style: DRP Eqs. 10-12, IPV 2.5. Shapes: N start states, H horizon, A actions, F features."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from localmotion.models.distributions import TruncatedNormal
+from localmotion.models.heads import MLP, actor_distribution
+from localmotion.models.returns import lambda_return
+from localmotion.models.rssm import RSSM, RSSMState
+
+
+class ActorCritic(nn.Module):
+    """Actor, critic and slow critic on world-model features.
+
+    The actor's gradient flows through the dynamics (reparameterised actions, straight-through latents). The world model's own
+    parameters must be left out by the caller: ``backward(inputs=actor parameters)`` skips their gradients altogether.
+    """
+
+    def __init__(
+        self,
+        feat_dim: int,
+        action_dim: int,
+        *,
+        units: int = 400,
+        layers: int = 4,
+        horizon: int = 15,
+        discount: float = 0.99,
+        lambda_: float = 0.95,
+        entropy: float = 1e-4,
+        slow_every: int = 100,
+    ) -> None:
+        super().__init__()
+        self.actor = MLP(feat_dim, 2 * action_dim, units=units, layers=layers)
+        self.critic = MLP(feat_dim, 1, units=units, layers=layers)
+        self.slow_critic = copy.deepcopy(self.critic).requires_grad_(False)
+        self.horizon, self.discount, self.lambda_, self.entropy, self.slow_every = (
+            horizon,
+            discount,
+            lambda_,
+            entropy,
+            slow_every,
+        )
+        self.register_buffer("updates", torch.zeros((), dtype=torch.long))
+        self._updates_seen = -1  # host copy of `updates`, so that the update needs no synchronisation
+
+    def policy(self, feat: Tensor) -> TruncatedNormal:
+        """Action distribution on [-1, 1]^A at features (..., F)."""
+        return actor_distribution(self.actor(feat))
+
+    def losses(
+        self, start: RSSMState, rssm: RSSM, reward: Callable[[Tensor], Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Actor and critic losses from imagined trajectories.
+
+        ``start``: detached states (N, ...). Index i = 0..H; reward(feat) is the behavioural head at state i. As in IPV 2.5 the
+        actor's return starts at i+1, because the reward at state i no longer depends on the action taken there:
+
+            G_i = r_i + gamma [(1 - lambda) v_{i+1} + lambda G_{i+1}],  G_H = v_H                                   (Eq. 10)
+            critic: mean_i gamma^i 1/2 (v(f_i) - sg G_i)^2, i = 0..H-1                                              (Eq. 11)
+            actor:  -mean_i gamma^i (G_{i+1} + eta H[pi(.|f_i)]), i = 0..H-2                                        (Eq. 12)
+        """
+        feats, entropies, state = [rssm.feat(start)], [], start
+        for _ in range(self.horizon):
+            dist = self.policy(feats[-1].detach())
+            entropies.append(dist.entropy().sum(-1))
+            state = rssm.img_step(state, dist.rsample())
+            feats.append(rssm.feat(state))
+        feat = torch.stack(feats)  # (H+1, N, F)
+        rewards = reward(feat).float()  # (H+1, N)
+        values = self.slow_critic(feat).squeeze(-1).float()
+        returns = lambda_return(rewards[:-1], values[1:], values[-1], discount=self.discount, lambda_=self.lambda_)
+        weight = (self.discount ** torch.arange(self.horizon, device=feat.device, dtype=torch.float32)).unsqueeze(1)
+        entropy = torch.stack(entropies).float()  # (H, N)
+        actor = -(weight[:-1] * (returns[1:] + self.entropy * entropy[:-1])).mean()
+        value = self.critic(feat[:-1].detach()).squeeze(-1).float()
+        critic = (weight * 0.5 * (value - returns.detach()).square()).mean()
+        metrics = {
+            "imagined/reward": rewards.mean().detach(),
+            "imagined/return": returns.mean().detach(),
+            "imagined/value": value.mean().detach(),
+            "actor/entropy": entropy.mean().detach(),
+        }
+        return {"actor": actor, "critic": critic}, metrics
+
+    def after_update(self) -> None:
+        """Count an update; hard copy into the slow critic every `slow_every` updates."""
+        if self._updates_seen < 0:
+            self._updates_seen = int(self.updates)
+        self._updates_seen += 1
+        self.updates += 1
+        if self._updates_seen % self.slow_every == 0:
+            for slow, fast in zip(self.slow_critic.parameters(), self.critic.parameters(), strict=True):
+                slow.data.copy_(fast.data)

@@ -1,0 +1,422 @@
+"""Dual-Attention Encoder (DAE): local motion representations from Atomic Actions, and their masked autoencoding.
+
+Paper: "Local Motion Matters" (arXiv 2607.00808), 4.2.2, section 9, Eqs. 5 and 13-19. Shapes: B sequences, T positions, K parts,
+P patch side, d token width. A part's row 0 is [MAT], rows 1..K are the Atomic Actions.
+
+What the paper leaves open, and what is chosen here (each a setting):
+
+* heads, attention_norm: Eqs. 13-19 show one head and no normalisation in front of attention. `heads=1, attention_norm="none"` is
+  that literal form; the default is 4 heads with pre-LayerNorm, which trains stably at 3e-4 without warm-up.
+* [MAT] is a part of its own in inter-frame attention (`mat_inter`) and carries the temporal embedding (`mat_temporal`).
+* CoordEmb: two-layer MLP on coordinates in [-1, 1]. TempEmb: learned table. PatchProj: one linear layer on the flattened patch.
+* The reconstruction decoder attends both ways in time (`decoder_causal=False`): a causal one could not use what the trivial
+  predictor "same part at the nearest visible time" uses.
+
+A token that is masked, invisible, or of another track or episode is never a key or a value: it influences nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class DAEConfig:
+    """Settings of the Dual-Attention Encoder and the masked autoencoding."""
+
+    keypoints: int = 16
+    """Number of tracked keypoints K."""
+    patch: int = 16
+    """Local optical flow patch size P, pixels of the 64x64 frame."""
+    mask_ratio: float = 0.5
+    """MAE mask ratio rho."""
+    blocks: int = 6
+    """Number of Dual Attention Blocks L."""
+    dim: int = 256
+    """Token width d (open in the paper)."""
+    heads: int = 4
+    """Attention heads; 1 is the paper's literal form."""
+    attention_norm: Literal["pre", "none"] = "pre"
+    """LayerNorm in front of both attentions; none is the paper's literal form (Eqs. 17-18)."""
+    mlp_ratio: int = 4
+    """Width of the block's MLP over d."""
+    intra: bool = True
+    """Intra-frame attention (off: the ablation w/o Intra-Atten)."""
+    inter: bool = True
+    """Inter-frame attention (off: w/o Inter-Atten)."""
+    coord: bool = True
+    """Coordinate embedding (off: w/o Coord. Emb.)."""
+    temporal: bool = True
+    """Temporal embedding (off: w/o Temp. Emb.)."""
+    mat_temporal: bool = True
+    """[MAT] carries the temporal embedding too."""
+    mat_inter: bool = True
+    """[MAT] takes part in inter-frame attention as a part of its own."""
+    flow_scale: float = 1.0
+    """Flow is divided by this many pixels before it enters, so that typical moving values are O(1)."""
+    flow_clip: float = 16.0
+    """Flow values beyond this many pixels are clipped: a wrong match must not dominate a squared error."""
+    decoder_blocks: int = 1
+    """Dual-attention blocks of the reconstruction decoder."""
+    decoder_causal: bool = False
+    """Whether the reconstruction decoder may look only back in time."""
+    max_length: int = 64
+    """Rows of the temporal embedding table: longest sequence."""
+    agg_dim: int = 0
+    """Width of a^agg after an optional projection; 0 keeps d."""
+
+
+class Motion(NamedTuple):
+    """Atomic Actions of a batch: patches (B,T,K,P,P,2) scaled flow, coords (B,T,K,2) in [-1,1], visible (B,T,K), track (B,T,K)."""
+
+    patches: Tensor
+    coords: Tensor
+    visible: Tensor
+    track: Tensor
+
+
+def crop_patches(flow: Tensor, points: Tensor, patch: int) -> Tensor:
+    """Crop P x P flow patches centred at points, zeros beyond the border (drp.md 2.5): one gather for the whole batch.
+
+    flow (..., H, W, 2), points (..., K, 2) in pixels -> (..., K, P, P, 2). An even patch has its centre between pixels; it
+    covers [x - P/2, x + P/2) of the rounded position.
+    """
+    *lead, height, width, _ = flow.shape
+    count = points.shape[-2]
+    flat = flow.reshape(-1, height * width, 2)  # (N, HW, 2)
+    centre = torch.floor(points.reshape(-1, count, 2).float() + 0.5).long()  # (N, K, 2)
+    offset = torch.arange(patch, device=flow.device) - patch // 2
+    xs = centre[..., 0:1] + offset  # (N, K, P)
+    ys = centre[..., 1:2] + offset
+    inside = ((ys >= 0) & (ys < height)).unsqueeze(-1) & ((xs >= 0) & (xs < width)).unsqueeze(-2)  # (N, K, P, P)
+    index = ys.clamp(0, height - 1).unsqueeze(-1) * width + xs.clamp(0, width - 1).unsqueeze(-2)  # (N, K, P, P)
+    picked = torch.gather(flat, 1, index.reshape(flat.shape[0], -1, 1).expand(-1, -1, 2))
+    picked = picked.reshape(-1, count, patch, patch, 2) * inside.unsqueeze(-1).to(flow.dtype)
+    return picked.reshape(*lead, count, patch, patch, 2)
+
+
+def atomic_actions(flow: Tensor, tracks: Tensor, visible: Tensor, track_id: Tensor, config: DAEConfig) -> Motion:
+    """Atomic Actions of a batch in the house convention (motion that led to each frame).
+
+    flow (B,T,S,S,2) pixels, tracks (B,T,N,2) pixels of S, visible (B,T,N) bool, track_id (B,T,N); the first K slots are used.
+    """
+    keep = config.keypoints
+    if tracks.shape[-2] < keep:
+        raise ValueError(f"keypoints={keep} but the data holds {tracks.shape[-2]} tracks a clip")
+    points, seen, track = tracks[..., :keep, :], visible[..., :keep], track_id[..., :keep]
+    patches = crop_patches(flow, points, config.patch).float()
+    patches = patches.clamp(-config.flow_clip, config.flow_clip) / config.flow_scale
+    coords = (points.float() + 0.5) * (2.0 / flow.shape[-2]) - 1.0
+    return Motion(patches, coords.clamp(-1.5, 1.5), seen, track)
+
+
+def random_mask(visible: Tensor, ratio: float, generator: torch.Generator | None = None) -> Tensor:
+    """The masked set M: a random share ``ratio`` of the visible (t, k) tokens of each sequence. (B,T,K) bool -> (B,T,K) bool."""
+    shape = visible.shape
+    noise = torch.rand(shape[0], shape[1] * shape[2], device=visible.device, generator=generator)
+    noise = noise.masked_fill(~visible.reshape(shape[0], -1), 2.0)
+    rank = noise.argsort(1).argsort(1)
+    count = (visible.reshape(shape[0], -1).sum(1, keepdim=True).float() * ratio).round()
+    return (rank < count).reshape(shape) & visible
+
+
+class DualAttentionBlock(nn.Module):
+    """One block, Eqs. 17-19: intra-frame attention, inter-frame attention, MLP, each with a residual connection."""
+
+    def __init__(self, config: DAEConfig) -> None:
+        super().__init__()
+        dim, self.heads = config.dim, config.heads
+        if dim % self.heads:
+            raise ValueError(f"dim={dim} is not a multiple of heads={self.heads}")
+        self.use_intra, self.use_inter = config.intra, config.inter
+        norm = config.attention_norm == "pre"
+        self.intra_norm = nn.LayerNorm(dim) if norm else nn.Identity()
+        self.inter_norm = nn.LayerNorm(dim) if norm else nn.Identity()
+        self.intra_qkv = nn.Linear(dim, 3 * dim, bias=False)  # Eq. 13
+        self.inter_qkv = nn.Linear(dim, 3 * dim, bias=False)  # Eq. 15
+        self.mlp_norm = nn.LayerNorm(dim)
+        self.mlp = nn.Sequential(
+            nn.Linear(dim, config.mlp_ratio * dim), nn.GELU(), nn.Linear(config.mlp_ratio * dim, dim)
+        )
+        self.intra_out: nn.Module = nn.Linear(dim, dim) if self.heads > 1 else nn.Identity()
+        self.inter_out: nn.Module = nn.Linear(dim, dim) if self.heads > 1 else nn.Identity()
+
+    def _attend(self, qkv: Tensor, mask: Tensor) -> Tensor:
+        """softmax(Q K^T / sqrt(d_head)) V over the second-last axis. qkv (N, L, 3d), mask (N, 1, L or 1, L) bool -> (N, L, d)."""
+        rows, length, _ = qkv.shape
+        q, k, v = qkv.view(rows, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return out.transpose(1, 2).reshape(rows, length, -1)
+
+    def forward(self, z: Tensor, intra_mask: Tensor, inter_mask: Tensor) -> Tensor:
+        """z (B,T,K+1,d); intra_mask (B*T,1,1,K+1) and inter_mask (B*(K+1),1,T,T): True where a key may be attended to."""
+        batch, time, parts, dim = z.shape
+        if self.use_intra:
+            qkv = self.intra_qkv(self.intra_norm(z)).reshape(batch * time, parts, 3 * dim)
+            z = z + self.intra_out(self._attend(qkv, intra_mask)).view(batch, time, parts, dim)  # Eq. 17
+        if self.use_inter:
+            qkv = self.inter_qkv(self.inter_norm(z)).transpose(1, 2).reshape(batch * parts, time, 3 * dim)
+            out = self.inter_out(self._attend(qkv, inter_mask))
+            z = z + out.view(batch, parts, time, dim).transpose(1, 2)  # Eq. 18
+        return z + self.mlp(self.mlp_norm(z))  # Eq. 19
+
+    def step(self, z: Tensor, cache: Tensor, intra_mask: Tensor, inter_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """One new position with cached inter-frame keys and values (acting).
+
+        z (B,1,K+1,d); cache (B*(K+1), t, 2d) of the positions before; inter_mask (B*(K+1),1,1,t+1). Returns the block's output
+        at the new position and the grown cache.
+        """
+        batch, _, parts, dim = z.shape
+        if self.use_intra:
+            qkv = self.intra_qkv(self.intra_norm(z)).reshape(batch, parts, 3 * dim)
+            z = z + self.intra_out(self._attend(qkv, intra_mask)).view(batch, 1, parts, dim)
+        if self.use_inter:
+            qkv = self.inter_qkv(self.inter_norm(z)).transpose(1, 2).reshape(batch * parts, 1, 3 * dim)
+            cache = torch.cat([cache, qkv[..., dim:].to(cache.dtype)], 1)
+            q, k, v = qkv[..., :dim], cache[..., :dim].to(qkv.dtype), cache[..., dim:].to(qkv.dtype)
+            split = [x.reshape(batch * parts, -1, self.heads, dim // self.heads).transpose(1, 2) for x in (q, k, v)]
+            out = F.scaled_dot_product_attention(split[0], split[1], split[2], attn_mask=inter_mask)
+            out = self.inter_out(out.transpose(1, 2).reshape(batch * parts, 1, dim))
+            z = z + out.view(batch, parts, 1, dim).transpose(1, 2)
+        return z + self.mlp(self.mlp_norm(z)), cache
+
+
+class DAECache(NamedTuple):
+    """What acting keeps of a window: inputs of the last positions (to re-encode) and the inter-frame keys and values."""
+
+    motion: Motion  # of the positions so far, (B, t, K, ...)
+    blocks: tuple[Tensor, ...]  # per block (B*(K+1), t, 2d)
+
+
+class DualAttentionEncoder(nn.Module):
+    """The DAE: tokens and [MAT] through L dual-attention blocks.
+
+    Invariants (tested): the output at position t does not change when anything after t changes; permuting the parts permutes the
+    local outputs and leaves a^agg unchanged; a masked or invisible token influences nothing.
+    """
+
+    def __init__(self, config: DAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        dim = config.dim
+        self.patch_proj = nn.Linear(config.patch * config.patch * 2, dim)
+        self.coord_embed = nn.Sequential(nn.Linear(2, dim), nn.GELU(), nn.Linear(dim, dim))
+        self.time_embed = nn.Parameter(torch.randn(config.max_length, dim) * 0.02)
+        self.mat = nn.Parameter(torch.randn(dim) * 0.02)
+        self.blocks = nn.ModuleList(DualAttentionBlock(config) for _ in range(config.blocks))
+        self.project: nn.Module = nn.Linear(dim, config.agg_dim) if config.agg_dim else nn.Identity()
+        self.out_norm: nn.Module = nn.LayerNorm(dim) if config.attention_norm == "pre" else nn.Identity()
+
+    @property
+    def agg_dim(self) -> int:
+        """Width of a^agg."""
+        return self.config.agg_dim or self.config.dim
+
+    def tokens(self, motion: Motion, start: int = 0) -> Tensor:
+        """tau = PatchProj(u) + CoordEmb(p) + TempEmb(t), with [MAT] in front: (B, T, K+1, d)."""
+        batch, time = motion.visible.shape[:2]
+        config = self.config
+        if start + time > config.max_length:
+            raise ValueError(
+                f"a sequence of {start + time} positions is longer than dae.max_length={config.max_length}"
+            )
+        tau = self.patch_proj(motion.patches.flatten(-3))
+        if config.coord:
+            tau = tau + self.coord_embed(motion.coords)
+        when = self.time_embed[start : start + time]  # (T, d)
+        if config.temporal:
+            tau = tau + when[None, :, None]
+        mat = self.mat.expand(batch, time, 1, -1)
+        if config.temporal and config.mat_temporal:
+            mat = mat + when[None, :, None]
+        return torch.cat([mat.to(tau.dtype), tau], 2)
+
+    def masks(self, visible: Tensor, track: Tensor, episode: Tensor, causal: bool = True) -> tuple[Tensor, Tensor]:
+        """Attention masks from what may be a key. visible, track (B,T,K); episode (B,T) -> (B*T,1,1,K+1), (B*(K+1),1,T,T)."""
+        batch, time, parts = visible.shape
+        always = torch.ones(batch, time, 1, dtype=torch.bool, device=visible.device)
+        keys = torch.cat([always, visible], 2)  # (B, T, K+1); [MAT] is always a key
+        intra = keys.reshape(batch * time, 1, 1, parts + 1)
+        same = (episode[:, :, None] == episode[:, None, :])[:, None]  # (B, 1, T, T)
+        eye = torch.eye(time, dtype=torch.bool, device=visible.device)
+        allowed = same.tril() if causal else same
+        per_track = track.transpose(1, 2)  # (B, K, T)
+        part = allowed & visible.transpose(1, 2).unsqueeze(2) & (per_track.unsqueeze(3) == per_track.unsqueeze(2))
+        mat = allowed if self.config.mat_inter else eye.expand(batch, 1, time, time)
+        # An invisible query attends to itself alone, so that no row is empty; its output is read by nobody.
+        inter = torch.cat([mat, part | eye], 1)  # (B, K+1, T, T)
+        return intra, inter.reshape(batch * (parts + 1), 1, time, time)
+
+    def forward(self, motion: Motion, episode: Tensor) -> tuple[Tensor, Tensor]:
+        """a^agg (B,T,agg_dim) and local motion representations (B,T,K,d).
+
+        ``episode`` (B,T) integers: positions of different episodes never attend to each other (cumulative sum of is_first).
+        """
+        z = self.tokens(motion)
+        intra, inter = self.masks(motion.visible, motion.track, episode)
+        for block in self.blocks:
+            z = block(z, intra, inter)
+        z = self.out_norm(z)
+        return self.project(z[:, :, 0]), z[:, :, 1:]
+
+    # Acting ---------------------------------------------------------------------------------------------------------------
+
+    def start(self, batch: int, device: torch.device) -> DAECache:
+        """An empty window."""
+        config = self.config
+        k, p = config.keypoints, config.patch
+        motion = Motion(
+            torch.zeros(batch, 0, k, p, p, 2, device=device),
+            torch.zeros(batch, 0, k, 2, device=device),
+            torch.zeros(batch, 0, k, dtype=torch.bool, device=device),
+            torch.zeros(batch, 0, k, dtype=torch.int32, device=device),
+        )
+        return DAECache(
+            motion, tuple(torch.zeros(batch * (k + 1), 0, 2 * config.dim, device=device) for _ in self.blocks)
+        )
+
+    def step(self, cache: DAECache, motion: Motion, window: int) -> tuple[Tensor, DAECache]:
+        """a^agg (B, agg_dim) of one new position; motion has T=1. All positions of a window belong to one episode.
+
+        When ``window`` positions (the training length) are full, the most recent half is re-encoded from position 0 and the
+        window goes on from there, so that the temporal embedding never leaves what training has seen.
+        """
+        config = self.config
+        time = cache.motion.visible.shape[1]
+        if time >= window:
+            recent = Motion(*(x[:, time - window // 2 :] for x in cache.motion))
+            cache = self._encode_window(recent)
+            time = window // 2
+        joined = Motion(*(torch.cat([old, new], 1) for old, new in zip(cache.motion, motion, strict=True)))
+        batch, _, parts = motion.visible.shape
+        always = torch.ones(batch, 1, 1, dtype=torch.bool, device=motion.visible.device)
+        intra = torch.cat([always, motion.visible], 2).reshape(batch, 1, 1, parts + 1)
+        seen = joined.visible & (joined.track == motion.track)  # (B, t+1, K)
+        seen[:, -1] = True
+        mat = torch.ones(batch, time + 1, 1, dtype=torch.bool, device=seen.device)
+        if not config.mat_inter:
+            mat[:, :-1] = False
+        inter = torch.cat([mat, seen], 2).transpose(1, 2).reshape(batch * (parts + 1), 1, 1, time + 1)
+        z = self.tokens(motion, start=time)
+        blocks = []
+        for block, old in zip(self.blocks, cache.blocks, strict=True):
+            z, new = block.step(z, old, intra, inter)
+            blocks.append(new)
+        return self.project(self.out_norm(z)[:, 0, 0]), DAECache(joined, tuple(blocks))
+
+    def _encode_window(self, motion: Motion) -> DAECache:
+        """Keys and values of a whole window at once."""
+        batch, time, parts = motion.visible.shape
+        episode = torch.zeros(batch, time, dtype=torch.long, device=motion.visible.device)
+        intra, inter = self.masks(motion.visible, motion.track, episode)
+        z = self.tokens(motion)
+        blocks = []
+        for block in self.blocks:
+            y = z
+            if block.use_intra:
+                qkv = block.intra_qkv(block.intra_norm(y)).reshape(batch * time, parts + 1, -1)
+                y = y + block.intra_out(block._attend(qkv, intra)).view(batch, time, parts + 1, -1)
+            kv = block.inter_qkv(block.inter_norm(y))[..., self.config.dim :]
+            blocks.append(kv.transpose(1, 2).reshape(batch * (parts + 1), time, -1).float())
+            z = block(z, intra, inter)
+        return DAECache(motion, tuple(blocks))
+
+
+class MotionDecoder(nn.Module):
+    """The light decoder of the masked autoencoding: mask tokens with their coordinate and temporal embeddings -> raw patches."""
+
+    def __init__(self, config: DAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.mask_token = nn.Parameter(torch.randn(config.dim) * 0.02)
+        self.embed = nn.Linear(config.dim, config.dim)
+        self.blocks = nn.ModuleList(DualAttentionBlock(config) for _ in range(config.decoder_blocks))
+        self.norm = nn.LayerNorm(config.dim)
+        self.out = nn.Linear(config.dim, config.patch * config.patch * 2)
+
+    def forward(
+        self, encoder: DualAttentionEncoder, agg: Tensor, local: Tensor, motion: Motion, masked: Tensor, episode: Tensor
+    ) -> Tensor:
+        """Reconstructed patches (B,T,K,P,P,2) in scaled flow, from encodings in which ``masked`` (B,T,K) tokens were hidden.
+
+        ``agg`` (B,T,d) is the encoder's [MAT] row before projection, ``local`` (B,T,K,d); ``motion`` gives coordinates and
+        which tokens exist: an invisible token is no key here either.
+        """
+        batch, time, parts = masked.shape
+        config = self.config
+        hidden = self.mask_token
+        if config.coord:
+            hidden = hidden + encoder.coord_embed(motion.coords)
+        if config.temporal:
+            hidden = hidden + encoder.time_embed[:time][None, :, None]
+        hidden = hidden.expand(batch, time, parts, config.dim).to(local.dtype)
+        z = torch.where(masked.unsqueeze(-1), hidden, self.embed(local))
+        z = torch.cat([self.embed(agg).unsqueeze(2).to(z.dtype), z], 2)
+        intra, inter = encoder.masks(motion.visible, motion.track, episode, causal=config.decoder_causal)
+        for block in self.blocks:
+            z = block(z, intra, inter)
+        out = self.out(self.norm(z[:, :, 1:]))
+        return out.view(batch, time, parts, config.patch, config.patch, 2)
+
+
+class MaskedMotion(nn.Module):
+    """DAE and its reconstruction decoder together: a^agg of the full motion and the MAE loss in one batched pass (Eq. 5)."""
+
+    def __init__(self, config: DAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = DualAttentionEncoder(config)
+        self.decoder = MotionDecoder(config)
+
+    def encode(self, motion: Motion, episode: Tensor) -> tuple[Tensor, Tensor]:
+        """a^agg (B,T,agg_dim) and local representations of all visible tokens, nothing masked."""
+        agg, local = self.encoder(motion, episode)
+        return agg, local
+
+    def reconstruct(self, motion: Motion, masked: Tensor, episode: Tensor) -> Tensor:
+        """Patches rebuilt with the ``masked`` tokens hidden from the encoder: (B,T,K,P,P,2)."""
+        hidden = motion._replace(visible=motion.visible & ~masked)
+        z_mat, local = self._encode_raw(hidden, episode)
+        return self.decoder(self.encoder, z_mat, local, motion, masked, episode)
+
+    def _encode_raw(self, motion: Motion, episode: Tensor) -> tuple[Tensor, Tensor]:
+        encoder = self.encoder
+        z = encoder.tokens(motion)
+        intra, inter = encoder.masks(motion.visible, motion.track, episode)
+        for block in encoder.blocks:
+            z = block(z, intra, inter)
+        z = encoder.out_norm(z)
+        return z[:, :, 0], z[:, :, 1:]
+
+    def forward(
+        self, motion: Motion, episode: Tensor, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """a^agg (B,T,agg_dim) of the unmasked motion, local representations (B,T,K,d), and the MAE loss (scalar, Eq. 5).
+
+        The masked and the unmasked pass go through the encoder as one batch of 2B.
+        """
+        masked = random_mask(motion.visible, self.config.mask_ratio, generator)
+        twice = Motion(
+            torch.cat([motion.patches] * 2),
+            torch.cat([motion.coords] * 2),
+            torch.cat([motion.visible, motion.visible & ~masked]),
+            torch.cat([motion.track] * 2),
+        )
+        z_mat, local = self._encode_raw(twice, torch.cat([episode] * 2))
+        full_mat, hidden_mat = z_mat.chunk(2)
+        full_local, hidden_local = local.chunk(2)
+        rebuilt = self.decoder(self.encoder, hidden_mat, hidden_local, motion, masked, episode)
+        loss = mae_loss(rebuilt, motion.patches, masked)
+        return self.encoder.project(full_mat), full_local, loss
+
+
+def mae_loss(rebuilt: Tensor, patches: Tensor, masked: Tensor) -> Tensor:
+    """Eq. 5: mean over the masked set M of the squared error of the whole patch. Zero when nothing is masked."""
+    error = (rebuilt.float() - patches.float()).square().flatten(-3).sum(-1)  # (B, T, K)
+    weight = masked.to(error.dtype)
+    return (error * weight).sum() / weight.sum().clamp(min=1.0)

@@ -1,0 +1,239 @@
+"""Pictures of the report, as PNG bytes: flow as colour, prediction strips, masked reconstructions of flow patches.
+
+Labels are drawn in a grey that reads on white and on a dark page, on a transparent ground, so one picture serves both.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from numpy.typing import ArrayLike, NDArray
+
+from localmotion.evaluation.metrics import psnr
+from localmotion.report.style import WIDTH, plain, styled
+
+Pixels = NDArray[np.uint8]
+GREY = "#808895"
+"""Contrast at least 3.5 on #ffffff and on #14171d."""
+OBSERVED, IMAGINED = (0, 150, 105), (213, 70, 40)
+HIDDEN = (148, 152, 160)
+DPI = 200
+
+# The wheel of Baker et al., "A Database and Evaluation Methodology for Optical Flow" (2011): arcs between six pure
+# hues, their lengths chosen for how many steps the eye tells apart.
+_WHEEL_AT = np.cumsum([0, 15, 6, 4, 11, 13, 6]) / 55.0
+_WHEEL = np.array([[1, 0, 0], [1, 1, 0], [0, 1, 0], [0, 1, 1], [0, 0, 1], [1, 0, 1], [1, 0, 0]], dtype=np.float64)
+
+
+def flow_to_rgb(flow: ArrayLike, max_magnitude: float) -> Pixels:
+    """Colour of motion: (..., 2) flow in pixels (x right, y down) -> (..., 3) uint8.
+
+    Hue is direction (red: right, then clockwise through yellow, green, cyan and blue), saturation is magnitude up to
+    ``max_magnitude``, white is no motion. Non-finite vectors are grey. Raises ValueError for another last dimension,
+    or a ``max_magnitude`` that is not positive.
+    """
+    field = np.asarray(flow, dtype=np.float64)
+    if field.ndim < 1 or field.shape[-1] != 2:
+        raise ValueError(f"flow must be (..., 2), not {field.shape}")
+    if not max_magnitude > 0:
+        raise ValueError(f"max_magnitude must be positive, not {max_magnitude}")
+    known = np.asarray(np.isfinite(field).all(axis=-1))
+    field = np.where(known[..., None], field, 0.0)
+    turn = np.arctan2(field[..., 1], field[..., 0]) / (2 * math.pi) % 1.0
+    strength = np.minimum(np.hypot(field[..., 0], field[..., 1]) / max_magnitude, 1.0)[..., None]
+    hue = np.stack([np.interp(turn, _WHEEL_AT, _WHEEL[:, c]) for c in range(3)], axis=-1)
+    colour = np.rint(255 * (1 - strength * (1 - hue))).astype(np.uint8)
+    return np.where(known[..., None], colour, np.array(HIDDEN, dtype=np.uint8))
+
+
+def error_to_rgb(error: ArrayLike, top: float) -> Pixels:
+    """Absolute error (H, W) -> (H, W, 3) uint8: black over red and orange to pale yellow at ``top`` (map "inferno")."""
+    from matplotlib import colormaps
+
+    scaled = np.clip(np.asarray(error, dtype=np.float64) / max(top, 1e-9), 0, 1)
+    return np.rint(255 * colormaps["inferno"](scaled)[..., :3]).astype(np.uint8)
+
+
+def _canvas(width: float, height: float, pixels_across: float, pixels_down: float) -> tuple[Figure, Axes]:
+    """A transparent figure whose one axes is measured in picture pixels, y down, filling all of it."""
+    figure = Figure(figsize=(width, height), dpi=DPI)
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set_axis_off()
+    axes.set_xlim(0, pixels_across)
+    axes.set_ylim(pixels_down, 0)
+    return figure, axes
+
+
+def _save(figure: Figure, transparent: bool = True) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", transparent=transparent, dpi=DPI, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _frame_psnr(truth: Pixels, prediction: Pixels) -> NDArray[np.float64]:
+    """(T,) PSNR in dB of (T, H, W, 3) uint8 frames."""
+    a, b = (torch.from_numpy(np.ascontiguousarray(x)).permute(0, 3, 1, 2) for x in (prediction, truth))
+    return psnr(a, b).numpy()
+
+
+def strip_times(frames: int, context: int, columns: int = 12) -> list[int]:
+    """Frames a strip shows: the last observed ones (at most 3), then evenly spread imagined ones up to the end."""
+    observed = min(3, context, columns // 2)
+    times = list(range(context - observed, context))
+    left = min(columns - observed, frames - context)
+    return times + sorted({round(t) for t in np.linspace(context, frames - 1, left)}) if left > 0 else times
+
+
+@styled
+def prediction_strips(
+    truth: Pixels,
+    predictions: Mapping[str, Pixels],
+    *,
+    context: int,
+    title: str = "",
+    columns: int = 12,
+    transparent: bool = False,
+) -> bytes:
+    """Open-loop predictions of N clips as one PNG: a row of truth, then for each named prediction its frames and its error.
+
+    ``truth`` and each of ``predictions`` (N, T, H, W, 3) uint8; the first ``context`` frames were observed (framed
+    green), the rest imagined (framed red). Under each imagined frame stands its PSNR in dB. The error is the absolute
+    difference, averaged over channels, on one scale for the whole picture. ``transparent`` leaves the ground to the
+    page; otherwise it is white. Raises ValueError for other shapes or dtypes, no clip or no prediction.
+    """
+    shapes = [x.shape for x in (truth, *predictions.values())]
+    if truth.ndim != 5 or truth.shape[-1] != 3 or len(truth) == 0 or len(shapes) < 2 or len(set(shapes)) > 1:
+        raise ValueError(f"strips need a truth and predictions of one shape (N, T, H, W, 3), not {shapes}")
+    if any(x.dtype != np.uint8 for x in (truth, *predictions.values())):
+        raise ValueError("strips need uint8 frames")
+    N, T, H, W = truth.shape[:4]
+    if not 0 <= context <= T:
+        raise ValueError(f"context must be within 0..{T}, not {context}")
+    times = strip_times(T, context, columns)
+    imagined = np.array(times) >= context
+    shown = truth[:, times]
+    errors = {
+        name: np.abs(p[:, times].astype(np.float64) - shown).mean(axis=-1) / 255 for name, p in predictions.items()
+    }  # (N, columns, H, W)
+    peaks = [float(np.quantile(e[:, imagined], 0.995)) for e in errors.values() if imagined.any()]
+    top = max(0.05, math.ceil(max(peaks, default=0.0) * 20) / 20)
+
+    # Laid out in units of a picture's width: `label` is the column of names, `line` the height of a line of text.
+    gap, label, line = 0.13, 1.3, 0.3
+    aspect = H / W
+    clip_height = (1 + 2 * len(predictions)) * (aspect + gap) + len(predictions) * line
+    head = line * (2.4 if title else 1.2)
+    across = label + len(times) * (1 + gap)
+    down = head + N * clip_height + (N - 1) * line
+    figure, axes = _canvas(WIDTH, WIDTH * down / across, across, down)
+
+    def row(y: float, name: str, pictures: Pixels, quality: NDArray[np.float64] | None = None) -> float:
+        axes.text(label - 0.14, y + aspect / 2, name, ha="right", va="center", color=GREY, fontsize=8.5)
+        for j, picture in enumerate(pictures):
+            x = label + j * (1 + gap)
+            colour = tuple(c / 255 for c in (IMAGINED if imagined[j] else OBSERVED))
+            axes.add_patch(Rectangle((x - 0.04, y - 0.04), 1.08, aspect + 0.08, color=colour, lw=0))
+            axes.imshow(picture, extent=(x, x + 1, y + aspect, y), interpolation="nearest", aspect="auto", zorder=2)
+            if quality is not None and imagined[j]:
+                text = f"{quality[j]:.1f} dB" if math.isfinite(quality[j]) else "exact"
+                axes.text(x + 0.5, y + aspect + line * 0.55, text, ha="center", va="center", color=GREY, fontsize=7.2)
+        return y + aspect + gap + (line if quality is not None else 0.0)
+
+    if title:
+        axes.text(0.1, line * 0.6, plain(title, 90), va="center", color=GREY, fontsize=10, weight="bold")
+    for j, t in enumerate(times):
+        text = f"t = {t}" if j == 0 else str(t)
+        axes.text(
+            label + j * (1 + gap) + 0.5, head - line * 0.55, text, ha="center", va="center", color=GREY, fontsize=7.6
+        )
+    y = head
+    for n in range(N):
+        y = row(y, "truth", shown[n])
+        for name, prediction in predictions.items():
+            y = row(
+                y,
+                plain(name, 40).replace(", ", ",\n"),
+                prediction[n, times],
+                _frame_psnr(shown[n], prediction[n, times]),
+            )
+            y = row(y, f"error\n0 to {top:.2f}", error_to_rgb(errors[name][n], top))
+        y += line
+    axes.set_xlim(0, across)
+    axes.set_ylim(down, 0)
+    return _save(figure, transparent)
+
+
+@styled
+def masked_reconstruction(
+    truth: ArrayLike,
+    masked: ArrayLike,
+    reconstruction: ArrayLike,
+    *,
+    max_magnitude: float | None = None,
+    columns: int = 12,
+) -> bytes:
+    """Flow patches as a PNG: truth, what the encoder saw, and its reconstruction, with bars of mean magnitude.
+
+    Three arrays (M, P, P, 2) float, x then y, in pixels or the model's scaled units; the first ``columns`` patches
+    are drawn. A patch is hidden where ``masked`` is not finite, or zero although the truth is not; it is drawn grey,
+    and where all are hidden that row is left out. Colours as `flow_to_rgb`, one scale for all (``max_magnitude``;
+    default the truth's 99th percentile). Raises ValueError for shapes.
+    """
+    t, m, r = (np.asarray(x, dtype=np.float64)[:columns] for x in (truth, masked, reconstruction))
+    if t.ndim != 4 or t.shape[-1] != 2 or t.shape != m.shape or t.shape != r.shape or len(t) == 0:
+        raise ValueError(f"patches must be equal (M, P, P, 2) arrays, not {t.shape}, {m.shape}, {r.shape}")
+    if not (np.isfinite(t).all() and np.isfinite(r).all()):
+        raise ValueError("truth and reconstruction must be finite")
+    sizes = [np.hypot(x[..., 0], x[..., 1]) for x in (t, r)]  # (M, P, P)
+    scale = max_magnitude if max_magnitude is not None else max(float(np.quantile(sizes[0], 0.99)), 1e-3)
+    empty = (m == 0).all(axis=(1, 2, 3)) & (t != 0).any(axis=(1, 2, 3))
+    m = np.where(empty[:, None, None, None], np.nan, m)
+    rows = [("truth", t), ("seen", m), ("reconstruction", r)]
+    if not np.isfinite(m).any():
+        del rows[1]  # every patch was hidden: a row of grey says nothing
+    bars = [s.mean(axis=(1, 2)) for s in sizes]  # (M,) each
+    full = max(float(np.max(bars)), 1e-9)
+
+    gap, label, bar = 0.14, 2.0, 0.62
+    M = len(t)
+    across, down = label + max(M, 6) * (1 + gap) + 2.2, len(rows) * (1 + gap) + bar + 0.25
+    figure, axes = _canvas(WIDTH, WIDTH * down / across, across, down)
+    font = 8.2
+    for row, (name, patches) in enumerate(rows):
+        y = row * (1 + gap) + 0.05
+        axes.text(label - 0.14, y + 0.5, name, ha="right", va="center", color=GREY, fontsize=font)
+        for j, patch in enumerate(patches):
+            x = label + j * (1 + gap)
+            axes.add_patch(Rectangle((x - 0.015, y - 0.015), 1.03, 1.03, color=GREY, lw=0))
+            axes.imshow(flow_to_rgb(patch, scale), extent=(x, x + 1, y + 1, y), interpolation="nearest", zorder=2)
+    y = len(rows) * (1 + gap) + 0.1
+    axes.text(label - 0.14, y + bar / 2, "mean magnitude", ha="right", va="center", color=GREY, fontsize=font)
+    for j in range(M):
+        x = label + j * (1 + gap)
+        for k, (values, colour) in enumerate(zip(bars, (GREY, tuple(c / 255 for c in IMAGINED)), strict=True)):
+            axes.add_patch(Rectangle((x, y + k * 0.3), max(values[j] / full, 0.015), 0.22, color=colour, lw=0))
+    x = label + max(M, 6) * (1 + gap) + 0.2
+    _wheel(axes, x, 0.35, scale, font)
+    for k, (name, colour) in enumerate((("truth", GREY), ("reconstruction", tuple(c / 255 for c in IMAGINED)))):
+        axes.add_patch(Rectangle((x, y + k * 0.3), 0.22, 0.22, color=colour, lw=0))
+        axes.text(x + 0.34, y + k * 0.3 + 0.12, name, va="center", color=GREY, fontsize=font - 0.8)
+    axes.set_xlim(0, across)
+    axes.set_ylim(down, 0)
+    return _save(figure)
+
+
+def _wheel(axes: Axes, x: float, y: float, scale: float, font: float) -> None:
+    side = np.linspace(-1, 1, 161)
+    field = np.stack(np.meshgrid(side, side), axis=-1)
+    disc = flow_to_rgb(field, 1.0)
+    alpha = (np.linalg.norm(field, axis=-1) <= 1).astype(np.uint8) * 255
+    axes.imshow(np.dstack([disc, alpha]), extent=(x, x + 1.5, y + 1.5, y), zorder=2)
+    axes.text(x + 0.75, y - 0.16, "direction", ha="center", va="center", color=GREY, fontsize=font - 0.8)
+    axes.text(x + 0.75, y + 1.68, f"rim {scale:.2g}", ha="center", va="center", color=GREY, fontsize=font - 0.8)

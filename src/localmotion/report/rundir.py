@@ -1,0 +1,203 @@
+"""Reading run directories: plain files that describe a run, so that a report needs no service and no training code.
+
+    RUN/config.json        settings, a nested dict with at least method, stage (pretrain, finetune, train), preset, seed
+                           and env
+    RUN/command.txt        the command that made it
+    RUN/environment.json   versions, device, threads, precision, GL backend
+    RUN/status.json        {"state": "running" | "finished" | "interrupted" | "failed", ...}
+    RUN/metrics.jsonl      one JSON object a line, told apart by "kind": train, episode, eval, pretrain, heldout
+    RUN/media/             pictures, videos and arrays written on the way
+
+Only config.json or metrics.jsonl must be there. Whatever else is missing or damaged becomes a sentence in
+`RunData.notices`; a torn last line (a killed run) is counted and left out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from localmotion.errors import CheckpointError
+
+Floats = NDArray[np.float64]
+Line = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RunData:
+    """One run directory in memory. ``lines`` keeps the order of the file, by kind; ``notices`` are plain sentences."""
+
+    path: Path
+    config: dict[str, Any]
+    command: str
+    environment: dict[str, Any]
+    status: dict[str, Any]
+    lines: dict[str, list[Line]]
+    bad_lines: int
+    """Lines of metrics.jsonl that are not a JSON object with a "kind": torn by a kill, or damaged."""
+    notices: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return self.path.name or str(self.path)
+
+    @property
+    def method(self) -> str:
+        return str(self.setting("method", "unknown method"))
+
+    @property
+    def stage(self) -> str:
+        return str(self.setting("stage", "unknown stage"))
+
+    @property
+    def preset(self) -> str:
+        return str(self.setting("preset", "") or "")
+
+    @property
+    def env(self) -> str:
+        return str(self.setting("env", "") or "")
+
+    @property
+    def seed(self) -> int | None:
+        value = self.setting("seed")
+        return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+    @property
+    def state(self) -> str:
+        return str(self.status.get("state", "unknown"))
+
+    @property
+    def checkpoint(self) -> str:
+        """The run or file whose weights it started from, "" for a run from scratch."""
+        return str(self.setting("checkpoint", "") or "")
+
+    def setting(self, name: str, default: Any = None) -> Any:
+        """A setting by its last name: the top level's, else the first found in the nested dicts, breadth first."""
+        level: list[Mapping[str, Any]] = [self.config]
+        while level:
+            for values in level:
+                if name in values:
+                    return values[name]
+            level = [v for values in level for v in values.values() if isinstance(v, Mapping)]
+        return default
+
+    def keys(self, kind: str) -> list[str]:
+        """Names of the fields that hold a number in any line of this kind, sorted."""
+        return sorted({k for line in self.lines.get(kind, ()) for k, v in line.items() if _is_number(v)})
+
+    def series(self, kind: str, key: str, x: str = "env_step") -> tuple[Floats, Floats]:
+        """``key`` against ``x`` over the lines of one kind that have both: two (n,) vectors, x strictly increasing.
+
+        A resumed run may write some steps again: where x falls back, what stood from there on is superseded by the
+        later lines. Non-finite values are kept, as NaN or infinity.
+        """
+        pairs = [
+            (line[x], line[key])
+            for line in self.lines.get(kind, ())
+            if _is_number(line.get(x)) and _is_number(line.get(key))
+        ]
+        xs, ys = np.array(pairs, dtype=np.float64).reshape(-1, 2).T
+        keep = superseded_by_none(xs)
+        return xs[keep], ys[keep]
+
+    def last(self, kind: str) -> Line | None:
+        """The newest line of a kind, None if there is none."""
+        lines = self.lines.get(kind)
+        return lines[-1] if lines else None
+
+    def media(self, pattern: str) -> list[Path]:
+        """Files of RUN/media that match a glob pattern, sorted by name."""
+        folder = self.path / "media"
+        return sorted(p for p in folder.glob(pattern) if p.is_file()) if folder.is_dir() else []
+
+
+def superseded_by_none(xs: Floats) -> NDArray[np.bool_]:
+    """(n,) True where no later entry is equal or smaller: what remains increases strictly."""
+    later = np.append(np.fmin.accumulate(xs[::-1])[::-1][1:], np.inf) if len(xs) else xs
+    return xs < later
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _read_dict(path: Path, notices: list[str]) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        notices.append(f"{path.name} is missing.")
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        notices.append(f"{path.name} cannot be read ({error}).")
+        return {}
+    if not isinstance(value, dict):
+        notices.append(f"{path.name} does not hold an object.")
+        return {}
+    return value
+
+
+def _read_text(path: Path, notices: list[str]) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").strip()
+    except FileNotFoundError:
+        notices.append(f"{path.name} is missing.")
+    except OSError as error:
+        notices.append(f"{path.name} cannot be read ({error}).")
+    return ""
+
+
+def _parse_lines(path: Path) -> Iterator[Line | None]:
+    """Each line of a metrics file as a dict, None for one that is not an object with a kind."""
+    with path.open("rb") as file:
+        for raw in file:
+            if not raw.strip():
+                continue
+            try:
+                line = json.loads(raw)
+            except (ValueError, RecursionError):  # also UnicodeDecodeError: a line torn inside a character
+                yield None
+                continue
+            yield line if isinstance(line, dict) and isinstance(line.get("kind"), str) else None
+
+
+def load_run(path: str | Path) -> RunData:
+    """Read a run directory.
+
+    Raises CheckpointError if ``path`` is no directory or holds neither config.json nor metrics.jsonl; anything else
+    that is missing or damaged is told in `RunData.notices`.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such run directory; give the folder that --run named")
+    metrics = path / "metrics.jsonl"
+    if not metrics.is_file() and not (path / "config.json").is_file():
+        raise CheckpointError(f"{path}: not a run directory: it has neither config.json nor metrics.jsonl")
+    notices: list[str] = []
+    lines: dict[str, list[Line]] = {}
+    bad = 0
+    if metrics.is_file():
+        for line in _parse_lines(metrics):
+            if line is None:
+                bad += 1
+            else:
+                lines.setdefault(line["kind"], []).append(line)
+    else:
+        notices.append("metrics.jsonl is missing: the run wrote no numbers yet.")
+    if bad:
+        notices.append(f"metrics.jsonl has {bad} unreadable line{'s' * (bad > 1)}, left out (a killed run leaves one).")
+    return RunData(
+        path=path,
+        config=_read_dict(path / "config.json", notices),
+        command=_read_text(path / "command.txt", notices),
+        environment=_read_dict(path / "environment.json", notices),
+        status=_read_dict(path / "status.json", notices),
+        lines=lines,
+        bad_lines=bad,
+        notices=tuple(notices),
+    )

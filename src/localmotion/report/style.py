@@ -1,0 +1,102 @@
+"""The look that charts and pictures of a report share: palette, fonts, number and label formats, light and dark."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import matplotlib as mpl
+from matplotlib import font_manager
+from matplotlib.ticker import FuncFormatter
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+GROUND, INK, MUTED, GRID = "#ffffff", "#1c2330", "#667085", "#dfe3ea"
+PALETTE = ("#0067a8", "#d55e00", "#00875f", "#b0488a", "#b07a00", "#3d9fd8", "#5b4bb5", "#7a6a55")
+_DARK = {
+    GROUND: "#14171d",
+    INK: "#e7eaf0",
+    MUTED: "#98a2b3",
+    GRID: "#2c323d",
+    "#0067a8": "#4aa8e8",
+    "#d55e00": "#ff8a4c",
+    "#00875f": "#35c796",
+    "#b0488a": "#e58cc3",
+    "#b07a00": "#e8b339",
+    "#3d9fd8": "#8ecdf2",
+    "#5b4bb5": "#a79bf0",
+    "#7a6a55": "#c2b29a",
+}
+WIDTH = 9.6
+"""Width of a full-page chart in inches: 96 CSS pixels each, so that charts stand in the page unscaled."""
+_FONTS = ("Inter", "Helvetica Neue", "Helvetica", "Arial", "Liberation Sans", "Noto Sans")
+
+
+@functools.cache
+def font() -> list[str]:
+    """The first of the page's font families that this machine has, with matplotlib's own one for its gaps."""
+    known = set(font_manager.get_font_names())
+    return [next((f for f in _FONTS if f in known), "DejaVu Sans"), "DejaVu Sans"]
+
+
+def plain(text: object, limit: int = 60) -> str:
+    """Text safe to draw: no control characters, cut at ``limit`` characters, not hidden by a leading "_"."""
+    shown = "".join(c if c.isprintable() else "?" for c in str(text))
+    shown = shown if len(shown) <= limit else shown[: limit - 1] + "…"
+    return " " + shown if shown.startswith("_") else shown
+
+
+def short(number: float) -> str:
+    """A number for an axis or label: 12500 -> "12.5K", 1000000 -> "1M", 0.031 -> "0.031"."""
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if abs(number) >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:.3g}"
+
+
+def short_ticks() -> FuncFormatter:
+    """Axis labels as `short` writes them. A new one each time: a formatter belongs to one axis."""
+    return FuncFormatter(lambda x, _: short(x))
+
+
+def _settings() -> Any:
+    return {
+        "font.family": font(),
+        "font.size": 9.5,
+        "axes.titlesize": 10.5,
+        "axes.titleweight": "bold",
+        "axes.titlelocation": "left",
+        "axes.titlepad": 8,
+        "axes.edgecolor": GRID,
+        "axes.labelcolor": MUTED,
+        "axes.titlecolor": INK,
+        "text.color": INK,
+        "xtick.color": GRID,
+        "ytick.color": GRID,
+        "xtick.labelcolor": MUTED,
+        "ytick.labelcolor": MUTED,
+        "text.parse_math": False,  # a "$" in a run's name is a dollar
+        "svg.fonttype": "path",
+        "svg.hashsalt": "localmotion",
+    }
+
+
+def dark_variant(svg: bytes) -> bytes:
+    """A chart for a dark page: exchanges every colour of the light palette in an SVG for its dark twin."""
+    text = svg.decode("utf-8")
+    for light, dark in _DARK.items():
+        text = text.replace(light, dark)
+    return text.encode("utf-8")
+
+
+def styled(draw: Callable[P, R]) -> Callable[P, R]:
+    """Decorator: run a drawing function under the house style; the caller's matplotlib settings come back."""
+
+    @functools.wraps(draw)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        with mpl.rc_context(_settings()):
+            return draw(*args, **kwargs)
+
+    return run

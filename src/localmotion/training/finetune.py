@@ -1,0 +1,297 @@
+"""Learning in an environment: fine-tuning from a pre-trained run, or training from scratch. A page of named clocks."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from localmotion import methods
+from localmotion.compute import choose
+from localmotion.config import RunConfig
+from localmotion.console import progress, say
+from localmotion.errors import CheckpointError, ConfigError
+from localmotion.evaluation.rollout import (
+    Observer,
+    episode_seed,
+    evaluate,
+    make_observer,
+    method_policy,
+    random_policy,
+    streaming_recipe,
+)
+from localmotion.methods.base import Method
+from localmotion.perception.base import Recipe
+from localmotion.replay import Replay
+from localmotion.training import checkpoint
+from localmotion.training.pretrain import to_device
+from localmotion.training.rundir import RunDir
+from localmotion.training.update import Updater, to_floats
+from localmotion.video.write import write_video
+
+
+def recipe_of(run: RunConfig) -> Recipe:
+    """The streaming recipe of a run: what its settings say, else that of its checkpoint's clip store, else the default."""
+    if run.recipe:
+        return streaming_recipe(Recipe.from_json(run.recipe))
+    if run.checkpoint:
+        import json
+
+        path = Path(run.checkpoint) / "environment.json"
+        if path.exists():
+            return streaming_recipe(Recipe.from_json(json.loads(path.read_text())["recipe"]))
+    return streaming_recipe(Recipe())
+
+
+def load_pretrained(method: Method, run: RunConfig) -> list[str]:
+    """Load what pre-training transfers. Raises CheckpointError for another method's checkpoint or other shapes."""
+    source = Path(run.checkpoint)
+    theirs = checkpoint.read_config(source)
+    if theirs.method != run.method:
+        raise CheckpointError(
+            f"{source}: was pre-trained with method {theirs.method}, this run is {run.method}; give a {run.method} checkpoint"
+        )
+    if theirs.stage != "pretrain":
+        raise CheckpointError(f"{source}: is a {theirs.stage} run, not a pre-training run")
+    path = checkpoint.newest(source)
+    weights = checkpoint.read(path, "weights")
+    prefixes = tuple(f"{name}." for name in method.transfers)
+    chosen = {key: value for key, value in weights.items() if key.startswith(prefixes)}
+    return checkpoint.load_weights(method, chosen, str(path), partial=True)
+
+
+def finetune(run: RunConfig, path: Path) -> Path:
+    """Learn ``run.env`` with ``run.method`` in the run directory ``path``; continues where a run of the same settings stopped."""
+    cls = methods.get(run.method)
+    recipe = recipe_of(run) if cls.wants_motion else None
+    if recipe:
+        run = replace(run, recipe=recipe.to_json())
+    observer = make_observer(run.env, recipe, seed=run.seed, quality=run.quality)
+    repeat = int(observer.env.describe()["action_repeat"])  # type: ignore[attr-defined]
+    compute = choose(run)
+    torch.manual_seed(run.seed)
+    size = recipe.size if recipe else observer.env.observation_space["image"].shape[0]  # type: ignore[index]
+    method = cls(run.model, image_size=size, action_dim=observer.action_dim).to(compute.device)
+    if run.checkpoint:
+        loaded = load_pretrained(method, run)
+        say(f"loaded {len(loaded)} tensors from {run.checkpoint}: {', '.join(method.transfers)}")
+    out = RunDir(path, run)
+    learner = _Learner(
+        run, out, observer, method, Updater(method, run, compute, pretrained=bool(run.checkpoint)), repeat
+    )
+    try:
+        learner.learn()
+    except KeyboardInterrupt:
+        learner.save(interrupted=True)
+        out.status("interrupted", agent_step=learner.agent_step)
+        say(f"interrupted at agent step {learner.agent_step}, saved; the same command goes on from there")
+        raise
+    except BaseException as error:
+        out.status("failed", agent_step=learner.agent_step, error=str(error))
+        raise
+    out.status("finished", agent_step=learner.agent_step, env_step=learner.agent_step * repeat)
+    return path
+
+
+class _Learner:
+    """State and clocks of an online run."""
+
+    def __init__(
+        self, run: RunConfig, out: RunDir, observer: Observer, method: Method, updater: Updater, repeat: int
+    ) -> None:
+        self.run, self.out, self.observer, self.method, self.updater, self.repeat = (
+            run,
+            out,
+            observer,
+            method,
+            updater,
+            repeat,
+        )
+        self.compute = updater.compute
+        online = run.online
+        self.replay = Replay(
+            observer.spec(),
+            capacity=online.replay_capacity,
+            length=online.length,
+            prioritize_ends=online.prioritize_ends,
+            seed=run.seed,
+        )
+        self.agent_step = self.episode = self.updates_due = self.last_save = 0
+        self.next_eval = 0
+        self.evaluators: list[Observer] = []
+        self.spent = {"update": 0.0, "act": 0.0, "replay": 0.0, "eval": 0.0}
+        self.spent_before: dict[str, float] = {}
+        self.clock = time.perf_counter()
+
+    @property
+    def budget(self) -> int:
+        """Agent steps in all."""
+        return -(-self.run.online.env_steps // self.repeat)
+
+    def learn(self) -> None:
+        """Prefill, warm up, then act, update, evaluate and save by their clocks."""
+        online = self.run.online
+        self._resume()
+        self._announce()
+        self.out.status("running", agent_step=self.agent_step)
+        dim = self.observer.action_dim
+        with progress(f"{self.run.method} {self.run.env}", self.budget, "agent steps", self.agent_step) as advance:
+            self.advance = advance
+            while self.agent_step * self.repeat < online.prefill or not self.replay.episodes:
+                self._episode(random_policy(dim, episode_seed(self.run.seed, "prefill", self.episode)), learning=False)
+            if self.updater.update == 0:
+                for _ in range(online.warmup_updates):
+                    self._update()
+            policy = method_policy(self.method, self.compute, explore=True, window=online.length)
+            while self.agent_step < self.budget:
+                self._episode(policy, learning=True)
+                if self.agent_step - self.last_save >= online.save_every:
+                    self.save()
+            self._evaluate(final=True)
+        self.save()
+
+    def _episode(self, policy: Any, *, learning: bool) -> None:
+        """One training episode; updates are made between agent steps, `train_every` apart."""
+        online, record = self.run.online, self.observer.reset(episode_seed(self.run.seed, "train", self.episode))
+        self.replay.add(record, last=False)
+        total, success, length, done, first, has_success = 0.0, 0.0, 0, False, True, False
+        while not done:
+            if learning and self.agent_step >= self.next_eval:
+                self._evaluate()
+            began = time.perf_counter()
+            self.method.eval()
+            action = policy([record], first)[0]
+            self.method.train()
+            self.spent["act"] += time.perf_counter() - began
+            record, done, info = self.observer.step(action)
+            self.agent_step, length, first = self.agent_step + 1, length + 1, False
+            done = done or self.agent_step >= self.budget
+            self.replay.add(record, last=done)
+            total += record["reward"]
+            if "success" in info:
+                success, has_success = max(success, float(info["success"])), True
+            if learning and self.agent_step % online.train_every == 0:
+                self._update()
+            self.advance(self.agent_step)
+        self.episode += 1
+        extra = {"success": success} if has_success else {}
+        self.out.log("episode", **self.counters(), **{"return": total}, length=length, random=not learning, **extra)
+
+    def counters(self) -> dict[str, int]:
+        """Where the run stands, in every unit."""
+        return {
+            "update": self.updater.update,
+            "agent_step": self.agent_step,
+            "env_step": self.agent_step * self.repeat,
+            "episode": self.episode,
+        }
+
+    def _update(self) -> None:
+        began = time.perf_counter()
+        batch = to_device(self.replay.sample(self.run.online.batch_size), self.compute)
+        self.spent["replay"] += time.perf_counter() - began
+        began = time.perf_counter()
+        metrics = self.updater.online(batch)
+        self.spent["update"] += time.perf_counter() - began
+        if self.updater.update % self.run.online.log_every == 0:
+            now = {**self.spent, **self.observer.seconds}
+            wall = time.perf_counter() - self.clock
+            seconds = {f"seconds/{k}": v - self.spent_before.get(k, 0.0) for k, v in now.items()}
+            self.spent_before, self.clock = now, time.perf_counter()
+            extra: dict[str, float] = {"seconds/all": wall}
+            if self.observer.extractor:
+                extra |= {f"flow/{k}": v for k, v in self.observer.extractor.magnitudes.quantiles().items()}
+            self.out.log("train", **self.counters(), **to_floats(metrics), **seconds, **extra)
+
+    def _evaluate(self, final: bool = False) -> None:
+        """Evaluation on environments of their own, with seeds of their own stream."""
+        run, online = self.run, self.run.online
+        self.next_eval = (self.agent_step // online.eval_every + 1) * online.eval_every
+        began = time.perf_counter()
+        before = torch.get_rng_state()
+        torch.manual_seed(run.seed + self.agent_step)
+        self.method.eval()
+        recipe = self.observer.recipe
+        result = evaluate(
+            lambda: method_policy(self.method, self.compute, explore=False, window=online.length),
+            lambda: make_observer(run.env, recipe, seed=run.seed, quality=run.quality),
+            seed=run.seed,
+            episodes=max(10, online.eval_episodes) if final else online.eval_episodes,
+            observers=self.evaluators,
+            keep_frames=True,
+        )
+        self.method.train()
+        torch.set_rng_state(before)
+        self.spent["eval"] += time.perf_counter() - began
+        self.out.log("eval", **self.counters(), **result.summary(), seed=run.seed, final=final)
+        if result.frames is not None:
+            write_video(
+                self.out.path / "media" / f"eval_{self.agent_step * self.repeat:09d}.mp4", result.frames, fps=25
+            )
+        score = f"success {np.mean(result.successes):.2f} " if result.successes else ""
+        say(
+            f"env step {self.agent_step * self.repeat:,}: {score}return {np.mean(result.returns):.1f} +- {np.std(result.returns):.1f}"
+        )
+
+    # Saving -----------------------------------------------------------------------------------------------------------------
+
+    def save(self, interrupted: bool = False) -> None:
+        """Checkpoint with replay. Taken at an episode's end; an interruption drops the open episode and says so."""
+        if interrupted and (lost := self.replay.abandon()):
+            say(f"the open episode of {lost} records is not kept; it will be played again")
+        self.last_save = self.agent_step
+        folder = self.out.path / "replay"
+        self.replay.save(folder)
+        state = {
+            "stage": self.run.stage,
+            "metrics_offset": self.out.metrics_offset(),
+            "agent_step": self.agent_step,
+            "episode": self.episode,
+            "next_eval": self.next_eval,
+            "replay": self.replay.state(),
+        }
+        checkpoint.save(
+            self.out.path / "checkpoints",
+            self.updater.update,
+            weights=self.method.state_dict(),
+            optimizer=self.updater.state(),
+            state=state,
+        )
+        kept = checkpoint.complete(self.out.path / "checkpoints")
+        self.replay.prune(folder, {s for p in kept for s in checkpoint.read_state(p)["replay"]["episodes"]})
+
+    def _resume(self) -> None:
+        found = checkpoint.complete(self.out.path / "checkpoints")
+        if not found:
+            self.out.truncate_metrics(0)
+            return
+        state = checkpoint.read_state(found[-1])
+        checkpoint.load_weights(self.method, checkpoint.read(found[-1], "weights"), str(found[-1]))
+        self.updater.load_state(checkpoint.read(found[-1], "optimizer"))
+        self.updater.update = int(state["update"])
+        self.agent_step, self.episode = int(state["agent_step"]), int(state["episode"])
+        self.next_eval, self.last_save = int(state["next_eval"]), self.agent_step
+        self.replay.load(self.out.path / "replay", state["replay"])
+        checkpoint.set_rng_state(checkpoint.read(found[-1], "rng"))
+        self.out.truncate_metrics(int(state["metrics_offset"]))
+        say(f"continuing from agent step {self.agent_step:,} ({found[-1]})")
+
+    def _announce(self) -> None:
+        run, online, counts = self.run, self.run.online, self.method.parameter_counts()
+        described = self.observer.env.describe()  # type: ignore[attr-defined]
+        recipe = self.observer.recipe.to_json() if self.observer.recipe else None
+        self.out.environment({"compute": self.compute.note, "parameters": counts, "env": described, "recipe": recipe})
+        say(f"{run.method} on {run.env}: {self.compute.note}")
+        say(f"rendering {described.get('quality')} ({described.get('gl', '')}), action repeat {self.repeat}")
+        say("parameters " + ", ".join(f"{k} {v / 1e6:.2f}M" for k, v in counts.items()))
+        say(self.replay.describe())
+        say(
+            f"{self.budget:,} agent steps = {self.budget * self.repeat:,} env steps, one update per {online.train_every} agent steps"
+            f" ({online.batch_size} x {online.length}): {self.budget // online.train_every:,} updates"
+        )
+        if run.online.length > 0 and self.method.wants_motion and not run.checkpoint and run.stage == "finetune":
+            raise ConfigError("finetune needs --checkpoint; to learn without pre-training use localmotion train")

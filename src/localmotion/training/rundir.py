@@ -1,0 +1,112 @@
+"""A run directory describes itself: settings, command, versions, metrics, status, checkpoints, media. This is its write side."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from localmotion.config import RunConfig, leaves, to_dict
+from localmotion.errors import CheckpointError, ConfigError
+
+# Settings that may differ when a run is continued: they change how long it goes on and where, not what it computes.
+MAY_CHANGE = {"pretrain.updates", "online.env_steps", "device", "threads", "data", "checkpoint"} | {
+    f"{part}.{name}"
+    for part in ("pretrain", "online")
+    for name in ("log_every", "eval_every", "save_every", "eval_episodes", "eval_batches")
+}
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides a result."""
+    packages = "localmotion torch numpy opencv-python-headless av gymnasium mujoco dm_control metaworld".split()
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for name in packages:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON through a sibling temporary file, so that a reader never sees half of it."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=1, sort_keys=True, default=str) + "\n")
+    os.replace(temporary, path)
+
+
+class RunDir:
+    """Creates a run directory, or reopens one of the same settings to continue it.
+
+    Raises ConfigError when the directory holds a run of other settings, CheckpointError when it holds something else.
+    """
+
+    def __init__(self, path: Path, run: RunConfig) -> None:
+        self.path = path
+        config = to_dict(run)
+        if path.exists() and any(path.iterdir()):
+            if not (path / "config.json").exists():
+                raise CheckpointError(f"{path}: not empty and not a run (no config.json); choose another --run")
+            self._compare(json.loads((path / "config.json").read_text()), run)
+        (path / "media").mkdir(parents=True, exist_ok=True)
+        (path / "checkpoints").mkdir(exist_ok=True)
+        write_json(path / "config.json", config)
+        with (path / "command.txt").open("a") as file:
+            file.write(shlex.join(["localmotion", *sys.argv[1:]]) + "\n")
+        self.metrics_path = path / "metrics.jsonl"
+        self.began = time.time()
+
+    def _compare(self, old: Mapping[str, Any], run: RunConfig) -> None:
+        def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+            out: dict[str, Any] = {}
+            for key, item in value.items():
+                if isinstance(item, Mapping) and key not in ("recipe", "backend_options"):
+                    out.update(flatten(item, f"{prefix}{key}."))
+                else:
+                    out[f"{prefix}{key}"] = item
+            return out
+
+        before, now = flatten(old), dict(leaves(run))
+        now = json.loads(json.dumps(now, default=str))
+        differ = [
+            f"{key} ({before.get(key)!r} there, {now.get(key)!r} now)"
+            for key in sorted(set(before) | set(now))
+            if before.get(key) != now.get(key) and key not in MAY_CHANGE
+        ]
+        if differ:
+            shown = ", ".join(differ[:5]) + (f" and {len(differ) - 5} more" if len(differ) > 5 else "")
+            raise ConfigError(
+                f"{self.path}: holds a run of other settings: {shown}; choose another --run or the same settings"
+            )
+
+    def environment(self, values: Mapping[str, Any]) -> None:
+        """Record versions and what was decided at start (device, GL, environment description)."""
+        write_json(self.path / "environment.json", {"versions": versions(), **values})
+
+    def status(self, state: str, **more: Any) -> None:
+        """state: running, finished, interrupted or failed."""
+        write_json(self.path / "status.json", {"state": state, "time": time.time(), **more})
+
+    def log(self, kind: str, **values: Any) -> None:
+        """Append one line to metrics.jsonl."""
+        line = {"kind": kind, "wall": round(time.time() - self.began, 3), **values}
+        with self.metrics_path.open("a") as file:
+            file.write(json.dumps(line, default=float) + "\n")
+
+    def metrics_offset(self) -> int:
+        """Length of metrics.jsonl in bytes, kept with a checkpoint."""
+        return self.metrics_path.stat().st_size if self.metrics_path.exists() else 0
+
+    def truncate_metrics(self, offset: int) -> None:
+        """Drop lines written after the checkpoint that is being resumed from: they will be written again."""
+        if self.metrics_path.exists() and self.metrics_path.stat().st_size > offset:
+            with self.metrics_path.open("r+b") as file:
+                file.truncate(offset)

@@ -1,0 +1,120 @@
+"""One gradient update: precision, clipping, optimisers. No host synchronisation inside on a GPU; metrics stay tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from localmotion.config import RunConfig
+from localmotion.errors import LocalmotionError
+from localmotion.methods.base import Method, total
+from localmotion.compute import Compute
+
+BAD_LIMIT = 10  # non-finite updates in a row after which a run stops
+
+
+class Updater:
+    """Applies a method's losses with one Adam per parameter group."""
+
+    def __init__(self, method: Method, run: RunConfig, compute: Compute, *, pretrained: bool = False) -> None:
+        self.method, self.run, self.compute = method, run, compute
+        self.scales = method.loss_scales(run.stage)
+        self.groups = method.groups(run, pretrained)
+        optim = run.optim
+        self.optimisers = {
+            group.name: torch.optim.Adam(
+                group.parameters, lr=group.lr, eps=optim.eps, weight_decay=optim.weight_decay, fused=True
+            )
+            for group in self.groups
+        }
+        self.update = 0
+        self.bad = 0
+
+    def _step(self, names: list[str]) -> dict[str, Tensor]:
+        norms = {}
+        for group in self.groups:
+            if group.name not in names:
+                continue
+            norms[f"grad/{group.name}"] = torch.nn.utils.clip_grad_norm_(
+                group.parameters, self.run.optim.clip, foreach=True
+            )
+            optimiser = self.optimisers[group.name]
+            optimiser.param_groups[0]["lr"] = 0.0 if self.update < group.freeze_updates else group.lr
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+        return norms
+
+    def _finite(self, losses: Mapping[str, Tensor], loss: Tensor) -> bool:
+        """Whether to apply this update. On a GPU the check waits for the log clock (`check_metrics`), to avoid a synchronisation."""
+        if self.compute.device.type != "cpu" or bool(torch.isfinite(loss)):
+            self.bad = 0
+            return True
+        self.bad += 1
+        first = next((k for k, v in losses.items() if not bool(torch.isfinite(v))), "total")
+        if self.bad >= BAD_LIMIT:
+            raise LocalmotionError(
+                f"loss {first!r} was not finite in {self.bad} updates in a row (update {self.update}); try --precision fp32"
+            )
+        return False
+
+    def pretrain(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """One pre-training update. Returns detached losses, gradient norms and metrics."""
+        with self.compute.autocast():
+            losses, metrics = self.method.pretrain_losses(batch)
+            loss = total(losses, self.scales)
+        if self._finite(losses, loss):
+            loss.backward()
+            metrics = {**metrics, **self._step([group.name for group in self.groups])}
+        self.update += 1
+        return {**{f"loss/{k}": v.detach() for k, v in losses.items()}, **metrics}
+
+    def online(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """One online update in Algorithm 2's order: world model, then imagination with the updated model, actor, critic."""
+        world = [group.name for group in self.groups if group.name not in ("actor", "critic")]
+        with self.compute.autocast():
+            losses, metrics, start = self.method.world_model_losses(batch)
+            loss = total(losses, self.scales)
+        if self._finite(losses, loss):
+            loss.backward()
+            metrics = {**metrics, **self._step(world)}
+        with self.compute.autocast():
+            behaviour, more = self.method.behaviour_losses(start)
+        if self._finite(behaviour, behaviour["actor"] + behaviour["critic"]):
+            parameters = [p for group in self.groups if group.name in ("actor", "critic") for p in group.parameters]
+            # Only these inputs: gradients of the world model's weights along the imagined trajectory are never computed.
+            torch.autograd.backward([behaviour["actor"], behaviour["critic"]], inputs=parameters)
+            metrics = {**metrics, **self._step(["actor", "critic"])}
+        self.method.after_update()
+        self.update += 1
+        return {**{f"loss/{k}": v.detach() for k, v in {**losses, **behaviour}.items()}, **metrics, **more}
+
+    # Saving -----------------------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Tensor]:
+        """Optimiser tensors by name, for safetensors."""
+        out: dict[str, Tensor] = {}
+        for name, optimiser in self.optimisers.items():
+            for index, values in optimiser.state_dict()["state"].items():
+                out.update({f"{name}.{index}.{key}": value for key, value in values.items()})
+        return out
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Restore what `state` gave."""
+        for name, optimiser in self.optimisers.items():
+            state = optimiser.state_dict()
+            state["state"] = {}
+            for key, value in tensors.items():
+                group, index, field = key.rsplit(".", 2)
+                if group == name:
+                    state["state"].setdefault(int(index), {})[field] = value
+            optimiser.load_state_dict(state)
+
+
+def to_floats(metrics: Mapping[str, Tensor]) -> dict[str, float]:
+    """Metrics as numbers, moved from the device in one copy."""
+    if not metrics:
+        return {}
+    values = torch.stack([value.detach().float().reshape(()) for value in metrics.values()]).tolist()
+    return dict(zip(metrics, values, strict=True))

@@ -1,0 +1,132 @@
+"""Settings: strict, composable, and the paper preset equal to the paper's Table 5."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from localmotion import methods
+from localmotion.config import PRESETS, all_docs, assign, compose, from_dict, leaves, to_dict, update
+from localmotion.errors import ConfigError
+
+# Table 5 of arXiv 2607.00808, row by row: (where it lives here, value).
+TABLE_5_PRETRAIN = {
+    "pretrain.length": 25,
+    "model.beta_z": 1.0,
+    "pretrain.lr": 3e-4,
+    "pretrain.batch_size": 16,
+    "pretrain.updates": 600_000,
+    "model.dae.keypoints": 16,
+    "model.dae.patch": 16,
+    "model.dae.mask_ratio": 0.5,
+    "model.dae.blocks": 6,
+}
+TABLE_5_FINETUNE = {
+    "online.length": 50,
+    "online.replay_capacity": 1_000_000,
+    "online.train_every": 5,
+    "model.beta_s": 1.0,
+    "model.beta_r": 1.0,
+    "model.behaviour.horizon": 15,
+    "model.behaviour.discount": 0.99,
+    "model.behaviour.lambda_": 0.95,
+    "model.behaviour.entropy": 1e-4,
+    "online.lr": 3e-4,
+    "online.actor_lr": 8e-5,
+    "online.critic_lr": 8e-5,
+    "online.eval_episodes": 10,
+    "model.dae.keypoints": 16,
+    "model.dae.patch": 16,
+    "model.dae.mask_ratio": 0.5,
+    "model.dae.blocks": 6,
+}
+PER_SUITE = {
+    "metaworld:reach": {
+        "online.prefill": 5000,
+        "online.batch_size": 50,
+        "model.intrinsic_weight": 1.0,
+        "online.env_steps": 255_000,
+        "model.free_nats": 0.0,
+    },
+    "dmc:walker_run": {
+        "online.prefill": 1000,
+        "online.batch_size": 16,
+        "model.intrinsic_weight": 0.1,
+        "online.env_steps": 1_020_000,
+        "model.free_nats": 1.0,
+    },
+}
+
+
+def test_paper_preset_is_table_5() -> None:
+    values = dict(leaves(compose("drp", "pretrain", preset="paper")))
+    assert {key: values[key] for key in TABLE_5_PRETRAIN} == TABLE_5_PRETRAIN
+
+
+@pytest.mark.parametrize("env", PER_SUITE)
+def test_paper_preset_is_table_5_per_suite(env: str) -> None:
+    values = dict(leaves(compose("drp", "finetune", preset="paper", env=env)))
+    expected = TABLE_5_FINETUNE | PER_SUITE[env]
+    assert {key: values[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize("name", methods.names())
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_composes_and_survives_json(name: str, preset: str) -> None:
+    config = compose(name, "train", preset=preset, env="dmc:walker_walk")
+    assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_every_setting_is_documented(name: str) -> None:
+    config = compose(name, "train", preset="paper")
+    docs = all_docs(config)
+    bare = [key for key, _ in leaves(config) if not docs.get(key) and key != "model"]
+    assert not bare
+
+
+def test_short_names_and_types() -> None:
+    config = compose(
+        "drp", "pretrain", preset="paper", settings=["keypoints=8", "pretrain.lr=1e-3", "joint_gradient=false"]
+    )
+    assert (config.model.dae.keypoints, config.pretrain.lr, config.model.joint_gradient) == (8, 1e-3, False)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("keypiont=8", "keypoints"),
+        ("lr=1", "ambiguous"),
+        ("keypoints=many", "expected int"),
+        ("keypoints=2.5", "expected int"),
+        ("adapter=conv", "attention"),
+        ("keypoints", "name=value"),
+        ("joint_gradient=3", "expected bool"),
+    ],
+)
+def test_bad_settings_say_what_is_wrong(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        assign(compose("drp", "pretrain"), text)
+
+
+def test_unknown_names_are_errors_with_neighbours() -> None:
+    with pytest.raises(ConfigError, match="drp"):
+        compose("dpr", "pretrain")
+    with pytest.raises(ConfigError, match="small"):
+        compose("drp", "pretrain", preset="smal")
+    with pytest.raises(ConfigError, match="nonsense"):
+        from_dict({**to_dict(compose("drp", "pretrain")), "nonsense": 1})
+    with pytest.raises(ConfigError, match="unknown method"):
+        from_dict({**to_dict(compose("drp", "pretrain")), "method": "os.system"})
+
+
+@given(st.integers(1, 32), st.floats(0.1, 0.9))
+def test_update_changes_exactly_what_is_named(keypoints: int, ratio: float) -> None:
+    before = compose("drp", "pretrain", preset="paper")
+    after = update(before, {"model": {"dae": {"keypoints": keypoints, "mask_ratio": ratio}}})
+    changed = {key for (key, a), (_, b) in zip(leaves(before), leaves(after), strict=True) if a != b}
+    assert changed <= {"model.dae.keypoints", "model.dae.mask_ratio"}
+    assert after.model.dae.keypoints == keypoints
