@@ -1,1 +1,36 @@
-"""localmotion."""
+"""Videos in, clips out: find, scan, decode, store and sample. Knows nothing of models or perception."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from localmotion.video.decode import VideoInfo, decode, iter_frames, probe, video_ref
+from localmotion.video.listing import VideoRef, find_videos
+from localmotion.video.store import Clip, ClipStore, ClipStoreWriter
+
+if TYPE_CHECKING:
+    from localmotion.video.sample import WindowSampler
+
+__all__ = [
+    "Clip",
+    "ClipStore",
+    "ClipStoreWriter",
+    "VideoInfo",
+    "VideoRef",
+    "WindowSampler",
+    "decode",
+    "find_videos",
+    "iter_frames",
+    "probe",
+    "video_ref",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Load the sampler only when it is asked for: it needs torch, whose import would slow every decoding worker
+    down."""
+    if name == "WindowSampler":
+        from localmotion.video.sample import WindowSampler
+
+        return WindowSampler
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
