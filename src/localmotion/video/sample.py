@@ -1,0 +1,187 @@
+"""Windows of fixed length drawn from a clip store, as torch batches: an infinite stream whose position is one number.
+
+A video is drawn uniformly among those long enough, then a start uniformly among all valid ones (IPV 1.1). Batch
+`index` of seed `seed` is a pure function of both and of the store, so a resumed run sees what the uninterrupted one
+would have seen.
+
+The store keeps motion in its natural form (`flow[t]` from frame t to t+1); here it is shifted, once, to the
+convention of `docs/decisions/0001`: position t of a batch carries what LED TO frame t.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from localmotion.errors import StoreError
+from localmotion.video.store import ClipStore
+
+Batch = dict[str, torch.Tensor]
+Split = Literal["train", "heldout", "all"]
+
+
+def is_heldout(clip_id: str, fraction: float) -> bool:
+    """Whether a clip belongs to the held-out part: decided by a hash of its id alone, so it never changes sides."""
+    digest = hashlib.blake2b(clip_id.encode("utf-8", "surrogateescape"), digest_size=8, person=b"lm-heldout").digest()
+    return int.from_bytes(digest, "big") / 2**64 < fraction
+
+
+class WindowSampler:
+    """Infinite stream of batches of B windows of T frames (side S, N track slots).
+
+    ======== =============== ======= ====================================================================
+    image    (B, T, S, S, 3) uint8   frames, RGB 0..255
+    flow     (B, T, S, S, 2) float16 motion from frame t-1 to t, pixels (x, y); zero at t = 0
+    tracks   (B, T, N, 2)    float32 points (x, y) in frame t-1, pixels; at t = 0 those of frame 0
+    visible  (B, T, N)       bool    this motion of this point counts: seen in t-1, same track in t;
+                                     False at t = 0
+    track_id (B, T, N)       int32   track of each slot in frame t-1; at t = 0 that of frame 0
+    is_first (B, T)          bool    True at t = 0
+    clip     (B,)            int64   index of the clip in the store
+    start    (B,)            int64   first frame of the window in the clip
+    ======== =============== ======= ====================================================================
+
+    With `motion=False` the four keys of motion are left out and their files never touched. Every batch has memory of
+    its own. Use one sampler from one thread.
+    """
+
+    def __init__(
+        self,
+        store: ClipStore,
+        length: int,
+        batch_size: int,
+        seed: int,
+        *,
+        split: Split = "train",
+        heldout_fraction: float = 0.1,
+        prefetch: bool = True,
+        motion: bool = True,
+    ) -> None:
+        """`length` T and `batch_size` B; `seed` 0 or more. Raises StoreError when no clip of the split has T frames."""
+        if length < 1 or batch_size < 1 or seed < 0 or not 0 <= heldout_fraction < 1:
+            raise ValueError(
+                f"length {length}, batch {batch_size}, seed {seed}, heldout {heldout_fraction}: out of range"
+            )
+        if split not in ("train", "heldout", "all"):
+            raise ValueError(f"split {split!r} is none of train, heldout, all")
+        self.store, self.length, self.batch_size, self.seed = store, length, batch_size, seed
+        self.clips = _clips_of(store, length, split, heldout_fraction)
+        """Indices in the store of the clips drawn from, (n,) int64."""
+        self.starts: NDArray[np.int64] = store.lengths[self.clips] - length + 1
+        """Number of valid starts of each of them, (n,) int64."""
+        self.index = 0
+        """Index of the batch that `next` returns."""
+        size, tracks, shape = store.size, store.tracks, (batch_size, length)
+        self._layout: dict[str, tuple[tuple[int, ...], Any]] = {"image": ((*shape, size, size, 3), np.uint8)}
+        if motion:
+            self._layout["flow"] = ((*shape, size, size, 2), np.float16)
+            self._layout["tracks"] = ((*shape, tracks, 2), np.float32)
+            self._layout["visible"] = ((*shape, tracks), np.bool_)
+            self._layout["track_id"] = ((*shape, tracks), np.int32)
+        self._motion = motion
+        self._thread = ThreadPoolExecutor(1, "windows") if prefetch else None
+        self._ahead: tuple[int, Future[Batch]] | None = None
+
+    def positions(self, index: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Clips (B,) and starts (B,) of batch `index`.
+
+        Raw Philox words keyed by seed and counted by index, because their values are fixed for all NumPy versions.
+        """
+        if index < 0:
+            raise ValueError(f"batch index {index} is negative")
+        words = np.random.Philox(key=self.seed, counter=[0, 0, 0, index]).random_raw(2 * self.batch_size)
+        uniform = (words >> np.uint64(11)) * 2.0**-53  # (2 B,) in [0, 1)
+        drawn = (uniform[: self.batch_size] * len(self.clips)).astype(np.int64)
+        return self.clips[drawn], (uniform[self.batch_size :] * self.starts[drawn]).astype(np.int64)
+
+    def batch(self, index: int) -> Batch:
+        """Batch `index` of the stream, whatever was asked before."""
+        clips, starts = self.positions(index)
+        T = self.length
+        buffers: dict[str, NDArray[Any]] = {name: np.empty(*spec) for name, spec in self._layout.items()}
+        for b, (clip, start) in enumerate(zip(clips.tolist(), starts.tolist(), strict=True)):
+            buffers["image"][b] = self.store.window("frames", clip, start, start + T)
+            if not self._motion:
+                continue
+            # What is stored at t leads to t+1, so it moves one position up; the first position has no motion.
+            buffers["flow"][b, 0] = 0
+            buffers["flow"][b, 1:] = self.store.window("flow", clip, start, start + T - 1)
+            tracks = self.store.window("tracks", clip, start, start + T)
+            buffers["tracks"][b, 0], buffers["tracks"][b, 1:] = tracks[0], tracks[:-1]
+            ids = self.store.window("track_id", clip, start, start + T)
+            buffers["track_id"][b, 0], buffers["track_id"][b, 1:] = ids[0], ids[:-1]
+            buffers["visible"][b, 0] = False
+            seen = self.store.window("visible", clip, start, start + T)
+            np.logical_and(seen[:-1], ids[1:] == ids[:-1], out=buffers["visible"][b, 1:])
+        batch = {name: torch.from_numpy(buffer) for name, buffer in buffers.items()}
+        first = torch.zeros(self.batch_size, T, dtype=torch.bool)
+        first[:, 0] = True
+        return batch | {"is_first": first, "clip": torch.from_numpy(clips), "start": torch.from_numpy(starts)}
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        """The next batch; with prefetch, the one after it is read in the background meanwhile."""
+        if self._thread is None:
+            batch = self.batch(self.index)
+        else:
+            if self._ahead is None or self._ahead[0] != self.index:
+                self._drop_ahead()
+                self._ahead = (self.index, self._thread.submit(self.batch, self.index))
+            future = self._ahead[1]
+            self._ahead = None
+            batch = future.result()
+            self._ahead = (self.index + 1, self._thread.submit(self.batch, self.index + 1))
+        self.index += 1
+        return batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Position in the stream: index of the next batch."""
+        return {"index": self.index}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue where `state` was taken; seed, length, batch size and store must be the same for the same
+        batches."""
+        if set(state) != {"index"} or int(state["index"]) < 0:
+            raise ValueError(f"sampler state {state!r} is not {{'index': n}}")
+        self.index = int(state["index"])
+
+    def close(self) -> None:
+        """Stop reading ahead."""
+        self._drop_ahead()
+        if self._thread is not None:
+            self._thread.shutdown(wait=True)
+            self._thread = None
+
+    def _drop_ahead(self) -> None:
+        if self._ahead is not None:
+            self._ahead[1].cancel()
+            self._ahead = None
+
+
+def _clips_of(store: ClipStore, length: int, split: Split, fraction: float) -> NDArray[np.int64]:
+    """Indices of the clips of a split that have `length` frames. Raises StoreError when there are none."""
+    if not len(store):
+        raise StoreError(f"{store.path}: holds no clip ({len(store.rejected)} rejected); extract usable videos first")
+    held = np.asarray([is_heldout(clip_id, fraction) for clip_id in store.ids])
+    chosen = np.ones_like(held) if split == "all" else held == (split == "heldout")
+    if not chosen.any():
+        raise StoreError(
+            f"{store.path}: none of {len(store)} clips is in the {split} part; use split='all' or more clips"
+        )
+    clips = np.flatnonzero(chosen & (store.lengths >= length))
+    if not len(clips):
+        part = "" if split == "all" else f" of the {split} part"
+        longest = int(store.lengths[chosen].max())
+        raise StoreError(
+            f"{store.path}: no clip has {length} frames: the longest of {int(chosen.sum())} clips{part} has {longest}; "
+            "use a shorter window or longer videos"
+        )
+    return clips.astype(np.int64)
