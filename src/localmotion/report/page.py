@@ -60,10 +60,19 @@ class Table:
 
 @dataclass(frozen=True)
 class Settings:
-    """A nested dict as a table of dotted names, folded away until it is opened."""
+    """A nested dict as a table of dotted names."""
 
     title: str
     values: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Blocks folded away under a title until it is opened; ``note`` stands beside the title."""
+
+    title: str
+    blocks: Sequence[Block]
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -87,7 +96,7 @@ class Row:
     blocks: Sequence[Block]
 
 
-Block = Text | Notice | Picture | Video | Table | Settings | Code | Tiles | Row
+Block = Text | Notice | Picture | Video | Table | Settings | Fold | Code | Tiles | Row
 
 
 @dataclass(frozen=True)
@@ -103,7 +112,9 @@ _MAGIC = (
     (b"\xff\xd8\xff", "image/jpeg"),
     (b"GIF8", "image/gif"),
 )
-_NUMBER = re.compile(r"[-−+]?[\d.,]+ ?(%|s|h|min|ms|[KMB]|dB|px|GB)?( ± [\d.,]+ ?[%KMB]?)?|[–—]|\[.*\]|")
+_NUMBER = re.compile(
+    r"[-−+]?[\d.,]+ ?(%|s|h|min|ms|[KMB]|dB|px|GB)?( ± [\d.,]+ ?[%KMB]?)?( to [\d.,]+[KMB]?)?|[–—]|\[.*\]|"
+)
 
 
 def image_type(data: bytes) -> str:
@@ -181,11 +192,8 @@ def _table(block: Table) -> str:
 def _settings(block: Settings) -> str:
     flat = flatten(block.values)
     rows = "".join(f"<tr><td><code>{_esc(k)}</code></td><td>{_esc(_value(v))}</td></tr>" for k, v in flat.items())
-    count = f"{len(flat)} setting{'s' * (len(flat) != 1)}"
-    return (
-        f"<details><summary>{_esc(block.title)} <small>{count}</small></summary>"
-        f'<div class="scroll"><table class="settings"><tbody>{rows}</tbody></table></div></details>'
-    )
+    head = f'<thead><tr><th scope="col" colspan="2">{_esc(block.title)}</th></tr></thead>'
+    return f'<div class="scroll"><table class="settings">{head}<tbody>{rows}</tbody></table></div>'
 
 
 def _block(block: Block) -> str:
@@ -202,6 +210,9 @@ def _block(block: Block) -> str:
             return _table(block)
         case Settings():
             return _settings(block)
+        case Fold(title, blocks, note):
+            summary = f"<summary>{_esc(title)} <small>{_esc(note)}</small></summary>"
+            return f"<details>{summary}{''.join(_block(b) for b in blocks)}</details>"
         case Code(text):
             return f'<pre class="scroll"><code>{_esc(text)}</code></pre>'
         case Tiles(items):
@@ -236,9 +247,9 @@ figure { margin: 18px 0 24px; break-inside: avoid; }
 figure img { display: block; max-width: 100%; height: auto; } figure img:not(.svg) { width: 100%; }
 .row figure img:not(.svg) { width: auto; }
 figcaption { color: var(--muted); font-size: 13.5px; line-height: 1.45; margin-top: 8px; max-width: 88ch; }
-video { display: block; width: 100%; max-width: 420px; background: #000; border-radius: 8px; }
-.row { display: grid; grid-template-columns: repeat(auto-fit, minmax(260px, 1fr)); gap: 0 28px; align-items: start; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(170px, 1fr)); gap: 14px; margin: 6px 0 20px; }
+video { display: block; width: 100%; max-width: 360px; aspect-ratio: 1; background: #000; border-radius: 8px; }
+.row { display: grid; grid-template-columns: repeat(auto-fill, minmax(210px, 1fr)); gap: 0 22px; align-items: start; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(270px, 1fr)); gap: 14px; margin: 6px 0 20px; }
 .tiles div { background: var(--soft); border: 1px solid var(--line); border-radius: 10px; padding: 13px 16px; }
 .tiles strong { display: block; font-size: 23px; line-height: 1.25; letter-spacing: -0.015em; }
 .tiles span { display: block; color: var(--muted); font-size: 13px; line-height: 1.4; margin-top: 2px; }
@@ -252,10 +263,12 @@ pre { background: var(--soft); border: 1px solid var(--line); border-radius: 8px
 .notice { color: var(--note); background: var(--note-bg); border-radius: 8px; padding: 8px 14px; font-size: 14px; }
 .notice { overflow-wrap: anywhere; max-width: none; }
 details { border: 1px solid var(--line); border-radius: 8px; padding: 8px 14px; margin: 8px 0; }
+small { font-size: 13px; }
 summary { cursor: pointer; font-weight: 600; }
 summary small { color: var(--muted); font-weight: 400; margin-left: 6px; }
 table.settings td:first-child { white-space: nowrap; width: 1%; padding-right: 26px; }
 table.settings td { overflow-wrap: anywhere; padding-block: 4px; }
+table.settings { margin: 8px 0 16px; }
 footer { color: var(--muted); font-size: 13px; padding-block: 18px 50px; }
 @media print { nav { display: none; } header { padding-top: 0; } section { break-inside: auto; padding-top: 14px; }
   h2 { break-after: avoid; } body { font-size: 11pt; } pre { white-space: pre-wrap; }

@@ -101,7 +101,7 @@ def prediction_strips(
     columns: int = 12,
     transparent: bool = False,
 ) -> bytes:
-    """Open-loop predictions of N clips as one PNG: a row of truth, then for each named prediction its frames and its error.
+    """Open-loop predictions of N clips as one PNG: a row of truth, then each named prediction with its error.
 
     ``truth`` and each of ``predictions`` (N, T, H, W, 3) uint8; the first ``context`` frames were observed (framed
     green), the rest imagined (framed red). Under each imagined frame stands its PSNR in dB. The error is the absolute
@@ -237,3 +237,12 @@ def _wheel(axes: Axes, x: float, y: float, scale: float, font: float) -> None:
     axes.imshow(np.dstack([disc, alpha]), extent=(x, x + 1.5, y + 1.5, y), zorder=2)
     axes.text(x + 0.75, y - 0.16, "direction", ha="center", va="center", color=GREY, fontsize=font - 0.8)
     axes.text(x + 0.75, y + 1.68, f"rim {scale:.2g}", ha="center", va="center", color=GREY, fontsize=font - 0.8)
+
+
+def png(frame: Pixels) -> bytes:
+    """(H, W, 3) uint8 as PNG bytes, pixel by pixel."""
+    from matplotlib.image import imsave
+
+    buffer = io.BytesIO()
+    imsave(buffer, frame, format="png")
+    return buffer.getvalue()

@@ -27,7 +27,7 @@ from localmotion.evaluation.statistics import Curve, Summary, aggregate_curves
 from localmotion.report.pictures import flow_to_rgb
 from localmotion.report.pictures import masked_reconstruction as masked_reconstruction
 from localmotion.report.pictures import prediction_strips as prediction_strips
-from localmotion.report.style import GRID, GROUND, MUTED, PALETTE, WIDTH, plain, short, short_ticks, styled
+from localmotion.report.style import GRID, GROUND, MUTED, PALETTE, WIDTH, plain, score, short, short_ticks, styled
 
 Floats = NDArray[np.float64]
 P = ParamSpec("P")
@@ -47,6 +47,11 @@ def _axes(axes: Axes) -> Axes:
     axes.grid(axis="y", color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     return axes
+
+
+def _title(figure: Figure, text: str) -> None:
+    if text:
+        figure.suptitle(plain(text, 90), x=0.004, y=1 - 0.06 / figure.get_figheight(), ha="left", va="top")
 
 
 def _chart(draw: Callable[P, Figure]) -> Callable[P, bytes]:
@@ -109,12 +114,12 @@ def learning_curves(
         lines = _legend_entry(figure, lines, colour, group, percent)
     if random_policy is not None:
         axes.axhline(random_policy, color=MUTED, linewidth=1.3, linestyle=(0, (1, 2)))
-        value = f"{random_policy:.0%}" if percent else short(random_policy)
+        value = score(random_policy, percent=percent)
         dots = Line2D([0.703, 0.725], [lines - 0.03] * 2, color=MUTED, linewidth=1.3, linestyle=(0, (1, 2)))
         figure.add_artist(dots)
         figure.text(0.735, lines - 0.03, f"random policy  {value}", color=MUTED, fontsize=9.5, va="center")
     if percent:
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.0%}"))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:g}%"))
         axes.set_ylim(-0.03, 1.03)
     else:
         axes.yaxis.set_major_formatter(short_ticks())
@@ -123,7 +128,7 @@ def learning_curves(
     axes.margins(x=0.015)
     axes.set_xlabel("environment steps")
     axes.set_ylabel(ylabel)
-    axes.set_title(plain(title, 90))
+    _title(figure, title)
     return figure
 
 
@@ -134,12 +139,8 @@ def _legend_entry(figure: Figure, top: float, colour: str, group: CurveGroup, pe
     seeds = f"{len(group.curves)} seed{'s' * (len(group.curves) > 1)}"
     text = seeds
     if group.final is not None:
-        centre, spread = group.final.mean, group.final.std
-        value = f"{centre:.0%}" if percent else short(centre)
-        text = f"{value}, {seeds}"
-        if len(group.final.scores) > 1:
-            text = f"{value} ± {f'{spread:.0%}' if percent else short(spread)}, {seeds}"
-        text = "final " + text
+        spread = group.final.std if len(group.final.scores) > 1 else None
+        text = f"final {score(group.final.mean, spread, percent=percent)}, {seeds}"
     figure.text(0.735, top - 0.09, text, fontsize=9.5, color=MUTED, va="center")
     return top - 0.16
 
@@ -169,7 +170,6 @@ def loss_curves(
     if not series:
         raise ValueError("no losses to draw")
     runs = list(dict.fromkeys(label for lines in series.values() for label, _, _ in lines))
-    columns = min(columns, len(series))
     rows = math.ceil(len(series) / columns)
     figure = Figure(figsize=(WIDTH, 2.15 * rows + 0.35), layout=ConstrainedLayoutEngine(h_pad=0.08, w_pad=0.06))
     grid = figure.subplots(rows, columns, squeeze=False)
@@ -203,6 +203,41 @@ def loss_curves(
             [handles[r] for r in runs], [plain(r) for r in runs], loc="outside lower left", ncols=min(3, len(runs)),
             frameon=False, fontsize=9, handlelength=1.4,
         )  # fmt: skip
+    return figure
+
+
+@_chart
+def horizon_curves(lines: Mapping[str, Sequence[float]], *, title: str = "", ylabel: str = "PSNR, dB") -> Figure:
+    """Quality of open-loop prediction against how far ahead: one line a predictor, a value each frame ahead.
+
+    The name of each line stands at its end. Raises ValueError without any value.
+    """
+    kept = {name: np.asarray(v, dtype=np.float64) for name, v in lines.items() if len(v)}
+    if not kept:
+        raise ValueError("no horizon to draw")
+    figure = Figure(figsize=(WIDTH, 2.9))
+    axes = _axes(figure.add_axes((0.075, 0.17, 0.66, 0.7)))
+    ends = []
+    for i, (name, values) in enumerate(kept.items()):
+        marker = "osD^vPX*"[i % 8] if len(values) <= 40 else None
+        axes.plot(
+            np.arange(1, len(values) + 1), values, color=PALETTE[i % len(PALETTE)], linewidth=2, marker=marker,
+            markersize=4.5, markeredgecolor=GROUND, markeredgewidth=0.6,
+        )  # fmt: skip
+        ends.append((float(values[-1]), i, name, len(values)))
+    low, high = axes.get_ylim()
+    floor, apart = -math.inf, (high - low) * 0.1  # labels that would overlap are pushed up
+    for value, i, name, length in sorted(ends):
+        floor = max(value if math.isfinite(value) else low, floor + apart)
+        axes.annotate(
+            f"{plain(name, 26)}  {value:.1f}", (length, floor), xytext=(9, 0), textcoords="offset points", va="center",
+            color=PALETTE[i % len(PALETTE)], fontsize=9, weight="bold", annotation_clip=False,
+        )  # fmt: skip
+    axes.margins(x=0.015)
+    axes.xaxis.set_major_locator(MaxNLocator(10, integer=True))
+    axes.set_xlabel("frames after the last observed one")
+    axes.set_ylabel(ylabel)
+    _title(figure, title)
     return figure
 
 
@@ -247,7 +282,7 @@ def tsne_scatter(xy: ArrayLike, labels: Sequence[str], *, title: str = "", angle
                 **style,
             )
         axes.legend(loc="upper left", bbox_to_anchor=(1.03, 1.0), frameon=False, fontsize=9, handletextpad=0.3)
-    axes.set_title(plain(title, 90))
+    _title(figure, title)
     return figure
 
 
@@ -279,8 +314,9 @@ def share_bars(parts: Mapping[str, Mapping[str, float]], *, title: str = "", uni
         for name, amount in parts[run].items():
             weight[name] = weight.get(name, 0.0) + max(amount, 0.0) / totals[run]
     names = sorted((n for n in weight if weight[n] > 0), key=lambda n: (n == "other", -weight[n], n))
-    figure = Figure(figsize=(WIDTH, 0.52 * len(totals) + 0.75))
-    axes = figure.add_axes((0.22, 0.36 / figure.get_figheight(), 0.7, 1 - 0.66 / figure.get_figheight()))
+    figure = Figure(figsize=(WIDTH, 0.42 * len(totals) + (0.75 if title else 0.45)))
+    height = figure.get_figheight()
+    axes = figure.add_axes((0.3, 0.36 / height, 0.61, 1 - (0.71 if title else 0.41) / height))
     axes.set_axis_off()
     for row, (run, total) in enumerate(totals.items()):
         left = 0.0
@@ -292,17 +328,16 @@ def share_bars(parts: Mapping[str, Mapping[str, float]], *, title: str = "", uni
                 ink = MUTED if name == "other" else GROUND
                 axes.text(left + share / 2, row, f"{share:.0%}", ha="center", va="center", color=ink, fontsize=9)
             left += share
-        axes.text(-0.012, row, plain(run, 34), ha="right", va="center", fontsize=9.5)
+        axes.text(-0.012, row, plain(run, 44), ha="right", va="center", fontsize=9.5)
         axes.text(1.012, row, f"{short(total)}{unit}", ha="left", va="center", fontsize=9, color=MUTED)
     axes.set_xlim(0, 1)
     axes.set_ylim(len(totals) - 0.5, -0.5)
     handles = [Patch(color=GRID if n == "other" else PALETTE[i % len(PALETTE)]) for i, n in enumerate(names)]
     figure.legend(
-        handles, [plain(n, 24) for n in names], loc="lower left", bbox_to_anchor=(0.212, 0), ncols=min(8, len(names)),
+        handles, [plain(n, 24) for n in names], loc="lower left", bbox_to_anchor=(0.292, 0), ncols=min(8, len(names)),
         frameon=False, fontsize=9, handlelength=0.9, handleheight=0.9, columnspacing=1.3,
     )  # fmt: skip
-    if title:
-        axes.set_title(plain(title, 90))
+    _title(figure, title)
     return figure
 
 
@@ -321,7 +356,7 @@ def flow_histogram(magnitudes: Mapping[str, ArrayLike], *, title: str = "") -> F
         raise ValueError("no magnitudes to draw")
     top = max(float(v.max()) for v in cleaned.values())
     bins = np.geomspace(0.01, max(top * 1.05, 1.0), 48)
-    figure = Figure(figsize=(WIDTH, 2.9), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 3.1), layout="constrained")
     axes = _axes(figure.add_subplot())
     for i, (name, values) in enumerate(cleaned.items()):
         share = np.histogram(values, bins)[0] / len(values)
@@ -335,12 +370,12 @@ def flow_histogram(magnitudes: Mapping[str, ArrayLike], *, title: str = "") -> F
     axes.xaxis.set_major_formatter(short_ticks())
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.tick_params(which="minor", length=0)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.0%}"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:g}%"))
     axes.yaxis.set_major_locator(MaxNLocator(4))
     axes.set_xlabel("flow magnitude, pixels")
     axes.set_ylabel("share of points")
     axes.legend(loc="upper right", frameon=False, fontsize=9, handlelength=1.2)
-    axes.set_title(plain(title, 90))
+    _title(figure, title)
     return figure
 
 
@@ -384,5 +419,5 @@ def comparison_bars(
     levels = [v for v in (*kept.values(), reference, target, 0.0) if v is not None]
     axes.set_xlim(min(0.0, min(levels) * 1.1), max(levels) * 1.02 if max(levels) > 0 else 1.0)
     axes.set_ylim(bottom, -0.6)
-    axes.set_title(plain(title, 90))
+    _title(figure, title)
     return figure

@@ -6,6 +6,7 @@
     RUN/environment.json   versions, device, threads, precision, GL backend
     RUN/status.json        {"state": "running" | "finished" | "interrupted" | "failed", ...}
     RUN/metrics.jsonl      one JSON object a line, told apart by "kind": train, episode, eval, pretrain, heldout
+    RUN/random.json        an "eval" line of the uniform random policy, if it was measured
     RUN/media/             pictures, videos and arrays written on the way
 
 Only config.json or metrics.jsonl must be there. Whatever else is missing or damaged becomes a sentence in
@@ -38,6 +39,8 @@ class RunData:
     command: str
     environment: dict[str, Any]
     status: dict[str, Any]
+    random: dict[str, Any]
+    """Score of the uniform random policy in the run's environment; empty if it was not measured."""
     lines: dict[str, list[Line]]
     bad_lines: int
     """Lines of metrics.jsonl that are not a JSON object with a "kind": torn by a kill, or damaged."""
@@ -110,6 +113,14 @@ class RunData:
         """The newest line of a kind, None if there is none."""
         lines = self.lines.get(kind)
         return lines[-1] if lines else None
+
+    def wall_seconds(self) -> float:
+        """Wall time up to the last training line, summed over sessions (a resumed run starts its clock at zero)."""
+        total = 0.0
+        for kind in ("pretrain", "train"):
+            walls = [float(line["wall"]) for line in self.lines.get(kind, ()) if _is_number(line.get("wall"))]
+            total += sum(now - then if now >= then else now for then, now in zip([0.0, *walls], walls, strict=False))
+        return total
 
     def media(self, pattern: str) -> list[Path]:
         """Files of RUN/media that match a glob pattern, sorted by name."""
@@ -197,6 +208,7 @@ def load_run(path: str | Path) -> RunData:
         command=_read_text(path / "command.txt", notices),
         environment=_read_dict(path / "environment.json", notices),
         status=_read_dict(path / "status.json", notices),
+        random=_read_dict(path / "random.json", notices) if (path / "random.json").exists() else {},
         lines=lines,
         bad_lines=bad,
         notices=tuple(notices),

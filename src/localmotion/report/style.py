@@ -56,6 +56,15 @@ def short(number: float) -> str:
     return f"{number:.3g}"
 
 
+def score(mean: float, std: float | None = None, *, percent: bool = False) -> str:
+    """A score with its spread, to the digits that the mean's size deserves: "646 ± 23", "3.20 ± 0.41", "87 ± 4 %"."""
+    scale, unit = (100.0, " %") if percent else (1.0, "")
+    size = abs(mean * scale)
+    digits = 0 if percent or size >= 100 else 1 if size >= 10 else 2 if size >= 1 else 3
+    spread = "" if std is None else f" ± {std * scale:.{digits}f}"
+    return f"{mean * scale:.{digits}f}{spread}{unit}"
+
+
 def short_ticks() -> FuncFormatter:
     """Axis labels as `short` writes them. A new one each time: a formatter belongs to one axis."""
     return FuncFormatter(lambda x, _: short(x))
@@ -65,6 +74,8 @@ def _settings() -> Any:
     return {
         "font.family": font(),
         "font.size": 9.5,
+        "figure.titlesize": 10.5,
+        "figure.titleweight": "bold",
         "axes.titlesize": 10.5,
         "axes.titleweight": "bold",
         "axes.titlelocation": "left",

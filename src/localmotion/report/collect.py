@@ -1,0 +1,342 @@
+"""From run directories to one page: what belongs together, which numbers, and what is missing, in plain sentences."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from localmotion.errors import CheckpointError
+from localmotion.report import media, plots
+from localmotion.report.page import (
+    Block,
+    Code,
+    Fold,
+    Notice,
+    Picture,
+    Section,
+    Settings,
+    Table,
+    Text,
+    Tiles,
+    build_page,
+    flatten,
+)
+from localmotion.report.results import Gathered, origin, results
+from localmotion.report.rundir import RunData, load_run
+from localmotion.report.style import short
+
+_COUNTERS = ("update", "agent_step", "env_step", "episode", "wall", "updates_per_second")
+
+
+# --- pre-training and representation ----------------------------------------------------------------------------------
+
+
+def _heldout(report: Gathered) -> tuple[list[Block], list[tuple[str, str]]]:
+    """Held-out figures of pre-training: masked reconstruction against trivial predictors, open-loop prediction."""
+    blocks: list[Block] = []
+    tiles: list[tuple[str, str]] = []
+    for run in report.of("pretrain"):
+        line = run.last("heldout")
+        if line is None:
+            report.missing.append(f"{run.name} has no held-out figures yet.")
+            continue
+        errors = {
+            k.removeprefix("mae/"): float(v)
+            for k, v in line.items()
+            if k.startswith("mae/") and not k.startswith("mae/ratio") and isinstance(v, (int, float))
+        }
+        model = errors.pop("model", None)
+        ratios = {f"over {k.replace('_', ' ')}": model / v for k, v in errors.items() if model is not None and v > 0}
+        if ratios:
+            best = max(ratios.values())
+            chart = plots.comparison_bars(
+                ratios, title=f"Masked reconstruction on held-out clips, {run.name}", reference=1.0,
+                reference_label="1: no better", target=0.6,
+            )  # fmt: skip
+            caption = (
+                "Squared error of the model on hidden Atomic Actions over that of each predictor that needs no model;"
+                " lower is better. The longest bar is the ratio to the best of them."
+            )
+            blocks.append(Picture(chart, caption, "Ratio of the model's error to each trivial predictor"))
+            tiles.append((f"{best:.2f}", f"{run.name}: held-out masked error over that of the best trivial predictor"))
+        if isinstance(line.get("psnr/motion"), (int, float)):
+            others = [
+                f"{_PREDICTORS[k]} {line[f'psnr/{k}']:.1f}"
+                for k in ("zero_motion", "last_frame")
+                if f"psnr/{k}" in line
+            ]
+            told = "; ".join([f"{run.name}: open-loop PSNR with real motion", *others])
+            tiles.append((f"{line['psnr/motion']:.1f} dB", told))
+        blocks += _horizon(run, line)
+    return blocks, tiles
+
+
+_PREDICTORS = {"motion": "with real motion", "zero_motion": "with zero motion", "last_frame": "copy of the last frame"}
+
+
+def _horizon(run: RunData, line: dict[str, Any]) -> list[Block]:
+    blocks: list[Block] = []
+    ends = {k: v for k, v in line.items() if k.endswith("_horizon") and k.startswith("psnr/") and isinstance(v, list)}
+    lines = {
+        _PREDICTORS.get(k[5:-8], k[5:-8].replace("_", " ")): v
+        for k, v in ends.items()
+        if all(isinstance(x, (int, float)) for x in v)
+    }
+    if any(lines.values()):
+        chart = plots.horizon_curves(lines, title=f"Open-loop prediction of held-out clips, {run.name}")
+        caption = (
+            "PSNR of imagined frames by how far ahead they lie; the value at the end of each line is its last frame."
+        )
+        blocks.append(Picture(chart, caption, "PSNR over the prediction horizon"))
+    names = [k[5:] for k in line if k.startswith("psnr/") and not k.endswith("_horizon")]
+    rows = [
+        [
+            _PREDICTORS.get(n, n.replace("_", " ")),
+            *(
+                f"{line[m]:.{d}f}" if isinstance(line.get(m), (int, float)) else "–"
+                for m, d in ((f"psnr/{n}", 2), (f"ssim/{n}", 3))
+            ),
+        ]
+        for n in names
+    ]
+    if rows:
+        blocks.append(
+            Table(["open-loop prediction", "PSNR, dB", "SSIM"], rows, "Mean over imagined frames of held-out clips.")
+        )
+    return blocks
+
+
+def _flow(report: Gathered) -> list[Block]:
+    blocks: list[Block] = []
+    found = report.each(report.runs, "flow_*.npz", lambda path, _: media.flow_magnitudes(path))
+    named: dict[str, list[Any]] = {}
+    for name, values in found:
+        named.setdefault(name, []).append(values)
+    if named:
+        chart = plots.flow_histogram({name: np.concatenate(v) for name, v in named.items()})
+        caption = (
+            "Flow magnitude where the points are, in pixels of the model's picture; a tick marks each 99th percentile."
+        )
+        caption += " Sources that lie far apart mean that the recipes of pre-training and fine-tuning do not match."
+        blocks.append(Picture(chart, caption, "Histograms of flow magnitude"))
+    keys = sorted({k for run in report.runs for kind in run.lines for k in run.keys(kind) if k.startswith("flow/")})
+    rows: dict[str, list[str]] = {}
+    for run in report.runs:
+        line = next((x for kind in ("train", "pretrain") if (x := run.last(kind)) and any(k in x for k in keys)), None)
+        if line:
+            cells = [f"{line[k]:.3g}" if isinstance(line.get(k), (int, float)) else "–" for k in keys]
+            rows.setdefault(report.label(run), [report.label(run), *cells])
+    if rows:
+        caption = "Quantiles of flow magnitude as last logged by the first run of each group, pixels."
+        blocks.append(Table(["", *(k.removeprefix("flow/") for k in keys)], list(rows.values()), caption))
+    return blocks
+
+
+# --- training, speed, settings ----------------------------------------------------------------------------------------
+
+
+def _losses(report: Gathered, runs: Sequence[RunData], kind: str, what: str) -> list[Block]:
+    """Losses of all runs in one figure, one colour a group of seeds; other logged scalars in a second one."""
+
+    def figure(keys: Sequence[str], caption: str, source: str = kind) -> list[Block]:
+        panels = {
+            key.removeprefix("loss/"): [
+                (report.label(run), *run.series(source, key, x="update")) for run in runs if run.lines.get(source)
+            ]
+            for key in keys
+        }
+        panels = {key: [s for s in series if len(s[1])] for key, series in panels.items()}
+        panels = {key: series for key, series in panels.items() if series}
+        return [Picture(plots.loss_curves(panels), caption, caption)] if panels else []
+
+    keys = sorted({k for run in runs for k in run.keys(kind)})
+    losses = [k for k in keys if k.startswith("loss/")]
+    other = [k for k in keys if k not in losses and k not in _COUNTERS and not k.startswith(("seconds/", "flow/"))]
+    held = sorted({k for run in runs for k in run.keys("heldout") if "/" in k}) if kind == "pretrain" else []
+    held = [k for k in held if k in ("mae/ratio_best", "psnr/motion", "psnr/last_frame")]
+    return [
+        *figure(losses[:12], f"Losses of {what}."),
+        *figure(held, "Held-out figures over training.", "heldout"),
+        *figure(other[:12], f"Other measures of {what}."),
+    ]
+
+
+def duration(seconds: float) -> str:
+    """90 -> "1.5 min"."""
+    for size, unit in ((3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def seconds_per_update(run: RunData) -> dict[str, float]:
+    """Mean seconds of each part per update: "train" lines hold sums since the line before, "pretrain" lines means."""
+    parts: dict[str, float] = {}
+    for kind in ("train", "pretrain"):
+        lines = [line for line in run.lines.get(kind, ()) if isinstance(line.get("update"), (int, float))]
+        if not lines or lines[-1]["update"] <= 0:
+            continue
+        divide = lines[-1]["update"] if kind == "train" else len(lines)
+        for line in lines:
+            for key, value in line.items():
+                if key.startswith("seconds/") and isinstance(value, (int, float)) and np.isfinite(value):
+                    parts[key[8:]] = parts.get(key[8:], 0.0) + value / divide
+    if (whole := parts.pop("all", None)) is not None and whole > sum(parts.values()):
+        parts["other"] = whole - sum(parts.values())
+    return parts
+
+
+def _speed(report: Gathered) -> list[Block]:
+    found: dict[str, list[dict[str, float]]] = {}
+    for run in report.runs:
+        if parts := seconds_per_update(run):
+            found.setdefault(report.label(run), []).append(parts)
+    means = {
+        label: {name: sum(p.get(name, 0.0) for p in many) / len(many) for name in {n for p in many for n in p}}
+        for label, many in found.items()
+    }
+    means = {label: parts for label, parts in means.items() if sum(parts.values()) > 0}
+    if not means:
+        report.missing.append("No run logged where its time goes (seconds/<part>).")
+        return []
+    caption = (
+        "Share of each part in the time of a run (mean over seeds); at the right, seconds per gradient update in all."
+    )
+    return [Picture(plots.share_bars(means), caption, "Time by part")]
+
+
+def _runs_table(runs: Sequence[RunData]) -> Table:
+    rows = []
+    for run in runs:
+        last = run.last("train") or run.last("pretrain") or run.last("eval") or {}
+        env_step = (run.last("eval") or last).get("env_step")
+        wall = run.wall_seconds()
+        rows.append(
+            [
+                run.name,
+                run.method,
+                run.stage if run.stage == "pretrain" else f"{run.stage}, {origin(run)}",
+                run.env or "–",
+                run.preset or "–",
+                "–" if run.seed is None else str(run.seed),
+                run.state,
+                short(last["update"]) if isinstance(last.get("update"), (int, float)) else "–",
+                short(env_step) if isinstance(env_step, (int, float)) else "–",
+                duration(wall) if wall > 0 else "–",
+            ]
+        )
+    header = ["run", "method", "stage", "environment", "preset", "seed", "state", "updates", "env steps", "time"]
+    return Table(header, rows)
+
+
+def _settings(runs: Sequence[RunData]) -> list[Block]:
+    blocks: list[Block] = [
+        Text("Each run directory describes itself; the same command with the same directory resumes it.")
+    ]
+    for run in runs:
+        inside: list[Block] = [Code(run.command)] if run.command else []
+        inside += [
+            Settings(title, values)
+            for title, values in (
+                ("settings", run.config),
+                ("machine and versions", run.environment),
+                ("status", run.status),
+            )
+            if values
+        ]
+        blocks.append(Fold(run.name, inside, f"{len(flatten(run.config))} settings"))
+    return blocks
+
+
+def report(run_dirs: Sequence[str | Path], out: str | Path) -> Path:
+    """Write one self-contained HTML page about one or more run directories and return its path.
+
+    Online runs are grouped by environment, method, origin (pre-trained or from scratch) and preset; seeds of a group
+    become one curve with its spread. What is missing or damaged is told on the page. Raises CheckpointError if no
+    directory is given, or one is no run directory or given twice; OSError if ``out`` cannot be written (what stood
+    there before is kept).
+    """
+    paths = [Path(p) for p in run_dirs]
+    if not paths:
+        raise CheckpointError("no run directory given; name at least one")
+    if len({p.resolve() for p in paths}) < len(paths):
+        raise CheckpointError("a run directory is given twice; name each once")
+    data = Gathered([load_run(p) for p in paths])
+    groups = data.groups
+    envs = list(dict.fromkeys(g.env for g in groups))
+
+    sections: list[Section] = []
+    tiles: list[tuple[str, str]] = []
+    for env in envs:
+        shown, found = results(data, env, [g for g in groups if g.env == env])
+        sections.append(Section(f"Results in {env}", shown))
+        tiles += found
+    heldout, found = _heldout(data)
+    tiles += found
+
+    strips = [p for ps in data.each(data.runs, "openloop_*.npz", lambda p, r: media.open_loop(p, r.name)) for p in ps]
+    topics: list[tuple[str, Sequence[Block], str]] = [
+        ("Held-out figures of pre-training", heldout, ""),
+        ("Open-loop prediction", strips, "No run saved an open-loop prediction (media/openloop_*.npz)."),
+        (
+            "Atomic Actions",
+            data.each(data.runs, "atomic_*.png", lambda p, r: media.atomic_actions(p, r.name)),
+            "No run saved a drawing of its Atomic Actions (media/atomic_*.png).",
+        ),
+        (
+            "Masked reconstruction",
+            data.each(data.runs, "mae_*.npz", lambda p, r: media.masked_patches(p, r.name)),
+            "No run saved masked-reconstruction examples (media/mae_*.npz).",
+        ),
+        (
+            "Embedding of the motion code",
+            data.each(data.runs, "embedding_*.npz", lambda p, r: media.embedding(p, r.name)),
+            "No run saved an embedding of its motion code (media/embedding_*.npz).",
+        ),
+        ("Flow magnitudes", _flow(data), "No run saved its flow magnitudes (media/flow_*.npz)."),
+        ("Pre-training", _losses(data, data.of("pretrain"), "pretrain", "pre-training"), ""),
+        (
+            "Training in the environment",
+            _losses(data, data.of("finetune", "train"), "train", "training in the environment"),
+            "",
+        ),
+        ("Speed", _speed(data), ""),
+    ]
+    for title, blocks, absent in topics:
+        if blocks:
+            sections.append(Section(title, blocks))
+        elif absent:
+            data.missing.append(absent)
+    sections.append(Section("Runs and settings", [_runs_table(data.runs), *_settings(data.runs)]))
+    data.missing += [f"{run.name}: {text}" for run in data.runs for text in run.notices]
+    if data.missing:
+        sections.append(Section("Not in this report", [Notice(text) for text in dict.fromkeys(data.missing)]))
+    if tiles:
+        sections.insert(0, Section("At a glance", [Tiles(tiles[:6])]))
+
+    methods = list(dict.fromkeys(run.method for run in data.runs))
+    title = f"{', '.join(methods)}: {', '.join(envs) if envs else 'pre-training'}"
+    count = f"{len(data.runs)} run{'s' * (len(data.runs) > 1)}"
+    page = build_page(
+        title,
+        sections,
+        subtitle=f"{count} of localmotion, world models that know motion from unlabeled video",
+        footer="Made by localmotion report from the files of the run directories. Self-contained: opens offline.",
+    )
+    return _write(Path(out), page)
+
+
+def _write(out: Path, page: str) -> Path:
+    """Through a sibling temporary file: a full disk leaves the former page as it was."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(out.name + ".tmp")
+    try:
+        temporary.write_text(page, encoding="utf-8")
+        os.replace(temporary, out)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return out

@@ -1,0 +1,170 @@
+"""What runs leave in RUN/media, read with suspicion and turned into blocks of the page.
+
+    openloop_*.npz   truth, prediction (N, T, H, W, 3) uint8, context int; any prediction_<name> of the same shape
+    mae_*.npz        truth, masked, reconstruction (M, P, P, 2) float: flow patches
+    embedding_*.npz  xy (n, 2) float, label (n,) strings, title; optional angle (n,) radians
+    flow_*.npz       magnitudes (n,) float, name
+    atomic_*.png     Atomic Actions drawn on clips
+    eval_<env step>.mp4   film of an evaluation episode
+
+Arrays are loaded without pickle and bounded in size. A file that cannot be used raises MediaError, which the report
+turns into a sentence.
+"""
+
+from __future__ import annotations
+
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from localmotion.errors import LocalmotionError
+from localmotion.report import pictures, plots
+from localmotion.report.page import Picture, Video
+from localmotion.report.style import short
+
+MAX_ARRAYS = 1 << 30
+"""Largest total size of the arrays in one file, bytes."""
+MAX_FILE = 12 << 20
+"""Largest picture or video put into the page, bytes."""
+
+
+class MediaError(LocalmotionError):
+    """A file of RUN/media that cannot be shown."""
+
+
+def read_arrays(path: Path, names: tuple[str, ...]) -> dict[str, NDArray[Any]]:
+    """All arrays of an npz file. Raises MediaError if it is damaged, too large, holds objects or lacks a name."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())
+        if size > MAX_ARRAYS:
+            raise MediaError(f"{path.name}: holds {size / 2**30:.1f} GB of arrays, more than a report reads")
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise MediaError(
+            f"{path.name}: cannot be read ({str(error).splitlines()[0] if str(error) else 'damaged'})"
+        ) from error
+    if missing := [name for name in names if name not in arrays]:
+        raise MediaError(f"{path.name}: lacks {', '.join(missing)}")
+    return arrays
+
+
+def _text(arrays: dict[str, NDArray[Any]], name: str, default: str) -> str:
+    return str(arrays[name]) if name in arrays and arrays[name].ndim == 0 else default
+
+
+def open_loop(path: Path, run: str, clips: int = 3) -> list[Picture]:
+    """Prediction strips, one picture a clip, for at most ``clips`` clips."""
+    arrays = read_arrays(path, ("truth", "prediction", "context"))
+    truth, context = arrays["truth"], arrays["context"]
+    if context.size != 1 or context.dtype.kind not in "iu":
+        raise MediaError(f"{path.name}: context must be one integer")
+    others = {
+        key.removeprefix("prediction_").replace("_", " "): value
+        for key, value in sorted(arrays.items())
+        if key.startswith("prediction_")
+    }
+    named = {"prediction": arrays["prediction"]}
+    named |= {f"prediction, {'zero motion' if name == 'zero' else name}": value for name, value in others.items()}
+    found = []
+    try:
+        for i in range(min(clips, len(truth))):
+            one = {name: value[i : i + 1] for name, value in named.items()}
+            data = pictures.prediction_strips(truth[i : i + 1], one, context=int(context), transparent=True)
+            caption = (
+                f"{run}, clip {i + 1} of {path.stem.removeprefix('openloop_')}: {int(context)} observed frames (green),"
+            )
+            caption += " then imagined ones (red), with the PSNR of each."
+            found.append(Picture(data, caption, "Prediction strip: rows truth, prediction, error"))
+    except (ValueError, IndexError) as error:
+        raise MediaError(f"{path.name}: {error}") from error
+    return found
+
+
+def masked_patches(path: Path, run: str) -> Picture:
+    """Masked-reconstruction examples."""
+    arrays = read_arrays(path, ("truth", "masked", "reconstruction"))
+    try:
+        data = pictures.masked_reconstruction(arrays["truth"], arrays["masked"], arrays["reconstruction"])
+    except (ValueError, TypeError, IndexError) as error:
+        raise MediaError(f"{path.name}: {error}") from error
+    caption = (
+        f"{run}: flow patches that were hidden from the motion encoder, and what it made of them. Colour is direction,"
+        " saturation is magnitude."
+    )
+    return Picture(data, caption, "Flow patches: truth and reconstruction")
+
+
+def embedding(path: Path, run: str) -> Picture:
+    """A t-SNE scatter, by direction if the file has angles."""
+    arrays = read_arrays(path, ("xy", "label"))
+    label, angle = arrays["label"], arrays.get("angle")
+    if label.dtype.kind != "U" or label.ndim != 1:
+        raise MediaError(f"{path.name}: label must be a vector of strings")
+    title = _text(arrays, "title", path.stem.removeprefix("embedding_"))
+    try:
+        data = plots.tsne_scatter(arrays["xy"], label.tolist(), title=title, angles=angle)
+    except (ValueError, TypeError) as error:
+        raise MediaError(f"{path.name}: {error}") from error
+    how = "direction of motion" if angle is not None else "label"
+    return Picture(
+        data, f"{run}: t-SNE of the recomposed motion a^agg, {len(label)} windows, coloured by {how}.", title
+    )
+
+
+def flow_magnitudes(path: Path) -> tuple[str, NDArray[np.float64]]:
+    """(name, finite magnitudes in pixels) of a flow_*.npz."""
+    arrays = read_arrays(path, ("magnitudes",))
+    values = arrays["magnitudes"]
+    if values.dtype.kind not in "fiu":
+        raise MediaError(f"{path.name}: magnitudes are not numbers")
+    values = values.astype(np.float64).ravel()
+    values = values[np.isfinite(values)]
+    if not len(values):
+        raise MediaError(f"{path.name}: has no finite magnitudes")
+    return _text(arrays, "name", path.stem.removeprefix("flow_")), values
+
+
+def _read_file(path: Path) -> bytes:
+    size = path.stat().st_size
+    if size > MAX_FILE:
+        raise MediaError(f"{path.name}: {size / 2**20:.0f} MB is too large for the page; open it at {path}")
+    if size == 0:
+        raise MediaError(f"{path.name}: is empty")
+    return path.read_bytes()
+
+
+def atomic_actions(path: Path, run: str) -> Picture:
+    """A drawing of Atomic Actions on a clip."""
+    data = _read_file(path)
+    if not data.startswith(b"\x89PNG\r\n\x1a\n"):
+        raise MediaError(f"{path.name}: is no PNG")
+    name = path.stem.removeprefix("atomic_").replace("_", " ")
+    return Picture(data, f"{run}, {name}: tracked points, flow and patches.", f"Atomic Actions on {name}")
+
+
+def env_step_of(path: Path) -> int | None:
+    """The env step in a name like eval_000050000.mp4, None if it has none."""
+    found = re.fullmatch(r"eval_(\d+)", path.stem)
+    return int(found[1]) if found else None
+
+
+def film(path: Path, label: str) -> Video:
+    """An evaluation film with its first frame as poster."""
+    import av
+
+    data = _read_file(path)
+    try:
+        with av.open(str(path)) as container:
+            frame = next(container.decode(video=0))
+            image = frame.to_ndarray(format="rgb24")
+    except (av.FFmpegError, StopIteration, IndexError, ValueError) as error:
+        raise MediaError(f"{path.name}: is no readable video") from error
+    step = env_step_of(path)
+    when = f" after {short(step)} env steps" if step is not None else ""
+    return Video(data, f"{label}{when}.", pictures.png(image))

@@ -1,0 +1,247 @@
+"""Results of online runs: which belong together, their learning curves, final numbers and films."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from localmotion.errors import LocalmotionError
+from localmotion.evaluation.statistics import Curve, Summary, final_scores, summarise
+from localmotion.report import media, plots
+from localmotion.report.page import Block, Notice, Picture, Row, Table, flatten
+from localmotion.report.rundir import RunData
+from localmotion.report.style import score, short
+
+R = TypeVar("R")
+
+# Settings in which the seeds of one group may differ.
+_MAY_DIFFER = {"seed", "device", "threads", "precision", "checkpoint", "data", "online.env_steps", "recipe.seed"}
+_MAY_DIFFER |= {f"online.{name}" for name in ("log_every", "eval_every", "save_every")}
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs in one environment that differ only in their seed (and, told in a notice, by mistake)."""
+
+    env: str
+    label: str
+    runs: tuple[RunData, ...]
+
+
+def origin(run: RunData) -> str:
+    """ "pre-trained" for a run that started from a checkpoint, else "from scratch"."""
+    return "pre-trained" if run.checkpoint else "from scratch"
+
+
+def group_runs(runs: Sequence[RunData]) -> list[Group]:
+    """Online runs by environment, method, origin and preset, in the order of their first run."""
+    online = [run for run in runs if run.stage != "pretrain" and run.env]
+    presets = {run.preset for run in online}
+    found: dict[tuple[str, str], list[RunData]] = {}
+    for run in online:
+        label = f"{run.method}, {origin(run)}"
+        if len(presets) > 1:
+            label += f", {run.preset or 'no preset'}"
+        found.setdefault((run.env, label), []).append(run)
+    return [
+        Group(env, label, tuple(sorted(members, key=lambda r: (r.seed is None, r.seed or 0))))
+        for (env, label), members in found.items()
+    ]
+
+
+def differing_settings(runs: Sequence[RunData]) -> list[str]:
+    """Names of settings in which runs differ though they should differ in the seed only."""
+    flat = [{k: repr(v) for k, v in flatten(run.config).items() if k not in _MAY_DIFFER} for run in runs]
+    return sorted(k for k in {k for f in flat for k in f} if len({f.get(k) for f in flat}) > 1)
+
+
+@dataclass
+class Gathered:
+    """The runs of a report and the sentences about what could not be shown."""
+
+    runs: list[RunData]
+    missing: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.groups = group_runs(self.runs)
+        several = len({g.env for g in self.groups}) > 1
+        self._labels = {run.path: f"{g.label}, {g.env}" if several else g.label for g in self.groups for run in g.runs}
+
+    def label(self, run: RunData) -> str:
+        """What a run is called in a chart of all runs: its group's label, or its own name."""
+        return self._labels.get(run.path, run.name)
+
+    def of(self, *stages: str) -> list[RunData]:
+        return [run for run in self.runs if run.stage in stages]
+
+    def each(self, runs: Iterable[RunData], pattern: str, show: Callable[[Path, RunData], R]) -> list[R]:
+        """``show`` of every media file that matches; a file that cannot be shown becomes a sentence."""
+        found = []
+        for run in runs:
+            for path in run.media(pattern):
+                try:
+                    found.append(show(path, run))
+                except (LocalmotionError, OSError) as error:
+                    self.missing.append(f"{run.name}: {error}.")
+        return found
+
+
+def eval_curve(run: RunData, key: str) -> Curve | None:
+    """A run's evaluations over env steps, None without any finite one."""
+    steps, values = run.series("eval", key)
+    good = np.isfinite(values)
+    return Curve(steps[good], values[good]) if good.any() else None
+
+
+def random_score(runs: Sequence[RunData], key: str) -> float | None:
+    """The random policy's score: measured (random.json) if there, else, for returns, of the random prefill episodes."""
+    measured = [run.random[key] for run in runs if isinstance(run.random.get(key), (int, float))]
+    if not measured and key == "return_mean":
+        lines = [line for run in runs for line in run.lines.get("episode", ()) if line.get("random") is True]
+        measured = [line["return"] for line in lines if isinstance(line.get("return"), (int, float))]
+    return float(np.mean(measured)) if measured and np.isfinite(measured).all() else None
+
+
+def results(report: Gathered, env: str, groups: Sequence[Group]) -> tuple[list[Block], list[tuple[str, str]]]:
+    """Curves, final numbers and films of one environment; and tiles for the head of the page."""
+    blocks: list[Block] = []
+    tiles: list[tuple[str, str]] = []
+    for group in groups:
+        blocks += [Notice(text) for text in _doubts(group)]
+    runs = [run for group in groups for run in group.runs]
+    for key, name, percent in (("success_rate", "Success rate", True), ("return_mean", "Episode return", False)):
+        drawn: list[tuple[Group, plots.CurveGroup]] = []
+        for group in groups:
+            curves = tuple(c for run in group.runs if (c := eval_curve(run, key)) is not None)
+            if curves:
+                drawn.append((group, plots.CurveGroup(group.label, curves, summarise(final_scores(curves)))))
+            elif key == "return_mean":
+                report.missing.append(f"{group.label} in {env} has no evaluations yet.")
+        if not drawn:
+            continue
+        floor = random_score(runs, key)
+        chart = plots.learning_curves(
+            [g for _, g in drawn], title=f"{name} in {env}", ylabel=name.lower(), random_policy=floor, percent=percent
+        )
+        caption = (
+            f"{name} of evaluation episodes. Thick: mean over seeds; shade: one population standard deviation; thin:"
+            " each seed; dashed: not all seeds have come this far. Nothing is extrapolated."
+        )
+        blocks.append(Picture(chart, caption, f"Learning curves: {name.lower()} in {env}"))
+        blocks.append(_final_table(drawn, floor, percent, name))
+        if not tiles:
+            tiles.append(_headline(env, name, [g for _, g in drawn], floor, percent))
+    if floor_missing := [g for g in groups if random_score(g.runs, "return_mean") is None]:
+        report.missing.append(
+            f"The random policy in {env} was not measured for {', '.join(g.label for g in floor_missing)}."
+        )
+    blocks += _training_episodes(env, groups)
+    blocks += _films(report, groups)
+    if not blocks:
+        blocks.append(Notice(f"The runs in {env} have no evaluations, episodes or films yet."))
+    return blocks, tiles
+
+
+def _doubts(group: Group) -> list[str]:
+    seeds = [run.seed for run in group.runs]
+    texts = []
+    if len(set(seeds)) < len(seeds):
+        texts.append(f"{group.label}: several runs have the same seed, so the spread over seeds is too small.")
+    if differ := differing_settings(group.runs):
+        texts.append(
+            f"{group.label}: runs shown as one group differ in {len(differ)} setting{'s' * (len(differ) > 1)}"
+            f" beside the seed: {', '.join(differ[:6])}{' and more' * (len(differ) > 6)}."
+        )
+    return texts
+
+
+def _headline(
+    env: str, name: str, groups: Sequence[plots.CurveGroup], floor: float | None, percent: bool
+) -> tuple[str, str]:
+    """The best group's final score, and beside it those of all the others: no number stands alone."""
+
+    def text(final: Summary) -> str:
+        return score(final.mean, final.std if len(final.scores) > 1 else None, percent=percent)
+
+    ranked = sorted(((g.final, g.label) for g in groups if g.final), key=lambda pair: -pair[0].mean)
+    parts = [f"{name} in {env}: {ranked[0][1]}", *(f"{label} {text(final)}" for final, label in ranked[1:])]
+    if floor is not None:
+        parts.append(f"random policy {score(floor, percent=percent)}")
+    return text(ranked[0][0]), "; ".join(parts)
+
+
+def _final_table(
+    drawn: Sequence[tuple[Group, plots.CurveGroup]], floor: float | None, percent: bool, name: str
+) -> Table:
+    rows = []
+    for group, curves in drawn:
+        final = curves.final
+        assert final is not None
+        ends = sorted({c.env_steps[-1] for c in curves.curves})
+        steps = short(ends[0]) if len(ends) == 1 else f"{short(ends[0])} to {short(ends[-1])}"
+        episodes = sum(int((run.last("eval") or {}).get("episodes", 0)) for run in group.runs)
+        ci = final.interval
+        rows.append(
+            [
+                group.label,
+                str(len(curves.curves)),
+                steps,
+                str(episodes),
+                score(final.mean, percent=percent),
+                score(final.mean, final.std, percent=percent).split(" ± ")[1] if ci else "–",
+                score(final.iqm, percent=percent),
+                f"[{score(ci.low, percent=percent)}, {score(ci.high, percent=percent)}]" if ci else "–",
+            ]
+        )
+    if floor is not None:
+        rows.append(["random policy", "–", "–", "–", score(floor, percent=percent), "–", "–", "–"])
+    header = ["", "seeds", "env steps", "episodes", "mean", "std", "IQM", "95 % interval of the IQM"]
+    caption = (
+        f"{name} at each seed's last evaluation. std: population, over seeds; IQM: mean of the middle half; interval:"
+        " bootstrap over seeds (5000 resamples)."
+    )
+    if any(len(c.curves) < 5 for _, c in drawn):
+        caption += " With fewer than five seeds the interval says little."
+    return Table(header, rows, caption)
+
+
+def _training_episodes(env: str, groups: Sequence[Group]) -> list[Block]:
+    drawn = []
+    for group in groups:
+        curves = []
+        for run in group.runs:
+            lines = [line for line in run.lines.get("episode", ()) if line.get("random") is not True]
+            trained = replace(run, lines={"episode": lines})
+            steps, values = plots.thin(*trained.series("episode", "return"), points=40)
+            good = np.isfinite(values)
+            if good.any():
+                curves.append(Curve(steps[good], values[good]))
+        if curves:
+            drawn.append(plots.CurveGroup(group.label, tuple(curves)))
+    if not drawn:
+        return []
+    chart = plots.learning_curves(drawn, title=f"Return of training episodes in {env}", ylabel="episode return")
+    caption = "Episodes played while learning, with exploration noise, averaged in at most 40 bins a run."
+    return [Picture(chart, caption, f"Return of training episodes in {env}")]
+
+
+def _films(report: Gathered, groups: Sequence[Group]) -> list[Block]:
+    """Of each group's first run with films: the first and the last one."""
+    videos: list[Block] = []
+    for group in groups:
+        run = next((r for r in group.runs if r.media("eval_*.mp4")), None)
+        if run is None:
+            report.missing.append(f"{group.label} in {group.env} saved no film (media/eval_*.mp4).")
+            continue
+        paths = sorted(run.media("eval_*.mp4"), key=lambda p: (media.env_step_of(p) or 0, p.name))
+        seed = f", seed {run.seed}" if run.seed is not None else ""
+        for path in dict.fromkeys((paths[0], paths[-1])):
+            try:
+                videos.append(media.film(path, f"{group.label}{seed}"))
+            except (LocalmotionError, OSError) as error:
+                report.missing.append(f"{run.name}: {error}.")
+    return [Row(videos)] if videos else []
