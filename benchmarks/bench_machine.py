@@ -1,0 +1,52 @@
+"""What this machine can do: matrix products and convolutions, fp32 and bf16. The floor that the update is held against."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+
+def best(call: Callable[[], object], repeats: int = 7) -> float:
+    """Seconds of the fastest of a few calls, after one to warm up."""
+    call()
+    found = float("inf")
+    for _ in range(repeats):
+        began = time.perf_counter()
+        call()
+        found = min(found, time.perf_counter() - began)
+    return found
+
+
+def peak(dtype: torch.dtype, size: int = 1024) -> float:
+    """FLOP/s of a square matrix product with torch's present threads."""
+    a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
+    return 2 * size**3 / best(lambda: a @ b)
+
+
+def run() -> list[dict[str, object]]:
+    rows: list[dict[str, object]] = []
+    threads = torch.get_num_threads()
+    for count in sorted({1, threads}):
+        torch.set_num_threads(count)
+        for dtype in (torch.float32, torch.bfloat16):
+            rows.append(
+                {"threads": count, "operation": "matmul 1024", "type": str(dtype)[6:], "GFLOP/s": peak(dtype) / 1e9}
+            )
+            x = torch.randn(256, 48, 16, 16).to(dtype).contiguous(memory_format=torch.channels_last)
+            conv = nn.Conv2d(48, 96, 3, padding=1).to(dtype).to(memory_format=torch.channels_last)
+            with torch.no_grad():
+                seconds = best(lambda conv=conv, x=x: conv(x))  # type: ignore[misc]
+            flops = 2 * 256 * 16 * 16 * 9 * 48 * 96
+            rows.append(
+                {
+                    "threads": count,
+                    "operation": "conv 3x3 48-96 at 16x16",
+                    "type": str(dtype)[6:],
+                    "GFLOP/s": flops / seconds / 1e9,
+                }
+            )
+    torch.set_num_threads(threads)
+    return rows

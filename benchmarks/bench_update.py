@@ -1,0 +1,125 @@
+"""Seconds per update, split by part, with FLOPs counted and the share of the machine's measured bf16 peak."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.bench_machine import peak
+from localmotion import methods
+from localmotion.compute import choose
+from localmotion.config import RunConfig, compose
+from localmotion.training.update import Updater
+
+ACTIONS = 6
+
+
+def fake_batch(run: RunConfig, size: int = 64, tracks: int = 32) -> dict[str, torch.Tensor]:
+    """A batch of the right shapes: moving noise, points everywhere, one in ten unseen."""
+    part = run.pretrain if run.stage == "pretrain" else run.online
+    b, t = part.batch_size, part.length
+    g = torch.Generator().manual_seed(0)
+    is_first = torch.zeros(b, t, dtype=torch.bool)
+    is_first[:, 0] = True
+    return {
+        "image": torch.randint(0, 256, (b, t, size, size, 3), generator=g, dtype=torch.uint8),
+        "action": torch.rand(b, t, ACTIONS, generator=g) * 2 - 1,
+        "reward": torch.rand(b, t, generator=g),
+        "is_terminal": torch.zeros(b, t, dtype=torch.bool),
+        "is_first": is_first,
+        "flow": torch.randn(b, t, size, size, 2, generator=g).half(),
+        "tracks": torch.rand(b, t, tracks, 2, generator=g) * (size - 1),
+        "visible": torch.rand(b, t, tracks, generator=g) < 0.9,
+        "track_id": torch.zeros(b, t, tracks, dtype=torch.int32),
+    }
+
+
+def setup(
+    method: str, stage: str, preset: str, env: str = "dmc:walker_walk", **flags: Any
+) -> tuple[Updater, dict[str, torch.Tensor]]:
+    """A method ready for updates, and a batch."""
+    run = compose(method, stage, preset=preset, env=env if stage != "pretrain" else "", flags=flags)  # type: ignore[arg-type]
+    compute = choose(run)
+    torch.manual_seed(0)
+    model = methods.get(method)(run.model, image_size=64, action_dim=None if stage == "pretrain" else ACTIONS).to(
+        compute.device
+    )
+    return Updater(model, run, compute, pretrained=stage == "finetune"), fake_batch(run)
+
+
+def count_flops(updater: Updater, batch: dict[str, torch.Tensor], stage: str) -> float:
+    """FLOPs of one whole update, forward and backward, counted by torch."""
+    with FlopCounterMode(display=False) as counter:
+        (updater.pretrain if stage == "pretrain" else updater.online)(batch)
+    return float(counter.get_total_flops())
+
+
+def time_parts(updater: Updater, batch: dict[str, torch.Tensor], stage: str) -> dict[str, float]:
+    """Seconds of world-model forward, its backward and optimiser, and behaviour, one after another."""
+    method, compute = updater.method, updater.compute
+    began = time.perf_counter()
+    with compute.autocast():
+        if stage == "pretrain":
+            losses, _ = method.pretrain_losses(batch)
+        else:
+            losses, _, start = method.world_model_losses(batch)
+        loss = sum(losses.values())
+    forward = time.perf_counter()
+    loss.backward()  # type: ignore[union-attr]
+    backward = time.perf_counter()
+    updater._step([group.name for group in updater.groups if group.name not in ("actor", "critic")])
+    optimiser = time.perf_counter()
+    if stage != "pretrain":
+        with compute.autocast():
+            behaviour, _ = method.behaviour_losses(start)
+        parameters = [p for g in updater.groups if g.name in ("actor", "critic") for p in g.parameters]
+        torch.autograd.backward([behaviour["actor"], behaviour["critic"]], inputs=parameters)
+        updater._step(["actor", "critic"])
+    end = time.perf_counter()
+    return {
+        "forward": forward - began,
+        "backward": backward - forward,
+        "optimiser": optimiser - backward,
+        "behaviour": end - optimiser,
+    }
+
+
+def run(
+    cases: tuple[tuple[str, str, str], ...] = (
+        ("drp", "pretrain", "small"),
+        ("drp", "finetune", "small"),
+        ("dreamer_v2", "train", "small"),
+    ),
+    repeats: int = 8,
+) -> list[dict[str, object]]:
+    rows: list[dict[str, object]] = []
+    top = peak(torch.bfloat16)
+    for method, stage, preset in cases:
+        updater, batch = setup(method, stage, preset)
+        step = updater.pretrain if stage == "pretrain" else updater.online
+        flops = count_flops(updater, batch, stage)
+        step(batch)
+        times = []
+        for _ in range(repeats):
+            began = time.perf_counter()
+            step(batch)
+            times.append(time.perf_counter() - began)
+        seconds = sorted(times)[len(times) // 2]
+        parts = [time_parts(updater, batch, stage) for _ in range(3)]
+        split = {f"{key} ms": 1e3 * min(part[key] for part in parts) for key in parts[0]}
+        rows.append(
+            {
+                "case": f"{method} {stage} {preset}",
+                "threads": torch.get_num_threads(),
+                "precision": "bf16" if updater.compute.bf16 else "fp32",
+                "update ms": 1e3 * seconds,
+                "GFLOP": flops / 1e9,
+                "GFLOP/s": flops / seconds / 1e9,
+                "of bf16 peak": flops / seconds / top,
+                **split,
+            }
+        )
+    return rows

@@ -1,0 +1,46 @@
+"""Video-based intrinsic bonus of APV (IPV spec 2.4): distance of a window's mean feature to its nearest neighbours."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class IntrinsicBonus(nn.Module):
+    """k-nearest-neighbour novelty of mean-pooled windows under a fixed random projection, normalised by a running mean."""
+
+    queue: Tensor
+    filled: Tensor
+    mean: Tensor
+    projection: Tensor
+
+    def __init__(self, feat_dim: int, *, window: int = 5, width: int = 128, size: int = 4096, neighbours: int = 16) -> None:
+        super().__init__()
+        self.window, self.neighbours = window, neighbours
+        self.register_buffer("projection", torch.randn(feat_dim, width) / width)
+        self.register_buffer("queue", torch.zeros(size, width))
+        self.register_buffer("filled", torch.zeros((), dtype=torch.long))
+        self.register_buffer("mean", torch.ones(()))
+
+    @torch.no_grad()
+    def forward(self, feat: Tensor) -> Tensor:
+        """Bonus (B, T - window + 1) of features (B, T, F); pushes the windows into the queue first (IPV 2.4, step 3)."""
+        batch, time, _ = feat.shape
+        sums = feat.float().cumsum(1)
+        sums = torch.cat([torch.zeros_like(sums[:, :1]), sums], 1)
+        means = (sums[:, self.window :] - sums[:, : -self.window]) / self.window
+        points = means.flatten(0, 1) @ self.projection  # (N, width)
+        count = min(len(points), len(self.queue))
+        self.queue.copy_(torch.cat([points[:count], self.queue[: len(self.queue) - count]]))
+        self.filled.add_(count).clamp_(max=len(self.queue))
+        distance = torch.cdist(points, self.queue, compute_mode="use_mm_for_euclid_dist")
+        empty = torch.arange(len(self.queue), device=feat.device) >= self.filled
+        distance = distance.masked_fill(empty, float("inf"))
+        near = distance.topk(self.neighbours, largest=False).values
+        raw = torch.where(near.isinf(), near.new_zeros(()), near).mean(1)
+        return self.normalise(raw).view(batch, time - self.window + 1)
+
+    def normalise(self, raw: Tensor) -> Tensor:
+        """Divide by the running mean of |raw| (momentum 0.99, starts at 1, updated first)."""
+        self.mean.mul_(0.99).add_(0.01 * raw.abs().mean())
+        return raw / (self.mean + 1e-8)

@@ -1,0 +1,108 @@
+"""Image decoders: DreamerV2's plain CNN and IPV's ResNet with cross-attention to context maps (spec 1.2-1.4)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from localmotion.models.encoders import ResidualLayer, xavier
+
+
+class CNNDecoder(nn.Module):
+    """Linear, then four transposed convolutions, stride 2, kernels 5, 5, 6, 6: 1 -> 5 -> 13 -> 30 -> 64."""
+
+    def __init__(self, inputs: int, *, depth: int = 48, image_size: int = 64) -> None:
+        super().__init__()
+        if image_size != 64:
+            raise ValueError(f"the plain CNN decoder makes 64x64 pictures, not {image_size}")
+        self.linear = xavier(nn.Linear(inputs, 32 * depth))
+        widths = [32 * depth, 4 * depth, 2 * depth, depth, 3]
+        parts: list[nn.Module] = []
+        for index, kernel in enumerate((5, 5, 6, 6)):
+            parts += [xavier(nn.ConvTranspose2d(widths[index], widths[index + 1], kernel, 2)), nn.ELU()]
+        self.net = nn.Sequential(*parts[:-1])
+
+    def forward(self, feat: Tensor, context: list[Tensor] | None = None) -> Tensor:
+        return self.net(self.linear(feat)[:, :, None, None])
+
+
+class ContextAttention(nn.Module):
+    """Cross-attention of decoder features to the context map of the same resolution, on a random quarter of its tokens."""
+
+    def __init__(self, channels: int, side: int, *, mask: float = 0.75, heads: int = 4, norm: str = "batch") -> None:
+        super().__init__()
+        self.keep = int(side * side * (1 - mask))
+        self.query_position = nn.Parameter(torch.zeros(side * side, channels))
+        self.key_position = nn.Parameter(torch.zeros(side * side, channels))
+        self.attention = nn.MultiheadAttention(channels, heads, dropout=0.1, batch_first=True)
+        self.norm: nn.Module = nn.BatchNorm2d(channels) if norm == "batch" else nn.Identity()
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """x (B*T, C, h, w), context (B, C, h, w) -> (B*T, C, h, w). A fresh token subset per sequence and time, always on."""
+        frames, channels, height, width = x.shape
+        tokens = context.flatten(2).transpose(1, 2) + self.key_position  # (B, hw, C)
+        count = tokens.shape[1]
+        time = frames // len(tokens)
+        pick = torch.rand(frames, count, device=x.device).topk(self.keep, 1).indices  # (B*T, keep)
+        base = torch.arange(len(tokens), device=x.device).repeat_interleave(time) * count
+        kept = F.embedding(pick + base[:, None], tokens.reshape(-1, channels))
+        query = x.flatten(2).transpose(1, 2) + self.query_position
+        out = self.attention(query, kept, kept, need_weights=False)[0]
+        out = F.dropout(out, 0.1, self.training)
+        image = out.transpose(1, 2).reshape(frames, channels, height, width)
+        return F.relu(x + self.norm(image))
+
+
+class ResNetDecoder(nn.Module):
+    """IPV's residual decoder, mirror of `ResNetEncoder`; cross-attends to context maps of at most 16x16.
+
+    ``map_shapes`` are the encoder's (channels, side) pairs, finest first.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        map_shapes: list[tuple[int, int]],
+        *,
+        stem: str = "conv",
+        norm: str = "batch",
+        context: bool = True,
+        mask: float = 0.75,
+    ) -> None:
+        super().__init__()
+        self.unshuffle = stem == "unshuffle"
+        shapes = map_shapes[::-1]  # coarsest first
+        self.width, self.side = shapes[0][0], shapes[0][1] // 2
+        self.linear = xavier(nn.Linear(inputs, self.width * self.side**2))
+        self.stages, self.attention = nn.ModuleList(), nn.ModuleDict()
+        finest = 8 if self.unshuffle else 16
+        for index, (channels, side) in enumerate(shapes):
+            out = shapes[index + 1][0] if index + 1 < len(shapes) else channels // 2
+            if self.unshuffle:
+                out = channels if index + 1 == len(shapes) else out
+                layers = [ResidualLayer(channels, out, norm)]
+            else:
+                layers = [ResidualLayer(channels, channels, norm), ResidualLayer(channels, out, norm)]
+            self.stages.append(nn.ModuleList(layers))
+            if context and side <= finest:
+                self.attention[str(index)] = ContextAttention(channels, side, mask=mask, norm=norm)
+        if self.unshuffle:
+            self.out = xavier(nn.Conv2d(shapes[-1][0], 48, 3, padding=1))
+        else:
+            self.out = xavier(nn.ConvTranspose2d(shapes[-1][0] // 2, 3, 3, stride=2, padding=1, output_padding=1))
+
+    def forward(self, feat: Tensor, context: list[Tensor] | None = None) -> Tensor:
+        """feat (B*T, F), context maps (B, C, h, w) finest first -> (B*T, 3, S, S)."""
+        x = self.linear(feat).view(-1, self.width, self.side, self.side)
+        x = x.contiguous(memory_format=torch.channels_last)
+        maps = context[::-1] if context is not None else None
+        for index, stage in enumerate(self.stages):
+            x = F.interpolate(x, scale_factor=2, mode="nearest")
+            for number, layer in enumerate(stage):  # type: ignore[arg-type]
+                attend = number == 0 and str(index) in self.attention
+                if attend and maps is None:
+                    raise ValueError("this decoder needs context maps")
+                x = layer(x, self.attention[str(index)](x, maps[index])) if attend else layer(x)  # type: ignore[index]
+        x = self.out(x)
+        return F.pixel_shuffle(x, 4) if self.unshuffle else x

@@ -1,0 +1,115 @@
+"""Image encoders: DreamerV2's plain CNN and IPV's 13-layer ResNet (spec 1.2-1.5), whose pre-pool maps are the context.
+
+Images (N, 3, S, S) float in [-0.5, 0.5]. Widths double from stage to stage, the resolution halves.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def xavier(layer: nn.Module) -> nn.Module:
+    """Xavier-uniform weight, zero bias: IPV's initialisation of direct layers (spec 0.1)."""
+    nn.init.xavier_uniform_(layer.weight)  # type: ignore[arg-type]
+    nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+    return layer
+
+
+class ResidualLayer(nn.Module):
+    """ReLU(skip(x) + conv-norm-ReLU-conv-norm(y)); y is x unless given (cross-attention changes only the main path)."""
+
+    def __init__(self, inputs: int, outputs: int, norm: str = "batch") -> None:
+        super().__init__()
+
+        def block(a: int, b: int, kernel: int) -> nn.Sequential:
+            plain = norm == "none"
+            conv = nn.Conv2d(a, b, kernel, padding=kernel // 2, bias=plain)
+            return nn.Sequential(conv) if plain else nn.Sequential(conv, nn.BatchNorm2d(b))
+
+        self.main = nn.Sequential(block(inputs, outputs, 3), nn.ReLU(), block(outputs, outputs, 3))
+        self.skip: nn.Module = nn.Identity() if inputs == outputs else block(inputs, outputs, 1)
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        return F.relu(self.skip(x) + self.main(x if y is None else y))
+
+
+class CNNEncoder(nn.Module):
+    """Four convolutions, kernel 4, stride 2, ELU: 64 -> 31 -> 14 -> 6 -> 2 (spec 1.2)."""
+
+    def __init__(self, *, depth: int = 48, image_size: int = 64) -> None:
+        super().__init__()
+        widths = [3, depth, 2 * depth, 4 * depth, 8 * depth]
+        parts: list[nn.Module] = []
+        side = image_size
+        for a, b in zip(widths, widths[1:], strict=False):
+            parts += [xavier(nn.Conv2d(a, b, 4, 2)), nn.ELU()]
+            side = (side - 4) // 2 + 1
+        self.net = nn.Sequential(*parts)
+        self.embed_dim = widths[-1] * side * side
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.net(image).flatten(1)
+
+
+class ResNetEncoder(nn.Module):
+    """IPV's residual encoder; `maps` gives the pre-pool features of each stage, which are the context of the decoder.
+
+    ``stem="conv"``: a stride-2 convolution, then three stages of two residual layers (paper). ``stem="unshuffle"``: 4x4 pixels become
+    channels, then two stages of one residual layer: no work at full resolution, which a CPU pays for most.
+    """
+
+    def __init__(self, *, depth: int = 48, image_size: int = 64, stem: str = "conv", norm: str = "batch") -> None:
+        super().__init__()
+        self.unshuffle = stem == "unshuffle"
+        if self.unshuffle:
+            self.stem = xavier(nn.Conv2d(48, depth, 3, padding=1))
+            stages, layers, side = 2, 1, image_size // 4
+        else:
+            self.stem = xavier(nn.Conv2d(3, depth, 3, stride=2, padding=1))
+            stages, layers, side = 3, 2, image_size // 2
+        self.stages = nn.ModuleList()
+        width = depth
+        self.map_shapes: list[tuple[int, int]] = []
+        for stage in range(stages):
+            out = depth * 2**stage
+            blocks = [ResidualLayer(width if i == 0 else out, out, norm) for i in range(layers)]
+            self.stages.append(nn.ModuleList(blocks))
+            self.map_shapes.append((out, side))
+            width, side = out, side // 2
+        self.embed_dim = width * side * side
+
+    def maps(self, image: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Embedding (N, E) and the pre-pool maps, finest first."""
+        x = F.pixel_unshuffle(image, 4) if self.unshuffle else image
+        x = F.elu(self.stem(x))
+        found = []
+        for stage in self.stages:
+            for layer in stage:  # type: ignore[attr-defined]
+                x = layer(x)
+            found.append(x)
+            x = F.avg_pool2d(x, 2)
+        return x.flatten(1), found
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.maps(image)[0]
+
+
+def random_erasing(image: Tensor, probability: float = 0.5) -> Tensor:
+    """Context augmentation (spec 1.5): in half of the pictures a rectangle of 2-33 % of the area becomes grey (0).
+
+    Aspect ratio with probability 1/2 from U(0.3, 1), else U(1, 3.3). (B, 3, S, S) -> (B, 3, S, S), no gradient.
+    """
+    batch, _, height, width = image.shape
+    u = torch.rand(batch, 6, device=image.device)
+    ratio = torch.where(u[:, 0] < 0.5, 0.3 + 0.7 * u[:, 1], 1 + 2.3 * u[:, 1])
+    area = (0.02 + 0.31 * u[:, 2]) * height * width
+    tall, wide = (area * ratio).sqrt().clamp(max=height), (area / ratio).sqrt().clamp(max=width)
+    top, left = u[:, 3] * (height - tall), u[:, 4] * (width - wide)
+    ys = torch.arange(height, device=image.device)[None, :, None]
+    xs = torch.arange(width, device=image.device)[None, None, :]
+    inside = (ys >= top[:, None, None]) & (ys < (top + tall)[:, None, None])
+    inside = inside & (xs >= left[:, None, None]) & (xs < (left + wide)[:, None, None])
+    erase = inside & (u[:, 5] < probability)[:, None, None]
+    return image.masked_fill(erase[:, None], 0.0)

@@ -1,0 +1,34 @@
+"""Multi-layer heads: reward, critic, actor (IPV spec 0.5, 2.5)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from localmotion.models.distributions import TruncatedNormal
+
+
+class MLP(nn.Module):
+    """``layers`` times [Linear, ELU], then a linear output; Xavier-uniform weights, zero biases. (..., in) -> (..., out)."""
+
+    def __init__(self, inputs: int, outputs: int, *, units: int = 400, layers: int = 4) -> None:
+        super().__init__()
+        widths = [inputs, *[units] * layers]
+        parts: list[nn.Module] = []
+        for a, b in zip(widths, widths[1:], strict=False):
+            parts += [nn.Linear(a, b), nn.ELU()]
+        self.net = nn.Sequential(*parts, nn.Linear(widths[-1], outputs))
+        for module in self.net:
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.net(x)
+        return out
+
+
+def actor_distribution(out: Tensor) -> TruncatedNormal:
+    """Truncated normal on [-1, 1] from the actor's (..., 2A) output: mean tanh(m), deviation 2 sigmoid(s / 2) + 0.1."""
+    mean, std = out.float().chunk(2, -1)
+    return TruncatedNormal(torch.tanh(mean), 2 * torch.sigmoid(std / 2) + 0.1)
