@@ -219,8 +219,7 @@ def _file_frames(
                     _check_size(ref, frame.width, frame.height)
                     shape = shape if size else (frame.width, frame.height)
                 if done >= start and (done - start) % stride == 0:
-                    small = reformatter.reformat(frame, *shape, "rgb24", interpolation="AREA", threads=1)
-                    pixels: NDArray[np.uint8] = np.asarray(small.to_ndarray(), np.uint8)
+                    pixels = _pixels(ref.path, reformatter, frame, shape)
                     yield np.ascontiguousarray(np.rot90(pixels, turns)) if turns else pixels
                     yielded += 1
                     if yielded == max_frames:
@@ -231,6 +230,16 @@ def _file_frames(
                 ref.path, "unreadable", "no frame could be decoded; the file is damaged or its codec is unknown"
             )
         _check_complete(ref.path, container, stream, packets, times)
+
+
+def _pixels(path: Path, reformatter: VideoReformatter, frame: Any, shape: tuple[int, int]) -> NDArray[np.uint8]:
+    """One decoded frame as RGB of `shape` (width, height)."""
+    try:
+        small = reformatter.reformat(frame, *shape, "rgb24", interpolation="AREA", threads=1)
+    except (av.error.FFmpegError, OSError, ValueError) as error:
+        detail = f"pictures of format {frame.format.name} cannot be converted to RGB ({_words(error)})"
+        raise VideoError(path, "unreadable", detail) from error
+    return np.asarray(small.to_ndarray(), np.uint8)
 
 
 def _check_complete(path: Path, container: Any, stream: Any, packets: int, times: list[float]) -> None:
@@ -295,7 +304,10 @@ def _read_image(file: Path, number: int, ref: VideoRef) -> NDArray[np.uint8]:
     except OSError as error:
         raise VideoError(ref.path, reason, f"cannot read {file.name}: {error.strerror}") from error
     whole = data.rfind(b"\xff\xd9") > data.rfind(b"\xff\xda") if data[:2] == b"\xff\xd8" else b"IEND" in data[-64:]
-    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) if whole else None
+    try:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) if whole else None
+    except cv2.error:  # among others, more pixels than OpenCV allows
+        image = None
     if image is None:
         raise VideoError(ref.path, reason, f"{file.name} is not a whole JPEG or PNG picture")
     return np.asarray(image, np.uint8)

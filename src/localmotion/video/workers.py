@@ -1,0 +1,132 @@
+"""Run a function over many items in worker processes that may die: a decoder crash costs one item, not the run.
+
+A pool of the standard library gives up as a whole when a worker dies and cannot tell whose fault it was. Here every
+worker has a pipe of its own, so a death or a hang is charged to the item the worker had, and a new worker takes its
+place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from typing import Any, Generic, Literal, TypeVar
+
+from localmotion.errors import LocalmotionError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Lost:
+    """Takes the place of a result that never came."""
+
+    reason: Literal["decoder_crash", "decoder_timeout"]
+    detail: str
+
+
+class _Worker(Generic[Item]):
+    """One child process and what it works on."""
+
+    def __init__(self, context: Any, function: Callable[[Item], Any]) -> None:
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, function), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.ready = False
+        self.task: int | None = None
+        self.since = 0.0
+
+    def give(self, task: int, item: Item) -> None:
+        self.task, self.since = task, time.monotonic()
+        with contextlib.suppress(ConnectionError):  # a worker that died just now is noticed where its answer is awaited
+            self.pipe.send(item)
+
+    def stop(self) -> int | None:
+        """Kill the child if it still lives; its exit code."""
+        self.process.kill()
+        self.process.join()
+        self.pipe.close()
+        return self.process.exitcode
+
+
+def map_isolated(
+    function: Callable[[Item], Result], items: Sequence[Item], workers: int, timeout: float = 600.0
+) -> Iterator[tuple[int, Result | Lost]]:
+    """Yield (index of the item, result) in the order in which results come, from `workers` spawned processes.
+
+    `function` must be importable (module level) and so must be the main module. An item whose worker dies yields Lost
+    "decoder_crash"; one that takes more than `timeout` seconds Lost "decoder_timeout". An exception raised by
+    `function` is a defect of it and is raised here as RuntimeError; LocalmotionError when workers cannot start at
+    all.
+    """
+    context = multiprocessing.get_context("spawn")
+    pool = [_Worker(context, function) for _ in range(min(workers, len(items)))]
+    waiting = iter(range(len(items)))
+    open_tasks = len(items)
+    try:
+        while open_tasks:
+            pipes: dict[Any, _Worker[Item]] = {worker.pipe: worker for worker in pool}
+            for pipe in wait(list(pipes), timeout=1.0):
+                worker = pipes[pipe]
+                task = worker.task
+                try:
+                    kind, value = worker.pipe.recv()
+                except (EOFError, ConnectionError) as error:
+                    code = worker.stop()
+                    if not worker.ready:
+                        message = f"a worker process could not start (exit code {code}); use workers=0"
+                        raise LocalmotionError(message) from error
+                    pool[pool.index(worker)] = _Worker(context, function)
+                    if task is not None:
+                        open_tasks -= 1
+                        yield task, Lost("decoder_crash", f"the process that decoded it {_death(code)}")
+                    continue
+                if kind == "error":
+                    raise RuntimeError(f"worker failed on {items[task or 0]!r}:\n{value}")
+                worker.ready, worker.task = True, None
+                following = next(waiting, None)
+                if following is not None:
+                    worker.give(following, items[following])
+                if task is not None:
+                    open_tasks -= 1
+                    yield task, value
+            for number, worker in enumerate(pool):
+                if worker.task is not None and time.monotonic() - worker.since > timeout:
+                    task = worker.task
+                    worker.stop()
+                    pool[number] = _Worker(context, function)
+                    open_tasks -= 1
+                    yield task, Lost("decoder_timeout", f"decoding took more than {timeout:g} seconds")
+    finally:
+        for worker in pool:
+            worker.stop()
+
+
+def _serve(pipe: Connection, function: Callable[[Any], Any]) -> None:
+    """Life of a worker: say "ready", then answer items until the pipe closes. Interrupts are the parent's business."""
+    import traceback
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    pipe.send(("ready", None))
+    while True:
+        try:
+            item = pipe.recv()
+        except EOFError:
+            return
+        try:
+            answer = ("result", function(item))
+        except Exception:
+            answer = ("error", traceback.format_exc())
+        pipe.send(answer)
+
+
+def _death(code: int | None) -> str:
+    if code is not None and code < 0:
+        return f"died of signal {signal.Signals(-code).name}"
+    return f"ended with exit code {code}"
