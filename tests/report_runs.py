@@ -48,36 +48,67 @@ def write_mp4(path: Path, frames: NDArray[np.uint8]) -> None:
 def pretrain_run(path: Path, updates: int = 2000, seed: int = 0, media: bool = True) -> Path:
     rng = np.random.default_rng(seed)
     config = {
-        "method": "drp", "stage": "pretrain", "preset": "small", "seed": seed, "env": "", "checkpoint": "",
-        "data": "store", "model": {"deter": 256, "dae": {"mask_ratio": 0.5, "heads": [4, 8]}}, "pretrain": {"updates": updates},
-    }  # fmt: skip
+        "method": "drp",
+        "stage": "pretrain",
+        "preset": "small",
+        "seed": seed,
+        "env": "",
+        "checkpoint": "",
+        "data": "store",
+        "model": {"deter": 256, "dae": {"mask_ratio": 0.5, "heads": [4, 8]}},
+        "pretrain": {"updates": updates},
+    }
     base(path, config)
     lines: list[dict[str, Any]] = []
     for update in range(100, updates + 1, 100):
         decay = np.exp(-update / updates * 4)
-        lines.append({
-            "kind": "pretrain", "update": update, "wall": update * 0.41, "loss/mae": 0.3 + decay + rng.normal(0, 0.02),
-            "loss/image": 300 + 2500 * decay, "loss/kl": 4 + 8 * decay + rng.normal(0, 0.1), "grad_norm": 3 + rng.random(),
-            "seconds/update": 0.36, "seconds/data": 0.04, "flow/p50": 0.11, "flow/p99": 1.6,
-        })  # fmt: skip
+        lines.append(
+            {
+                "kind": "pretrain",
+                "update": update,
+                "wall": update * 0.41,
+                "loss/mae": 0.3 + decay + rng.normal(0, 0.02),
+                "loss/image": 300 + 2500 * decay,
+                "loss/kl": 4 + 8 * decay + rng.normal(0, 0.1),
+                "grad_norm": 3 + rng.random(),
+                "seconds/update": 0.36,
+                "seconds/data": 0.04,
+                "flow/p50": 0.11,
+                "flow/p99": 1.6,
+            }
+        )
         if update % 500 == 0:
-            lines.append({
-                "kind": "heldout", "update": update, "mae/model": 0.2 + 0.3 * decay, "mae/zero": 1.0, "mae/frame_mean": 0.61,
-                "mae/nearest_time": 0.48, "mae/ratio_best": (0.2 + 0.3 * decay) / 0.48, "psnr/motion": 27.1 - 8 * decay,
-                "psnr/zero_motion": 24.0 - 6 * decay, "psnr/last_frame": 22.2, "ssim/motion": 0.91, "ssim/zero_motion": 0.84,
-                "ssim/last_frame": 0.8, "psnr/motion_horizon": (31 - 4 * np.log1p(np.arange(20)) / 1.5).tolist(),
-                "psnr/zero_motion_horizon": (30 - 4 * np.log1p(np.arange(20))).tolist(),
-                "psnr/last_frame_horizon": (29 - 4.4 * np.log1p(np.arange(20))).tolist(),
-            })  # fmt: skip
+            lines.append(
+                {
+                    "kind": "heldout",
+                    "update": update,
+                    "mae/model": 0.2 + 0.3 * decay,
+                    "mae/zero": 1.0,
+                    "mae/frame_mean": 0.61,
+                    "mae/nearest_time": 0.48,
+                    "mae/ratio_best": (0.2 + 0.3 * decay) / 0.48,
+                    "psnr/motion": 27.1 - 8 * decay,
+                    "psnr/zero_motion": 24.0 - 6 * decay,
+                    "psnr/last_frame": 22.2,
+                    "ssim/motion": 0.91,
+                    "ssim/zero_motion": 0.84,
+                    "ssim/last_frame": 0.8,
+                    "psnr/motion_horizon": (31 - 4 * np.log1p(np.arange(20)) / 1.5).tolist(),
+                    "psnr/zero_motion_horizon": (30 - 4 * np.log1p(np.arange(20))).tolist(),
+                    "psnr/last_frame_horizon": (29 - 4.4 * np.log1p(np.arange(20))).tolist(),
+                }
+            )
     write_lines(path / "metrics.jsonl", lines)
     if not media:
         return path
     truth = np.stack([moving_clip(), moving_clip()[::-1]])
     np.savez(
-        path / "media/openloop_heldout.npz", truth=truth, context=5,
+        path / "media/openloop_heldout.npz",
+        truth=truth,
+        context=5,
         prediction=np.stack([moving_clip(drift=0.001, blur=0.001), moving_clip(blur=0.002)[::-1]]),
         prediction_zero_motion=np.stack([moving_clip(drift=-0.015, blur=0.003), moving_clip(drift=-0.01)[::-1]]),
-    )  # fmt: skip
+    )
     side = np.mgrid[:8, :8].transpose(1, 2, 0)[None] / 8 - 0.5
     angle, turn = rng.uniform(0, 6, (12, 1, 1)), rng.normal(0, 2, (12, 1, 1))
     patches = np.stack([np.cos(angle) + side[..., 0] * turn, np.sin(angle) - side[..., 1] * turn], axis=-1)
@@ -90,9 +121,12 @@ def pretrain_run(path: Path, updates: int = 2000, seed: int = 0, media: bool = T
     label = np.repeat(np.array(["pushing", "lifting", "turning", "walking"]), 40)
     np.savez(path / "media/embedding_clips.npz", xy=xy, label=label, title=np.array("Clips by label"))
     np.savez(
-        path / "media/embedding_direction.npz", xy=xy, label=label, title=np.array("Clips by direction of motion"),
+        path / "media/embedding_direction.npz",
+        xy=xy,
+        label=label,
+        title=np.array("Clips by direction of motion"),
         angle=np.arctan2(xy[:, 1] - 4, xy[:, 0] - 4),
-    )  # fmt: skip
+    )
     np.savez(
         path / "media/flow_clips.npz", magnitudes=rng.lognormal(-1.4, 1.2, 20000), name=np.array("pre-training clips")
     )
@@ -140,14 +174,27 @@ def online_run(
                         "random": step == every,
                     }
                 )
-            lines.append({
-                "kind": "train", **counters, "loss/image": 200 + 1500 * np.exp(-step / 9000), "loss/kl": 3 + rng.normal(0, 0.1),
-                "loss/actor": -step / 9000 + rng.normal(0, 0.2), "loss/critic": 1 + rng.random(), "loss/reward": 0.9 * np.exp(-step / 20000),
-                "actor_entropy": 4 - step / 20000, "seconds/update": 0.30 * every / 10, "seconds/env": 0.05 * every / 10,
-                "seconds/perception": (0.08 if method == "drp" else 0.0) * every / 10, "seconds/act": 0.04 * every / 10,
-                "seconds/replay": 0.01 * every / 10, "seconds/eval": 0.03 * every / 10, "seconds/all": 0.53 * every / 10,
-                "flow/p50": 0.35, "flow/p99": 4.2,
-            })  # fmt: skip
+            lines.append(
+                {
+                    "kind": "train",
+                    **counters,
+                    "loss/image": 200 + 1500 * np.exp(-step / 9000),
+                    "loss/kl": 3 + rng.normal(0, 0.1),
+                    "loss/actor": -step / 9000 + rng.normal(0, 0.2),
+                    "loss/critic": 1 + rng.random(),
+                    "loss/reward": 0.9 * np.exp(-step / 20000),
+                    "actor_entropy": 4 - step / 20000,
+                    "seconds/update": 0.30 * every / 10,
+                    "seconds/env": 0.05 * every / 10,
+                    "seconds/perception": (0.08 if method == "drp" else 0.0) * every / 10,
+                    "seconds/act": 0.04 * every / 10,
+                    "seconds/replay": 0.01 * every / 10,
+                    "seconds/eval": 0.03 * every / 10,
+                    "seconds/all": 0.53 * every / 10,
+                    "flow/p50": 0.35,
+                    "flow/p99": 4.2,
+                }
+            )
         returns = [score(step) for _ in range(10)]
         line = {
             "kind": "eval",

@@ -26,13 +26,22 @@ from localmotion.report.page import (
     flatten,
 )
 from localmotion.report.results import Gathered, origin, results
-from localmotion.report.rundir import RunData, load_run
+from localmotion.report.rundir import Line, RunData, load_run, number
 from localmotion.report.style import short
 
 _COUNTERS = ("update", "agent_step", "env_step", "episode", "wall", "updates_per_second")
 
 
 # --- pre-training and representation ----------------------------------------------------------------------------------
+
+
+_PREDICTORS = {"motion": "with real motion", "zero_motion": "with zero motion", "last_frame": "copy of the last frame"}
+_TRIVIAL = {"zero": "over zero flow", "frame_mean": "over the frame's mean", "nearest_time": "over the nearest time"}
+
+
+def _cell(line: Line | None, key: str, form: str) -> str:
+    value = number(line, key)
+    return "–" if value is None else format(value, form)
 
 
 def _heldout(report: Gathered) -> tuple[list[Block], list[tuple[str, str]]]:
@@ -45,12 +54,12 @@ def _heldout(report: Gathered) -> tuple[list[Block], list[tuple[str, str]]]:
             report.missing.append(f"{run.name} has no held-out figures yet.")
             continue
         errors = {
-            k.removeprefix("mae/"): float(v)
-            for k, v in line.items()
-            if k.startswith("mae/") and not k.startswith("mae/ratio") and isinstance(v, (int, float))
+            k.removeprefix("mae/"): v
+            for k in line
+            if k.startswith("mae/") and not k.startswith("mae/ratio") and (v := number(line, k)) is not None
         }
         model = errors.pop("model", None)
-        ratios = {f"over {k.replace('_', ' ')}": model / v for k, v in errors.items() if model is not None and v > 0}
+        ratios = {_TRIVIAL.get(k, k): model / v for k, v in errors.items() if model is not None and v > 0}
         if ratios:
             best = max(ratios.values())
             chart = plots.comparison_bars(
@@ -63,28 +72,25 @@ def _heldout(report: Gathered) -> tuple[list[Block], list[tuple[str, str]]]:
             )
             blocks.append(Picture(chart, caption, "Ratio of the model's error to each trivial predictor"))
             tiles.append((f"{best:.2f}", f"{run.name}: held-out masked error over that of the best trivial predictor"))
-        if isinstance(line.get("psnr/motion"), (int, float)):
+        if (quality := number(line, "psnr/motion")) is not None:
             others = [
-                f"{_PREDICTORS[k]} {line[f'psnr/{k}']:.1f}"
+                f"{_PREDICTORS[k]} {v:.1f}"
                 for k in ("zero_motion", "last_frame")
-                if f"psnr/{k}" in line
+                if (v := number(line, f"psnr/{k}")) is not None
             ]
             told = "; ".join([f"{run.name}: open-loop PSNR with real motion", *others])
-            tiles.append((f"{line['psnr/motion']:.1f} dB", told))
+            tiles.append((f"{quality:.1f} dB", told))
         blocks += _horizon(run, line)
     return blocks, tiles
 
 
-_PREDICTORS = {"motion": "with real motion", "zero_motion": "with zero motion", "last_frame": "copy of the last frame"}
-
-
-def _horizon(run: RunData, line: dict[str, Any]) -> list[Block]:
+def _horizon(run: RunData, line: Line) -> list[Block]:
     blocks: list[Block] = []
     ends = {k: v for k, v in line.items() if k.endswith("_horizon") and k.startswith("psnr/") and isinstance(v, list)}
     lines = {
         _PREDICTORS.get(k[5:-8], k[5:-8].replace("_", " ")): v
         for k, v in ends.items()
-        if all(isinstance(x, (int, float)) for x in v)
+        if all(number({"x": x}, "x") is not None for x in v)
     }
     if any(lines.values()):
         chart = plots.horizon_curves(lines, title=f"Open-loop prediction of held-out clips, {run.name}")
@@ -94,13 +100,7 @@ def _horizon(run: RunData, line: dict[str, Any]) -> list[Block]:
         blocks.append(Picture(chart, caption, "PSNR over the prediction horizon"))
     names = [k[5:] for k in line if k.startswith("psnr/") and not k.endswith("_horizon")]
     rows = [
-        [
-            _PREDICTORS.get(n, n.replace("_", " ")),
-            *(
-                f"{line[m]:.{d}f}" if isinstance(line.get(m), (int, float)) else "–"
-                for m, d in ((f"psnr/{n}", 2), (f"ssim/{n}", 3))
-            ),
-        ]
+        [_PREDICTORS.get(n, n.replace("_", " ")), _cell(line, f"psnr/{n}", ".2f"), _cell(line, f"ssim/{n}", ".3f")]
         for n in names
     ]
     if rows:
@@ -128,8 +128,7 @@ def _flow(report: Gathered) -> list[Block]:
     for run in report.runs:
         line = next((x for kind in ("train", "pretrain") if (x := run.last(kind)) and any(k in x for k in keys)), None)
         if line:
-            cells = [f"{line[k]:.3g}" if isinstance(line.get(k), (int, float)) else "–" for k in keys]
-            rows.setdefault(report.label(run), [report.label(run), *cells])
+            rows.setdefault(report.label(run), [report.label(run), *(_cell(line, k, ".3g") for k in keys)])
     if rows:
         caption = "Quantiles of flow magnitude as last logged by the first run of each group, pixels."
         blocks.append(Table(["", *(k.removeprefix("flow/") for k in keys)], list(rows.values()), caption))
@@ -149,7 +148,10 @@ def _losses(report: Gathered, runs: Sequence[RunData], kind: str, what: str) -> 
             ]
             for key in keys
         }
-        panels = {key: [s for s in series if len(s[1])] for key, series in panels.items()}
+        for key, series in panels.items():
+            if bad := sum(int((~np.isfinite(ys)).sum()) for _, _, ys in series):
+                report.missing.append(f"{key} of {what} has {bad} values that are not finite (gaps in its curve).")
+        panels = {key: [s for s in series if np.isfinite(s[2]).any()] for key, series in panels.items()}
         panels = {key: series for key, series in panels.items() if series}
         return [Picture(plots.loss_curves(panels), caption, caption)] if panels else []
 
@@ -177,13 +179,13 @@ def seconds_per_update(run: RunData) -> dict[str, float]:
     """Mean seconds of each part per update: "train" lines hold sums since the line before, "pretrain" lines means."""
     parts: dict[str, float] = {}
     for kind in ("train", "pretrain"):
-        lines = [line for line in run.lines.get(kind, ()) if isinstance(line.get("update"), (int, float))]
-        if not lines or lines[-1]["update"] <= 0:
+        lines = run.lines.get(kind, [])
+        divide = number(run.last(kind), "update") if kind == "train" else len(lines)
+        if not divide or divide < 0:
             continue
-        divide = lines[-1]["update"] if kind == "train" else len(lines)
         for line in lines:
-            for key, value in line.items():
-                if key.startswith("seconds/") and isinstance(value, (int, float)) and np.isfinite(value):
+            for key in line:
+                if key.startswith("seconds/") and (value := number(line, key)) is not None:
                     parts[key[8:]] = parts.get(key[8:], 0.0) + value / divide
     if (whole := parts.pop("all", None)) is not None and whole > sum(parts.values()):
         parts["other"] = whole - sum(parts.values())
@@ -213,7 +215,7 @@ def _runs_table(runs: Sequence[RunData]) -> Table:
     rows = []
     for run in runs:
         last = run.last("train") or run.last("pretrain") or run.last("eval") or {}
-        env_step = (run.last("eval") or last).get("env_step")
+        update, env_step = number(last, "update"), number(run.last("eval") or last, "env_step")
         wall = run.wall_seconds()
         rows.append(
             [
@@ -224,8 +226,8 @@ def _runs_table(runs: Sequence[RunData]) -> Table:
                 run.preset or "–",
                 "–" if run.seed is None else str(run.seed),
                 run.state,
-                short(last["update"]) if isinstance(last.get("update"), (int, float)) else "–",
-                short(env_step) if isinstance(env_step, (int, float)) else "–",
+                "–" if update is None else short(update),
+                "–" if env_step is None else short(env_step),
                 duration(wall) if wall > 0 else "–",
             ]
         )

@@ -249,7 +249,7 @@ figure img { display: block; max-width: 100%; height: auto; } figure img:not(.sv
 figcaption { color: var(--muted); font-size: 13.5px; line-height: 1.45; margin-top: 8px; max-width: 88ch; }
 video { display: block; width: 100%; max-width: 360px; aspect-ratio: 1; background: #000; border-radius: 8px; }
 .row { display: grid; grid-template-columns: repeat(auto-fill, minmax(210px, 1fr)); gap: 0 22px; align-items: start; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(270px, 1fr)); gap: 14px; margin: 6px 0 20px; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(205px, 1fr)); gap: 14px; margin: 6px 0 20px; }
 .tiles div { background: var(--soft); border: 1px solid var(--line); border-radius: 10px; padding: 13px 16px; }
 .tiles strong { display: block; font-size: 23px; line-height: 1.25; letter-spacing: -0.015em; }
 .tiles span { display: block; color: var(--muted); font-size: 13px; line-height: 1.4; margin-top: 2px; }

@@ -84,7 +84,10 @@ def _frame_psnr(truth: Pixels, prediction: Pixels) -> NDArray[np.float64]:
 
 
 def strip_times(frames: int, context: int, columns: int = 12) -> list[int]:
-    """Frames a strip shows: the last observed ones (at most 3), then evenly spread imagined ones up to the end."""
+    """Frames a strip shows: the last observed ones (at most 3), then evenly spread imagined ones up to the end.
+
+    Needs ``columns`` >= 4 for a first and a last imagined frame beside two observed ones.
+    """
     observed = min(3, context, columns // 2)
     times = list(range(context - observed, context))
     left = min(columns - observed, frames - context)

@@ -98,7 +98,8 @@ def learning_curves(
         colour = PALETTE[i % len(PALETTE)]
         band = aggregate_curves(group.curves)
         several = len(group.curves) > 1
-        marker = "o" if len(band.env_steps) <= 40 else None
+        one_grid = all(len(c.env_steps) == len(band.env_steps) for c in group.curves)
+        marker = "o" if one_grid and len(band.env_steps) <= 40 else None
         if several:
             for curve in group.curves:
                 axes.plot(curve.env_steps, curve.values, color=colour, linewidth=0.8, alpha=0.45)

@@ -13,7 +13,7 @@ from localmotion.errors import LocalmotionError
 from localmotion.evaluation.statistics import Curve, Summary, final_scores, summarise
 from localmotion.report import media, plots
 from localmotion.report.page import Block, Notice, Picture, Row, Table, flatten
-from localmotion.report.rundir import RunData
+from localmotion.report.rundir import RunData, number
 from localmotion.report.style import score, short
 
 R = TypeVar("R")
@@ -90,20 +90,22 @@ class Gathered:
         return found
 
 
-def eval_curve(run: RunData, key: str) -> Curve | None:
-    """A run's evaluations over env steps, None without any finite one."""
+def eval_curve(report: Gathered, run: RunData, key: str) -> Curve | None:
+    """A run's evaluations over env steps, None without any finite one; what is left out is told in the report."""
     steps, values = run.series("eval", key)
     good = np.isfinite(values)
+    if not good.all():
+        report.missing.append(f"{run.name}: {int((~good).sum())} values of {key} are not finite and left out.")
     return Curve(steps[good], values[good]) if good.any() else None
 
 
 def random_score(runs: Sequence[RunData], key: str) -> float | None:
     """The random policy's score: measured (random.json) if there, else, for returns, of the random prefill episodes."""
-    measured = [run.random[key] for run in runs if isinstance(run.random.get(key), (int, float))]
+    measured = [value for run in runs if (value := number(run.random, key)) is not None]
     if not measured and key == "return_mean":
         lines = [line for run in runs for line in run.lines.get("episode", ()) if line.get("random") is True]
-        measured = [line["return"] for line in lines if isinstance(line.get("return"), (int, float))]
-    return float(np.mean(measured)) if measured and np.isfinite(measured).all() else None
+        measured = [value for line in lines if (value := number(line, "return")) is not None]
+    return float(np.mean(measured)) if measured else None
 
 
 def results(report: Gathered, env: str, groups: Sequence[Group]) -> tuple[list[Block], list[tuple[str, str]]]:
@@ -116,7 +118,7 @@ def results(report: Gathered, env: str, groups: Sequence[Group]) -> tuple[list[B
     for key, name, percent in (("success_rate", "Success rate", True), ("return_mean", "Episode return", False)):
         drawn: list[tuple[Group, plots.CurveGroup]] = []
         for group in groups:
-            curves = tuple(c for run in group.runs if (c := eval_curve(run, key)) is not None)
+            curves = tuple(c for run in group.runs if (c := eval_curve(report, run, key)) is not None)
             if curves:
                 drawn.append((group, plots.CurveGroup(group.label, curves, summarise(final_scores(curves)))))
             elif key == "return_mean":
@@ -183,7 +185,7 @@ def _final_table(
         assert final is not None
         ends = sorted({c.env_steps[-1] for c in curves.curves})
         steps = short(ends[0]) if len(ends) == 1 else f"{short(ends[0])} to {short(ends[-1])}"
-        episodes = sum(int((run.last("eval") or {}).get("episodes", 0)) for run in group.runs)
+        episodes = sum(int(number(run.last("eval"), "episodes") or 0) for run in group.runs)
         ci = final.interval
         rows.append(
             [
@@ -206,6 +208,8 @@ def _final_table(
     )
     if any(len(c.curves) < 5 for _, c in drawn):
         caption += " With fewer than five seeds the interval says little."
+    if any(len({curve.env_steps[-1] for curve in c.curves}) > 1 for _, c in drawn):
+        caption += " Seeds that ended at different env steps are compared as they stand."
     return Table(header, rows, caption)
 
 

@@ -19,7 +19,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -118,7 +118,7 @@ class RunData:
         """Wall time up to the last training line, summed over sessions (a resumed run starts its clock at zero)."""
         total = 0.0
         for kind in ("pretrain", "train"):
-            walls = [float(line["wall"]) for line in self.lines.get(kind, ()) if _is_number(line.get("wall"))]
+            walls = [wall for line in self.lines.get(kind, ()) if (wall := number(line, "wall")) is not None]
             total += sum(now - then if now >= then else now for then, now in zip([0.0, *walls], walls, strict=False))
         return total
 
@@ -129,13 +129,20 @@ class RunData:
 
 
 def superseded_by_none(xs: Floats) -> NDArray[np.bool_]:
-    """(n,) True where no later entry is equal or smaller: what remains increases strictly."""
-    later = np.append(np.fmin.accumulate(xs[::-1])[::-1][1:], np.inf) if len(xs) else xs
-    return xs < later
+    """(n,) True where no later entry is equal or smaller: what remains increases strictly. Non-finite entries go."""
+    xs = np.where(np.isfinite(xs), xs, np.inf)
+    return xs < np.append(np.minimum.accumulate(xs[::-1])[::-1], np.inf)[1:]
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def _is_number(value: Any) -> TypeGuard[int | float]:
+    """Whether a JSON value is a number that a float can hold (NaN and infinities are, 10**400 is not)."""
+    return isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 63)
+
+
+def number(line: Mapping[str, Any] | None, key: str) -> float | None:
+    """The finite number that a line holds under ``key``, None if there is none."""
+    value = line.get(key) if line else None
+    return float(value) if _is_number(value) and np.isfinite(value) else None
 
 
 def _read_dict(path: Path, notices: list[str]) -> dict[str, Any]:

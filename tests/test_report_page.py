@@ -1,0 +1,416 @@
+"""The page and its collection: self-contained, escaped, honest about what is missing, never broken by a bad file."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import math
+import pickle
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from localmotion.errors import CheckpointError
+from localmotion.report import media, page
+from localmotion.report.collect import duration, report, seconds_per_update
+from localmotion.report.page import Code, Fold, Notice, Picture, Row, Section, Settings, Table, Text, Tiles, Video
+from localmotion.report.pictures import png
+from localmotion.report.results import differing_settings
+from localmotion.report.rundir import load_run
+from report_runs import moving_clip, online_run, pretrain_run, write_lines, write_mp4
+
+VOID = {"meta", "img", "source", "br"}
+
+
+class Reader(HTMLParser):
+    """Checks that tags are balanced and collects tags, attributes and text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.stack: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self.stack == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.stack.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.stack.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.stack and self.stack[-1] != "style":
+            self.text.append(data)
+
+    def said(self) -> str:
+        return re.sub(r"\s+", " ", " ".join(self.text))
+
+
+def assert_self_contained(reader: Reader) -> None:
+    assert not {tag for tag, _ in reader.tags} & {"script", "link", "iframe", "object", "embed", "base", "form"}
+    anchors = {a["id"] for _, a in reader.tags if "id" in a}
+    for tag, attributes in reader.tags:
+        assert not [name for name in attributes if name.startswith("on")]
+        for name in ("src", "srcset", "poster"):
+            if name in attributes:
+                assert (attributes[name] or "").startswith("data:"), tag
+        if "href" in attributes:
+            assert (attributes["href"] or "")[0] == "#"
+            assert (attributes["href"] or "")[1:] in anchors
+    policy = [a["content"] for t, a in reader.tags if t == "meta" and a.get("http-equiv") == "Content-Security-Policy"]
+    assert len(policy) == 1
+    assert "default-src 'none'" in (policy[0] or "")
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+PNG = png(np.zeros((2, 3, 3), dtype=np.uint8))
+
+
+def every_block(text: str) -> list[page.Block]:
+    return [
+        Text(text),
+        Notice(text),
+        Code(text),
+        Picture(PNG, text, text),
+        Video(b"film", text, PNG),
+        Table([text, "n"], [["cell " + text, "1"], ["cell " + text, "–"]], text),
+        Fold(text, [Settings(text, {text: {"inner": text}, "list": [text]})], text),
+        Tiles([(text, text)]),
+        Row([Text(text), Notice(text)]),
+    ]
+
+
+@given(st.text(st.characters(exclude_categories=[]), min_size=1, max_size=40))
+@settings(deadline=None)
+def test_any_text_is_escaped_everywhere(text: str) -> None:
+    made = page.build_page(text, [Section(text, every_block(text))], subtitle=text, footer=text)
+    made.encode("utf-8")
+    reader = Reader(made)
+    plain = Reader(page.build_page("x", [Section("x", every_block("x"))], subtitle="x", footer="x"))
+    assert [tag for tag, _ in reader.tags] == [tag for tag, _ in plain.tags]  # text never becomes a tag
+    assert [sorted(a) for _, a in reader.tags] == [sorted(a) for _, a in plain.tags]  # nor an attribute
+    assert_self_contained(reader)
+
+
+def test_hostile_text_comes_out_as_text() -> None:
+    text = "</title><script>alert(1)</script>\" onload='x' &amp; <b>"
+    made = page.build_page(text, [Section(text, every_block(text))])
+    assert "<script" not in made
+    assert made.count(html.escape(text, quote=True)) >= 12
+    assert text in Reader(made).said()
+
+
+def test_data_uris_hold_the_very_bytes_and_their_type() -> None:
+    svg = b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg"><path fill="#0067a8"/></svg>'
+    reader = Reader(
+        page.build_page("t", [Section("s", [Picture(PNG, "c"), Picture(svg, "c"), Video(b"mp4 bytes", "v")])])
+    )
+    assert_self_contained(reader)
+    found = [a[n] for _, a in reader.tags for n in ("src", "srcset") if n in a]
+    kinds = [(uri.split(";")[0][5:], base64.b64decode(uri.split(",")[1])) for uri in found if uri]
+    assert kinds[0] == ("image/png", PNG)
+    assert kinds[1] == ("image/svg+xml", svg.replace(b"#0067a8", b"#4aa8e8"))  # the dark twin
+    assert kinds[2] == ("image/svg+xml", svg)
+    assert kinds[3] == ("video/mp4", b"mp4 bytes")
+    with pytest.raises(ValueError, match="PNG"):
+        page.image_type(b"<html>")
+    assert page.image_type(b"\xff\xd8\xff\xe0") == "image/jpeg"
+
+
+def test_numeric_columns_are_set_right_and_ragged_tables_refused() -> None:
+    made = page.build_page(
+        "t", [Section("s", [Table(["name", "score"], [["a", "1.2K"], ["b", "–"], ["c", "40K to 50K"]])])]
+    )
+    assert made.count('class="n"') == 4  # header and three cells of one column
+    with pytest.raises(ValueError, match="zip"):
+        page.build_page("t", [Section("s", [Table(["name", "score"], [["a", "1", "2"]])])])
+
+
+def test_flatten_gives_dotted_names() -> None:
+    assert page.flatten({"a": {"b": 1, "c": {"d": 2}}, "e": {}, "f": [1]}) == {"a.b": 1, "a.c.d": 2, "e": {}, "f": [1]}
+
+
+# --- the report -------------------------------------------------------------------------------------------------------
+
+
+def read(path: Path) -> Reader:
+    reader = Reader(path.read_text(encoding="utf-8"))
+    assert_self_contained(reader)
+    return reader
+
+
+def test_a_full_report_shows_everything(tmp_path: Path) -> None:
+    runs = [pretrain_run(tmp_path / "pre")]
+    runs += [online_run(tmp_path / f"ft{s}", seed=s, checkpoint="pre", level=600) for s in range(2)]
+    runs += [online_run(tmp_path / "mw", env="metaworld:reach", success=True)]
+    out = report(runs, tmp_path / "new" / "report.html")
+    assert out == tmp_path / "new" / "report.html"
+    reader = read(out)
+    said = reader.said()
+    for title in (
+        "At a glance",
+        "Results in dmc:walker_walk",
+        "Results in metaworld:reach",
+        "Held-out figures of pre-training",
+        "Open-loop prediction",
+        "Atomic Actions",
+        "Masked reconstruction",
+        "Embedding of the motion code",
+        "Flow magnitudes",
+        "Pre-training",
+        "Training in the environment",
+        "Speed",
+        "Runs and settings",
+    ):
+        assert said.count(title) >= 2, title  # in the contents and as a heading
+    assert "Not in this report" not in said
+    tags = [tag for tag, _ in reader.tags]
+    assert tags.count("video") == 4  # the first and the last film of two groups
+    assert tags.count("details") == 4
+    assert all(a.get("poster", "").startswith("data:image/png") for t, a in reader.tags if t == "video")
+    assert "localmotion pretrain --method drp" in said
+    assert "model.dae.mask_ratio" in said
+    # The final numbers are those of the files.
+    finals = [json.loads((r / "metrics.jsonl").read_text().splitlines()[-1])["return_mean"] for r in runs[1:3]]
+    assert f"{np.mean(finals):.0f} ± {np.std(finals):.0f}" in said
+    assert "drp, pre-trained 2 50K 20" in said
+    assert "random policy – – – 38.0" in said
+    # The held-out ratio is model over the best trivial predictor (nearest time, 0.48).
+    line = load_run(runs[0]).last("heldout")
+    assert line is not None
+    assert f"{line['mae/model'] / 0.48:.2f}" in said
+    assert not list(tmp_path.glob("**/*.tmp"))
+
+
+def test_reports_of_the_same_runs_are_equal_bytes(tmp_path: Path) -> None:
+    runs = [pretrain_run(tmp_path / "pre"), online_run(tmp_path / "ft", checkpoint="pre")]
+    first = report(runs, tmp_path / "a.html").read_bytes()
+    assert report(runs, tmp_path / "b.html").read_bytes() == first
+
+
+def test_missing_pieces_are_sentences(tmp_path: Path) -> None:
+    bare, empty, going = tmp_path / "bare", tmp_path / "empty", tmp_path / "going"
+    bare.mkdir()
+    (bare / "config.json").write_text("{}")
+    empty.mkdir()
+    (empty / "metrics.jsonl").write_text("")
+    online_run(going, media=False)
+    write_lines(going / "metrics.jsonl", [])
+    (going / "random.json").unlink()
+    said = read(report([bare, empty, going], tmp_path / "r.html")).said()
+    for sentence in (
+        "bare: metrics.jsonl is missing",
+        "empty: config.json is missing",
+        "drp, from scratch in dmc:walker_walk has no evaluations",
+        "The random policy in dmc:walker_walk was not measured",
+        "saved no film",
+        "No run saved an open-loop prediction",
+        "No run saved a drawing of its Atomic Actions",
+        "No run saved masked-reconstruction examples",
+        "No run saved an embedding",
+        "No run saved its flow magnitudes",
+        "No run logged where its time goes",
+    ):
+        assert sentence in said, sentence
+
+
+class Trap:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path("pickle_was_run").touch, ())
+
+
+def test_damaged_media_are_told_and_never_unpickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = pretrain_run(tmp_path / "pre", media=False)
+    folder = run / "media"
+    clip = moving_clip(6, 16)[None]
+    np.savez(folder / "openloop_shape.npz", truth=clip, prediction=clip[:, :3], context=2)
+    np.savez(folder / "openloop_context.npz", truth=clip, prediction=clip, context=np.array([1, 2]))
+    np.savez(folder / "openloop_lacks.npz", truth=clip)
+    np.savez(folder / "openloop_trap.npz", truth=np.array([Trap()], dtype=object), prediction=clip, context=2)
+    (folder / "mae_text.npz").write_text("not a zip")
+    (folder / "mae_trap.npz").write_bytes(pickle.dumps(Trap()))
+    np.savez(
+        folder / "mae_nan.npz", **{k: np.full((2, 4, 4, 2), np.nan) for k in ("truth", "masked", "reconstruction")}
+    )
+    np.savez(folder / "embedding_object.npz", xy=np.zeros((1, 2)), label=np.array([b"x"]))
+    np.savez(folder / "embedding_length.npz", xy=np.zeros((3, 2)), label=np.array(["x"]))
+    np.savez(folder / "flow_empty.npz", magnitudes=np.array([math.nan]))
+    (folder / "atomic_text.png").write_text("no picture")
+    (folder / "atomic_empty.png").write_bytes(b"")
+    write_mp4(tmp_path / "whole.mp4", moving_clip(6, 32))
+    online = online_run(tmp_path / "ft", media=False)
+    (online / "media/eval_000000000.mp4").write_bytes((tmp_path / "whole.mp4").read_bytes()[:300])
+    (online / "media/eval_000000010.mp4").write_text("no film")
+    said = read(report([run, online], tmp_path / "r.html")).said()
+    for name in (
+        "openloop_shape.npz: strips need",
+        "openloop_context.npz: context must",
+        "openloop_lacks.npz: lacks prediction, context",
+        "openloop_trap.npz: cannot be read (Object arrays",
+        "mae_text.npz: cannot be read",
+        "mae_trap.npz: cannot be read",
+        "mae_nan.npz: truth and reconstruction must be finite",
+        "embedding_object.npz: label must",
+        "embedding_length.npz: an emb",
+        "flow_empty.npz: has no finite",
+        "atomic_text.png: is no PNG",
+        "atomic_empty.png: is empty",
+        "eval_000000000.mp4: is no readable video",
+        "eval_000000010.mp4: is no readable video",
+    ):
+        assert name in said, name
+    assert not Path("pickle_was_run").exists()
+
+
+def test_huge_media_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    np.savez_compressed(tmp_path / "flow_big.npz", magnitudes=np.zeros(100_000))
+    monkeypatch.setattr(media, "MAX_ARRAYS", 10_000)
+    with pytest.raises(media.MediaError, match=r"flow_big\.npz: holds"):
+        media.flow_magnitudes(tmp_path / "flow_big.npz")
+    (tmp_path / "atomic_big.png").write_bytes(PNG * 100)
+    monkeypatch.setattr(media, "MAX_FILE", 100)
+    with pytest.raises(media.MediaError, match="too large for the page"):
+        media.atomic_actions(tmp_path / "atomic_big.png", "run")
+
+
+def test_hostile_names_and_values_stay_text(tmp_path: Path) -> None:
+    nasty = "<img src=x onerror=alert(1)>$\\frac{"
+    run = online_run(tmp_path / "a$b&c", env=nasty, method=nasty, extra={nasty: [nasty, None, True, 1.5]})
+    online_run(tmp_path / "other", env="dmc:x")
+    reader = read(report([run, tmp_path / "other"], tmp_path / "r.html"))
+    assert nasty in reader.said()
+    assert "a$b&c" in reader.said()
+
+
+def test_seeds_that_differ_in_more_than_their_seed_are_named(tmp_path: Path) -> None:
+    runs = [
+        online_run(tmp_path / "a", seed=0, media=False, device="cpu"),
+        online_run(tmp_path / "b", seed=1, media=False, device="cuda", env_steps=40_000),
+    ]
+    assert differing_settings([load_run(r) for r in runs]) == []  # seed, device and length of the run may differ
+    runs.append(online_run(tmp_path / "c", seed=1, media=False, optim={"clip": 7}))
+    assert differing_settings([load_run(r) for r in runs]) == ["optim.clip"]
+    said = read(report(runs, tmp_path / "r.html")).said()
+    assert "differ in 1 setting beside the seed: optim.clip." in said
+    assert "several runs have the same seed" in said
+    assert "Seeds that ended at different env steps are compared as they stand." in said
+    assert "40K to 50K" in said
+
+
+def test_values_that_are_not_finite_are_told(tmp_path: Path) -> None:
+    run = online_run(tmp_path / "a", media=False)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    evals = [line for line in lines if line["kind"] == "eval"]
+    evals[3]["return_mean"] = math.nan
+    next(line for line in lines if line["kind"] == "train")["loss/kl"] = math.inf
+    write_lines(run / "metrics.jsonl", lines)
+    said = read(report([run], tmp_path / "r.html")).said()
+    assert "a: 1 values of return_mean are not finite and left out." in said
+    assert "kl of training in the environment has 1 values that are not finite" in said
+
+
+junk = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-5, 2000),
+    st.floats(-1e6, 1e6),
+    st.just(math.nan),
+    st.just(math.inf),
+    st.just(10**400),
+    st.text(max_size=4),
+    st.lists(st.floats(0, 40), max_size=3),
+    st.dictionaries(st.text(max_size=2), st.integers(), max_size=2),
+)
+field = st.sampled_from(
+    [
+        "update",
+        "env_step",
+        "wall",
+        "return",
+        "return_mean",
+        "success_rate",
+        "episodes",
+        "random",
+        "length",
+        "seed",
+        "loss/kl",
+        "seconds/update",
+        "seconds/all",
+        "flow/p50",
+        "mae/model",
+        "mae/zero",
+        "mae/ratio_best",
+        "psnr/motion",
+        "psnr/motion_horizon",
+        "ssim/motion",
+        "grad_norm",
+    ]
+)
+line = st.fixed_dictionaries(
+    {"kind": st.sampled_from(["train", "episode", "eval", "pretrain", "heldout", "other"])},
+    optional={"update": st.integers(0, 50)},
+).flatmap(lambda base: st.dictionaries(field, junk, max_size=8).map(lambda more: {**more, **base}))
+
+
+@given(st.lists(line, max_size=25), st.sampled_from(["pretrain", "train"]), st.dictionaries(field, junk, max_size=3))
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_no_metrics_file_breaks_the_report(
+    tmp_path: Path, lines: list[dict[str, Any]], stage: str, floor: dict[str, Any]
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir(exist_ok=True)
+    (run / "config.json").write_text(
+        json.dumps({"method": "drp", "stage": stage, "seed": 0, "env": "dmc:x", "preset": 3})
+    )
+    (run / "random.json").write_text(json.dumps(floor))
+    write_lines(run / "metrics.jsonl", lines)
+    read(report([run], tmp_path / "r.html"))
+
+
+def test_seconds_per_update_from_sums_and_from_means(tmp_path: Path) -> None:
+    online = seconds_per_update(load_run(online_run(tmp_path / "a", media=False)))
+    assert online["update"] == pytest.approx(0.30)
+    assert online["other"] == pytest.approx(0.53 - 0.30 - 0.05 - 0.08 - 0.04 - 0.01 - 0.03)
+    before = seconds_per_update(load_run(pretrain_run(tmp_path / "p", media=False)))
+    assert before == pytest.approx({"update": 0.36, "data": 0.04})
+    assert [duration(s) for s in (4.2, 90, 5400)] == ["4 s", "1.5 min", "1.5 h"]
+
+
+def test_what_cannot_be_reported_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no run directory given"):
+        report([], tmp_path / "r.html")
+    run = online_run(tmp_path / "a", media=False)
+    with pytest.raises(CheckpointError, match="given twice"):
+        report([run, tmp_path / "b" / ".." / "a"], tmp_path / "r.html")
+    with pytest.raises(CheckpointError, match="no such run directory"):
+        report([run, tmp_path / "b"], tmp_path / "r.html")
+    assert not (tmp_path / "r.html").exists()
+
+
+def test_a_failed_write_keeps_the_former_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = online_run(tmp_path / "a", media=False)
+    out = tmp_path / "r.html"
+    out.write_text("former")
+
+    def full(self: Path, text: str, encoding: str) -> int:
+        self.touch()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left"):
+        report([run], out)
+    assert out.read_bytes() == b"former"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "r.html"]
