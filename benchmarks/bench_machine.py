@@ -32,9 +32,7 @@ def run() -> list[dict[str, object]]:
     for count in sorted({1, threads}):
         torch.set_num_threads(count)
         for dtype in (torch.float32, torch.bfloat16):
-            rows.append(
-                {"threads": count, "operation": "matmul 1024", "type": str(dtype)[6:], "GFLOP/s": peak(dtype) / 1e9}
-            )
+            rows.append({"threads": count, "operation": "matmul 1024", "type": str(dtype)[6:], "GFLOP/s": peak(dtype) / 1e9})
             x = torch.randn(256, 48, 16, 16).to(dtype).contiguous(memory_format=torch.channels_last)
             conv = nn.Conv2d(48, 96, 3, padding=1).to(dtype).to(memory_format=torch.channels_last)
             with torch.no_grad():

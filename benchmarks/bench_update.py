@@ -44,9 +44,7 @@ def setup(
     run = compose(method, stage, preset=preset, env=env if stage != "pretrain" else "", flags=flags)  # type: ignore[arg-type]
     compute = choose(run)
     torch.manual_seed(0)
-    model = methods.get(method)(run.model, image_size=64, action_dim=None if stage == "pretrain" else ACTIONS).to(
-        compute.device
-    )
+    model = methods.get(method)(run.model, image_size=64, action_dim=None if stage == "pretrain" else ACTIONS).to(compute.device)
     return Updater(model, run, compute, pretrained=stage == "finetune"), fake_batch(run)
 
 

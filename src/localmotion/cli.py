@@ -24,7 +24,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> _Parser:
-    parser = _Parser(prog="localmotion", description="Unlabeled video in, a world model that knows motion out, and an agent that learns.")
+    parser = _Parser(
+        prog="localmotion",
+        description="Unlabeled video in, a world model that knows motion out, and an agent that learns.",
+    )
     parser.add_argument("--version", action="version", version=f"localmotion {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
 
@@ -39,7 +42,11 @@ def _parser() -> _Parser:
     _videos(sub)
     sub.add_argument("--manifest", type=Path, help="write the findings here, one JSON line a video")
 
-    sub = add("extract", "Atomic Actions of a folder of videos into a clip store. The same command goes on where it stopped.", extract)
+    sub = add(
+        "extract",
+        "Atomic Actions of a folder of videos into a clip store. The same command goes on where it stopped.",
+        extract,
+    )
     _videos(sub)
     sub.add_argument("--out", type=Path, required=True, help="the clip store, a directory")
     _recipe(sub)
@@ -53,8 +60,16 @@ def _parser() -> _Parser:
         sub = add(name, text, train)
         sub.add_argument("--method", required=True, help="registry name of the method, e.g. drp")
         sub.add_argument("--preset", default="small", help="paper, small or debug")
-        sub.add_argument("--run", type=Path, required=True, help="run directory; an existing one of the same settings is continued")
-        sub.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change any setting (short names where unique)")
+        sub.add_argument(
+            "--run", type=Path, required=True, help="run directory; an existing one of the same settings is continued"
+        )
+        sub.add_argument(
+            "--set",
+            action="append",
+            default=[],
+            metavar="NAME=VALUE",
+            help="change any setting (short names where unique)",
+        )
         sub.add_argument("-h", "--help", action="store_true", help="show this help and every setting")
 
     sub = add("evaluate", "Play evaluation episodes with a trained agent.", evaluate)
@@ -109,7 +124,10 @@ def _recipe(sub: argparse.ArgumentParser) -> None:
         if item.name != "backend_options":
             kind = {"int": int, "float": float}.get(str(item.type), str)
             sub.add_argument(
-                f"--{item.name.replace('_', '-')}", dest=item.name, type=kind, help=f"{docs[item.name]} (default {item.default})".replace("%", "%%")
+                f"--{item.name.replace('_', '-')}",
+                dest=item.name,
+                type=kind,
+                help=f"{docs[item.name]} (default {item.default})".replace("%", "%%"),
             )
     sub.add_argument("--backend-options", type=json.loads, help=docs["backend_options"].replace("%", "%%"))
 
@@ -166,7 +184,11 @@ def scan(args: argparse.Namespace) -> None:
 
     with progress("scan", 1, "videos") as advance:
         found = scan_videos(
-            args.videos, min_frames=args.min_frames, list_file=args.list_file, workers=args.workers or 0, progress=advance
+            args.videos,
+            min_frames=args.min_frames,
+            list_file=args.list_file,
+            workers=args.workers or 0,
+            progress=advance,
         )
     for line in found.table():
         say(line)
@@ -240,7 +262,13 @@ def _show_settings(command: str, run: Any) -> None:
     from localmotion.console import console
 
     docs = all_docs(run)
-    table = Table("setting", "value", "meaning", title=f"localmotion {command}: settings of {run.method}, preset {run.preset}", show_lines=False)
+    table = Table(
+        "setting",
+        "value",
+        "meaning",
+        title=f"localmotion {command}: settings of {run.method}, preset {run.preset}",
+        show_lines=False,
+    )
     for name, value in leaves(run):
         table.add_row(f"--{name}", str(value), docs.get(name, ""))
     console.print(table, markup=False)

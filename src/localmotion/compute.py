@@ -53,9 +53,7 @@ def choose(run: RunConfig) -> Compute:
         device = torch.device(name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(
-            f"device {name!r} cannot be used here: {str(error).splitlines()[0]}; use --device cpu"
-        ) from error
+        raise ConfigError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}; use --device cpu") from error
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
         bf16 = run.precision != "fp32" and torch.cuda.is_bf16_supported()

@@ -9,6 +9,7 @@ is code: methods, backends and environments are registry names, values are JSON 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -116,6 +117,8 @@ class WorldModelConfig:
     """Width of the first stage of encoder and decoder."""
     context_mask: float = 0.75
     """Share of context tokens dropped at random in each cross-attention (IPV 1.4)."""
+    context_dropout: float = 0.1
+    """Dropout inside that cross-attention (IPV 1.4)."""
     deter: int = 1024
     """Deterministic state width."""
     hidden: int = 1024
@@ -243,9 +246,7 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
         errors = []
         for option in get_args(hint):
             try:
-                return (
-                    None if option is type(None) and value in (None, "none", "None") else _coerce(name, value, option)
-                )
+                return None if option is type(None) and value in (None, "none", "None") else _coerce(name, value, option)
             except ConfigError as error:
                 errors.append(str(error))
         raise ConfigError(errors[0])
@@ -323,7 +324,7 @@ def field_docs(cls: type) -> dict[str, str]:
 
     body = typing.cast(ast.ClassDef, ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]).body
     docs: dict[str, str] = {}
-    for node, after in zip(body, body[1:], strict=False):
+    for node, after in itertools.pairwise(body):
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and isinstance(after, ast.Expr):
             text = getattr(after.value, "value", None)
             if isinstance(text, str):

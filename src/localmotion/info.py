@@ -26,7 +26,9 @@ def report_lines() -> list[str]:
     """Lines of `localmotion info`."""
     lines = [f"{name:24s} {version}" for name, version in versions().items()]
     if torch.cuda.is_available():
-        lines.append(f"{'device':24s} {torch.cuda.get_device_name()}, {torch.cuda.get_device_properties(0).total_memory / 1e9:.0f} GB")
+        lines.append(
+            f"{'device':24s} {torch.cuda.get_device_name()}, {torch.cuda.get_device_properties(0).total_memory / 1e9:.0f} GB"
+        )
     fast, slow = bf16_speedup()
     verdict = "bf16" if fast > 1.3 * slow else "fp32"
     lines.append(f"{'cpu':24s} {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads")

@@ -75,9 +75,7 @@ class Replay:
         if set(record) != set(self.spec):
             raise LocalmotionError(f"replay record has keys {sorted(record)}, expected {sorted(self.spec)}")
         if not np.isfinite(record["reward"]):
-            raise LocalmotionError(
-                f"reward {record['reward']!r} is not finite; the environment is broken or has diverged"
-            )
+            raise LocalmotionError(f"reward {record['reward']!r} is not finite; the environment is broken or has diverged")
         self.open.append({key: np.asarray(value, self.spec[key][1]) for key, value in record.items()})
         for key, (shape, _) in self.spec.items():
             if self.open[-1][key].shape != shape:

@@ -16,7 +16,13 @@ from localmotion.video.write import write_video
 
 
 def evaluate_run(
-    path: Path, *, episodes: int = 10, seed: int | None = None, video: Path | None = None, device: str = "auto", policy: str = "agent"
+    path: Path,
+    *,
+    episodes: int = 10,
+    seed: int | None = None,
+    video: Path | None = None,
+    device: str = "auto",
+    policy: str = "agent",
 ) -> dict[str, Any]:
     """Play ``episodes`` evaluation episodes of a run's environment; ``policy`` is "agent" or "random" (the floor).
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from localmotion.evaluation.metrics import psnr, ssim
 from localmotion.methods.base import Batch, Method, images
-from localmotion.models.dae import Motion, mae_loss, random_mask
+from localmotion.models.dae import Motion, mae_loss
 
 CONTEXT_FRAMES = 5
 
@@ -24,9 +24,7 @@ def trivial_reconstructions(motion: Motion, masked: Tensor) -> dict[str, Tensor]
     mean = (patches * weight).sum(2, keepdim=True) / weight.sum(2, keepdim=True).clamp(min=1.0)
     mean = mean.expand_as(patches)
     time = torch.arange(patches.shape[1], device=patches.device)
-    distance = (time[:, None] - time[None, :]).abs() * 2 + (
-        time[None, :] > time[:, None]
-    )  # (T, T'): earlier wins a tie
+    distance = (time[:, None] - time[None, :]).abs() * 2 + (time[None, :] > time[:, None])  # (T, T'): earlier wins a tie
     track = motion.track.transpose(1, 2)  # (B, K, T)
     usable = seen.transpose(1, 2)[:, :, None] & (track[..., None] == track[:, :, None])  # (B, K, T, T')
     cost = torch.where(usable, distance, torch.iinfo(torch.int64).max)
@@ -59,9 +57,7 @@ def reconstruction_errors(
 
 
 @torch.no_grad()
-def open_loop_errors(
-    method: Method, batch: Batch, context: int = CONTEXT_FRAMES
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def open_loop_errors(method: Method, batch: Batch, context: int = CONTEXT_FRAMES) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """PSNR and SSIM per horizon (T - context,) of each prediction and of the last-frame copy; and the pictures themselves."""
     shape = batch["image"].shape
     truth = images(batch).view(shape[0], shape[1], 3, *shape[2:4]) + 0.5

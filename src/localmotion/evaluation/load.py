@@ -25,6 +25,8 @@ def load_run(path: Path, *, device: str = "auto", threads: int = 0) -> tuple[Run
     if run.stage != "pretrain":
         # The actor's last layer knows the number of actions: two numbers (mean, deviation) each.
         action_dim = int(checkpoint.read_state(found)["action_dim"])
-    method = methods.get(run.method)(run.model, image_size=64 if not run.recipe else int(run.recipe["size"]), action_dim=action_dim)
+    method = methods.get(run.method)(
+        run.model, image_size=64 if not run.recipe else int(run.recipe["size"]), action_dim=action_dim
+    )
     checkpoint.load_weights(method, weights, str(found))
     return run, method.to(compute.device).eval(), compute

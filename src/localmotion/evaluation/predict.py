@@ -10,14 +10,20 @@ import torch
 from numpy.typing import NDArray
 
 from localmotion.errors import ConfigError
-from localmotion.evaluation.heldout import CONTEXT_FRAMES, open_loop_errors
+from localmotion.evaluation.heldout import open_loop_errors
 from localmotion.evaluation.load import load_run
 from localmotion.video.sample import WindowSampler
 from localmotion.video.store import ClipStore
 
 
 def predict(
-    checkpoint: Path, data: Path, *, clips: int = 4, split: Literal["train", "heldout", "all"] = "heldout", seed: int = 0, device: str = "auto"
+    checkpoint: Path,
+    data: Path,
+    *,
+    clips: int = 4,
+    split: Literal["train", "heldout", "all"] = "heldout",
+    seed: int = 0,
+    device: str = "auto",
 ) -> tuple[dict[str, float], dict[str, NDArray[np.uint8]]]:
     """Predict windows of ``clips`` clips of a store after 5 observed frames.
 
@@ -30,7 +36,13 @@ def predict(
         raise ConfigError(f"{checkpoint}: predicts from actions; give the pre-training run to predict video")
     store = ClipStore(data)
     sampler = WindowSampler(
-        store, run.pretrain.length, clips, seed, split=split, heldout_fraction=run.pretrain.heldout_fraction, prefetch=False
+        store,
+        run.pretrain.length,
+        clips,
+        seed,
+        split=split,
+        heldout_fraction=run.pretrain.heldout_fraction,
+        prefetch=False,
     )
     batch = {k: v.to(compute.device) for k, v in sampler.batch(0).items()}
     torch.manual_seed(seed)

@@ -13,10 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from localmotion.compute import Compute
 from localmotion.methods.base import Method
 from localmotion.perception.base import Recipe
 from localmotion.perception.stream import StreamingExtractor
-from localmotion.compute import Compute
 
 
 def episode_seed(seed: int, stream: str, episode: int) -> int:
@@ -151,9 +151,7 @@ class Rollout:
 Policy = Callable[[list[dict[str, Any]], bool], NDArray[np.float32]]
 
 
-def run_episodes(
-    observers: Sequence[Observer], seeds: Sequence[int], policy: Policy, *, keep_frames: bool = False
-) -> Rollout:
+def run_episodes(observers: Sequence[Observer], seeds: Sequence[int], policy: Policy, *, keep_frames: bool = False) -> Rollout:
     """One episode in each environment, in lockstep; ``policy(records, first)`` gives the actions (E, A) of all at once."""
     records = [observer.reset(seed) for observer, seed in zip(observers, seeds, strict=True)]
     count = len(observers)

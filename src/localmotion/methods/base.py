@@ -73,7 +73,7 @@ class Method(nn.Module):
     def groups(self, run: RunConfig, pretrained: bool) -> list[Group]:
         """Optimisers of a stage. Names "actor" and "critic" are stepped on the behaviour losses, all others on the world model's."""
 
-    def after_update(self) -> None:  # noqa: B027  (optional hook)
+    def after_update(self) -> None:
         """Called once an update, after all optimisers: slow copies."""
 
     # Acting -----------------------------------------------------------------------------------------------------------------

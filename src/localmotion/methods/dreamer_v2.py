@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from localmotion.config import BehaviourConfig, RunConfig, WorldModelConfig
-from localmotion.methods.base import Batch, Group, Method, images
+from localmotion.methods.base import Batch, Group, Method
 from localmotion.methods.drp import DRP
 from localmotion.models.actor_critic import ActorCritic
 from localmotion.models.heads import MLP
@@ -94,7 +94,7 @@ class DreamerV2(Method):
     # 1. Learning --------------------------------------------------------------------------------------------------------------
 
     def world_model_losses(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor], RSSMState]:
-        truth = images(batch)
+        truth = self.image.pixels(batch["image"])
         embed, context = self.image.encode(truth, batch["image"])
         state, prior = self.dynamics.observe(embed, batch["action"], batch["is_first"])
         feat = self.dynamics.feat(state)  # (B, T, F)
@@ -132,7 +132,7 @@ class DreamerV2(Method):
         return Carry(self.dynamics.initial(batch_size), torch.zeros(batch_size, self.action_dim, device=device))
 
     def act(self, obs: Batch, carry: Carry, *, explore: bool, window: int = 0) -> tuple[Tensor, Carry]:
-        embed = self.image.embed(images(obs))
+        embed = self.image.embed(obs["image"])
         state = self.dynamics.obs_step(carry.state, carry.action, embed, obs["is_first"][:, 0])
         policy = self.behaviour.policy(self.dynamics.feat(state))
         action = policy.rsample() if explore else policy.mode
@@ -141,11 +141,10 @@ class DreamerV2(Method):
     def open_loop(self, batch: Batch, context: int) -> dict[str, Tensor]:
         """Prior rolled out after ``context`` frames with the real actions."""
         shape = (*batch["image"].shape[:2], 3, self.image_size, self.image_size)
-        embed, maps = self.image.encode(images(batch), batch["image"])
-        post, _ = self.dynamics.observe(
-            embed[:, :context], batch["action"][:, :context], batch["is_first"][:, :context]
-        )
+        truth = self.image.pixels(batch["image"])
+        embed, maps = self.image.encode(truth, batch["image"])
+        post, _ = self.dynamics.observe(embed[:, :context], batch["action"][:, :context], batch["is_first"][:, :context])
         last = RSSMState(*(x[:, -1] for x in post))
         prior = self.dynamics.imagine(last, batch["action"][:, context:])
         feat = torch.cat([self.dynamics.feat(post), self.dynamics.feat(prior)], 1)
-        return {"action": self.image.decode(feat, maps).view(shape)}
+        return {"action": self.image.picture(self.image.decode(feat, maps)).view(shape)}

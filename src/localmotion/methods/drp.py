@@ -30,7 +30,7 @@ from torch import Tensor
 
 from localmotion.config import BehaviourConfig, RunConfig, WorldModelConfig
 from localmotion.errors import ConfigError
-from localmotion.methods.base import Batch, Group, Method, images
+from localmotion.methods.base import Batch, Group, Method
 from localmotion.models.actor_critic import ActorCritic
 from localmotion.models.adapters import make_adapter
 from localmotion.models.bonus import IntrinsicBonus
@@ -89,16 +89,17 @@ class DRP(Method):
         "paper": {},
         "small": {
             "model": {
-                "dae": {"keypoints": 16, "blocks": 3, "dim": 96},
+                "dae": {"keypoints": 16, "blocks": 2, "dim": 64},
                 "world": {
                     "stem": "unshuffle",
                     "norm": "none",
-                    "depth": 32,
+                    "depth": 24,
+                    "context_dropout": 0.0,
                     "deter": 256,
                     "hidden": 256,
                     "stoch": 16,
                     "classes": 16,
-                    "units": 256,
+                    "units": 200,
                     "layers": 3,
                 },
             },
@@ -172,9 +173,7 @@ class DRP(Method):
             return
         # Adapter (omega), action-specific dynamics (phi), rewards (varphi), actor (psi), critic (xi)
         feat = self.latent.feat_dim
-        self.adapter = make_adapter(
-            config.adapter, deter=world.deter, stoch=world.stoch, classes=world.classes, out_dim=feat
-        )
+        self.adapter = make_adapter(config.adapter, deter=world.deter, stoch=world.stoch, classes=world.classes, out_dim=feat)
         embed = feat + (self.image.embed_dim if config.embed_input else 0)
         self.dynamics = RSSM(embed_dim=embed, action_dim=action_dim, **sizes)
         self.reward = MLP(feat, 1, units=world.units, layers=world.layers)  # behavioural: r + lambda r_int
@@ -196,10 +195,11 @@ class DRP(Method):
     # 1. Pre-training on videos (Algorithm 1) ----------------------------------------------------------------------------------
 
     def pretrain_losses(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        embed, context = self.image.encode(images(batch), batch["image"])
+        truth = self.image.pixels(batch["image"])
+        embed, context = self.image.encode(truth, batch["image"])
         agg, mae = self._recompose(batch)
         post, prior_logits = self.latent.observe(embed, agg, batch["is_first"])
-        image = image_loss(self.image.decode(self.latent.feat(post), context), images(batch))
+        image = image_loss(self.image.decode(self.latent.feat(post), context), truth)
         kl, metrics = kl_loss(post.logits, prior_logits, balance=self.config.world.kl_balance)
         metrics = {**{f"latent/{key}": value for key, value in metrics.items()}, "agg/std": agg.detach().float().std()}
         return {"mae": mae, "image": image, "kl": kl}, metrics
@@ -218,7 +218,7 @@ class DRP(Method):
     # 2. Fine-tuning in the environment (Algorithm 2) --------------------------------------------------------------------------
 
     def world_model_losses(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor], RSSMState]:
-        config, truth, is_first = self.config, images(batch), batch["is_first"]
+        config, truth, is_first = self.config, self.image.pixels(batch["image"]), batch["is_first"]
         # Deconstruct (7), recompose (8)
         embed, context = self.image.encode(truth, batch["image"], erase=config.context_erasing)
         agg, mae = self._recompose(batch)
@@ -312,7 +312,7 @@ class DRP(Method):
         is_first = obs["is_first"][:, 0]
         motion = self._atomic_actions(obs)
         agg, cache = self.motion.encoder.step(carry.motion, motion, window)
-        embed = self.image.embed(images(obs))
+        embed = self.image.embed(obs["image"])
         latent = self.latent.obs_step(carry.latent, agg, embed, is_first)
         observed = self.adapter(self.latent.feat(latent))
         if self.config.embed_input:
@@ -328,7 +328,8 @@ class DRP(Method):
         The second row has no information from the future; the first knows how the tracked points move.
         """
         shape = (*batch["image"].shape[:2], 3, self.image_size, self.image_size)
-        embed, maps = self.image.encode(images(batch), batch["image"])
+        truth = self.image.pixels(batch["image"])
+        embed, maps = self.image.encode(truth, batch["image"])
         agg, _ = self.motion.encode(self._atomic_actions(batch), batch["is_first"].cumsum(1))
         post, _ = self.latent.observe(embed[:, :context], agg[:, :context], batch["is_first"][:, :context])
         last = RSSMState(*(x[:, -1] for x in post))
@@ -336,7 +337,7 @@ class DRP(Method):
         for name, actions in (("motion", agg), ("zero_motion", torch.zeros_like(agg))):
             prior = self.latent.imagine(last, actions[:, context:])
             feat = torch.cat([self.latent.feat(post), self.latent.feat(prior)], 1)
-            out[name] = self.image.decode(feat, maps).view(shape)
+            out[name] = self.image.picture(self.image.decode(feat, maps)).view(shape)
         return out
 
     def masked_reconstruction(self, batch: Batch, generator: torch.Generator) -> tuple[Motion, Tensor, Tensor]:

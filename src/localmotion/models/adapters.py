@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -14,7 +13,17 @@ class AttentionAdapter(nn.Module):
     """
 
     def __init__(
-        self, *, deter: int, stoch: int, classes: int, out_dim: int, width: int = 128, queries: int = 8, layers: int = 2, slices: int = 16, heads: int = 4
+        self,
+        *,
+        deter: int,
+        stoch: int,
+        classes: int,
+        out_dim: int,
+        width: int = 128,
+        queries: int = 8,
+        layers: int = 2,
+        slices: int = 16,
+        heads: int = 4,
     ) -> None:
         super().__init__()
         if deter % slices:
@@ -29,7 +38,9 @@ class AttentionAdapter(nn.Module):
         self.to_query = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
         self.to_key_value = nn.ModuleList(nn.Linear(width, 2 * width) for _ in range(layers))
         self.to_out = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
-        self.mlps = nn.ModuleList(nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)) for _ in range(layers))
+        self.mlps = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)) for _ in range(layers)
+        )
         self.project = nn.Linear(queries * width, out_dim)
         self.gate = nn.Parameter(torch.zeros(()))
 
@@ -39,7 +50,11 @@ class AttentionAdapter(nn.Module):
         flat = feat.reshape(-1, feat.shape[-1])
         stoch, deter = flat.split([self.stoch * self.classes, flat.shape[-1] - self.stoch * self.classes], -1)
         tokens = torch.cat(
-            [self.stoch_embed(stoch.unflatten(-1, (self.stoch, -1))), self.deter_embed(deter.unflatten(-1, (self.slices, -1)))], 1
+            [
+                self.stoch_embed(stoch.unflatten(-1, (self.stoch, -1))),
+                self.deter_embed(deter.unflatten(-1, (self.slices, -1))),
+            ],
+            1,
         )
         tokens = self.key_norm(tokens + self.position)  # (N, S + slices, width)
         x = self.query.expand(len(flat), -1, -1)
@@ -47,7 +62,8 @@ class AttentionAdapter(nn.Module):
             q = self.to_query[index](self.norms[2 * index](x))
             k, v = self.to_key_value[index](tokens).chunk(2, -1)
             q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))
-            attended = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype)).transpose(1, 2).flatten(2)
+            weights = ((q @ k.transpose(-2, -1)).float() * q.shape[-1] ** -0.5).softmax(-1)
+            attended = (weights.to(v.dtype) @ v).transpose(1, 2).flatten(2)
             x = x + self.to_out[index](attended)
             x = x + self.mlps[index](self.norms[2 * index + 1](x))
         out = self.linear(flat) + self.gate * self.project(x.flatten(1))

@@ -28,29 +28,42 @@ class CNNDecoder(nn.Module):
 
 
 class ContextAttention(nn.Module):
-    """Cross-attention of decoder features to the context map of the same resolution, on a random quarter of its tokens."""
+    """Cross-attention of decoder features to the context map of the same resolution, on a random quarter of its tokens (spec 1.4)."""
 
-    def __init__(self, channels: int, side: int, *, mask: float = 0.75, heads: int = 4, norm: str = "batch") -> None:
+    def __init__(
+        self, channels: int, side: int, *, mask: float = 0.75, heads: int = 4, norm: str = "batch", dropout: float = 0.1
+    ) -> None:
         super().__init__()
-        self.keep = int(side * side * (1 - mask))
+        self.keep, self.heads, self.dropout = int(side * side * (1 - mask)), heads, dropout
         self.query_position = nn.Parameter(torch.zeros(side * side, channels))
         self.key_position = nn.Parameter(torch.zeros(side * side, channels))
-        self.attention = nn.MultiheadAttention(channels, heads, dropout=0.1, batch_first=True)
+        # Holds the weights in PyTorch's layout and initialisation; the product is written out below.
+        self.attention = nn.MultiheadAttention(channels, heads, batch_first=True)
         self.norm: nn.Module = nn.BatchNorm2d(channels) if norm == "batch" else nn.Identity()
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """x (B*T, C, h, w), context (B, C, h, w) -> (B*T, C, h, w). A fresh token subset per sequence and time, always on."""
+        """x (B*T, C, h, w), context (B, C, h, w) -> (B*T, C, h, w). A fresh token subset per sequence and time, always on.
+
+        Keys and values are projected once per sequence and then picked per frame.
+        """
         frames, channels, height, width = x.shape
+        batch, count = len(context), height * width
+        weight, bias = self.attention.in_proj_weight, self.attention.in_proj_bias
         tokens = context.flatten(2).transpose(1, 2) + self.key_position  # (B, hw, C)
-        count = tokens.shape[1]
-        time = frames // len(tokens)
+        key_value = F.linear(tokens, weight[channels:], bias[channels:]).flatten(0, 1)  # (B*hw, 2C)
         pick = torch.rand(frames, count, device=x.device).topk(self.keep, 1).indices  # (B*T, keep)
-        base = torch.arange(len(tokens), device=x.device).repeat_interleave(time) * count
-        kept = F.embedding(pick + base[:, None], tokens.reshape(-1, channels))
-        query = x.flatten(2).transpose(1, 2) + self.query_position
-        out = self.attention(query, kept, kept, need_weights=False)[0]
-        out = F.dropout(out, 0.1, self.training)
-        image = out.transpose(1, 2).reshape(frames, channels, height, width)
+        base = torch.arange(batch, device=x.device).repeat_interleave(frames // batch) * count
+        picked = F.embedding(pick + base[:, None], key_value)  # (B*T, keep, 2C)
+        query = F.linear(x.flatten(2).transpose(1, 2) + self.query_position, weight[:channels], bias[:channels])
+        q = query.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2).to(q.dtype) for y in picked.chunk(2, -1))
+        weights = ((q @ k.transpose(-2, -1)).float() * q.shape[-1] ** -0.5).softmax(-1).to(v.dtype)
+        if self.dropout and self.training:
+            weights = F.dropout(weights, self.dropout)
+        out = self.attention.out_proj((weights @ v).transpose(1, 2).flatten(2))
+        if self.dropout and self.training:
+            out = F.dropout(out, self.dropout)
+        image = out.unflatten(1, (height, width)).permute(0, 3, 1, 2)  # channels last, as x
         return F.relu(x + self.norm(image))
 
 
@@ -69,6 +82,7 @@ class ResNetDecoder(nn.Module):
         norm: str = "batch",
         context: bool = True,
         mask: float = 0.75,
+        dropout: float = 0.1,
     ) -> None:
         super().__init__()
         self.unshuffle = stem == "unshuffle"
@@ -86,14 +100,14 @@ class ResNetDecoder(nn.Module):
                 layers = [ResidualLayer(channels, channels, norm), ResidualLayer(channels, out, norm)]
             self.stages.append(nn.ModuleList(layers))
             if context and side <= finest:
-                self.attention[str(index)] = ContextAttention(channels, side, mask=mask, norm=norm)
+                self.attention[str(index)] = ContextAttention(channels, side, mask=mask, norm=norm, dropout=dropout)
         if self.unshuffle:
             self.out = xavier(nn.Conv2d(shapes[-1][0], 48, 3, padding=1))
         else:
             self.out = xavier(nn.ConvTranspose2d(shapes[-1][0] // 2, 3, 3, stride=2, padding=1, output_padding=1))
 
     def forward(self, feat: Tensor, context: list[Tensor] | None = None) -> Tensor:
-        """feat (B*T, F), context maps (B, C, h, w) finest first -> (B*T, 3, S, S)."""
+        """feat (B*T, F), context maps (B, C, h, w) finest first -> (B*T, 3, S, S), or (B*T, 48, S/4, S/4) in blocks."""
         x = self.linear(feat).view(-1, self.width, self.side, self.side)
         x = x.contiguous(memory_format=torch.channels_last)
         maps = context[::-1] if context is not None else None
@@ -104,5 +118,4 @@ class ResNetDecoder(nn.Module):
                 if attend and maps is None:
                     raise ValueError("this decoder needs context maps")
                 x = layer(x, self.attention[str(index)](x, maps[index])) if attend else layer(x)  # type: ignore[index]
-        x = self.out(x)
-        return F.pixel_shuffle(x, 4) if self.unshuffle else x
+        return self.out(x)

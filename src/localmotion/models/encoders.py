@@ -1,6 +1,9 @@
 """Image encoders: DreamerV2's plain CNN and IPV's 13-layer ResNet (spec 1.2-1.5), whose pre-pool maps are the context.
 
 Images (N, 3, S, S) float in [-0.5, 0.5]. Widths double from stage to stage, the resolution halves.
+
+With ``stem="unshuffle"`` everything works on pictures whose 4x4 pixels have become channels, (N, 48, S/4, S/4): nothing is computed at
+full resolution, which a CPU pays for most, and the loss is taken there too.
 """
 
 from __future__ import annotations
@@ -15,6 +18,23 @@ def xavier(layer: nn.Module) -> nn.Module:
     nn.init.xavier_uniform_(layer.weight)  # type: ignore[arg-type]
     nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
     return layer
+
+
+BLOCK = 4  # side of the pixel blocks that become channels
+
+
+def to_blocks(image: Tensor) -> Tensor:
+    """(N, S, S, 3) -> (N, 48, S/4, S/4), channels last in memory; channel order is row, column, colour within a block."""
+    count, height, width, _ = image.shape
+    x = image.view(count, height // BLOCK, BLOCK, width // BLOCK, BLOCK, 3).permute(0, 1, 3, 2, 4, 5)
+    return x.reshape(count, height // BLOCK, width // BLOCK, BLOCK * BLOCK * 3).permute(0, 3, 1, 2)
+
+
+def from_blocks(blocks: Tensor) -> Tensor:
+    """Inverse of `to_blocks`, as pictures (N, 3, S, S)."""
+    count, _, height, width = blocks.shape
+    x = blocks.permute(0, 2, 3, 1).reshape(count, height, width, BLOCK, BLOCK, 3).permute(0, 5, 1, 3, 2, 4)
+    return x.reshape(count, 3, height * BLOCK, width * BLOCK)
 
 
 class ResidualLayer(nn.Module):
@@ -56,8 +76,8 @@ class CNNEncoder(nn.Module):
 class ResNetEncoder(nn.Module):
     """IPV's residual encoder; `maps` gives the pre-pool features of each stage, which are the context of the decoder.
 
-    ``stem="conv"``: a stride-2 convolution, then three stages of two residual layers (paper). ``stem="unshuffle"``: 4x4 pixels become
-    channels, then two stages of one residual layer: no work at full resolution, which a CPU pays for most.
+    ``stem="conv"``: a stride-2 convolution, then three stages of two residual layers (paper). ``stem="unshuffle"``: input in
+    blocks, two stages of one residual layer.
     """
 
     def __init__(self, *, depth: int = 48, image_size: int = 64, stem: str = "conv", norm: str = "batch") -> None:
@@ -82,8 +102,7 @@ class ResNetEncoder(nn.Module):
 
     def maps(self, image: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Embedding (N, E) and the pre-pool maps, finest first."""
-        x = F.pixel_unshuffle(image, 4) if self.unshuffle else image
-        x = F.elu(self.stem(x))
+        x = F.elu(self.stem(image))
         found = []
         for stage in self.stages:
             for layer in stage:  # type: ignore[attr-defined]
@@ -96,20 +115,20 @@ class ResNetEncoder(nn.Module):
         return self.maps(image)[0]
 
 
-def random_erasing(image: Tensor, probability: float = 0.5) -> Tensor:
-    """Context augmentation (spec 1.5): in half of the pictures a rectangle of 2-33 % of the area becomes grey (0).
+def random_erasing(frame: Tensor, probability: float = 0.5) -> Tensor:
+    """Context augmentation (spec 1.5): in half of the pictures a rectangle of 2-33 % of the area becomes mid-grey.
 
-    Aspect ratio with probability 1/2 from U(0.3, 1), else U(1, 3.3). (B, 3, S, S) -> (B, 3, S, S), no gradient.
+    Aspect ratio with probability 1/2 from U(0.3, 1), else U(1, 3.3). (B, S, S, 3) uint8 -> the same.
     """
-    batch, _, height, width = image.shape
-    u = torch.rand(batch, 6, device=image.device)
+    batch, height, width, _ = frame.shape
+    u = torch.rand(batch, 6, device=frame.device)
     ratio = torch.where(u[:, 0] < 0.5, 0.3 + 0.7 * u[:, 1], 1 + 2.3 * u[:, 1])
     area = (0.02 + 0.31 * u[:, 2]) * height * width
     tall, wide = (area * ratio).sqrt().clamp(max=height), (area / ratio).sqrt().clamp(max=width)
     top, left = u[:, 3] * (height - tall), u[:, 4] * (width - wide)
-    ys = torch.arange(height, device=image.device)[None, :, None]
-    xs = torch.arange(width, device=image.device)[None, None, :]
+    ys = torch.arange(height, device=frame.device)[None, :, None]
+    xs = torch.arange(width, device=frame.device)[None, None, :]
     inside = (ys >= top[:, None, None]) & (ys < (top + tall)[:, None, None])
     inside = inside & (xs >= left[:, None, None]) & (xs < (left + wide)[:, None, None])
     erase = inside & (u[:, 5] < probability)[:, None, None]
-    return image.masked_fill(erase[:, None], 0.0)
+    return frame.masked_fill(erase[..., None], 128)

@@ -1,23 +1,25 @@
-"""Image encoder, decoder and context of a world model in one place, so that methods read in terms of embed, decode, context.
+"""Image encoder, decoder and context of a world model in one place, so that methods read in terms of pixels, embed, decode, context.
 
-B sequences, T positions, E embedding width, F feature width.
+B sequences, T positions, E embedding width, F feature width. "pixels" is what the networks see and the loss compares: pictures
+(N,3,S,S) or, for the CPU-friendly stem, the same values in blocks (N,48,S/4,S/4); in [-0.5, 0.5] (Table 5: linear rescaling).
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from localmotion.config import WorldModelConfig
 from localmotion.models.decoders import CNNDecoder, ResNetDecoder
-from localmotion.models.encoders import CNNEncoder, ResNetEncoder, random_erasing
+from localmotion.models.encoders import CNNEncoder, ResNetEncoder, from_blocks, random_erasing, to_blocks
 
 Context = list[Tensor] | None
 
 
 def image_loss(decoded: Tensor, truth: Tensor) -> Tensor:
-    """Half the squared error summed over a picture's values, mean over frames (IPV spec 0.4). (N,3,S,S) twice -> scalar."""
-    return 0.5 * (decoded.float() - truth).square().sum((1, 2, 3)).mean()
+    """Half the squared error summed over a picture's values, mean over frames (IPV spec 0.4). Pixels twice -> scalar."""
+    return F.mse_loss(decoded.float(), truth, reduction="sum") * (0.5 / len(truth))
 
 
 class ImageModel(nn.Module):
@@ -26,6 +28,7 @@ class ImageModel(nn.Module):
     def __init__(self, config: WorldModelConfig, *, image_size: int) -> None:
         super().__init__()
         feat = config.stoch * config.classes + config.deter
+        self.blocks = config.encoder == "resnet" and config.stem == "unshuffle"
         self.context_encoder: ResNetEncoder | None = None
         if config.encoder == "cnn":
             self.encoder: CNNEncoder | ResNetEncoder = CNNEncoder(depth=config.depth, image_size=image_size)
@@ -37,27 +40,43 @@ class ImageModel(nn.Module):
             if config.context:
                 self.context_encoder = ResNetEncoder(**shape)  # type: ignore[arg-type]
             self.decoder = ResNetDecoder(
-                feat, encoder.map_shapes, stem=config.stem, norm=config.norm, context=config.context, mask=config.context_mask
+                feat,
+                encoder.map_shapes,
+                stem=config.stem,
+                norm=config.norm,
+                context=config.context,
+                mask=config.context_mask,
+                dropout=config.context_dropout,
             )
         self.embed_dim = self.encoder.embed_dim
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
+    def pixels(self, image: Tensor) -> Tensor:
+        """(..., S, S, 3) uint8 -> pixels (N, ...), channels last in memory."""
+        flat = image.flatten(0, -4)
+        arranged = to_blocks(flat) if self.blocks else flat.permute(0, 3, 1, 2)
+        return arranged.float().mul_(1.0 / 255.0).sub_(0.5)
+
+    def picture(self, pixels: Tensor) -> Tensor:
+        """Pixels back as pictures (N, 3, S, S)."""
+        return from_blocks(pixels) if self.blocks else pixels
+
     def embed(self, image: Tensor) -> Tensor:
-        """(N,3,S,S) -> (N,E)."""
-        return self.encoder(image)
+        """(..., S, S, 3) uint8 -> (N, E)."""
+        return self.encoder(self.pixels(image))
 
-    def encode(self, image: Tensor, like: Tensor, erase: bool = False) -> tuple[Tensor, Context]:
-        """Embeddings (B,T,E) of (B*T,3,S,S) pictures and the context maps of one random frame of each sequence.
+    def encode(self, pixels: Tensor, image: Tensor, erase: bool = False) -> tuple[Tensor, Context]:
+        """Embeddings (B,T,E) of the pixels of ``image`` (B,T,S,S,3) uint8, and context maps of one random frame a sequence.
 
-        ``like`` is any (B,T,...) tensor; ``erase`` applies random erasing to the context frame.
+        ``erase`` applies random erasing to the context frame (IPV spec 1.5).
         """
-        batch, time = like.shape[:2]
-        embed = self.encoder(image).view(batch, time, -1)
+        batch, time = image.shape[:2]
+        embed = self.encoder(pixels).view(batch, time, -1)
         if self.context_encoder is None:
             return embed, None
-        pick = torch.randint(time, (batch,), device=image.device) + torch.arange(batch, device=image.device) * time
-        frame = image[pick]
-        return embed, self.context_encoder.maps(random_erasing(frame) if erase else frame)[1]
+        pick = torch.randint(time, (batch,), device=image.device)
+        frame = image[torch.arange(batch, device=image.device), pick]  # (B, S, S, 3)
+        return embed, self.context_encoder.maps(self.pixels(random_erasing(frame) if erase else frame))[1]
 
     @staticmethod
     def repeat_context(context: Context, times: int) -> Context:
@@ -65,7 +84,7 @@ class ImageModel(nn.Module):
         return None if context is None else [torch.cat([x] * times) for x in context]
 
     def decode(self, feat: Tensor, context: Context) -> Tensor:
-        """(B,T,F) -> (B*T,3,S,S)."""
+        """(B,T,F) -> pixels of (B*T) frames."""
         return self.decoder(feat.flatten(0, 1), context)
 
     def encoder_parameters(self) -> list[nn.Parameter]:

@@ -84,9 +84,7 @@ def save(
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         for name, group in (("weights", weights), ("optimizer", optimizer), ("rng", rng_state())):
-            save_file(
-                {k: v.detach().cpu().contiguous().clone() for k, v in group.items()}, temporary / f"{name}.safetensors"
-            )
+            save_file({k: v.detach().cpu().contiguous().clone() for k, v in group.items()}, temporary / f"{name}.safetensors")
         (temporary / "state.json").write_text(json.dumps({"format": FORMAT, "update": update, **state}))
         (temporary / "COMPLETE").write_text("")
         for path in temporary.iterdir():
@@ -155,9 +153,7 @@ def read_config(run_dir: Path) -> RunConfig:
     return from_dict(values)
 
 
-def load_weights(
-    module: torch.nn.Module, weights: Mapping[str, Tensor], where: str, *, partial: bool = False
-) -> list[str]:
+def load_weights(module: torch.nn.Module, weights: Mapping[str, Tensor], where: str, *, partial: bool = False) -> list[str]:
     """Load weights by name with every shape checked. ``partial``: only the names given, which must all exist in the module.
 
     Returns the loaded names. Raises CheckpointError naming the first few that do not fit.

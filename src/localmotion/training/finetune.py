@@ -80,9 +80,7 @@ def finetune(run: RunConfig, path: Path) -> Path:
         loaded = load_pretrained(method, run)
         say(f"loaded {len(loaded)} tensors from {run.checkpoint}: {', '.join(method.transfers)}")
     out = RunDir(path, run)
-    learner = _Learner(
-        run, out, observer, method, Updater(method, run, compute, pretrained=bool(run.checkpoint)), repeat
-    )
+    learner = _Learner(run, out, observer, method, Updater(method, run, compute, pretrained=bool(run.checkpoint)), repeat)
     try:
         learner.learn()
     except KeyboardInterrupt:
@@ -100,9 +98,7 @@ def finetune(run: RunConfig, path: Path) -> Path:
 class _Learner:
     """State and clocks of an online run."""
 
-    def __init__(
-        self, run: RunConfig, out: RunDir, observer: Observer, method: Method, updater: Updater, repeat: int
-    ) -> None:
+    def __init__(self, run: RunConfig, out: RunDir, observer: Observer, method: Method, updater: Updater, repeat: int) -> None:
         self.run, self.out, self.observer, self.method, self.updater, self.repeat = (
             run,
             out,
@@ -229,9 +225,7 @@ class _Learner:
         self.spent["eval"] += time.perf_counter() - began
         self.out.log("eval", **self.counters(), **result.summary(), seed=run.seed, final=final)
         if result.frames is not None:
-            write_video(
-                self.out.path / "media" / f"eval_{self.agent_step * self.repeat:09d}.mp4", result.frames, fps=25
-            )
+            write_video(self.out.path / "media" / f"eval_{self.agent_step * self.repeat:09d}.mp4", result.frames, fps=25)
         score = f"success {np.mean(result.successes):.2f} " if result.successes else ""
         say(
             f"env step {self.agent_step * self.repeat:,}: {score}return {np.mean(result.returns):.1f} +- {np.std(result.returns):.1f}"

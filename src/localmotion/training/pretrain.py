@@ -109,9 +109,7 @@ def to_device(batch: dict[str, torch.Tensor], compute: Compute) -> dict[str, tor
 
 def _save(out: RunDir, method: Method, updater: Updater) -> None:
     state = {"stage": "pretrain", "metrics_offset": out.metrics_offset()}
-    checkpoint.save(
-        out.path / "checkpoints", updater.update, weights=method.state_dict(), optimizer=updater.state(), state=state
-    )
+    checkpoint.save(out.path / "checkpoints", updater.update, weights=method.state_dict(), optimizer=updater.state(), state=state)
 
 
 def _resume(out: RunDir, method: Method, updater: Updater) -> int:
@@ -169,9 +167,7 @@ def measure_heldout(
             )
             if found:
                 truth, rebuilt = (x.cpu().numpy() for x in found[1].values())
-                np.savez_compressed(
-                    media / "mae_heldout.npz", truth=truth, masked=np.zeros_like(truth), reconstruction=rebuilt
-                )
+                np.savez_compressed(media / "mae_heldout.npz", truth=truth, masked=np.zeros_like(truth), reconstruction=rebuilt)
     method.train()
     torch.set_rng_state(before)
     result: dict[str, Any] = {}

@@ -26,7 +26,7 @@ MAY_CHANGE = {"pretrain.updates", "online.env_steps", "device", "threads", "data
 
 def versions() -> dict[str, str]:
     """Versions of what decides a result."""
-    packages = "localmotion torch numpy opencv-python-headless av gymnasium mujoco dm_control metaworld".split()
+    packages = ["localmotion", "torch", "numpy", "opencv-python-headless", "av", "gymnasium", "mujoco", "dm_control", "metaworld"]
     found = {"python": platform.python_version(), "platform": platform.platform()}
     for name in packages:
         try:
@@ -83,9 +83,7 @@ class RunDir:
         ]
         if differ:
             shown = ", ".join(differ[:5]) + (f" and {len(differ) - 5} more" if len(differ) > 5 else "")
-            raise ConfigError(
-                f"{self.path}: holds a run of other settings: {shown}; choose another --run or the same settings"
-            )
+            raise ConfigError(f"{self.path}: holds a run of other settings: {shown}; choose another --run or the same settings")
 
     def environment(self, values: Mapping[str, Any]) -> None:
         """Record versions and what was decided at start (device, GL, environment description)."""

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from localmotion.compute import Compute
 from localmotion.config import RunConfig
 from localmotion.errors import LocalmotionError
 from localmotion.methods.base import Method, total
-from localmotion.compute import Compute
 
 BAD_LIMIT = 10  # non-finite updates in a row after which a run stops
 
@@ -37,9 +37,7 @@ class Updater:
         for group in self.groups:
             if group.name not in names:
                 continue
-            norms[f"grad/{group.name}"] = torch.nn.utils.clip_grad_norm_(
-                group.parameters, self.run.optim.clip, foreach=True
-            )
+            norms[f"grad/{group.name}"] = torch.nn.utils.clip_grad_norm_(group.parameters, self.run.optim.clip, foreach=True)
             optimiser = self.optimisers[group.name]
             optimiser.param_groups[0]["lr"] = 0.0 if self.update < group.freeze_updates else group.lr
             optimiser.step()

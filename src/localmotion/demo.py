@@ -1,0 +1,91 @@
+"""The main job end to end on a CPU: source videos, Atomic Actions, pre-training, fine-tuning, evaluation, one report.
+
+The source videos show other bodies than the task's: transfer is across bodies, as in the paper. Every part is the command a user would
+give; each is printed before it runs, and running the demo again continues where it stopped.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+from localmotion.config import RunConfig, compose
+from localmotion.console import progress, say
+from localmotion.errors import LocalmotionError
+from localmotion.perception.base import Recipe
+
+TASK = "dmc:reacher_easy"
+BODIES = ("cheetah", "hopper", "finger", "ball_in_cup", "acrobot", "fish", "swimmer", "pendulum")
+PRETRAIN = (
+    "updates=1500",
+    "pretrain.log_every=50",
+    "pretrain.eval_every=500",
+    "pretrain.save_every=500",
+    "eval_batches=4",
+)
+FINETUNE = (
+    "env_steps=16000",
+    "online.eval_every=2000",
+    "eval_episodes=5",
+    "online.save_every=2000",
+    "online.log_every=50",
+)
+
+
+def _settings(stage: str, extra: tuple[str, ...], **flags: str) -> RunConfig:
+    return compose(
+        "drp",
+        stage,
+        preset="small",
+        env=flags.get("env", ""),
+        flags=flags,
+        settings=extra,  # type: ignore[arg-type]
+    )
+
+
+def demo(root: Path, *, videos: Path | None = None, task: str = TASK) -> Path:
+    """Run the whole chain under ``root`` and return the report's path. ``videos``: a folder of the user's own."""
+    from localmotion.envs.bodies import render_videos
+    from localmotion.evaluation.evaluate import evaluate_run, random_floor
+    from localmotion.evaluation.media import motion_media
+    from localmotion.perception.draw import inspect
+    from localmotion.perception.extract import extract_folder
+    from localmotion.report.collect import report
+    from localmotion.training.finetune import finetune
+    from localmotion.training.pretrain import pretrain
+    from localmotion.video.store import ClipStore
+
+    began = time.monotonic()
+    root.mkdir(parents=True, exist_ok=True)
+    source = videos or root / "videos"
+    if videos is None and not (source / "COMPLETE").exists():
+        say(f"1. source videos of {len(BODIES)} bodies, none of them the task's: {source}")
+        with progress("render", 64, "clips") as advance:
+            render_videos(source, clips=64, frames=60, size=128, seed=0, bodies=BODIES, progress=advance)
+        (source / "COMPLETE").write_text("")
+    store_path = root / "store"
+    say(f"2. localmotion extract {source} --out {store_path}")
+    with progress("extract", 1, "videos") as advance:
+        summary = extract_folder(source, store_path, Recipe(), workers=os.cpu_count() or 1, progress=advance)
+    for line in summary.lines():
+        say(line)
+    store = ClipStore(store_path)
+    if not len(store):
+        raise LocalmotionError(f"{source}: no usable video of at least 25 frames; localmotion scan {source} says why")
+    pre, fine = root / "pretrain", root / "finetune"
+    say(f"3. localmotion pretrain --method drp --data {store_path} --preset small --run {pre}")
+    pretrain(_settings("pretrain", PRETRAIN, data=str(store_path)), pre)
+    inspect(store, pre / "media" / "atomic_example.png", None)
+    motion_media(pre, store_path)
+    say(f"4. localmotion finetune --method drp --checkpoint {pre} --env {task} --preset small --run {fine}")
+    finetune(_settings("finetune", FINETUNE, env=task, checkpoint=str(pre)), fine)
+    say(f"5. localmotion evaluate {fine} --episodes 10")
+    score = evaluate_run(fine, episodes=10, seed=1, video=fine / "media" / "eval_best.mp4")
+    floor = random_floor(fine)
+    say(
+        f"fine-tuned agent {score['return_mean']:.1f} +- {score['return_std']:.1f}, random policy {floor['return_mean']:.1f} +- {floor['return_std']:.1f}"
+    )
+    page = report([pre, fine], root / "report.html")
+    say(f"done in {(time.monotonic() - began) / 60:.1f} minutes; open {page.resolve()}")
+    return page
