@@ -11,7 +11,6 @@ read other files or the network.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,7 +34,6 @@ MAX_PIXELS = 2**26
 of memory."""
 
 _FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif"
-_DURATION = re.compile(r"^(\d+):(\d+):(\d+(?:\.\d+)?)$")
 
 
 @dataclass(frozen=True)
@@ -155,12 +153,12 @@ def _open(path: Path) -> Iterator[tuple[Any, Any]]:
             path, "unreadable", f"is not a readable video ({_words(error)}); copy or encode it again"
         ) from error
     with container:
-        if not container.streams:
-            raise VideoError(path, "unreadable", "holds no stream; the file is truncated or not a video")
         # Cover art of a sound file is a picture stream of one frame.
         streams = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
-        if not streams:
+        if not streams and container.streams.audio:
             raise VideoError(path, "no_video_stream", "holds sound but no pictures")
+        if not streams:
+            raise VideoError(path, "unreadable", "holds no pictures; the file is truncated or not a video")
         stream = streams[0]
         if stream.codec_context is None:
             raise VideoError(path, "unreadable", "this build of FFmpeg has no decoder for it; encode it again as H.264")
@@ -204,13 +202,10 @@ def _file_frames(
     reformatter = VideoReformatter()
     done = yielded = packets = turns = 0
     shape: tuple[int, int] = (size or 0, size or 0)
-    times: list[float] = []
     with _open(ref.path) as (container, stream):
         for packet in _packets(ref.path, container, stream):
             if packet.size or packet.dts is not None:
                 packets += 1
-            if packet.pts is not None:
-                times.append(float(packet.pts * packet.time_base))
             for frame in _decode_packet(ref.path, packet, done):
                 if frame.is_corrupt:
                     raise VideoError(ref.path, "truncated", f"frame {done} is damaged")
@@ -229,7 +224,7 @@ def _file_frames(
             raise VideoError(
                 ref.path, "unreadable", "no frame could be decoded; the file is damaged or its codec is unknown"
             )
-        _check_complete(ref.path, container, stream, packets, times)
+        _check_complete(ref.path, container, stream, packets)
 
 
 def _pixels(path: Path, reformatter: VideoReformatter, frame: Any, shape: tuple[int, int]) -> NDArray[np.uint8]:
@@ -242,35 +237,49 @@ def _pixels(path: Path, reformatter: VideoReformatter, frame: Any, shape: tuple[
     return np.asarray(small.to_ndarray(), np.uint8)
 
 
-def _check_complete(path: Path, container: Any, stream: Any, packets: int, times: list[float]) -> None:
-    """Raise "truncated" when the data end clearly before what the container's header promises."""
-    if "gif" in container.format.name:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - 16))
-            if not file.read().rstrip(b"\0\r\n ").endswith(b"\x3b"):  # every GIF closes with this byte
-                raise VideoError(path, "truncated", f"ends without its closing byte behind frame {packets}")
-        return
-    if "mov" in container.format.name:
+def _check_complete(path: Path, container: Any, stream: Any, packets: int) -> None:
+    """Raise "truncated" when the data end before what the container promises: decoders do not mind an early end."""
+    kind = container.format.name
+    if "mov" in kind:
         # The index, not stream.frames: an edit list may leave samples out on purpose.
         expected = len(stream.index_entries)
         if packets < expected:
             raise VideoError(path, "truncated", f"data end behind {packets} of {expected} frames")
         return
-    promised: float | None = None
-    text = _DURATION.match(stream.metadata.get("DURATION", ""))
-    if text:
-        promised = int(text[1]) * 3600 + int(text[2]) * 60 + float(text[3])
-    elif stream.duration:
-        promised = float(stream.duration * stream.time_base)
-    elif container.duration and len(container.streams) == 1:
-        promised = container.duration / av.time_base
-    if promised is None or len(times) < 1:
-        return
-    times.sort()
-    # The last frame lasts as long as the longest interval at most; a tenth of a second covers rounding in headers.
-    longest = max((b - a for a, b in pairwise(times)), default=0.0)
-    if times[-1] + longest + 0.1 < promised:
-        raise VideoError(path, "truncated", f"data end at {times[-1]:.2f} s of {promised:.2f} s")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        if kind == "gif":
+            file.seek(max(0, size - 16))
+            if not file.read().rstrip(b"\0\r\n ").endswith(b"\x3b"):  # every GIF closes with this byte
+                raise VideoError(path, "truncated", f"ends without its closing byte behind frame {packets}")
+            return
+        head = file.read(4096)
+    promised = _riff_end(head) if head[:4] == b"RIFF" else _matroska_end(head)
+    if promised is not None and size < promised:
+        raise VideoError(path, "truncated", f"has {size} of {promised} bytes, data end behind {packets} frames")
+
+
+def _riff_end(head: bytes) -> int | None:
+    """Size that an AVI file says it has (its first gigabytes, where it has several parts); None when left open."""
+    return int.from_bytes(head[4:8], "little") + 8 if any(head[4:8]) else None
+
+
+def _matroska_end(head: bytes) -> int | None:
+    """Where the segment of a Matroska or WebM file ends by its own account (RFC 8794); None when left open."""
+
+    def number(at: int) -> tuple[int | None, int]:
+        """The variable-size integer at `at` and where it ends: as many leading zero bits as further bytes."""
+        width = 9 - head[at].bit_length() if at < len(head) else 9
+        raw = int.from_bytes(head[at : at + width], "big") & ((1 << 7 * width) - 1)
+        return (None if width > 8 or raw == (1 << 7 * width) - 1 else raw), at + width
+
+    if head[:4] != b"\x1a\x45\xdf\xa3":
+        return None
+    size, at = number(4)
+    if size is None or head[at + size : at + size + 4] != b"\x18\x53\x80\x67":
+        return None
+    length, start = number(at + size + 4)
+    return None if length is None else start + length
 
 
 def _words(error: BaseException) -> str:
