@@ -119,7 +119,7 @@ def pretrain_run(path: Path, updates: int = 2000, seed: int = 0, media: bool = T
     centres = np.array([[0, 0], [7, 1], [2, 7], [9, 9]])
     xy = (np.repeat(centres, 40, axis=0) + rng.normal(0, 1.1, (160, 2))).astype(np.float32)
     label = np.repeat(np.array(["pushing", "lifting", "turning", "walking"]), 40)
-    np.savez(path / "media/embedding_clips.npz", xy=xy, label=label, title=np.array("Clips by label"))
+    np.savez(path / "media/embedding_clips.npz", xy=xy, labels=label, title=np.array("Clips by label"))
     np.savez(
         path / "media/embedding_direction.npz",
         xy=xy,
@@ -127,9 +127,7 @@ def pretrain_run(path: Path, updates: int = 2000, seed: int = 0, media: bool = T
         title=np.array("Clips by direction of motion"),
         angle=np.arctan2(xy[:, 1] - 4, xy[:, 0] - 4),
     )
-    np.savez(
-        path / "media/flow_clips.npz", magnitudes=rng.lognormal(-1.4, 1.2, 20000), name=np.array("pre-training clips")
-    )
+    np.savez(path / "media/flow_clips.npz", magnitudes=rng.lognormal(-1.4, 1.2, 20000), name=np.array("pre-training clips"))
     from matplotlib.image import imsave
 
     imsave(path / "media/atomic_clip_0007.png", np.concatenate(list(moving_clip(6)), axis=1).repeat(4, 0).repeat(4, 1))

@@ -114,9 +114,7 @@ def test_hostile_text_comes_out_as_text() -> None:
 
 def test_data_uris_hold_the_very_bytes_and_their_type() -> None:
     svg = b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg"><path fill="#0067a8"/></svg>'
-    reader = Reader(
-        page.build_page("t", [Section("s", [Picture(PNG, "c"), Picture(svg, "c"), Video(b"mp4 bytes", "v")])])
-    )
+    reader = Reader(page.build_page("t", [Section("s", [Picture(PNG, "c"), Picture(svg, "c"), Video(b"mp4 bytes", "v")])]))
     assert_self_contained(reader)
     found = [a[n] for _, a in reader.tags for n in ("src", "srcset") if n in a]
     kinds = [(uri.split(";")[0][5:], base64.b64decode(uri.split(",")[1])) for uri in found if uri]
@@ -130,9 +128,7 @@ def test_data_uris_hold_the_very_bytes_and_their_type() -> None:
 
 
 def test_numeric_columns_are_set_right_and_ragged_tables_refused() -> None:
-    made = page.build_page(
-        "t", [Section("s", [Table(["name", "score"], [["a", "1.2K"], ["b", "–"], ["c", "40K to 50K"]])])]
-    )
+    made = page.build_page("t", [Section("s", [Table(["name", "score"], [["a", "1.2K"], ["b", "–"], ["c", "40K to 50K"]])])])
     assert made.count('class="n"') == 4  # header and three cells of one column
     with pytest.raises(ValueError, match="zip"):
         page.build_page("t", [Section("s", [Table(["name", "score"], [["a", "1", "2"]])])])
@@ -155,6 +151,7 @@ def test_a_full_report_shows_everything(tmp_path: Path) -> None:
     runs = [pretrain_run(tmp_path / "pre")]
     runs += [online_run(tmp_path / f"ft{s}", seed=s, checkpoint="pre", level=600) for s in range(2)]
     runs += [online_run(tmp_path / "mw", env="metaworld:reach", success=True)]
+    write_mp4(runs[3] / "media/eval_best.mp4", moving_clip(6, 32))
     out = report(runs, tmp_path / "new" / "report.html")
     assert out == tmp_path / "new" / "report.html"
     reader = read(out)
@@ -177,7 +174,9 @@ def test_a_full_report_shows_everything(tmp_path: Path) -> None:
         assert said.count(title) >= 2, title  # in the contents and as a heading
     assert "Not in this report" not in said
     tags = [tag for tag, _ in reader.tags]
-    assert tags.count("video") == 4  # the first and the last film of two groups
+    assert tags.count("video") == 5  # the first and the last film of two groups, and one with a name
+    assert "drp, from scratch, seed 0, best." in said
+    assert "drp, pre-trained, seed 0, after 50K env steps." in said
     assert tags.count("details") == 4
     assert all(a.get("poster", "").startswith("data:image/png") for t, a in reader.tags if t == "video")
     assert "localmotion pretrain --method drp" in said
@@ -242,9 +241,7 @@ def test_damaged_media_are_told_and_never_unpickled(tmp_path: Path, monkeypatch:
     np.savez(folder / "openloop_trap.npz", truth=np.array([Trap()], dtype=object), prediction=clip, context=2)
     (folder / "mae_text.npz").write_text("not a zip")
     (folder / "mae_trap.npz").write_bytes(pickle.dumps(Trap()))
-    np.savez(
-        folder / "mae_nan.npz", **{k: np.full((2, 4, 4, 2), np.nan) for k in ("truth", "masked", "reconstruction")}
-    )
+    np.savez(folder / "mae_nan.npz", **{k: np.full((2, 4, 4, 2), np.nan) for k in ("truth", "masked", "reconstruction")})
     np.savez(folder / "embedding_object.npz", xy=np.zeros((1, 2)), label=np.array([b"x"]))
     np.savez(folder / "embedding_length.npz", xy=np.zeros((3, 2)), label=np.array(["x"]))
     np.savez(folder / "flow_empty.npz", magnitudes=np.array([math.nan]))
@@ -263,7 +260,7 @@ def test_damaged_media_are_told_and_never_unpickled(tmp_path: Path, monkeypatch:
         "mae_text.npz: cannot be read",
         "mae_trap.npz: cannot be read",
         "mae_nan.npz: truth and reconstruction must be finite",
-        "embedding_object.npz: label must",
+        "embedding_object.npz: needs labels",
         "embedding_length.npz: an emb",
         "flow_empty.npz: has no finite",
         "atomic_text.png: is no PNG",
@@ -372,9 +369,7 @@ def test_no_metrics_file_breaks_the_report(
 ) -> None:
     run = tmp_path / "run"
     run.mkdir(exist_ok=True)
-    (run / "config.json").write_text(
-        json.dumps({"method": "drp", "stage": stage, "seed": 0, "env": "dmc:x", "preset": 3})
-    )
+    (run / "config.json").write_text(json.dumps({"method": "drp", "stage": stage, "seed": 0, "env": "dmc:x", "preset": 3}))
     (run / "random.json").write_text(json.dumps(floor))
     write_lines(run / "metrics.jsonl", lines)
     read(report([run], tmp_path / "r.html"))

@@ -6,6 +6,7 @@ import io
 import math
 import subprocess
 import sys
+from pathlib import Path
 from xml.etree import ElementTree
 
 import matplotlib as mpl
@@ -112,6 +113,13 @@ def test_strips_of_all_imagined_or_all_observed_frames(context: int) -> None:
     assert [count(data, c) > 0 for c in colours] == [context > 0, context < 8]
 
 
+def test_saved_strips_name_the_rows_and_make_the_folder(tmp_path: Path) -> None:
+    clip = moving_clip(8, 16)[None]
+    out = pictures.save_strips({"truth": clip, "motion": clip, "last_frame": clip}, tmp_path / "new" / "strips.png", context=3)
+    rows = {"prediction": clip, "last frame, copied": clip}
+    assert out.read_bytes() == pictures.prediction_strips(clip, rows, context=3)
+
+
 def test_strips_refuse_what_is_no_video() -> None:
     clip = moving_clip(8, 16)[None]
     for truth, predictions, context, message in (
@@ -166,9 +174,7 @@ def draw_all(label: str) -> dict[str, bytes]:
     xy = rng.normal(size=(30, 2))
     return {
         "curves": plots.learning_curves([group], title=label, random_policy=3.0),
-        "losses": plots.loss_curves(
-            {label: [(label, np.arange(900), np.geomspace(1, 1e-3, 900))], "b": [("y", [1], [-2])]}
-        ),
+        "losses": plots.loss_curves({label: [(label, np.arange(900), np.geomspace(1, 1e-3, 900))], "b": [("y", [1], [-2])]}),
         "scatter": plots.tsne_scatter(xy, [label, "b"] * 15, title=label),
         "angles": plots.tsne_scatter(xy, ["b"] * 30, title=label, angles=np.linspace(0, 6, 30)),
         "shares": plots.share_bars({label: {"update": 3, label: 1, "other": 1}, "run": {"update": 1}}, title=label),
@@ -209,8 +215,7 @@ def test_dark_variant_exchanges_every_colour_of_the_light_palette() -> None:
 
 def luminance(colour: str) -> float:
     linear = [
-        c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4
-        for c in (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
+        c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
     ]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 

@@ -47,8 +47,7 @@ def pictures(seed: int, *shape: int) -> tuple[torch.Tensor, torch.Tensor]:
 def test_ssim_equals_a_window_by_window_computation() -> None:
     a, b = pictures(0, 2, 2, 3, 14, 17)
     expected = [
-        [np.mean([brute_ssim(a[i, j, c].numpy(), b[i, j, c].numpy(), 1.0) for c in range(3)]) for j in range(2)]
-        for i in range(2)
+        [np.mean([brute_ssim(a[i, j, c].numpy(), b[i, j, c].numpy(), 1.0) for c in range(3)]) for j in range(2)] for i in range(2)
     ]
     torch.testing.assert_close(metrics.ssim(a, b), torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-12)
 
@@ -76,12 +75,8 @@ def test_psnr_and_mse_closed_forms_and_shapes() -> None:
     black = torch.zeros(5, 2, 3, 4, 4)
     offset = torch.full_like(black, 0.1)
     assert metrics.mse(black, offset).shape == (5, 2)
-    torch.testing.assert_close(
-        metrics.mse(black, offset), torch.full((5, 2), 0.01, dtype=torch.float64), rtol=1e-6, atol=0
-    )
-    torch.testing.assert_close(
-        metrics.psnr(black, offset), torch.full((5, 2), 20.0, dtype=torch.float64), rtol=1e-6, atol=0
-    )
+    torch.testing.assert_close(metrics.mse(black, offset), torch.full((5, 2), 0.01, dtype=torch.float64), rtol=1e-6, atol=0)
+    torch.testing.assert_close(metrics.psnr(black, offset), torch.full((5, 2), 20.0, dtype=torch.float64), rtol=1e-6, atol=0)
     one_off = torch.zeros(3, 4, 4, dtype=torch.uint8)
     one_off[0, 0, 0] = 255
     assert metrics.psnr(one_off, torch.zeros_like(one_off)).item() == pytest.approx(10 * math.log10(48))
@@ -198,9 +193,9 @@ def test_curves_are_interpolated_but_never_extrapolated() -> None:
     assert final_scores([short, long], last=2).tolist() == [5, 50]
 
 
-curves = st.lists(
-    st.tuples(st.integers(0, 1000), st.floats(-100, 100)), min_size=1, max_size=12, unique_by=lambda p: p[0]
-).map(lambda points: Curve(*np.array(sorted(points), dtype=float).T))
+curves = st.lists(st.tuples(st.integers(0, 1000), st.floats(-100, 100)), min_size=1, max_size=12, unique_by=lambda p: p[0]).map(
+    lambda points: Curve(*np.array(sorted(points), dtype=float).T)
+)
 
 
 @given(st.lists(curves, min_size=1, max_size=5))
@@ -210,9 +205,7 @@ def test_band_lies_between_its_seeds_and_covers_no_more_than_they_do(seeds: list
     for row, seed in zip(band.values, seeds, strict=True):
         inside = (band.env_steps >= seed.env_steps[0]) & (band.env_steps <= seed.env_steps[-1])
         np.testing.assert_array_equal(np.isfinite(row), inside)
-        np.testing.assert_allclose(
-            row[np.isin(band.env_steps, seed.env_steps)], seed.values
-        )  # own points are kept exactly
+        np.testing.assert_allclose(row[np.isin(band.env_steps, seed.env_steps)], seed.values)  # own points are kept exactly
     assert (band.mean >= np.nanmin(band.values, axis=0) - 1e-9).all()
     assert (band.mean <= np.nanmax(band.values, axis=0) + 1e-9).all()
     np.testing.assert_allclose(band.std, np.nanstd(band.values, axis=0), atol=1e-9)
@@ -247,9 +240,7 @@ def test_summary_of_one_seed_has_no_interval() -> None:
 def clusters(gap: float, seed: int = 0) -> tuple[NDArray[np.float64], NDArray[np.str_]]:
     rng = np.random.default_rng(seed)
     centres = np.eye(3, 8) * gap
-    return np.concatenate([c + rng.normal(size=(20, 8)) for c in centres]), np.repeat(
-        np.array(["left", "push", "turn"]), 20
-    )
+    return np.concatenate([c + rng.normal(size=(20, 8)) for c in centres]), np.repeat(np.array(["left", "push", "turn"]), 20)
 
 
 def test_separate_classes_are_found_and_mixed_ones_are_not() -> None:

@@ -17,9 +17,7 @@ SSIM_K1, SSIM_K2 = 0.01, 0.03
 
 def _prepare(prediction: Tensor, truth: Tensor, data_range: float | None) -> tuple[Tensor, Tensor, float]:
     if prediction.shape != truth.shape or prediction.dim() < 3:
-        raise ValueError(
-            f"pictures must share a shape (..., C, H, W): {tuple(prediction.shape)} and {tuple(truth.shape)}"
-        )
+        raise ValueError(f"pictures must share a shape (..., C, H, W): {tuple(prediction.shape)} and {tuple(truth.shape)}")
     if prediction.dtype != truth.dtype:
         # A uint8 picture against a [0, 1] one is the commonest slip here and would give a plausible wrong number.
         raise ValueError(f"pictures must share a dtype, and with it a range: {prediction.dtype} and {truth.dtype}")
@@ -80,7 +78,5 @@ def ssim(prediction: Tensor, truth: Tensor, data_range: float | None = None) -> 
     var_y = blur(y * y) - mean_y.square()
     cov = blur(x * y) - mean_x * mean_y
     c1, c2 = (SSIM_K1 * span) ** 2, (SSIM_K2 * span) ** 2
-    score = ((2 * mean_x * mean_y + c1) * (2 * cov + c2)) / (
-        (mean_x.square() + mean_y.square() + c1) * (var_x + var_y + c2)
-    )
+    score = ((2 * mean_x * mean_y + c1) * (2 * cov + c2)) / ((mean_x.square() + mean_y.square() + c1) * (var_x + var_y + c2))
     return score.mean(dim=(-3, -2, -1)).reshape(*a.shape[:-3], channels).mean(dim=-1)

@@ -74,9 +74,7 @@ def _heldout(report: Gathered) -> tuple[list[Block], list[tuple[str, str]]]:
             tiles.append((f"{best:.2f}", f"{run.name}: held-out masked error over that of the best trivial predictor"))
         if (quality := number(line, "psnr/motion")) is not None:
             others = [
-                f"{_PREDICTORS[k]} {v:.1f}"
-                for k in ("zero_motion", "last_frame")
-                if (v := number(line, f"psnr/{k}")) is not None
+                f"{_PREDICTORS[k]} {v:.1f}" for k in ("zero_motion", "last_frame") if (v := number(line, f"psnr/{k}")) is not None
             ]
             told = "; ".join([f"{run.name}: open-loop PSNR with real motion", *others])
             tiles.append((f"{quality:.1f} dB", told))
@@ -94,19 +92,14 @@ def _horizon(run: RunData, line: Line) -> list[Block]:
     }
     if any(lines.values()):
         chart = plots.horizon_curves(lines, title=f"Open-loop prediction of held-out clips, {run.name}")
-        caption = (
-            "PSNR of imagined frames by how far ahead they lie; the value at the end of each line is its last frame."
-        )
+        caption = "PSNR of imagined frames by how far ahead they lie; the value at the end of each line is its last frame."
         blocks.append(Picture(chart, caption, "PSNR over the prediction horizon"))
     names = [k[5:] for k in line if k.startswith("psnr/") and not k.endswith("_horizon")]
     rows = [
-        [_PREDICTORS.get(n, n.replace("_", " ")), _cell(line, f"psnr/{n}", ".2f"), _cell(line, f"ssim/{n}", ".3f")]
-        for n in names
+        [_PREDICTORS.get(n, n.replace("_", " ")), _cell(line, f"psnr/{n}", ".2f"), _cell(line, f"ssim/{n}", ".3f")] for n in names
     ]
     if rows:
-        blocks.append(
-            Table(["open-loop prediction", "PSNR, dB", "SSIM"], rows, "Mean over imagined frames of held-out clips.")
-        )
+        blocks.append(Table(["open-loop prediction", "PSNR, dB", "SSIM"], rows, "Mean over imagined frames of held-out clips."))
     return blocks
 
 
@@ -118,9 +111,7 @@ def _flow(report: Gathered) -> list[Block]:
         named.setdefault(name, []).append(values)
     if named:
         chart = plots.flow_histogram({name: np.concatenate(v) for name, v in named.items()})
-        caption = (
-            "Flow magnitude where the points are, in pixels of the model's picture; a tick marks each 99th percentile."
-        )
+        caption = "Flow magnitude where the points are, in pixels of the model's picture; a tick marks each 99th percentile."
         caption += " Sources that lie far apart mean that the recipes of pre-training and fine-tuning do not match."
         blocks.append(Picture(chart, caption, "Histograms of flow magnitude"))
     keys = sorted({k for run in report.runs for kind in run.lines for k in run.keys(kind) if k.startswith("flow/")})
@@ -205,9 +196,7 @@ def _speed(report: Gathered) -> list[Block]:
     if not means:
         report.missing.append("No run logged where its time goes (seconds/<part>).")
         return []
-    caption = (
-        "Share of each part in the time of a run (mean over seeds); at the right, seconds per gradient update in all."
-    )
+    caption = "Share of each part in the time of a run (mean over seeds); at the right, seconds per gradient update in all."
     return [Picture(plots.share_bars(means), caption, "Time by part")]
 
 
@@ -236,9 +225,7 @@ def _runs_table(runs: Sequence[RunData]) -> Table:
 
 
 def _settings(runs: Sequence[RunData]) -> list[Block]:
-    blocks: list[Block] = [
-        Text("Each run directory describes itself; the same command with the same directory resumes it.")
-    ]
+    blocks: list[Block] = [Text("Each run directory describes itself; the same command with the same directory resumes it.")]
     for run in runs:
         inside: list[Block] = [Code(run.command)] if run.command else []
         inside += [

@@ -2,10 +2,10 @@
 
     openloop_*.npz   truth, prediction (N, T, H, W, 3) uint8, context int; any prediction_<name> of the same shape
     mae_*.npz        truth, masked, reconstruction (M, P, P, 2) float: flow patches
-    embedding_*.npz  xy (n, 2) float, label (n,) strings, title; optional angle (n,) radians
+    embedding_*.npz  xy (n, 2) float, labels (or label) (n,) strings, title; optional angle (n,) radians
     flow_*.npz       magnitudes (n,) float, name
     atomic_*.png     Atomic Actions drawn on clips
-    eval_<env step>.mp4   film of an evaluation episode
+    eval_<env step>.mp4   film of an evaluation episode; eval_<word>.mp4 for one apart, e.g. eval_best.mp4
 
 Arrays are loaded without pickle and bounded in size. A file that cannot be used raises MediaError, which the report
 turns into a sentence.
@@ -46,9 +46,7 @@ def read_arrays(path: Path, names: tuple[str, ...]) -> dict[str, NDArray[Any]]:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise MediaError(
-            f"{path.name}: cannot be read ({str(error).splitlines()[0] if str(error) else 'damaged'})"
-        ) from error
+        raise MediaError(f"{path.name}: cannot be read ({str(error).splitlines()[0] if str(error) else 'damaged'})") from error
     if missing := [name for name in names if name not in arrays]:
         raise MediaError(f"{path.name}: lacks {', '.join(missing)}")
     return arrays
@@ -76,9 +74,7 @@ def open_loop(path: Path, run: str, clips: int = 3) -> list[Picture]:
         for i in range(min(clips, len(truth))):
             one = {name: value[i : i + 1] for name, value in named.items()}
             data = pictures.prediction_strips(truth[i : i + 1], one, context=int(context), transparent=True)
-            caption = (
-                f"{run}, clip {i + 1} of {path.stem.removeprefix('openloop_')}: {int(context)} observed frames (green),"
-            )
+            caption = f"{run}, clip {i + 1} of {path.stem.removeprefix('openloop_')}: {int(context)} observed frames (green),"
             caption += " then imagined ones (red), with the PSNR of each."
             found.append(Picture(data, caption, "Prediction strip: rows truth, prediction, error"))
     except (ValueError, IndexError) as error:
@@ -102,19 +98,17 @@ def masked_patches(path: Path, run: str) -> Picture:
 
 def embedding(path: Path, run: str) -> Picture:
     """A t-SNE scatter, by direction if the file has angles."""
-    arrays = read_arrays(path, ("xy", "label"))
-    label, angle = arrays["label"], arrays.get("angle")
-    if label.dtype.kind != "U" or label.ndim != 1:
-        raise MediaError(f"{path.name}: label must be a vector of strings")
+    arrays = read_arrays(path, ("xy",))
+    label, angle = arrays.get("labels", arrays.get("label")), arrays.get("angle")
+    if label is None or label.dtype.kind != "U" or label.ndim != 1:
+        raise MediaError(f"{path.name}: needs labels, a vector of strings")
     title = _text(arrays, "title", path.stem.removeprefix("embedding_"))
     try:
         data = plots.tsne_scatter(arrays["xy"], label.tolist(), title=title, angles=angle)
     except (ValueError, TypeError) as error:
         raise MediaError(f"{path.name}: {error}") from error
     how = "direction of motion" if angle is not None else "label"
-    return Picture(
-        data, f"{run}: t-SNE of the recomposed motion a^agg, {len(label)} windows, coloured by {how}.", title
-    )
+    return Picture(data, f"{run}: t-SNE of the recomposed motion a^agg, {len(label)} windows, coloured by {how}.", title)
 
 
 def flow_magnitudes(path: Path) -> tuple[str, NDArray[np.float64]]:
@@ -166,5 +160,5 @@ def film(path: Path, label: str) -> Video:
     except (av.FFmpegError, StopIteration, IndexError, ValueError) as error:
         raise MediaError(f"{path.name}: is no readable video") from error
     step = env_step_of(path)
-    when = f" after {short(step)} env steps" if step is not None else ""
-    return Video(data, f"{label}{when}.", pictures.png(image))
+    when = f"after {short(step)} env steps" if step is not None else path.stem.removeprefix("eval_").replace("_", " ")
+    return Video(data, f"{label}, {when}.", pictures.png(image))

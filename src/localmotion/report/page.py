@@ -112,9 +112,7 @@ _MAGIC = (
     (b"\xff\xd8\xff", "image/jpeg"),
     (b"GIF8", "image/gif"),
 )
-_NUMBER = re.compile(
-    r"[-−+]?[\d.,]+ ?(%|s|h|min|ms|[KMB]|dB|px|GB)?( ± [\d.,]+ ?[%KMB]?)?( to [\d.,]+[KMB]?)?|[–—]|\[.*\]|"
-)
+_NUMBER = re.compile(r"[-−+]?[\d.,]+ ?(%|s|h|min|ms|[KMB]|dB|px|GB)?( ± [\d.,]+ ?[%KMB]?)?( to [\d.,]+[KMB]?)?|[–—]|\[.*\]|")
 
 
 def image_type(data: bytes) -> str:
@@ -182,8 +180,7 @@ def _table(block: Table) -> str:
     cls = [' class="n"' if r else "" for r in right]
     head = "".join(f'<th scope="col"{c}>{_esc(h)}</th>' for h, c in zip(block.header, cls, strict=True))
     body = "".join(
-        "<tr>" + "".join(f"<td{c}>{_esc(cell)}</td>" for cell, c in zip(row, cls, strict=True)) + "</tr>"
-        for row in block.rows
+        "<tr>" + "".join(f"<td{c}>{_esc(cell)}</td>" for cell, c in zip(row, cls, strict=True)) + "</tr>" for row in block.rows
     )
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
     return f'<figure><div class="scroll">{table}</div>{_caption(block.caption)}</figure>'

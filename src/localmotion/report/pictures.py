@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -153,9 +154,7 @@ def prediction_strips(
         axes.text(0.1, line * 0.6, plain(title, 90), va="center", color=GREY, fontsize=10, weight="bold")
     for j, t in enumerate(times):
         text = f"t = {t}" if j == 0 else str(t)
-        axes.text(
-            label + j * (1 + gap) + 0.5, head - line * 0.55, text, ha="center", va="center", color=GREY, fontsize=7.6
-        )
+        axes.text(label + j * (1 + gap) + 0.5, head - line * 0.55, text, ha="center", va="center", color=GREY, fontsize=7.6)
     y = head
     for n in range(N):
         y = row(y, "truth", shown[n])
@@ -240,6 +239,23 @@ def _wheel(axes: Axes, x: float, y: float, scale: float, font: float) -> None:
     axes.imshow(np.dstack([disc, alpha]), extent=(x, x + 1.5, y + 1.5, y), zorder=2)
     axes.text(x + 0.75, y - 0.16, "direction", ha="center", va="center", color=GREY, fontsize=font - 0.8)
     axes.text(x + 0.75, y + 1.68, f"rim {scale:.2g}", ha="center", va="center", color=GREY, fontsize=font - 0.8)
+
+
+ROWS = {"motion": "prediction", "zero_motion": "prediction, zero motion", "last_frame": "last frame, copied"}
+"""What a strip calls the predictors of held-out evaluation."""
+
+
+def save_strips(arrays: Mapping[str, Pixels], out: Path, *, context: int = 5, title: str = "") -> Path:
+    """Write prediction strips of ``arrays["truth"]`` and every other entry, (N, T, H, W, 3) uint8 each, to a PNG file.
+
+    The first ``context`` frames (drp.md 4: 5) were observed. Returns ``out``; raises as `prediction_strips`, KeyError
+    without truth, OSError if the file cannot be written.
+    """
+    predictions = {ROWS.get(name, name.replace("_", " ")): x for name, x in arrays.items() if name != "truth"}
+    data = prediction_strips(arrays["truth"], predictions, context=context, title=title)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_bytes(data)
+    return out
 
 
 def png(frame: Pixels) -> bytes:

@@ -409,9 +409,7 @@ def comparison_bars(
         colour = PALETTE[0] if name in highlight or not highlight else "#7a6a55"
         axes.barh(row, value, height=0.58, color=colour, alpha=1.0 if name in highlight or not highlight else 0.55)
         axes.text(0, row, plain(name, 40) + "  ", ha="right", va="center", fontsize=9.5)
-        axes.text(
-            max(value, 0), row, f"  {value:.{digits}f}{unit}", ha="left", va="center", fontsize=9.5, weight="bold"
-        )
+        axes.text(max(value, 0), row, f"  {value:.{digits}f}{unit}", ha="left", va="center", fontsize=9.5, weight="bold")
     bottom = len(kept) - 0.4
     for level, dash, label in ((reference, (0, (4, 3)), reference_label), (target, (0, (1, 2)), f"target {target}")):
         if level is not None:

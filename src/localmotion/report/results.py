@@ -138,9 +138,7 @@ def results(report: Gathered, env: str, groups: Sequence[Group]) -> tuple[list[B
         if not tiles:
             tiles.append(_headline(env, name, [g for _, g in drawn], floor, percent))
     if floor_missing := [g for g in groups if random_score(g.runs, "return_mean") is None]:
-        report.missing.append(
-            f"The random policy in {env} was not measured for {', '.join(g.label for g in floor_missing)}."
-        )
+        report.missing.append(f"The random policy in {env} was not measured for {', '.join(g.label for g in floor_missing)}.")
     blocks += _training_episodes(env, groups)
     blocks += _films(report, groups)
     if not blocks:
@@ -161,9 +159,7 @@ def _doubts(group: Group) -> list[str]:
     return texts
 
 
-def _headline(
-    env: str, name: str, groups: Sequence[plots.CurveGroup], floor: float | None, percent: bool
-) -> tuple[str, str]:
+def _headline(env: str, name: str, groups: Sequence[plots.CurveGroup], floor: float | None, percent: bool) -> tuple[str, str]:
     """The best group's final score, and beside it those of all the others: no number stands alone."""
 
     def text(final: Summary) -> str:
@@ -176,9 +172,7 @@ def _headline(
     return text(ranked[0][0]), "; ".join(parts)
 
 
-def _final_table(
-    drawn: Sequence[tuple[Group, plots.CurveGroup]], floor: float | None, percent: bool, name: str
-) -> Table:
+def _final_table(drawn: Sequence[tuple[Group, plots.CurveGroup]], floor: float | None, percent: bool, name: str) -> Table:
     rows = []
     for group, curves in drawn:
         final = curves.final
@@ -234,16 +228,18 @@ def _training_episodes(env: str, groups: Sequence[Group]) -> list[Block]:
 
 
 def _films(report: Gathered, groups: Sequence[Group]) -> list[Block]:
-    """Of each group's first run with films: the first and the last one."""
+    """Of each group's first run with films: the first and the last one by env step, and those with a name of their own."""
     videos: list[Block] = []
     for group in groups:
         run = next((r for r in group.runs if r.media("eval_*.mp4")), None)
         if run is None:
             report.missing.append(f"{group.label} in {group.env} saved no film (media/eval_*.mp4).")
             continue
-        paths = sorted(run.media("eval_*.mp4"), key=lambda p: (media.env_step_of(p) or 0, p.name))
+        paths = run.media("eval_*.mp4")
+        timed = sorted((step, path) for path in paths if (step := media.env_step_of(path)) is not None)
+        chosen = [timed[i][1] for i in (0, -1) if timed] + [path for path in paths if media.env_step_of(path) is None]
         seed = f", seed {run.seed}" if run.seed is not None else ""
-        for path in dict.fromkeys((paths[0], paths[-1])):
+        for path in dict.fromkeys(chosen):
             try:
                 videos.append(media.film(path, f"{group.label}{seed}"))
             except (LocalmotionError, OSError) as error:

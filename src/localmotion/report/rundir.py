@@ -101,9 +101,7 @@ class RunData:
         later lines. Non-finite values are kept, as NaN or infinity.
         """
         pairs = [
-            (line[x], line[key])
-            for line in self.lines.get(kind, ())
-            if _is_number(line.get(x)) and _is_number(line.get(key))
+            (line[x], line[key]) for line in self.lines.get(kind, ()) if _is_number(line.get(x)) and _is_number(line.get(key))
         ]
         xs, ys = np.array(pairs, dtype=np.float64).reshape(-1, 2).T
         keep = superseded_by_none(xs)
