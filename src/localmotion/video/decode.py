@@ -80,9 +80,7 @@ def probe(ref: VideoRef) -> VideoInfo:
             if packet.size and not packet.is_discard:
                 times.append(float(packet.pts * packet.time_base) if packet.pts is not None else float("nan"))
         if first is None:
-            raise VideoError(
-                ref.path, "unreadable", "no frame could be decoded; the file is damaged or its codec is unknown"
-            )
+            raise VideoError(ref.path, "unreadable", "no frame could be decoded; the file is damaged or its codec is unknown")
         context = stream.codec_context
         rotation = int(first.rotation) % 360
         width, height = (first.width, first.height) if rotation % 180 == 0 else (first.height, first.width)
@@ -98,9 +96,7 @@ def probe(ref: VideoRef) -> VideoInfo:
             duration = known[-1] - known[0] + median
         bits = max((component.bits for component in first.format.components), default=8)
         aspect = float(stream.sample_aspect_ratio or context.sample_aspect_ratio or 1)
-        return VideoInfo(
-            len(times), width, height, fps, context.name, first.format.name, rotation, duration, vfr, bits, aspect
-        )
+        return VideoInfo(len(times), width, height, fps, context.name, first.format.name, rotation, duration, vfr, bits, aspect)
 
 
 def iter_frames(
@@ -149,9 +145,7 @@ def _open(path: Path) -> Iterator[tuple[Any, Any]]:
         # An absolute path cannot be taken for a URL. Metadata in an odd encoding is no reason to refuse a video.
         container = av.open(str(path.absolute()), options=options, metadata_errors="replace")
     except (av.error.FFmpegError, OSError, ValueError) as error:
-        raise VideoError(
-            path, "unreadable", f"is not a readable video ({_words(error)}); copy or encode it again"
-        ) from error
+        raise VideoError(path, "unreadable", f"is not a readable video ({_words(error)}); copy or encode it again") from error
     with container:
         # Cover art of a sound file is a picture stream of one frame.
         streams = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
@@ -196,9 +190,7 @@ def _decode_packet(path: Path, packet: Any, done: int) -> list[Any]:
     return list(frames)
 
 
-def _file_frames(
-    ref: VideoRef, size: int | None, stride: int, start: int, max_frames: int | None
-) -> Iterator[NDArray[np.uint8]]:
+def _file_frames(ref: VideoRef, size: int | None, stride: int, start: int, max_frames: int | None) -> Iterator[NDArray[np.uint8]]:
     reformatter = VideoReformatter()
     done = yielded = packets = turns = 0
     shape: tuple[int, int] = (size or 0, size or 0)
@@ -221,9 +213,7 @@ def _file_frames(
                         return
                 done += 1
         if done == 0:
-            raise VideoError(
-                ref.path, "unreadable", "no frame could be decoded; the file is damaged or its codec is unknown"
-            )
+            raise VideoError(ref.path, "unreadable", "no frame could be decoded; the file is damaged or its codec is unknown")
         _check_complete(ref.path, container, stream, packets)
 
 
@@ -324,9 +314,7 @@ def _read_image(file: Path, number: int, ref: VideoRef) -> NDArray[np.uint8]:
 
 def _check_size(ref: VideoRef, width: int, height: int) -> None:
     if min(width, height) < MIN_SIDE:
-        raise VideoError(
-            ref.path, "too_small", f"frames of {width}x{height} pixels; both sides must have {MIN_SIDE} or more"
-        )
+        raise VideoError(ref.path, "too_small", f"frames of {width}x{height} pixels; both sides must have {MIN_SIDE} or more")
 
 
 def video_ref(path: str | Path) -> VideoRef:

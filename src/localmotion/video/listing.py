@@ -78,9 +78,7 @@ def frame_files(folder: Path) -> list[Path]:
         raise VideoError(folder, "unreadable", "holds no series of at least two numbered pictures")
     if len(series) > 1:
         shown = ", ".join(f"{prefix}N{suffix}" for prefix, suffix in sorted(series)[:3])
-        raise VideoError(
-            folder, "mixed_frames", f"holds {len(series)} series of pictures ({shown}); keep one in a folder"
-        )
+        raise VideoError(folder, "mixed_frames", f"holds {len(series)} series of pictures ({shown}); keep one in a folder")
     return [folder / name for _, name in sorted(next(iter(series.values())))]
 
 
@@ -149,9 +147,7 @@ def _select(root: Path, refs: list[VideoRef], list_file: Path) -> list[VideoRef]
     except OSError as error:
         raise VideoError(list_file, "missing", f"cannot read the list of videos: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise VideoError(
-            list_file, "bad_list", "is not a text file; expected lines of `id n_frames class_id`"
-        ) from error
+        raise VideoError(list_file, "bad_list", "is not a text file; expected lines of `id n_frames class_id`") from error
     names: dict[str, list[VideoRef]] = {}
     for ref in refs:
         spellings = {ref.id, ref.path.name}
@@ -168,9 +164,7 @@ def _select(root: Path, refs: list[VideoRef], list_file: Path) -> list[VideoRef]
         total += 1
         parts = line.rsplit(None, 2)
         if len(parts) != 3 or not parts[1].isdigit():
-            raise VideoError(
-                list_file, "bad_list", f"line {number} is not `id n_frames class_id`: {line.strip()[:80]!r}"
-            )
+            raise VideoError(list_file, "bad_list", f"line {number} is not `id n_frames class_id`: {line.strip()[:80]!r}")
         name, label = parts[0].strip(), int(parts[2]) if re.fullmatch(r"-?\d+", parts[2]) else parts[2]
         matches = names.get(name, [])
         if not matches:

@@ -65,9 +65,7 @@ class WindowSampler:
     ) -> None:
         """`length` T and `batch_size` B; `seed` 0 or more. Raises StoreError when no clip of the split has T frames."""
         if length < 1 or batch_size < 1 or seed < 0 or not 0 <= heldout_fraction < 1:
-            raise ValueError(
-                f"length {length}, batch {batch_size}, seed {seed}, heldout {heldout_fraction}: out of range"
-            )
+            raise ValueError(f"length {length}, batch {batch_size}, seed {seed}, heldout {heldout_fraction}: out of range")
         if split not in ("train", "heldout", "all"):
             raise ValueError(f"split {split!r} is none of train, heldout, all")
         self.store, self.length, self.batch_size, self.seed = store, length, batch_size, seed
@@ -173,9 +171,7 @@ def _clips_of(store: ClipStore, length: int, split: Split, fraction: float) -> N
     held = np.asarray([is_heldout(clip_id, fraction) for clip_id in store.ids])
     chosen = np.ones_like(held) if split == "all" else held == (split == "heldout")
     if not chosen.any():
-        raise StoreError(
-            f"{store.path}: none of {len(store)} clips is in the {split} part; use split='all' or more clips"
-        )
+        raise StoreError(f"{store.path}: none of {len(store)} clips is in the {split} part; use split='all' or more clips")
     clips = np.flatnonzero(chosen & (store.lengths >= length))
     if not len(clips):
         part = "" if split == "all" else f" of the {split} part"

@@ -93,9 +93,7 @@ class ScanReport:
             "frames": sum(lengths),
             "frames_min_median_max": quantiles,
             "rejected": dict(sorted(Counter(video.reason for video in self.rejected).items())),
-            "warnings": dict(
-                sorted(Counter(text.partition(":")[0] for video in self.usable for text in video.warnings).items())
-            ),
+            "warnings": dict(sorted(Counter(text.partition(":")[0] for video in self.usable for text in video.warnings).items())),
         }
 
     def table(self, examples: int = 3) -> list[str]:

@@ -38,9 +38,7 @@ from localmotion.errors import StoreError
 FORMAT, VERSION = "localmotion-clips", 1
 _MEND = "delete that shard folder and run the same extract again"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_OPEN_FILES = (
-    512  # memory maps held at once by a reader: each keeps a file descriptor, of which 1024 is the usual limit
-)
+_OPEN_FILES = 512  # memory maps held at once by a reader: each keeps a file descriptor, of which 1024 is the usual limit
 
 
 @dataclass(frozen=True)
@@ -134,7 +132,7 @@ class ClipStoreWriter:
                     if have[key] != json.loads(text)[key]:
                         raise StoreError(_other_recipe(path, key, have, json.loads(text)))
             else:
-                if path.exists() and any(path.iterdir()):
+                if path.exists() and not all(".partial-" in entry.name for entry in path.iterdir()):
                     raise StoreError(f"{path}: is not empty and no clip store; give a new or empty folder")
                 path.mkdir(parents=True, exist_ok=True)
                 _write_atomic(path / "store.json", text)
@@ -244,12 +242,14 @@ class ClipStoreWriter:
             raise StoreError(f"{self.path}: clip {clip.id}: the flow of the last frame is not zero")
 
     def _remove_leftovers(self) -> None:
-        """Drop partial shards of processes of this machine that are gone; those of other machines may still be
-        alive."""
-        for folder in sorted((self.path / "shards").glob("*.partial-*")):
-            host, _, pid = folder.name.partition(".partial-")[2].rpartition("-")
+        """Drop what dead processes of this machine left half-written; processes of other machines may be alive."""
+        for leftover in [*self.path.glob("*.partial-*"), *(self.path / "shards").glob("*.partial-*")]:
+            host, _, pid = leftover.name.partition(".partial-")[2].rpartition("-")
             if host == socket.gethostname() and pid.isdigit() and not _alive(int(pid)):
-                shutil.rmtree(folder, ignore_errors=True)
+                if leftover.is_dir():
+                    shutil.rmtree(leftover, ignore_errors=True)
+                else:
+                    leftover.unlink(missing_ok=True)
 
 
 # -------------------------------------------------------------------------------------------------------------- reader
@@ -279,9 +279,7 @@ class ClipStore:
         indices = _shard_indices(self.path)
         if not partial and indices != list(range(len(indices))):
             gap = next(i for i in range(len(indices)) if i not in set(indices))
-            raise StoreError(
-                f"{self.path}: shard {gap:05d} is missing; run the same extract again to complete the store"
-            )
+            raise StoreError(f"{self.path}: shard {gap:05d} is missing; run the same extract again to complete the store")
         for index in indices:
             shard = _read_shard(self.path, index, self.specs)
             for entry in shard["clips"]:
@@ -354,9 +352,7 @@ class ClipStore:
             try:
                 flat = np.memmap(file, dtype, "r")
             except (OSError, ValueError) as error:
-                raise StoreError(
-                    f"{self.path}: shard {shard:05d} is damaged ({spec.file}: {error}); {_MEND}"
-                ) from error
+                raise StoreError(f"{self.path}: shard {shard:05d} is damaged ({spec.file}: {error}); {_MEND}") from error
             array = np.asarray(flat).reshape(-1, *spec.shape)
             self._maps[shard, name] = array
             if len(self._maps) > _OPEN_FILES:
@@ -387,9 +383,7 @@ def _read_header(path: Path) -> dict[str, Any]:
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise StoreError(f"{file}: is not a clip store of localmotion")
     if header.get("version") != VERSION:
-        raise StoreError(
-            f"{file}: is of version {header.get('version')}, this program reads {VERSION}; extract it again"
-        )
+        raise StoreError(f"{file}: is of version {header.get('version')}, this program reads {VERSION}; extract it again")
     want = {"size": int, "tracks": int, "shard_clips": int, "recipe": dict, "recipe_hash": str}
     bad = [key for key, kind in want.items() if type(header.get(key)) is not kind]
     if bad or min(header["size"], header["tracks"]) < 1:
@@ -449,9 +443,7 @@ def _other_recipe(path: Path, key: str, have: dict[str, Any], want: dict[str, An
             f"{path}: holds a store of recipe {have['recipe_hash']}, asked for {want['recipe_hash']} ({what}); "
             "use the same recipe or another folder"
         )
-    return (
-        f"{path}: holds a store with {key} {have[key]}, asked for {want[key]}; use the same setting or another folder"
-    )
+    return f"{path}: holds a store with {key} {have[key]}, asked for {want[key]}; use the same setting or another folder"
 
 
 def _write(path: Path, text: str) -> None:

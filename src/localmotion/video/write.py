@@ -15,9 +15,7 @@ from numpy.typing import NDArray
 from localmotion.errors import LocalmotionError
 
 
-def write_video(
-    path: str | Path, frames: NDArray[np.uint8] | Iterable[NDArray[np.uint8]], fps: float, *, crf: int = 20
-) -> None:
+def write_video(path: str | Path, frames: NDArray[np.uint8] | Iterable[NDArray[np.uint8]], fps: float, *, crf: int = 20) -> None:
     """Write (T, H, W, 3) uint8 RGB frames (an array, or frames one by one) as an mp4 at `fps` frames per second.
 
     H.264 with quality `crf` (0..51, smaller is better) where PyAV's FFmpeg has it, else MPEG-4. An odd width or
