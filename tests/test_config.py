@@ -89,9 +89,7 @@ def test_every_setting_is_documented(name: str) -> None:
 
 
 def test_short_names_and_types() -> None:
-    config = compose(
-        "drp", "pretrain", preset="paper", settings=["keypoints=8", "pretrain.lr=1e-3", "joint_gradient=false"]
-    )
+    config = compose("drp", "pretrain", preset="paper", settings=["keypoints=8", "pretrain.lr=1e-3", "joint_gradient=false"])
     assert (config.model.dae.keypoints, config.pretrain.lr, config.model.joint_gradient) == (8, 1e-3, False)
 
 

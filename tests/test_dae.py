@@ -143,9 +143,7 @@ def test_invisible_token_influences_nothing() -> None:
     motion = make_motion(SMALL, 2, 6)
     episode = torch.zeros(2, 6, dtype=torch.long)
     noise = torch.randn_like(motion.patches) * (~motion.visible)[..., None, None, None] * 50
-    moved = motion._replace(
-        patches=motion.patches + noise, coords=torch.where(motion.visible[..., None], motion.coords, 0.3)
-    )
+    moved = motion._replace(patches=motion.patches + noise, coords=torch.where(motion.visible[..., None], motion.coords, 0.3))
     agg, local = encoder(motion, episode)
     agg_moved, local_moved = encoder(moved, episode)
     torch.testing.assert_close(agg, agg_moved)

@@ -58,11 +58,9 @@ def _parser() -> _Parser:
 
     for name, text in TRAINING.items():
         sub = add(name, text, train)
-        sub.add_argument("--method", required=True, help="registry name of the method, e.g. drp")
+        sub.add_argument("--method", help="registry name of the method, e.g. drp")
         sub.add_argument("--preset", default="small", help="paper, small or debug")
-        sub.add_argument(
-            "--run", type=Path, required=True, help="run directory; an existing one of the same settings is continued"
-        )
+        sub.add_argument("--run", type=Path, help="run directory; an existing one of the same settings is continued")
         sub.add_argument(
             "--set",
             action="append",
@@ -236,8 +234,13 @@ def inspect(args: argparse.Namespace) -> None:
 
 def train(args: argparse.Namespace) -> None:
     """`localmotion pretrain | finetune | train`"""
+    from localmotion import methods
     from localmotion.config import compose
 
+    if not args.method:
+        if not args.help:
+            raise ConfigError(f"{args.command}: say which --method; registered: {', '.join(methods.names())}")
+        args.method = "drp"
     rest = [item for item in args.rest if item not in ("-h", "--help")]
     texts = _settings(rest) + args.set
     env = next((t.partition("=")[2] for t in texts if t.startswith("env=")), "")
@@ -245,6 +248,8 @@ def train(args: argparse.Namespace) -> None:
     if args.help:
         _show_settings(args.command, run)
         return
+    if not args.run:
+        raise ConfigError(f"{args.command}: say where with --run DIRECTORY")
     if args.command == "pretrain":
         from localmotion.training.pretrain import pretrain
 

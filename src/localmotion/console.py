@@ -55,16 +55,18 @@ def progress(label: str, total: int, unit: str, start: int = 0, every: float = 3
         return
     last = began
 
-    def line(done: int, total_now: int | None = None, note: str = "") -> None:
-        nonlocal last, total
-        total = total_now or total
+    end = total
+
+    def line(done: int, total: int | None = None, note: str = "") -> None:
+        nonlocal last, end
+        end = total or end
         now = time.monotonic()
-        if now - last < every and done < total:
+        if now - last < every and done < end:
             return
         last = now
         rate = (done - start) / max(now - began, 1e-6)
-        left = (total - done) / rate if rate > 0 else float("inf")
+        left = (end - done) / rate if rate > 0 else float("inf")
         eta = f"{int(left // 3600)}:{int(left % 3600 // 60):02d}:{int(left % 60):02d}" if left < 1e7 else "?"
-        say(f"{label} {done:,}/{total:,} {unit}  {rate:.2f}/s  ETA {eta}  {note}".rstrip())
+        say(f"{label} {done:,}/{end:,} {unit}  {rate:.2f}/s  ETA {eta}  {note}".rstrip())
 
     yield line

@@ -10,7 +10,7 @@ import os
 import time
 from pathlib import Path
 
-from localmotion.config import RunConfig, compose
+from localmotion.config import RunConfig, Stage, compose
 from localmotion.console import progress, say
 from localmotion.errors import LocalmotionError
 from localmotion.perception.base import Recipe
@@ -33,15 +33,8 @@ FINETUNE = (
 )
 
 
-def _settings(stage: str, extra: tuple[str, ...], **flags: str) -> RunConfig:
-    return compose(
-        "drp",
-        stage,
-        preset="small",
-        env=flags.get("env", ""),
-        flags=flags,
-        settings=extra,  # type: ignore[arg-type]
-    )
+def _settings(stage: Stage, extra: tuple[str, ...], **flags: str) -> RunConfig:
+    return compose("drp", stage, preset="small", env=flags.get("env", ""), flags=flags, settings=extra)
 
 
 def demo(root: Path, *, videos: Path | None = None, task: str = TASK) -> Path:
@@ -83,9 +76,8 @@ def demo(root: Path, *, videos: Path | None = None, task: str = TASK) -> Path:
     say(f"5. localmotion evaluate {fine} --episodes 10")
     score = evaluate_run(fine, episodes=10, seed=1, video=fine / "media" / "eval_best.mp4")
     floor = random_floor(fine)
-    say(
-        f"fine-tuned agent {score['return_mean']:.1f} +- {score['return_std']:.1f}, random policy {floor['return_mean']:.1f} +- {floor['return_std']:.1f}"
-    )
+    for name, result in (("fine-tuned agent", score), ("random policy", floor)):
+        say(f"{name}: return {result['return_mean']:.1f} +- {result['return_std']:.1f} over {result['episodes']} episodes")
     page = report([pre, fine], root / "report.html")
     say(f"done in {(time.monotonic() - began) / 60:.1f} minutes; open {page.resolve()}")
     return page

@@ -65,7 +65,8 @@ class Replay:
 
     def describe(self) -> str:
         """What the buffer needs when full, in words: printed before a run starts."""
-        return f"replay: {self.bytes_per_record / 1e3:.1f} kB a record, {self.capacity:,} records = {self.bytes_per_record * self.capacity / 1e9:.1f} GB when full"
+        size = self.bytes_per_record
+        return f"replay: {size / 1e3:.1f} kB a record, {self.capacity:,} records = {size * self.capacity / 1e9:.1f} GB when full"
 
     def add(self, record: Record, *, last: bool) -> None:
         """Append one record to the open episode; ``last`` closes it. Episodes shorter than T records are dropped (counted).

@@ -39,7 +39,7 @@ def motion_media(run_dir: Path, data: Path, *, windows: int = 192, seed: int = 0
         magnitudes.append(size.flatten()[:: max(1, size.numel() // 20_000)].cpu())
     vectors, moves = torch.cat(codes).numpy(), torch.cat(shift).numpy()
     angle = np.arctan2(moves[:, 1], moves[:, 0])
-    labels = np.array([DIRECTIONS[int(round(a / (np.pi / 2))) % 4] for a in angle])
+    labels = np.array([DIRECTIONS[round(float(a) / (np.pi / 2)) % 4] for a in angle])
     media = run_dir / "media"
     media.mkdir(exist_ok=True)
     np.savez_compressed(

@@ -161,7 +161,7 @@ def run_episodes(observers: Sequence[Observer], seeds: Sequence[int], policy: Po
     while alive.any():
         actions = policy(records, first)
         first = False
-        for index in np.flatnonzero(alive):
+        for index in np.flatnonzero(alive).tolist():
             records[index], done, info = observers[index].step(actions[index])
             returns[index] += records[index]["reward"]
             lengths[index] += 1

@@ -61,8 +61,6 @@ class DreamerV2(Method):
     Config = DreamerV2Config
     PRESETS = _presets()
 
-    config: DreamerV2Config
-
     def __init__(self, config: DreamerV2Config, *, image_size: int, action_dim: int | None) -> None:
         super().__init__(config, image_size=image_size, action_dim=action_dim)
         if action_dim is None:

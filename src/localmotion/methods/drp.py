@@ -158,8 +158,6 @@ class DRP(Method):
         },
     }
 
-    config: DRPConfig
-
     def __init__(self, config: DRPConfig, *, image_size: int, action_dim: int | None) -> None:
         super().__init__(config, image_size=image_size, action_dim=action_dim)
         self.config, self.image_size, self.action_dim = config, image_size, action_dim

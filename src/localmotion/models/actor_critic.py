@@ -21,6 +21,8 @@ class ActorCritic(nn.Module):
     parameters must be left out by the caller: ``backward(inputs=actor parameters)`` skips their gradients altogether.
     """
 
+    updates: Tensor
+
     def __init__(
         self,
         feat_dim: int,

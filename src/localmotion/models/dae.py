@@ -320,6 +320,7 @@ class DualAttentionEncoder(nn.Module):
         z = self.tokens(motion)
         blocks = []
         for block in self.blocks:
+            assert isinstance(block, DualAttentionBlock)
             y = z
             if block.use_intra:
                 qkv = block.intra_qkv(block.intra_norm(y)).reshape(batch * time, parts + 1, -1)
@@ -352,7 +353,7 @@ class MotionDecoder(nn.Module):
         """
         batch, time, parts = masked.shape
         config = self.config
-        hidden = self.mask_token
+        hidden: Tensor = self.mask_token
         if config.coord:
             hidden = hidden + encoder.coord_embed(motion.coords)
         if config.temporal:

@@ -113,7 +113,7 @@ class ResNetDecoder(nn.Module):
         maps = context[::-1] if context is not None else None
         for index, stage in enumerate(self.stages):
             x = F.interpolate(x, scale_factor=2, mode="nearest")
-            for number, layer in enumerate(stage):  # type: ignore[arg-type]
+            for number, layer in enumerate(list(stage.children())):
                 attend = number == 0 and str(index) in self.attention
                 if attend and maps is None:
                     raise ValueError("this decoder needs context maps")

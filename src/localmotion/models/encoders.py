@@ -8,6 +8,8 @@ full resolution, which a CPU pays for most, and the loss is taken there too.
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -63,7 +65,7 @@ class CNNEncoder(nn.Module):
         widths = [3, depth, 2 * depth, 4 * depth, 8 * depth]
         parts: list[nn.Module] = []
         side = image_size
-        for a, b in zip(widths, widths[1:], strict=False):
+        for a, b in itertools.pairwise(widths):
             parts += [xavier(nn.Conv2d(a, b, 4, 2)), nn.ELU()]
             side = (side - 4) // 2 + 1
         self.net = nn.Sequential(*parts)

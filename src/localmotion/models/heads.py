@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor, nn
 
@@ -15,7 +17,7 @@ class MLP(nn.Module):
         super().__init__()
         widths = [inputs, *[units] * layers]
         parts: list[nn.Module] = []
-        for a, b in zip(widths, widths[1:], strict=False):
+        for a, b in itertools.pairwise(widths):
             parts += [nn.Linear(a, b), nn.ELU()]
         self.net = nn.Sequential(*parts, nn.Linear(widths[-1], outputs))
         for module in self.net:

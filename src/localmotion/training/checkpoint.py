@@ -36,7 +36,7 @@ def _sync(path: Path) -> None:
 def rng_state() -> dict[str, Tensor]:
     """States of the global generators of torch (CPU and CUDA), numpy and python."""
     version, values, gauss = random.getstate()
-    keys = np.random.get_state(legacy=True)
+    keys: Any = np.random.get_state(legacy=True)
     out = {
         "torch": torch.get_rng_state(),
         "python": torch.tensor([version, *values, -1 if gauss is None else 0], dtype=torch.int64),

@@ -67,6 +67,12 @@ def load_pretrained(method: Method, run: RunConfig) -> list[str]:
 def finetune(run: RunConfig, path: Path) -> Path:
     """Learn ``run.env`` with ``run.method`` in the run directory ``path``; continues where a run of the same settings stopped."""
     cls = methods.get(run.method)
+    if not run.env:
+        raise ConfigError(f"{run.stage}: say which --env, e.g. dmc:walker_walk or metaworld:reach")
+    if run.stage == "finetune" and not run.checkpoint:
+        raise ConfigError("finetune needs --checkpoint; to learn without pre-training use localmotion train")
+    if run.checkpoint and not cls.can_pretrain:
+        raise ConfigError(f"method {run.method} has no pre-training stage; use localmotion train without --checkpoint")
     recipe = recipe_of(run) if cls.wants_motion else None
     if recipe:
         run = replace(run, recipe=recipe.to_json())
@@ -243,6 +249,7 @@ class _Learner:
         state = {
             "stage": self.run.stage,
             "metrics_offset": self.out.metrics_offset(),
+            "action_dim": self.observer.action_dim,
             "agent_step": self.agent_step,
             "episode": self.episode,
             "next_eval": self.next_eval,
@@ -287,5 +294,3 @@ class _Learner:
             f"{self.budget:,} agent steps = {self.budget * self.repeat:,} env steps, one update per {online.train_every} agent steps"
             f" ({online.batch_size} x {online.length}): {self.budget // online.train_every:,} updates"
         )
-        if run.online.length > 0 and self.method.wants_motion and not run.checkpoint and run.stage == "finetune":
-            raise ConfigError("finetune needs --checkpoint; to learn without pre-training use localmotion train")
