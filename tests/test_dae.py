@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 
@@ -64,14 +65,70 @@ def literal_block(block: DualAttentionBlock, z: torch.Tensor) -> torch.Tensor:
     return second + block.mlp(block.mlp_norm(second))  # Eq. 19
 
 
-def test_equations_13_to_19_literal_form() -> None:
+def first_block() -> tuple[DualAttentionBlock, torch.Tensor, torch.Tensor, torch.Tensor]:
     torch.manual_seed(0)
     encoder = DualAttentionEncoder(LITERAL)
     motion, episode = all_seen(LITERAL, 1, 5)
-    z = encoder.tokens(motion)
     intra, inter = encoder.masks(motion.visible, motion.track, episode)
     block = encoder.blocks[0]
     assert isinstance(block, DualAttentionBlock)
+    return block, encoder.tokens(motion), intra, inter
+
+
+def without(block: DualAttentionBlock, *parts: str) -> DualAttentionBlock:
+    """The same block with attentions switched off, or the MLP's output layer set to zero."""
+    other = copy.deepcopy(block)
+    other.use_intra = "intra" not in parts
+    other.use_inter = "inter" not in parts
+    if "mlp" in parts:
+        torch.nn.init.zeros_(other.mlp[2].weight)  # type: ignore[arg-type]
+        torch.nn.init.zeros_(other.mlp[2].bias)  # type: ignore[arg-type]
+    return other
+
+
+def test_equation_13_queries_keys_values_are_linear_maps_of_the_frame() -> None:
+    block, z, _, _ = first_block()
+    wq, wk, wv = block.intra_qkv.weight.chunk(3)
+    assert block.intra_qkv.bias is None
+    torch.testing.assert_close(block.intra_qkv(z), torch.cat([z @ wq.T, z @ wk.T, z @ wv.T], -1))
+
+
+def test_equation_15_queries_keys_values_are_linear_maps_of_the_part() -> None:
+    block, z, _, _ = first_block()
+    wq, wk, wv = block.inter_qkv.weight.chunk(3)
+    assert block.inter_qkv.bias is None
+    torch.testing.assert_close(block.inter_qkv(z[:, :, 1]), torch.cat([z[:, :, 1] @ w.T for w in (wq, wk, wv)], -1))
+
+
+def test_equation_17_residual_intra_attention() -> None:
+    block, z, intra, inter = first_block()
+    out = without(block, "inter", "mlp")(z, intra, inter)
+    wq, wk, wv = block.intra_qkv.weight.chunk(3)
+    for t in range(z.shape[1]):
+        frame = z[0, t]
+        weights = torch.softmax((frame @ wq.T) @ (frame @ wk.T).T / math.sqrt(frame.shape[-1]), -1)
+        torch.testing.assert_close(out[0, t], frame + weights @ (frame @ wv.T), atol=1e-5, rtol=1e-5)
+
+
+def test_equation_18_residual_causal_inter_attention() -> None:
+    block, z, intra, inter = first_block()
+    out = without(block, "intra", "mlp")(z, intra, inter)
+    wq, wk, wv = block.inter_qkv.weight.chunk(3)
+    causal = torch.full((z.shape[1], z.shape[1]), -math.inf).triu(1)
+    for part in range(z.shape[2]):
+        s = z[0, :, part]
+        weights = torch.softmax((s @ wq.T) @ (s @ wk.T).T / math.sqrt(s.shape[-1]) + causal, -1)
+        torch.testing.assert_close(out[0, :, part], s + weights @ (s @ wv.T), atol=1e-5, rtol=1e-5)
+
+
+def test_equation_19_mlp_on_layer_norm_with_residual() -> None:
+    block, z, intra, inter = first_block()
+    out = without(block, "intra", "inter")(z, intra, inter)
+    torch.testing.assert_close(out, z + block.mlp(torch.nn.functional.layer_norm(z, z.shape[-1:])))
+
+
+def test_equations_13_to_19_whole_block_literal_form() -> None:
+    block, z, intra, inter = first_block()
     torch.testing.assert_close(block(z, intra, inter)[0], literal_block(block, z[0]), atol=1e-5, rtol=1e-5)
 
 

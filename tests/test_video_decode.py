@@ -87,9 +87,7 @@ def test_full_range_and_limited_range_agree(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("matrix", "turns", "degrees"), [((0, 1, -1, 0), -1, 270), ((-1, 0, 0, -1), 2, 180), ((0, -1, 1, 0), 1, 90)]
 )
-def test_rotation_is_honoured(
-    square: Path, tmp_path: Path, matrix: tuple[int, int, int, int], turns: int, degrees: int
-) -> None:
+def test_rotation_is_honoured(square: Path, tmp_path: Path, matrix: tuple[int, int, int, int], turns: int, degrees: int) -> None:
     turned = set_display_matrix(square, tmp_path / "turned.mp4", *matrix)
     info = probe(video_ref(turned))
     assert info.rotation == degrees
@@ -189,9 +187,7 @@ def test_faults_have_reasons_and_make_no_noise(square: Path, tmp_path: Path, cap
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".webm", ".avi", ".gif"])
-def test_a_cut_file_is_never_taken_for_a_shorter_video(
-    tmp_path: Path, suffix: str, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_cut_file_is_never_taken_for_a_shorter_video(tmp_path: Path, suffix: str, capfd: pytest.CaptureFixture[str]) -> None:
     rng = np.random.default_rng(0)
     video = np.repeat(np.repeat(rng.integers(0, 255, (T, 12, 16, 3), np.uint8), 4, 1), 4, 2)
     whole = encode(tmp_path / f"whole{suffix}", video, muxer={"movflags": "faststart"} if suffix == ".mp4" else None)

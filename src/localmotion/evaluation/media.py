@@ -46,6 +46,7 @@ def motion_media(run_dir: Path, data: Path, *, windows: int = 192, seed: int = 0
         media / "embedding_motion.npz",
         xy=tsne(vectors, seed=seed).astype(np.float32),
         labels=labels,
+        angle=angle.astype(np.float32),
         title="a^agg of windows, coloured by direction of motion",
     )
     np.savez_compressed(

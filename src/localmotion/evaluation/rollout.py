@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gymnasium
 import numpy as np
@@ -16,7 +16,9 @@ from torch import Tensor
 from localmotion.compute import Compute
 from localmotion.methods.base import Method
 from localmotion.perception.base import Recipe
-from localmotion.perception.stream import StreamingExtractor
+
+if TYPE_CHECKING:
+    from localmotion.perception.stream import StreamingExtractor
 
 
 def episode_seed(seed: int, stream: str, episode: int) -> int:
@@ -73,6 +75,8 @@ class Observer:
         obs, _ = self.env.reset(seed=seed)
         self.seconds["env"] += time.perf_counter() - began
         if self.recipe:
+            from localmotion.perception.stream import StreamingExtractor
+
             self.extractor = StreamingExtractor(self.recipe, seed)
         zeros = np.zeros(self.action_dim, np.float32)
         return self._record(obs, zeros, 0.0, False, first=True)

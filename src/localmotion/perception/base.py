@@ -61,9 +61,7 @@ class TrackBackend(Protocol):
     licence: ClassVar[str]
     causal: ClassVar[bool]
 
-    def track(
-        self, frames: NDArray[np.uint8], points: Points, start: int = 0
-    ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    def track(self, frames: NDArray[np.uint8], points: Points, start: int = 0) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         """Follow (N, 2) ``points`` given in frame ``start`` through (T, H, W, 3): (T, N, 2) positions and (T, N) visibility.
 
         Positions before ``start`` equal the starting points and are invisible.

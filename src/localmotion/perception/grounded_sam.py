@@ -1,19 +1,200 @@
-"""Grounding DINO and SAM through transformers."""
+"""Grounded SAM: a text-prompted detector, then SAM on its boxes: the foreground of DRP, section 4.2.1.
+
+Liu et al., "Grounding DINO", ECCV 2024; Kirillov et al., "Segment Anything", ICCV 2023; both through ``transformers`` (v5), code and
+weights Apache-2.0. The pictures are prepared with the PIL processors on every machine, torchvision or not, so that the same recipe gives
+the same mask.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from localmotion.errors import MissingExtraError
-from localmotion.perception.base import register
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from localmotion.errors import ConfigError
+from localmotion.perception._neural import (
+    GUIDE,
+    building,
+    check_frames,
+    check_options,
+    failure,
+    inference,
+    missing,
+    optional_import,
+    pick_device,
+    pick_precision,
+)
+from localmotion.perception.base import Frame, register
+
+INSTALL = "pip install 'localmotion[perception]'"
+
+
+@dataclass(frozen=True)
+class Detections:
+    """What the detector found in one frame, best first.
+
+    boxes (n, 4) float32 xyxy in pixels; scores (n,) float32; labels n words of the prompt.
+    """
+
+    boxes: NDArray[np.float32]
+    scores: NDArray[np.float32]
+    labels: tuple[str, ...]
 
 
 @register("segment", "grounded_sam")
 class GroundedSam:
-    """Grounding DINO and SAM through transformers."""
+    """Foreground of the first frame: the union of the SAM masks of everything the prompt names.
+
+    Options:
+        prompt: what to look for: phrases separated by dots ("person. hand. robot arm.").
+        detector: Hugging Face id or local folder of a Grounding DINO model with its tokenizer and processor files.
+        segmenter: id or local folder of a SAM model (facebook/sam-vit-base, -large, -huge).
+        detector_revision, segmenter_revision: branch, tag or commit of the two; commits make a recipe exact.
+        box_threshold, text_threshold: least score of a box and of a word, 0..1.
+        max_boxes: how many of the best boxes are segmented.
+        local_files_only: True never touches the network.
+        device: ``auto`` (CUDA if there is one), ``cpu``, ``cuda``, ``cuda:1``, ...
+        precision: ``float32``, or autocast to ``bfloat16`` or ``float16``.
+
+    Weights are read from safetensors only and no code of a model repository is run. Raises MissingExtraError without
+    transformers, ConfigError for an impossible option, LocalmotionError for models that cannot be read.
+    """
 
     name: ClassVar[str] = "grounded_sam"
     licence: ClassVar[str] = "Apache-2.0"
 
-    def __init__(self, **options: Any) -> None:
-        raise MissingExtraError("grounded_sam is not ready yet; use the embedded default")
+    def __init__(
+        self,
+        *,
+        prompt: str = "person. hand. robot arm.",
+        detector: str = "IDEA-Research/grounding-dino-tiny",
+        segmenter: str = "facebook/sam-vit-base",
+        detector_revision: str = "main",
+        segmenter_revision: str = "main",
+        box_threshold: float = 0.25,
+        text_threshold: float = 0.25,
+        max_boxes: int = 16,
+        local_files_only: bool = False,
+        device: str = "auto",
+        precision: str = "float32",
+    ) -> None:
+        check_options(
+            self.name,
+            box_threshold=0 <= box_threshold <= 1,
+            text_threshold=0 <= text_threshold <= 1,
+            max_boxes=max_boxes >= 1,
+        )
+        self.prompt = clean_prompt(prompt)
+        self.box_threshold, self.text_threshold, self.max_boxes = box_threshold, text_threshold, max_boxes
+        self.device = pick_device(device)
+        self.dtype = pick_precision(self.name, precision)
+        self._image: Any = optional_import("PIL.Image", self.name, INSTALL)
+        library: Any = optional_import("transformers", self.name, INSTALL)
+        try:  # transformers imports lazily: an unfit torchvision shows only when a class is taken from it
+            dino, dino_images = library.GroundingDinoForObjectDetection, library.GroundingDinoImageProcessorPil
+            dino_processor, tokenizer = library.GroundingDinoProcessor, library.AutoTokenizer
+            sam, sam_images, sam_processor = library.SamModel, library.SamImageProcessorPil, library.SamProcessor
+        except (ImportError, RuntimeError, OSError, AttributeError) as error:
+            raise missing(self.name, "transformers>=5,<6", INSTALL, error) from error
+
+        here = {"local_files_only": local_files_only}
+        with building():
+            where = {"revision": detector_revision, **here}
+            try:
+                self._detector_processor = dino_processor(
+                    image_processor=dino_images.from_pretrained(detector, **where),
+                    tokenizer=tokenizer.from_pretrained(detector, **where),
+                )
+                self._detector = self._ready(dino.from_pretrained(detector, use_safetensors=True, **where))
+            except (OSError, ValueError, RuntimeError) as error:
+                raise self._unreadable("detector", detector, error) from error
+            where = {"revision": segmenter_revision, **here}
+            try:
+                self._segmenter_processor = sam_processor(sam_images.from_pretrained(segmenter, **where))
+                self._segmenter = self._ready(sam.from_pretrained(segmenter, use_safetensors=True, **where))
+            except (OSError, ValueError, RuntimeError) as error:
+                raise self._unreadable("segmenter", segmenter, error) from error
+
+    def _ready(self, model: Any) -> Any:
+        return model.eval().requires_grad_(False).to(self.device)
+
+    def _unreadable(self, slot: str, model: str, error: Exception) -> Exception:
+        mend = f"check the id and the network, or give a local folder as {slot} ({GUIDE})"
+        return failure(self.name, f"loading {slot} {model!r}", error, mend)
+
+    def detect(self, frame: Frame) -> Detections:
+        """Boxes of what the prompt names in one (H, W, 3) uint8 frame, at most ``max_boxes``, best first."""
+        check_frames(frame[None], "frame")
+        height, width = frame.shape[:2]
+        inputs = self._detector_processor(images=self._picture(frame), text=self.prompt, return_tensors="pt")
+        with self._inference(frame):
+            outputs = self._detector(**self._moved(inputs))
+        found = self._detector_processor.post_process_grounded_object_detection(
+            outputs,
+            inputs["input_ids"],
+            threshold=self.box_threshold,
+            text_threshold=self.text_threshold,
+            target_sizes=[(height, width)],
+        )[0]
+        scores = found["scores"].float().cpu().numpy()
+        boxes = found["boxes"].float().cpu().numpy().reshape(-1, 4)
+        order = np.argsort(-scores, kind="stable")[: self.max_boxes]
+        limits = np.array([width, height, width, height], np.float32)
+        return Detections(
+            boxes=np.clip(boxes[order], 0, limits),
+            scores=scores[order],
+            labels=tuple(str(found["text_labels"][i]) for i in order),
+        )
+
+    def masks(self, frame: Frame, boxes: NDArray[np.float32]) -> NDArray[np.bool_]:
+        """SAM masks of (n, 4) xyxy boxes in one (H, W, 3) uint8 frame: (n, H, W)."""
+        if not len(boxes):
+            return np.zeros((0, *frame.shape[:2]), np.bool_)
+        inputs = self._segmenter_processor(images=self._picture(frame), input_boxes=[boxes.tolist()], return_tensors="pt")
+        with self._inference(frame):
+            outputs = self._segmenter(**self._moved(inputs), multimask_output=False)
+        masks = self._segmenter_processor.post_process_masks(
+            outputs.pred_masks.float().cpu(), inputs["original_sizes"], inputs["reshaped_input_sizes"]
+        )[0]  # (n, 1, H, W)
+        result: NDArray[np.bool_] = masks[:, 0].cpu().numpy().astype(np.bool_)
+        return result
+
+    def weight(self, frames: NDArray[np.uint8], flows: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Foreground weight of the FIRST of (n, H, W, 3) uint8 frames: (H, W) float32, 1 on what the prompt names, else 0.
+
+        The other frames and ``flows`` are not used (the paper segments the first frame). When nothing is found the
+        result is all zeros: another way of finding the foreground is never put in its place here; the caller decides
+        and records it.
+        """
+        check_frames(frames, "frames")
+        masks = self.masks(frames[0], self.detect(frames[0]).boxes)  # (n, H, W)
+        union: NDArray[np.float32] = np.any(masks, axis=0).astype(np.float32)
+        return union
+
+    def _picture(self, frame: Frame) -> Any:
+        return self._image.fromarray(np.ascontiguousarray(frame))
+
+    def _inference(self, frame: Frame) -> Any:
+        load = f"a frame of {frame.shape[0]}x{frame.shape[1]}"
+        return inference(self.name, self.device, self.dtype, load, "use smaller models or device=cpu")
+
+    def _moved(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Tensors on the device, real numbers as float32 (the boxes come as float64, which half of SAM cannot take)."""
+        moved = {}
+        for key, value in inputs.items():
+            if isinstance(value, torch.Tensor):
+                moved[key] = value.to(self.device, torch.float32 if value.is_floating_point() else value.dtype)
+        return moved
+
+
+def clean_prompt(prompt: str) -> str:
+    """The form Grounding DINO was trained on: lower case, phrases closed by dots. Raises ConfigError if nothing is left."""
+    phrases = [" ".join(part.split()).lower() for part in prompt.split(".")]
+    phrases = [part for part in phrases if part]
+    if not phrases:
+        raise ConfigError(f"grounded_sam option prompt={prompt!r} names nothing; give e.g. 'person. hand. robot arm.'")
+    return " ".join(f"{part}." for part in phrases)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable
 from fractions import Fraction
@@ -45,7 +46,8 @@ def write_video(path: str | Path, frames: NDArray[np.uint8] | Iterable[NDArray[n
     except (OSError, av.error.FFmpegError) as error:
         raise LocalmotionError(f"{path}: cannot write the video ({error.strerror})") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def _stream(container: Any, width: int, height: int, fps: float, crf: int) -> Any:

@@ -1,0 +1,203 @@
+"""What all environments share: one picture at two sizes, normalised actions, seeds, time limits and the errors of misuse."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import cv2
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+from gymnasium.utils import seeding
+from numpy.typing import NDArray
+
+from localmotion.errors import ConfigError, EnvError
+
+Observation = dict[str, NDArray[np.uint8]]
+TOLERANCE = 1e-3
+"""Actions may leave [-1, 1] by this much (rounding of a network's output) and are clipped; beyond it is an error."""
+VIEW_SIZE = 256
+
+
+class PixelEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
+    """A gymnasium environment seen through pictures.
+
+    Observation: Dict with ``image`` (size, size, 3) uint8 and, when ``percept_size`` is given and differs, ``percept``
+    (percept_size, percept_size, 3) uint8. Both come from ONE rendering at ``percept_size``; ``image`` is its area average.
+    Action: Box(-1, 1, (A,), float32), mapped linearly to the range of the environment.
+    ``step`` applies the action ``action_repeat`` times and sums the rewards; one application is one env step (control step).
+    ``info`` always has ``env_steps``, the env steps done in this call, and ``success`` (0 or 1) in suites that signal it.
+
+    Every reset starts from a state that is a pure function of one number: the given seed, or the next number of the environment's own
+    generator. Neither the past of the environment nor any global generator enters.
+
+    Args:
+        name: full name, e.g. "dmc:walker_walk".
+        seed: seed of the environment's own generator, used until a reset gives another.
+        size: side of ``image``.
+        percept_size: side of ``percept``, a multiple of ``size``; None for none.
+        action_dim: A.
+        action_repeat: env steps per call of ``step``.
+        time_limit: env steps after which an episode is truncated.
+
+    Raises:
+        ConfigError: a setting out of range.
+    """
+
+    metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 20}
+    has_success: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        seed: int,
+        size: int,
+        percept_size: int | None,
+        action_dim: int,
+        action_repeat: int,
+        time_limit: int,
+    ) -> None:
+        check_sizes(size, percept_size)
+        for label, value in (("action_repeat", action_repeat), ("time_limit", time_limit)):
+            if value < 1:
+                raise ConfigError(f"{label}={value} of {name} must be at least 1")
+        self.name, self.size, self.draw_size = name, size, percept_size or size
+        self.action_repeat, self.time_limit = action_repeat, time_limit
+        self.render_mode = "rgb_array"
+        boxes: dict[str, Any] = {"image": spaces.Box(0, 255, (size, size, 3), np.uint8)}
+        if self.draw_size != size:
+            boxes["percept"] = spaces.Box(0, 255, (self.draw_size, self.draw_size, 3), np.uint8)
+        self.observation_space = spaces.Dict(boxes)  # type: ignore[assignment]
+        self.action_space = spaces.Box(-1.0, 1.0, (action_dim,), np.float32)
+        self.action_space.seed(seed)
+        self._np_random, self._np_random_seed = seeding.np_random(seed)
+        self._elapsed: int | None = None  # env steps of this episode; None: no episode is running
+        self._begun = False
+
+    # -- what a suite provides ------------------------------------------------------------------------------------------
+
+    def _begin(self, episode_seed: int) -> None:
+        """Start an episode; everything random in it follows from ``episode_seed`` (0 .. 2**31 - 1)."""
+        raise NotImplementedError
+
+    def _control(self, action: NDArray[np.float64]) -> tuple[float, bool]:
+        """One env step with ``action`` (A,) in [-1, 1]: reward and whether the task ended."""
+        raise NotImplementedError
+
+    def _draw(self, size: int) -> NDArray[np.uint8]:
+        """Picture of the present state, (size, size, 3)."""
+        raise NotImplementedError
+
+    def _success(self) -> float:
+        """1.0 while the task's goal is met, for suites that signal it."""
+        return 0.0
+
+    def _facts(self) -> dict[str, Any]:
+        """The suite's part of ``describe``."""
+        return {}
+
+    def state(self) -> NDArray[np.float64]:
+        """The simulator's exact state as one vector: equal vectors behave and look equal."""
+        raise NotImplementedError
+
+    # -- gymnasium ------------------------------------------------------------------------------------------------------
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Observation, dict[str, Any]]:
+        """Start an episode. The same ``seed`` gives bit-identical states and pictures; ``options`` are not used."""
+        super().reset(seed=seed)
+        self._begin(int(self.np_random.integers(2**31)))
+        self._elapsed, self._begun = 0, True
+        return self._observe(), self._info(0)
+
+    def step(self, action: NDArray[np.float32]) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
+        """One agent step: ``action`` (A,) applied ``action_repeat`` times, or fewer when the episode ends within.
+
+        Raises:
+            EnvError: before a reset or after the end of an episode; an action of a wrong shape, not finite, or outside [-1, 1].
+        """
+        if self._elapsed is None:
+            raise EnvError(
+                f"{self.name}: the episode is over, call reset() before step()"
+                if self._begun
+                else f"{self.name}: call reset() before step()"
+            )
+        checked = self._checked(action)
+        total, done, terminated = 0.0, 0, False
+        while done < self.action_repeat and not terminated and self._elapsed < self.time_limit:
+            reward, terminated = self._control(checked)
+            total += reward
+            done += 1
+            self._elapsed += 1
+        truncated = not terminated and self._elapsed >= self.time_limit
+        if terminated or truncated:
+            self._elapsed = None
+        return self._observe(), float(total), terminated, truncated, self._info(done)
+
+    def render(self) -> NDArray[np.uint8]:
+        """The present picture at viewing size, (256, 256, 3) uint8."""
+        return self.render_frame(VIEW_SIZE)
+
+    def render_frame(self, size: int) -> NDArray[np.uint8]:
+        """The present picture at any size, (size, size, 3) uint8, e.g. for a video.
+
+        Raises:
+            EnvError: before the first reset.
+        """
+        if not self._begun:
+            raise EnvError(f"{self.name}: call reset() before render()")
+        return self._draw(size)
+
+    def describe(self) -> dict[str, Any]:
+        """What a run stores about its environment: JSON-able, enough to make it again and to compare two runs."""
+        suite, _, task = self.name.partition(":")
+        return {
+            "name": self.name,
+            "suite": suite,
+            "task": task,
+            "size": self.size,
+            "percept_size": self.draw_size,
+            "action_dim": self.action_space.shape[0],  # type: ignore[index]
+            "action_repeat": self.action_repeat,
+            "time_limit": self.time_limit,
+            **self._facts(),
+        }
+
+    def _checked(self, action: NDArray[np.float32]) -> NDArray[np.float64]:
+        """The action as float64 within [-1, 1], or the error that says what is wrong with it."""
+        given = np.asarray(action, dtype=np.float64)
+        if given.shape != self.action_space.shape:
+            raise EnvError(f"{self.name}: action has shape {given.shape}, expected {self.action_space.shape}")
+        largest = float(np.abs(given).max())
+        if not np.isfinite(largest):
+            raise EnvError(f"{self.name}: action {given.tolist()} is not finite; the policy gave NaN or infinity")
+        if largest > 1.0:
+            if largest > 1.0 + TOLERANCE:
+                raise EnvError(f"{self.name}: action {given.tolist()} is outside [-1, 1]; squash or clip the policy's output")
+            given = np.clip(given, -1.0, 1.0)
+        return given
+
+    def _observe(self) -> Observation:
+        picture = self._draw(self.draw_size)
+        if self.draw_size == self.size:
+            return {"image": picture}
+        return {"image": area_average(picture, self.size), "percept": picture}
+
+    def _info(self, env_steps: int) -> dict[str, Any]:
+        info: dict[str, Any] = {"env_steps": env_steps}
+        if self.has_success:
+            info["success"] = self._success() if env_steps else 0.0
+        return info
+
+
+def check_sizes(size: int, percept_size: int | None) -> None:
+    """Raise ConfigError unless 8 <= size <= 1024 and percept_size is None or a multiple of it, up to 1024."""
+    if not 8 <= size <= 1024:
+        raise ConfigError(f"size={size} is out of range 8..1024")
+    if percept_size is not None and (percept_size < size or percept_size > 1024 or percept_size % size):
+        raise ConfigError(f"percept_size={percept_size} must be a multiple of size={size}, at most 1024")
+
+
+def area_average(picture: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    """(k * size, k * size, 3) uint8 averaged over k x k blocks to (size, size, 3)."""
+    return np.asarray(cv2.resize(picture, (size, size), interpolation=cv2.INTER_AREA), dtype=np.uint8)

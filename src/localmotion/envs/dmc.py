@@ -1,0 +1,152 @@
+"""DeepMind Control suite (dm_control 1.0.28) by task name, with the papers' protocol: action repeat 2, 1000 env steps, camera 0."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from localmotion.envs.base import PixelEnv
+from localmotion.errors import EnvError, unknown_name
+
+TASKS: dict[str, tuple[str, str]] = {
+    f"{domain}_{task}": (domain, task)
+    for domain, tasks in {
+        "acrobot": ("swingup", "swingup_sparse"),
+        "ball_in_cup": ("catch",),
+        "cartpole": ("balance", "balance_sparse", "swingup", "swingup_sparse", "two_poles", "three_poles"),
+        "cheetah": ("run",),
+        "dog": ("stand", "walk", "trot", "run", "fetch"),
+        "finger": ("spin", "turn_easy", "turn_hard"),
+        "fish": ("upright", "swim"),
+        "hopper": ("stand", "hop"),
+        "humanoid": ("stand", "walk", "run", "run_pure_state"),
+        "humanoid_CMU": ("stand", "walk", "run"),
+        "lqr": ("lqr_2_1", "lqr_6_2"),
+        "manipulator": ("bring_ball", "bring_peg", "insert_ball", "insert_peg"),
+        "pendulum": ("swingup",),
+        "point_mass": ("easy", "hard"),
+        "quadruped": ("walk", "run", "escape", "fetch"),
+        "reacher": ("easy", "hard"),
+        "stacker": ("stack_2", "stack_4"),
+        "swimmer": ("swimmer6", "swimmer15"),
+        "walker": ("stand", "walk", "run"),
+    }.items()
+    for task in tasks
+}
+"""Task name -> (domain, task) of the suite, written out so that names can be listed and checked without importing MuJoCo."""
+
+CAMERAS = {"quadruped": 2}
+"""Cameras other than number 0."""
+ACTION_REPEAT, TIME_LIMIT = 2, 1000
+UNBOUNDED = 1e6
+
+
+class DMCEnv(PixelEnv):
+    """One task of the suite. Return in 0..1000 for 1000 env steps; terminated only where the task says so (lqr).
+
+    The suite's own time limit is replaced by ``time_limit``. A model that the suite draws at random when it is built (lqr) is always the
+    same one. ``physics`` is dm_control's object, for ground truth.
+    """
+
+    def __init__(
+        self,
+        task: str,
+        *,
+        seed: int = 0,
+        size: int = 64,
+        percept_size: int | None = None,
+        action_repeat: int | None = None,
+        time_limit: int | None = None,
+        quality: str = "auto",
+        camera: str | int | None = None,
+    ) -> None:
+        if task not in TASKS:
+            raise unknown_name("DMC task", task, TASKS)
+        from localmotion.envs.gl import choose_gl
+
+        self._gl = choose_gl()  # before dm_control, whose import settles how MuJoCo draws
+        from localmotion.envs.render import SceneRenderer, camera_id, resolve_quality
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            from dm_control import suite
+            from dm_control.rl.control import PhysicsError
+
+        self._physics_error = PhysicsError
+        domain, name = TASKS[task]
+        inner = suite.load(domain, name, task_kwargs={"random": 0, "time_limit": float("inf")})
+        self.physics, self._task = inner.physics, inner.task
+        self._sub_steps = round(inner.control_timestep() / self.physics.timestep())
+        bounds = inner.action_spec()
+        low, high = np.asarray(bounds.minimum, np.float64), np.asarray(bounds.maximum, np.float64)
+        bounded = (low > -UNBOUNDED) & (high < UNBOUNDED)  # lqr has no bounds: [-1, 1] then
+        low, high = np.where(bounded, low, -1.0), np.where(bounded, high, 1.0)
+        self._centre, self._half = (high + low) / 2, (high - low) / 2
+        super().__init__(
+            f"dmc:{task}",
+            seed=seed,
+            size=size,
+            percept_size=percept_size,
+            action_dim=int(np.prod(bounds.shape)),
+            action_repeat=action_repeat or ACTION_REPEAT,
+            time_limit=time_limit or TIME_LIMIT,
+        )
+        model = self.physics.model.ptr
+        self.camera = camera_id(model, CAMERAS.get(domain, 0) if camera is None else camera, self.name)
+        self.quality = resolve_quality(quality)
+        self._renderer = SceneRenderer(model, size=self.draw_size, camera=self.camera, quality=self.quality)
+        rate = 1.0 / (inner.control_timestep() * self.action_repeat)
+        self.metadata = {**self.metadata, "render_fps": max(1, round(rate))}
+
+    def _begin(self, episode_seed: int) -> None:
+        self._task.random.seed(episode_seed)
+        with self.physics.reset_context():
+            self._task.initialize_episode(self.physics)
+        self._renderer.upload_height_fields()
+
+    def _control(self, action: NDArray[np.float64]) -> tuple[float, bool]:
+        # dm_control's Environment.step without its observation, which nobody looks at and which costs as much as the physics.
+        try:
+            self._task.before_step(self._centre + self._half * action, self.physics)
+            self.physics.step(self._sub_steps)
+            self._task.after_step(self.physics)
+        except self._physics_error as error:
+            raise EnvError(f"{self.name}: the simulation diverged ({error}); reset, or lower the actions") from error
+        reward = float(self._task.get_reward(self.physics))
+        discount = self._task.get_termination(self.physics)
+        return reward, discount is not None and float(discount) == 0.0
+
+    def _draw(self, size: int) -> NDArray[np.uint8]:
+        return self._renderer.frame(self.physics.data.ptr, size)
+
+    def state(self) -> NDArray[np.float64]:
+        """Positions, velocities and activations of the physics, with the model's body and geom positions, which some tasks move."""
+        model = self.physics.model.ptr
+        return np.concatenate([self.physics.get_state(), model.body_pos.ravel(), model.geom_pos.ravel()])
+
+    def _facts(self) -> dict[str, Any]:
+        import dm_control
+        import mujoco
+
+        return {
+            "camera": self.camera,
+            "quality": self.quality,
+            "gl": self._gl.to_json(),
+            "versions": {"mujoco": mujoco.__version__, "dm_control": _version("dm_control", dm_control)},
+        }
+
+    def close(self) -> None:
+        """Free the renderer."""
+        self._renderer.close()
+
+
+def _version(package: str, module: Any) -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return str(getattr(module, "__version__", "unknown"))

@@ -1,0 +1,138 @@
+"""Meta-World (3.1.1) by task name, with IPV's protocol: no action repeat, 500 env steps, never terminated, goals redrawn at every reset."""
+
+from __future__ import annotations
+
+import warnings
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from localmotion.envs.base import PixelEnv
+from localmotion.errors import unknown_name
+
+TASKS: tuple[str, ...] = (
+    "assembly", "basketball", "bin-picking", "box-close", "button-press", "button-press-topdown", "button-press-topdown-wall",
+    "button-press-wall", "coffee-button", "coffee-pull", "coffee-push", "dial-turn", "disassemble", "door-close", "door-lock",
+    "door-open", "door-unlock", "drawer-close", "drawer-open", "faucet-close", "faucet-open", "hammer", "hand-insert",
+    "handle-press", "handle-press-side", "handle-pull", "handle-pull-side", "lever-pull", "peg-insert-side", "peg-unplug-side",
+    "pick-out-of-hole", "pick-place", "pick-place-wall", "plate-slide", "plate-slide-back", "plate-slide-back-side",
+    "plate-slide-side", "push", "push-back", "push-wall", "reach", "reach-wall", "shelf-place", "soccer", "stick-pull",
+    "stick-push", "sweep", "sweep-into", "window-close", "window-open",
+)  # fmt: skip
+"""The 50 tasks without their "-v3", written out so that names can be listed and checked without importing MuJoCo."""
+
+CAMERA = "corner"
+UPSIDE_DOWN = ("corner", "corner2", "corner3", "corner4")
+"""Cameras whose pictures 3.1.1 mounts upside down; theirs are turned by 180 degrees, here and nowhere else."""
+ACTION_REPEAT, TIME_LIMIT = 1, 500
+
+
+class MetaWorldEnv(PixelEnv):
+    """One task. ``info["success"]`` says whether the goal is met after the call (an episode succeeds if it was at any call).
+
+    Meta-World draws object and goal positions from NumPy's *global* generator unless told otherwise, and a reset starts from whatever the
+    previous episode left in the model. Here the draw comes from a generator of the environment's own, seeded anew at every reset, and
+    the model's moved bodies and sites are first put back: environments in one process do not touch each other.
+    """
+
+    has_success = True
+
+    def __init__(
+        self,
+        task: str,
+        *,
+        seed: int = 0,
+        size: int = 64,
+        percept_size: int | None = None,
+        action_repeat: int | None = None,
+        time_limit: int | None = None,
+        quality: str = "auto",
+        camera: str | int | None = None,
+    ) -> None:
+        task = task.removesuffix("-v3")
+        if task not in TASKS:
+            raise unknown_name("Meta-World task", task, TASKS)
+        super().__init__(
+            f"metaworld:{task}",
+            seed=seed,
+            size=size,
+            percept_size=percept_size,
+            action_dim=4,
+            action_repeat=action_repeat or ACTION_REPEAT,
+            time_limit=time_limit or TIME_LIMIT,
+        )
+        from localmotion.envs.gl import choose_gl
+
+        self._gl = choose_gl()  # before MuJoCo is imported
+        from localmotion.envs.render import SceneRenderer, camera_id, resolve_quality
+
+        with warnings.catch_warnings():
+            # gymnasium's viewer imports glfw, which warns where there is no display.
+            warnings.simplefilter("ignore")
+            import mujoco
+            from metaworld.env_dict import ALL_V3_ENVIRONMENTS
+
+            self.inner: Any = ALL_V3_ENVIRONMENTS[f"{task}-v3"]()
+        self._mujoco = mujoco
+        inner = self.inner
+        inner._partially_observable = False
+        inner.__dict__.pop("sawyer_observation_space", None)  # cached for hidden goals; rewards may read the goal
+        inner._set_task_called = True
+        inner._freeze_rand_vec = False
+        inner.seeded_rand_vec = True
+        inner.max_path_length = self.time_limit + 1  # Meta-World raises at its own limit; ours truncates before
+        model = inner.model
+        self._fresh = {name: getattr(model, name).copy() for name in ("body_pos", "body_quat", "site_pos", "geom_pos")}
+        self._met = 0.0
+        self.camera = camera_id(model, CAMERA if camera is None else camera, self.name)
+        self.camera_name = model.camera(self.camera).name
+        self.quality = resolve_quality(quality)
+        self._renderer = SceneRenderer(
+            model,
+            size=self.draw_size,
+            camera=self.camera,
+            quality=self.quality,
+            upside_down=self.camera_name in UPSIDE_DOWN,
+        )
+        self.metadata = {**self.metadata, "render_fps": max(1, round(1.0 / (inner.dt * self.action_repeat)))}
+
+    def _begin(self, episode_seed: int) -> None:
+        model, data = self.inner.model, self.inner.data
+        for name, value in self._fresh.items():
+            getattr(model, name)[:] = value
+        self._mujoco.mj_resetData(model, data)
+        self._mujoco.mj_forward(model, data)
+        self.inner.seed(episode_seed)
+        self.inner.reset()
+        self._met = 0.0
+
+    def _control(self, action: NDArray[np.float64]) -> tuple[float, bool]:
+        _, reward, _, _, info = self.inner.step(action.astype(np.float32))
+        self._met = float(info["success"])
+        return float(reward), False
+
+    def _success(self) -> float:
+        return self._met
+
+    def _draw(self, size: int) -> NDArray[np.uint8]:
+        return self._renderer.frame(self.inner.data, size)
+
+    def state(self) -> NDArray[np.float64]:
+        """Positions, velocities, mocap pose and the target, with the model's body and site positions, which tasks move."""
+        model, data = self.inner.model, self.inner.data
+        parts = [data.qpos, data.qvel, data.mocap_pos, data.mocap_quat, self.inner._target_pos, model.body_pos, model.site_pos]
+        return np.concatenate([np.asarray(part, np.float64).ravel() for part in parts])
+
+    def _facts(self) -> dict[str, Any]:
+        return {
+            "camera": self.camera_name or self.camera,
+            "quality": self.quality,
+            "gl": self._gl.to_json(),
+            "versions": {"mujoco": self._mujoco.__version__, "metaworld": version("metaworld")},
+        }
+
+    def close(self) -> None:
+        """Free the renderer."""
+        self._renderer.close()

@@ -1,0 +1,150 @@
+"""Pictures of a MuJoCo scene, fast: one persistent context at the exact size, in one of two qualities.
+
+What costs time in software OpenGL is not pixels but vertices and shadow maps (measured, docs/environments.md): the 4096 x 4096 shadow map
+and four samples a pixel of MuJoCo's defaults, and round bodies of 28 x 16 facets, all of it drawn again for each light that casts shadows
+and for reflections. `fast` keeps the lights, shadows and reflections but draws them with a small map, one sample and fewer facets.
+Leaving shadows out altogether looks cheaper still but changes the brightness of floors: without the extra pass all light saturates.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from localmotion.envs.gl import choose_gl, current_context, register
+from localmotion.errors import ConfigError, EnvError, unknown_name
+
+Quality = Literal["fast", "reference", "auto"]
+QUALITIES = ("fast", "reference", "auto")
+MAX_GEOMS = 5000
+FAST = {"offsamples": 0, "shadowsize": 128, "numslices": 12, "numstacks": 8}
+"""MuJoCo's ``visual/quality`` settings in `fast`; `reference` leaves the model's own."""
+
+
+def resolve_quality(quality: str) -> Literal["fast", "reference"]:
+    """`auto` is `fast` on software OpenGL and `reference` on a GPU. Raises ConfigError for another word."""
+    if quality not in QUALITIES:
+        raise unknown_name("rendering quality", quality, QUALITIES)
+    if quality == "auto":
+        return "fast" if choose_gl().software else "reference"
+    return "fast" if quality == "fast" else "reference"
+
+
+def camera_id(model: Any, camera: str | int, where: str) -> int:
+    """Number of a camera given by name or number. Raises ConfigError naming the model's cameras."""
+    names = [model.camera(i).name for i in range(model.ncam)]
+    if isinstance(camera, str):
+        if camera not in names:
+            raise unknown_name(f"camera of {where}", camera, [name for name in names if name])
+        return names.index(camera)
+    if not 0 <= camera < model.ncam:
+        raise ConfigError(f"camera {camera} of {where} does not exist: there are {model.ncam} ({', '.join(names)})")
+    return int(camera)
+
+
+class SceneRenderer:
+    """Draws one model from one camera.
+
+    Args:
+        model: mujoco.MjModel. It is only read; settings changed while the context is built are put back.
+        size: side of the square picture in pixels.
+        camera: number of the model's camera.
+        quality: "fast" or "reference".
+        upside_down: turn every picture by 180 degrees (cameras that are mounted so).
+    """
+
+    def __init__(
+        self, model: Any, *, size: int, camera: int, quality: Literal["fast", "reference"], upside_down: bool = False
+    ) -> None:
+        current_context()  # settles MUJOCO_GL before MuJoCo is imported
+        import mujoco
+
+        self._mujoco = mujoco
+        self._owner = (os.getpid(), threading.get_ident())
+        self._model, self.size, self.quality, self._upside_down = model, size, quality, upside_down
+        self._scene = mujoco.MjvScene(model, MAX_GEOMS)
+        self._options = mujoco.MjvOption()
+        self._options.flags[mujoco.mjtVisFlag.mjVIS_RANGEFINDER] = False  # as dm_control does: no rays of sensors
+        self.camera = mujoco.MjvCamera()
+        self.camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
+        self.camera.fixedcamid = camera
+        self._buffers: dict[int, NDArray[np.uint8]] = {}
+        with _drawn_with(model, quality, size):
+            self._context: Any = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_100)
+        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._context)
+        register(self)
+
+    def frame(self, data: Any, size: int | None = None) -> NDArray[np.uint8]:
+        """Draw mujoco.MjData ``data``: (S, S, 3) uint8 RGB, a new array; S is ``size`` or the renderer's own.
+
+        Raises:
+            EnvError: closed, or called from another thread or process than the one that made it.
+        """
+        self._enter()
+        mj, side = self._mujoco, size or self.size
+        if side > self._context.offWidth:
+            mj.mjr_resizeOffscreen(side, side, self._context)
+        pixels = self._buffers.get(side)
+        if pixels is None:
+            pixels = self._buffers[side] = np.empty((side, side, 3), np.uint8)
+        rect = mj.MjrRect(0, 0, side, side)
+        mj.mjv_updateScene(self._model, data, self._options, None, self.camera, mj.mjtCatBit.mjCAT_ALL.value, self._scene)
+        mj.mjr_render(rect, self._scene, self._context)
+        mj.mjr_readPixels(pixels, None, rect, self._context)
+        # OpenGL's first row is the bottom one; turning by 180 degrees undoes that flip and mirrors the columns.
+        turned = pixels[:, ::-1] if self._upside_down else pixels[::-1]
+        return np.ascontiguousarray(turned)
+
+    def upload_texture(self, index: int) -> None:
+        """Send texture ``index`` of the model to OpenGL again, after its bytes were changed."""
+        self._enter()
+        self._mujoco.mjr_uploadTexture(self._model, self._context, index)
+
+    def upload_height_fields(self) -> None:
+        """Send the model's height fields again; some tasks redraw their terrain at a reset."""
+        if self._model.nhfield:
+            self._enter()
+            for index in range(self._model.nhfield):
+                self._mujoco.mjr_uploadHField(self._model, self._context, index)
+
+    def _enter(self) -> None:
+        if self._context is None:
+            raise EnvError("this environment is closed; make a new one")
+        if self._owner != (os.getpid(), threading.get_ident()):
+            raise EnvError("an environment draws only in the process and thread that made it; make it where it is stepped")
+        current_context()
+
+    def close(self) -> None:
+        """Free what OpenGL holds. Safe to call twice."""
+        context, self._context = getattr(self, "_context", None), None
+        # In another thread or a forked child these OpenGL names belong to someone else: leave them.
+        if context is not None and self._owner == (os.getpid(), threading.get_ident()):
+            current_context()
+            context.free()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+@contextmanager
+def _drawn_with(model: Any, quality: str, size: int) -> Iterator[None]:
+    """Quality settings for the time a context is built (they are read only then); put back afterwards."""
+    area, settings = model.vis.global_, model.vis.quality
+    before = {name: getattr(settings, name) for name in FAST}
+    sides = area.offwidth, area.offheight
+    area.offwidth = area.offheight = size
+    if quality == "fast":
+        for name, value in FAST.items():
+            setattr(settings, name, min(value, before[name]))
+    try:
+        yield
+    finally:
+        area.offwidth, area.offheight = sides
+        for name, value in before.items():
+            setattr(settings, name, value)

@@ -1,0 +1,155 @@
+"""What the neural backends share: lazy imports, device and precision, construction without side effects."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from localmotion.errors import ConfigError, LocalmotionError, MissingExtraError
+
+PRECISIONS: dict[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+GUIDE = "docs/perception.md"
+
+
+def optional_import(module: str, backend: str, command: str) -> ModuleType:
+    """Import ``module`` or raise a MissingExtraError that gives ``command``.
+
+    A binary package that does not fit the installed torch (torchvision above all) fails with RuntimeError or OSError
+    rather than ImportError, so these count as missing too; the message keeps the cause, because then the mend is another.
+    """
+    try:
+        return importlib.import_module(module)
+    except (ImportError, RuntimeError, OSError) as error:
+        raise missing(backend, module, command, error) from error
+
+
+def missing(backend: str, package: str, command: str, error: Exception) -> MissingExtraError:
+    """The one-line error for a backend whose package is absent or does not load."""
+    cause = _one_line(error)
+    mend = f"install it with: {command}"
+    if "torchvision" in cause and "No module named" not in cause:
+        mend = f"its torchvision does not fit torch {torch.__version__}: pip install {matching_torchvision()}, or remove it"
+    return MissingExtraError(f"backend {backend} needs {package}, which cannot be imported ({cause}); {mend}")
+
+
+def matching_torchvision() -> str:
+    """Requirement for the torchvision of the installed torch: 2.8 goes with 0.23, 2.13 with 0.28."""
+    return f"torchvision==0.{int(torch.__version__.split('.')[1]) + 15}.*"
+
+
+def _one_line(error: BaseException) -> str:
+    """Text of an error and of what caused it on one line (transformers hides a broken torchvision one level down)."""
+    texts = [" ".join(str(error).split()) or type(error).__name__]
+    inner = error.__cause__ or error.__context__
+    if inner is not None and str(inner) and str(inner) not in texts[0]:
+        texts.append(" ".join(str(inner).split()))
+    return "; caused by: ".join(texts)[:400]
+
+
+def failure(backend: str, doing: str, error: Exception, mend: str) -> LocalmotionError:
+    """The one-line error for weights or code that could not be read or fetched."""
+    return LocalmotionError(f"{backend}: {doing} failed ({_one_line(error)}); {mend}")
+
+
+def pick_device(device: str) -> torch.device:
+    """``auto`` is the first CUDA device if there is one, else the CPU; anything else is a torch device string.
+
+    Raises ConfigError for a string torch does not know and for a CUDA device that is not there.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"device={device!r} is not a torch device; use auto, cpu, cuda or cuda:N") from error
+    if chosen.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (chosen.index or 0) >= count:
+            raise ConfigError(f"device={device!r} is not there ({count} CUDA devices); use auto or cpu")
+    return chosen
+
+
+def check_options(backend: str, **checks: bool) -> None:
+    """Raise a ConfigError naming the first option whose check is False."""
+    for name, good in checks.items():
+        if not good:
+            raise ConfigError(f"{backend} option {name} is out of range; see {GUIDE}")
+
+
+def pick_precision(backend: str, precision: str) -> torch.dtype:
+    """Working precision of the network: float32, or autocast to bfloat16 or float16."""
+    if precision not in PRECISIONS:
+        raise ConfigError(f"{backend} option precision={precision!r} is unknown; known: {', '.join(PRECISIONS)}")
+    return PRECISIONS[precision]
+
+
+@contextlib.contextmanager
+def inference(backend: str, device: torch.device, dtype: torch.dtype, load: str, mend: str) -> Iterator[None]:
+    """Inference mode with autocast when ``dtype`` is a half precision; out of GPU memory becomes a LocalmotionError."""
+    half = dtype is not torch.float32
+    try:
+        with torch.inference_mode(), torch.autocast(device.type, dtype=dtype if half else None, enabled=half):
+            yield
+    except torch.OutOfMemoryError as error:
+        raise LocalmotionError(f"{backend}: out of GPU memory on {load}; {mend}") from error
+
+
+@contextlib.contextmanager
+def building() -> Iterator[None]:
+    """Build foreign code without side effects on ours.
+
+    Random initialisation (and CoTracker's ``torch.manual_seed(0)`` at import) would move the generators that decide a
+    run; they are put back. The deprecations inside foreign packages are not the user's to mend: hidden here only.
+    """
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
+
+
+def read_state_dict(backend: str, path: Path, sha256: str = "") -> dict[str, Any]:
+    """Tensors of a local weight file (.safetensors, or a torch file read with ``weights_only``).
+
+    Raises LocalmotionError if the file is missing, is not the one named by ``sha256`` or holds more than tensors.
+    """
+    if not path.is_file():
+        raise LocalmotionError(f"{backend}: weight file {path} does not exist; give the path of the downloaded file")
+    if sha256:
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if not found.startswith(sha256.lower()):
+            raise LocalmotionError(f"{backend}: {path} has SHA-256 {found}, not {sha256}; download it again")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return dict(load_file(path))
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # zip, pickle and safetensors readers each have their own error types
+        raise failure(backend, f"reading weights {path}", error, "download the file again") from error
+    if isinstance(loaded, dict) and isinstance(loaded.get("model"), dict):
+        loaded = loaded["model"]
+    if not isinstance(loaded, dict):
+        raise LocalmotionError(f"{backend}: {path} holds a {type(loaded).__name__}, not a state dict of tensors")
+    return loaded
+
+
+def check_frames(frames: NDArray[np.uint8], what: str) -> None:
+    """Frames must be uint8 (N, H, W, 3)."""
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
+        raise ValueError(f"{what} must be uint8 (N, H, W, 3), not {frames.dtype} {frames.shape}")

@@ -1,0 +1,191 @@
+"""The scan: every fault is found and told, whatever the number of workers, and a dying decoder costs one video."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from localmotion.errors import LocalmotionError, VideoError
+from localmotion.video.scan import ScanReport, VideoReport, scan
+from localmotion.video.workers import Lost, map_isolated
+from video_files import encode, encode_sound, moving_square, remux, save_pictures, set_display_matrix
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("videos")
+    good = encode(root / "good.mp4", moving_square(30), muxer={"movflags": "faststart"})
+    (root / "sub").mkdir()
+    shutil.copy(good, root / "sub/copy.mp4")
+    remux(good, root / "remuxed.mkv")
+    (root / "text.mp4").write_text("no video")
+    (root / "zero.webm").write_bytes(b"")
+    (root / "cut.mp4").write_bytes(good.read_bytes()[:-300])
+    encode_sound(root / "sound.mp4")
+    encode(root / "short.gif", moving_square(8))
+    encode(root / "tiny.mp4", moving_square(30, 8, 8))
+    still = np.repeat(moving_square(1, seed=3), 30, 0)
+    encode(root / "static.mp4", still)
+    noise = np.random.default_rng(0).integers(-1, 2, (30, 48, 64, 3))
+    save_pictures(root / "static_noise", np.clip(still + noise, 0, 255).astype(np.uint8), "{}.png")
+    insect = np.full((30, 48, 64, 3), 90, np.uint8)
+    for t in range(30):
+        insect[t, 20:24, 8 + t : 12 + t] = 255
+    encode(root / "small_motion.mp4", insect)
+    save_pictures(root / "frames", moving_square(27, seed=2))
+    set_display_matrix(encode(root / "a.mp4", moving_square(28, seed=4)), root / "turned.mp4", 0, 1, -1, 0)
+    (root / "a.mp4").unlink()
+    encode(root / "ten_bit.mp4", moving_square(28, 96, 64, seed=5), pix_fmt="yuv420p10le")
+    encode(root / "odd.mp4", moving_square(28, 61, 47), pix_fmt="yuv444p")
+    encode(root / "vfr.mkv", moving_square(28, seed=6), times=[*range(14), *range(30, 44)])
+    doubled = np.repeat(moving_square(15, seed=7), 2, 0)
+    encode(root / "doubled.mkv", doubled, options={"crf": "0"})
+    flash = moving_square(30, seed=8)
+    flash[15:] = 255 - flash[15:]
+    encode(root / "scene.mp4", flash)
+    return root
+
+
+EXPECTED = {
+    "cut.mp4": "truncated",
+    "doubled.mkv": "",
+    "frames": "",
+    "good.mp4": "",
+    "odd.mp4": "",
+    "remuxed.mkv": "duplicate",
+    "scene.mp4": "",
+    "short.gif": "too_short",
+    "small_motion.mp4": "",
+    "sound.mp4": "no_video_stream",
+    "static.mp4": "static",
+    "static_noise": "static",
+    "sub/copy.mp4": "duplicate",
+    "ten_bit.mp4": "",
+    "text.mp4": "unreadable",
+    "tiny.mp4": "too_small",
+    "turned.mp4": "",
+    "vfr.mkv": "",
+    "zero.webm": "unreadable",
+}
+WARNINGS = {
+    "doubled.mkv": ["repeated_frames"],
+    "odd.mp4": ["odd_size"],
+    "scene.mp4": ["scene_cut"],
+    "ten_bit.mp4": ["high_bit_depth"],
+    "turned.mp4": ["rotation"],
+    "vfr.mkv": ["vfr"],
+}
+
+
+@pytest.fixture(scope="module")
+def report(folder: Path) -> ScanReport:
+    return scan(folder)
+
+
+def test_every_fault_is_found_with_its_reason(report: ScanReport) -> None:
+    assert {video.id: video.reason for video in report.videos} == EXPECTED
+    assert all(video.usable == (video.reason == "") for video in report.videos)
+    assert all(video.detail for video in report.rejected)
+    found = {v.id: [w.partition(":")[0] for w in v.warnings] for v in report.usable if v.warnings}
+    assert found == WARNINGS
+    by_id = {video.id: video for video in report.videos}
+    assert "good.mp4" in by_id["sub/copy.mp4"].detail
+    assert "8 frames, 25 needed" in by_id["short.gif"].detail
+    assert by_id["frames"].info is not None
+    assert by_id["frames"].info.frames == 27
+    assert by_id["good.mp4"].content == by_id["remuxed.mkv"].content
+    assert len({video.content for video in report.usable}) == len(report.usable)
+    # A cut inside a video is told with its place.
+    assert "first at frame 15" in by_id["scene.mp4"].warnings[0]
+
+
+def test_workers_change_nothing(folder: Path, report: ScanReport) -> None:
+    calls: list[tuple[int, int]] = []
+    assert scan(folder, workers=2, progress=lambda *args: calls.append(args)) == report
+    assert calls == [(n + 1, len(EXPECTED)) for n in range(len(EXPECTED))]
+
+
+def test_manifest_and_table(report: ScanReport, tmp_path: Path) -> None:
+    report.save(tmp_path / "out/found.jsonl")
+    lines = [json.loads(line) for line in (tmp_path / "out/found.jsonl").read_text().splitlines()]
+    assert {line["id"]: line["reason"] for line in lines} == EXPECTED
+    assert lines[0].keys() == VideoReport("x", True).__dict__.keys()
+    assert next(line for line in lines if line["id"] == "turned.mp4")["info"]["rotation"] == 270
+    summary = json.loads((tmp_path / "out/found.summary.json").read_text())
+    assert summary == report.summary()
+    assert (summary["videos"], summary["usable"]) == (19, 9)
+    assert summary["rejected"]["unreadable"] == 2
+    assert summary["frames"] == sum(v.info.frames for v in report.usable if v.info)
+    assert sorted(os.listdir(tmp_path / "out")) == ["found.jsonl", "found.summary.json"]
+    table = report.table()
+    assert table[0].startswith("9 of 19 videos usable")
+    assert any("duplicate" in line and " 2 " in line and "remuxed.mkv" in line for line in table)
+    report.save(tmp_path / "folder")
+    assert (tmp_path / "folder/manifest.jsonl").read_text() == (tmp_path / "out/found.jsonl").read_text()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(LocalmotionError, match="cannot write the manifest"):
+        report.save(tmp_path / "file/x.jsonl")
+
+
+def test_min_frames_and_list_files(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text("short 8 1\nframes 99 push\ngood 31 2\n")
+    found = {v.id: v for v in scan(folder, min_frames=5, list_file=tmp_path / "list.txt").videos}
+    assert {i: v.usable for i, v in found.items()} == {"short.gif": True, "frames": True, "good.mp4": True}
+    assert [found[i].label for i in ("frames", "good.mp4", "short.gif")] == ["push", 2, 1]
+    assert found["good.mp4"].warnings == ("list_mismatch: the list says 31 frames, the file has 30",)
+    with pytest.raises(VideoError) as caught:
+        scan(tmp_path / "nowhere")
+    assert caught.value.reason == "missing"
+
+
+def test_an_empty_report_has_a_table() -> None:
+    report = ScanReport("x", 25, (VideoReport("a", False, "static", "no motion"),))
+    assert report.table()[0] == "0 of 1 videos usable, 0 frames"
+    assert report.summary()["frames_min_median_max"] == []
+
+
+# ------------------------------------------------------------------------------------------------------------- workers
+
+
+def act(item: str) -> str:
+    if item == "abort":
+        os.abort()
+    if item == "exit":
+        os._exit(3)
+    if item == "hang":
+        time.sleep(60)
+    if item == "raise":
+        raise KeyError("a defect")
+    return item.upper()
+
+
+def test_dying_and_hanging_workers_cost_their_own_item() -> None:
+    items = ["a", "abort", "b", "hang", "exit", "c", "d"]
+    began = time.monotonic()
+    results = dict(map_isolated(act, items, 2, timeout=2.0))
+    assert time.monotonic() - began < 30
+    assert sorted(results) == list(range(len(items)))
+    assert [results[i] for i in (0, 2, 5, 6)] == ["A", "B", "C", "D"]
+    lost = {items[i]: r for i, r in results.items() if isinstance(r, Lost)}
+    assert {item: r.reason for item, r in lost.items()} == {
+        "abort": "decoder_crash",
+        "hang": "decoder_timeout",
+        "exit": "decoder_crash",
+    }
+    assert "SIGABRT" in lost["abort"].detail
+    assert "exit code 3" in lost["exit"].detail
+
+
+def test_a_defect_of_the_function_is_raised_and_workers_end() -> None:
+    import multiprocessing
+
+    with pytest.raises(RuntimeError, match="a defect"):
+        list(map_isolated(act, ["a", "raise"], 1))
+    assert multiprocessing.active_children() == []
+    assert list(map_isolated(act, [], 4)) == []
