@@ -32,8 +32,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     encode(root / "tiny.mp4", moving_square(30, 8, 8))
     still = np.repeat(moving_square(1, seed=3), 30, 0)
     encode(root / "static.mp4", still)
-    noise = np.random.default_rng(0).integers(-1, 2, (30, 48, 64, 3))
-    save_pictures(root / "static_noise", np.clip(still + noise, 0, 255).astype(np.uint8), "{}.png")
+    noise = np.random.default_rng(0).integers(-2, 3, (30, 192, 256, 3))
+    save_pictures(root / "static_noise", (90 + noise).astype(np.uint8), "{}.png")
     insect = np.full((30, 48, 64, 3), 90, np.uint8)
     for t in range(30):
         insect[t, 20:24, 8 + t : 12 + t] = 255

@@ -35,14 +35,13 @@ def test_round_trip(tmp_path: Path, height: int, width: int) -> None:
     assert os.listdir(path.parent) == ["clip.mp4"]
 
 
-def test_quality_and_rate_are_obeyed_and_bytes_repeat(tmp_path: Path) -> None:
+def test_quality_and_rate_are_obeyed(tmp_path: Path) -> None:
     video = smooth(12, 64, 64)
-    for name, crf in (("fine", 5), ("coarse", 45), ("again", 5)):
+    for name, crf in (("fine", 5), ("coarse", 45)):
         write_video(tmp_path / f"{name}.mp4", iter(video), fps=7.5, crf=crf)
     assert probe(video_ref(tmp_path / "fine.mp4")).fps == pytest.approx(7.5)
     sizes = [(tmp_path / f"{name}.mp4").stat().st_size for name in ("fine", "coarse")]
     assert sizes[0] > 2 * sizes[1]
-    assert (tmp_path / "fine.mp4").read_bytes() == (tmp_path / "again.mp4").read_bytes()
 
 
 def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:

@@ -158,8 +158,6 @@ def examine(ref: VideoRef, min_frames: int) -> VideoReport:
     try:
         report = replace(report, bytes=_bytes(ref))
         report = replace(report, info=(info := probe(ref)))
-        if info.frames < min_frames:
-            raise VideoError(ref.path, "too_short", f"{info.frames} frames, {min_frames} needed")
         motion = _Motion()
         for frame in iter_frames(ref, SCAN_SIZE):
             motion.add(frame)
