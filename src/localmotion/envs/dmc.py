@@ -79,6 +79,9 @@ class DMCEnv(PixelEnv):
         domain, name = TASKS[task]
         inner = suite.load(domain, name, task_kwargs={"random": 0, "time_limit": float("inf")})
         self.physics, self._task = inner.physics, inner.task
+        # quadruped escape asks its physics for an OpenGL context, to send it the terrain. dm_control caches which context is current, so
+        # one of its own beside ours would draw into ours: it gets none, and the terrain is sent by our renderer.
+        self.physics._make_rendering_contexts = _no_contexts
         self._sub_steps = round(inner.control_timestep() / self.physics.timestep())
         bounds = inner.action_spec()
         low, high = np.asarray(bounds.minimum, np.float64), np.asarray(bounds.maximum, np.float64)
@@ -141,6 +144,10 @@ class DMCEnv(PixelEnv):
     def close(self) -> None:
         """Free the renderer."""
         self._renderer.close()
+
+
+def _no_contexts() -> None:
+    """Stands in for dm_control's making of OpenGL contexts."""
 
 
 def _version(package: str, module: Any) -> str:

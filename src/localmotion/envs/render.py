@@ -119,6 +119,8 @@ class SceneRenderer:
         if self._owner != (os.getpid(), threading.get_ident()):
             raise EnvError("an environment draws only in the process and thread that made it; make it where it is stepped")
         current_context()
+        # Renderers share one GL context, so the last one's buffer is still bound.
+        self._mujoco.mjr_setBuffer(self._mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._context)
 
     def close(self) -> None:
         """Free what OpenGL holds. Safe to call twice."""
