@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -189,3 +191,8 @@ def test_a_defect_of_the_function_is_raised_and_workers_end() -> None:
         list(map_isolated(act, ["a", "raise"], 1))
     assert multiprocessing.active_children() == []
     assert list(map_isolated(act, [], 4)) == []
+
+
+def test_decoding_workers_do_not_load_torch() -> None:
+    code = "import sys, localmotion.video.scan; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

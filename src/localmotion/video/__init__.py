@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from localmotion.video.decode import VideoInfo, decode, iter_frames, probe, video_ref
 from localmotion.video.listing import VideoRef, find_videos
 from localmotion.video.store import Clip, ClipStore, ClipStoreWriter
+from localmotion.video.write import write_video
 
 if TYPE_CHECKING:
     from localmotion.video.sample import WindowSampler
@@ -23,6 +24,7 @@ __all__ = [
     "iter_frames",
     "probe",
     "video_ref",
+    "write_video",
 ]
 
 
