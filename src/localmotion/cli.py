@@ -137,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         args, rest = _parser().parse_known_args(argv)
         if rest and args.command not in TRAINING:
-            known = [s for a in _parser()._subparsers._group_actions[0].choices[args.command]._actions for s in a.option_strings]  # type: ignore[union-attr,index,call-overload]
+            known = [s for a in _parser()._subparsers._group_actions[0].choices[args.command]._actions for s in a.option_strings]  # type: ignore[union-attr,index]
             raise unknown_name(f"option of {args.command}", rest[0], known)
         args.rest = rest
         args.call(args)

@@ -23,7 +23,7 @@ Shapes: B sequences, T positions, K parts, F features of z or s, A actions.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -85,7 +85,7 @@ class DRP(Method):
     wants_motion = True
     can_pretrain = True
     transfers = ("motion", "image", "latent")
-    PRESETS: dict[str, dict[str, Any]] = {
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "paper": {},
         "small": {
             "model": {

@@ -308,6 +308,7 @@ class DualAttentionEncoder(nn.Module):
         z = self.tokens(motion, start=time)
         blocks = []
         for block, old in zip(self.blocks, cache.blocks, strict=True):
+            assert isinstance(block, DualAttentionBlock)
             z, new = block.step(z, old, intra, inter)
             blocks.append(new)
         return self.project(self.out_norm(z)[:, 0, 0]), DAECache(joined, tuple(blocks))

@@ -5,11 +5,14 @@ Shapes: B sequences, T positions, S categoricals, C classes, D deter, H hidden, 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from localmotion.models.distributions import categorical_entropy, categorical_kl, gumbel, straight_through
 
 
 class RSSMState(NamedTuple):
@@ -27,41 +30,63 @@ def _linear(inputs: int, outputs: int) -> nn.Linear:
     return layer
 
 
-def gumbel(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """Standard Gumbel noise in fp32."""
-    uniform = torch.rand(shape, device=like.device, dtype=torch.float32)
-    return -torch.log(-torch.log(uniform.clamp_(1e-20, 1.0 - 1e-7)))
-
-
-def straight_through(logits: Tensor, noise: Tensor | None) -> Tensor:
-    """One-hot sample (Gumbel-argmax) or mode (noise None) of (..., S, C) logits with the gradient of the probabilities."""
-    logits = logits.float()
-    index = (logits if noise is None else logits + noise).argmax(-1, keepdim=True)
-    one_hot = torch.zeros_like(logits).scatter_(-1, index, 1.0)
-    if not logits.requires_grad:
-        return one_hot
-    probs = F.softmax(logits, -1)
-    return one_hot + probs - probs.detach()
-
-
 def kl_loss(post: Tensor, prior: Tensor, balance: float = 0.8, free: float = 0.0) -> tuple[Tensor, dict[str, Tensor]]:
-    """Balanced KL of (B,T,S,C) logits: ``balance`` trains the prior, the rest the posterior; free nats on the batch mean (IPV 0.3)."""
+    """Balanced KL of (B,T,S,C) logits, summed over S, in fp32 (IPV 0.3).
 
-    def kl(p: Tensor, q: Tensor) -> Tensor:
-        log_p, log_q = F.log_softmax(p.float(), -1), F.log_softmax(q.float(), -1)
-        return (log_p.exp() * (log_p - log_q)).sum((-2, -1)).mean()
-
-    to_post, to_prior = kl(post, prior.detach()), kl(post.detach(), prior)
+    (1 - balance) max(KL(post || sg prior), free) + balance max(KL(sg post || prior), free), both means over the batch: ``balance``
+    trains the prior, the rest the posterior; free nats apply to the mean. Metrics: ``kl`` and ``post_entropy`` in nats.
+    """
+    # Two log-softmaxes serve both terms, the gradient stop comes after them.
+    log_p, log_q = F.log_softmax(post.float(), -1), F.log_softmax(prior.float(), -1)
+    to_post = categorical_kl(log_p, log_q.detach()).mean()
+    to_prior = categorical_kl(log_p.detach(), log_q).mean()
     loss = (1 - balance) * to_post.clamp(min=free) + balance * to_prior.clamp(min=free)
-    log_p = F.log_softmax(post.detach().float(), -1)
-    return loss, {"kl": to_prior.detach(), "post_entropy": -(log_p.exp() * log_p).sum((-2, -1)).mean()}
+    return loss, {"kl": to_prior.detach(), "post_entropy": categorical_entropy(log_p.detach()).mean()}
+
+
+class _DeferredWeight(torch.autograd.Function):
+    """Identity on a term (T, B, O) whose slices are added to products x_t W^T; gives W its gradient, in one product at the end.
+
+    A recurrence that multiplies by W at each position would form and add up a gradient as large as W at each position, which is
+    most of the time of a backward pass at small B. The gradient of the added term is that of the product, so W's gradient is
+    ``grad^T x`` over all T*B rows at once; `inputs` is filled with the x_t while the recurrence runs.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, term: Tensor, weight: Tensor, inputs: list[Tensor]) -> Tensor:
+        ctx.inputs, ctx.dtype = inputs, weight.dtype
+        return term.view_as(term)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        (grad,) = grads
+        rows = grad.flatten(0, 1)
+        weight = rows.t().mm(torch.cat(ctx.inputs).to(rows.dtype)).to(ctx.dtype) if ctx.needs_input_grad[1] else None
+        return grad, weight, None
+
+
+class _Product:
+    """x_t W^T + term_t inside a recurrence: W is cast once, and its gradient is formed once."""
+
+    def __init__(self, weight: Tensor, term: Tensor) -> None:
+        """``weight`` (O, I); ``term`` (T, B, O), in the precision to compute in."""
+        self.weight = weight.detach().to(term.dtype).t()
+        self.inputs: list[Tensor] = []
+        self.learns = torch.is_grad_enabled() and weight.requires_grad
+        self.terms = (_DeferredWeight.apply(term, weight, self.inputs) if self.learns else term).unbind(0)
+
+    def __call__(self, t: int, x: Tensor) -> Tensor:
+        if self.learns:
+            self.inputs.append(x.detach())
+        return torch.addmm(self.terms[t], x, self.weight)
 
 
 class RSSM(nn.Module):
     """h_t = GRU(h_{t-1}, z_{t-1}, a_t), prior p(z_t | h_t), posterior q(z_t | h_t, e_t).
 
     The GRU has LayerNorm (eps 1e-3) and an update bias of -1; activations are ELU. ``action_pad`` widens the action input with
-    zero columns (IPV pads to 50).
+    zero columns (IPV pads to 50); ``action_free`` feeds zeros whatever action is passed (None too); ``unimix`` mixes that share
+    of the uniform distribution into every latent distribution (DreamerV3; 0 in IPV).
     """
 
     def __init__(
@@ -74,6 +99,8 @@ class RSSM(nn.Module):
         stoch: int = 32,
         classes: int = 32,
         action_pad: int | None = None,
+        action_free: bool = False,
+        unimix: float = 0.0,
     ) -> None:
         super().__init__()
         self.deter, self.stoch, self.classes, self.action_dim = deter, stoch, classes, action_dim
@@ -81,7 +108,7 @@ class RSSM(nn.Module):
         if columns < action_dim:
             raise ValueError(f"action_pad={action_pad} is smaller than action_dim={action_dim}")
         flat = stoch * classes
-        self.flat, self.columns = flat, columns
+        self.flat, self.columns, self.action_free, self.unimix = flat, columns, action_free, unimix
         self.img_in = _linear(flat + columns, hidden)
         self.gru = nn.Linear(hidden + deter, 3 * deter)
         self.gru_norm = nn.LayerNorm(3 * deter, eps=1e-3)
@@ -103,63 +130,104 @@ class RSSM(nn.Module):
         """(..., F): latent first, then deter."""
         return torch.cat([state.stoch.flatten(-2), state.deter.to(state.stoch.dtype)], -1)
 
-    def _action_part(self, action: Tensor) -> Tensor:
-        """Contribution of actions (..., A) to the first layer; the recurrence adds the latent's."""
+    def _action_part(self, action: Tensor | None) -> Tensor:
+        """Contribution (..., H) of actions (..., A) to the first layer; the recurrence adds the latent's."""
+        if self.action_free or action is None:
+            if not self.action_free:
+                raise ValueError("this RSSM is conditioned on actions, but none were given")
+            return self.img_in.bias
         return F.linear(action, self.img_in.weight[:, self.flat : self.flat + self.action_dim], self.img_in.bias)
+
+    def _gates(self, parts: Tensor, deter: Tensor) -> Tensor:
+        """New deter (B, D) from the GRU's linear output (B, 3D): normalisation, gates and state are fp32, so that small changes add up."""
+        norm = self.gru_norm
+        with torch.autocast(parts.device.type, enabled=False):
+            parts = F.layer_norm(parts.float(), norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+            reset, cand, update = parts.chunk(3, -1)
+            cand = torch.tanh(torch.sigmoid(reset) * cand)
+            return torch.lerp(deter.float(), cand, torch.sigmoid(update - 1.0))
 
     def _recur(self, stoch: Tensor, deter: Tensor, action_part: Tensor) -> Tensor:
         """New deter (B, D) from the flat latent (B, S*C), deter and the action's contribution."""
         u = F.elu(F.linear(stoch, self.img_in.weight[:, : self.flat]) + action_part)
-        parts = self.gru_norm(self.gru(torch.cat([u, deter.to(u.dtype)], -1)))
-        reset, cand, update = parts.chunk(3, -1)
-        cand = torch.tanh(torch.sigmoid(reset) * cand)
-        return torch.lerp(deter.to(cand.dtype), cand, torch.sigmoid(update - 1.0))
+        return self._gates(self.gru(torch.cat([u, deter.to(u.dtype)], -1)), deter)
 
-    def _shape(self, logits: Tensor) -> Tensor:
-        return logits.float().unflatten(-1, (self.stoch, self.classes))
+    def _logits(self, out: Tensor) -> Tensor:
+        """(..., S*C) -> fp32 (..., S, C)."""
+        logits = out.float().unflatten(-1, (self.stoch, self.classes))
+        if self.unimix:
+            probs = (1 - self.unimix) * F.softmax(logits, -1) + self.unimix / self.classes
+            logits = probs.log()
+        return logits
+
+    def _sample(self, logits: Tensor, sample: bool, generator: torch.Generator | None) -> Tensor:
+        return straight_through(logits, gumbel(logits.shape, logits, generator) if sample else None)
 
     def prior(self, deter: Tensor) -> Tensor:
         """Prior logits (..., S, C) of deter (..., D)."""
-        return self._shape(self.prior_out(F.elu(self.prior_in(deter))))
+        return self._logits(self.prior_out(F.elu(self.prior_in(deter))))
 
-    def img_step(self, state: RSSMState, action: Tensor, sample: bool = True) -> RSSMState:
-        """One step of the prior."""
+    def img_step(
+        self, state: RSSMState, action: Tensor | None, sample: bool = True, generator: torch.Generator | None = None
+    ) -> RSSMState:
+        """One step of the prior; ``sample=False`` takes the most likely class."""
         deter = self._recur(state.stoch.flatten(-2), state.deter, self._action_part(action))
         logits = self.prior(deter)
-        return RSSMState(logits, straight_through(logits, gumbel(logits.shape, logits) if sample else None), deter)
+        return RSSMState(logits, self._sample(logits, sample, generator), deter)
 
-    def obs_step(self, state: RSSMState, action: Tensor, embed: Tensor, is_first: Tensor, sample: bool = True) -> RSSMState:
+    def obs_step(
+        self,
+        state: RSSMState,
+        action: Tensor | None,
+        embed: Tensor,
+        is_first: Tensor,
+        sample: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> RSSMState:
         """One step of the posterior; state and action are zeroed where ``is_first`` (B,)."""
         keep = (~is_first).to(state.deter.dtype).unsqueeze(-1)
-        action_part = self._action_part(action * keep)
+        action_part = self._action_part(None if action is None else action * keep)
         deter = self._recur(state.stoch.flatten(-2) * keep, state.deter * keep, action_part)
-        logits = self._shape(self.post_out(F.elu(self.post_in(torch.cat([deter, embed.to(deter.dtype)], -1)))))
-        return RSSMState(logits, straight_through(logits, gumbel(logits.shape, logits) if sample else None), deter)
+        logits = self._logits(self.post_out(F.elu(self.post_in(torch.cat([deter, embed.to(deter.dtype)], -1)))))
+        return RSSMState(logits, self._sample(logits, sample, generator), deter)
 
     def observe(
-        self, embed: Tensor, action: Tensor, is_first: Tensor, state: RSSMState | None = None, sample: bool = True
+        self,
+        embed: Tensor,
+        action: Tensor | None,
+        is_first: Tensor,
+        state: RSSMState | None = None,
+        sample: bool = True,
+        generator: torch.Generator | None = None,
     ) -> tuple[RSSMState, Tensor]:
         """Posterior over a sequence: embed (B,T,E), action (B,T,A), is_first (B,T) -> states (B,T,...) and prior logits (B,T,S,C).
 
         Outside the recurrence, each as one product over B*T: the action's part of the first layer, the embedding's part of the
-        posterior's first layer, and all prior logits.
+        posterior's first layer, all prior logits, and in the backward pass the gradient of every weight.
         """
         batch, time = is_first.shape
         state = self.initial(batch) if state is None else state
-        keep = (~is_first).to(action.dtype).unsqueeze(-1)  # (B, T, 1)
-        action_part = self._action_part(action * keep).unbind(1)
-        embed_part = F.linear(embed, self.post_in.weight[:, self.deter :], self.post_in.bias).unbind(1)
-        deter_weight = self.post_in.weight[:, : self.deter]
-        noise = gumbel((time, batch, self.stoch, self.classes), embed).unbind(0) if sample else (None,) * time
-        # Only the positions where some sequence starts pay for the reset.
-        reset = is_first.any(0).tolist()
-        stoch, deter = state.stoch.flatten(-2), state.deter
+        keep = (~is_first).t().unsqueeze(-1).float()  # (T, B, 1)
+        action_part = self._action_part(None if action is None or self.action_free else action.transpose(0, 1) * keep)
+        embed_part = F.linear(embed.transpose(0, 1), self.post_in.weight[:, self.deter :], self.post_in.bias)  # (T, B, H)
+        low = embed_part.dtype  # the precision of products: bf16 under autocast
+        rows = (time, batch, -1)
+        # (T, B, ...) terms, to which the recurrence adds its products
+        first = _Product(self.img_in.weight[:, : self.flat], action_part.to(low).expand(rows))
+        gru = _Product(self.gru.weight, self.gru.bias.to(low).expand(rows))
+        post_in = _Product(self.post_in.weight[:, : self.deter], embed_part)
+        post_out = _Product(self.post_out.weight, self.post_out.bias.to(low).expand(rows))
+        noise = gumbel((time, batch, self.stoch, self.classes), embed, generator).unbind(0) if sample else (None,) * time
+        # Only the positions where some sequence starts pay for the reset; asking which they are would make a GPU wait.
+        reset = is_first.any(0).tolist() if is_first.device.type == "cpu" else [True] * time
+        stoch, deter = state.stoch.flatten(-2), state.deter.float()
         logits, stochs, deters = [], [], []
         for t in range(time):
             if reset[t]:
-                stoch, deter = stoch * keep[:, t], deter * keep[:, t]
-            deter = self._recur(stoch, deter, action_part[t])
-            post = self._shape(self.post_out(F.elu(F.linear(deter, deter_weight) + embed_part[t])))
+                stoch, deter = stoch * keep[t], deter * keep[t]
+            u = F.elu(first(t, stoch.to(low)))  # (B, H)
+            deter = self._gates(gru(t, torch.cat([u, deter.to(low)], -1)), deter)  # (B, D)
+            post = self._logits(post_out(t, F.elu(post_in(t, deter.to(low)))))  # (B, S, C)
             one_hot = straight_through(post, noise[t])
             stoch = one_hot.flatten(-2)
             logits.append(post)
@@ -169,10 +237,20 @@ class RSSM(nn.Module):
         states = RSSMState(torch.stack(logits, 1), torch.stack(stochs, 1), deter_all)
         return states, self.prior(deter_all)
 
-    def imagine(self, state: RSSMState, action: Tensor, sample: bool = True) -> RSSMState:
-        """Prior rolled out along given actions (B, T, A): states (B, T, ...)."""
+    def imagine(
+        self,
+        state: RSSMState,
+        action: Tensor | Callable[[RSSMState], Tensor],
+        horizon: int | None = None,
+        sample: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> RSSMState:
+        """Prior rolled out from ``state`` (B, ...) along actions (B, T, A), or ``horizon`` steps of a policy: states (B, T, ...)."""
+        if callable(action) and horizon is None:
+            raise ValueError("a policy needs a horizon")
+        steps = horizon if horizon is not None else len(action[0])  # type: ignore[index]
         out = []
-        for step in action.unbind(1):
-            state = self.img_step(state, step, sample)
+        for t in range(steps):
+            state = self.img_step(state, action(state) if callable(action) else action[:, t], sample, generator)
             out.append(state)
         return RSSMState(*(torch.stack(x, 1) for x in zip(*out, strict=True)))

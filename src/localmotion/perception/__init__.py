@@ -1,5 +1,6 @@
 """Atomic Actions: optical flow, foreground, point tracks; batch extraction of clips and the streaming form."""
 
+from localmotion.perception import cotracker, dis, grounded_sam, lk, saliency, sea_raft  # registers the backends
 from localmotion.perception.base import (
     ClipMotion,
     FlowBackend,
@@ -20,6 +21,12 @@ __all__ = [
     "StepMotion",
     "TrackBackend",
     "backends",
+    "cotracker",
+    "dis",
+    "grounded_sam",
+    "lk",
     "make_backend",
     "register",
+    "saliency",
+    "sea_raft",
 ]

@@ -90,10 +90,12 @@ def check_options(backend: str, **checks: bool) -> None:
             raise ConfigError(f"{backend} option {name} is out of range; see {GUIDE}")
 
 
-def pick_precision(backend: str, precision: str) -> torch.dtype:
-    """Working precision of the network: float32, or autocast to bfloat16 or float16."""
+def pick_precision(backend: str, precision: str, device: torch.device) -> torch.dtype:
+    """Working precision of the network: float32, or autocast to bfloat16 or float16 (float16 on CUDA only)."""
     if precision not in PRECISIONS:
         raise ConfigError(f"{backend} option precision={precision!r} is unknown; known: {', '.join(PRECISIONS)}")
+    if precision == "float16" and device.type == "cpu":
+        raise ConfigError(f"{backend} option precision=float16 is for CUDA; use bfloat16 or float32 on the CPU")
     return PRECISIONS[precision]
 
 

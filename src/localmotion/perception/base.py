@@ -132,7 +132,7 @@ class Recipe:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Recipe:
-        known = {f for f in cls.__dataclass_fields__}
+        known = set(cls.__dataclass_fields__)
         for key in values:
             if key not in known:
                 raise unknown_name("recipe setting", key, known)

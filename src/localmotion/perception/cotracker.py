@@ -115,7 +115,7 @@ class CoTracker3:
         )
         self.window, self.max_frames, self.max_streams = window, max_frames, streams
         self.device = pick_device(device)
-        self.dtype = pick_precision(self.name, precision)
+        self.dtype = pick_precision(self.name, precision, self.device)
         _warn_licence(accept_licence)
         self._predictor = self._load(source, repository, weights, sha256).eval().requires_grad_(False).to(self.device)
         self._streams: list[_Stream] = []  # most recently used last

@@ -91,7 +91,7 @@ class GroundedSam:
         self.prompt = clean_prompt(prompt)
         self.box_threshold, self.text_threshold, self.max_boxes = box_threshold, text_threshold, max_boxes
         self.device = pick_device(device)
-        self.dtype = pick_precision(self.name, precision)
+        self.dtype = pick_precision(self.name, precision, self.device)
         self._image: Any = optional_import("PIL.Image", self.name, INSTALL)
         library: Any = optional_import("transformers", self.name, INSTALL)
         try:  # transformers imports lazily: an unfit torchvision shows only when a class is taken from it

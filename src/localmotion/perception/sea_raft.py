@@ -51,7 +51,7 @@ class _PairFlow:
         check_options(self.name, min_side=min_side >= SMALLEST_SIDE, batch=batch >= 1)
         self.min_side, self.batch = min_side, batch
         self.device = pick_device(device)
-        self.dtype = pick_precision(self.name, precision)
+        self.dtype = pick_precision(self.name, precision, self.device)
 
     def _predict(self, pairs: torch.Tensor) -> torch.Tensor:
         """(B, 2, 3, H, W) RGB float 0..1, both sides >= 128 -> (B, 2, H, W) pixels of this size."""

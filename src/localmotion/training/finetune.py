@@ -287,7 +287,9 @@ class _Learner:
         recipe = self.observer.recipe.to_json() if self.observer.recipe else None
         self.out.environment({"compute": self.compute.note, "parameters": counts, "env": described, "recipe": recipe})
         say(f"{run.method} on {run.env}: {self.compute.note}")
-        XX
+        gl = described.get("gl")
+        drawn = f", {gl['message']}" if isinstance(gl, dict) else ""
+        say(f"rendering {described.get('quality')}{drawn}; action repeat {self.repeat}")
         say("parameters " + ", ".join(f"{k} {v / 1e6:.2f}M" for k, v in counts.items()))
         say(self.replay.describe())
         say(

@@ -1,0 +1,257 @@
+"""Batch extraction: clips of a folder of videos into a clip store (paper 4.2.1, Algorithm 1 lines 5-8)."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from localmotion.errors import LocalmotionError, StoreError, VideoError
+from localmotion.perception.base import ClipMotion, Points, Recipe, make_backend
+from localmotion.perception.points import Slots, draw_points, scene_cut, texture_weight
+from localmotion.perception.stream import Magnitudes, shrink_flow, shrink_points
+from localmotion.video.decode import iter_frames
+from localmotion.video.listing import VideoRef, find_videos
+from localmotion.video.store import Clip, ClipStore, ClipStoreWriter
+from localmotion.video.workers import Lost, map_isolated
+
+SEGMENT_OFFSETS = (1, 2, 4)  # frames ahead whose flow decides the foreground at a segment's start
+
+
+class ClipExtractor:
+    """Atomic Actions of one clip.
+
+    With ``recipe.redraw_rounds > 0`` the points of each segment are chosen with look-ahead, as in the paper: drawn on the foreground of the
+    segment's first frame, followed to its end, those of little motion variance or soon lost drawn again, a bounded number of times; the
+    most mobile remain. Between segment starts, and everywhere with ``redraw_rounds=0``, slots behave exactly as in the streaming form.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        options = recipe.backend_options
+        self.flow = make_backend("flow", recipe.flow, **options.get(recipe.flow, {}))
+        self.segment = make_backend("segment", recipe.segment, **options.get(recipe.segment, {}))
+        self.track = make_backend("track", recipe.track, **options.get(recipe.track, {}))
+
+    def extract(self, frames: NDArray[np.uint8], seed: int) -> ClipMotion:
+        """Motion of (T, percept_size, percept_size, 3) uint8 frames, T >= 2."""
+        recipe, time = self.recipe, len(frames)
+        if time < 2 or frames.shape[1:] != (recipe.percept_size, recipe.percept_size, 3) or frames.dtype != np.uint8:
+            raise LocalmotionError(f"extraction wants at least 2 uint8 frames of side {recipe.percept_size}, got {frames.shape}")
+        grey = [cv2.cvtColor(x, cv2.COLOR_RGB2GRAY) for x in frames]
+        cuts = np.array([False, *(scene_cut(a, b) for a, b in itertools.pairwise(grey))])
+        fields = self._fields(frames, cuts)  # fields[t]: motion that led to frame t
+        slots = Slots(recipe, self.segment, self.track, np.random.default_rng(seed))
+        info: dict[str, Any] = {"cuts": np.flatnonzero(cuts).tolist(), "salient": []}
+        count = recipe.tracks
+        tracks = np.zeros((time, count, 2), np.float32)
+        visible = np.zeros((time, count), bool)
+        track_id = np.zeros((time, count), np.int32)
+        slots.reset(frames[0], grey[0])
+        for t in range(time):
+            if t:
+                args = (frames[t - 1], frames[t], grey[t - 1], grey[t], fields[t])
+                step = slots.cut(frames[t], grey[t]) if cuts[t] else slots.step(*args)
+                # The motion t-1 -> t can be used where the point was followed: same identity, visible in frame t-1.
+                tracks[t - 1], visible[t - 1], track_id[t - 1] = step.points, step.visible, step.track_id
+            if recipe.redraw_rounds and t % recipe.segment_frames == 0 and time - t > 2:
+                end = min(t + recipe.segment_frames, time)
+                later = np.flatnonzero(cuts[t + 1 : end])
+                end = t + 1 + int(later[0]) if len(later) else end
+                if end - t > 2:
+                    points, salient = self._choose(frames[t:end], grey[t], slots.rng)
+                    slots.place(np.ones(count, bool), points)
+                    info["salient"].append(salient)
+        tracks[-1], track_id[-1] = slots.points, slots.track_id
+        small = np.zeros((time, recipe.size, recipe.size, 2), np.float16)
+        small[:-1] = shrink_flow(fields[1:], recipe.ratio)
+        magnitudes = Magnitudes()
+        magnitudes.add(small[:-1])
+        info["flow"] = {key: round(value, 5) for key, value in magnitudes.quantiles().items()}
+        info["followed"] = round(float(visible[:-1].mean()), 4)
+        return ClipMotion(small, shrink_points(tracks, recipe.ratio), visible, track_id, info)
+
+    def _fields(self, frames: NDArray[np.uint8], cuts: NDArray[np.bool_]) -> NDArray[np.float32]:
+        """fields[t]: flow from frame max(t - span, last cut) to t; zero at t = 0 and across cuts."""
+        time, span = len(frames), self.recipe.flow_span
+        scene = np.maximum.accumulate(np.where(cuts, np.arange(time), 0))
+        first = np.maximum(np.arange(time) - span, scene)
+        fields = np.zeros((*frames.shape[:3], 2), np.float32)
+        wanted = np.flatnonzero(first < np.arange(time))
+        if len(wanted):
+            fields[wanted] = self.flow.flow(frames[first[wanted]], frames[wanted])
+        return fields
+
+    def _choose(self, frames: NDArray[np.uint8], grey: NDArray[np.uint8], rng: np.random.Generator) -> tuple[Points, int]:
+        """The paper's choice of points for one segment: (N, 2) points, most mobile first, and how many are salient."""
+        recipe, count = self.recipe, self.recipe.tracks
+        ahead = [k for k in SEGMENT_OFFSETS if k < len(frames)]
+        flows = self.flow.flow(np.repeat(frames[:1], len(ahead), 0), frames[ahead])
+        flows = flows / np.array(ahead, np.float32)[:, None, None, None]
+        weight = self.segment.weight(frames[[0, *ahead]], flows)
+        chance = weight * texture_weight(grey) if weight.any() else texture_weight(grey)
+        points = draw_points(chance, count, rng)
+        score = self._mobility(frames, points)
+        for _ in range(recipe.redraw_rounds):
+            weak = score < recipe.min_motion
+            if not weak.any():
+                break
+            fresh = draw_points(chance, int(weak.sum()), rng)
+            again = self._mobility(frames, fresh)
+            better = again > score[weak]
+            index = np.flatnonzero(weak)[better]
+            points[index], score[index] = fresh[better], again[better]
+        order = np.argsort(-score, kind="stable")
+        return points[order], int((score >= recipe.min_motion).sum())
+
+    def _mobility(self, frames: NDArray[np.uint8], points: Points) -> NDArray[np.float32]:
+        """Standard deviation of each point's path in pixels of `size`, zero if it is lost in the first half of the segment."""
+        tracks, visible = self.track.track(frames, points)
+        seen = visible[..., None]
+        number = np.maximum(seen.sum(0), 1)
+        mean = (tracks * seen).sum(0) / number
+        variance = (((tracks - mean) ** 2) * seen).sum(0) / number
+        stable = visible.sum(0) >= len(frames) / 2
+        score: NDArray[np.float32] = np.where(stable, np.sqrt(variance.sum(1)), 0.0).astype(np.float32)
+        return score / self.recipe.ratio
+
+
+@dataclass
+class ExtractSummary:
+    """What an extraction did."""
+
+    store: Path
+    clips: int = 0
+    frames: int = 0
+    new: int = 0
+    seconds: float = 0.0
+    rejected: dict[str, int] = field(default_factory=dict)
+    flow: dict[str, float] = field(default_factory=dict)
+
+    def lines(self) -> list[str]:
+        """For people."""
+        rate = f", {self.new} new in {self.seconds:.0f} s ({self.new / self.seconds:.1f} clips/s)" if self.new else ""
+        out = [f"{self.clips} clips, {self.frames:,} frames in {self.store}{rate}"]
+        out += [f"  rejected {number}: {reason}" for reason, number in sorted(self.rejected.items())]
+        values = ", ".join(f"{key} {value:.3f}" for key, value in self.flow.items())
+        return [*out, f"flow magnitude in pixels of a stored frame: {values}"]
+
+
+def seed_of(clip_id: str, seed: int) -> int:
+    """Seed of a clip's draws: a pure function of its id and the recipe's seed."""
+    import hashlib
+
+    return int.from_bytes(hashlib.sha256(f"{seed}:{clip_id}".encode()).digest()[:8], "little")
+
+
+_EXTRACTORS: dict[str, ClipExtractor] = {}  # one per process and recipe: backends are costly to build
+
+
+def extract_one(ref: VideoRef, recipe: Recipe, min_frames: int, max_frames: int) -> Clip | dict[str, str]:
+    """One video: a clip, or why it is rejected."""
+    cv2.setNumThreads(1)
+    key = recipe.hash()
+    if key not in _EXTRACTORS:
+        _EXTRACTORS[key] = ClipExtractor(recipe)
+    try:
+        frames = np.stack(
+            list(iter_frames(ref, recipe.percept_size, recipe.frame_stride, max_frames=max_frames)) or [np.zeros(0)]
+        )
+        if frames.ndim != 4 or len(frames) < min_frames:
+            found = len(frames) if frames.ndim == 4 else 0
+            raise VideoError(ref.path, "too_short", f"has {found} frames, {min_frames} are needed")
+    except VideoError as error:
+        return {"id": ref.id, "reason": error.reason, "detail": error.detail}
+    motion = _EXTRACTORS[key].extract(frames, seed_of(ref.id, recipe.seed))
+    if recipe.ratio > 1:
+        side = (recipe.size, recipe.size)
+        frames = np.stack([cv2.resize(x, side, interpolation=cv2.INTER_AREA) for x in frames])
+    return Clip(ref.id, frames, motion.flow, motion.tracks, motion.visible, motion.track_id, label=ref.label, info=motion.info)
+
+
+def extract_folder(
+    videos: Path,
+    out: Path,
+    recipe: Recipe,
+    *,
+    list_file: Path | None = None,
+    min_frames: int = 25,
+    max_frames: int = 300,
+    workers: int = 1,
+    shard_clips: int = 32,
+    progress: Callable[[int, int | None, str], Any] | None = None,
+) -> ExtractSummary:
+    """Extract every video below ``videos`` into the store ``out``, going on where an earlier call stopped.
+
+    Shards are a pure function of the sorted video list, so the same input and recipe give the same bytes whatever the number of
+    workers. Memory is bounded by the shards in flight. A rejected video leaves its reason in the store; a decoder that dies costs its own
+    video alone. Raises VideoError for a missing or empty folder, StoreError for a store of another recipe or a full disk.
+    """
+    import time
+
+    refs = {ref.id: ref for ref in find_videos(videos, list_file)}
+    writer = ClipStoreWriter.open(out, recipe.size, recipe.to_json(), recipe.hash(), recipe.tracks, shard_clips)
+    pending = writer.pending(refs)
+    todo = [(index, name) for index, names in pending for name in names]
+    left = {index: len(names) for index, names in pending}
+    parts: dict[int, tuple[list[Clip], list[dict[str, Any]]]] = {index: ([], []) for index in left}
+    began, done, total = time.monotonic(), len(refs) - len(todo), len(refs)
+    new = 0
+    call = partial(extract_one, recipe=recipe, min_frames=min_frames, max_frames=max_frames)
+    if progress:
+        progress(done, total, "")
+    for position, result in _results(call, [refs[name] for _, name in todo], workers):
+        index, name = todo[position]
+        if isinstance(result, Lost):
+            result = {"id": name, "reason": result.reason, "detail": result.detail}
+        if isinstance(result, Clip):
+            parts[index][0].append(result)
+            new += 1
+        else:
+            parts[index][1].append(result)
+        left[index] -= 1
+        if not left[index]:
+            writer.write_shard(index, *parts.pop(index))
+        done += 1
+        if progress:
+            progress(done, total, "")
+    return _summary(out, new, time.monotonic() - began)
+
+
+def _results(call: Callable[[VideoRef], Any], refs: list[VideoRef], workers: int) -> Any:
+    if not refs:
+        return iter(())
+    if workers <= 1 or len(refs) < 4:
+        return enumerate(map(call, refs))
+    return map_isolated(call, refs, workers)
+
+
+def _summary(out: Path, new: int, seconds: float) -> ExtractSummary:
+    """Counts and the flow distribution of the whole store; the latter is also written beside store.json."""
+    summary = ExtractSummary(out, new=new, seconds=seconds)
+    try:
+        store = ClipStore(out)
+    except StoreError:
+        if any((out / "shards").glob("*/shard.json")):
+            raise
+        return summary
+    summary.clips, summary.frames = len(store), int(store.lengths.sum())
+    for entry in store.rejected:
+        summary.rejected[entry["reason"]] = summary.rejected.get(entry["reason"], 0) + 1
+    if len(store):
+        # Means over clips of each clip's own quantiles: cheap, and a few wild clips do not hide the rest.
+        for key in ("mean", "p50", "p90", "p99"):
+            summary.flow[key] = float(np.mean([info["flow"][key] for info in store.infos]))
+        temporary = out / "flow.json.tmp"
+        temporary.write_text(json.dumps(summary.flow, indent=1, sort_keys=True) + "\n")
+        os.replace(temporary, out / "flow.json")
+    return summary

@@ -1,0 +1,55 @@
+"""Embedded track backend: pyramidal Lucas-Kanade with a forward-backward check."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from localmotion.perception.base import Frame, Points, register
+
+
+@register("track", "lk")
+class LKTracks:
+    """Sparse optical flow, window 15 (21 above 128 px), 3 pyramid levels.
+
+    A point is lost when it leaves the picture or when tracking it back ends further than ``0.01 side + 0.3`` pixels from where it was.
+    """
+
+    name: ClassVar[str] = "lk"
+    licence: ClassVar[str] = "Apache-2.0"
+    causal: ClassVar[bool] = True
+
+    def __init__(self, window: int | None = None, tolerance: float | None = None) -> None:
+        self.window, self.tolerance = window, tolerance
+
+    def step(self, previous: Frame, current: Frame, points: Points) -> tuple[Points, NDArray[np.bool_]]:
+        """Advance (N, 2) points by one frame: new positions (lost ones stay where they were) and which were found."""
+        if len(points) == 0:
+            return points.copy(), np.zeros(0, bool)
+        height, width = previous.shape[:2]
+        side = min(height, width)
+        window = self.window or (15 if side <= 128 else 21)
+        tolerance = self.tolerance if self.tolerance is not None else 0.01 * side + 0.3
+        a, b = (cv2.cvtColor(x, cv2.COLOR_RGB2GRAY) if x.ndim == 3 else x for x in (previous, current))
+        settings = {"winSize": (window, window), "maxLevel": 2}
+        start = np.ascontiguousarray(points, np.float32).reshape(-1, 1, 2)
+        moved, found, _ = cv2.calcOpticalFlowPyrLK(a, b, start, None, **settings)
+        back, found_back, _ = cv2.calcOpticalFlowPyrLK(b, a, moved, None, **settings)
+        moved, error = moved.reshape(-1, 2), np.linalg.norm((back - start).reshape(-1, 2), axis=1)
+        inside = (moved >= -0.5).all(1) & (moved[:, 0] <= width - 0.5) & (moved[:, 1] <= height - 0.5)
+        good = found.ravel().astype(bool) & found_back.ravel().astype(bool) & (error < tolerance) & inside
+        return np.where(good[:, None], moved, points).astype(np.float32), good
+
+    def track(self, frames: NDArray[np.uint8], points: Points, start: int = 0) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        """`step` repeated; a lost point stays lost."""
+        grey = [cv2.cvtColor(x, cv2.COLOR_RGB2GRAY) for x in frames]
+        tracks = np.repeat(points[None].astype(np.float32), len(frames), 0)
+        visible = np.zeros(tracks.shape[:2], bool)
+        visible[start] = True
+        for t in range(start + 1, len(frames)):
+            tracks[t], good = self.step(grey[t - 1], grey[t], tracks[t - 1])
+            visible[t] = visible[t - 1] & good
+        return tracks, visible
