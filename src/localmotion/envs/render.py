@@ -1,9 +1,10 @@
 """Pictures of a MuJoCo scene, fast: one persistent context at the exact size, in one of two qualities.
 
-What costs time in software OpenGL is not pixels but vertices and shadow maps (measured, docs/environments.md): the 4096 x 4096 shadow map
-and four samples a pixel of MuJoCo's defaults, and round bodies of 28 x 16 facets, all of it drawn again for each light that casts shadows
-and for reflections. `fast` keeps the lights, shadows and reflections but draws them with a small map, one sample and fewer facets.
-Leaving shadows out altogether looks cheaper still but changes the brightness of floors: without the extra pass all light saturates.
+What costs time in software OpenGL is not pixels but vertices and shadow maps (measured: docs/environments.md): the 4096 x 4096 shadow
+map and four samples a pixel of MuJoCo's defaults, round bodies of 28 x 16 facets and meshes of ten thousands of triangles, all of it drawn
+again for each light that casts shadows and for reflections. `fast` keeps the lights, shadows and reflections but draws them with a
+small map, one sample, fewer facets and simplified meshes. Leaving the shadows out would be cheaper still but darkens floors by up to a
+third: without the shadow's extra pass MuJoCo adds all lights before it clips them.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localmotion.envs.gl import choose_gl, current_context, register
+from localmotion.envs.meshes import simplified
 from localmotion.errors import ConfigError, EnvError, unknown_name
 
 Quality = Literal["fast", "reference", "auto"]
 QUALITIES = ("fast", "reference", "auto")
 MAX_GEOMS = 5000
-FAST = {"offsamples": 0, "shadowsize": 128, "numslices": 12, "numstacks": 8}
+FAST = {"offsamples": 0, "shadowsize": 128, "numslices": 12, "numstacks": 8, "numquads": 2}
 """MuJoCo's ``visual/quality`` settings in `fast`; `reference` leaves the model's own."""
 
 
@@ -141,11 +143,14 @@ def _drawn_with(model: Any, quality: str, size: int) -> Iterator[None]:
     before = {name: getattr(settings, name) for name in FAST}
     sides = area.offwidth, area.offheight
     area.offwidth = area.offheight = size
-    if quality == "fast":
-        for name, value in FAST.items():
-            setattr(settings, name, min(value, before[name]))
     try:
-        yield
+        if quality == "fast":
+            for name, value in FAST.items():
+                setattr(settings, name, min(value, before[name]))
+            with simplified(model):
+                yield
+        else:
+            yield
     finally:
         area.offwidth, area.offheight = sides
         for name, value in before.items():
