@@ -67,20 +67,19 @@ _OPEN: weakref.WeakSet[_Closes] = weakref.WeakSet()
 
 
 def register(renderer: _Closes) -> None:
-    """Remember a renderer, so that it is closed before the GL contexts are when the process ends."""
+    """Remember a renderer, so that it is closed while its GL context still lives when the process ends."""
     _OPEN.add(renderer)
+    # Exit handlers run newest first. MuJoCo and dm_control each end the EGL display in one of theirs; ours has to come before both.
+    atexit.unregister(_close_all)
+    atexit.register(_close_all)
 
 
-def _free_all() -> None:
-    """At exit: renderers first, then the contexts they draw in, before the driver's own exit handlers run."""
+def _close_all() -> None:
+    """At exit: close the renderers; the contexts go with the process, and nothing may touch them after the display has ended."""
     for renderer in list(_OPEN):
         renderer.close()
-    here = (os.getpid(), threading.get_ident())
-    for key, context in list(_CONTEXTS.items()):
-        if key == here:
-            context.make_current()
-            context.free()
-        context._context = None  # another thread's: nothing may touch it any more
+    for context in _CONTEXTS.values():
+        context._context = None
     _CONTEXTS.clear()
 
 
@@ -179,8 +178,6 @@ def current_context() -> Any:
             context = _new_context(info.backend)
         except (ImportError, RuntimeError) as error:
             raise EnvError(f"{info.backend} drew in a subprocess but not here: {error}; start a fresh process") from error
-        if not _CONTEXTS:
-            atexit.register(_free_all)  # after MuJoCo registered its own, so run before it
         _CONTEXTS[key] = context
     context.make_current()
     return context
