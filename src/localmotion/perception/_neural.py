@@ -41,7 +41,8 @@ def missing(backend: str, package: str, command: str, error: Exception) -> Missi
     """The one-line error for a backend whose package is absent or does not load."""
     cause = _one_line(error)
     mend = f"install it with: {command}"
-    if "torchvision" in cause and "No module named" not in cause:
+    absent = isinstance(error, ModuleNotFoundError) and (error.name or "").startswith("torchvision")
+    if "torchvision" in cause and not absent:
         mend = f"its torchvision does not fit torch {torch.__version__}: pip install {matching_torchvision()}, or remove it"
     return MissingExtraError(f"backend {backend} needs {package}, which cannot be imported ({cause}); {mend}")
 
