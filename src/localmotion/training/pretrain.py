@@ -13,7 +13,7 @@ from localmotion import methods
 from localmotion.compute import Compute, choose
 from localmotion.config import RunConfig
 from localmotion.console import progress, say
-from localmotion.errors import ConfigError
+from localmotion.errors import ConfigError, StoreError
 from localmotion.evaluation.heldout import CONTEXT_FRAMES, open_loop_errors, reconstruction_errors
 from localmotion.methods.base import Method
 from localmotion.training import checkpoint
@@ -36,15 +36,7 @@ def pretrain(run: RunConfig, path: Path) -> Path:
     train = WindowSampler(
         store, settings.length, settings.batch_size, run.seed, split="train", heldout_fraction=settings.heldout_fraction
     )
-    heldout = WindowSampler(
-        store,
-        settings.length,
-        settings.batch_size,
-        run.seed + 1,
-        split="heldout",
-        heldout_fraction=settings.heldout_fraction,
-        prefetch=False,
-    )
+    heldout = _heldout(store, run)
     out = RunDir(path, run)
     compute = choose(run)
     torch.manual_seed(run.seed)
@@ -81,7 +73,7 @@ def pretrain(run: RunConfig, path: Path) -> Path:
                     advance(done, note=" ".join(f"{k[5:]} {v:.2f}" for k, v in values.items() if k.startswith("loss/")))
                 else:
                     advance(done)
-                if done % settings.eval_every == 0 or done == settings.updates:
+                if heldout and (done % settings.eval_every == 0 or done == settings.updates):
                     result = measure_heldout(method, heldout, settings.eval_batches, compute, path / "media", done)
                     out.log("heldout", update=done, **result)
                     clock = time.perf_counter()
@@ -98,6 +90,24 @@ def pretrain(run: RunConfig, path: Path) -> Path:
         raise
     out.status("finished", update=settings.updates)
     return path
+
+
+def _heldout(store: ClipStore, run: RunConfig) -> WindowSampler | None:
+    """Sampler of the clips that are never trained on; None (said aloud) when the store is too small to have any."""
+    settings = run.pretrain
+    try:
+        return WindowSampler(
+            store,
+            settings.length,
+            settings.batch_size,
+            run.seed + 1,
+            split="heldout",
+            heldout_fraction=settings.heldout_fraction,
+            prefetch=False,
+        )
+    except StoreError as error:
+        say(f"no held-out figures: {error}")
+        return None
 
 
 def to_device(batch: dict[str, torch.Tensor], compute: Compute) -> dict[str, torch.Tensor]:
