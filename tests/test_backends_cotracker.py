@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import math
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from localmotion.errors import ConfigError, LocalmotionError
-from localmotion.perception import cotracker
+from localmotion.perception import _neural, cotracker
 from localmotion.perception.base import TrackBackend
 from localmotion.perception.cotracker import CoTracker3, LicenceWarning
 
@@ -69,6 +70,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(cotracker, "_warned", set())
 
     def build(**options: Any) -> CoTracker3:
+        _neural._networks.clear()  # each stand-in keeps a log of its own
         local = {"source": "local", "repository": str(folder), "weights": "random", "accept_licence": True}
         return CoTracker3(**{**local, "device": "cpu", **options})
 
@@ -232,7 +234,31 @@ def test_streaming_survives_buffers_that_are_reused_and_points_that_are_rescaled
         previous[:], current[:] = frames[t], frames[t + 1]
         points, _ = backend.step(previous, current, points)
         points = (points / np.float32(3)) * np.float32(3)
+        np.testing.assert_allclose(points, POINTS + walk(8)[t + 1] - walk(8)[0], atol=1e-4)
     assert backend._predictor.log[-1] == (8, [0, 0, 0])
+
+
+def test_a_known_frame_with_none_of_its_points_begins_a_stream(hub):
+    frames = film(walk(4))
+    backend = hub()
+    run_stream(backend, frames[:3], POINTS)
+    backend.step(frames[2], frames[3], POINTS + 25)
+    assert backend._predictor.log[-1] == (2, [0, 0, 0])
+
+
+def test_backends_share_the_network_but_not_the_streams(hub, tmp_path):
+    first = hub()
+    folder = {"source": "local", "repository": str(tmp_path / "co-tracker"), "weights": "random"}
+    second = CoTracker3(**folder, accept_licence=True, device="cpu", window=4)
+    assert second._predictor is first._predictor
+    frames = film(walk(4))
+    run_stream(first, frames, POINTS)
+    run_stream(second, frames, POINTS)
+    assert [length for length, _ in first._predictor.log] == [2, 3, 4] * 2
+    key = next(iter(_neural._networks))
+    del first, second
+    gc.collect()
+    assert key not in _neural._networks
 
 
 def test_positions_that_are_not_finite_are_an_error(hub):

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from localmotion.errors import ConfigError, LocalmotionError, MissingExtraError
+from localmotion.perception import _neural
 from localmotion.perception.base import SegmentBackend
 from localmotion.perception.grounded_sam import GroundedSam, clean_prompt
 
@@ -132,6 +133,7 @@ class StandInTransformers(types.ModuleType):
 @pytest.fixture
 def transformers(monkeypatch: pytest.MonkeyPatch) -> StandInTransformers:
     module = StandInTransformers()
+    _neural._networks.clear()
     monkeypatch.setitem(sys.modules, "transformers", module)
     pytest.importorskip("PIL.Image", reason="the backend hands pictures over as PIL images")
     return module

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from localmotion.errors import ConfigError, LocalmotionError, MissingExtraError
+from localmotion.perception import _neural
 from localmotion.perception.base import FlowBackend
 from localmotion.perception.grounded_sam import GroundedSam
 from localmotion.perception.sea_raft import Raft, SeaRaft
@@ -77,6 +78,11 @@ class StandInSeaRaft(torch.nn.Module):
         return {"flows": flow[:, None], "flow_small": flow[..., ::8, ::8] / 8}
 
 
+@pytest.fixture(autouse=True)
+def _fresh_networks() -> None:
+    _neural._networks.clear()
+
+
 @pytest.fixture
 def ptlflow(monkeypatch: pytest.MonkeyPatch) -> Any:
     module: Any = types.ModuleType("ptlflow")
@@ -130,6 +136,11 @@ def test_sea_raft_batches_keeps_order_and_takes_read_only_frames(ptlflow):
     np.testing.assert_allclose(flow[:, 9, 9], [[k, -k] for k in range(5)], atol=1e-5)
     assert [size[0] for size in backend._network.sizes] == [2, 2, 1]
     assert backend.flow(first[:0], second[:0]).shape == (0, 64, 64, 2)
+
+
+def test_enlarging_does_not_leave_the_range(ptlflow):
+    frames = np.where((np.indices((40, 40)).sum(0) // 4 % 2)[None, ..., None], 255, 0).repeat(3, -1).astype(np.uint8)
+    SeaRaft(device="cpu").flow(frames, frames)  # the stand-in checks 0..1; bicubic overshoots at such edges
 
 
 def test_sea_raft_reports_the_pair_that_is_not_finite(ptlflow):
@@ -211,8 +222,7 @@ def test_half_precision_runs_the_network_under_autocast(ptlflow):
     seen = []
     backend._network.register_forward_pre_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
     backend.flow(*moved_pair(64, 64, MOVES))
-    backend = SeaRaft(device="cpu", min_side=128)
-    backend._network.register_forward_pre_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+    backend = SeaRaft(device="cpu", min_side=128)  # shares the network of the first
     backend.flow(*moved_pair(64, 64, MOVES))
     assert seen == [True, False]
 

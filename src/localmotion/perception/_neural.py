@@ -6,10 +6,11 @@ import contextlib
 import hashlib
 import importlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -123,6 +124,24 @@ def building() -> Iterator[None]:
         warnings.simplefilter("ignore", DeprecationWarning)
         warnings.simplefilter("ignore", FutureWarning)
         yield
+
+
+_networks: WeakValueDictionary[tuple[Any, ...], torch.nn.Module] = WeakValueDictionary()
+
+
+def shared_network(key: tuple[Any, ...], device: torch.device, build: Callable[[], Any]) -> Any:
+    """The frozen network of ``key`` on ``device``: built once, shared by all backends of this process that use it.
+
+    Every environment has a backend of its own; their networks are the same and hold no state, so memory is paid once. It
+    is freed with the last backend.
+    """
+    key = (*key, str(device))
+    network = _networks.get(key)
+    if network is None:
+        with building():
+            network = build().eval().requires_grad_(False).to(device)
+        _networks[key] = network
+    return network
 
 
 def read_state_dict(backend: str, path: Path, sha256: str = "") -> dict[str, Any]:

@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 
 from localmotion.errors import LocalmotionError
 from localmotion.perception._neural import (
-    building,
     check_frames,
     check_options,
     failure,
@@ -30,6 +29,7 @@ from localmotion.perception._neural import (
     pick_device,
     pick_precision,
     read_state_dict,
+    shared_network,
 )
 from localmotion.perception.base import Frame, Points, register
 
@@ -117,7 +117,11 @@ class CoTracker3:
         self.device = pick_device(device)
         self.dtype = pick_precision(self.name, precision, self.device)
         _warn_licence(accept_licence)
-        self._predictor = self._load(source, repository, weights, sha256).eval().requires_grad_(False).to(self.device)
+        self._predictor = shared_network(
+            (self.name, source, repository, weights, sha256),
+            self.device,
+            lambda: self._load(source, repository, weights, sha256),
+        )
         self._streams: list[_Stream] = []  # most recently used last
 
     def _load(self, source: str, repository: str, weights: str, sha256: str) -> Any:
@@ -125,36 +129,35 @@ class CoTracker3:
             raise LocalmotionError(
                 f"cotracker3: {repository} has no hubconf.py; give the folder of a co-tracker checkout as repository"
             )
-        with building():
+        try:
+            # pretrained=False: the repository's own loading unpickles whatever it downloads.
+            predictor = torch.hub.load(
+                repository,
+                "cotracker3_offline",
+                source=source,
+                trust_repo=True,
+                skip_validation=True,
+                verbose=False,
+                pretrained=False,
+            )
+        except Exception as error:  # foreign code: network, zip and import errors of any type
+            mend = "check the network, or clone facebookresearch/co-tracker and use source=local, repository=FOLDER"
+            raise failure(self.name, f"loading the code from {repository}", error, mend) from error
+        if weights == "random":
+            return predictor
+        if weights == "official":
             try:
-                # pretrained=False: the repository's own loading unpickles whatever it downloads.
-                predictor = torch.hub.load(
-                    repository,
-                    "cotracker3_offline",
-                    source=source,
-                    trust_repo=True,
-                    skip_validation=True,
-                    verbose=False,
-                    pretrained=False,
-                )
-            except Exception as error:  # foreign code: network, zip and import errors of any type
-                mend = "check the network, or clone facebookresearch/co-tracker and use source=local, repository=FOLDER"
-                raise failure(self.name, f"loading the code from {repository}", error, mend) from error
-            if weights == "random":
-                return predictor
-            if weights == "official":
-                try:
-                    state = torch.hub.load_state_dict_from_url(WEIGHTS_URL, map_location="cpu", weights_only=True)
-                except Exception as error:  # URL, zip and pickle errors, each of its own type
-                    mend = f"download {WEIGHTS_URL} elsewhere and give its path as weights"
-                    raise failure(self.name, "fetching the weights", error, mend) from error
-            else:
-                state = read_state_dict(self.name, Path(weights), sha256)
-            try:
-                predictor.model.load_state_dict(state)
-            except RuntimeError as error:
-                mend = "use the file scaled_offline.pth of CoTracker3"
-                raise failure(self.name, f"fitting weights {weights!r} to the model", error, mend) from error
+                state = torch.hub.load_state_dict_from_url(WEIGHTS_URL, map_location="cpu", weights_only=True)
+            except Exception as error:  # URL, zip and pickle errors, each of its own type
+                mend = f"download {WEIGHTS_URL} elsewhere and give its path as weights"
+                raise failure(self.name, "fetching the weights", error, mend) from error
+        else:
+            state = read_state_dict(self.name, Path(weights), sha256)
+        try:
+            predictor.model.load_state_dict(state)
+        except RuntimeError as error:
+            mend = "use the file scaled_offline.pth of CoTracker3"
+            raise failure(self.name, f"fitting weights {weights!r} to the model", error, mend) from error
         return predictor
 
     def track(self, frames: NDArray[np.uint8], points: Points, start: int = 0) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:

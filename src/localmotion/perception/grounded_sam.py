@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from localmotion.errors import ConfigError
 from localmotion.perception._neural import (
     GUIDE,
-    building,
     check_frames,
     check_options,
     failure,
@@ -27,6 +26,7 @@ from localmotion.perception._neural import (
     optional_import,
     pick_device,
     pick_precision,
+    shared_network,
 )
 from localmotion.perception.base import Frame, register
 
@@ -101,26 +101,27 @@ class GroundedSam:
         except (ImportError, RuntimeError, OSError, AttributeError) as error:
             raise missing(self.name, "transformers>=5,<6", INSTALL, error) from error
 
-        here = {"local_files_only": local_files_only}
-        with building():
-            where = {"revision": detector_revision, **here}
-            try:
-                self._detector_processor = dino_processor(
-                    image_processor=dino_images.from_pretrained(detector, **where),
-                    tokenizer=tokenizer.from_pretrained(detector, **where),
-                )
-                self._detector = self._ready(dino.from_pretrained(detector, use_safetensors=True, **where))
-            except (OSError, ValueError, RuntimeError) as error:
-                raise self._unreadable("detector", detector, error) from error
-            where = {"revision": segmenter_revision, **here}
-            try:
-                self._segmenter_processor = sam_processor(sam_images.from_pretrained(segmenter, **where))
-                self._segmenter = self._ready(sam.from_pretrained(segmenter, use_safetensors=True, **where))
-            except (OSError, ValueError, RuntimeError) as error:
-                raise self._unreadable("segmenter", segmenter, error) from error
+        at = {"revision": detector_revision, "local_files_only": local_files_only}
+        try:
+            self._detector_processor = dino_processor(
+                image_processor=dino_images.from_pretrained(detector, **at),
+                tokenizer=tokenizer.from_pretrained(detector, **at),
+            )
+            self._detector = self._network(dino, detector, at)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise self._unreadable("detector", detector, error) from error
+        at = {"revision": segmenter_revision, "local_files_only": local_files_only}
+        try:
+            self._segmenter_processor = sam_processor(sam_images.from_pretrained(segmenter, **at))
+            self._segmenter = self._network(sam, segmenter, at)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise self._unreadable("segmenter", segmenter, error) from error
 
-    def _ready(self, model: Any) -> Any:
-        return model.eval().requires_grad_(False).to(self.device)
+    def _network(self, kind: Any, model: str, at: dict[str, Any]) -> Any:
+        def load() -> Any:
+            return kind.from_pretrained(model, use_safetensors=True, **at)
+
+        return shared_network((self.name, kind.__name__, model, at["revision"]), self.device, load)
 
     def _unreadable(self, slot: str, model: str, error: Exception) -> Exception:
         mend = f"check the id and the network, or give a local folder as {slot} ({GUIDE})"

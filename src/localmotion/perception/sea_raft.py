@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from localmotion.errors import ConfigError, LocalmotionError, unknown_name
 from localmotion.perception._neural import (
     GUIDE,
-    building,
     check_frames,
     check_options,
     failure,
@@ -27,6 +26,7 @@ from localmotion.perception._neural import (
     optional_import,
     pick_device,
     pick_precision,
+    shared_network,
 )
 from localmotion.perception.base import register
 
@@ -135,17 +135,19 @@ class SeaRaft(_PairFlow):
         if model not in MODELS:
             raise unknown_name("sea_raft model", model, MODELS)
         weights = _checkpoint(checkpoint)
-        with building():
-            ptlflow = optional_import("ptlflow", self.name, PTLFLOW_INSTALL)
-            try:
-                network = ptlflow.get_model(model, ckpt_path=weights)
-            except Exception as error:  # URL, hash, zip, pickle and shape errors, each of its own type
-                mend = (
-                    f"check the network, or download the file elsewhere and give its path as checkpoint ({GUIDE}); "
-                    "a damaged file in the torch.hub cache must be deleted"
-                )
-                raise failure(self.name, f"loading {model} with checkpoint {checkpoint!r}", error, mend) from error
-        self._network = network.eval().requires_grad_(False).to(self.device)
+        key = (self.name, model, weights)
+        self._network = shared_network(key, self.device, lambda: self._load(model, weights))
+
+    def _load(self, model: str, weights: str | None) -> Any:
+        ptlflow = optional_import("ptlflow", self.name, PTLFLOW_INSTALL)
+        try:
+            return ptlflow.get_model(model, ckpt_path=weights)
+        except Exception as error:  # URL, hash, zip, pickle and shape errors, each of its own type
+            mend = (
+                f"check the network, or download the file elsewhere and give its path as checkpoint ({GUIDE}); "
+                "a damaged file in the torch.hub cache must be deleted"
+            )
+            raise failure(self.name, f"loading {model} with checkpoint {weights!r}", error, mend) from error
 
     def _predict(self, pairs: torch.Tensor) -> torch.Tensor:
         # ptlflow takes blue first, 0..1, pads to a multiple of 8 itself and cuts the padding off again.
@@ -196,21 +198,24 @@ class Raft(_PairFlow):
             raise unknown_name("raft model", model, ("small", "large"))
         if checkpoint not in ("default", "random"):
             raise unknown_name("raft checkpoint", checkpoint, ("default", "random"))
-        with building():
-            zoo: Any = optional_import("torchvision.models.optical_flow", self.name, self._INSTALL)
+        key = (self.name, model, checkpoint)
+        self._network = shared_network(key, self.device, lambda: self._load(model, checkpoint))
+
+    def _load(self, model: str, checkpoint: str) -> Any:
+        zoo: Any = optional_import("torchvision.models.optical_flow", self.name, self._INSTALL)
+        try:
+            build = zoo.raft_small if model == "small" else zoo.raft_large
+            weights = zoo.Raft_Small_Weights.C_T_V2 if model == "small" else zoo.Raft_Large_Weights.C_T_SKHT_V2
+        except AttributeError as error:
+            raise missing(self.name, "torchvision>=0.13", self._INSTALL, error) from error
+        network = build(weights=None)
+        if checkpoint == "default":
             try:
-                build = zoo.raft_small if model == "small" else zoo.raft_large
-                weights = zoo.Raft_Small_Weights.C_T_V2 if model == "small" else zoo.Raft_Large_Weights.C_T_SKHT_V2
-            except AttributeError as error:
-                raise missing(self.name, "torchvision>=0.13", self._INSTALL, error) from error
-            network = build(weights=None)
-            if checkpoint == "default":
-                try:
-                    network.load_state_dict(weights.get_state_dict(check_hash=True, weights_only=True, progress=False))
-                except Exception as error:  # URL, hash, zip and pickle errors, each of its own type
-                    mend = "check the network or put the file into the torch.hub cache"
-                    raise failure(self.name, f"fetching the weights of RAFT {model}", error, mend) from error
-        self._network = network.eval().requires_grad_(False).to(self.device)
+                network.load_state_dict(weights.get_state_dict(check_hash=True, weights_only=True, progress=False))
+            except Exception as error:  # URL, hash, zip and pickle errors, each of its own type
+                mend = "check the network or put the file into the torch.hub cache"
+                raise failure(self.name, f"fetching the weights of RAFT {model}", error, mend) from error
+        return network
 
     def _predict(self, pairs: torch.Tensor) -> torch.Tensor:
         height, width = pairs.shape[-2:]
