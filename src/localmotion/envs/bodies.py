@@ -31,7 +31,6 @@ BODIES: dict[str, str] = {
     "fish": "fish_upright",
     "hopper": "hopper_hop",
     "humanoid": "humanoid_walk",
-    "manipulator": "manipulator_bring_ball",
     "pendulum": "pendulum_swingup",
     "point_mass": "point_mass_easy",
     "quadruped": "quadruped_walk",
@@ -41,7 +40,11 @@ BODIES: dict[str, str] = {
 }
 """Body -> the task of the suite it is taken from."""
 SECONDS_PER_FRAME = 0.04
-CENTRED = ("acrobot", "cartpole", "finger", "manipulator", "pendulum", "point_mass", "reacher")
+PACE = {"fish": 4, "pendulum": 2, "point_mass": 8, "swimmer": 2}
+"""Times this for bodies that random actions move slowly."""
+NEARER = {"acrobot": 0.75, "ball_in_cup": 0.75, "fish": 0.55, "pendulum": 0.7, "point_mass": 0.75}
+"""The camera's distance times this for bodies that are small in their own camera's picture."""
+CENTRED = ("acrobot", "cartpole", "finger", "pendulum", "point_mass", "reacher")
 """Bodies fixed to the world: the camera looks at their scene's middle; it follows the others."""
 _KEPT = ("tex_data", "mat_rgba", "mat_reflectance", "geom_rgba", "light_pos", "light_diffuse", "light_ambient", "light_specular")
 _BODY_TEXTURE = '<texture name="random_skin" type="cube" builtin="flat" rgb1="1 1 1" width="96" height="96"/>'
@@ -129,10 +132,9 @@ class Studio:
         self.model = self.env.physics.model.ptr
         self.data = self.env.physics.data.ptr
         self._before = {name: getattr(self.model, name).copy() for name in _KEPT}
-        self._headlight = [
-            np.array(getattr(self.model.vis.headlight, name)) for name in ("ambient", "diffuse", "specular")
-        ]
-        self._per_frame = max(1, round(SECONDS_PER_FRAME / (self.env._sub_steps * self.env.physics.timestep())))
+        self._headlight = [np.array(getattr(self.model.vis.headlight, name)) for name in ("ambient", "diffuse", "specular")]
+        seconds = SECONDS_PER_FRAME * PACE.get(body, 1)
+        self._per_frame = max(1, round(seconds / (self.env._sub_steps * self.env.physics.timestep())))
         self._camera = self.env._renderer.camera
         self._fixed_view = self.env.camera
         self._free = mujoco.mjtCamera.mjCAMERA_FREE
@@ -169,12 +171,12 @@ class Studio:
         for name, value in self._before.items():
             getattr(model, name)[:] = value
         bright_body = rng.random() < 0.75
-        dark, light = (0.12, 0.5), (0.7, 1.0)
+        dark, light = (0.12, 0.45), (0.75, 1.0)
         for texture in range(model.ntex):
             name = model.texture(texture).name
             height, width = int(model.tex_height[texture]), int(model.tex_width[texture])
             on_body = name == "random_skin"
-            picture = pattern(rng, width, light if on_body == bright_body else dark, busy=not on_body)
+            picture = pattern(rng, width, (0.55, 1.0) if on_body else light if not bright_body else dark, busy=not on_body)
             faces = height // width
             data = np.tile(picture, (faces, 1, 1)) if faces > 1 else cv2.resize(picture, (width, height))
             start = int(model.tex_adr[texture])
@@ -197,7 +199,7 @@ class Studio:
         model.light_pos[:] += rng.uniform(-0.5, 0.5, model.light_pos.shape) * np.array([1.0, 1.0, 0.2])
         model.light_diffuse[:] *= rng.uniform(0.5, 1.1, (model.nlight, 1)) * rng.uniform(0.85, 1.0, (model.nlight, 3))
         head = model.vis.headlight
-        strength = rng.uniform(0.6, 1.1)
+        strength = rng.uniform(0.75, 1.1)
         head.ambient[:] = self._headlight[0] * strength * rng.uniform(0.85, 1.1, 3)
         head.diffuse[:] = self._headlight[1] * strength
 
@@ -225,7 +227,7 @@ class Studio:
             follow=0.0 if self.body in CENTRED else float(rng.choice([0.05, 0.2])),
             azimuth=azimuth + float(rng.uniform(-30, 30)),
             elevation=float(np.clip(elevation + rng.uniform(-20, 8), -89, -4)),
-            distance=distance * wide * float(rng.uniform(0.65, 1.0)),
+            distance=distance * wide * NEARER.get(self.body, 1.0) * float(rng.uniform(0.65, 1.0)),
         )
 
     def _follow(self, aim: _Aim) -> None:
@@ -261,9 +263,7 @@ def smooth_actions(rng: np.random.Generator, steps: int, dims: int, per_frame: i
     return np.clip(waves.sum(axis=2) + rng.uniform(-0.3, 0.3, dims), -1.0, 1.0)
 
 
-def pattern(
-    rng: np.random.Generator, side: int, brightness: tuple[float, float], *, busy: bool = True
-) -> NDArray[np.uint8]:
+def pattern(rng: np.random.Generator, side: int, brightness: tuple[float, float], *, busy: bool = True) -> NDArray[np.uint8]:
     """A procedural texture (side, side, 3): clouds, stripes, checks or rings in two to four colours of the given brightness range."""
     small = min(side, 256)
     y, x = np.mgrid[0:small, 0:small] / small

@@ -39,7 +39,8 @@ class LKTracks:
         moved, found, _ = cv2.calcOpticalFlowPyrLK(a, b, start, None, **settings)
         back, found_back, _ = cv2.calcOpticalFlowPyrLK(b, a, moved, None, **settings)
         moved, error = moved.reshape(-1, 2), np.linalg.norm((back - start).reshape(-1, 2), axis=1)
-        inside = (moved >= -0.5).all(1) & (moved[:, 0] <= width - 0.5) & (moved[:, 1] <= height - 0.5)
+        both = np.stack([points, moved])
+        inside = ((both >= -0.5) & (both <= (width - 0.5, height - 0.5))).all((0, 2))
         good = found.ravel().astype(bool) & found_back.ravel().astype(bool) & (error < tolerance) & inside
         return np.where(good[:, None], moved, points).astype(np.float32), good
 

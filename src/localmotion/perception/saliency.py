@@ -11,12 +11,13 @@ from numpy.typing import NDArray
 from localmotion.perception.base import register
 
 
-def residual_flow(flow: NDArray[np.float32], stride: int = 4) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def residual_flow(flow: NDArray[np.float32], grid_side: int = 16) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Flow minus the motion of the camera, and the camera's flow, both (H, W, 2).
 
     The camera's motion is a robust homography (USAC MAGSAC) between a grid and where the flow takes it. If none fits, it is taken as still.
     """
     height, width = flow.shape[:2]
+    stride = max(min(height, width) // grid_side, 1)  # 256 points settle 8 parameters; more only cost time
     ys, xs = np.mgrid[0:height:stride, 0:width:stride]
     start = np.stack([xs, ys], -1).reshape(-1, 2).astype(np.float32)
     shift = flow[::stride, ::stride].reshape(-1, 2)

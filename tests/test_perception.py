@@ -1,0 +1,298 @@
+"""Embedded perception against scenes of known motion; batch and streaming agree; folders survive what they contain."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from localmotion.errors import ConfigError, LocalmotionError, StoreError, VideoError
+from localmotion.perception import Recipe, backends, make_backend
+from localmotion.perception.extract import ClipExtractor, extract_folder
+from localmotion.perception.points import Slots, draw_points, scene_cut
+from localmotion.perception.saliency import residual_flow
+from localmotion.perception.stream import Magnitudes, StreamingExtractor, shrink_flow, shrink_points
+from localmotion.video.store import ClipStore
+from localmotion.video.write import write_video
+
+SIDE = 128
+
+
+def texture(seed: int, side: int = SIDE) -> NDArray[np.uint8]:
+    noise = np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    return ((cv2.GaussianBlur(noise, (0, 0), 2.0).astype(np.float32) - 100) * 3).clip(0, 255).astype(np.uint8)
+
+
+def scene(
+    frames: int = 12, velocity: tuple[float, float] = (2.0, 1.0), camera: tuple[float, float] = (0.0, 0.0), side: int = SIDE
+) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    """A textured square of 40 px over a textured ground, both shifted with sub-pixel accuracy; frames and object masks."""
+    ground, patch = texture(1, 2 * side), texture(2, 40)
+    out, masks = [], []
+    for t in range(frames):
+        move = np.float32([[1, 0, -40 + camera[0] * t], [0, 1, -40 + camera[1] * t]])
+        frame = cv2.warpAffine(ground, move, (side, side), flags=cv2.INTER_LINEAR)
+        place = np.float32([[1, 0, 20 + velocity[0] * t], [0, 1, 30 + velocity[1] * t]])
+        mask = cv2.warpAffine(np.ones((40, 40), np.float32), place, (side, side))
+        front = cv2.warpAffine(patch, place, (side, side), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+        out.append((front * mask[..., None] + frame * (1 - mask[..., None])).astype(np.uint8))
+        masks.append(mask > 0.99)
+    return np.stack(out), np.stack(masks)
+
+
+def test_flow_is_in_pixels_x_then_y() -> None:
+    frames, masks = scene()
+    flow = make_backend("flow", "dis").flow(frames[:1], frames[1:2])[0]
+    inside = cv2.erode(masks[0].astype(np.uint8), np.ones((9, 9))) > 0
+    assert np.abs(flow[inside] - (2.0, 1.0)).mean() < 0.15
+    outside = cv2.dilate((masks[0] | masks[1]).astype(np.uint8), np.ones((15, 15))) == 0
+    assert np.abs(flow[outside]).mean() < 0.1
+
+
+def test_flow_is_averaged_and_divided_when_stored_smaller() -> None:
+    frames, masks = scene(frames=8)
+    motion = ClipExtractor(Recipe(percept_size=SIDE, size=64)).extract(frames, 0)
+    inside = cv2.erode(masks[3].astype(np.uint8), np.ones((17, 17)))[::2, ::2] > 0
+    assert motion.flow.shape == (8, 64, 64, 2)
+    np.testing.assert_allclose(motion.flow[3][inside].mean(0), (1.0, 0.5), atol=0.06)
+    assert not motion.flow[-1].any()
+    field = np.random.default_rng(0).normal(size=(8, 8, 2)).astype(np.float32)
+    np.testing.assert_allclose(shrink_flow(field, 4)[0, 1], field[:4, 4:].mean((0, 1)) / 4, rtol=2e-3)
+
+
+@given(st.floats(0, 127, width=32), st.integers(1, 4))
+def test_pixel_centres_keep_their_place(x: float, ratio: int) -> None:
+    small = float(shrink_points(np.array([[x, 0]], np.float32), ratio)[0, 0])
+    assert (small + 0.5) * ratio - 0.5 == pytest.approx(x, abs=1e-3)
+
+
+def test_tracks_follow_the_object_and_losses_are_told() -> None:
+    frames, _ = scene(frames=10)
+    start = np.array([[35.0, 45.0], [50.0, 60.0], [100.0, 20.0], [126.0, 126.0]], np.float32)
+    tracks, visible = make_backend("track", "lk").track(frames, start)
+    assert visible[:, :3].all()
+    np.testing.assert_allclose(tracks[-1, :2], start[:2] + np.array([18, 9]), atol=0.7)
+    np.testing.assert_allclose(tracks[-1, 2], start[2], atol=0.5)
+    # what a picture no longer holds is lost, not guessed
+    cut = frames.copy()
+    cut[5:] = texture(9)
+    assert make_backend("track", "lk").track(cut, start)[1][-1].sum() <= 1
+
+
+@pytest.mark.parametrize("camera", [(0.0, 0.0), (-3.0, 1.5)])
+def test_foreground_is_what_the_camera_does_not_explain(camera: tuple[float, float]) -> None:
+    """Also when the camera moves more than the object."""
+    frames, masks = scene(frames=6, velocity=(1.5, 1.0), camera=camera)
+    backend = make_backend("flow", "dis")
+    flows = np.concatenate([backend.flow(frames[:1], frames[k : k + 1]) / k for k in (1, 2, 4)])
+    weight = make_backend("segment", "saliency").weight(frames[[0, 1, 2, 4]], flows)
+    near = cv2.dilate(masks[0].astype(np.uint8), np.ones((11, 11))) > 0
+    assert weight[near].sum() / weight.sum() > 0.75  # the object and its rim cover 18 % of the picture
+    assert weight.min() >= 0
+    assert weight.max() <= 1
+
+
+def test_camera_motion_is_a_homography() -> None:
+    ys, xs = np.mgrid[0:64, 0:64].astype(np.float32)
+    flow = np.stack([0.02 * xs + 1.0, 0.02 * ys - 0.5], -1).astype(np.float32)
+    left, camera = residual_flow(flow)
+    assert np.abs(left).max() < 0.05
+    np.testing.assert_allclose(camera, flow, atol=0.05)
+
+
+def test_points_are_drawn_by_weight_without_repetition() -> None:
+    weight = np.zeros((32, 32), np.float32)
+    weight[8:12, 20:28] = 1.0
+    points = draw_points(weight, 32, np.random.default_rng(0))
+    pixels = {tuple(p) for p in np.round(points - 1e-4).astype(int)}
+    assert len(pixels) >= 30  # jitter may round two neighbours together at a border
+    assert (points >= (19.4, 7.4)).all()
+    assert (points <= (27.6, 11.6)).all()
+    more = draw_points(weight, 40, np.random.default_rng(0))
+    assert len(more) == 40  # fewer pixels than points: the rest comes from anywhere
+
+
+@pytest.mark.parametrize("span", [1, 3])
+def test_batch_without_look_ahead_is_the_streaming_form_bit_for_bit(span: int) -> None:
+    recipe = Recipe(percept_size=SIDE, redraw_rounds=0, segment_frames=5, flow_span=span, tracks=12)
+    first, _ = scene(frames=9, velocity=(4.0, 2.5))
+    frames = np.concatenate([first, 255 - texture(5)[None] // 2, scene(frames=4)[0] // 3])  # with scene cuts
+    batch = ClipExtractor(recipe).extract(frames, seed=3)
+    stream = StreamingExtractor(recipe, seed=3)
+    stream.reset(frames[0])
+    for t in range(1, len(frames)):
+        step = stream.step(frames[t])
+        np.testing.assert_array_equal(step.flow, batch.flow[t - 1])
+        np.testing.assert_array_equal(step.tracks, batch.tracks[t - 1])
+        np.testing.assert_array_equal(step.visible, batch.visible[t - 1])
+        np.testing.assert_array_equal(step.track_id, batch.track_id[t - 1])
+
+
+def test_flow_agrees_between_forms_also_with_look_ahead() -> None:
+    frames, _ = scene(frames=8)
+    recipe = Recipe(percept_size=SIDE, tracks=8)
+    batch = ClipExtractor(recipe).extract(frames, 0)
+    stream = StreamingExtractor(recipe, 0)
+    stream.reset(frames[0])
+    np.testing.assert_array_equal(np.stack([stream.step(f).flow for f in frames[1:]]), batch.flow[:-1])
+
+
+def test_stream_state_continues_exactly() -> None:
+    frames, _ = scene(frames=10, velocity=(5.0, 3.0))
+    recipe = Recipe(percept_size=SIDE, tracks=8, flow_span=2)
+    one = StreamingExtractor(recipe, 1)
+    one.reset(frames[0])
+    for frame in frames[1:5]:
+        one.step(frame)
+    other = StreamingExtractor(recipe, 99)
+    other.load_state_dict(json_round_trip(one.state_dict()))
+    for frame in frames[5:]:
+        a, b = one.step(frame), other.step(frame)
+        np.testing.assert_array_equal(a.flow, b.flow)
+        np.testing.assert_array_equal(a.tracks, b.tracks)
+        np.testing.assert_array_equal(a.track_id, b.track_id)
+
+
+def json_round_trip(state: dict[str, Any]) -> dict[str, Any]:
+    """The state must survive without pickling: arrays by value, the rest by JSON."""
+    slots = {k: (v if isinstance(v, np.ndarray | list) else json.loads(json.dumps(v))) for k, v in state["slots"].items()}
+    return {"slots": slots, "frames": [f.copy() for f in state["frames"]]}
+
+
+def test_scene_cut_ends_all_tracks() -> None:
+    frames, _ = scene(frames=6)
+    other = np.full_like(frames, 20)
+    other[:, 30:60, 30:60] = 240
+    recipe = Recipe(percept_size=SIDE, tracks=6)
+    motion = ClipExtractor(recipe).extract(np.concatenate([frames, other]), 0)
+    assert motion.info["cuts"] == [6]
+    assert not motion.flow[5].any()
+    assert not motion.visible[5].any()
+    assert not set(motion.track_id[5]) & set(motion.track_id[6])
+    assert not scene_cut(*(cv2.cvtColor(f, cv2.COLOR_RGB2GRAY) for f in frames[:2]))
+
+
+def test_paper_choice_finds_salient_points() -> None:
+    """Look-ahead keeps points that move; without motion it says that none is salient and still gives points."""
+    frames, masks = scene(frames=12, velocity=(1.5, 0.5))
+    recipe = Recipe(percept_size=SIDE, tracks=16, segment_frames=12)
+    motion = ClipExtractor(recipe).extract(frames, 0)
+    assert motion.info["salient"][0] >= 12
+    near = cv2.dilate(masks[0].astype(np.uint8), np.ones((9, 9))) > 0
+    at = np.round(motion.tracks[0] * 2 + 0.5).astype(int).clip(0, SIDE - 1)
+    assert near[at[:, 1], at[:, 0]].mean() > 0.7
+    still = ClipExtractor(recipe).extract(np.repeat(frames[:1], 6, 0), 0)
+    assert still.info["salient"] == [0]
+    assert still.visible[:-1].all()
+    assert not still.flow.any()
+
+
+def test_streaming_points_move_to_what_moves() -> None:
+    frames, masks = scene(frames=20, velocity=(1.5, 0.5))
+    stream = StreamingExtractor(Recipe(percept_size=SIDE, tracks=16), 0)
+    stream.reset(frames[0])
+    for frame in frames[1:]:
+        step = stream.step(frame)
+    at = np.round(step.tracks * 2 + 0.5).astype(int).clip(0, SIDE - 1)
+    near = cv2.dilate(masks[18].astype(np.uint8), np.ones((9, 9))) > 0
+    assert near[at[:, 1], at[:, 0]].mean() > 0.7
+
+
+def test_lost_slots_get_a_new_identity() -> None:
+    recipe = Recipe(percept_size=SIDE, tracks=4)
+    slots = Slots(recipe, make_backend("segment", "saliency"), make_backend("track", "lk"), np.random.default_rng(0))
+    frames, _ = scene(frames=2)
+    grey = [cv2.cvtColor(f, cv2.COLOR_RGB2GRAY) for f in frames]
+    slots.reset(frames[0], grey[0])
+    slots.points[1] = (-40, -40)
+    before = slots.track_id.copy()
+    step = slots.step(frames[0], frames[1], grey[0], grey[1], np.zeros((SIDE, SIDE, 2), np.float32))
+    assert not step.visible[1]
+    assert slots.track_id[1] > before.max()
+    assert slots.visible.all()
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.floats(0, 30), min_size=8, max_size=60))
+def test_magnitude_quantiles_are_close(values: list[float]) -> None:
+    flow = np.repeat(np.array([[v, 0.0] for v in values], np.float32), 4, 0)
+    found = Magnitudes()
+    found.add(flow)
+    exact = float(np.quantile(values, 0.9, method="inverted_cdf"))
+    assert found.quantiles()["p90"] == pytest.approx(exact, rel=0.08, abs=2e-3)
+    assert found.quantiles()["mean"] == pytest.approx(float(np.mean(values)), rel=1e-4, abs=1e-5)
+
+
+def make_folder(folder: Path) -> None:
+    for number in range(3):
+        write_video(folder / f"clip{number}.mp4", scene(frames=28, velocity=(1.0 + number, 0.5))[0], fps=12)
+    write_video(folder / "short.mp4", scene(frames=3)[0], fps=12)
+    (folder / "text.mp4").write_text("this is no video")
+    whole = (folder / "clip0.mp4").read_bytes()
+    (folder / "torn.mp4").write_bytes(whole[: len(whole) // 2])
+
+
+SMALL = Recipe(size=32, percept_size=64, tracks=8, redraw_rounds=1)
+
+
+def test_folder_is_extracted_with_reasons_and_continued(tmp_path: Path) -> None:
+    make_folder(tmp_path / "videos")
+    seen: list[int] = []
+    summary = extract_folder(
+        tmp_path / "videos", tmp_path / "a", SMALL, shard_clips=2, progress=lambda done, total, note: seen.append(done)
+    )
+    assert (summary.clips, sum(summary.rejected.values())) == (3, 3)
+    assert summary.rejected["too_short"] == 1
+    assert seen[-1] == 6
+    store = ClipStore(tmp_path / "a")
+    assert json.loads((tmp_path / "a" / "flow.json").read_text())["p99"] > 0
+    assert {entry["id"] for entry in store.rejected} == {"short.mp4", "text.mp4", "torn.mp4"}
+
+    # stopped after the first shard, then continued: the same bytes
+    class StopError(Exception):
+        pass
+
+    def stop(done: int, total: int | None, note: str) -> None:
+        if done == 3:
+            raise StopError
+
+    with pytest.raises(StopError):
+        extract_folder(tmp_path / "videos", tmp_path / "b", SMALL, shard_clips=2, progress=stop)
+    assert extract_folder(tmp_path / "videos", tmp_path / "b", SMALL, shard_clips=2).clips == 3
+    for file in sorted((tmp_path / "a").rglob("*")):
+        if file.is_file():
+            assert file.read_bytes() == (tmp_path / "b" / file.relative_to(tmp_path / "a")).read_bytes(), file.name
+    with pytest.raises(StoreError, match="recipe"):
+        extract_folder(tmp_path / "videos", tmp_path / "a", dataclasses.replace(SMALL, seed=1))
+
+
+def test_folder_errors_are_clear(tmp_path: Path) -> None:
+    with pytest.raises(VideoError, match="nowhere"):
+        extract_folder(tmp_path / "nowhere", tmp_path / "out", SMALL)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(VideoError, match="empty"):
+        extract_folder(tmp_path / "empty", tmp_path / "out", SMALL)
+
+
+def test_recipe_and_backend_names_are_checked() -> None:
+    assert {"dis", "sea_raft"} <= set(backends("flow"))
+    with pytest.raises(ConfigError, match="dis"):
+        make_backend("flow", "dsi")
+    with pytest.raises(ConfigError, match="percept_size"):
+        Recipe(size=64, percept_size=100)
+    with pytest.raises(ConfigError, match="tracks"):
+        Recipe(tracks=33)
+    with pytest.raises(ConfigError, match="flow_span"):
+        Recipe.from_json({"flow_spam": 2})
+    assert Recipe().hash() != Recipe(flow_span=2).hash()
+    assert Recipe.from_json(json.loads(json.dumps(Recipe().to_json()))) == Recipe()
+    with pytest.raises(LocalmotionError, match="uint8 frames"):
+        StreamingExtractor(Recipe(), 0).reset(np.zeros((64, 64, 3), np.uint8))
