@@ -94,8 +94,8 @@ class DMCEnv(PixelEnv):
             size=size,
             percept_size=percept_size,
             action_dim=int(np.prod(bounds.shape)),
-            action_repeat=action_repeat or ACTION_REPEAT,
-            time_limit=time_limit or TIME_LIMIT,
+            action_repeat=ACTION_REPEAT if action_repeat is None else action_repeat,
+            time_limit=TIME_LIMIT if time_limit is None else time_limit,
         )
         model = self.physics.model.ptr
         self.camera = camera_id(model, CAMERAS.get(domain, 0) if camera is None else camera, self.name)

@@ -60,8 +60,8 @@ class MetaWorldEnv(PixelEnv):
             size=size,
             percept_size=percept_size,
             action_dim=4,
-            action_repeat=action_repeat or ACTION_REPEAT,
-            time_limit=time_limit or TIME_LIMIT,
+            action_repeat=ACTION_REPEAT if action_repeat is None else action_repeat,
+            time_limit=TIME_LIMIT if time_limit is None else time_limit,
         )
         from localmotion.envs.gl import choose_gl
 

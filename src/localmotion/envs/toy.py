@@ -58,8 +58,8 @@ class DotEnv(PixelEnv):
             size=size,
             percept_size=percept_size,
             action_dim=2,
-            action_repeat=action_repeat or ACTION_REPEAT,
-            time_limit=time_limit or TIME_LIMIT,
+            action_repeat=ACTION_REPEAT if action_repeat is None else action_repeat,
+            time_limit=TIME_LIMIT if time_limit is None else time_limit,
         )
         self.agent = self.goal = np.zeros(2)  # (x, y) of the centres' range, in [0, 1]
         self._before = self.agent

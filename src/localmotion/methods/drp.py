@@ -165,7 +165,7 @@ class DRP(Method):
         # Deconstruct (zeta), recompose (theta)
         self.motion = MaskedMotion(config.dae)
         self.image = ImageModel(world, image_size=image_size)
-        sizes = {"deter": world.deter, "hidden": world.hidden, "stoch": world.stoch, "classes": world.classes}
+        sizes: dict[str, Any] = {"deter": world.deter, "hidden": world.hidden, "stoch": world.stoch, "classes": world.classes}
         self.latent = RSSM(embed_dim=self.image.embed_dim, action_dim=self.motion.encoder.agg_dim, **sizes)
         if action_dim is None:
             return

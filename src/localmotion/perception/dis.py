@@ -28,7 +28,7 @@ class DISFlow:
 
     def _engine(self, shape: tuple[int, int]) -> cv2.DISOpticalFlow:
         if shape not in self._engines:
-            engine = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+            engine = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
             engine.setFinestScale(self.finest_scale if self.finest_scale is not None else int(min(shape) > 128))
             self._engines[shape] = engine
         return self._engines[shape]

@@ -122,7 +122,7 @@ class ClipExtractor:
         variance = (((tracks - mean) ** 2) * seen).sum(0) / number
         stable = visible.sum(0) >= len(frames) / 2
         score: NDArray[np.float32] = np.where(stable, np.sqrt(variance.sum(1)), 0.0).astype(np.float32)
-        return score / self.recipe.ratio
+        return score / np.float32(self.recipe.ratio)
 
 
 @dataclass
@@ -163,14 +163,12 @@ def extract_one(ref: VideoRef, recipe: Recipe, min_frames: int, max_frames: int)
     if key not in _EXTRACTORS:
         _EXTRACTORS[key] = ClipExtractor(recipe)
     try:
-        frames = np.stack(
-            list(iter_frames(ref, recipe.percept_size, recipe.frame_stride, max_frames=max_frames)) or [np.zeros(0)]
-        )
-        if frames.ndim != 4 or len(frames) < min_frames:
-            found = len(frames) if frames.ndim == 4 else 0
-            raise VideoError(ref.path, "too_short", f"has {found} frames, {min_frames} are needed")
+        decoded = list(iter_frames(ref, recipe.percept_size, recipe.frame_stride, max_frames=max_frames))
+        if len(decoded) < max(min_frames, 2):
+            raise VideoError(ref.path, "too_short", f"has {len(decoded)} frames, {min_frames} are needed")
     except VideoError as error:
         return {"id": ref.id, "reason": error.reason, "detail": error.detail}
+    frames = np.stack(decoded)
     motion = _EXTRACTORS[key].extract(frames, seed_of(ref.id, recipe.seed))
     if recipe.ratio > 1:
         side = (recipe.size, recipe.size)

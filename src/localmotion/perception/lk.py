@@ -34,10 +34,9 @@ class LKTracks:
         window = self.window or (15 if side <= 128 else 21)
         tolerance = self.tolerance if self.tolerance is not None else 0.01 * side + 0.3
         a, b = (cv2.cvtColor(x, cv2.COLOR_RGB2GRAY) if x.ndim == 3 else x for x in (previous, current))
-        settings = {"winSize": (window, window), "maxLevel": 2}
         start = np.ascontiguousarray(points, np.float32).reshape(-1, 1, 2)
-        moved, found, _ = cv2.calcOpticalFlowPyrLK(a, b, start, None, **settings)
-        back, found_back, _ = cv2.calcOpticalFlowPyrLK(b, a, moved, None, **settings)
+        moved, found, _ = cv2.calcOpticalFlowPyrLK(a, b, start, None, winSize=(window, window), maxLevel=2)
+        back, found_back, _ = cv2.calcOpticalFlowPyrLK(b, a, moved, None, winSize=(window, window), maxLevel=2)
         moved, error = moved.reshape(-1, 2), np.linalg.norm((back - start).reshape(-1, 2), axis=1)
         both = np.stack([points, moved])
         inside = ((both >= -0.5) & (both <= (width - 0.5, height - 0.5))).all((0, 2))

@@ -110,7 +110,7 @@ class Slots:
         self._remember()
         self.flows = [flow, *self.flows[: MEMORY - 1]]
         self._redraw(frame, grey)
-        return Step(before, good, identity)
+        return Step(before, good.copy(), identity)  # `place` writes into self.visible
 
     def cut(self, frame: NDArray[np.uint8], grey: NDArray[np.uint8]) -> Step:
         """A scene cut: all tracks end, new ones begin in the new scene."""

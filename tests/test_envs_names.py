@@ -1,0 +1,80 @@
+"""The door to the environments: names, errors, and what importing it costs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from localmotion.envs import list_envs, make_env
+from localmotion.errors import ConfigError
+
+
+def test_lists_all_suites_and_one() -> None:
+    names = list_envs()
+    assert {"dmc:walker_walk", "dmc:ball_in_cup_catch", "metaworld:button-press-topdown-wall", "toy:dot"} <= set(names)
+    assert len(list_envs("metaworld")) == 50
+    assert len(names) == len(set(names)) == sum(len(list_envs(s)) for s in ("dmc", "metaworld", "toy"))
+
+
+def test_written_out_names_are_those_of_the_suites() -> None:
+    from localmotion.envs.dmc import TASKS as DMC
+    from localmotion.envs.gl import choose_gl
+    from localmotion.envs.metaworld import TASKS as META
+
+    choose_gl()
+    from dm_control import suite
+    from metaworld.env_dict import ALL_V3_ENVIRONMENTS
+
+    assert sorted(DMC.values()) == sorted(suite.ALL_TASKS)
+    assert all(name == f"{domain}_{task}" for name, (domain, task) in DMC.items())
+    assert sorted(f"{name}-v3" for name in META) == sorted(ALL_V3_ENVIRONMENTS)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("dmc:walker_wlak", "dmc:walker_walk"),
+        ("metaworld:drawer-opn-v3", "metaworld:drawer-open"),
+        ("walker_walk", "did you mean dmc:walker_walk"),
+        ("reach-v3", "did you mean metaworld:reach"),
+        ("something", "no suite before its name"),
+        ("dcm:walker_walk", "did you mean dmc"),
+        ("toy:", "toy:dot"),
+    ],
+)
+def test_wrong_names_say_which_are_near(name: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        make_env(name)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"size": 4}, "size=4"),
+        ({"percept_size": 100}, "multiple of size=64"),
+        ({"percept_size": 32}, "multiple of size=64"),
+        ({"action_repeat": 0}, "action_repeat=0"),
+        ({"time_limit": 0}, "time_limit=0"),
+        ({"quality": "best"}, "fast"),
+        ({"camera": "corner"}, "no cameras"),
+    ],
+)
+def test_impossible_settings_are_errors(settings: dict[str, object], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        make_env("toy:dot", **settings)  # type: ignore[arg-type]
+
+
+def test_unknown_suite_of_a_list() -> None:
+    with pytest.raises(ConfigError, match="metaworld"):
+        list_envs("metawrld")
+
+
+def test_listing_names_and_the_toy_import_no_mujoco() -> None:
+    code = (
+        "import sys; from localmotion.envs import list_envs, make_env; list_envs(); make_env('toy:dot').reset(seed=0);"
+        "bad = {'mujoco', 'dm_control', 'metaworld', 'OpenGL', 'torch'} & set(sys.modules); sys.exit(str(bad) if bad else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
