@@ -105,12 +105,12 @@ class Slots:
         moved, found = self.tracker.step(previous_grey if causal else previous, grey if causal else frame, self.points)
         good = seen & found
         self.points = np.where(good[:, None], moved, self.points)
-        self.visible = good
+        self.visible = good.copy()  # drawing again writes into it
         self.age += 1
         self._remember()
         self.flows = [flow, *self.flows[: MEMORY - 1]]
         self._redraw(frame, grey)
-        return Step(before, good.copy(), identity)  # `place` writes into self.visible
+        return Step(before, good, identity)
 
     def cut(self, frame: NDArray[np.uint8], grey: NDArray[np.uint8]) -> Step:
         """A scene cut: all tracks end, new ones begin in the new scene."""
