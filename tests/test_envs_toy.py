@@ -66,9 +66,7 @@ def test_true_motion_moves_the_patch_of_one_picture_onto_the_next(seed: int, act
         left, top, right, bottom = env.agent_box()
         after = env.step(np.array(action, np.float32))[0]["image"]
         dx, dy = (int(v) for v in env.true_motion())
-        np.testing.assert_array_equal(
-            after[top + dy : bottom + dy, left + dx : right + dx], before[top:bottom, left:right]
-        )
+        np.testing.assert_array_equal(after[top + dy : bottom + dy, left + dx : right + dx], before[top:bottom, left:right])
         before = after
 
 

@@ -1,0 +1,53 @@
+"""Agent steps per second of the environments, step and picture, in both rendering qualities."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+
+from localmotion.envs import make_env
+
+CASES = ("dmc:walker_walk", "dmc:cheetah_run", "dmc:cartpole_swingup", "dmc:reacher_easy", "metaworld:reach", "toy:dot")
+SIZES: tuple[tuple[int, int | None], ...] = ((64, None), (64, 128))
+BUDGET = 1.5  # seconds a row
+
+
+def run() -> list[dict[str, object]]:
+    rows: list[dict[str, object]] = []
+    for name in CASES:
+        for size, percept in SIZES:
+            for quality in ("reference", "fast"):
+                fps, p50 = measure(name, size, percept, quality)
+                rows.append(
+                    {
+                        "env": name,
+                        "quality": quality,
+                        "size": size if percept is None else f"{size} of {percept}",
+                        "fps": fps,
+                        "ms (median)": p50,
+                    }
+                )
+                if name.startswith("toy:"):
+                    break
+    return rows
+
+
+def measure(name: str, size: int, percept: int | None, quality: str) -> tuple[float, float]:
+    """Agent steps per second over the budget, resets not counted, and the median milliseconds of one."""
+    env = make_env(name, size=size, percept_size=percept, quality=quality)  # type: ignore[arg-type]
+    shape = env.action_space.shape
+    assert shape is not None
+    actions = np.random.default_rng(0).uniform(-1, 1, (256, *shape)).astype(np.float32)
+    env.reset(seed=0)
+    for action in actions[:5]:
+        env.step(action)
+    spent: list[float] = []
+    while sum(spent) < BUDGET:
+        began = time.perf_counter()
+        _, _, terminated, truncated, _ = env.step(actions[len(spent) % 256])
+        spent.append(time.perf_counter() - began)
+        if terminated or truncated:
+            env.reset()
+    env.close()
+    return len(spent) / sum(spent), float(np.median(spent)) * 1e3
