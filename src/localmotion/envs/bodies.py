@@ -31,7 +31,6 @@ BODIES: dict[str, str] = {
     "hopper": "hopper_hop",
     "humanoid": "humanoid_walk",
     "pendulum": "pendulum_swingup",
-    "point_mass": "point_mass_easy",
     "quadruped": "quadruped_walk",
     "reacher": "reacher_easy",
     "swimmer": "swimmer_swimmer6",
@@ -39,11 +38,11 @@ BODIES: dict[str, str] = {
 }
 """Body -> the task of the suite it is taken from."""
 SECONDS_PER_FRAME = 0.04
-PACE = {"fish": 4, "pendulum": 2, "point_mass": 8, "swimmer": 2}
+PACE = {"fish": 4, "pendulum": 2, "swimmer": 2}
 """Times this for bodies that random actions move slowly."""
-NEARER = {"acrobot": 0.75, "ball_in_cup": 0.75, "fish": 0.55, "pendulum": 0.7, "point_mass": 0.75}
+NEARER = {"acrobot": 0.75, "ball_in_cup": 0.75, "fish": 0.55, "pendulum": 0.7}
 """The camera's distance times this for bodies that are small in their own camera's picture."""
-CENTRED = ("acrobot", "cartpole", "finger", "pendulum", "point_mass", "reacher")
+CENTRED = ("acrobot", "cartpole", "finger", "pendulum", "reacher")
 """Bodies fixed to the world: the camera looks at their scene's middle; it follows the others."""
 _KEPT = ("tex_data", "mat_rgba", "mat_reflectance", "geom_rgba", "light_pos", "light_diffuse", "light_ambient", "light_specular")
 _BODY_TEXTURE = '<texture name="random_skin" type="cube" builtin="flat" rgb1="1 1 1" width="96" height="96"/>'

@@ -1,6 +1,6 @@
 """Pictures of a MuJoCo scene, fast: one persistent context at the exact size, in one of two qualities.
 
-What costs time in software OpenGL is not pixels but vertices and shadow maps (measured: docs/environments.md): the 4096 x 4096 shadow
+What costs time in software OpenGL is not pixels but vertices and shadow maps (measure with benchmarks/bench_env.py): the 4096 x 4096 shadow
 map and four samples a pixel of MuJoCo's defaults, round bodies of 28 x 16 facets and meshes of ten thousands of triangles, all of it drawn
 again for each light that casts shadows and for reflections. `fast` keeps the lights, shadows and reflections but draws them with a
 small map, one sample, fewer facets and simplified meshes. Leaving the shadows out would be cheaper still but darkens floors by up to a
