@@ -10,6 +10,7 @@ Conventions, everywhere in this package:
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -43,6 +44,8 @@ class SegmentBackend(Protocol):
 
     name: ClassVar[str]
     licence: ClassVar[str]
+    uses_motion: ClassVar[bool]
+    """Whether the weight comes from motion (cheap, asked whenever a point is drawn) or from the picture (asked once a segment)."""
 
     def weight(self, frames: NDArray[np.uint8], flows: NDArray[np.float32]) -> NDArray[np.float32]:
         """Foreground weight in [0, 1] for the FIRST frame.
@@ -204,4 +207,22 @@ def make_backend(kind: str, name: str, **options: Any) -> Any:
     known = backends(kind)
     if name not in known:
         raise unknown_name(f"{kind} backend", name, known)
-    return _REGISTRY[kind, name](**options)
+    factory = _REGISTRY[kind, name]
+    accepted = inspect.signature(factory).parameters
+    for option in options:
+        if option not in accepted:
+            raise unknown_name(f"option of {kind} backend {name}", option, accepted)
+    return factory(**options)
+
+
+def recipe_backends(recipe: Recipe) -> tuple[Any, Any, Any]:
+    """Flow, segment and track backends of a recipe, with its options; a segmenter that takes a prompt gets the recipe's."""
+    options = {key: dict(value) for key, value in recipe.backend_options.items()}
+    for name in options:
+        if name not in (recipe.flow, recipe.segment, recipe.track):
+            raise unknown_name("backend in backend_options", name, (recipe.flow, recipe.segment, recipe.track))
+    if "prompt" in inspect.signature(_REGISTRY.get(("segment", recipe.segment), dict)).parameters:
+        options.setdefault(recipe.segment, {}).setdefault("prompt", recipe.prompt)
+    kinds = (("flow", recipe.flow), ("segment", recipe.segment), ("track", recipe.track))
+    flow, segment, track = (make_backend(kind, name, **options.get(name, {})) for kind, name in kinds)
+    return flow, segment, track

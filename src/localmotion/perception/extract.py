@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localmotion.errors import LocalmotionError, StoreError, VideoError
-from localmotion.perception.base import ClipMotion, Points, Recipe, make_backend
+from localmotion.perception.base import ClipMotion, Points, Recipe, recipe_backends
 from localmotion.perception.points import Slots, draw_points, scene_cut, texture_weight
 from localmotion.perception.stream import Magnitudes, shrink_flow, shrink_points
 from localmotion.video.decode import iter_frames
@@ -37,10 +37,7 @@ class ClipExtractor:
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
-        options = recipe.backend_options
-        self.flow = make_backend("flow", recipe.flow, **options.get(recipe.flow, {}))
-        self.segment = make_backend("segment", recipe.segment, **options.get(recipe.segment, {}))
-        self.track = make_backend("track", recipe.track, **options.get(recipe.track, {}))
+        self.flow, self.segment, self.track = recipe_backends(recipe)
 
     def extract(self, frames: NDArray[np.uint8], seed: int) -> ClipMotion:
         """Motion of (T, percept_size, percept_size, 3) uint8 frames, T >= 2."""
@@ -56,13 +53,22 @@ class ClipExtractor:
         tracks = np.zeros((time, count, 2), np.float32)
         visible = np.zeros((time, count), bool)
         track_id = np.zeros((time, count), np.int32)
+        offline = np.zeros(time, bool)  # frames whose tracks an offline tracker gave
+
+        def starts(t: int) -> bool:
+            return bool(cuts[t]) or (recipe.redraw_rounds > 0 and t % recipe.segment_frames == 0)
+
         slots.reset(frames[0], grey[0])
         for t in range(time):
-            if t:
+            if offline[t] and t and offline[t - 1] and not starts(t):
+                # An offline tracker has followed this segment as a whole: its tracks are better than steps, and already there.
+                slots.points, slots.visible = tracks[t].copy(), np.ones(count, bool)
+            elif t:
                 args = (frames[t - 1], frames[t], grey[t - 1], grey[t], fields[t])
                 step = slots.cut(frames[t], grey[t]) if cuts[t] else slots.step(*args)
                 # The motion t-1 -> t can be used where the point was followed: same identity, visible in frame t-1.
-                tracks[t - 1], visible[t - 1], track_id[t - 1] = step.points, step.visible, step.track_id
+                if not offline[t - 1]:
+                    tracks[t - 1], visible[t - 1], track_id[t - 1] = step.points, step.visible, step.track_id
             if recipe.redraw_rounds and t % recipe.segment_frames == 0 and time - t > 2:
                 end = min(t + recipe.segment_frames, time)
                 later = np.flatnonzero(cuts[t + 1 : end])
@@ -71,7 +77,12 @@ class ClipExtractor:
                     points, salient = self._choose(frames[t:end], grey[t], slots.rng)
                     slots.place(np.ones(count, bool), points)
                     info["salient"].append(salient)
-        tracks[-1], track_id[-1] = slots.points, slots.track_id
+                    if not self.track.causal:
+                        offline[t:end] = True
+                        tracks[t:end], seen = self.track.track(frames[t:end], points)
+                        visible[t : end - 1] = seen[:-1] & seen[1:]
+                        track_id[t:end] = slots.track_id
+        tracks[-1], track_id[-1], visible[-1] = slots.points, slots.track_id, False
         small = np.zeros((time, recipe.size, recipe.size, 2), np.float16)
         small[:-1] = shrink_flow(fields[1:], recipe.ratio)
         magnitudes = Magnitudes()

@@ -66,6 +66,7 @@ class GroundedSam:
 
     name: ClassVar[str] = "grounded_sam"
     licence: ClassVar[str] = "Apache-2.0"
+    uses_motion: ClassVar[bool] = False
 
     def __init__(
         self,

@@ -73,6 +73,7 @@ class Slots:
         self.variance = np.zeros(count, np.float32)
         self.next_id = 0
         self.flows: list[NDArray[np.float32]] = []
+        self.found: tuple[int, NDArray[np.float32]] | None = None  # age and weight, picture-based segmenters only
 
     def place(self, which: NDArray[np.bool_], points: Points) -> None:
         """Give the slots in ``which`` (N,) new points."""
@@ -84,7 +85,7 @@ class Slots:
 
     def reset(self, frame: NDArray[np.uint8], grey: NDArray[np.uint8], weight: NDArray[np.float32] | None = None) -> None:
         """Draw all points in a first frame: on the segmenter's weight if it finds anything without motion, else on texture."""
-        self.flows = []
+        self.flows, self.found = [], None
         if weight is None:
             weight = self.segment.weight(frame[None], np.zeros((0, *grey.shape, 2), np.float32))
         if not weight.any():
@@ -107,6 +108,8 @@ class Slots:
         self.points = np.where(good[:, None], moved, self.points)
         self.visible = good.copy()  # drawing again writes into it
         self.age += 1
+        if self.found is not None:
+            self.found = (self.found[0] + 1, self.found[1])
         self._remember()
         self.flows = [flow, *self.flows[: MEMORY - 1]]
         self._redraw(frame, grey)
@@ -129,7 +132,7 @@ class Slots:
         still = self.visible & (self.age >= PATIENCE) & (np.sqrt(self.variance) < self.recipe.min_motion * self.recipe.ratio)
         if not (lost.any() or still.any()):
             return
-        weight = self.segment.weight(frame[None], np.stack(self.flows))
+        weight = self._weight(frame)
         moving = bool(weight.any())
         if still.any() and moving:
             xy = np.clip(np.round(self.points), 0, np.array(grey.shape[::-1]) - 1).astype(int)
@@ -144,6 +147,14 @@ class Slots:
             # Points are drawn where it moves and where they can be followed.
             chance = weight * texture_weight(grey) if moving else texture_weight(grey)
             self.place(which, draw_points(chance, int(which.sum()), self.rng))
+
+    def _weight(self, frame: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Foreground of this frame. A segmenter that looks at the picture is costly and its answer lasts: asked once a segment."""
+        if self.segment.uses_motion:
+            return self.segment.weight(frame[None], np.stack(self.flows))
+        if self.found is None or self.found[0] >= self.recipe.segment_frames:
+            self.found = (0, self.segment.weight(frame[None], np.stack(self.flows)))
+        return self.found[1]
 
     def state(self) -> dict[str, Any]:
         """Arrays and numbers that continue this stream exactly."""

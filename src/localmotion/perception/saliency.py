@@ -44,6 +44,7 @@ class MotionSaliency:
 
     name: ClassVar[str] = "saliency"
     licence: ClassVar[str] = "Apache-2.0"
+    uses_motion: ClassVar[bool] = True
 
     def __init__(self, floor: float = 0.05, outside: float = 0.1) -> None:
         self.floor, self.outside = floor, outside

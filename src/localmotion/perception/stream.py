@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localmotion.errors import LocalmotionError
-from localmotion.perception.base import Frame, Recipe, StepMotion, make_backend
+from localmotion.perception.base import Frame, Recipe, StepMotion, recipe_backends
 from localmotion.perception.points import Slots, scene_cut
 
 
@@ -64,10 +64,7 @@ class StreamingExtractor:
 
     def __init__(self, recipe: Recipe, seed: int) -> None:
         self.recipe = recipe
-        options = recipe.backend_options
-        self.flow_backend = make_backend("flow", recipe.flow, **options.get(recipe.flow, {}))
-        segment = make_backend("segment", recipe.segment, **options.get(recipe.segment, {}))
-        track = make_backend("track", recipe.track, **options.get(recipe.track, {}))
+        self.flow_backend, segment, track = recipe_backends(recipe)
         self.slots = Slots(recipe, segment, track, np.random.default_rng(seed))
         self.frames: deque[tuple[Frame, NDArray[np.uint8]]] = deque(maxlen=recipe.flow_span)
         self.magnitudes = Magnitudes()

@@ -108,6 +108,12 @@ class Updater:
                 if group == name:
                     state["state"].setdefault(int(index), {})[field] = value
             optimiser.load_state_dict(state)
+            # Files hold plain row-major tensors, but the fused kernel walks parameter and moments side by side in memory:
+            # moments must lie as their parameter does (channels last for convolutions).
+            for parameter, values in optimiser.state.items():
+                for field, value in values.items():
+                    if torch.is_tensor(value) and value.shape == parameter.shape:
+                        values[field] = torch.empty_like(parameter).copy_(value)
 
 
 def to_floats(metrics: Mapping[str, Tensor]) -> dict[str, float]:
