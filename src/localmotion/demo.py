@@ -44,7 +44,7 @@ def demo(root: Path, *, videos: Path | None = None, task: str = TASK) -> Path:
     if videos is None and not (source / "COMPLETE").exists():
         say(f"1. source videos of {len(BODIES)} bodies, none of them the task's: {source}")
         with progress("render", 64, "clips") as advance:
-            render_videos(source, clips=64, frames=60, size=128, seed=0, bodies=BODIES, progress=advance)
+            render_videos(source, clips=64, frames=60, size=128, seed=0, bodies=BODIES, exclude=(task,), progress=advance)
         (source / "COMPLETE").write_text("")
     store_path = root / "store"
     say(f"2. localmotion extract {source} --out {store_path}")
