@@ -1,0 +1,99 @@
+"""The rules of the house that a machine can check: imports go downward, no method names outside the registry, small files."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent / "src" / "localmotion"
+FILES = sorted(ROOT.rglob("*.py"))
+
+# What each room may import from; `config`, `errors`, `console` and `compute` are below everything but the rooms they name here.
+MAY_IMPORT = {
+    "errors": set(),
+    "console": set(),
+    "video": {"errors"},
+    "perception": {"errors", "video", "models"},  # draw.py crops patches exactly as the model does
+    "envs": {"errors", "video"},  # bodies.py writes mp4 files
+    "config": {"errors", "methods"},  # the registry, for composing
+    "compute": {"errors", "config"},
+    "models": {"errors", "config"},
+    "methods": {"errors", "config", "models"},
+    "replay": {"errors"},
+    "evaluation": {"errors", "config", "compute", "methods", "models", "perception", "envs", "video", "training"},
+    "training": {
+        "errors",
+        "config",
+        "compute",
+        "console",
+        "methods",
+        "models",
+        "perception",
+        "envs",
+        "video",
+        "replay",
+        "evaluation",
+    },
+    "report": {"errors", "config", "evaluation", "video"},
+}
+TOP = {"cli", "demo", "info", "__init__"}  # may import anything
+
+
+def room(path: Path) -> str:
+    relative = path.relative_to(ROOT)
+    return relative.parts[0] if len(relative.parts) > 1 else relative.stem
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names: list[str] = []
+        if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            names = [f"{node.module}.{alias.name}" if node.module == "localmotion" else node.module for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        found |= {name.split(".")[1] for name in names if name.startswith("localmotion.")}
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_go_downward(path: Path) -> None:
+    here = room(path)
+    if here in TOP:
+        return
+    wrong = imports(path) - MAY_IMPORT[here] - {here}
+    assert not wrong, f"{here} may not import {sorted(wrong)}"
+
+
+def test_no_method_is_asked_for_by_name_outside_the_registry() -> None:
+    from localmotion.methods import names
+
+    for path in FILES:
+        if room(path) in ("methods", "demo", "cli"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Compare):
+                literals = {n.value for n in ast.walk(node) if isinstance(n, ast.Constant)}
+                assert not literals & set(names()), f"{path}:{node.lineno}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_stay_readable(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 500
+
+
+def test_nothing_runs_code_from_a_file() -> None:
+    banned = {"eval", "exec", "__import__"}
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call):
+                name = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
+                assert not (isinstance(node.func, ast.Name) and name in banned), f"{path}:{node.lineno}"
+                for keyword in node.keywords:
+                    value = getattr(keyword.value, "value", None)
+                    assert (keyword.arg, value) not in {("weights_only", False), ("allow_pickle", True)}, f"{path}:{node.lineno}"
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                modules = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+                assert not {"pickle", "cloudpickle", "dill", "shelve"} & {m.split(".")[0] for m in modules}, path
