@@ -57,7 +57,7 @@ def keep_buffers() -> None:
     try:
         libc = ctypes.CDLL("libc.so.6")
         mmap_threshold, trim_threshold = -3, -1  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD of <malloc.h>
-        libc.mallopt(mmap_threshold, 1 << 30)
+        libc.mallopt(mmap_threshold, 1 << 25)  # the most glibc takes
         libc.mallopt(trim_threshold, (1 << 31) - 1)
     except (OSError, AttributeError):
         return

@@ -103,7 +103,7 @@ class DRP(Method):
                     "layers": 3,
                 },
             },
-            "pretrain": {"updates": 20_000, "eval_every": 2_000, "save_every": 1_000},
+            "pretrain": {"updates": 20_000, "lr": 1e-3, "eval_every": 2_000, "save_every": 1_000},
             "online": {
                 "env_steps": 50_000,
                 "batch_size": 8,

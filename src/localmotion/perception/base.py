@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -47,11 +47,11 @@ class SegmentBackend(Protocol):
     uses_motion: ClassVar[bool]
     """Whether the weight comes from motion (cheap, asked whenever a point is drawn) or from the picture (asked once a segment)."""
 
-    def weight(self, frames: NDArray[np.uint8], flows: NDArray[np.float32]) -> NDArray[np.float32]:
+    def weight(self, frames: NDArray[np.uint8], flows: NDArray[np.float32] | Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
         """Foreground weight in [0, 1] for the FIRST frame.
 
         ``frames`` (n, H, W, 3), n >= 1, the first frame and a few that follow (streaming: those that came before, newest
-        first); ``flows`` (n - 1, H, W, 2) from the first frame to each of the others (may be empty). Returns (H, W) float32.
+        first); ``flows`` (n, H, W, 2), an array or a list of fields of recent or coming motion (may be empty). Returns (H, W) float32.
         """
         ...
 
@@ -152,7 +152,8 @@ class ClipMotion:
 
     flow     (T, S, S, 2) float16   ``flow[t]``: motion from frame t to t+1; the last one is zero
     tracks   (T, N, 2)    float32   (x, y) of each track slot in frame t
-    visible  (T, N)       bool      the point is seen and tracked in frame t
+    visible  (T, N)       bool      the point is seen in frame t and was found again in frame t+1, so ``flow[t]`` at ``tracks[t]`` is its
+                                    motion; the last one is False. It does not depend on who holds the slot in frame t+1
     track_id (T, N)       int32     changes when a slot is given a new point: history before the change is another track's
     info     JSON-able dict: how the points were found (salient or not, redraws, camera motion, scene cuts, flow quantiles)
     """

@@ -32,64 +32,93 @@ class ClipExtractor:
 
     With ``recipe.redraw_rounds > 0`` the points of each segment are chosen with look-ahead, as in the paper: drawn on the foreground of the
     segment's first frame, followed to its end, those of little motion variance or soon lost drawn again, a bounded number of times; the
-    most mobile remain. Between segment starts, and everywhere with ``redraw_rounds=0``, slots behave exactly as in the streaming form.
+    most mobile remain. A segment begins every ``segment_frames`` frames and at every scene cut. Within segments, and everywhere with
+    ``redraw_rounds=0``, slots behave exactly as in the streaming form.
     """
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self.flow, self.segment, self.track = recipe_backends(recipe)
 
-    def extract(self, frames: NDArray[np.uint8], seed: int) -> ClipMotion:
-        """Motion of (T, percept_size, percept_size, 3) uint8 frames, T >= 2."""
+    def extract(self, frames: NDArray[np.uint8], key: str) -> ClipMotion:
+        """Motion of (T, percept_size, percept_size, 3) uint8 frames, T >= 2.
+
+        ``key`` names the clip and with the recipe's seed decides every draw: a `StreamingExtractor` with
+        ``seed_of(key, recipe.seed)`` draws the same. Raises LocalmotionError for frames of another shape or type.
+
+        ``info`` of the result: cuts (frames that begin a new scene), segments (start, salient points and whether any foreground was
+        found, of each segment chosen with look-ahead), lost and idle (slots drawn again because the point was lost, or stood still while
+        something moved), camera (mean motion of the camera, pixels of `size` per frame), followed (share of points usable), flow
+        (mean and quantiles of the flow's magnitude, pixels of `size`).
+        """
         recipe, time = self.recipe, len(frames)
         if time < 2 or frames.shape[1:] != (recipe.percept_size, recipe.percept_size, 3) or frames.dtype != np.uint8:
             raise LocalmotionError(f"extraction wants at least 2 uint8 frames of side {recipe.percept_size}, got {frames.shape}")
         grey = [cv2.cvtColor(x, cv2.COLOR_RGB2GRAY) for x in frames]
-        cuts = np.array([False, *(scene_cut(a, b) for a, b in itertools.pairwise(grey))])
+        detector = CutDetector()
+        cuts = np.array([detector.step(x) for x in grey])
         fields = self._fields(frames, cuts)  # fields[t]: motion that led to frame t
-        slots = Slots(recipe, self.segment, self.track, np.random.default_rng(seed))
-        info: dict[str, Any] = {"cuts": np.flatnonzero(cuts).tolist(), "salient": []}
+        slots = Slots(recipe, self.segment, self.track, np.random.default_rng(seed_of(key, recipe.seed)))
         count = recipe.tracks
         tracks = np.zeros((time, count, 2), np.float32)
         visible = np.zeros((time, count), bool)
         track_id = np.zeros((time, count), np.int32)
         offline = np.zeros(time, bool)  # frames whose tracks an offline tracker gave
-
-        def starts(t: int) -> bool:
-            return bool(cuts[t]) or (recipe.redraw_rounds > 0 and t % recipe.segment_frames == 0)
-
-        slots.reset(frames[0], grey[0])
+        ends = self._segments(cuts)
+        segments: list[dict[str, Any]] = []
+        lost = idle = 0
         for t in range(time):
-            if offline[t] and t and offline[t - 1] and not starts(t):
+            if t and offline[t] and t not in ends:
                 # An offline tracker has followed this segment as a whole: its tracks are better than steps, and already there.
                 slots.points, slots.visible = tracks[t].copy(), np.ones(count, bool)
-            elif t:
-                args = (frames[t - 1], frames[t], grey[t - 1], grey[t], fields[t])
-                step = slots.cut(frames[t], grey[t]) if cuts[t] else slots.step(*args)
+            elif t and not cuts[t]:
+                step = slots.step(frames[t - 1], frames[t], grey[t - 1], grey[t], fields[t])
                 # The motion t-1 -> t can be used where the point was followed: same identity, visible in frame t-1.
                 if not offline[t - 1]:
-                    tracks[t - 1], visible[t - 1], track_id[t - 1] = step.points, step.visible, step.track_id
-            if recipe.redraw_rounds and t % recipe.segment_frames == 0 and time - t > 2:
-                end = min(t + recipe.segment_frames, time)
-                later = np.flatnonzero(cuts[t + 1 : end])
-                end = t + 1 + int(later[0]) if len(later) else end
-                if end - t > 2:
-                    points, salient = self._choose(frames[t:end], grey[t], slots.rng)
-                    slots.place(np.ones(count, bool), points)
-                    info["salient"].append(salient)
-                    if not self.track.causal:
-                        offline[t:end] = True
-                        tracks[t:end], seen = self.track.track(frames[t:end], points)
-                        visible[t : end - 1] = seen[:-1] & seen[1:]
-                        track_id[t:end] = slots.track_id
+                    tracks[t - 1], visible[t - 1], track_id[t - 1] = step
+                    fresh = slots.track_id != step.track_id
+                    lost, idle = lost + int((fresh & ~step.visible).sum()), idle + int((fresh & step.visible).sum())
+            elif t and not offline[t - 1]:
+                tracks[t - 1], track_id[t - 1] = slots.points, slots.track_id
+            if t in ends:
+                choice = self._choose(frames[t : ends[t]], grey[t], fields[t + 1], slots.rng)
+                slots.begin(choice.points, choice.weight)
+                segments.append({"start": t, "salient": choice.salient, "foreground": bool(choice.weight.any())})
+                if not self.track.causal:
+                    offline[t : ends[t]] = True
+                    tracks[t : ends[t]], seen = self.track.track(frames[t : ends[t]], choice.points)
+                    visible[t : ends[t] - 1] = seen[:-1] & seen[1:]
+                    track_id[t : ends[t]] = slots.track_id
+            elif not t or cuts[t]:
+                slots.reset(frames[t], grey[t])
         tracks[-1], track_id[-1], visible[-1] = slots.points, slots.track_id, False
         small = np.zeros((time, recipe.size, recipe.size, 2), np.float16)
         small[:-1] = shrink_flow(fields[1:], recipe.ratio)
         magnitudes = Magnitudes()
         magnitudes.add(small[:-1])
-        info["flow"] = {key: round(value, 5) for key, value in magnitudes.quantiles().items()}
-        info["followed"] = round(float(visible[:-1].mean()), 4)
+        info = {
+            "cuts": np.flatnonzero(cuts).tolist(),
+            "segments": segments,
+            "lost": lost,
+            "idle": idle,
+            "camera": self._camera(fields[1:]),
+            "followed": round(float(visible[:-1].mean()), 4),
+            "flow": {name: round(value, 5) for name, value in magnitudes.quantiles().items()},
+        }
         return ClipMotion(small, shrink_points(tracks, recipe.ratio), visible, track_id, info)
+
+    def _segments(self, cuts: NDArray[np.bool_]) -> dict[int, int]:
+        """First frame and end of each segment whose points are chosen with look-ahead; three frames are the least that has variance."""
+        if not self.recipe.redraw_rounds:
+            return {}
+        starts = sorted({*range(0, len(cuts), self.recipe.segment_frames), *np.flatnonzero(cuts).tolist()})
+        return {start: end for start, end in itertools.pairwise([*starts, len(cuts)]) if end - start > 2}
+
+    def _camera(self, fields: NDArray[np.float32]) -> float:
+        """Mean magnitude of the camera's motion, pixels of `size` per frame, over at most eight fields."""
+        some = fields[np.unique(np.linspace(0, len(fields) - 1, 8).round().astype(int))]
+        mean = np.mean([np.linalg.norm(residual_flow(field)[1], axis=-1).mean() for field in some])
+        return round(float(mean) / self.recipe.ratio / self.recipe.flow_span, 4)
 
     def _fields(self, frames: NDArray[np.uint8], cuts: NDArray[np.bool_]) -> NDArray[np.float32]:
         """fields[t]: flow from frame max(t - span, last cut) to t; zero at t = 0 and across cuts."""
@@ -102,13 +131,18 @@ class ClipExtractor:
             fields[wanted] = self.flow.flow(frames[first[wanted]], frames[wanted])
         return fields
 
-    def _choose(self, frames: NDArray[np.uint8], grey: NDArray[np.uint8], rng: np.random.Generator) -> tuple[Points, int]:
-        """The paper's choice of points for one segment: (N, 2) points, most mobile first, and how many are salient."""
+    def _choose(
+        self, frames: NDArray[np.uint8], grey: NDArray[np.uint8], field: NDArray[np.float32], rng: np.random.Generator
+    ) -> _Choice:
+        """The paper's choice of points for one segment; ``field`` is the flow that led to its second frame."""
         recipe, count = self.recipe, self.recipe.tracks
-        ahead = [k for k in SEGMENT_OFFSETS if k < len(frames)]
-        flows = self.flow.flow(np.repeat(frames[:1], len(ahead), 0), frames[ahead])
-        flows = flows / np.array(ahead, np.float32)[:, None, None, None]
-        weight = self.segment.weight(frames[[0, *ahead]], flows)
+        flows = []
+        if self.segment.uses_motion:
+            ahead = [k for k in SEGMENT_OFFSETS if k < len(frames)]
+            flows = [field] if ahead[0] == 1 else []  # right after a segment's start every span reaches one frame or is cut to it
+            flows = list(self.flow.flow(np.repeat(frames[:1], len(ahead), 0), frames[ahead]))
+            flows = [flow / np.float32(k) for k, flow in zip(ahead, flows, strict=True)]
+        weight = self.segment.weight(frames[[0, *SEGMENT_OFFSETS[: len(flows)]]], flows)
         chance = weight * texture_weight(grey) if weight.any() else texture_weight(grey)
         points = draw_points(chance, count, rng)
         score = self._mobility(frames, points)
@@ -116,13 +150,13 @@ class ClipExtractor:
             weak = score < recipe.min_motion
             if not weak.any():
                 break
-            fresh = draw_points(chance, int(weak.sum()), rng)
+            fresh = draw_points(chance, int(weak.sum()), rng, points[~weak])
             again = self._mobility(frames, fresh)
             better = again > score[weak]
             index = np.flatnonzero(weak)[better]
             points[index], score[index] = fresh[better], again[better]
         order = np.argsort(-score, kind="stable")
-        return points[order], int((score >= recipe.min_motion).sum())
+        return _Choice(points[order], int((score >= recipe.min_motion).sum()), weight)
 
     def _mobility(self, frames: NDArray[np.uint8], points: Points) -> NDArray[np.float32]:
         """Standard deviation of each point's path in pixels of `size`, zero if it is lost in the first half of the segment."""

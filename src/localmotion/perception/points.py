@@ -8,42 +8,100 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from localmotion.errors import LocalmotionError
 from localmotion.perception.base import Points, Recipe, SegmentBackend, TrackBackend
 
 PATIENCE = 3  # frames a point may stand still before it can be moved to where something moves
 DECAY = 0.9  # of the running mean and variance of a point's position
 MEMORY = 3  # most recent flow fields that the causal foreground weight is the median of
-CUT = 45.0  # mean absolute grey difference (of 255) between frames that counts as a scene cut
+CUT = 45.0  # mean absolute grey difference (of 255) between frames that is a scene cut whatever came before
+JUMP = 25.0  # ... that is one when it also is three times the difference before: fast pans build up, cuts do not
+CALM = 8.0  # difference that is assumed before the first frames of a scene
+SPREAD = 0.6  # least distance between drawn points, as a share of the side of the area each one would have
 
 
 def texture_weight(grey: NDArray[np.uint8]) -> NDArray[np.float32]:
     """(H, W) in [0, 1]: how well a point can be followed, the smaller eigenvalue of the local structure."""
     strength = cv2.cornerMinEigenVal(grey, 5)
-    top = float(np.quantile(strength, 0.99))
+    rank = int(0.99 * (strength.size - 1))
+    top = float(np.partition(strength, rank, axis=None)[rank])
     weight: NDArray[np.float32] = np.clip(strength / top, 0, 1) if top > 0 else np.ones_like(strength)
     return (0.02 + 0.98 * np.sqrt(weight)).astype(np.float32)
 
 
-def draw_points(weight: NDArray[np.float32], count: int, rng: np.random.Generator) -> Points:
-    """Draw (count, 2) points without replacement with probability proportional to ``weight`` (H, W), jittered within their pixel."""
+def draw_points(weight: NDArray[np.float32], count: int, rng: np.random.Generator, near: Points | None = None) -> Points:
+    """Draw (count, 2) points, spread out, with probability proportional to ``weight`` (H, W), jittered within their pixel.
+
+    Points keep a distance from each other and from ``near`` (n, 2), which shrinks until all find a place; no pixel is drawn twice. It
+    begins at `SPREAD` times the side of one point's share of the weighted area, so points cover a small object as they do a large one.
+    Where fewer than ``count`` pixels have weight, the rest comes from anywhere. Raises LocalmotionError for more points than pixels.
+    """
+    height, width = weight.shape
+    if count > weight.size:
+        raise LocalmotionError(f"cannot draw {count} points in a picture of {width}x{height} pixels; use fewer tracks")
     flat = weight.ravel().astype(np.float64)
     if np.count_nonzero(flat) < count:
         flat = flat + 1e-6
-    # Gumbel top-k is a weighted draw without replacement in one pass.
-    keys = np.full(flat.shape, -np.inf)
-    positive = flat > 0
-    keys[positive] = np.log(flat[positive]) + rng.gumbel(size=int(positive.sum()))
-    chosen = np.argpartition(-keys, count - 1)[:count]
-    chosen = chosen[np.argsort(-keys[chosen], kind="stable")]
-    ys, xs = np.divmod(chosen, weight.shape[1])
+    # Gumbel top-k is a weighted draw without replacement in one pass; more than needed, in the order of drawing.
+    candidates = np.flatnonzero(flat > 0)
+    keys = np.log(flat[candidates]) + rng.gumbel(size=len(candidates))
+    number = min(8 * count, len(candidates))
+    best = np.argpartition(-keys, number - 1)[:number]
+    best = candidates[best[np.argsort(-keys[best], kind="stable")]]
+    ys, xs = np.divmod(best, width)
     points = np.stack([xs, ys], 1).astype(np.float32)
-    return points + rng.uniform(-0.5, 0.5, points.shape).astype(np.float32)
+    others = np.zeros((0, 2), np.float32) if near is None else near
+    area = float(flat.sum() ** 2 / (flat**2).sum())  # effective number of pixels
+    distance = SPREAD * float(np.sqrt(area / (count + len(others))))
+    chosen = points[_spread(points, others, count, distance)]
+    return chosen + rng.uniform(-0.5, 0.5, chosen.shape).astype(np.float32)
 
 
-def scene_cut(previous: NDArray[np.uint8], current: NDArray[np.uint8]) -> bool:
-    """Whether two grey frames belong to different scenes."""
-    a, b = (cv2.resize(x, (16, 16), interpolation=cv2.INTER_AREA).astype(np.float32) for x in (previous, current))
-    return float(np.abs(a - b).mean()) > CUT
+def _spread(points: Points, others: Points, count: int, distance: float) -> NDArray[np.intp]:
+    """Indices of ``count`` of (m, 2) points in order of preference, ``distance`` apart if possible, halved until it is."""
+    if len(points) == count:
+        return np.arange(count)
+    own = ((points[:, None] - points[None]) ** 2).sum(-1)  # (m, m)
+    nearest = ((points[:, None] - others[None]) ** 2).sum(-1).min(1) if len(others) else np.full(len(points), np.inf)
+    taken = np.zeros(len(points), bool)
+    while distance > 1:
+        limit = distance**2
+        free = ~taken & (nearest >= limit) & ~(own[:, taken] < limit).any(1)
+        while free.any() and taken.sum() < count:
+            # Those that no better free one is near of are taken together.
+            blocked = np.tril((own < limit) & free[None], -1).any(1)
+            fresh = np.flatnonzero(free & ~blocked)[: count - int(taken.sum())]
+            taken[fresh] = True
+            free &= ~(own[:, fresh] < limit).any(1)
+        if taken.sum() >= count:
+            break
+        distance /= 2
+    rest = np.flatnonzero(~taken)[: count - int(taken.sum())]
+    taken[rest] = True
+    return np.flatnonzero(taken)
+
+
+class CutDetector:
+    """Tells scene cuts in a sequence of grey frames, from how much the whole picture changes. Causal.
+
+    A cut changes the picture, averaged to 16 x 16, by `CUT`, or by `JUMP` and three times as much as the change before.
+    """
+
+    def __init__(self) -> None:
+        self.thumb: NDArray[np.float32] | None = None
+        self.change = CALM
+
+    def step(self, grey: NDArray[np.uint8], *, first: bool = False) -> bool:
+        """Whether this frame begins another scene than the one before; never at the ``first``."""
+        thumb = np.asarray(cv2.resize(grey, (16, 16), interpolation=cv2.INTER_AREA), np.float32)
+        before, self.thumb = self.thumb, thumb
+        if first or before is None:
+            self.change = CALM
+            return False
+        change = float(np.abs(thumb - before).mean())
+        cut = change > CUT or (change > JUMP and change > 3 * self.change)
+        self.change = CALM if cut else change
+        return cut
 
 
 class Step(NamedTuple):
@@ -62,6 +120,8 @@ class Slots:
     a new point gets a new track_id: its history is another track's.
     """
 
+    ARRAYS = ("points", "visible", "track_id", "age", "mean", "variance")
+
     def __init__(self, recipe: Recipe, segment: SegmentBackend, track: TrackBackend, rng: np.random.Generator) -> None:
         self.recipe, self.segment, self.tracker, self.rng = recipe, segment, track, rng
         count = recipe.tracks
@@ -72,7 +132,7 @@ class Slots:
         self.mean = np.zeros((count, 2), np.float32)
         self.variance = np.zeros(count, np.float32)
         self.next_id = 0
-        self.flows: list[NDArray[np.float32]] = []
+        self.flows: list[NDArray[np.float32]] = []  # newest first; never written into
         self.found: tuple[int, NDArray[np.float32]] | None = None  # age and weight, picture-based segmenters only
 
     def place(self, which: NDArray[np.bool_], points: Points) -> None:
@@ -83,14 +143,16 @@ class Slots:
         self.next_id += count
         self.age[which], self.variance[which], self.mean[which] = 0, 0.0, points[:count]
 
-    def reset(self, frame: NDArray[np.uint8], grey: NDArray[np.uint8], weight: NDArray[np.float32] | None = None) -> None:
+    def begin(self, points: Points, weight: NDArray[np.float32]) -> None:
+        """Start in a first frame with given (N, 2) points; ``weight`` (H, W) is what the segmenter said of the frame."""
+        self.flows, self.found = [], None if self.segment.uses_motion else (0, weight)
+        self.place(np.ones(len(self.points), bool), points)
+
+    def reset(self, frame: NDArray[np.uint8], grey: NDArray[np.uint8]) -> None:
         """Draw all points in a first frame: on the segmenter's weight if it finds anything without motion, else on texture."""
-        self.flows, self.found = [], None
-        if weight is None:
-            weight = self.segment.weight(frame[None], np.zeros((0, *grey.shape, 2), np.float32))
-        if not weight.any():
-            weight = texture_weight(grey)
-        self.place(np.ones(len(self.points), bool), draw_points(weight, len(self.points), self.rng))
+        found = self.segment.weight(frame[None], np.zeros((0, *grey.shape, 2), np.float32))
+        weight = found if found.any() else texture_weight(grey)
+        self.begin(draw_points(weight, len(self.points), self.rng), found)
 
     def step(
         self,
@@ -146,29 +208,30 @@ class Slots:
         if which.any():
             # Points are drawn where it moves and where they can be followed.
             chance = weight * texture_weight(grey) if moving else texture_weight(grey)
-            self.place(which, draw_points(chance, int(which.sum()), self.rng))
+            self.place(which, draw_points(chance, int(which.sum()), self.rng, self.points[~which]))
 
     def _weight(self, frame: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Foreground of this frame. A segmenter that looks at the picture is costly and its answer lasts: asked once a segment."""
         if self.segment.uses_motion:
-            return self.segment.weight(frame[None], np.stack(self.flows))
+            return self.segment.weight(frame[None], self.flows)
         if self.found is None or self.found[0] >= self.recipe.segment_frames:
-            self.found = (0, self.segment.weight(frame[None], np.stack(self.flows)))
+            self.found = (0, self.segment.weight(frame[None], self.flows))
         return self.found[1]
 
-    def state(self) -> dict[str, Any]:
-        """Arrays and numbers that continue this stream exactly."""
-        arrays = ("points", "visible", "track_id", "age", "mean", "variance")
-        return {name: getattr(self, name).copy() for name in arrays} | {
-            "next_id": self.next_id,
-            "flows": [flow.copy() for flow in self.flows],
-            "rng": self.rng.bit_generator.state,
-        }
+    def state(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+        """Arrays, and JSON-able numbers, that continue these slots exactly."""
+        arrays = {name: getattr(self, name).copy() for name in self.ARRAYS}
+        arrays |= {f"flow{index}": flow.copy() for index, flow in enumerate(self.flows)}
+        if self.found is not None:
+            arrays["found"] = self.found[1].copy()
+        age = None if self.found is None else self.found[0]
+        return arrays, {"next_id": self.next_id, "found_age": age, "rng": self.rng.bit_generator.state}
 
-    def load_state(self, state: dict[str, Any]) -> None:
+    def load_state(self, arrays: dict[str, NDArray[Any]], meta: dict[str, Any]) -> None:
         """Restore what `state` gave."""
-        for name in ("points", "visible", "track_id", "age", "mean", "variance"):
-            setattr(self, name, np.array(state[name]))
-        self.next_id = int(state["next_id"])
-        self.flows = [np.array(flow) for flow in state["flows"]]
-        self.rng.bit_generator.state = state["rng"]
+        for name in self.ARRAYS:
+            setattr(self, name, np.array(arrays[name], getattr(self, name).dtype))
+        self.flows = [np.array(arrays[f"flow{index}"]) for index in range(MEMORY) if f"flow{index}" in arrays]
+        self.found = None if meta["found_age"] is None else (int(meta["found_age"]), np.array(arrays["found"]))
+        self.next_id = int(meta["next_id"])
+        self.rng.bit_generator.state = meta["rng"]
