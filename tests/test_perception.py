@@ -10,14 +10,15 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from localmotion.errors import ConfigError, LocalmotionError, StoreError, VideoError
 from localmotion.perception import Recipe, backends, make_backend
-from localmotion.perception.extract import ClipExtractor, extract_folder
-from localmotion.perception.points import Slots, draw_points, scene_cut
+from localmotion.perception.extract import ClipExtractor, extract_folder, seed_of
+from localmotion.perception.points import Slots, draw_points
 from localmotion.perception.saliency import residual_flow
 from localmotion.perception.stream import Magnitudes, StreamingExtractor, shrink_flow, shrink_points
 from localmotion.video.store import ClipStore
@@ -59,7 +60,7 @@ def test_flow_is_in_pixels_x_then_y() -> None:
 
 def test_flow_is_averaged_and_divided_when_stored_smaller() -> None:
     frames, masks = scene(frames=8)
-    motion = ClipExtractor(Recipe(percept_size=SIDE, size=64)).extract(frames, 0)
+    motion = ClipExtractor(Recipe(percept_size=SIDE, size=64)).extract(frames, "clip")
     inside = cv2.erode(masks[3].astype(np.uint8), np.ones((17, 17)))[::2, ::2] > 0
     assert motion.flow.shape == (8, 64, 64, 2)
     np.testing.assert_allclose(motion.flow[3][inside].mean(0), (1.0, 0.5), atol=0.06)
@@ -125,8 +126,8 @@ def test_batch_without_look_ahead_is_the_streaming_form_bit_for_bit(span: int) -
     recipe = Recipe(percept_size=SIDE, redraw_rounds=0, segment_frames=5, flow_span=span, tracks=12)
     first, _ = scene(frames=9, velocity=(4.0, 2.5))
     frames = np.concatenate([first, 255 - texture(5)[None] // 2, scene(frames=4)[0] // 3])  # with scene cuts
-    batch = ClipExtractor(recipe).extract(frames, seed=3)
-    stream = StreamingExtractor(recipe, seed=3)
+    batch = ClipExtractor(recipe).extract(frames, "clip")
+    stream = StreamingExtractor(recipe, seed_of("clip", recipe.seed))
     stream.reset(frames[0])
     for t in range(1, len(frames)):
         step = stream.step(frames[t])
@@ -139,7 +140,7 @@ def test_batch_without_look_ahead_is_the_streaming_form_bit_for_bit(span: int) -
 def test_flow_agrees_between_forms_also_with_look_ahead() -> None:
     frames, _ = scene(frames=8)
     recipe = Recipe(percept_size=SIDE, tracks=8)
-    batch = ClipExtractor(recipe).extract(frames, 0)
+    batch = ClipExtractor(recipe).extract(frames, "clip")
     stream = StreamingExtractor(recipe, 0)
     stream.reset(frames[0])
     np.testing.assert_array_equal(np.stack([stream.step(f).flow for f in frames[1:]]), batch.flow[:-1])
@@ -153,7 +154,7 @@ def test_stream_state_continues_exactly() -> None:
     for frame in frames[1:5]:
         one.step(frame)
     other = StreamingExtractor(recipe, 99)
-    other.load_state_dict(json_round_trip(one.state_dict()))
+    other.load_state_dict(round_trip(one.state_dict()))
     for frame in frames[5:]:
         a, b = one.step(frame), other.step(frame)
         np.testing.assert_array_equal(a.flow, b.flow)
@@ -161,10 +162,10 @@ def test_stream_state_continues_exactly() -> None:
         np.testing.assert_array_equal(a.track_id, b.track_id)
 
 
-def json_round_trip(state: dict[str, Any]) -> dict[str, Any]:
-    """The state must survive without pickling: arrays by value, the rest by JSON."""
-    slots = {k: (v if isinstance(v, np.ndarray | list) else json.loads(json.dumps(v))) for k, v in state["slots"].items()}
-    return {"slots": slots, "frames": [f.copy() for f in state["frames"]]}
+def round_trip(state: dict[str, Any]) -> dict[str, Any]:
+    """The state must survive without pickling: safetensors and JSON."""
+    arrays = safetensors.numpy.load(safetensors.numpy.save({k: np.ascontiguousarray(v) for k, v in state["arrays"].items()}))
+    return {"arrays": arrays, "meta": json.loads(json.dumps(state["meta"]))}
 
 
 def test_scene_cut_ends_all_tracks() -> None:
@@ -172,25 +173,26 @@ def test_scene_cut_ends_all_tracks() -> None:
     other = np.full_like(frames, 20)
     other[:, 30:60, 30:60] = 240
     recipe = Recipe(percept_size=SIDE, tracks=6)
-    motion = ClipExtractor(recipe).extract(np.concatenate([frames, other]), 0)
+    motion = ClipExtractor(recipe).extract(np.concatenate([frames, other]), "clip")
     assert motion.info["cuts"] == [6]
     assert not motion.flow[5].any()
     assert not motion.visible[5].any()
     assert not set(motion.track_id[5]) & set(motion.track_id[6])
-    assert not scene_cut(*(cv2.cvtColor(f, cv2.COLOR_RGB2GRAY) for f in frames[:2]))
+    # look-ahead chooses points in the new scene at once, not at the next multiple of segment_frames
+    assert [part["start"] for part in motion.info["segments"]] == [0, 6]
 
 
 def test_paper_choice_finds_salient_points() -> None:
     """Look-ahead keeps points that move; without motion it says that none is salient and still gives points."""
     frames, masks = scene(frames=12, velocity=(1.5, 0.5))
     recipe = Recipe(percept_size=SIDE, tracks=16, segment_frames=12)
-    motion = ClipExtractor(recipe).extract(frames, 0)
-    assert motion.info["salient"][0] >= 12
+    motion = ClipExtractor(recipe).extract(frames, "clip")
+    assert motion.info["segments"][0]["salient"] >= 12
     near = cv2.dilate(masks[0].astype(np.uint8), np.ones((9, 9))) > 0
     at = np.round(motion.tracks[0] * 2 + 0.5).astype(int).clip(0, SIDE - 1)
     assert near[at[:, 1], at[:, 0]].mean() > 0.7
-    still = ClipExtractor(recipe).extract(np.repeat(frames[:1], 6, 0), 0)
-    assert still.info["salient"] == [0]
+    still = ClipExtractor(recipe).extract(np.repeat(frames[:1], 6, 0), "clip")
+    assert still.info["segments"] == [{"start": 0, "salient": 0, "foreground": False}]
     assert still.visible[:-1].all()
     assert not still.flow.any()
 

@@ -47,7 +47,9 @@ class SegmentBackend(Protocol):
     uses_motion: ClassVar[bool]
     """Whether the weight comes from motion (cheap, asked whenever a point is drawn) or from the picture (asked once a segment)."""
 
-    def weight(self, frames: NDArray[np.uint8], flows: NDArray[np.float32] | Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+    def weight(
+        self, frames: NDArray[np.uint8], flows: NDArray[np.float32] | Sequence[NDArray[np.float32]]
+    ) -> NDArray[np.float32]:
         """Foreground weight in [0, 1] for the FIRST frame.
 
         ``frames`` (n, H, W, 3), n >= 1, the first frame and a few that follow (streaming: those that came before, newest

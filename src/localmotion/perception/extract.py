@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import itertools
 import json
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from localmotion.errors import LocalmotionError, StoreError, VideoError
+from localmotion.errors import ConfigError, LocalmotionError, StoreError, VideoError
 from localmotion.perception.base import ClipMotion, Points, Recipe, recipe_backends
-from localmotion.perception.points import Slots, draw_points, scene_cut, texture_weight
+from localmotion.perception.points import CutDetector, Slots, draw_points, texture_weight
+from localmotion.perception.saliency import residual_flow
 from localmotion.perception.stream import Magnitudes, shrink_flow, shrink_points
 from localmotion.video.decode import iter_frames
 from localmotion.video.listing import VideoRef, find_videos
@@ -25,6 +29,19 @@ from localmotion.video.store import Clip, ClipStore, ClipStoreWriter
 from localmotion.video.workers import Lost, map_isolated
 
 SEGMENT_OFFSETS = (1, 2, 4)  # frames ahead whose flow decides the foreground at a segment's start
+
+
+def seed_of(key: str, seed: int) -> int:
+    """Seed of a clip's draws: a pure function of its id and the recipe's seed."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{key}".encode()).digest()[:8], "little")
+
+
+class _Choice(NamedTuple):
+    """Points of one segment."""
+
+    points: Points  # (N, 2), most mobile first
+    salient: int  # how many move enough
+    weight: NDArray[np.float32]  # (H, W) foreground of the segment's first frame
 
 
 class ClipExtractor:
@@ -51,8 +68,8 @@ class ClipExtractor:
         something moved), camera (mean motion of the camera, pixels of `size` per frame), followed (share of points usable), flow
         (mean and quantiles of the flow's magnitude, pixels of `size`).
         """
-        recipe, time = self.recipe, len(frames)
-        if time < 2 or frames.shape[1:] != (recipe.percept_size, recipe.percept_size, 3) or frames.dtype != np.uint8:
+        recipe, length = self.recipe, len(frames)
+        if length < 2 or frames.shape[1:] != (recipe.percept_size, recipe.percept_size, 3) or frames.dtype != np.uint8:
             raise LocalmotionError(f"extraction wants at least 2 uint8 frames of side {recipe.percept_size}, got {frames.shape}")
         grey = [cv2.cvtColor(x, cv2.COLOR_RGB2GRAY) for x in frames]
         detector = CutDetector()
@@ -60,39 +77,41 @@ class ClipExtractor:
         fields = self._fields(frames, cuts)  # fields[t]: motion that led to frame t
         slots = Slots(recipe, self.segment, self.track, np.random.default_rng(seed_of(key, recipe.seed)))
         count = recipe.tracks
-        tracks = np.zeros((time, count, 2), np.float32)
-        visible = np.zeros((time, count), bool)
-        track_id = np.zeros((time, count), np.int32)
-        offline = np.zeros(time, bool)  # frames whose tracks an offline tracker gave
+        tracks = np.zeros((length, count, 2), np.float32)
+        visible = np.zeros((length, count), bool)
+        track_id = np.zeros((length, count), np.int32)
+        offline = np.zeros(length, bool)  # frames whose tracks an offline tracker gave: better than steps, and already there
+        seen = np.zeros((length, count), bool)  # in those frames
         ends = self._segments(cuts)
         segments: list[dict[str, Any]] = []
         lost = idle = 0
-        for t in range(time):
-            if t and offline[t] and t not in ends:
-                # An offline tracker has followed this segment as a whole: its tracks are better than steps, and already there.
-                slots.points, slots.visible = tracks[t].copy(), np.ones(count, bool)
-            elif t and not cuts[t]:
-                step = slots.step(frames[t - 1], frames[t], grey[t - 1], grey[t], fields[t])
-                # The motion t-1 -> t can be used where the point was followed: same identity, visible in frame t-1.
+        for t in range(length):
+            begins = t in ends
+            if cuts[t]:
                 if not offline[t - 1]:
-                    tracks[t - 1], visible[t - 1], track_id[t - 1] = step
-                    fresh = slots.track_id != step.track_id
-                    lost, idle = lost + int((fresh & ~step.visible).sum()), idle + int((fresh & step.visible).sum())
-            elif t and not offline[t - 1]:
-                tracks[t - 1], track_id[t - 1] = slots.points, slots.track_id
-            if t in ends:
+                    tracks[t - 1], track_id[t - 1] = slots.points, slots.track_id
+                visible[t - 1] = False
+            elif offline[t] and not begins:
+                slots.points, slots.visible = tracks[t].copy(), seen[t].copy()
+            elif t and not (begins and offline[t - 1]):
+                step = slots.step(frames[t - 1], frames[t], grey[t - 1], grey[t], fields[t])
+                tracks[t - 1], visible[t - 1], track_id[t - 1] = step
+                fresh = slots.track_id != step.track_id
+                lost, idle = lost + int((fresh & ~step.visible).sum()), idle + int((fresh & step.visible).sum())
+            if begins:
                 choice = self._choose(frames[t : ends[t]], grey[t], fields[t + 1], slots.rng)
                 slots.begin(choice.points, choice.weight)
                 segments.append({"start": t, "salient": choice.salient, "foreground": bool(choice.weight.any())})
                 if not self.track.causal:
-                    offline[t : ends[t]] = True
-                    tracks[t : ends[t]], seen = self.track.track(frames[t : ends[t]], choice.points)
-                    visible[t : ends[t] - 1] = seen[:-1] & seen[1:]
-                    track_id[t : ends[t]] = slots.track_id
-            elif not t or cuts[t]:
+                    part = slice(t, ends[t])
+                    offline[part], track_id[part] = True, slots.track_id
+                    tracks[part], seen[part] = self.track.track(frames[part], choice.points)
+                    visible[part] = seen[part]
+                    visible[t : ends[t] - 1] &= seen[t + 1 : ends[t]]
+            elif t == 0 or cuts[t]:
                 slots.reset(frames[t], grey[t])
         tracks[-1], track_id[-1], visible[-1] = slots.points, slots.track_id, False
-        small = np.zeros((time, recipe.size, recipe.size, 2), np.float16)
+        small = np.zeros((length, recipe.size, recipe.size, 2), np.float16)
         small[:-1] = shrink_flow(fields[1:], recipe.ratio)
         magnitudes = Magnitudes()
         magnitudes.add(small[:-1])
@@ -122,11 +141,11 @@ class ClipExtractor:
 
     def _fields(self, frames: NDArray[np.uint8], cuts: NDArray[np.bool_]) -> NDArray[np.float32]:
         """fields[t]: flow from frame max(t - span, last cut) to t; zero at t = 0 and across cuts."""
-        time, span = len(frames), self.recipe.flow_span
-        scene = np.maximum.accumulate(np.where(cuts, np.arange(time), 0))
-        first = np.maximum(np.arange(time) - span, scene)
+        length, span = len(frames), self.recipe.flow_span
+        scene = np.maximum.accumulate(np.where(cuts, np.arange(length), 0))
+        first = np.maximum(np.arange(length) - span, scene)
         fields = np.zeros((*frames.shape[:3], 2), np.float32)
-        wanted = np.flatnonzero(first < np.arange(time))
+        wanted = np.flatnonzero(first < np.arange(length))
         if len(wanted):
             fields[wanted] = self.flow.flow(frames[first[wanted]], frames[wanted])
         return fields
@@ -136,13 +155,14 @@ class ClipExtractor:
     ) -> _Choice:
         """The paper's choice of points for one segment; ``field`` is the flow that led to its second frame."""
         recipe, count = self.recipe, self.recipe.tracks
-        flows = []
-        if self.segment.uses_motion:
-            ahead = [k for k in SEGMENT_OFFSETS if k < len(frames)]
-            flows = [field] if ahead[0] == 1 else []  # right after a segment's start every span reaches one frame or is cut to it
-            flows = list(self.flow.flow(np.repeat(frames[:1], len(ahead), 0), frames[ahead]))
+        flows: list[NDArray[np.float32]] = []
+        ahead = [k for k in SEGMENT_OFFSETS if k < len(frames)] if self.segment.uses_motion else []
+        if ahead:
+            known = [field] if recipe.flow_span == 1 else []
+            rest = ahead[len(known) :]
+            flows = [*known, *self.flow.flow(np.repeat(frames[:1], len(rest), 0), frames[rest])]
             flows = [flow / np.float32(k) for k, flow in zip(ahead, flows, strict=True)]
-        weight = self.segment.weight(frames[[0, *SEGMENT_OFFSETS[: len(flows)]]], flows)
+        weight = self.segment.weight(frames[[0, *ahead]], flows)
         chance = weight * texture_weight(grey) if weight.any() else texture_weight(grey)
         points = draw_points(chance, count, rng)
         score = self._mobility(frames, points)
@@ -191,34 +211,47 @@ class ExtractSummary:
         return [*out, f"flow magnitude in pixels of a stored frame: {values}"]
 
 
-def seed_of(clip_id: str, seed: int) -> int:
-    """Seed of a clip's draws: a pure function of its id and the recipe's seed."""
-    import hashlib
-
-    return int.from_bytes(hashlib.sha256(f"{seed}:{clip_id}".encode()).digest()[:8], "little")
-
-
 _EXTRACTORS: dict[str, ClipExtractor] = {}  # one per process and recipe: backends are costly to build
 
 
-def extract_one(ref: VideoRef, recipe: Recipe, min_frames: int, max_frames: int) -> Clip | dict[str, str]:
+@dataclass(frozen=True)
+class _Refused:
+    """An error that concerns the recipe or the machine, not one video: it ends the extraction."""
+
+    message: str
+
+
+def extract_one(ref: VideoRef, recipe: Recipe, min_frames: int, max_frames: int) -> Clip | dict[str, str] | _Refused:
     """One video: a clip, or why it is rejected."""
     cv2.setNumThreads(1)
     key = recipe.hash()
-    if key not in _EXTRACTORS:
-        _EXTRACTORS[key] = ClipExtractor(recipe)
     try:
-        decoded = list(iter_frames(ref, recipe.percept_size, recipe.frame_stride, max_frames=max_frames))
+        if key not in _EXTRACTORS:
+            _EXTRACTORS[key] = ClipExtractor(recipe)
+        stream = iter_frames(ref, recipe.percept_size, recipe.frame_stride)
+        decoded = list(itertools.islice(stream, max_frames))
         if len(decoded) < max(min_frames, 2):
             raise VideoError(ref.path, "too_short", f"has {len(decoded)} frames, {min_frames} are needed")
+        cut_short = len(decoded) == max_frames and _goes_on(stream)
+        frames = np.stack(decoded)
+        motion = _EXTRACTORS[key].extract(frames, ref.id)
     except VideoError as error:
         return {"id": ref.id, "reason": error.reason, "detail": error.detail}
-    frames = np.stack(decoded)
-    motion = _EXTRACTORS[key].extract(frames, seed_of(ref.id, recipe.seed))
+    except LocalmotionError as error:
+        return _Refused(str(error))
     if recipe.ratio > 1:
         side = (recipe.size, recipe.size)
         frames = np.stack([cv2.resize(x, side, interpolation=cv2.INTER_AREA) for x in frames])
-    return Clip(ref.id, frames, motion.flow, motion.tracks, motion.visible, motion.track_id, label=ref.label, info=motion.info)
+    info = motion.info | {"cut_short": cut_short}
+    return Clip(ref.id, frames, motion.flow, motion.tracks, motion.visible, motion.track_id, label=ref.label, info=info)
+
+
+def _goes_on(stream: Iterator[Any]) -> bool:
+    """Whether a video has another frame, or damage where it would be: what is left out need not be whole."""
+    try:
+        return next(stream, None) is not None
+    except VideoError:
+        return True
 
 
 def extract_folder(
@@ -236,11 +269,13 @@ def extract_folder(
     """Extract every video below ``videos`` into the store ``out``, going on where an earlier call stopped.
 
     Shards are a pure function of the sorted video list, so the same input and recipe give the same bytes whatever the number of
-    workers. Memory is bounded by the shards in flight. A rejected video leaves its reason in the store; a decoder that dies costs its own
-    video alone. Raises VideoError for a missing or empty folder, StoreError for a store of another recipe or a full disk.
+    workers. Memory is bounded by the shards in flight: of a video longer than ``max_frames`` stored frames the rest is left out, and its
+    info says so. A rejected video leaves its reason in the store; a decoder that dies costs its own video alone. An interruption (Ctrl-C)
+    loses at most the shards in flight. Raises VideoError for a missing or empty folder, StoreError for a store of another recipe or a full
+    disk, ConfigError for impossible limits, LocalmotionError when a backend cannot be built or used.
     """
-    import time
-
+    if not 2 <= max(min_frames, 2) <= max_frames:
+        raise ConfigError(f"min_frames {min_frames} and max_frames {max_frames}: at least 2 frames, and no more than max_frames")
     refs = {ref.id: ref for ref in find_videos(videos, list_file)}
     writer = ClipStoreWriter.open(out, recipe.size, recipe.to_json(), recipe.hash(), recipe.tracks, shard_clips)
     pending = writer.pending(refs)
@@ -252,30 +287,32 @@ def extract_folder(
     call = partial(extract_one, recipe=recipe, min_frames=min_frames, max_frames=max_frames)
     if progress:
         progress(done, total, "")
-    for position, result in _results(call, [refs[name] for _, name in todo], workers):
-        index, name = todo[position]
-        if isinstance(result, Lost):
-            result = {"id": name, "reason": result.reason, "detail": result.detail}
-        if isinstance(result, Clip):
-            parts[index][0].append(result)
-            new += 1
-        else:
-            parts[index][1].append(result)
-        left[index] -= 1
-        if not left[index]:
-            writer.write_shard(index, *parts.pop(index))
-        done += 1
-        if progress:
-            progress(done, total, "")
+    with contextlib.closing(_results(call, [refs[name] for _, name in todo], workers)) as results:
+        for position, result in results:
+            index, name = todo[position]
+            if isinstance(result, _Refused):
+                raise LocalmotionError(result.message)
+            if isinstance(result, Lost):
+                result = {"id": name, "reason": result.reason, "detail": result.detail}
+            if isinstance(result, Clip):
+                parts[index][0].append(result)
+                new += 1
+            else:
+                parts[index][1].append(result)
+            left[index] -= 1
+            if not left[index]:
+                writer.write_shard(index, *parts.pop(index))
+            done += 1
+            if progress:
+                progress(done, total, "")
     return _summary(out, new, time.monotonic() - began)
 
 
-def _results(call: Callable[[VideoRef], Any], refs: list[VideoRef], workers: int) -> Any:
-    if not refs:
-        return iter(())
+def _results(call: Callable[[VideoRef], Any], refs: list[VideoRef], workers: int) -> Generator[tuple[int, Any]]:
     if workers <= 1 or len(refs) < 4:
-        return enumerate(map(call, refs))
-    return map_isolated(call, refs, workers)
+        yield from enumerate(map(call, refs))
+    else:
+        yield from map_isolated(call, refs, workers)
 
 
 def _summary(out: Path, new: int, seconds: float) -> ExtractSummary:
@@ -291,10 +328,20 @@ def _summary(out: Path, new: int, seconds: float) -> ExtractSummary:
     for entry in store.rejected:
         summary.rejected[entry["reason"]] = summary.rejected.get(entry["reason"], 0) + 1
     if len(store):
-        # Means over clips of each clip's own quantiles: cheap, and a few wild clips do not hide the rest.
-        for key in ("mean", "p50", "p90", "p99"):
-            summary.flow[key] = float(np.mean([info["flow"][key] for info in store.infos]))
+        summary.flow = {key: round(value, 6) for key, value in flow_distribution(store).items()}
         temporary = out / "flow.json.tmp"
         temporary.write_text(json.dumps(summary.flow, indent=1, sort_keys=True) + "\n")
         os.replace(temporary, out / "flow.json")
     return summary
+
+
+def flow_distribution(store: ClipStore, fields: int = 4096) -> dict[str, float]:
+    """Mean and quantiles of flow magnitude (pixels of `size`) over at most ``fields`` fields spread evenly over the store."""
+    lengths = store.lengths - 1  # the last field of a clip is no motion
+    ends = np.cumsum(lengths)
+    magnitudes = Magnitudes()
+    for number in np.unique(np.linspace(0, int(ends[-1]) - 1, fields).round().astype(np.int64)):
+        clip = int(np.searchsorted(ends, number, side="right"))
+        at = int(number - (ends[clip] - lengths[clip]))
+        magnitudes.add(store.window("flow", clip, at, at + 1))
+    return magnitudes.quantiles()

@@ -71,7 +71,9 @@ class MotionSaliency:
         self._measured = [*self._measured[1 - MEMORY :], (flow, size)]
         return size
 
-    def weight(self, frames: NDArray[np.uint8], flows: NDArray[np.float32] | Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+    def weight(
+        self, frames: NDArray[np.uint8], flows: NDArray[np.float32] | Sequence[NDArray[np.float32]]
+    ) -> NDArray[np.float32]:
         """(H, W) in [0, 1]; all zero when nothing moves more than ``floor`` pixels against the camera.
 
         ``flows`` (n, H, W, 2), as an array or a list of fields. A field given again as the same object is not measured again, so

@@ -71,13 +71,11 @@ class Magnitudes:
         for key in ("p99", "mean"):
             low, high = sorted((own[key], float(other[key])))
             if self.number and high > factor * max(low, 1e-3):
-                word = "larger" if own[key] > other[key] else "smaller"
                 change = high / max(low, 1e-3)
-                mend = "extract the clips with a larger frame_stride" if word == "larger" else "use a larger flow_span or action repeat here"
-                return (
-                    f"flow here is {change:.1f} times {word} than in the clips ({key} {own[key]:.3f} against {other[key]:.3f} "
-                    f"pixels of a stored frame): {mend}"
-                )
+                numbers = f"{key} {own[key]:.3f} against {other[key]:.3f} pixels of a stored frame"
+                if own[key] > other[key]:
+                    return f"flow here is {change:.1f} times larger than in the clips ({numbers}): extract with a larger frame_stride"
+                return f"flow here is {change:.1f} times smaller than in the clips ({numbers}): use a larger flow_span or action repeat"
         return ""
 
 
