@@ -17,7 +17,7 @@ MEMORY = 3  # most recent flow fields that the causal foreground weight is the m
 CUT = 45.0  # mean absolute grey difference (of 255) between frames that is a scene cut whatever came before
 JUMP = 25.0  # ... that is one when it also is three times the difference before: fast pans build up, cuts do not
 CALM = 8.0  # difference that is assumed before the first frames of a scene
-SPREAD = 0.6  # least distance between drawn points, as a share of the side of the area each one would have
+SPREAD = 0.4  # least distance between drawn points, as a share of the side of the area each one would have
 
 
 def texture_weight(grey: NDArray[np.uint8]) -> NDArray[np.float32]:
