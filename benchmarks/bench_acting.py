@@ -6,11 +6,11 @@ import time
 
 import numpy as np
 import torch
-from localmotion.perception.stream import StreamingExtractor
 
 from benchmarks.bench_update import ACTIONS, setup
 from localmotion.evaluation.rollout import method_policy
 from localmotion.perception.base import Recipe
+from localmotion.perception.stream import StreamingExtractor
 
 
 def run(steps: int = 200) -> list[dict[str, object]]:
