@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from localmotion.errors import ConfigError, LocalmotionError, StoreError, VideoError
 from localmotion.perception.base import ClipMotion, Points, Recipe, recipe_backends
-from localmotion.perception.points import CutDetector, Slots, draw_points, texture_weight
+from localmotion.perception.points import CutDetector, Known, Slots, draw_points, texture_weight
 from localmotion.perception.saliency import residual_flow
 from localmotion.perception.stream import Magnitudes, shrink_flow, shrink_points
 from localmotion.video.decode import iter_frames
@@ -37,11 +37,19 @@ def seed_of(key: str, seed: int) -> int:
 
 
 class _Choice(NamedTuple):
-    """Points of one segment."""
+    """Points of one segment, most mobile first, and where they go."""
 
-    points: Points  # (N, 2), most mobile first
-    salient: int  # how many move enough
+    tracks: NDArray[np.float32]  # (T, N, 2) over the segment
+    seen: NDArray[np.bool_]  # (T, N)
+    score: NDArray[np.float32]  # (N,) standard deviation of the paths, pixels of `size`
     weight: NDArray[np.float32]  # (H, W) foreground of the segment's first frame
+
+    def known(self, slots: Slots, first_id: int, age: int) -> Known | None:
+        """What the choice knows of frame ``age`` of its segment: choosing has followed the points that slots still hold."""
+        if age >= len(self.tracks):
+            return None
+        own = slots.track_id == first_id + np.arange(len(slots.track_id))
+        return Known(own, self.tracks[age], self.seen[age])
 
 
 class ClipExtractor:
@@ -84,7 +92,8 @@ class ClipExtractor:
         seen = np.zeros((length, count), bool)  # in those frames
         ends = self._segments(cuts)
         segments: list[dict[str, Any]] = []
-        lost = idle = 0
+        choice: _Choice | None = None
+        lost = idle = begun = first_id = 0
         for t in range(length):
             begins = t in ends
             if cuts[t]:
@@ -94,18 +103,21 @@ class ClipExtractor:
             elif offline[t] and not begins:
                 slots.points, slots.visible = tracks[t].copy(), seen[t].copy()
             elif t and not (begins and offline[t - 1]):
-                step = slots.step(frames[t - 1], frames[t], grey[t - 1], grey[t], fields[t])
+                known = choice.known(slots, first_id, t - begun) if choice else None
+                step = slots.step(frames[t - 1], frames[t], grey[t - 1], grey[t], fields[t], known)
                 tracks[t - 1], visible[t - 1], track_id[t - 1] = step
                 fresh = slots.track_id != step.track_id
                 lost, idle = lost + int((fresh & ~step.visible).sum()), idle + int((fresh & step.visible).sum())
             if begins:
                 choice = self._choose(frames[t : ends[t]], grey[t], fields[t + 1], slots.rng)
-                slots.begin(choice.points, choice.weight)
-                segments.append({"start": t, "salient": choice.salient, "foreground": bool(choice.weight.any())})
+                slots.begin(choice.tracks[0], choice.weight)
+                begun, first_id = t, int(slots.track_id[0])
+                salient = int((choice.score >= recipe.min_motion).sum())
+                segments.append({"start": t, "salient": salient, "foreground": bool(choice.weight.any())})
                 if not self.track.causal:
                     part = slice(t, ends[t])
                     offline[part], track_id[part] = True, slots.track_id
-                    tracks[part], seen[part] = self.track.track(frames[part], choice.points)
+                    tracks[part], seen[part] = choice.tracks, choice.seen
                     visible[part] = seen[part]
                     visible[t : ends[t] - 1] &= seen[t + 1 : ends[t]]
             elif t == 0 or cuts[t]:
@@ -164,22 +176,25 @@ class ClipExtractor:
             flows = [flow / np.float32(k) for k, flow in zip(ahead, flows, strict=True)]
         weight = self.segment.weight(frames[[0, *ahead]], flows)
         chance = weight * texture_weight(grey) if weight.any() else texture_weight(grey)
-        points = draw_points(chance, count, rng)
-        score = self._mobility(frames, points)
+        tracks, seen, score = self._follow(frames, draw_points(chance, count, rng))
         for _ in range(recipe.redraw_rounds):
             weak = score < recipe.min_motion
             if not weak.any():
                 break
-            fresh = draw_points(chance, int(weak.sum()), rng, points[~weak])
-            again = self._mobility(frames, fresh)
-            better = again > score[weak]
+            fresh = self._follow(frames, draw_points(chance, int(weak.sum()), rng, tracks[0, ~weak]))
+            better = fresh[2] > score[weak]
             index = np.flatnonzero(weak)[better]
-            points[index], score[index] = fresh[better], again[better]
+            tracks[:, index], seen[:, index], score[index] = fresh[0][:, better], fresh[1][:, better], fresh[2][better]
         order = np.argsort(-score, kind="stable")
-        return _Choice(points[order], int((score >= recipe.min_motion).sum()), weight)
+        return _Choice(tracks[:, order], seen[:, order], score[order], weight)
 
-    def _mobility(self, frames: NDArray[np.uint8], points: Points) -> NDArray[np.float32]:
-        """Standard deviation of each point's path in pixels of `size`, zero if it is lost in the first half of the segment."""
+    def _follow(
+        self, frames: NDArray[np.uint8], points: Points
+    ) -> tuple[NDArray[np.float32], NDArray[np.bool_], NDArray[np.float32]]:
+        """Tracks (T, N, 2), visibility (T, N), and (N,) standard deviation of each path in pixels of `size`.
+
+        The deviation counts as zero where the point is lost in the first half of the segment: it should be mobile and stable.
+        """
         tracks, visible = self.track.track(frames, points)
         seen = visible[..., None]
         number = np.maximum(seen.sum(0), 1)
@@ -187,7 +202,7 @@ class ClipExtractor:
         variance = (((tracks - mean) ** 2) * seen).sum(0) / number
         stable = visible.sum(0) >= len(frames) / 2
         score: NDArray[np.float32] = np.where(stable, np.sqrt(variance.sum(1)), 0.0).astype(np.float32)
-        return score / np.float32(self.recipe.ratio)
+        return tracks, visible, score / np.float32(self.recipe.ratio)
 
 
 @dataclass

@@ -112,6 +112,14 @@ class Step(NamedTuple):
     track_id: NDArray[np.int32]  # (N,)
 
 
+class Known(NamedTuple):
+    """What is already known of the next frame: slots whose points need not be followed again."""
+
+    which: NDArray[np.bool_]  # (N,)
+    points: Points  # (N, 2)
+    found: NDArray[np.bool_]  # (N,)
+
+
 class Slots:
     """N points that are followed, lost, and drawn again on what moves. Causal: it never looks ahead.
 
@@ -161,11 +169,16 @@ class Slots:
         previous_grey: NDArray[np.uint8],
         grey: NDArray[np.uint8],
         flow: NDArray[np.float32],
+        known: Known | None = None,
     ) -> Step:
         """Follow the points to the next frame, then draw lost and idle ones again."""
         before, seen, identity = self.points.copy(), self.visible.copy(), self.track_id.copy()
-        causal = self.tracker.causal
-        moved, found = self.tracker.step(previous_grey if causal else previous, grey if causal else frame, self.points)
+        pair = (previous_grey, grey) if self.tracker.causal else (previous, frame)
+        if known is None:
+            moved, found = self.tracker.step(*pair, self.points)
+        else:
+            moved, found, other = known.points.copy(), known.found.copy(), ~known.which
+            moved[other], found[other] = self.tracker.step(*pair, self.points[other])
         good = seen & found
         self.points = np.where(good[:, None], moved, self.points)
         self.visible = good.copy()  # drawing again writes into it

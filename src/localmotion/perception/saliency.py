@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from localmotion.perception.base import register
 
-STILL = 0.02  # pixels; motion below this is noise of the flow
+STILL = 0.05  # pixels; motion below this is noise of the flow
+STATIC = 0.6  # share of the picture that is still when the camera is; a homography then only fits parts of what moves
 MEMORY = 4  # fields whose residual is kept, so that a field that serves in several weights is measured once
 
 
@@ -28,13 +29,13 @@ def _grids(height: int, width: int, side: int) -> tuple[NDArray[np.float32], NDA
 def residual_flow(flow: NDArray[np.float32], grid_side: int = 16) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Flow minus the motion of the camera, and the camera's flow, both (H, W, 2).
 
-    The camera's motion is a robust homography (USAC MAGSAC) between a grid and where the flow takes it. If none fits, or if three
-    quarters of the grid do not move at all, it is taken as still.
+    The camera's motion is a robust homography (USAC MAGSAC) between a grid and where the flow takes it. If none fits, or if most
+    of the picture does not move, it is taken as still.
     """
     height, width = flow.shape[:2]
     grid, start, stride = _grids(height, width, grid_side)  # 256 points settle 8 parameters; more only cost time
     shift = flow[::stride, ::stride].reshape(-1, 2)
-    if np.count_nonzero(np.abs(shift).max(1) < STILL) >= 0.75 * len(shift):
+    if np.count_nonzero(np.abs(shift).max(1) < STILL) >= STATIC * len(shift):
         return flow, np.zeros_like(flow)
     matrix, _ = cv2.findHomography(start, start + shift, cv2.USAC_MAGSAC, 0.5, maxIters=200, confidence=0.99)
     if matrix is None:
