@@ -173,6 +173,8 @@ class RunConfig:
     """CPU threads of torch; 0 leaves torch's own choice."""
     env: str = ""
     """Environment name, suite:task."""
+    action_repeat: int = 0
+    """Env steps per agent step; 0 for the suite's own (DMC 2, Meta-World 1)."""
     quality: Literal["auto", "fast", "reference"] = "auto"
     """Rendering quality; auto is fast on software GL."""
     data: str = ""

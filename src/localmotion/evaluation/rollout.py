@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from localmotion.compute import Compute
+from localmotion.config import RunConfig
 from localmotion.methods.base import Method
 from localmotion.perception.base import Recipe
 
@@ -106,12 +107,15 @@ class Observer:
         return record
 
 
-def make_observer(env: str, recipe: Recipe | None, *, seed: int, quality: str, size: int = 64) -> Observer:
-    """An environment by name with the perception a run uses. The picture is rendered once, at the size perception wants."""
+def make_observer(run: RunConfig, recipe: Recipe | None, *, size: int = 64) -> Observer:
+    """The environment of a run with the perception it uses. The picture is rendered once, at the size perception wants."""
     from localmotion.envs import make_env
 
     percept = recipe.percept_size if recipe and recipe.percept_size != size else None
-    return Observer(make_env(env, seed=seed, size=size, percept_size=percept, quality=quality), recipe)  # type: ignore[arg-type]
+    env = make_env(
+        run.env, seed=run.seed, size=size, percept_size=percept, quality=run.quality, action_repeat=run.action_repeat or None
+    )
+    return Observer(env, recipe)
 
 
 def streaming_recipe(recipe: Recipe) -> Recipe:

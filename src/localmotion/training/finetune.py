@@ -76,7 +76,7 @@ def finetune(run: RunConfig, path: Path) -> Path:
     recipe = recipe_of(run) if cls.wants_motion else None
     if recipe:
         run = replace(run, recipe=recipe.to_json())
-    observer = make_observer(run.env, recipe, seed=run.seed, quality=run.quality)
+    observer = make_observer(run, recipe)
     repeat = int(observer.env.describe()["action_repeat"])  # type: ignore[attr-defined]
     compute = choose(run)
     torch.manual_seed(run.seed)
@@ -220,7 +220,7 @@ class _Learner:
         recipe = self.observer.recipe
         result = evaluate(
             lambda: method_policy(self.method, self.compute, explore=False, window=online.length),
-            lambda: make_observer(run.env, recipe, seed=run.seed, quality=run.quality),
+            lambda: make_observer(run, recipe),
             seed=run.seed,
             episodes=max(10, online.eval_episodes) if final else online.eval_episodes,
             observers=self.evaluators,
