@@ -13,7 +13,6 @@ import pytest
 import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 
 from localmotion.errors import ConfigError, LocalmotionError, StoreError, VideoError
 from localmotion.perception import Recipe, backends, make_backend
@@ -23,30 +22,7 @@ from localmotion.perception.saliency import residual_flow
 from localmotion.perception.stream import Magnitudes, StreamingExtractor, shrink_flow, shrink_points
 from localmotion.video.store import ClipStore
 from localmotion.video.write import write_video
-
-SIDE = 128
-
-
-def texture(seed: int, side: int = SIDE) -> NDArray[np.uint8]:
-    noise = np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8)
-    return ((cv2.GaussianBlur(noise, (0, 0), 2.0).astype(np.float32) - 100) * 3).clip(0, 255).astype(np.uint8)
-
-
-def scene(
-    frames: int = 12, velocity: tuple[float, float] = (2.0, 1.0), camera: tuple[float, float] = (0.0, 0.0), side: int = SIDE
-) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-    """A textured square of 40 px over a textured ground, both shifted with sub-pixel accuracy; frames and object masks."""
-    ground, patch = texture(1, 2 * side), texture(2, 40)
-    out, masks = [], []
-    for t in range(frames):
-        move = np.float32([[1, 0, -40 + camera[0] * t], [0, 1, -40 + camera[1] * t]])
-        frame = cv2.warpAffine(ground, move, (side, side), flags=cv2.INTER_LINEAR)
-        place = np.float32([[1, 0, 20 + velocity[0] * t], [0, 1, 30 + velocity[1] * t]])
-        mask = cv2.warpAffine(np.ones((40, 40), np.float32), place, (side, side))
-        front = cv2.warpAffine(patch, place, (side, side), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
-        out.append((front * mask[..., None] + frame * (1 - mask[..., None])).astype(np.uint8))
-        masks.append(mask > 0.99)
-    return np.stack(out), np.stack(masks)
+from perception_scenes import SIDE, scene, share_on, texture
 
 
 def test_flow_is_in_pixels_x_then_y() -> None:
@@ -188,9 +164,7 @@ def test_paper_choice_finds_salient_points() -> None:
     recipe = Recipe(percept_size=SIDE, tracks=16, segment_frames=12)
     motion = ClipExtractor(recipe).extract(frames, "clip")
     assert motion.info["segments"][0]["salient"] >= 12
-    near = cv2.dilate(masks[0].astype(np.uint8), np.ones((9, 9))) > 0
-    at = np.round(motion.tracks[0] * 2 + 0.5).astype(int).clip(0, SIDE - 1)
-    assert near[at[:, 1], at[:, 0]].mean() > 0.7
+    assert share_on(masks[0], motion.tracks[0] * 2 + 0.5) > 0.7
     still = ClipExtractor(recipe).extract(np.repeat(frames[:1], 6, 0), "clip")
     assert still.info["segments"] == [{"start": 0, "salient": 0, "foreground": False}]
     assert still.visible[:-1].all()
@@ -203,9 +177,7 @@ def test_streaming_points_move_to_what_moves() -> None:
     stream.reset(frames[0])
     for frame in frames[1:]:
         step = stream.step(frame)
-    at = np.round(step.tracks * 2 + 0.5).astype(int).clip(0, SIDE - 1)
-    near = cv2.dilate(masks[18].astype(np.uint8), np.ones((9, 9))) > 0
-    assert near[at[:, 1], at[:, 0]].mean() > 0.7
+    assert share_on(masks[18], step.tracks * 2 + 0.5) > 0.7
 
 
 def test_lost_slots_get_a_new_identity() -> None:
@@ -225,7 +197,7 @@ def test_lost_slots_get_a_new_identity() -> None:
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.floats(0, 30), min_size=8, max_size=60))
 def test_magnitude_quantiles_are_close(values: list[float]) -> None:
-    flow = np.repeat(np.array([[v, 0.0] for v in values], np.float32), 4, 0)
+    flow = np.repeat(np.array([[v, 0.0] for v in values], np.float32), Magnitudes.every, 0)
     found = Magnitudes()
     found.add(flow)
     exact = float(np.quantile(values, 0.9, method="inverted_cdf"))

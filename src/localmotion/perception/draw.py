@@ -158,6 +158,8 @@ def _patches(figure: Figure, place: object, clip: Clip, t: int, points: int, pat
     axes.set_aspect("equal")
     axes.axis("off")
     step = max(patch // 4, 1)
+    # The longest arrow just fills the gap to the next, so that none leaves its patch.
+    scale = max(top, float(np.linalg.norm(crops, axis=-1).max())) / (0.95 * step)
     ys, xs = np.mgrid[step // 2 : patch : step, step // 2 : patch : step]
     for slot in range(points):
         left = slot * (patch + gap)
@@ -168,8 +170,8 @@ def _patches(figure: Figure, place: object, clip: Clip, t: int, points: int, pat
         axes.text(left + patch / 2, -0.8, f"$u^{{{slot + 1}}}$" + ("" if shown else " lost"), ha="center", fontsize=8)
         if shown:
             arrows = crops[slot][ys, xs]
-            scale = top / (0.9 * step)
+            place_of = (left + xs + 0.5, ys + 0.5)
             axes.quiver(
-                left + xs + 0.5, ys + 0.5, *np.moveaxis(arrows, -1, 0), angles="xy", scale_units="xy", scale=scale, width=0.0009
+                *place_of, *np.moveaxis(arrows, -1, 0), angles="xy", scale_units="xy", scale=scale, pivot="mid", width=0.0009
             )
     axes.set_title(f"Atomic Actions: {patch}x{patch} patches of the flow {t} to {t + 1} at the tracked points", fontsize=8)

@@ -67,8 +67,8 @@ class MotionSaliency:
         for known, size in self._measured:
             if known is flow:
                 return size
-        left = residual_flow(flow)[0]
-        size = np.asarray(cv2.magnitude(left[..., 0], left[..., 1]), np.float32)
+        x, y = np.moveaxis(residual_flow(flow)[0], -1, 0)
+        size = np.sqrt(x * x + y * y)  # not cv2.magnitude: its last bit depends on where the array lies in memory
         self._measured = [*self._measured[1 - MEMORY :], (flow, size)]
         return size
 
