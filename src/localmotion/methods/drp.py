@@ -113,7 +113,7 @@ class DRP(Method):
                 "eval_episodes": 4,
                 "replay_capacity": 100_000,
                 "lr": 6e-4,
-                "actor_lr": 2e-4,
+                "actor_lr": 8e-5,
                 "critic_lr": 2e-4,
             },
         },
