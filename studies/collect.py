@@ -8,6 +8,7 @@ Curves are in the field's format: a list of {task, method, seed, xs (env steps),
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -59,10 +60,8 @@ def collect(run: Path) -> dict[str, Any]:
 def main() -> None:
     out, *runs = (Path(a) for a in sys.argv[1:])
     kept = [collect(run) for run in runs]
-    text = json.dumps(kept, indent=1)
-    for run in runs:
-        text = text.replace(str(run.parent.resolve()), "runs").replace(str(run.parent), "runs")
-    out.write_text(text + "\n")
+    # Folders of the machine it ran on tell a reader nothing: only the last part of an absolute path is kept.
+    out.write_text(re.sub(r"(?<![\w.])/(?:[\w.-]+/)+", "", json.dumps(kept, indent=1)) + "\n")
     for item in kept:
         tail = item.get("ys", [None])[-1]
         print(item["run"], item["status"], item.get("xs", [0])[-1], tail)
