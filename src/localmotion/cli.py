@@ -145,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         errors.print(f"error: {error}", markup=False, style="red")
         sys.exit(2)
     except KeyboardInterrupt:
-        errors.print("interrupted", style="yellow")
+        errors.print("interrupted; what was finished is kept, and the same command goes on from there", style="yellow")
         sys.exit(130)
 
 

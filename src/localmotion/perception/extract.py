@@ -222,6 +222,8 @@ class ExtractSummary:
         rate = f", {self.new} new in {self.seconds:.0f} s ({self.new / self.seconds:.1f} clips/s)" if self.new else ""
         out = [f"{self.clips} clips, {self.frames:,} frames in {self.store}{rate}"]
         out += [f"  rejected {number}: {reason}" for reason, number in sorted(self.rejected.items())]
+        if not self.flow:
+            return out
         values = ", ".join(f"{key} {value:.3f}" for key, value in self.flow.items())
         return [*out, f"flow magnitude in pixels of a stored frame: {values}"]
 
