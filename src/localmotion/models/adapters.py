@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from localmotion.errors import unknown_name
+
 
 class AttentionAdapter(nn.Module):
     """Learned queries cross-attend to the parts of z (its categoricals and slices of deter); added, gated, to a linear map of z.
@@ -71,7 +73,7 @@ class AttentionAdapter(nn.Module):
 
 
 def make_adapter(kind: str, *, deter: int, stoch: int, classes: int, out_dim: int) -> nn.Module:
-    """attention (default), mlp (the paper's ablation) or linear (the floor)."""
+    """attention (default), mlp (the paper's ablation) or linear (the floor). Raises ConfigError for another kind."""
     inputs = stoch * classes + deter
     if kind == "attention":
         width = 128 if deter >= 512 else 64
@@ -79,4 +81,6 @@ def make_adapter(kind: str, *, deter: int, stoch: int, classes: int, out_dim: in
         return AttentionAdapter(deter=deter, stoch=stoch, classes=classes, out_dim=out_dim, width=width, slices=slices)
     if kind == "mlp":
         return nn.Sequential(nn.Linear(inputs, out_dim), nn.ELU(), nn.Linear(out_dim, out_dim))
-    return nn.Linear(inputs, out_dim)
+    if kind == "linear":
+        return nn.Linear(inputs, out_dim)
+    raise unknown_name("adapter", kind, ("attention", "mlp", "linear"))

@@ -29,11 +29,15 @@ class IntrinsicBonus(nn.Module):
         sums = feat.float().cumsum(1)
         sums = torch.cat([torch.zeros_like(sums[:, :1]), sums], 1)
         means = (sums[:, self.window :] - sums[:, : -self.window]) / self.window
-        points = means.flatten(0, 1) @ self.projection  # (N, width)
+        with torch.autocast(feat.device.type, enabled=False):  # nearby windows differ by less than bf16 resolves
+            points = means.flatten(0, 1) @ self.projection  # (N, width)
         count = min(len(points), len(self.queue))
         self.queue.copy_(torch.cat([points[:count], self.queue[: len(self.queue) - count]]))
         self.filled.add_(count).clamp_(max=len(self.queue))
-        distance = torch.cdist(points, self.queue, compute_mode="use_mm_for_euclid_dist")
+        # The product form |x|^2 - 2 x.y + |y|^2 loses digits to a common offset: take it away first.
+        centre = points.mean(0)
+        with torch.autocast(feat.device.type, enabled=False):
+            distance = torch.cdist(points - centre, self.queue - centre, compute_mode="use_mm_for_euclid_dist")
         empty = torch.arange(len(self.queue), device=feat.device) >= self.filled
         distance = distance.masked_fill(empty, float("inf"))
         near = distance.topk(self.neighbours, largest=False).values

@@ -117,13 +117,13 @@ class ResNetEncoder(nn.Module):
         return self.maps(image)[0]
 
 
-def random_erasing(frame: Tensor, probability: float = 0.5) -> Tensor:
+def random_erasing(frame: Tensor, probability: float = 0.5, generator: torch.Generator | None = None) -> Tensor:
     """Context augmentation (spec 1.5): in half of the pictures a rectangle of 2-33 % of the area becomes mid-grey.
 
     Aspect ratio with probability 1/2 from U(0.3, 1), else U(1, 3.3). (B, S, S, 3) uint8 -> the same.
     """
     batch, height, width, _ = frame.shape
-    u = torch.rand(batch, 6, device=frame.device)
+    u = torch.rand(batch, 6, device=frame.device, generator=generator)
     ratio = torch.where(u[:, 0] < 0.5, 0.3 + 0.7 * u[:, 1], 1 + 2.3 * u[:, 1])
     area = (0.02 + 0.31 * u[:, 2]) * height * width
     tall, wide = (area * ratio).sqrt().clamp(max=height), (area / ratio).sqrt().clamp(max=width)

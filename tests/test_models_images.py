@@ -1,0 +1,225 @@
+"""Encoders, decoders, context, bonus and adapters: options, sizes, precision, and computations written out."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from localmotion.errors import ConfigError
+from localmotion.models.adapters import make_adapter
+from localmotion.models.bonus import IntrinsicBonus
+from localmotion.models.decoders import CNNDecoder, ContextAttention, ResNetDecoder
+from localmotion.models.distributions import TruncatedNormal
+from localmotion.models.encoders import CNNEncoder, ResidualLayer, ResNetEncoder, random_erasing
+from localmotion.models.heads import MLP, actor_distribution
+
+
+@pytest.mark.parametrize("size", [32, 64, 128])
+@pytest.mark.parametrize("stem", ["conv", "unshuffle"])
+@pytest.mark.parametrize("norm", ["batch", "none"])
+def test_every_size_and_stem_comes_back_as_pixels(size: int, stem: str, norm: str) -> None:
+    torch.manual_seed(0)
+    encoder = ResNetEncoder(depth=8, image_size=size, stem=stem, norm=norm)
+    decoder = ResNetDecoder(12, encoder.map_shapes, stem=stem, norm=norm, dropout=0.0)
+    pixels = torch.randn(2, *((48, size // 4, size // 4) if stem == "unshuffle" else (3, size, size)))
+    pixels = pixels.contiguous(memory_format=torch.channels_last)
+    embed, maps = encoder.maps(pixels)
+    assert embed.shape == (2, encoder.embed_dim)
+    assert [tuple(m.shape[1:]) for m in maps] == [(c, s, s) for c, s in encoder.map_shapes]
+    out = decoder(torch.randn(6, 12), maps)
+    assert out.shape == (6, *pixels.shape[1:])
+    out.square().mean().backward()
+    largest = 8 if stem == "unshuffle" else 16  # finer maps are made, but never attended to
+    attended = [m for m in decoder.modules() if isinstance(m, ContextAttention)]
+    assert len(attended) == sum(s <= largest for _, s in encoder.map_shapes)
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in decoder.parameters())
+
+
+@pytest.mark.parametrize("stem", ["conv", "unshuffle"])
+def test_bf16_is_finite_and_near_fp32(stem: str) -> None:
+    torch.manual_seed(0)
+    encoder = ResNetEncoder(depth=8, image_size=32, stem=stem).eval()
+    decoder = ResNetDecoder(12, encoder.map_shapes, stem=stem, mask=0.0, dropout=0.0).eval()
+    pixels, feat = torch.rand(4, *((48, 8, 8) if stem == "unshuffle" else (3, 32, 32))) - 0.5, torch.randn(4, 12)
+
+    def run(enabled: bool) -> tuple[Tensor, Tensor]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            embed, maps = encoder.maps(pixels)
+            return embed.float(), decoder(feat, maps).float()
+
+    for low, high in zip(run(True), run(False), strict=True):
+        assert torch.isfinite(low).all()
+        assert (low - high).norm() < 0.03 * high.norm()
+
+
+def test_residual_layer_by_its_equation() -> None:
+    """ReLU(skip(x) + BN(conv(ReLU(BN(conv(y))))) ); the skip never sees y."""
+    torch.manual_seed(0)
+    layer = ResidualLayer(4, 6).eval()
+    first, second = (m for m in layer.main if isinstance(m, nn.Sequential))
+    for bn in (m for m in layer.modules() if isinstance(m, nn.BatchNorm2d)):
+        nn.init.normal_(bn.running_mean)  # type: ignore[arg-type]
+    x, y = torch.randn(2, 4, 5, 5), torch.randn(2, 4, 5, 5)
+    expected = torch.relu(layer.skip(x) + second(torch.relu(first(y))))
+    torch.testing.assert_close(layer(x, y), expected)
+    torch.testing.assert_close(layer(x), layer(x, x))
+    assert all(m.bias is None for m in layer.modules() if isinstance(m, nn.Conv2d))
+
+
+def test_context_attention_equals_the_library_attention_when_nothing_is_dropped() -> None:
+    torch.manual_seed(0)
+    ours = ContextAttention(8, 4, mask=0.0, dropout=0.0).eval()
+    nn.init.normal_(ours.query_position)
+    nn.init.normal_(ours.key_position)
+    x, context = torch.randn(6, 8, 4, 4), torch.randn(2, 8, 4, 4)
+    query = x.flatten(2).transpose(1, 2) + ours.query_position
+    key = (context.flatten(2).transpose(1, 2) + ours.key_position).repeat_interleave(3, 0)  # (B*T, hw, C)
+    attended = ours.attention(query, key, key, need_weights=False)[0].transpose(1, 2).view(6, 8, 4, 4)
+    torch.testing.assert_close(ours(x, context), torch.relu(x + ours.norm(attended)), atol=1e-5, rtol=1e-5)
+
+
+def test_each_frame_draws_its_own_context_tokens_in_evaluation_too() -> None:
+    """IPV 1.4: a fresh subset per sequence and time, no train/eval switch."""
+    torch.manual_seed(0)
+    attention = ContextAttention(8, 8, norm="none", dropout=0.0).eval()
+    x, context = torch.randn(1, 8, 8, 8).expand(5, -1, -1, -1), torch.randn(1, 8, 8, 8)
+    out = attention(x, context)
+    assert all(not torch.equal(out[0], other) for other in out[1:])
+    assert not torch.equal(out, attention(x, context))
+    whole = ContextAttention(8, 8, mask=0.0, norm="none", dropout=0.0).eval()(x, context)
+    torch.testing.assert_close(whole[0], whole[1])
+
+
+def test_a_decoder_with_context_says_so() -> None:
+    encoder = ResNetEncoder(depth=8, image_size=32)
+    with pytest.raises(ValueError, match="needs context maps"):
+        ResNetDecoder(4, encoder.map_shapes)(torch.randn(1, 4))
+    assert ResNetDecoder(4, encoder.map_shapes, context=False)(torch.randn(2, 4)).shape == (2, 3, 32, 32)
+
+
+def test_plain_cnn_shapes() -> None:
+    """IPV spec 1.2."""
+    encoder = CNNEncoder(depth=8)
+    assert encoder(torch.randn(2, 3, 64, 64)).shape == (2, encoder.embed_dim) == (2, 8 * 8 * 2 * 2)
+    assert CNNDecoder(10, depth=8)(torch.randn(2, 10)).shape == (2, 3, 64, 64)
+    with pytest.raises(ValueError, match="64x64"):
+        CNNDecoder(10, image_size=32)
+
+
+def test_erasing_is_a_rectangle_and_its_generator_decides() -> None:
+    frame = torch.full((64, 32, 32, 3), 9, dtype=torch.uint8)
+    out = random_erasing(frame, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(out, random_erasing(frame, generator=torch.Generator().manual_seed(3)))
+    assert torch.equal(frame, torch.full_like(frame, 9))  # not in place
+    for picture in out:
+        hit = picture[..., 0] == 128
+        assert torch.equal(picture[hit], torch.full_like(picture[hit], 128))
+        assert torch.equal(hit, hit.any(1)[:, None] & hit.any(0)[None, :])  # an outer product: a rectangle
+    assert torch.equal(random_erasing(frame, probability=0.0), frame)
+    assert ((random_erasing(frame, probability=1.0) == 128).flatten(1).any(1)).all()
+
+
+def test_heads_start_as_the_spec_says() -> None:
+    """Xavier-uniform weights, zero biases (IPV spec 0.1)."""
+    torch.manual_seed(0)
+    head = MLP(50, 3, units=40, layers=2)
+    linears = [m for m in head.modules() if isinstance(m, nn.Linear)]
+    assert len(linears) == 3
+    for layer in linears:
+        bound = math.sqrt(6 / (layer.in_features + layer.out_features))
+        assert 0.9 * bound < layer.weight.abs().max() <= bound
+        assert layer.bias.abs().max() == 0
+
+
+def test_actor_distribution_ranges() -> None:
+    dist = actor_distribution(torch.tensor([[0.0, -50.0, 50.0, 0.0, -50.0, 50.0]]))
+    torch.testing.assert_close(dist.mean, torch.tensor([[0.0, -1.0, 1.0]]))
+    torch.testing.assert_close(dist.std, torch.tensor([[1.1, 0.1, 2.1]]))
+    with torch.autocast("cpu", torch.bfloat16):
+        low = actor_distribution(torch.randn(4, 6).bfloat16())
+        assert low.rsample().dtype == low.entropy().dtype == torch.float32
+
+
+def test_truncated_normal_extremes_are_finite_with_gradients() -> None:
+    out = torch.tensor([[-80.0, 80.0, 0.0, -80.0, -80.0, 80.0]], requires_grad=True)  # means at the ends, narrow and wide
+    dist = actor_distribution(out.expand(500, -1))
+    sample = dist.rsample(torch.Generator().manual_seed(0))
+    loss = sample.sum() + dist.entropy().sum() + dist.log_prob(sample.detach()).sum()
+    loss.backward()
+    assert sample.abs().max() < 1
+    assert out.grad is not None
+    assert torch.isfinite(out.grad).all()
+    wide = TruncatedNormal(torch.zeros(1), torch.full((1,), 1e3))
+    assert wide.entropy().item() == pytest.approx(math.log(2), abs=1e-4)  # the uniform distribution on [-1, 1]
+
+
+def alike_windows() -> Tensor:
+    """Features whose windows lie close together far from the origin, as those of one slow scene do."""
+    g = torch.Generator().manual_seed(0)
+    return 4 * torch.randn(1, 1, 32, generator=g) + 0.05 * torch.randn(4, 20, 32, generator=g)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_bonus_resolves_windows_that_are_close(bf16: bool) -> None:
+    torch.manual_seed(0)
+    bonus, feat = IntrinsicBonus(32, neighbours=4), alike_windows()
+    means = torch.stack([feat[:, t : t + 5].double().mean(1) for t in range(16)], 1).flatten(0, 1)
+    points = means @ bonus.projection.double()
+    raw = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist").sort(1).values[:, :4].mean(1)
+    expected = raw / (0.99 + 0.01 * raw.mean())
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        found = bonus(feat)
+    torch.testing.assert_close(found.flatten().double(), expected, atol=0, rtol=0.02)
+
+
+def test_bonus_queue_holds_the_newest_first_and_forgets_the_oldest() -> None:
+    torch.manual_seed(0)
+    bonus = IntrinsicBonus(3, window=1, size=10, neighbours=2)
+    batches = [torch.randn(1, 4, 3) for _ in range(4)]
+    for index, batch in enumerate(batches):
+        bonus(batch)
+        assert int(bonus.filled) == min(4 * (index + 1), 10)
+    expected = torch.cat([b[0] for b in batches[::-1]])[:10] @ bonus.projection
+    torch.testing.assert_close(bonus.queue, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_bonus_is_resumed_from_its_state(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    bonus = IntrinsicBonus(6, size=64)
+    for _ in range(3):
+        bonus(torch.randn(2, 9, 6))
+    save_file(bonus.state_dict(), tmp_path / "bonus.safetensors")
+    other = IntrinsicBonus(6, size=64)
+    other.load_state_dict(load_file(tmp_path / "bonus.safetensors"))
+    following = torch.randn(2, 9, 6, requires_grad=True)
+    expected = copy.deepcopy(bonus)(following)
+    assert torch.equal(other(following), expected)
+    assert not expected.requires_grad
+    assert not list(bonus.parameters())  # nothing to train
+
+
+def test_adapter_is_attention_over_parts_once_the_gate_opens() -> None:
+    torch.manual_seed(0)
+    adapter = make_adapter("attention", deter=32, stoch=4, classes=4, out_dim=10)
+    feat = torch.randn(5, 7, 48)
+    closed = adapter(feat)
+    with torch.no_grad():
+        adapter.gate += 1.0  # type: ignore[operator]
+    opened = adapter(feat)
+    assert not torch.allclose(opened, closed)
+    torch.testing.assert_close(opened[2, 3], adapter(feat[2, 3]), atol=1e-5, rtol=1e-4)  # rows are independent
+    opened.sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in adapter.parameters())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.isfinite(adapter(feat)).all()
+
+
+def test_adapter_names() -> None:
+    with pytest.raises(ConfigError, match="unknown adapter 'atention'; did you mean attention"):
+        make_adapter("atention", deter=32, stoch=4, classes=4, out_dim=10)
