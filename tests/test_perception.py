@@ -20,7 +20,8 @@ from localmotion.perception.extract import ClipExtractor, extract_folder, seed_o
 from localmotion.perception.points import Slots, draw_points
 from localmotion.perception.saliency import residual_flow
 from localmotion.perception.stream import Magnitudes, StreamingExtractor, shrink_flow, shrink_points
-from localmotion.video.store import ClipStore
+from localmotion.video.spool import Spool
+from localmotion.video.store import Clip, ClipStore
 from localmotion.video.write import write_video
 from perception_scenes import SIDE, scene, share_on, texture
 
@@ -240,7 +241,12 @@ def test_folder_is_extracted_with_reasons_and_continued(tmp_path: Path) -> None:
 
     with pytest.raises(StopError):
         extract_folder(tmp_path / "videos", tmp_path / "b", SMALL, shard_clips=2, progress=stop)
-    assert extract_folder(tmp_path / "videos", tmp_path / "b", SMALL, shard_clips=2).clips == 3
+    third = Spool(tmp_path / "b").get("clip2.mp4")  # finished, though its shard is not complete
+    assert isinstance(third, Clip)
+    assert third.frames.shape == (28, 32, 32, 3)
+    summary = extract_folder(tmp_path / "videos", tmp_path / "b", SMALL, shard_clips=2)
+    assert (summary.clips, summary.new) == (3, 0)
+    assert not (tmp_path / "b" / "unfinished").exists()
     for file in sorted((tmp_path / "a").rglob("*")):
         if file.is_file():
             assert file.read_bytes() == (tmp_path / "b" / file.relative_to(tmp_path / "a")).read_bytes(), file.name

@@ -25,6 +25,7 @@ from localmotion.perception.saliency import residual_flow
 from localmotion.perception.stream import Magnitudes, shrink_flow, shrink_points
 from localmotion.video.decode import iter_frames
 from localmotion.video.listing import VideoRef, find_videos
+from localmotion.video.spool import Spool
 from localmotion.video.store import Clip, ClipStore, ClipStoreWriter
 from localmotion.video.workers import Lost, map_isolated
 
@@ -286,24 +287,41 @@ def extract_folder(
     """Extract every video below ``videos`` into the store ``out``, going on where an earlier call stopped.
 
     Shards are a pure function of the sorted video list, so the same input and recipe give the same bytes whatever the number of
-    workers. Memory is bounded by the shards in flight: of a video longer than ``max_frames`` stored frames the rest is left out, and its
-    info says so. A rejected video leaves its reason in the store; a decoder that dies costs its own video alone. An interruption (Ctrl-C)
-    loses at most the shards in flight. Raises VideoError for a missing or empty folder, StoreError for a store of another recipe or a full
-    disk, ConfigError for impossible limits, LocalmotionError when a backend cannot be built or used.
+    workers. Memory is bounded by the videos in work and one shard: of a video longer than ``max_frames`` stored frames the rest is left
+    out, and its info says so. A rejected video leaves its reason in the store; a decoder that dies costs its own video alone. An
+    interruption of any kind loses at most the videos in work. Raises VideoError for a missing or empty folder, StoreError for a store of
+    another recipe or a full disk, ConfigError for impossible limits, LocalmotionError when a backend cannot be built or used.
     """
     if not 2 <= max(min_frames, 2) <= max_frames:
         raise ConfigError(f"min_frames {min_frames} and max_frames {max_frames}: at least 2 frames, and no more than max_frames")
     refs = {ref.id: ref for ref in find_videos(videos, list_file)}
     writer = ClipStoreWriter.open(out, recipe.size, recipe.to_json(), recipe.hash(), recipe.tracks, shard_clips)
+    spool = Spool(out)
     pending = writer.pending(refs)
-    todo = [(index, name) for index, names in pending for name in names]
-    left = {index: len(names) for index, names in pending}
-    parts: dict[int, tuple[list[Clip], list[dict[str, Any]]]] = {index: ([], []) for index in left}
+    kept = {name for _, names in pending for name in names if spool.get(name) is not None}
+    todo = [(index, name) for index, names in pending for name in names if name not in kept]
+    left = {index: set(names) - kept for index, names in pending}
+    members = dict(pending)
+
+    def finish(index: int) -> None:
+        """Write a shard all of whose videos are done."""
+        results = [spool.get(name) for name in members[index]]
+        if (
+            any(x is None for x in results) and index not in writer.indices()
+        ):  # unless another process was faster and has cleared up
+            raise StoreError(f"{spool.path}: finished videos have gone; run the same extract again to make them anew")
+        clips = [x for x in results if isinstance(x, Clip)]
+        writer.write_shard(index, clips, [x for x in results if isinstance(x, dict)])
+        spool.drop(members[index])
+
     began, done, total = time.monotonic(), len(refs) - len(todo), len(refs)
     new = 0
     call = partial(extract_one, recipe=recipe, min_frames=min_frames, max_frames=max_frames)
     if progress:
         progress(done, total, "")
+    for index, names in left.items():
+        if not names:
+            finish(index)
     with contextlib.closing(_results(call, [refs[name] for _, name in todo], workers)) as results:
         for position, result in results:
             index, name = todo[position]
@@ -311,17 +329,15 @@ def extract_folder(
                 raise LocalmotionError(result.message)
             if isinstance(result, Lost):
                 result = {"id": name, "reason": result.reason, "detail": result.detail}
-            if isinstance(result, Clip):
-                parts[index][0].append(result)
-                new += 1
-            else:
-                parts[index][1].append(result)
-            left[index] -= 1
+            new += isinstance(result, Clip)
+            spool.put(name, result)
+            left[index].discard(name)
             if not left[index]:
-                writer.write_shard(index, *parts.pop(index))
+                finish(index)
             done += 1
             if progress:
                 progress(done, total, "")
+    spool.clear()
     return _summary(out, new, time.monotonic() - began)
 
 

@@ -1,12 +1,14 @@
 """The clip store: decoded clips with their motion on disk, as raw memory-mapped shards.
 
     store.json                    format, version, size, tracks, shard_clips, recipe, recipe_hash, arrays
-    shards/00000/frames.u8        (sum of T, S, S, 3)  uint8
-                 flow.f16         (sum of T, S, S, 2)  float16   flow[t]: pixels from frame t to t+1, the last of a
-                 clip is zero tracks.f32       (sum of T, N, 2)     float32   x, y in pixels visible.u8       (sum of
-                 T, N)        0 or 1 track_id.i32     (sum of T, N)        int32 shard.json       clips: id, label,
-                 offset, frames, source, info; size and SHA-256 of each array file rejected.jsonl   what was offered
-                 for this shard and refused, one JSON object a line
+    shards/00000/
+        frames.u8                 (sum of T, S, S, 3)  uint8
+        flow.f16                  (sum of T, S, S, 2)  float16, flow[t]: pixels from frame t to t+1, the last of a clip is zero
+        tracks.f32                (sum of T, N, 2)     float32, x, y in pixels
+        visible.u8                (sum of T, N)        0 or 1
+        track_id.i32              (sum of T, N)        int32
+        shard.json                clips: id, label, offset, frames, source, info; size and SHA-256 of each array file
+        rejected.jsonl            what was offered for this shard and refused, one JSON object a line
 
 All numbers are little-endian. A shard is written beside its place and renamed into it, so it is there whole or not at
 all. Which clip goes into which shard follows from the sorted ids alone, and nothing in the files depends on the clock
@@ -140,7 +142,7 @@ class ClipStoreWriter:
             writer = cls(path, size, tracks, shard_clips)
             writer._remove_leftovers()
         except OSError as error:
-            raise _os_error(path, "the store", error) from error
+            raise write_error(path, "the store", error) from error
         return writer
 
     def done_ids(self) -> set[str]:
@@ -151,6 +153,10 @@ class ClipStoreWriter:
             done.update(entry["id"] for entry in shard["clips"])
             done.update(entry["id"] for entry in _read_rejected(self.path, index))
         return done
+
+    def indices(self) -> list[int]:
+        """Numbers of the shards that are there."""
+        return _shard_indices(self.path)
 
     def pending(self, ids: Iterable[str]) -> list[tuple[int, list[str]]]:
         """What is left to do: (shard index, ids) pairs, `shard_clips` ids each, in the order of the sorted ids.
@@ -202,7 +208,7 @@ class ClipStoreWriter:
                     raise
             _sync_folder(final.parent)
         except OSError as error:
-            raise _os_error(self.path, f"shard {index:05d}", error) from error
+            raise write_error(self.path, f"shard {index:05d}", error) from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
@@ -250,9 +256,6 @@ class ClipStoreWriter:
                     shutil.rmtree(leftover, ignore_errors=True)
                 else:
                     leftover.unlink(missing_ok=True)
-
-
-# -------------------------------------------------------------------------------------------------------------- reader
 
 
 class ClipStore:
@@ -487,7 +490,8 @@ def _alive(pid: int) -> bool:
     return True
 
 
-def _os_error(path: Path, what: str, error: OSError) -> StoreError:
+def write_error(path: Path, what: str, error: OSError) -> StoreError:
+    """The error to raise when ``what`` could not be written to the store at ``path``."""
     if error.errno in _FULL:
         return StoreError(
             f"{path}: disk full while writing {what} ({error.strerror}); finished shards are kept, "

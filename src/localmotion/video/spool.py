@@ -1,0 +1,80 @@
+"""Finished videos of shards that are not complete yet, a file each: an interruption costs only the videos in work.
+
+They lie in ``STORE/unfinished`` under a hash of their id, written whole or not at all, and leave when their shard is written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from localmotion.video.store import Clip, write_error
+
+_ARRAYS = ("frames", "flow", "tracks", "visible", "track_id")
+Result = Clip | dict[str, Any]
+
+
+class Spool:
+    """Results by video id: clips, or dicts that say why a video was rejected."""
+
+    def __init__(self, store: Path) -> None:
+        self.path = store / "unfinished"
+
+    def put(self, name: str, result: Result) -> None:
+        """Keep a result. Raises StoreError when the disk is full or cannot be written to."""
+        final = self._file(name)
+        partial = final.with_suffix(f".partial-{os.getpid()}")
+        arrays: dict[str, Any] = {}
+        if isinstance(result, Clip):
+            arrays = {key: getattr(result, key) for key in _ARRAYS}
+            rest = {f.name: getattr(result, f.name) for f in dataclasses.fields(Clip) if f.name not in _ARRAYS}
+            text = json.dumps({"id": name, "clip": rest})
+        else:
+            text = json.dumps({"id": name, "rejected": result})
+        try:
+            self.path.mkdir(exist_ok=True)
+            with partial.open("wb") as file:
+                np.savez(file, allow_pickle=False, text=np.array(text), **arrays)
+            os.replace(partial, final)
+        except OSError as error:
+            raise write_error(self.path.parent, f"video {name}", error) from error
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def get(self, name: str) -> Result | None:
+        """The result kept for a video; None when there is none or it cannot be read (it is then made again)."""
+        try:
+            with np.load(self._file(name), allow_pickle=False) as found:
+                text = json.loads(str(found["text"]))
+                if text["id"] != name:
+                    return None
+                if "rejected" in text:
+                    return dict(text["rejected"])
+                return Clip(**text["clip"], **{key: found[key] for key in _ARRAYS})
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            return None
+
+    def drop(self, names: Iterable[str]) -> None:
+        """Forget these videos, and the folder with the last of them."""
+        for name in names:
+            self._file(name).unlink(missing_ok=True)
+        if self.path.is_dir() and not any(self.path.iterdir()):
+            self.path.rmdir()
+
+    def clear(self) -> None:
+        """Forget everything, leftovers of processes that died included."""
+        if self.path.is_dir():
+            for file in self.path.iterdir():
+                file.unlink(missing_ok=True)
+            self.path.rmdir()
+
+    def _file(self, name: str) -> Path:
+        return self.path / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.npz"
