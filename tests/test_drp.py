@@ -230,6 +230,24 @@ def test_every_method_updates_and_acts(name: str) -> None:
     assert all(p.shape == (2, 8, 3, 64, 64) for p in pictures.values())
 
 
+def test_open_loop_prediction_sees_no_future_picture() -> None:
+    """Of what comes after the observed frames only the motion may reach a prediction; with zero motion nothing may."""
+    _, method = make("pretrain")
+    method.eval()
+    batch = make_batch()
+    other = {k: v.clone() for k, v in batch.items()}
+    other["image"][:, 3:] = 255 - other["image"][:, 3:]
+    moved = {**other, "flow": other["flow"].clone()}
+    moved["flow"][:, 3:] *= -2
+    found = []
+    for data in (batch, other, moved):
+        torch.manual_seed(5)
+        found.append(method.open_loop(data, 3))
+    torch.testing.assert_close(found[0]["motion"], found[1]["motion"])
+    torch.testing.assert_close(found[0]["zero_motion"], found[2]["zero_motion"])
+    assert not torch.allclose(found[0]["motion"], found[2]["motion"])
+
+
 def test_pretrained_state_is_what_finetuning_needs() -> None:
     _, pre = make("pretrain")
     _, fine = make("finetune", context_erasing="false")

@@ -49,7 +49,7 @@ def test_shapes_of_the_paper_preset() -> None:
     embed, context = model.encode(model.pixels(image), image)
     assert embed.shape == (2, 3, 3072)
     assert context is not None
-    assert [tuple(m.shape[1:]) for m in context] == [(48, 32, 32), (96, 16, 16), (192, 8, 8)]
+    assert [tuple(m.shape[1:]) for m in context.maps] == [(48, 32, 32), (96, 16, 16), (192, 8, 8)]
     assert model.decode(torch.randn(2, 3, 2048), context).shape == (6, 3, 64, 64)
     attention = [m for m in model.modules() if isinstance(m, ContextAttention)]
     assert sorted(m.keep for m in attention) == [16, 64]

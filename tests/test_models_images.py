@@ -16,26 +16,27 @@ from localmotion.models.adapters import make_adapter
 from localmotion.models.bonus import IntrinsicBonus
 from localmotion.models.decoders import CNNDecoder, ContextAttention, ResNetDecoder
 from localmotion.models.distributions import TruncatedNormal
-from localmotion.models.encoders import CNNEncoder, ResidualLayer, ResNetEncoder, random_erasing
+from localmotion.models.encoders import CNNEncoder, ResidualLayer, ResNetEncoder, from_blocks, random_erasing, to_blocks
 from localmotion.models.heads import MLP, actor_distribution
 
 
 @pytest.mark.parametrize("size", [32, 64, 128])
 @pytest.mark.parametrize("stem", ["conv", "unshuffle"])
 @pytest.mark.parametrize("norm", ["batch", "none"])
-def test_every_size_and_stem_comes_back_as_pixels(size: int, stem: str, norm: str) -> None:
+@pytest.mark.parametrize("composite", [False, True])
+def test_every_size_and_stem_comes_back_as_pixels(size: int, stem: str, norm: str, composite: bool) -> None:
     torch.manual_seed(0)
+    largest = 8 if composite else 16  # finer maps are made, but never attended to
     encoder = ResNetEncoder(depth=8, image_size=size, stem=stem, norm=norm)
-    decoder = ResNetDecoder(12, encoder.map_shapes, stem=stem, norm=norm, dropout=0.0)
+    decoder = ResNetDecoder(12, encoder.map_shapes, stem=stem, norm=norm, dropout=0.0, finest=largest, copy=composite)
     pixels = torch.randn(2, *((48, size // 4, size // 4) if stem == "unshuffle" else (3, size, size)))
     pixels = pixels.contiguous(memory_format=torch.channels_last)
     embed, maps = encoder.maps(pixels)
     assert embed.shape == (2, encoder.embed_dim)
     assert [tuple(m.shape[1:]) for m in maps] == [(c, s, s) for c, s in encoder.map_shapes]
-    out = decoder(torch.randn(6, 12), maps)
+    out = decoder(torch.randn(6, 12), maps, pixels)
     assert out.shape == (6, *pixels.shape[1:])
     out.square().mean().backward()
-    largest = 8 if stem == "unshuffle" else 16  # finer maps are made, but never attended to
     attended = [m for m in decoder.modules() if isinstance(m, ContextAttention)]
     assert len(attended) == sum(s <= largest for _, s in encoder.map_shapes)
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in decoder.parameters())
@@ -101,6 +102,26 @@ def test_a_decoder_with_context_says_so() -> None:
     with pytest.raises(ValueError, match="needs context maps"):
         ResNetDecoder(4, encoder.map_shapes)(torch.randn(1, 4))
     assert ResNetDecoder(4, encoder.map_shapes, context=False)(torch.randn(2, 4)).shape == (2, 3, 32, 32)
+
+
+@pytest.mark.parametrize("stem", ["conv", "unshuffle"])
+def test_composite_adds_the_context_frame_where_the_mask_says_so(stem: str) -> None:
+    """Mask near 1 above the diagonal of pixels, near 0 below: the context is added there alone, to all colours of the right pixel."""
+    torch.manual_seed(0)
+    encoder = ResNetEncoder(depth=8, image_size=16, stem=stem)
+    decoder = ResNetDecoder(4, encoder.map_shapes, stem=stem, copy=True)
+    copied = torch.triu(torch.ones(16, 16))
+    seen, drawn = torch.rand(2, 16, 16, 3) - 0.5, torch.rand(6, 16, 16, 3) - 0.5
+    logit = (copied * 2 - 1).mul(50.0).expand(6, 16, 16)
+    if stem == "unshuffle":
+        blocks = to_blocks(logit[..., None].expand(-1, -1, -1, 3))[:, ::3]  # (6, 16, 4, 4): one value a pixel
+        mixed = from_blocks(decoder._composite(torch.cat([to_blocks(drawn), blocks], 1), to_blocks(seen)))
+    else:
+        mixed = decoder._composite(torch.cat([drawn, logit[..., None]], -1).permute(0, 3, 1, 2), seen.permute(0, 3, 1, 2))
+    expected = (drawn + copied[..., None] * seen.repeat_interleave(3, 0)).permute(0, 3, 1, 2)
+    torch.testing.assert_close(mixed, expected)
+    with pytest.raises(ValueError, match="pixels"):
+        decoder(torch.randn(2, 4), encoder.maps(to_blocks(seen) if stem == "unshuffle" else seen.permute(0, 3, 1, 2))[1])
 
 
 def test_plain_cnn_shapes() -> None:

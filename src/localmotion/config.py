@@ -119,6 +119,11 @@ class WorldModelConfig:
     """Share of context tokens dropped at random in each cross-attention (IPV 1.4)."""
     context_dropout: float = 0.1
     """Dropout inside that cross-attention (IPV 1.4)."""
+    context_side: int = 16
+    """Finest context map, in cells a side, that the decoder attends to (IPV: 16)."""
+    context_copy: bool = False
+    """Add the context frame, weighted by a predicted mask, to the decoded picture (not in IPV). Without it a CPU-sized decoder
+    spends its updates on redrawing what stands still."""
     deter: int = 1024
     """Deterministic state width."""
     hidden: int = 1024

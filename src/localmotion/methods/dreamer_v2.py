@@ -140,7 +140,7 @@ class DreamerV2(Method):
         """Prior rolled out after ``context`` frames with the real actions."""
         shape = (*batch["image"].shape[:2], 3, self.image_size, self.image_size)
         truth = self.image.pixels(batch["image"])
-        embed, maps = self.image.encode(truth, batch["image"])
+        embed, maps = self.image.encode(truth, batch["image"], frame=context - 1)
         post, _ = self.dynamics.observe(embed[:, :context], batch["action"][:, :context], batch["is_first"][:, :context])
         last = RSSMState(*(x[:, -1] for x in post))
         prior = self.dynamics.imagine(last, batch["action"][:, context:])

@@ -36,7 +36,7 @@ from localmotion.models.adapters import make_adapter
 from localmotion.models.bonus import IntrinsicBonus
 from localmotion.models.dae import DAECache, DAEConfig, MaskedMotion, Motion, atomic_actions, random_mask
 from localmotion.models.heads import MLP
-from localmotion.models.image import ImageModel, image_loss
+from localmotion.models.image import Context, ImageModel, image_loss
 from localmotion.models.rssm import RSSM, RSSMState, kl_loss
 
 
@@ -95,6 +95,8 @@ class DRP(Method):
                     "norm": "none",
                     "depth": 24,
                     "context_dropout": 0.0,
+                    "context_side": 8,
+                    "context_copy": True,
                     "deter": 256,
                     "hidden": 256,
                     "stoch": 16,
@@ -124,6 +126,8 @@ class DRP(Method):
                     "stem": "unshuffle",
                     "norm": "none",
                     "depth": 8,
+                    "context_side": 8,
+                    "context_copy": True,
                     "deter": 32,
                     "hidden": 32,
                     "stoch": 4,
@@ -248,7 +252,7 @@ class DRP(Method):
         metrics = {**{f"dynamics/{key}": value for key, value in metrics.items()}, "bonus/mean": bonus.mean()}
         return losses, metrics, RSSMState(*(x.detach().flatten(0, 1) for x in state))
 
-    def _two_images(self, latent_feat: Tensor, feat: Tensor, context: Any, truth: Tensor) -> tuple[Tensor, Tensor]:
+    def _two_images(self, latent_feat: Tensor, feat: Tensor, context: Context | None, truth: Tensor) -> tuple[Tensor, Tensor]:
         """Image losses from z (8) and from s (9): the same decoder, one call."""
         both = self.image.decode(torch.cat([latent_feat, feat]), self.image.repeat_context(context, 2))
         first, second = both.chunk(2)
@@ -327,7 +331,7 @@ class DRP(Method):
         """
         shape = (*batch["image"].shape[:2], 3, self.image_size, self.image_size)
         truth = self.image.pixels(batch["image"])
-        embed, maps = self.image.encode(truth, batch["image"])
+        embed, maps = self.image.encode(truth, batch["image"], frame=context - 1)  # the last one observed, none from the future
         agg, _ = self.motion.encode(self._atomic_actions(batch), batch["is_first"].cumsum(1))
         post, _ = self.latent.observe(embed[:, :context], agg[:, :context], batch["is_first"][:, :context])
         last = RSSMState(*(x[:, -1] for x in post))

@@ -6,6 +6,8 @@ B sequences, T positions, E embedding width, F feature width. "pixels" is what t
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,7 +16,12 @@ from localmotion.config import WorldModelConfig
 from localmotion.models.decoders import CNNDecoder, ResNetDecoder
 from localmotion.models.encoders import CNNEncoder, ResNetEncoder, from_blocks, random_erasing, to_blocks
 
-Context = list[Tensor] | None
+
+class Context(NamedTuple):
+    """What the decoder knows of a sequence's context frame."""
+
+    maps: list[Tensor]  # (B, C, h, w), finest first, to attend to
+    pixels: Tensor  # (B, ...) as the decoder makes them, to copy from
 
 
 def image_loss(decoded: Tensor, truth: Tensor) -> Tensor:
@@ -47,6 +54,8 @@ class ImageModel(nn.Module):
                 context=config.context,
                 mask=config.context_mask,
                 dropout=config.context_dropout,
+                finest=config.context_side,
+                copy=config.context and config.context_copy,
             )
         self.embed_dim = self.encoder.embed_dim
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -65,27 +74,36 @@ class ImageModel(nn.Module):
         """(..., S, S, 3) uint8 -> (N, E)."""
         return self.encoder(self.pixels(image))
 
-    def encode(self, pixels: Tensor, image: Tensor, erase: bool = False) -> tuple[Tensor, Context]:
-        """Embeddings (B,T,E) of the pixels of ``image`` (B,T,S,S,3) uint8, and context maps of one random frame a sequence.
+    def encode(
+        self, pixels: Tensor, image: Tensor, *, erase: bool = False, frame: int | None = None
+    ) -> tuple[Tensor, Context | None]:
+        """Embeddings (B,T,E) of the pixels of ``image`` (B,T,S,S,3) uint8, and the context of one frame a sequence.
 
+        ``frame`` is that frame's position; a random one by default, as IPV trains. A prediction must name one it has observed.
         ``erase`` applies random erasing to the context frame (IPV spec 1.5).
         """
         batch, time = image.shape[:2]
         embed = self.encoder(pixels).view(batch, time, -1)
         if self.context_encoder is None:
             return embed, None
-        pick = torch.randint(time, (batch,), device=image.device)
-        frame = image[torch.arange(batch, device=image.device), pick]  # (B, S, S, 3)
-        return embed, self.context_encoder.maps(self.pixels(random_erasing(frame) if erase else frame))[1]
+        rows = torch.arange(batch, device=image.device)
+        pick = torch.randint(time, (batch,), device=image.device) if frame is None else torch.full_like(rows, frame)
+        seen = image[rows, pick]  # (B, S, S, 3)
+        chosen = self.pixels(random_erasing(seen) if erase else seen)
+        return embed, Context(self.context_encoder.maps(chosen)[1], chosen)
 
     @staticmethod
-    def repeat_context(context: Context, times: int) -> Context:
+    def repeat_context(context: Context | None, times: int) -> Context | None:
         """The context for ``times`` stacked batches."""
-        return None if context is None else [torch.cat([x] * times) for x in context]
+        if context is None:
+            return None
+        return Context([torch.cat([x] * times) for x in context.maps], torch.cat([context.pixels] * times))
 
-    def decode(self, feat: Tensor, context: Context) -> Tensor:
+    def decode(self, feat: Tensor, context: Context | None) -> Tensor:
         """(B,T,F) -> pixels of (B*T) frames."""
-        return self.decoder(feat.flatten(0, 1), context)
+        if context is None:
+            return self.decoder(feat.flatten(0, 1))
+        return self.decoder(feat.flatten(0, 1), context.maps, context.pixels)
 
     def encoder_parameters(self) -> list[nn.Parameter]:
         """Encoder and context encoder."""
