@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from localmotion import methods
 from localmotion.cli import main
+from localmotion.compute import Compute
 from localmotion.config import RunConfig, compose
 from localmotion.errors import CheckpointError, ConfigError
 from localmotion.evaluation.evaluate import evaluate_run, random_floor
@@ -19,6 +21,7 @@ from localmotion.report.collect import report
 from localmotion.training import checkpoint
 from localmotion.training.finetune import finetune
 from localmotion.training.pretrain import pretrain
+from localmotion.training.update import Updater
 
 TOY = "toy:dot"
 
@@ -76,7 +79,6 @@ class Interrupted:
 def test_interrupted_pretraining_resumes_to_the_same_run(
     store: Path, pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from localmotion.training.update import Updater
 
     run = settings("pretrain", "heldout_fraction=0.4", data=str(store))
     with monkeypatch.context() as patch:
@@ -236,3 +238,15 @@ def test_commands_run_end_to_end(videos: Path, tmp_path: Path, capsys: pytest.Ca
     assert "flow magnitude" in text
     assert (tmp_path / "manifest.jsonl").exists()
     assert (tmp_path / "x.png").stat().st_size > 10_000
+
+
+def test_pretraining_rate_falls_at_the_end_only() -> None:
+    run = compose("drp", "pretrain", preset="debug", settings=("updates=8", "lr_decay=0.5", "pretrain.lr=0.1"))
+    method = methods.get("drp")(run.model, image_size=64, action_dim=None)
+    updater = Updater(method, run, Compute(torch.device("cpu"), False, 1, "test"))
+    found = []
+    for update in range(8):
+        updater.update = update
+        updater._step(["model"])
+        found.append(updater.optimisers["model"].param_groups[0]["lr"])
+    assert found == pytest.approx([0.1] * 5 + [0.075, 0.05, 0.025])

@@ -36,6 +36,8 @@ class PretrainConfig:
     """Video segment length T, frames."""
     lr: float = 3e-4
     """Learning rate of Adam."""
+    lr_decay: float = 0.0
+    """Share of the updates, the last ones, over which the learning rate falls linearly to zero. The paper names none."""
     heldout_fraction: float = 0.1
     """Share of clips (by a hash of their id) never trained on, for the held-out figures."""
     log_every: int = 100

@@ -105,7 +105,7 @@ class DRP(Method):
                     "layers": 3,
                 },
             },
-            "pretrain": {"updates": 20_000, "lr": 1e-3, "eval_every": 2_000, "save_every": 1_000},
+            "pretrain": {"updates": 8_000, "lr": 1e-3, "lr_decay": 0.25, "eval_every": 2_000, "save_every": 1_000},
             "online": {
                 "env_steps": 50_000,
                 "batch_size": 8,
@@ -114,7 +114,7 @@ class DRP(Method):
                 "eval_every": 5_000,
                 "eval_episodes": 4,
                 "replay_capacity": 100_000,
-                "lr": 6e-4,
+                "lr": 1e-3,
                 "actor_lr": 8e-5,
                 "critic_lr": 2e-4,
             },

@@ -39,10 +39,17 @@ class Updater:
                 continue
             norms[f"grad/{group.name}"] = torch.nn.utils.clip_grad_norm_(group.parameters, self.run.optim.clip, foreach=True)
             optimiser = self.optimisers[group.name]
-            optimiser.param_groups[0]["lr"] = 0.0 if self.update < group.freeze_updates else group.lr
+            optimiser.param_groups[0]["lr"] = 0.0 if self.update < group.freeze_updates else group.lr * self._decay()
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
         return norms
+
+    def _decay(self) -> float:
+        """What is left of the learning rate at this update: 1, in pre-training falling to 0 over the last `lr_decay` of the updates."""
+        settings = self.run.pretrain
+        if self.run.stage != "pretrain" or settings.lr_decay <= 0:
+            return 1.0
+        return min(1.0, (settings.updates - self.update) / (settings.lr_decay * settings.updates))
 
     def _finite(self, losses: Mapping[str, Tensor], loss: Tensor) -> bool:
         """Whether to apply this update. On a GPU the check waits for the log clock (`check_metrics`), to avoid a synchronisation."""
