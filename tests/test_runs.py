@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -120,6 +121,9 @@ def test_finetuning_learns_from_the_checkpoint_and_is_reported(
     assert set(pictures) == {"truth", "motion", "zero_motion", "last_frame"}
     assert scores["psnr/last_frame"] > 5
     motion_media(pretrained, store, windows=32)
+    with np.load(finetuned / "media" / "flow_downstream.npz") as kept:
+        assert str(kept["name"]) == TOY
+        assert kept["magnitudes"].max() > 1.0  # the dot moves by up to 3.4 pixels a step
     page = report([pretrained, finetuned], tmp_path / "report.html").read_text()
     assert "<html" in page
     assert "http://" not in page.replace("http://www.w3.org", "")

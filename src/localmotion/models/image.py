@@ -22,6 +22,7 @@ class Context(NamedTuple):
 
     maps: list[Tensor]  # (B, C, h, w), finest first, to attend to
     pixels: Tensor  # (B, ...) as the decoder makes them, to copy from
+    frame: Tensor  # (B,) its position in the sequence
 
 
 def image_loss(decoded: Tensor, truth: Tensor) -> Tensor:
@@ -37,6 +38,7 @@ class ImageModel(nn.Module):
         feat = config.stoch * config.classes + config.deter
         self.blocks = config.encoder == "resnet" and config.stem == "unshuffle"
         self.context_encoder: ResNetEncoder | None = None
+        self.copies = False
         if config.encoder == "cnn":
             self.encoder: CNNEncoder | ResNetEncoder = CNNEncoder(depth=config.depth, image_size=image_size)
             self.decoder: CNNDecoder | ResNetDecoder = CNNDecoder(feat, depth=config.depth, image_size=image_size)
@@ -46,8 +48,9 @@ class ImageModel(nn.Module):
             self.encoder = encoder
             if config.context:
                 self.context_encoder = ResNetEncoder(**shape)  # type: ignore[arg-type]
+            self.copies = config.context and config.context_copy
             self.decoder = ResNetDecoder(
-                feat,
+                2 * feat if self.copies else feat,
                 encoder.map_shapes,
                 stem=config.stem,
                 norm=config.norm,
@@ -55,7 +58,7 @@ class ImageModel(nn.Module):
                 mask=config.context_mask,
                 dropout=config.context_dropout,
                 finest=config.context_side,
-                copy=config.context and config.context_copy,
+                copy=self.copies,
             )
         self.embed_dim = self.encoder.embed_dim
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -90,19 +93,26 @@ class ImageModel(nn.Module):
         pick = torch.randint(time, (batch,), device=image.device) if frame is None else torch.full_like(rows, frame)
         seen = image[rows, pick]  # (B, S, S, 3)
         chosen = self.pixels(random_erasing(seen) if erase else seen)
-        return embed, Context(self.context_encoder.maps(chosen)[1], chosen)
+        return embed, Context(self.context_encoder.maps(chosen)[1], chosen, pick)
 
     @staticmethod
     def repeat_context(context: Context | None, times: int) -> Context | None:
         """The context for ``times`` stacked batches."""
         if context is None:
             return None
-        return Context([torch.cat([x] * times) for x in context.maps], torch.cat([context.pixels] * times))
+        pixels, frame = (torch.cat([x] * times) for x in (context.pixels, context.frame))
+        return Context([torch.cat([x] * times) for x in context.maps], pixels, frame)
 
     def decode(self, feat: Tensor, context: Context | None) -> Tensor:
-        """(B,T,F) -> pixels of (B*T) frames."""
+        """(B,T,F) -> pixels of (B*T) frames. ``feat`` covers the sequence that `encode` saw.
+
+        A decoder that copies is also told how the feature differs from the context frame's: what to copy depends on both.
+        """
         if context is None:
             return self.decoder(feat.flatten(0, 1))
+        if self.copies:
+            there = feat[torch.arange(len(feat), device=feat.device), context.frame].unsqueeze(1)
+            feat = torch.cat([feat, there - feat], -1)
         return self.decoder(feat.flatten(0, 1), context.maps, context.pixels)
 
     def encoder_parameters(self) -> list[nn.Parameter]:

@@ -111,7 +111,7 @@ def _flow(report: Gathered) -> list[Block]:
         named.setdefault(name, []).append(values)
     if named:
         chart = plots.flow_histogram({name: np.concatenate(v) for name, v in named.items()})
-        caption = "Flow magnitude where the points are, in pixels of the model's picture; a tick marks each 99th percentile."
+        caption = "Flow magnitude over all pixels, in pixels of the model's picture; a tick marks each 99th percentile."
         caption += " Sources that lie far apart mean that the recipes of pre-training and fine-tuning do not match."
         blocks.append(Picture(chart, caption, "Histograms of flow magnitude"))
     keys = sorted({k for run in report.runs for kind in run.lines for k in run.keys(kind) if k.startswith("flow/")})

@@ -154,6 +154,7 @@ class _Learner:
                 if self.agent_step - self.last_save >= online.save_every:
                     self.save()
             self._evaluate(final=True)
+        self._keep_flow()
         self.save()
 
     def _episode(self, policy: Any, *, learning: bool) -> None:
@@ -236,6 +237,14 @@ class _Learner:
         say(
             f"env step {self.agent_step * self.repeat:,}: {score}return {np.mean(result.returns):.1f} +- {np.std(result.returns):.1f}"
         )
+
+    def _keep_flow(self) -> None:
+        """Flow magnitudes of the newest episodes for the report, to be held against those of pre-training."""
+        if "flow" not in self.replay.spec or not self.replay.episodes:
+            return
+        newest = list(self.replay.episodes)[-10:]
+        some = [np.linalg.norm(arrays["flow"][1::8, ::4, ::4].astype(np.float32), axis=-1).ravel() for _, arrays in newest]
+        np.savez_compressed(self.out.path / "media" / "flow_downstream.npz", magnitudes=np.concatenate(some), name=self.run.env)
 
     # Saving -----------------------------------------------------------------------------------------------------------------
 
