@@ -15,21 +15,11 @@ from localmotion.console import progress, say
 from localmotion.errors import LocalmotionError
 from localmotion.perception.base import Recipe
 
-TASK = "dmc:cartpole_swingup"
+TASK = "dmc:walker_walk"
 BODIES = ("cheetah", "hopper", "finger", "reacher", "acrobot", "fish", "swimmer", "pendulum")
 RECIPE = Recipe(percept_size=64)  # a quarter of the cost of 128 px; rendered bodies move by whole pixels
 PRETRAIN = ("updates=700", "pretrain.log_every=25", "pretrain.eval_every=350", "pretrain.save_every=350", "eval_batches=4")
-# Action repeat 8 is what PlaNet and Dreamer use for this task; an update every 2 agent steps makes the most of few interactions.
-FINETUNE = (
-    "action_repeat=8",
-    "env_steps=20000",
-    "prefill=4000",
-    "train_every=2",
-    "online.eval_every=500",
-    "eval_episodes=5",
-    "online.save_every=500",
-    "online.log_every=50",
-)
+FINETUNE = ("env_steps=14000", "prefill=2500", "online.eval_every=1500", "online.save_every=1500", "online.log_every=50")
 
 
 def _settings(stage: Stage, extra: tuple[str, ...], **flags: str) -> RunConfig:

@@ -104,6 +104,7 @@ class DRP(Method):
                     "units": 200,
                     "layers": 3,
                 },
+                "behaviour": {"slow_critic_every": 20},
             },
             "pretrain": {"updates": 8_000, "lr": 1e-3, "lr_decay": 0.25, "eval_every": 2_000, "save_every": 1_000},
             "online": {
