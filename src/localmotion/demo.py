@@ -18,8 +18,8 @@ from localmotion.perception.base import Recipe
 TASK = "dmc:walker_walk"
 BODIES = ("cheetah", "hopper", "finger", "reacher", "acrobot", "fish", "swimmer", "pendulum")
 RECIPE = Recipe(percept_size=64)  # a quarter of the cost of 128 px; rendered bodies move by whole pixels
-PRETRAIN = ("updates=700", "pretrain.log_every=25", "pretrain.eval_every=350", "pretrain.save_every=350", "eval_batches=4")
-FINETUNE = ("env_steps=14000", "prefill=2500", "online.eval_every=1500", "online.save_every=1500", "online.log_every=50")
+PRETRAIN = ("updates=500", "pretrain.log_every=25", "pretrain.eval_every=250", "pretrain.save_every=250", "eval_batches=4")
+FINETUNE = ("env_steps=13000", "prefill=2500", "online.eval_every=2000", "online.save_every=1500", "online.log_every=50")
 
 
 def _settings(stage: Stage, extra: tuple[str, ...], **flags: str) -> RunConfig:

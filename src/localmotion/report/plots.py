@@ -374,7 +374,7 @@ def flow_histogram(magnitudes: Mapping[str, ArrayLike], *, title: str = "") -> F
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:g}%"))
     axes.yaxis.set_major_locator(MaxNLocator(4))
     axes.set_xlabel("flow magnitude, pixels")
-    axes.set_ylabel("share of points")
+    axes.set_ylabel("share of pixels")
     axes.legend(loc="upper right", frameon=False, fontsize=9, handlelength=1.2)
     _title(figure, title)
     return figure
