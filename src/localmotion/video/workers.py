@@ -123,7 +123,10 @@ def _serve(pipe: Connection, function: Callable[[Any], Any]) -> None:
             answer = ("result", function(item))
         except Exception:
             answer = ("error", traceback.format_exc())
-        pipe.send(answer)
+        try:
+            pipe.send(answer)
+        except ConnectionError:  # the parent has died: nobody to tell
+            return
 
 
 def _death(code: int | None) -> str:
