@@ -57,7 +57,7 @@ def test_actor_critic_walks_to_the_reward() -> None:
 def test_world_model_learns_a_batch(name: str) -> None:
     """Pictures and rewards of one batch become predictable: most of their variance over the batch is explained."""
     # The whole picture is drawn: where all but a small patch can be copied, the latent takes far longer to start (decision 0004).
-    sizes = ("model.world.depth=16", "deter=64", "hidden=64", "stoch=8", "classes=8", "context_change=false")
+    sizes = ("model.world.depth=16", "deter=64", "hidden=64", "stoch=8", "classes=8", "context_copy=false")
     run = compose(name, "train", preset="debug", env="toy:dot", settings=("online.lr=3e-3", *sizes))
     observer = make_observer(run, Recipe(percept_size=64, tracks=8) if name == "drp" else None)
     replay = Replay(observer.spec(), capacity=1000, length=8, seed=0)
