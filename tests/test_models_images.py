@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from localmotion.errors import ConfigError
 from localmotion.models.adapters import make_adapter
 from localmotion.models.bonus import IntrinsicBonus
-from localmotion.models.decoders import CNNDecoder, ContextAttention, ResNetDecoder
+from localmotion.models.decoders import CNNDecoder, ContextAttention, ResNetDecoder, composite
 from localmotion.models.distributions import TruncatedNormal
 from localmotion.models.encoders import CNNEncoder, ResidualLayer, ResNetEncoder, from_blocks, random_erasing, to_blocks
 from localmotion.models.heads import MLP, actor_distribution
+from localmotion.models.image import image_losses
 
 
 @pytest.mark.parametrize("size", [32, 64, 128])
@@ -115,9 +116,9 @@ def test_composite_adds_the_context_frame_where_the_mask_says_so(stem: str) -> N
     logit = (copied * 2 - 1).mul(50.0).expand(6, 16, 16)
     if stem == "unshuffle":
         blocks = to_blocks(logit[..., None].expand(-1, -1, -1, 3))[:, ::3]  # (6, 16, 4, 4): one value a pixel
-        mixed = from_blocks(decoder._composite(torch.cat([to_blocks(drawn), blocks], 1), to_blocks(seen)))
+        mixed = from_blocks(composite(torch.cat([to_blocks(drawn), blocks], 1), to_blocks(seen)))
     else:
-        mixed = decoder._composite(torch.cat([drawn, logit[..., None]], -1).permute(0, 3, 1, 2), seen.permute(0, 3, 1, 2))
+        mixed = composite(torch.cat([drawn, logit[..., None]], -1).permute(0, 3, 1, 2), seen.permute(0, 3, 1, 2))
     expected = (drawn + copied[..., None] * seen.repeat_interleave(3, 0)).permute(0, 3, 1, 2)
     torch.testing.assert_close(mixed, expected)
     with pytest.raises(ValueError, match="pixels"):
@@ -244,3 +245,31 @@ def test_adapter_is_attention_over_parts_once_the_gate_opens() -> None:
 def test_adapter_names() -> None:
     with pytest.raises(ConfigError, match="unknown adapter 'atention'; did you mean attention"):
         make_adapter("atention", deter=32, stoch=4, classes=4, out_dim=10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("channels", [4, 64])
+def test_image_losses_equal_their_definition_and_autograd(dtype: torch.dtype, channels: int) -> None:
+    """Two stacked decodings of 3 sequences of 4 pictures: half the summed squared error a picture, and its gradient, composite included."""
+    torch.manual_seed(0)
+    groups, batch, time, colours = 2, 3, 4, 3 * channels // 4
+    x = (
+        torch.randn(groups * batch * time, channels, 8, 8)
+        .to(dtype)
+        .contiguous(memory_format=torch.channels_last)
+        .requires_grad_()
+    )
+    source = torch.randn(groups * batch, colours, 8, 8)
+    truth = torch.randn(batch * time, colours, 8, 8)
+    weights = torch.tensor([1.0, 2.0])
+    tolerance = {"rtol": 1e-4, "atol": 1e-6} if dtype is torch.float32 else {"rtol": 2e-2, "atol": 1e-2}
+    for copied in (True, False):
+        given = x if copied else x[:, :colours].detach().requires_grad_()
+        losses = image_losses(given, truth, source if copied else None)
+        (gradient,) = torch.autograd.grad((losses * weights).sum(), given)
+        picture = composite(given, source) if copied else given
+        expected = [0.5 * (part.float() - truth).square().sum() / len(truth) for part in picture.chunk(groups)]
+        (wanted,) = torch.autograd.grad((torch.stack(expected) * weights).sum(), given)
+        torch.testing.assert_close(losses, torch.stack(expected), rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(gradient, wanted, **tolerance)
+        assert gradient.dtype == dtype

@@ -17,7 +17,7 @@ from localmotion.methods.base import Batch, Group, Method
 from localmotion.methods.drp import DRP
 from localmotion.models.actor_critic import ActorCritic
 from localmotion.models.heads import MLP
-from localmotion.models.image import ImageModel, image_loss
+from localmotion.models.image import ImageModel
 from localmotion.models.rssm import RSSM, RSSMState, kl_loss
 
 
@@ -99,7 +99,7 @@ class DreamerV2(Method):
         kl, metrics = kl_loss(state.logits, prior, balance=self.config.world.kl_balance, free=self.config.free_nats)
         reward = self.reward(feat).squeeze(-1).float()
         losses = {
-            "image": image_loss(self.image.decode(feat, context), truth),
+            "image": self.image.losses([feat], context, truth)[0],
             "kl": kl,
             "reward": 0.5 * (reward - batch["reward"]).square().mean(),
         }

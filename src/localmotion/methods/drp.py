@@ -36,7 +36,7 @@ from localmotion.models.adapters import make_adapter
 from localmotion.models.bonus import IntrinsicBonus
 from localmotion.models.dae import DAECache, DAEConfig, MaskedMotion, Motion, atomic_actions, random_mask
 from localmotion.models.heads import MLP
-from localmotion.models.image import Context, ImageModel, image_loss
+from localmotion.models.image import ImageModel
 from localmotion.models.rssm import RSSM, RSSMState, kl_loss
 
 
@@ -202,7 +202,7 @@ class DRP(Method):
         embed, context = self.image.encode(truth, batch["image"])
         agg, mae = self._recompose(batch)
         post, prior_logits = self.latent.observe(embed, agg, batch["is_first"])
-        image = image_loss(self.image.decode(self.latent.feat(post), context), truth)
+        (image,) = self.image.losses([self.latent.feat(post)], context, truth)
         kl, metrics = kl_loss(post.logits, prior_logits, balance=self.config.world.kl_balance)
         metrics = {**{f"latent/{key}": value for key, value in metrics.items()}, "agg/std": agg.detach().float().std()}
         return {"mae": mae, "image": image, "kl": kl}, metrics
@@ -235,7 +235,7 @@ class DRP(Method):
         state, prior = self.dynamics.observe(observed, batch["action"], is_first)
         feat = self.dynamics.feat(state)
         kl, metrics = kl_loss(state.logits, prior, balance=config.world.kl_balance, free=config.free_nats)
-        latent_image, image = self._two_images(latent_feat, feat, context, truth)
+        latent_image, image = self.image.losses([latent_feat, feat], context, truth)  # from z (8) and s (9), one call
         # Rewards: the representative head learns r on all T, the behavioural one r + lambda r_int where a bonus window fits
         bonus = self.bonus(latent_feat.detach().float())  # (B, T - 4)
         target = batch["reward"][:, : bonus.shape[1]] + config.intrinsic_weight * bonus
@@ -252,12 +252,6 @@ class DRP(Method):
         }
         metrics = {**{f"dynamics/{key}": value for key, value in metrics.items()}, "bonus/mean": bonus.mean()}
         return losses, metrics, RSSMState(*(x.detach().flatten(0, 1) for x in state))
-
-    def _two_images(self, latent_feat: Tensor, feat: Tensor, context: Context | None, truth: Tensor) -> tuple[Tensor, Tensor]:
-        """Image losses from z (8) and from s (9): the same decoder, one call."""
-        both = self.image.decode(torch.cat([latent_feat, feat]), self.image.repeat_context(context, 2))
-        first, second = both.chunk(2)
-        return image_loss(first, truth), image_loss(second, truth)
 
     def behaviour_losses(self, start: RSSMState) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         return self.behaviour.losses(start, self.dynamics, lambda feat: self.reward(feat).squeeze(-1))

@@ -114,6 +114,15 @@ class ResNetDecoder(nn.Module):
 
         ``source`` (B, ...): the context frame's own pixels, composited in by a predicted mask where the decoder has ``copy``.
         """
+        x = self.features(feat, context)
+        if not self.copy:
+            return x
+        if source is None:
+            raise ValueError("this decoder needs the context frame's pixels")
+        return composite(x, source)
+
+    def features(self, feat: Tensor, context: list[Tensor] | None = None) -> Tensor:
+        """As `forward`, before the composite: with ``copy`` a third more channels, the mask's logits."""
         x = self.linear(feat).view(-1, self.width, self.side, self.side)
         x = x.contiguous(memory_format=torch.channels_last)
         maps = context[::-1] if context is not None else None
@@ -124,24 +133,18 @@ class ResNetDecoder(nn.Module):
                 if attend and maps is None:
                     raise ValueError("this decoder needs context maps")
                 x = layer(x, self.attention[str(index)](x, maps[index])) if attend else layer(x)  # type: ignore[index]
-        x = self.out(x)
-        if not self.copy:
-            return x
-        if source is None:
-            raise ValueError("this decoder needs the context frame's pixels")
-        return self._composite(x, source)
+        out: Tensor = self.out(x)
+        return out
 
-    def _composite(self, x: Tensor, source: Tensor) -> Tensor:
-        """mask * source + drawn, the mask per pixel and shared by its colours.
 
-        CDNA (arXiv 1605.07157) weighs ``drawn`` with 1 - mask. Then a mask that has learned to copy leaves nothing for the latent to
-        learn from: measured on real clips, the mask closed within 300 updates and the latent stayed empty (decision 0004).
-        """
-        mask = torch.sigmoid(x[:, -x.shape[1] // 4 :])  # 16 of 64 channels in blocks, 1 of 4 otherwise
-        drawn = x[:, : -mask.shape[1]]
-        frames, height, width = len(x), x.shape[2], x.shape[3]
-        # Channels last throughout: rows of (pixels of a block, colours) are the views' last dimensions.
-        drawn = drawn.permute(0, 2, 3, 1).reshape(len(source), frames // len(source), height, width, -1, 3)
-        share = mask.permute(0, 2, 3, 1).reshape(*drawn.shape[:-1], 1)
-        seen = source.permute(0, 2, 3, 1).reshape(len(source), 1, *drawn.shape[2:]).to(drawn.dtype)
-        return torch.addcmul(drawn, share, seen).flatten(4).flatten(0, 1).permute(0, 3, 1, 2)
+def composite(x: Tensor, source: Tensor) -> Tensor:
+    """mask * source + drawn, the mask per pixel and shared by its colours. (B*T, 4P, h, w), (B, 3P, h, w) -> (B*T, 3P, h, w).
+
+    CDNA (arXiv 1605.07157) weighs ``drawn`` with 1 - mask. Then a mask that has learned to copy leaves nothing for the latent to
+    learn from: measured on real clips, the mask closed within 300 updates and the latent stayed empty (decision 0004).
+    """
+    pixels = x.shape[1] // 4
+    rows = x.permute(0, 2, 3, 1).unflatten(0, (len(source), -1))  # (B, T, h, w, 4P), channels last
+    share = torch.sigmoid(rows[..., 3 * pixels :]).repeat_interleave(3, -1)
+    seen = source.permute(0, 2, 3, 1).unsqueeze(1).to(x.dtype)
+    return (rows[..., : 3 * pixels] + share * seen).flatten(0, 1).permute(0, 3, 1, 2)

@@ -6,10 +6,10 @@ B sequences, T positions, E embedding width, F feature width. "pixels" is what t
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from localmotion.config import WorldModelConfig
@@ -25,9 +25,72 @@ class Context(NamedTuple):
     frame: Tensor  # (B,) its position in the sequence
 
 
-def image_loss(decoded: Tensor, truth: Tensor) -> Tensor:
-    """Half the squared error summed over a picture's values, mean over frames (IPV spec 0.4). Pixels twice -> scalar."""
-    return F.mse_loss(decoded.float(), truth, reduction="sum") * (0.5 / len(truth))
+class _ImageLoss(torch.autograd.Function):
+    """Image losses (G,) of G stacked decodings (G*N, ...) of the same N pictures, with the copied context (N = B*T) or without.
+
+    Written out because these are the largest maps of an update. Autograd's own chain goes through them some twenty times (slices padded
+    with zeros, a gradient for each factor of the composite, fp32 copies); here the gradient is made beside the loss, on a CPU a
+    sequence at a time so that everything in between stays in the cache.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, decoded: Tensor, truth: Tensor, source: Tensor | None) -> Tensor:
+        count = len(truth)
+        groups = len(decoded) // count
+        time = count * groups // len(source) if source is not None else min(count, 32)
+        span = time if decoded.device.type == "cpu" else count
+        # Rows (N, h, w, C): channels last, as they lie in memory
+        given, wanted = decoded.permute(0, 2, 3, 1), truth.permute(0, 2, 3, 1)
+        gradient = torch.empty_like(decoded) if ctx.needs_input_grad[0] else None
+        losses = []
+        for begin in range(0, groups * count, count):
+            parts = []
+            for first in range(0, count, span):
+                last = min(first + span, count)
+                here = slice(begin + first, begin + last)
+                seen = None if source is None else source[here.start // time : here.stop // time]
+                to = None if gradient is None else gradient.permute(0, 2, 3, 1)[here]
+                parts.append(_piece(given[here], wanted[first:last], seen, to, 1.0 / count))
+            losses.append(torch.stack(parts).sum())
+        ctx.save_for_backward(gradient)
+        return torch.stack(losses) * (0.5 / count)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        scale = grads[0].to(gradient.dtype).view(-1, 1, 1, 1, 1)
+        return (gradient.unflatten(0, (len(scale), -1)) * scale).flatten(0, 1), None, None
+
+
+def _piece(rows: Tensor, wanted: Tensor, source: Tensor | None, gradient: Tensor | None, scale: float) -> Tensor:
+    """Summed squared error of rows (N, h, w, C) against ``wanted``, fp32; writes ``scale`` times the gradient of its half."""
+    colours, dtype = wanted.shape[-1], rows.dtype
+    if source is None:
+        error = rows.float() - wanted
+    else:
+        # `composite`, with the spreading of a pixel's share over its three colours, and the summing on the way back, as products with a
+        # 0/1 matrix: a broadcast over a last dimension of three is the slowest thing a CPU can be asked for.
+        spread = torch.eye(colours // 3, device=rows.device, dtype=dtype).repeat_interleave(3, 1)
+        seen = source.permute(0, 2, 3, 1).unsqueeze(1).to(dtype)  # (B, 1, h, w, 3P)
+        share = rows[..., colours:].contiguous().sigmoid_()
+        copied = ((share @ spread).unflatten(0, (len(source), -1)) * seen).flatten(0, 1)
+        error = rows[..., :colours].add(copied).float().sub_(wanted)
+    if gradient is not None:
+        torch.mul(error, scale, out=gradient[..., :colours])
+        if source is not None:
+            to_copied = (gradient[..., :colours].unflatten(0, (len(source), -1)) * seen).flatten(0, 1)
+            gradient[..., colours:] = (to_copied @ spread.t()) * (share * (1 - share))
+    return torch.linalg.vector_norm(error).square()
+
+
+def image_losses(decoded: Tensor, truth: Tensor, source: Tensor | None = None) -> Tensor:
+    """Half the squared error summed over a picture's values, mean over frames (IPV spec 0.4), of G stacked decodings.
+
+    decoded (G*N, C, h, w) as `ResNetDecoder.features` or a plain decoder gives it, truth pixels (N, ...), the context frames' pixels
+    (G*B, ...) where the decoder copies -> (G,) fp32. Differentiable in ``decoded`` only.
+    """
+    losses: Tensor = _ImageLoss.apply(decoded, truth, source)
+    return losses
 
 
 class ImageModel(nn.Module):
@@ -95,25 +158,26 @@ class ImageModel(nn.Module):
         chosen = self.pixels(random_erasing(seen) if erase else seen)
         return embed, Context(self.context_encoder.maps(chosen)[1], chosen, pick)
 
-    @staticmethod
-    def repeat_context(context: Context | None, times: int) -> Context | None:
-        """The context for ``times`` stacked batches."""
-        if context is None:
-            return None
-        pixels, frame = (torch.cat([x] * times) for x in (context.pixels, context.frame))
-        return Context([torch.cat([x] * times) for x in context.maps], pixels, frame)
+    def losses(self, feats: Sequence[Tensor], context: Context | None, truth: Tensor) -> Tensor:
+        """Image loss of each of G features (B,T,F) of the same pictures, decoded in one call: (G,). ``truth``: their pixels."""
+        feat = torch.cat([self._conditioned(feat, context) for feat in feats])
+        if context is None or isinstance(self.decoder, CNNDecoder):
+            return image_losses(self.decoder(feat), truth)
+        maps = [torch.cat([x] * len(feats)) for x in context.maps]
+        source = torch.cat([context.pixels] * len(feats)) if self.copies else None
+        return image_losses(self.decoder.features(feat, maps), truth, source)
 
     def decode(self, feat: Tensor, context: Context | None) -> Tensor:
-        """(B,T,F) -> pixels of (B*T) frames. ``feat`` covers the sequence that `encode` saw.
+        """(B,T,F) -> pixels of (B*T) frames. ``feat`` covers the sequence that `encode` saw."""
+        flat = self._conditioned(feat, context)
+        return self.decoder(flat) if context is None else self.decoder(flat, context.maps, context.pixels)
 
-        A decoder that copies is also told how the feature differs from the context frame's: what to copy depends on both.
-        """
-        if context is None:
-            return self.decoder(feat.flatten(0, 1))
-        if self.copies:
+    def _conditioned(self, feat: Tensor, context: Context | None) -> Tensor:
+        """(B*T, F), or (B*T, 2F) with how it differs from the context frame's: what to copy depends on both."""
+        if context is not None and self.copies:
             there = feat[torch.arange(len(feat), device=feat.device), context.frame].unsqueeze(1)
             feat = torch.cat([feat, there - feat], -1)
-        return self.decoder(feat.flatten(0, 1), context.maps, context.pixels)
+        return feat.flatten(0, 1)
 
     def encoder_parameters(self) -> list[nn.Parameter]:
         """Encoder and context encoder."""
