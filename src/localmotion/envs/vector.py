@@ -1,0 +1,374 @@
+"""Several copies of one environment in worker processes, with pictures in shared memory.
+
+Rendering is what an environment costs, and it holds one core: each worker process has an OpenGL context of its own. Only commands travel
+through pipes; observations, rewards and flags are written where the caller reads them. E environments, A actions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Sequence
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+from gymnasium.vector import AutoresetMode
+from gymnasium.vector.utils import batch_space
+from numpy.typing import NDArray
+
+from localmotion.errors import ConfigError, EnvError
+
+_FLAGS = ("reward", "terminated", "truncated", "env_steps", "success")
+
+
+def env_seed(seed: int, index: int, life: int = 0) -> int:
+    """Seed of environment ``index``: a pure function, so that results do not depend on the number of workers.
+
+    ``life`` counts restarts: an environment made anew after a crash does not play its past episodes again.
+    """
+    return int(np.random.SeedSequence([seed, index, life]).generate_state(1)[0] >> 1)
+
+
+class VectorEnv(gymnasium.vector.VectorEnv):
+    """``count`` environments ``name`` stepped together; nothing is reset unasked (`AutoresetMode.DISABLED`).
+
+    A worker that dies or hangs takes its environments' episodes with it and nothing else: they come back truncated, with the picture and
+    reward they had, ``info["crashed"]`` set, and a new worker waits for their reset. A worker is restarted ``restarts`` times.
+
+    Args:
+        name: as for `make_env`, which also takes ``settings``.
+        count: E.
+        seed: environment i is made with `env_seed(seed, i)`.
+        workers: processes; None for one a core, at most E.
+        restarts: times a worker is replaced before its death is an error.
+        timeout: seconds without an answer after which a worker counts as dead; ten times that for the first one, which waits for imports.
+
+    Raises:
+        ConfigError: what `make_env` raises, and counts below 1.
+        EnvError: a worker that died too often; an environment that cannot draw or was misused (its index is named).
+    """
+
+    def __init__(
+        self,
+        name: str,
+        count: int,
+        *,
+        seed: int = 0,
+        workers: int | None = None,
+        restarts: int = 1,
+        timeout: float = 60.0,
+        **settings: Any,
+    ) -> None:
+        self._workers: list[_Worker] = []
+        if count < 1 or (workers is not None and workers < 1):
+            raise ConfigError(f"count={count}, workers={workers}: both must be at least 1")
+        self.name, self.num_envs, self.seed = name, count, seed
+        self._restarts, self._timeout, self._settings = restarts, timeout, settings
+        workers = min(count, workers or len(os.sched_getaffinity(0)))
+        self._slots = [tuple(int(i) for i in part) for part in np.array_split(np.arange(count), workers)]
+        self._context = multiprocessing.get_context("spawn")
+        self._lives = [0] * workers
+
+        picture, action, describe, self.metadata = self._probe()
+        self.single_observation_space, self.single_action_space, self._keys = picture, action, tuple(picture.spaces)
+        self.observation_space, self.action_space = batch_space(picture, count), batch_space(action, count)
+        self.description: dict[str, Any] = describe
+        self.metadata = {**self.metadata, "autoreset_mode": AutoresetMode.DISABLED}
+        self._shared, self._views = _buffers(self._context, count, picture, action)
+        for index in range(workers):
+            self._workers.append(self._start(index))
+        self._running = np.zeros(count, bool)
+        self._crashed = np.zeros(count, bool)
+        self._pending: list[list[int]] = []
+        self._last = self._observations()
+
+    # -- gymnasium ------------------------------------------------------------------------------------------------------
+
+    def reset(
+        self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+        """Start episodes, in all environments or in those of ``options["reset_mask"]`` (E,) bool. -> observations (E, ...), infos.
+
+        ``seed``: one number (environment i gets `env_seed` of it), one a environment, or None for each one's next episode.
+        """
+        mask = np.ones(self.num_envs, bool)
+        if options and "reset_mask" in options:
+            mask = np.asarray(options["reset_mask"], bool)
+            if mask.shape != (self.num_envs,):
+                raise EnvError(f"{self.name}: reset_mask has shape {mask.shape}, expected ({self.num_envs},)")
+        if isinstance(seed, (int, np.integer)):
+            seeds: list[int | None] = [env_seed(int(seed), index) for index in range(self.num_envs)]
+        else:
+            seeds = list(seed) if seed is not None else [None] * self.num_envs
+        if len(seeds) != self.num_envs:
+            raise EnvError(f"{self.name}: {len(seeds)} seeds for {self.num_envs} environments; give one each, or one number")
+        self._crashed &= ~mask
+        for attempt in range(self._restarts + 1):
+            wanted = [[i for i in slots if mask[i]] for slots in self._slots]
+            if not self._ask("reset", [[(i, seeds[i]) for i in part] for part in wanted]) or attempt == self._restarts:
+                break
+        self._running |= mask
+        return self._finish()
+
+    def step(self, actions: NDArray[np.float32]) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
+        """One agent step in all environments whose episode runs. -> observations, rewards, terminated, truncated (E,), infos.
+
+        Environments whose episode is over stay as they are, with reward 0 and their flags up, until they are reset.
+        """
+        self.step_async(actions)
+        return self.step_wait()
+
+    def step_async(self, actions: NDArray[np.float32]) -> None:
+        """Send the actions (E, A) and return at once; the workers step while the caller does something else."""
+        if self._pending:
+            raise EnvError(f"{self.name}: a step is under way; call step_wait() first")
+        given = np.asarray(actions, np.float32)
+        if given.shape != self._views["action"].shape:
+            raise EnvError(f"{self.name}: actions have shape {given.shape}, expected {self._views['action'].shape}")
+        if not self._running.any():
+            raise EnvError(f"{self.name}: no episode is running, call reset() before step()")
+        self._views["action"][:] = given
+        for key in ("reward", "env_steps"):
+            self._views[key][:] = 0
+        self._pending = [[i for i in slots if self._running[i]] for slots in self._slots]
+        for worker, part in zip(self._workers, self._pending, strict=True):
+            if part:
+                worker.send("step", part)
+
+    def step_wait(self) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
+        """What `step_async` began."""
+        if not self._pending:
+            raise EnvError(f"{self.name}: no step is under way; call step_async() first")
+        pending, self._pending = self._pending, []
+        for index in self._collect([i for i, part in enumerate(pending) if part]):
+            for slot in pending[index]:
+                self._views["truncated"][slot], self._views["terminated"][slot] = 1, 0
+                self._views["reward"][slot] = 0.0
+                self._crashed[slot] = True
+        observations, info = self._finish()
+        terminated, truncated = self._views["terminated"] > 0, self._views["truncated"] > 0
+        self._running &= ~(terminated | truncated)
+        return observations, self._views["reward"].copy(), terminated, truncated, info
+
+    def close(self, **kwargs: Any) -> None:
+        """End the workers. Safe to call twice."""
+        for worker in self._workers:
+            worker.stop()
+        self._workers = []
+
+    def __del__(self) -> None:
+        with contextlib.suppress(AttributeError):  # an argument was missing: nothing was made
+            self.close()
+
+    # -- inside ---------------------------------------------------------------------------------------------------------
+
+    def _probe(self) -> tuple[spaces.Dict, spaces.Box, dict[str, Any], dict[str, Any]]:
+        """Spaces of one environment, made in a child so that this process needs no OpenGL and inherits no state of it."""
+        ours, theirs = self._context.Pipe()
+        process = self._context.Process(target=_describe, args=(theirs, self.name, self._settings), daemon=True)
+        process.start()
+        theirs.close()
+        try:
+            kind, value = ours.recv()
+        except EOFError:
+            process.join()
+            raise EnvError(f"{self.name}: the process that made it {_death(process.exitcode)}") from None
+        finally:
+            process.join()
+            ours.close()
+        if kind != "ready":
+            raise value
+        found: tuple[spaces.Dict, spaces.Box, dict[str, Any], dict[str, Any]] = value
+        return found
+
+    def _start(self, index: int) -> _Worker:
+        slots = self._slots[index]
+        seeds = [env_seed(self.seed, slot, self._lives[index]) for slot in slots]
+        arguments = (self.name, self._settings, slots, seeds, self._shared, self.num_envs)
+        return _Worker(self._context, arguments, self._timeout * 10)
+
+    def _ask(self, command: str, parts: list[list[Any]]) -> list[int]:
+        """Send to each worker its part of a command, wait for all, return the workers that died."""
+        asked = [index for index, part in enumerate(parts) if part]
+        for index in asked:
+            self._workers[index].send(command, parts[index])
+        return self._collect(asked)
+
+    def _collect(self, asked: list[int]) -> list[int]:
+        dead, errors = [], []
+        waiting = {self._workers[index].pipe: index for index in asked}
+        while waiting:
+            deadline = min(self._workers[index].deadline for index in waiting.values())
+            ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+            late = [pipe for pipe, index in waiting.items() if self._workers[index].deadline <= time.monotonic()]
+            for pipe in {*ready, *(late if not ready else ())}:
+                index = waiting.pop(pipe)
+                worker = self._workers[index]
+                try:
+                    if pipe not in ready:
+                        raise TimeoutError
+                    kind, value = worker.pipe.recv()
+                    worker.limit = self._timeout
+                    if kind == "error":
+                        errors.append(value)
+                except (EOFError, OSError) as error:
+                    hung = isinstance(error, TimeoutError)
+                    self._replace(index, f"gave no answer in {worker.limit:g} seconds" if hung else None)
+                    dead.append(index)
+        if errors:
+            raise errors[0]
+        return dead
+
+    def _replace(self, index: int, reason: str | None) -> None:
+        code = self._workers[index].stop()
+        self._lives[index] += 1
+        if self._lives[index] > self._restarts:
+            which = ", ".join(map(str, self._slots[index]))
+            raise EnvError(
+                f"{self.name}: the worker of environments {which} {reason or _death(code)}, {self._lives[index]} times now; "
+                "step one make_env() environment in the main process to see why"
+            )
+        self._workers[index] = self._start(index)
+
+    def _observations(self) -> dict[str, NDArray[Any]]:
+        return {key: self._views[key].copy() for key in self._keys}
+
+    def _finish(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+        """Observations and infos as copies; crashed environments keep what they showed last (theirs may be half written)."""
+        now = self._observations()
+        for key, value in now.items():
+            value[self._crashed] = self._last[key][self._crashed]
+        self._last = now
+        info: dict[str, Any] = {"env_steps": self._views["env_steps"].astype(np.int64), "crashed": self._crashed.copy()}
+        if not np.isnan(self._views["success"]).all():
+            info["success"] = self._views["success"].copy()
+        return {key: value.copy() for key, value in now.items()}, info
+
+
+class _Worker:
+    """One child process and its pipe."""
+
+    def __init__(self, context: Any, arguments: tuple[Any, ...], limit: float) -> None:
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, *arguments), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.limit, self.deadline = limit, float("inf")
+
+    def send(self, command: str, payload: Any) -> None:
+        self.deadline = time.monotonic() + self.limit
+        with contextlib.suppress(ConnectionError):  # its death is noticed where its answer is awaited
+            self.pipe.send((command, payload))
+
+    def stop(self) -> int | None:
+        """Ask the child to go, kill it if it does not; its exit code."""
+        if self.process.is_alive():
+            with contextlib.suppress(ConnectionError, OSError):
+                self.pipe.send(("close", None))
+            self.process.join(0.5)
+            self.process.kill()
+        self.process.join()
+        self.pipe.close()
+        code: int | None = self.process.exitcode
+        return code
+
+
+def _buffers(
+    context: Any, count: int, picture: spaces.Dict, action: spaces.Box
+) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+    """Shared arrays by name as (raw memory, shape, dtype), and this process's views of them."""
+    layout: dict[str, tuple[tuple[int, ...], Any]] = {"action": ((count, *action.shape), action.dtype)}
+    for key, box in picture.spaces.items():
+        layout[key] = ((count, *(box.shape or ())), box.dtype)
+    for key in _FLAGS:
+        layout[key] = ((count,), np.dtype(np.float64))
+    shared = {}
+    for key, (shape, dtype) in layout.items():
+        shared[key] = (context.RawArray("b", int(np.prod(shape)) * np.dtype(dtype).itemsize), shape, np.dtype(dtype).str)
+    views = _views(shared)
+    views["success"][:] = np.nan
+    return shared, views
+
+
+def _views(shared: dict[str, Any]) -> dict[str, NDArray[Any]]:
+    return {key: np.frombuffer(raw, dtype).reshape(shape) for key, (raw, shape, dtype) in shared.items()}
+
+
+def _describe(pipe: Connection, name: str, settings: dict[str, Any]) -> None:
+    """Life of the child that only tells what the environment looks like."""
+    from localmotion.envs import make_env
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        env = make_env(name, **settings)
+        pipe.send(("ready", (env.observation_space, env.action_space, env.describe(), env.metadata)))
+        env.close()
+    except Exception as error:
+        pipe.send(("error", _portable(error)))
+
+
+def _serve(
+    pipe: Connection,
+    name: str,
+    settings: dict[str, Any],
+    slots: tuple[int, ...],
+    seeds: list[int],
+    shared: dict[str, Any],
+    count: int,
+) -> None:
+    """Life of a worker: make the environments, then obey until told to go. Interrupts are the parent's business."""
+    from localmotion.envs import make_env
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    views = _views(shared)
+    made: dict[int, Any] = {}
+    while True:
+        try:
+            command, payload = pipe.recv()
+        except (EOFError, OSError):
+            return
+        if command == "close":
+            for env in made.values():
+                env.close()
+            return
+        index = slots[0]
+        try:
+            if not made:
+                made = {slot: make_env(name, seed=seed, **settings) for slot, seed in zip(slots, seeds, strict=True)}
+            for item in payload:
+                index, seed = item if command == "reset" else (item, None)
+                if command == "reset":
+                    picture, info = made[index].reset(seed=seed)
+                    result = [0.0, False, False]
+                else:
+                    picture, *result, info = made[index].step(views["action"][index].copy())
+                for key, value in picture.items():
+                    views[key][index] = value
+                for key, flag in zip(_FLAGS, (*result, info["env_steps"], info.get("success", np.nan)), strict=True):
+                    views[key][index] = flag
+            answer: tuple[str, Any] = ("done", None)
+        except Exception as error:
+            answer = ("error", _portable(error, f"environment {index} of {count}: "))
+        try:
+            pipe.send(answer)
+        except ConnectionError:  # the parent has died: nobody to tell
+            return
+
+
+def _portable(error: Exception, where: str = "") -> Exception:
+    """An exception that can be pickled and says where it came from: ours keep their class, others become EnvError."""
+    kind = type(error) if isinstance(error, (ConfigError, EnvError)) else EnvError
+    text = str(error) if kind is type(error) else f"{type(error).__name__}: {error}"
+    return kind(f"{where}{text}")
+
+
+def _death(code: int | None) -> str:
+    if code is not None and code < 0:
+        return f"died of signal {signal.Signals(-code).name}"
+    return f"ended with exit code {code}"
