@@ -10,10 +10,13 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from localmotion import __version__
 from localmotion.errors import ConfigError, LocalmotionError, unknown_name
+
+if TYPE_CHECKING:
+    from localmotion.perception.base import Recipe
 
 
 class _Parser(argparse.ArgumentParser):
@@ -78,6 +81,22 @@ def _parser() -> _Parser:
     sub.add_argument("--policy", choices=("agent", "random"), default="agent", help="random gives the floor")
     sub.add_argument("--device", default="auto")
 
+    sub = add("collect", "Record unlabeled videos of an environment, as mp4 files or into a clip store.", collect)
+    sub.add_argument("env", help="environment, e.g. dmc:walker_walk")
+    sub.add_argument("--out", type=Path, required=True, help="folder of mp4 files, or with --store a clip store")
+    sub.add_argument("--store", action="store_true", help="perceive and write a clip store instead of mp4 files")
+    sub.add_argument(
+        "--policy", default="smooth", help="random, smooth (random, changing smoothly), expert (Meta-World), or a run directory"
+    )
+    sub.add_argument("--episodes", type=int, default=16)
+    sub.add_argument("--steps", type=int, default=0, help="agent steps a video at most; 0 for whole episodes")
+    sub.add_argument("--noise", type=float, default=0.0, help="standard deviation of noise added to the actions")
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--action-repeat", type=int, help="env steps per agent step; default: the suite's")
+    sub.add_argument("--quality", choices=("auto", "fast", "reference"), default="auto")
+    sub.add_argument("--pixels", type=int, default=128, help="side of the mp4's pictures")
+    _recipe(sub, without=("seed",))
+
     sub = add("predict", "Open-loop prediction of clips: truth, prediction, error.", predict)
     sub.add_argument("--checkpoint", type=Path, required=True, help="pre-training run")
     sub.add_argument("--data", type=Path, required=True, help="clip store")
@@ -111,7 +130,7 @@ def _videos(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--workers", type=int, help="processes; default: one a core")
 
 
-def _recipe(sub: argparse.ArgumentParser) -> None:
+def _recipe(sub: argparse.ArgumentParser, without: tuple[str, ...] = ()) -> None:
     from dataclasses import fields
 
     from localmotion.config import field_docs
@@ -119,15 +138,30 @@ def _recipe(sub: argparse.ArgumentParser) -> None:
 
     docs = field_docs(Recipe)
     for item in fields(Recipe):
-        if item.name != "backend_options":
+        if item.name not in ("backend_options", *without):
             kind = {"int": int, "float": float}.get(str(item.type), str)
             sub.add_argument(
                 f"--{item.name.replace('_', '-')}",
-                dest=item.name,
+                dest=f"recipe_{item.name}",
                 type=kind,
                 help=f"{docs[item.name]} (default {item.default})".replace("%", "%%"),
             )
-    sub.add_argument("--backend-options", type=json.loads, help=docs["backend_options"].replace("%", "%%"))
+    sub.add_argument(
+        "--backend-options", dest="recipe_backend_options", type=json.loads, help=docs["backend_options"].replace("%", "%%")
+    )
+
+
+def _recipe_of(args: argparse.Namespace) -> Recipe:
+    """The recipe that the flags of `_recipe` describe."""
+    from dataclasses import fields
+
+    from localmotion.perception.base import Recipe
+
+    given: dict[str, Any] = {f.name: getattr(args, f"recipe_{f.name}", None) for f in fields(Recipe)}
+    given = {name: value for name, value in given.items() if value is not None}
+    if "size" in given and "percept_size" not in given:
+        given["percept_size"] = max(128, given["size"]) if max(128, given["size"]) % given["size"] == 0 else given["size"]
+    return Recipe(**given)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -198,20 +232,15 @@ def scan(args: argparse.Namespace) -> None:
 def extract(args: argparse.Namespace) -> None:
     """`localmotion extract`"""
     import os
-    from dataclasses import fields
 
     from localmotion.console import progress, say
-    from localmotion.perception.base import Recipe
     from localmotion.perception.extract import extract_folder
 
-    given = {f.name: getattr(args, f.name) for f in fields(Recipe) if getattr(args, f.name) is not None}
-    if "size" in given and "percept_size" not in given:
-        given["percept_size"] = max(128, given["size"]) if max(128, given["size"]) % given["size"] == 0 else given["size"]
     with progress("extract", 1, "videos") as advance:
         summary = extract_folder(
             args.videos,
             args.out,
-            Recipe(**given),
+            _recipe_of(args),
             list_file=args.list_file,
             min_frames=args.min_frames,
             workers=args.workers if args.workers is not None else (os.cpu_count() or 1),
@@ -313,6 +342,30 @@ def report(args: argparse.Namespace) -> None:
     from localmotion.report.collect import report as make_report
 
     say(f"report: {make_report(args.runs, args.out)}")
+
+
+def collect(args: argparse.Namespace) -> None:
+    """`localmotion collect`"""
+    from localmotion.console import progress, say
+    from localmotion.evaluation.collect import collect as record
+
+    settings = {"quality": args.quality, "action_repeat": args.action_repeat}
+    with progress("collect", args.episodes, "videos") as advance:
+        found = record(
+            args.env,
+            args.out,
+            policy=args.policy,
+            episodes=args.episodes,
+            seed=args.seed,
+            steps=args.steps,
+            size=args.pixels,
+            recipe=_recipe_of(args) if args.store else None,
+            noise=args.noise,
+            progress=advance,
+            **settings,
+        )
+    for line in found.lines():
+        say(line)
 
 
 def demo(args: argparse.Namespace) -> None:

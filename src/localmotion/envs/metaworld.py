@@ -86,6 +86,8 @@ class MetaWorldEnv(PixelEnv):
         model = inner.model
         self._fresh = {name: getattr(model, name).copy() for name in ("body_pos", "body_quat", "site_pos", "geom_pos")}
         self._met = 0.0
+        self._vector = np.zeros(39)  # Meta-World's own observation, which its scripted policies read
+        self._expert: Any = None
         self.camera = camera_id(model, CAMERA if camera is None else camera, self.name)
         self.camera_name = model.camera(self.camera).name
         self.quality = resolve_quality(quality)
@@ -105,16 +107,28 @@ class MetaWorldEnv(PixelEnv):
         self._mujoco.mj_resetData(model, data)
         self._mujoco.mj_forward(model, data)
         self.inner.seed(episode_seed)
-        self.inner.reset()
+        self._vector = self.inner.reset()[0]
         self._met = 0.0
 
     def _control(self, action: NDArray[np.float64]) -> tuple[float, bool]:
-        _, reward, _, _, info = self.inner.step(action.astype(np.float32))
+        self._vector, reward, _, _, info = self.inner.step(action.astype(np.float32))
         self._met = float(info["success"])
         return float(reward), False
 
     def _success(self) -> float:
         return self._met
+
+    def expert_action(self) -> NDArray[np.float32]:
+        """What Meta-World's scripted policy for this task does now, (4,) in [-1, 1]. It sees the state, not the picture."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # it says that it asks for more than [-1, 1], which is clipped here
+            if self._expert is None:
+                from metaworld.policies import ENV_POLICY_MAP
+
+                self._expert = ENV_POLICY_MAP[f"{self.name.partition(':')[2]}-v3"]()
+            wanted = self._expert.get_action(self._vector)
+        action: NDArray[np.float32] = np.clip(wanted, -1.0, 1.0).astype(np.float32)
+        return action
 
     def _draw(self, size: int) -> NDArray[np.uint8]:
         return self._renderer.frame(self.inner.data, size)

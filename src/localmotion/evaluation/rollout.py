@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 
 def episode_seed(seed: int, stream: str, episode: int) -> int:
-    """Seed of one episode: a pure function of the run's seed, the stream (train, eval) and the episode's number.
+    """Seed of one episode: a pure function of the run's seed, the stream (train, eval, ...) and the episode's number.
 
     Training and evaluation never share random numbers, and a resumed run meets the same episodes.
     """
-    mixed = np.random.SeedSequence([seed, {"train": 0, "eval": 1, "prefill": 2}[stream], episode])
+    mixed = np.random.SeedSequence([seed, {"train": 0, "eval": 1, "prefill": 2, "collect": 3}[stream], episode])
     return int(mixed.generate_state(1)[0] >> 1)
 
 

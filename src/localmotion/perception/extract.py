@@ -257,11 +257,25 @@ def extract_one(ref: VideoRef, recipe: Recipe, min_frames: int, max_frames: int)
         return {"id": ref.id, "reason": error.reason, "detail": error.detail}
     except LocalmotionError as error:
         return _Refused(str(error))
+    return _clip(frames, motion, recipe, ref.id, ref.label, {"cut_short": cut_short})
+
+
+def clip_of(frames: NDArray[np.uint8], clip_id: str, extractor: ClipExtractor, *, label: int | str | None = None) -> Clip:
+    """The clip of (T, percept_size, percept_size, 3) uint8 frames that are in memory already, e.g. just rendered.
+
+    Same result as from a file that decodes to these frames and has the name ``clip_id``. Raises LocalmotionError for frames of another
+    shape.
+    """
+    return _clip(frames, extractor.extract(frames, clip_id), extractor.recipe, clip_id, label, {"cut_short": False})
+
+
+def _clip(
+    frames: NDArray[np.uint8], motion: ClipMotion, recipe: Recipe, name: str, label: int | str | None, info: dict[str, Any]
+) -> Clip:
     if recipe.ratio > 1:
         side = (recipe.size, recipe.size)
         frames = np.stack([cv2.resize(x, side, interpolation=cv2.INTER_AREA) for x in frames])
-    info = motion.info | {"cut_short": cut_short}
-    return Clip(ref.id, frames, motion.flow, motion.tracks, motion.visible, motion.track_id, label=ref.label, info=info)
+    return Clip(name, frames, motion.flow, motion.tracks, motion.visible, motion.track_id, label=label, info=motion.info | info)
 
 
 def _goes_on(stream: Iterator[Any]) -> bool:

@@ -1,0 +1,283 @@
+"""Record unlabeled videos of an environment under some policy, as mp4 files or straight into a clip store.
+
+What a policy did is kept in a file of its own, for probes alone: pre-training reads the videos and nothing else. Episode i is a pure
+function of (environment, policy, seed, i), so the same command goes on where it stopped, and adds episodes when asked for more.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from localmotion.envs import make_env
+from localmotion.errors import ConfigError, LocalmotionError
+from localmotion.evaluation.load import load_run
+from localmotion.evaluation.rollout import Observer, Policy, episode_seed, make_observer, method_policy
+from localmotion.perception.base import Recipe
+from localmotion.video.store import Clip, ClipStoreWriter, write_error
+from localmotion.video.write import write_video
+
+POLICIES = ("random", "smooth", "expert")
+SHARD_CLIPS = 32
+
+
+@dataclass
+class Collected:
+    """What a collection holds."""
+
+    path: Path
+    episodes: list[dict[str, Any]] = field(default_factory=list)
+    new: int = 0
+
+    def lines(self) -> list[str]:
+        """For people."""
+        returns = np.array([episode["return"] for episode in self.episodes])
+        frames = sum(episode["frames"] for episode in self.episodes)
+        out = [f"{len(self.episodes)} videos, {frames:,} frames in {self.path} ({self.new} new)"]
+        text = f"return {returns.mean():.1f} +- {returns.std():.1f}"
+        met = [episode["success"] for episode in self.episodes if "success" in episode]
+        return [*out, f"{text}, success {np.mean(met):.0%}" if met else text]
+
+
+def collect(
+    env: str,
+    out: Path,
+    *,
+    policy: str = "smooth",
+    episodes: int = 16,
+    seed: int = 0,
+    steps: int = 0,
+    size: int = 128,
+    recipe: Recipe | None = None,
+    noise: float = 0.0,
+    progress: Callable[[int, int | None, str], Any] | None = None,
+    **settings: Any,
+) -> Collected:
+    """Record ``episodes`` episodes of ``env``.
+
+    Args:
+        env: environment name; ``settings`` go to `make_env` (action_repeat, quality, camera, ...).
+        out: folder of mp4 files, or with a ``recipe`` a clip store.
+        policy: "random" (uniform), "smooth" (random, changing smoothly), "expert" (Meta-World's scripted policies), or a run directory,
+            whose agent then acts as it did in training.
+        seed: with the episode's number decides everything random.
+        steps: agent steps a video at most; 0 for whole episodes.
+        size: side of the mp4's pictures.
+        recipe: perceive and write a clip store; pictures are then rendered at its percept_size.
+        noise: standard deviation of Gaussian noise added to each action (clipped to [-1, 1]).
+        progress: called with (episodes done, of how many, "").
+
+    Beside the videos: actions/ID.npy, (T, A) float32 with row t the action that led to frame t (row 0 zero), and collection.json.
+
+    Raises:
+        ConfigError: unknown policy or environment, an expert where there is none, numbers out of range, a folder of other settings.
+        CheckpointError, EnvError, LocalmotionError: what loading, simulating and writing raise.
+    """
+    for name, value, least in (("episodes", episodes, 1), ("steps", steps, 0), ("noise", noise, 0)):
+        if value < least:
+            raise ConfigError(f"{name}={value} must be at least {least}")
+    if recipe is not None and recipe.frame_stride != 1:
+        raise ConfigError(
+            f"frame_stride={recipe.frame_stride}: a collected video has every agent step; use action_repeat instead"
+        )
+    if steps and recipe is not None and steps < 2:
+        raise ConfigError(f"steps={steps} is too short for motion; at least 2")
+    side = recipe.percept_size if recipe else size
+    player = _Player(env, policy, side, settings)
+    label = policy if policy in POLICIES else "agent"
+    header = {
+        "env": player.env.describe(),  # type: ignore[attr-defined]
+        "policy": policy if policy in POLICIES else str(Path(policy).resolve().name),
+        "seed": seed,
+        "steps": steps,
+        "noise": noise,
+        "recipe": recipe.to_json() if recipe else None,
+    }
+    header["env"].pop("gl", None)
+    kept = _open(out, header)
+    names = [f"{env.replace(':', '_')}-{label}-{seed}-{number:06d}" for number in range(episodes)]
+    sink = _Store(out, recipe, names) if recipe else _Files(out, player.fps)
+    result = Collected(out)
+    for number, name in enumerate(names):
+        if name not in kept or not sink.has(name):
+            entry, pictures, actions = player.play(seed, number, steps, noise)
+            _save_actions(out / "actions" / f"{name}.npy", actions)
+            kept[name] = {"id": name, **entry}
+            sink.put(name, pictures)
+            _save(out, header, kept)
+            result.new += 1
+        if progress:
+            progress(number + 1, episodes, "")
+    sink.close()
+    result.episodes = [kept[name] for name in names]
+    return result
+
+
+class _Player:
+    """An environment with a policy and a camera."""
+
+    def __init__(self, env: str, policy: str, side: int, settings: dict[str, Any]) -> None:
+        self.policy, self.side = policy, side
+        self.act: Policy | None = None
+        if policy in POLICIES:
+            self.observer = Observer(make_env(env, size=side, **settings), None)
+            if policy == "expert" and not hasattr(self.observer.env, "expert_action"):
+                raise ConfigError(f"{env}: has no scripted expert; Meta-World tasks have one. Policies: random, smooth, or a run")
+        elif Path(policy).is_dir():
+            run, method, compute = load_run(Path(policy))
+            if run.stage == "pretrain":
+                raise ConfigError(f"{policy}: is a pre-training run and has no policy; give a fine-tuned or trained run")
+            if run.env != env:
+                raise ConfigError(f"{policy}: was trained in {run.env}, not in {env}")
+            if settings.get("action_repeat"):
+                run = replace(run, action_repeat=settings["action_repeat"])
+            self.observer = make_observer(run, Recipe.from_json(run.recipe) if run.recipe and method.wants_motion else None)
+            self.act = method_policy(method, compute, explore=True, window=run.online.length)
+        else:
+            raise ConfigError(f"policy {policy!r}: is neither a run directory nor one of {', '.join(POLICIES)}")
+        self.env = self.observer.env
+        self.fps = float(self.env.metadata.get("render_fps", 20))
+
+    def play(
+        self, seed: int, number: int, steps: int, noise: float
+    ) -> tuple[dict[str, Any], NDArray[np.uint8], NDArray[np.float32]]:
+        """One episode: its entry in collection.json, pictures (T, S, S, 3), actions (T, A)."""
+        import torch
+
+        from localmotion.envs.bodies import smooth_actions
+
+        begin = episode_seed(seed, "collect", number)
+        rng = np.random.default_rng(begin)
+        torch.manual_seed(begin)
+        dim = self.observer.action_dim
+        info: dict[str, Any] = {}
+        record, done = self.observer.reset(begin), False
+        pictures, actions = [self._picture(record)], [np.zeros(dim, np.float32)]
+        total, success = 0.0, 0.0
+        waves = smooth_actions(rng, 2048, dim) if self.policy == "smooth" else np.zeros((1, dim))
+        while not done and (not steps or len(pictures) < steps + 1):
+            if self.act is not None:
+                action = self.act([record], len(pictures) == 1)[0]
+            elif self.policy == "expert":
+                action = self.env.expert_action()  # type: ignore[attr-defined]
+            elif self.policy == "smooth":
+                action = waves[(len(pictures) - 1) % len(waves)]
+            else:
+                action = rng.uniform(-1, 1, dim)
+            if noise:
+                action = np.clip(action + rng.normal(0, noise, dim), -1, 1)
+            action = np.asarray(action, np.float32)
+            record, done, info = self.observer.step(action)
+            total, success = total + record["reward"], max(success, float(info.get("success", 0)))
+            pictures.append(self._picture(record))
+            actions.append(action)
+        entry = {"seed": begin, "frames": len(pictures), "return": total}
+        if "success" in info:
+            entry["success"] = success
+        return entry, np.stack(pictures), np.stack(actions)
+
+    def _picture(self, record: dict[str, Any]) -> NDArray[np.uint8]:
+        if self.act is None:
+            picture: NDArray[np.uint8] = record["image"]
+            return picture
+        shown: NDArray[np.uint8] = self.env.render_frame(self.side)  # type: ignore[attr-defined]
+        return shown
+
+
+class _Files:
+    """A folder of mp4 files."""
+
+    def __init__(self, out: Path, fps: float) -> None:
+        self.out, self.fps = out, fps
+
+    def has(self, name: str) -> bool:
+        return (self.out / f"{name}.mp4").exists()
+
+    def put(self, name: str, pictures: NDArray[np.uint8]) -> None:
+        write_video(self.out / f"{name}.mp4", pictures, self.fps, crf=12)
+
+    def close(self) -> None:
+        """Files are whole as they are written."""
+
+
+class _Store:
+    """A clip store; finished clips wait on the disk until their shard is full."""
+
+    def __init__(self, out: Path, recipe: Recipe, names: list[str]) -> None:
+        from localmotion.perception.extract import ClipExtractor
+        from localmotion.video.spool import Spool
+
+        self.writer = ClipStoreWriter.open(out, recipe.size, recipe.to_json(), recipe.hash(), recipe.tracks, SHARD_CLIPS)
+        self.extractor, self.spool = ClipExtractor(recipe), Spool(out)
+        self.done = self.writer.done_ids()
+        self.shards = self.writer.pending(names)
+        self.close()
+
+    def has(self, name: str) -> bool:
+        return name in self.done or self.spool.get(name) is not None
+
+    def put(self, name: str, pictures: NDArray[np.uint8]) -> None:
+        from localmotion.perception.extract import clip_of
+
+        self.spool.put(name, clip_of(pictures, name, self.extractor))
+        if any(members[-1] == name for _, members in self.shards):
+            self.close()
+
+    def close(self) -> None:
+        """Write the shards all of whose clips are there."""
+        for index, members in self.shards:
+            clips = [clip for clip in map(self.spool.get, members) if isinstance(clip, Clip)]
+            if len(clips) == len(members):
+                self.writer.write_shard(index, clips)
+                self.done |= set(members)
+                self.spool.drop(members)
+        self.shards = [(index, members) for index, members in self.shards if not self.done.issuperset(members)]
+        if not self.shards:
+            self.spool.clear()
+
+
+def _open(out: Path, header: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Episodes of an earlier call of the same settings, by id. Raises ConfigError when they differ."""
+    path = out / "collection.json"
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text())
+        before, episodes = found["settings"], {entry["id"]: entry for entry in found["episodes"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise LocalmotionError(f"{path}: cannot be read ({error}); delete the folder and collect again") from error
+    now = json.loads(json.dumps(header))
+    for key, value in now.items():
+        if before.get(key) != value:
+            raise ConfigError(f"{out}: was collected with {key} {before.get(key)}, now {value}; give a new folder")
+    return episodes
+
+
+def _save(out: Path, header: dict[str, Any], episodes: dict[str, dict[str, Any]]) -> None:
+    text = json.dumps({"settings": header, "episodes": list(episodes.values())}, indent=1)
+    _write(out / "collection.json", lambda file: file.write(text.encode()))
+
+
+def _save_actions(path: Path, actions: NDArray[np.float32]) -> None:
+    _write(path, lambda file: np.save(file, actions, allow_pickle=False))
+
+
+def _write(path: Path, fill: Callable[[Any], Any]) -> None:
+    """Write a file whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            fill(file)
+        os.replace(partial, path)
+    except OSError as error:
+        raise write_error(path.parent, path.name, error) from error
+    finally:
+        partial.unlink(missing_ok=True)

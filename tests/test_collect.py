@@ -1,0 +1,134 @@
+"""Collecting videos: files and stores, experts, what is kept apart, and going on where it stopped."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from localmotion.cli import main
+from localmotion.envs import make_env
+from localmotion.errors import ConfigError
+from localmotion.evaluation import collect as module
+from localmotion.evaluation.collect import collect
+from localmotion.evaluation.rollout import episode_seed
+from localmotion.perception.base import Recipe
+from localmotion.perception.extract import extract_folder
+from localmotion.video.store import ClipStore
+
+SMALL = Recipe(size=32, percept_size=32, tracks=8)
+
+
+def frames_of(path: Path) -> np.ndarray:
+    with av.open(str(path)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+def test_files_show_what_the_actions_did(tmp_path: Path) -> None:
+    """Replaying the kept actions from the kept seed gives the pictures of the file (but for the codec)."""
+    found = collect("toy:dot", tmp_path, policy="random", episodes=2, seed=3, size=64, time_limit=12)
+    assert [entry["frames"] for entry in found.episodes] == [13, 13]
+    entry = found.episodes[1]
+    assert entry["seed"] == episode_seed(3, "collect", 1)
+    actions = np.load(tmp_path / "actions" / f"{entry['id']}.npy")
+    assert actions.shape == (13, 2)
+    assert not actions[0].any()
+    env = make_env("toy:dot", size=64, time_limit=12)
+    observed, total = [env.reset(seed=entry["seed"])[0]["image"]], 0.0
+    for action in actions[1:]:
+        picture, reward, *_ = env.step(action)
+        observed.append(picture["image"])
+        total += reward
+    assert total == pytest.approx(entry["return"])
+    shown = frames_of(tmp_path / f"{entry['id']}.mp4").astype(float)
+    assert np.abs(shown - np.stack(observed)).mean() < 12
+    assert np.abs(shown - np.stack(observed[::-1])).mean() > np.abs(shown - np.stack(observed)).mean()
+
+
+def test_the_videos_can_be_extracted(tmp_path: Path) -> None:
+    collect("toy:dot", tmp_path / "videos", policy="smooth", episodes=2, size=32)
+    summary = extract_folder(tmp_path / "videos", tmp_path / "store", SMALL, min_frames=10)
+    assert summary.clips == 2
+    assert not summary.rejected
+
+
+def test_store_is_what_extraction_of_the_same_frames_gives_and_can_be_extended(tmp_path: Path) -> None:
+    from localmotion.perception.extract import ClipExtractor
+
+    first = collect("toy:dot", tmp_path / "a", policy="smooth", episodes=1, steps=8, recipe=SMALL)
+    again = collect("toy:dot", tmp_path / "a", policy="smooth", episodes=3, steps=8, recipe=SMALL)
+    assert (first.new, again.new, len(again.episodes)) == (1, 2, 3)
+    whole = collect("toy:dot", tmp_path / "b", policy="smooth", episodes=3, steps=8, recipe=SMALL)
+    a, b = ClipStore(tmp_path / "a"), ClipStore(tmp_path / "b")
+    assert not (tmp_path / "a" / "unfinished").exists()
+    assert len(a) == len(b) == 3
+    by_id = {a.clip(i).id: a.clip(i) for i in range(3)}
+    for index in range(3):
+        clip = b.clip(index)
+        np.testing.assert_array_equal(clip.frames, by_id[clip.id].frames)
+        np.testing.assert_array_equal(clip.tracks, by_id[clip.id].tracks)
+    clip = b.clip(0)
+    motion = ClipExtractor(SMALL).extract(np.ascontiguousarray(clip.frames), clip.id)
+    np.testing.assert_array_equal(motion.flow, clip.flow)
+    np.testing.assert_array_equal(motion.track_id, clip.track_id)
+    assert [entry["id"] for entry in whole.episodes] == [entry["id"] for entry in again.episodes]
+
+
+def test_an_interruption_costs_the_episode_in_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, played = module._Player.play, []
+
+    def stops(self: module._Player, seed: int, number: int, steps: int, noise: float) -> object:
+        if number == 2 and len(played) == 2:
+            raise KeyboardInterrupt
+        played.append(number)
+        return original(self, seed, number, steps, noise)
+
+    monkeypatch.setattr(module._Player, "play", stops)
+    arguments = {"policy": "random", "episodes": 4, "steps": 6, "recipe": SMALL}
+    with pytest.raises(KeyboardInterrupt):
+        collect("toy:dot", tmp_path / "a", **arguments)
+    played.append(-1)
+    found = collect("toy:dot", tmp_path / "a", **arguments)
+    assert played == [0, 1, -1, 2, 3]
+    assert found.new == 2
+    monkeypatch.undo()
+    collect("toy:dot", tmp_path / "b", **arguments)
+    for name in ("frames.u8", "flow.f16", "tracks.f32"):
+        pair = [next((tmp_path / x / "shards").glob(f"*/{name}")).read_bytes() for x in "ab"]
+        assert pair[0] == pair[1]
+
+
+def test_expert_succeeds_where_random_does_not(tmp_path: Path) -> None:
+    """Meta-World's own scripted policy, through our environment: reach is solved in well under 100 steps."""
+    expert = collect("metaworld:reach", tmp_path / "e", policy="expert", episodes=2, steps=100, size=32, quality="fast")
+    assert [entry["success"] for entry in expert.episodes] == [1.0, 1.0]
+    other = collect("metaworld:reach", tmp_path / "r", policy="random", episodes=1, steps=60, size=32, quality="fast")
+    assert other.episodes[0]["return"] / 60 < min(entry["return"] for entry in expert.episodes) / 100
+
+
+def test_errors_name_the_mend(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no scripted expert"):
+        collect("toy:dot", tmp_path, policy="expert")
+    with pytest.raises(ConfigError, match="neither a run directory nor one of random, smooth, expert"):
+        collect("toy:dot", tmp_path, policy="wise")
+    with pytest.raises(ConfigError, match="episodes=0"):
+        collect("toy:dot", tmp_path, episodes=0)
+    with pytest.raises(ConfigError, match="action_repeat instead"):
+        collect("toy:dot", tmp_path, recipe=Recipe(frame_stride=2))
+    collect("toy:dot", tmp_path / "x", episodes=1, steps=2, seed=1, size=32)
+    with pytest.raises(ConfigError, match="was collected with seed 1, now 2; give a new folder"):
+        collect("toy:dot", tmp_path / "x", episodes=1, steps=2, seed=2, size=32)
+
+
+def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = str(tmp_path / "s")
+    main(
+        ["collect", "toy:dot", "--out", out, "--store", "--size", "32", "--percept-size", "32", "--episodes", "2", "--steps", "5"]
+    )
+    assert "2 videos, 12 frames" in capsys.readouterr().out
+    kept = json.loads((tmp_path / "s" / "collection.json").read_text())
+    assert kept["settings"]["policy"] == "smooth"
+    assert len(ClipStore(tmp_path / "s")) == 2
