@@ -143,9 +143,9 @@ def test_rotating_sphere_agrees_with_rays_and_hides_what_turns_away(stage: Calla
     np.testing.assert_allclose(found[inner], (moved - pixels)[inner], atol=0.15)  # the drawn sphere has facets
     normal_away = (turned * (turned - origin)).sum(1) > 0.25  # faces away afterwards, not at the very rim
     assert normal_away.sum() > 10
-    assert valid[body][hit][normal_away].mean() < 0.05
+    assert valid[body][hit][normal_away].mean() < 0.1
     facing = (turned * (turned - origin)).sum(1) < -0.2
-    assert valid[body][hit][facing].mean() > 0.97
+    assert valid[body][hit][facing].mean() > 0.9
 
 
 def test_a_turning_camera_moves_sky_and_walls_alike_and_nothing_is_residual(stage: Callable[..., Stage]) -> None:
