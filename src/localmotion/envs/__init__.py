@@ -5,15 +5,16 @@ MuJoCo is imported only when an environment that needs it is made.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from localmotion.errors import ConfigError, unknown_name
 
 if TYPE_CHECKING:
     from localmotion.envs.base import PixelEnv
 
-__all__ = ["list_envs", "make_env"]
+__all__ = ["list_envs", "list_options", "make_env"]
 
 
 def _dmc() -> tuple[list[str], Callable[..., PixelEnv]]:
@@ -28,6 +29,12 @@ def _metaworld() -> tuple[list[str], Callable[..., PixelEnv]]:
     return list(TASKS), MetaWorldEnv
 
 
+def _dmcr() -> tuple[list[str], Callable[..., PixelEnv]]:
+    from localmotion.envs.dmcr import DMCRemasteredEnv
+
+    return _dmc()[0], DMCRemasteredEnv
+
+
 def _toy() -> tuple[list[str], Callable[..., PixelEnv]]:
     from localmotion.envs.toy import TASKS, make_toy
 
@@ -36,6 +43,7 @@ def _toy() -> tuple[list[str], Callable[..., PixelEnv]]:
 
 _SUITES: dict[str, Callable[[], tuple[list[str], Callable[..., PixelEnv]]]] = {
     "dmc": _dmc,
+    "dmcr": _dmcr,
     "metaworld": _metaworld,
     "toy": _toy,
 }
@@ -58,6 +66,7 @@ def make_env(
     time_limit: int | None = None,
     quality: Literal["fast", "reference", "auto"] = "auto",
     camera: str | int | None = None,
+    **options: Any,
 ) -> PixelEnv:
     """Make an environment; its interface is that of `localmotion.envs.base.PixelEnv`.
 
@@ -70,9 +79,10 @@ def make_env(
         time_limit: env steps per episode; None for the suite's (DMC 1000, Meta-World 500, toy 50).
         quality: "reference" (MuJoCo's own drawing), "fast" (see `localmotion.envs.render`), "auto": fast on software OpenGL.
         camera: name or number; None for the suite's (DMC 0, quadruped 2; Meta-World "corner").
+        options: the suite's own options by name, e.g. ``difficulty="easy"`` of distracting; `list_options` has them.
 
     Raises:
-        ConfigError: a name that does not exist (the nearest ones are named) or a setting out of range.
+        ConfigError: a name that does not exist (the nearest ones are named), an option the suite lacks, or a setting out of range.
         EnvError: no OpenGL can draw here; the message says what to install.
     """
     suite, colon, task = name.partition(":")
@@ -85,6 +95,7 @@ def make_env(
     tasks, factory = _SUITES[suite]()
     if task.removesuffix("-v3") not in tasks:
         raise unknown_name("environment", name, [f"{suite}:{known}" for known in tasks])
+    _check_options(suite, factory, options)
     return factory(
         task,
         seed=seed,
@@ -94,4 +105,27 @@ def make_env(
         time_limit=time_limit,
         quality=quality,
         camera=camera,
+        **options,
     )
+
+
+def list_options(suite: str) -> list[str]:
+    """Names of a suite's own options, those of `make_env` that only it takes. Raises ConfigError for an unknown suite."""
+    if suite not in _SUITES:
+        raise unknown_name("environment suite", suite, _SUITES)
+    return _options_of(_SUITES[suite]()[1])
+
+
+def _options_of(factory: Callable[..., PixelEnv]) -> list[str]:
+    common = inspect.signature(make_env).parameters
+    kinds = inspect.signature(factory).parameters.values()
+    return [given.name for given in kinds if given.kind is given.KEYWORD_ONLY and given.name not in common]
+
+
+def _check_options(suite: str, factory: Callable[..., PixelEnv], options: dict[str, Any]) -> None:
+    known = _options_of(factory)
+    for name in options:
+        if not known:
+            raise ConfigError(f"option {name}={options[name]!r}: {suite} has no options of its own; leave it out")
+        if name not in known:
+            raise unknown_name(f"option of {suite}", name, known)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,8 +48,10 @@ class DMCEnv(PixelEnv):
     """One task of the suite. Return in 0..1000 for 1000 env steps; terminated only where the task says so (lqr).
 
     The suite's own time limit is replaced by ``time_limit``. A model that the suite draws at random when it is built (lqr) is always the
-    same one. ``physics`` is dm_control's object, for ground truth.
+    same one. ``physics`` is dm_control's object, for ground truth. Suites that draw the same tasks otherwise are subclasses.
     """
+
+    suite_name: ClassVar[str] = "dmc"
 
     def __init__(
         self,
@@ -89,7 +91,7 @@ class DMCEnv(PixelEnv):
         low, high = np.where(bounded, low, -1.0), np.where(bounded, high, 1.0)
         self._centre, self._half = (high + low) / 2, (high - low) / 2
         super().__init__(
-            f"dmc:{task}",
+            f"{self.suite_name}:{task}",
             seed=seed,
             size=size,
             percept_size=percept_size,
@@ -100,9 +102,13 @@ class DMCEnv(PixelEnv):
         model = self.physics.model.ptr
         self.camera = camera_id(model, CAMERAS.get(domain, 0) if camera is None else camera, self.name)
         self.quality = resolve_quality(quality)
+        self._prepare(model)
         self._renderer = SceneRenderer(model, size=self.draw_size, camera=self.camera, quality=self.quality)
         rate = 1.0 / (inner.control_timestep() * self.action_repeat)
         self.metadata = {**self.metadata, "render_fps": max(1, round(rate))}
+
+    def _prepare(self, model: Any) -> None:
+        """Called once, before the renderer is made: a subclass may change what mujoco.MjModel ``model`` looks like."""
 
     def _begin(self, episode_seed: int) -> None:
         self._task.random.seed(episode_seed)
@@ -124,6 +130,19 @@ class DMCEnv(PixelEnv):
 
     def _draw(self, size: int) -> NDArray[np.uint8]:
         return self._renderer.frame(self.physics.data.ptr, size)
+
+    def agent_mask(self, size: int | None = None) -> NDArray[np.bool_]:
+        """(S, S) pixels that show the agent, by MuJoCo's segmentation (`localmotion.envs.masks`); S is ``size`` or that of the drawing.
+
+        Raises:
+            EnvError: before the first reset.
+        """
+        if not self._begun:
+            raise EnvError(f"{self.name}: call reset() before agent_mask()")
+        from localmotion.envs.masks import moving_parts, segment
+
+        model = self.physics.model.ptr
+        return segment(self._renderer, model, self.physics.data.ptr, moving_parts(model), size).agent
 
     def state(self) -> NDArray[np.float64]:
         """Positions, velocities and activations of the physics, with the model's body and geom positions, which some tasks move."""

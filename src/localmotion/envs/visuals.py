@@ -1,0 +1,147 @@
+"""Changing how a compiled MuJoCo model looks, in place: textures, cameras and lamps, without touching anything the physics reads.
+
+A texture is written over the bytes of one that the model was built with and sent to OpenGL again; it may be smaller than the one it
+replaces. The result is that of a model built with the new picture (bit for bit, see tests/test_envs_dmcr.py), at a fraction of the time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from localmotion.errors import ConfigError, unknown_name
+
+
+class TextureSlot:
+    """One texture of a model, to be filled with square pictures of ``side`` pixels; a sky shows its picture on all six sides.
+
+    Make it before the renderer's context: that is sent the texture at the size it has then.
+
+    Args:
+        model: mujoco.MjModel.
+        index: number of the texture.
+        side: pixels; must not be larger than what the texture was built with has room for.
+    """
+
+    def __init__(self, model: Any, index: int, side: int) -> None:
+        room = int(model.tex_width[index]) * int(model.tex_height[index]) * int(model.tex_nchannel[index])
+        if side * side * 3 > room:
+            raise ConfigError(f"a texture of {side} pixels does not fit into the {room} bytes of texture {index}")
+        self._model, self.index, self.side = model, index, side
+        model.tex_width[index] = model.tex_height[index] = side
+        model.tex_nchannel[index] = 3
+        start = int(model.tex_adr[index])
+        self._place = slice(start, start + side * side * 3)
+        self._shown: NDArray[np.uint8] | None = None
+
+    def write(self, picture: NDArray[np.uint8]) -> bool:
+        """Put in a picture (H, W, 3) uint8, scaled to the slot; True when it has to be sent to OpenGL (the same array is there already)."""
+        if picture is self._shown:
+            return False
+        self._shown = picture
+        if picture.shape[:2] != (self.side, self.side):
+            picture = np.asarray(cv2.resize(picture, (self.side, self.side), interpolation=cv2.INTER_AREA), np.uint8)
+        self._model.tex_data[self._place] = picture.reshape(-1)
+        return True
+
+
+def sky_texture(model: Any) -> int | None:
+    """Number of the model's sky texture, or None."""
+    found = np.flatnonzero(np.asarray(model.tex_type) == 2)  # mjTEXTURE_SKYBOX
+    return int(found[0]) if len(found) else None
+
+
+def named(model: Any, kind: str, name: str) -> int | None:
+    """Number of the ``kind`` ("texture", "material", "light", ...) called ``name``, or None."""
+    counts = {"texture": model.ntex, "material": model.nmat, "light": model.nlight, "geom": model.ngeom}
+    return next((i for i in range(counts[kind]) if getattr(model, kind)(i).name == name), None)
+
+
+class Mount:
+    """A camera or lamp of a compiled model that can be moved within its body.
+
+    MuJoCo keeps the pose thrice: in the body's frame and, for those that track a body, relative to the body and to its centre of mass in
+    the model's first pose. All three are set, as a compiler would.
+
+    Args:
+        model: mujoco.MjModel.
+        kind: "cam" or "light".
+        index: number of the camera or lamp.
+    """
+
+    def __init__(self, model: Any, kind: str, index: int) -> None:
+        import mujoco
+
+        data = mujoco.MjData(model)
+        mujoco.mj_kinematics(model, data)
+        mujoco.mj_comPos(model, data)
+        body = int(getattr(model, f"{kind}_bodyid")[index])
+        self._mujoco, self._model, self._kind, self._index = mujoco, model, kind, index
+        self._body, self._rotation = data.xpos[body].copy(), data.xmat[body].reshape(3, 3).copy()
+        self._centre = data.subtree_com[body].copy()
+        self.position: NDArray[np.float64] = np.array(getattr(model, f"{kind}_pos")[index])
+        self._first = [(name, np.array(getattr(model, name)[index])) for name in self._fields()]
+
+    def _fields(self) -> list[str]:
+        names = [f"{self._kind}_pos", f"{self._kind}_pos0", f"{self._kind}_poscom0"]
+        return [*names, "cam_quat", "cam_mat0"] if self._kind == "cam" else names
+
+    def restore(self) -> None:
+        """Put it where the model was built with it."""
+        for name, value in self._first:
+            getattr(self._model, name)[self._index] = value
+
+    def place(self, position: Sequence[float] | NDArray[np.float64], rotation: NDArray[np.float64] | None = None) -> None:
+        """Move to ``position`` (3,) in the body's frame and turn a camera to ``rotation`` (3, 3), columns right, up, back; None: left."""
+        model, index, kind = self._model, self._index, self._kind
+        world = self._body + self._rotation @ np.asarray(position, np.float64)
+        getattr(model, f"{kind}_pos")[index] = position
+        getattr(model, f"{kind}_pos0")[index] = world - self._body
+        getattr(model, f"{kind}_poscom0")[index] = world - self._centre
+        if rotation is not None:
+            quaternion = np.empty(4)
+            self._mujoco.mju_mat2Quat(quaternion, np.ascontiguousarray(rotation, np.float64).reshape(9))
+            model.cam_quat[index] = quaternion
+            model.cam_mat0[index] = (self._rotation @ rotation).reshape(9)
+
+
+def euler_rotation(degrees: Sequence[float]) -> NDArray[np.float64]:
+    """(3, 3) of MuJoCo's default Euler angles: turns about the moving x, then y, then z axis."""
+    turned = np.eye(3)
+    for axis, angle in enumerate(np.radians(degrees)):
+        turned = turned @ turn(axis, float(angle))
+    return turned
+
+
+def turn(axis: int, angle: float) -> NDArray[np.float64]:
+    """(3, 3) right-handed rotation about a coordinate axis by ``angle`` radians."""
+    c, s = np.cos(angle), np.sin(angle)
+    matrix = np.eye(3)
+    first, second = [(1, 2), (2, 0), (0, 1)][axis]
+    matrix[first, first] = matrix[second, second] = c
+    matrix[first, second], matrix[second, first] = -s, s
+    return matrix
+
+
+def chosen(kind: str, given: str | Iterable[str], known: Sequence[str]) -> tuple[str, ...]:
+    """Names given as a list, or as text with commas ("all" and "none" too), in the order of ``known``. Raises ConfigError for others."""
+    if isinstance(given, str):
+        given = list(known) if given == "all" else [] if given in ("none", "") else given.split(",")
+    names = [str(name).strip() for name in given]
+    for name in names:
+        if name not in known:
+            raise unknown_name(kind, name, known)
+    return tuple(name for name in known if name in names)
+
+
+def in_range(label: str, value: Any, low: float, high: float, whole: bool = False) -> float:
+    """A number as float, or ConfigError when it is none, not finite, not whole where it must be, or outside low..high."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+        raise ConfigError(f"{label}={value!r} must be a number in {low:g}..{high:g}")
+    if not low <= value <= high or (whole and value != int(value)):  # NaN fails the comparison
+        raise ConfigError(f"{label}={value!r} must be {'a whole number' if whole else 'a number'} in {low:g}..{high:g}")
+    return float(value)
