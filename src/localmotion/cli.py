@@ -106,6 +106,31 @@ def _parser() -> _Parser:
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--device", default="auto")
 
+    sub = add(
+        "perception-report",
+        "How good flow, foreground and tracks are, against the exact motion of environments and of warped pictures.",
+        perception_report,
+    )
+    sub.add_argument(
+        "--env", action="append", dest="envs", metavar="NAME", help="environment, repeatable; default: ten of all suites"
+    )
+    sub.add_argument(
+        "--percept", action="append", type=int, dest="percepts", help="side perception works at, repeatable; default: 64, 128"
+    )
+    sub.add_argument("--quality", action="append", dest="qualities", help="fast, reference or auto, repeatable; default: fast")
+    sub.add_argument(
+        "--backend", action="append", dest="backends", help="name, embedded (default) or all that are installed; repeatable"
+    )
+    sub.add_argument("--policy", help="random (default) or smooth")
+    sub.add_argument("--episodes", type=int, help="episodes an environment (default 2)")
+    sub.add_argument("--frames", type=int, help="frames an episode (default 26)")
+    sub.add_argument("--seed", type=int, help="seed of episodes, actions and points (default 0)")
+    sub.add_argument(
+        "--pictures", type=Path, help="video or folder of videos whose frames are warped; default: procedural pictures"
+    )
+    sub.add_argument("--out", type=Path, help="write all numbers here, .json")
+    sub.add_argument("--draw", type=Path, help="directory for pictures of true and found flow, one an environment and size")
+
     sub = add("report", "One self-contained HTML page of one or more runs.", report)
     sub.add_argument("runs", type=Path, nargs="+", help="run directories")
     sub.add_argument("--out", type=Path, required=True, help="page.html")
@@ -334,6 +359,40 @@ def predict(args: argparse.Namespace) -> None:
     for name, value in scores.items():
         say(f"{name:24s} {value:.3f}")
     say(f"strips: {args.out}")
+
+
+def perception_report(args: argparse.Namespace) -> None:
+    """`localmotion perception-report`"""
+    import cv2
+    from rich.console import Console
+    from rich.table import Table
+
+    from localmotion.console import console, progress, say
+    from localmotion.evaluation.perception_report import ReportSettings, draw_report, save_report, tables
+    from localmotion.evaluation.perception_report import perception_report as measure
+
+    cv2.setNumThreads(1)  # the times a pair are those of one core
+    names = ("envs", "percepts", "qualities", "backends", "policy", "episodes", "frames", "seed", "pictures")
+    chosen = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    given: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in chosen.items()}
+    settings = ReportSettings(**given)
+    with progress("perception", 1, "parts") as advance:
+        result = measure(settings, advance)
+    wide = console if console.is_terminal else Console(width=180, highlight=False)  # a file or pipe has no width to keep to
+    for title, columns, rows in tables(result):
+        table = Table(*columns, title=title)
+        for row in rows:
+            table.add_row(*row)
+        wide.print(table, markup=False)
+    for line in result["skipped"]:
+        say(f"not measured: {line}")
+    say(f"lengths in pixels of a picture of side {settings.size}; {result['seconds']:.0f} s")
+    if args.out:
+        save_report(result, args.out)
+        say(f"numbers: {args.out}")
+    if args.draw:
+        for path in draw_report(settings, args.draw):
+            say(f"picture: {path}")
 
 
 def report(args: argparse.Namespace) -> None:
