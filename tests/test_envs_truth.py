@@ -301,7 +301,7 @@ def test_strings_and_skins_are_not_followed(make: Callable[..., PixelEnv]) -> No
     assert not truth.tracks(shots, points)[1].any()
 
 
-def test_a_film_on_the_sky_can_be_declared_unknown(make: Callable[..., PixelEnv]) -> None:
+def test_a_film_on_the_sky_can_be_declared_unknown(make: Callable[..., PixelEnv], monkeypatch: pytest.MonkeyPatch) -> None:
     from localmotion.envs.truth_mujoco import MujocoTruth
 
     env = make("dmc:cartpole_swingup", quality="fast")
@@ -311,6 +311,8 @@ def test_a_film_on_the_sky_can_be_declared_unknown(make: Callable[..., PixelEnv]
     known, unknown = MujocoTruth(env).snapshot(), MujocoTruth(env, sky="unknown").snapshot()
     assert (known.ident == SKY).any()
     np.testing.assert_array_equal(known.ident == SKY, unknown.ident == UNKNOWN)
+    monkeypatch.setattr(env, "paints_sky", True, raising=False)
+    np.testing.assert_array_equal(motion_truth(env).snapshot().ident, unknown.ident)
     with pytest.raises(ConfigError, match="camera"):
         MujocoTruth(env, sky="camrea")  # type: ignore[arg-type]
     with pytest.raises(EnvError, match="points must be"):
