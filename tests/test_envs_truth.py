@@ -311,8 +311,9 @@ def test_a_film_on_the_sky_can_be_declared_unknown(make: Callable[..., PixelEnv]
     known, unknown = MujocoTruth(env).snapshot(), MujocoTruth(env, sky="unknown").snapshot()
     assert (known.ident == SKY).any()
     np.testing.assert_array_equal(known.ident == SKY, unknown.ident == UNKNOWN)
-    monkeypatch.setattr(env, "paints_sky", True, raising=False)
-    np.testing.assert_array_equal(motion_truth(env).snapshot().ident, unknown.ident)
+    painted = np.tri(64, dtype=bool)
+    monkeypatch.setattr(env, "painted_mask", lambda size: painted, raising=False)
+    np.testing.assert_array_equal(motion_truth(env).snapshot().ident, np.where(painted, UNKNOWN, known.ident))
     with pytest.raises(ConfigError, match="camera"):
         MujocoTruth(env, sky="camrea")  # type: ignore[arg-type]
     with pytest.raises(EnvError, match="points must be"):

@@ -218,7 +218,8 @@ def look_up(at: Snapshot, points: NDArray[np.floating[Any]]) -> tuple[NDArray[np
 def motion_truth(env: PixelEnv) -> MotionTruth:
     """The ground truth of an environment made by `make_env`.
 
-    An environment with the attribute ``paints_sky`` true paints something else over its sky, whose motion then is unknown.
+    An environment that paints something over its scene says where with a method ``painted_mask(size) -> (S, S) bool`` of the present
+    picture; the motion of those pixels is unknown.
 
     Raises:
         EnvError: an environment that neither is made of layers nor draws a MuJoCo scene.
@@ -227,4 +228,4 @@ def motion_truth(env: PixelEnv) -> MotionTruth:
         return LayerTruth(env)
     from localmotion.envs.truth_mujoco import MujocoTruth
 
-    return MujocoTruth(env, sky="unknown" if getattr(env, "paints_sky", False) else "camera")
+    return MujocoTruth(env)

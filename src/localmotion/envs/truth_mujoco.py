@@ -8,7 +8,7 @@ the flow in all but the parallax.
 Followed: geoms of all types (infinite planes too, and height fields as long as they are not redrawn) and the sites that are drawn
 (targets, handles), which are rigid parts like geoms. Geoms and sites with an opacity below `SOLID` are looked through: the picture shows
 mostly what is behind them. Not followed (`UNKNOWN`, never valid): tendons, skins and flexible bodies, which are not rigid. The sky is
-infinitely far; where an environment paints a film over it, give ``sky="unknown"``.
+infinitely far; where a film plays on it, give ``sky="unknown"``. Pixels of an environment's ``painted_mask`` are unknown too.
 """
 
 from __future__ import annotations
@@ -114,6 +114,8 @@ class MujocoTruth(MotionTruth):
         depth = camera.near * camera.far / (camera.near + nearness.astype(np.float64) * (camera.far - camera.near))
         ident = table[codes]
         ident[codes == 0] = self._sky
+        if hasattr(env, "painted_mask"):
+            ident[env.painted_mask(side)] = UNKNOWN
         metric: NDArray[np.float32] = np.where(codes == 0, np.inf, depth).astype(np.float32)
         return SceneSnapshot(
             ident=ident,
