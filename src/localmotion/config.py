@@ -184,6 +184,8 @@ class RunConfig:
     """Env steps per agent step; 0 for the suite's own (DMC 2, Meta-World 1)."""
     quality: Literal["auto", "fast", "reference"] = "auto"
     """Rendering quality; auto is fast on software GL."""
+    env_options: dict[str, Any] = field(default_factory=dict)
+    """The suite's own options, e.g. {difficulty: easy} of distracting; `localmotion.envs.list_options` has their names."""
     data: str = ""
     """Clip store (pre-training)."""
     checkpoint: str = ""
@@ -213,7 +215,7 @@ SUITES: dict[str, dict[str, Any]] = {
         "model": {"intrinsic_weight": 0.1, "free_nats": 1.0, "context_erasing": False},
     },
 }
-SUITES["dmcr"] = SUITES["dmc"]
+SUITES |= dict.fromkeys(("dmcr", "distracting", "diswm", "masklam"), SUITES["dmc"]) | {"dmw": SUITES["metaworld"]}
 SUITES["toy"] = {
     "online": {"env_steps": 10_000, "batch_size": 16, "prefill": 500, "freeze_updates": 0},
     "model": {"intrinsic_weight": 0.0, "free_nats": 0.0, "context_erasing": False},

@@ -35,6 +35,30 @@ def _dmcr() -> tuple[list[str], Callable[..., PixelEnv]]:
     return _dmc()[0], DMCRemasteredEnv
 
 
+def _distracting() -> tuple[list[str], Callable[..., PixelEnv]]:
+    from localmotion.envs.distracting import DistractingEnv
+
+    return _dmc()[0], DistractingEnv
+
+
+def _diswm() -> tuple[list[str], Callable[..., PixelEnv]]:
+    from localmotion.envs.diswm import DisWMEnv
+
+    return _dmc()[0], DisWMEnv
+
+
+def _masklam() -> tuple[list[str], Callable[..., PixelEnv]]:
+    from localmotion.envs.composite import CompositeDMCEnv
+
+    return _dmc()[0], CompositeDMCEnv
+
+
+def _dmw() -> tuple[list[str], Callable[..., PixelEnv]]:
+    from localmotion.envs.composite import CompositeMetaWorldEnv
+
+    return _metaworld()[0], CompositeMetaWorldEnv
+
+
 def _toy() -> tuple[list[str], Callable[..., PixelEnv]]:
     from localmotion.envs.toy import TASKS, make_toy
 
@@ -44,7 +68,11 @@ def _toy() -> tuple[list[str], Callable[..., PixelEnv]]:
 _SUITES: dict[str, Callable[[], tuple[list[str], Callable[..., PixelEnv]]]] = {
     "dmc": _dmc,
     "dmcr": _dmcr,
+    "distracting": _distracting,
+    "diswm": _diswm,
+    "masklam": _masklam,
     "metaworld": _metaworld,
+    "dmw": _dmw,
     "toy": _toy,
 }
 

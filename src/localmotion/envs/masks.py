@@ -18,31 +18,36 @@ from localmotion.errors import EnvError
 SOLID = 0.5
 
 
+SCENERY, AGENT, OTHER = 0, 1, 2
+
+
 @dataclass(frozen=True)
 class Layers:
-    """agent (S, S) bool: pixels of the agent; sky (S, S) bool: pixels that show nothing of the scene."""
+    """Masks (S, S) bool: ``agent``; ``sky``, where nothing of the scene is; ``scenery``, the sky and what is fixed to the world without
+    being a target. What is in none of them are objects and targets.
+    """
 
     agent: NDArray[np.bool_]
     sky: NDArray[np.bool_]
+    scenery: NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
 class AgentParts:
-    """Which parts of a model are the agent: one flag per geom and per site; ``soft`` for tendons, skins and flexible bodies."""
+    """`SCENERY`, `AGENT` or `OTHER` for each geom and site, uint8; ``soft``: for tendons, skins and flexible bodies."""
 
-    geoms: NDArray[np.bool_]
-    sites: NDArray[np.bool_]
-    soft: bool
+    geoms: NDArray[np.uint8]
+    sites: NDArray[np.uint8]
+    soft: int
 
 
 def moving_parts(model: Any) -> AgentParts:
-    """dm_control's agents: parts of bodies that are not welded to the world."""
-    moves = np.asarray(model.body_weldid) != 0
-    return AgentParts(moves[model.geom_bodyid], moves[model.site_bodyid], True)
+    """dm_control: the agent is what is not welded to the world; of the rest, geoms named or painted "target" are no scenery."""
+    return _sorted(model, np.asarray(model.body_weldid) != 0, soft=AGENT)
 
 
 def subtree_parts(model: Any, word: str = "base") -> AgentParts:
-    """Meta-World's robot: the subtree of the first child of the world whose name has ``word``. Raises EnvError when there is none."""
+    """Meta-World: the agent is the subtree of the first child of the world whose name has ``word``. Raises EnvError when there is none."""
     parents = np.asarray(model.body_parentid)
     root = next((i for i in range(1, model.nbody) if parents[i] == 0 and word in model.body(i).name), None)
     if root is None:
@@ -51,7 +56,19 @@ def subtree_parts(model: Any, word: str = "base") -> AgentParts:
     inside[root] = True
     for body in range(root + 1, model.nbody):  # parents come before their children
         inside[body] |= inside[parents[body]]
-    return AgentParts(inside[model.geom_bodyid], inside[model.site_bodyid], False)
+    return _sorted(model, inside, soft=OTHER)
+
+
+def _sorted(model: Any, agent: NDArray[np.bool_], soft: int) -> AgentParts:
+    """Parts by the flags (bodies,) of the agent's bodies."""
+    moves = (np.asarray(model.body_weldid) != 0) | (np.asarray(model.body_mocapid) >= 0)
+    painted = np.array([i >= 0 and "target" in model.material(int(i)).name for i in model.geom_matid], bool)
+    aims = painted | np.array(["target" in model.geom(i).name for i in range(model.ngeom)], bool)
+    bodies = np.where(agent, AGENT, np.where(moves, OTHER, SCENERY)).astype(np.uint8)
+    geoms, sites = bodies[model.geom_bodyid], bodies[model.site_bodyid]
+    geoms[aims & (geoms == SCENERY)] = OTHER
+    sites[sites == SCENERY] = OTHER  # goals are sites
+    return AgentParts(geoms, sites, soft)
 
 
 def segment(renderer: Any, model: Any, data: Any, parts: AgentParts, size: int | None = None) -> Layers:
@@ -70,15 +87,15 @@ def segment(renderer: Any, model: Any, data: Any, parts: AgentParts, size: int |
     if side > context.offWidth:
         mj.mjr_resizeOffscreen(side, side, context)
     mj.mjv_updateScene(model, data, renderer._options, None, renderer.camera, mj.mjtCatBit.mjCAT_ALL.value, scene)
-    table = np.zeros(scene.ngeom + 1, bool)
+    table = np.zeros(scene.ngeom + 1, np.uint8)
     kinds = {int(mj.mjtObj.mjOBJ_GEOM): parts.geoms, int(mj.mjtObj.mjOBJ_SITE): parts.sites}
-    soft = {int(mj.mjtObj.mjOBJ_TENDON), int(mj.mjtObj.mjOBJ_SKIN), int(mj.mjtObj.mjOBJ_FLEX)} if parts.soft else set()
+    soft = {int(mj.mjtObj.mjOBJ_TENDON), int(mj.mjtObj.mjOBJ_SKIN), int(mj.mjtObj.mjOBJ_FLEX)}
     for geom in scene.geoms[: scene.ngeom]:
         kind = geom.objtype
         if geom.rgba[3] < SOLID:
             geom.segid = -1  # MuJoCo's own sign for: not in this rendering
         elif geom.segid >= 0:
-            table[geom.segid + 1] = kinds[kind][geom.objid] if kind in kinds else kind in soft
+            table[geom.segid + 1] = kinds[kind][geom.objid] if kind in kinds else parts.soft if kind in soft else OTHER
     flags = (mj.mjtRndFlag.mjRND_SEGMENT, mj.mjtRndFlag.mjRND_IDCOLOR)
     before = [scene.flags[flag] for flag in flags]
     rect, colours = mj.MjrRect(0, 0, side, side), np.empty((side, side, 3), np.uint8)
@@ -93,4 +110,5 @@ def segment(renderer: Any, model: Any, data: Any, parts: AgentParts, size: int |
     # As SceneRenderer.frame: OpenGL's first row is the bottom one, and some cameras are mounted upside down.
     turned = colours[:, ::-1] if renderer._upside_down else colours[::-1]
     codes = turned[..., 0] + 256 * turned[..., 1].astype(np.int64) + 65536 * turned[..., 2].astype(np.int64)
-    return Layers(table[codes], codes == 0)
+    kinds_seen = table[codes]
+    return Layers(kinds_seen == AGENT, codes == 0, kinds_seen == SCENERY)

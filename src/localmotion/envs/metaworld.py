@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import warnings
 from importlib.metadata import version
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from localmotion.envs.base import PixelEnv
-from localmotion.errors import unknown_name
+from localmotion.errors import EnvError, unknown_name
 
 TASKS: tuple[str, ...] = (
     "assembly", "basketball", "bin-picking", "box-close", "button-press", "button-press-topdown", "button-press-topdown-wall",
@@ -38,6 +38,7 @@ class MetaWorldEnv(PixelEnv):
     """
 
     has_success = True
+    suite_name: ClassVar[str] = "metaworld"
 
     def __init__(
         self,
@@ -55,7 +56,7 @@ class MetaWorldEnv(PixelEnv):
         if task not in TASKS:
             raise unknown_name("Meta-World task", task, TASKS)
         super().__init__(
-            f"metaworld:{task}",
+            f"{self.suite_name}:{task}",
             seed=seed,
             size=size,
             percept_size=percept_size,
@@ -132,6 +133,19 @@ class MetaWorldEnv(PixelEnv):
 
     def _draw(self, size: int) -> NDArray[np.uint8]:
         return self._renderer.frame(self.inner.data, size)
+
+    def agent_mask(self, size: int | None = None) -> NDArray[np.bool_]:
+        """(S, S) pixels that show the robot, by MuJoCo's segmentation (`localmotion.envs.masks`); S is ``size`` or that of the drawing.
+
+        Raises:
+            EnvError: before the first reset.
+        """
+        if not self._begun:
+            raise EnvError(f"{self.name}: call reset() before agent_mask()")
+        from localmotion.envs.masks import segment, subtree_parts
+
+        model = self.inner.model
+        return segment(self._renderer, model, self.inner.data, subtree_parts(model), size).agent
 
     def state(self) -> NDArray[np.float64]:
         """Positions, velocities, mocap pose and the target, with the model's body and site positions, which tasks move."""

@@ -113,7 +113,13 @@ def make_observer(run: RunConfig, recipe: Recipe | None, *, size: int = 64) -> O
 
     percept = recipe.percept_size if recipe and recipe.percept_size != size else None
     env = make_env(
-        run.env, seed=run.seed, size=size, percept_size=percept, quality=run.quality, action_repeat=run.action_repeat or None
+        run.env,
+        seed=run.seed,
+        size=size,
+        percept_size=percept,
+        quality=run.quality,
+        action_repeat=run.action_repeat or None,
+        **run.env_options,
     )
     return Observer(env, recipe)
 

@@ -1,0 +1,266 @@
+"""Moving backgrounds: clips from a folder of videos or drawn by a procedure, played to and fro, or shifted by actions.
+
+Sources: the Distracting Control Suite (Stone et al. 2021), whose clips are DAVIS 2017; MaskLAM's "action-correlated noise", of which the
+abstract gives the words and notes B.9 the generators used here.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from localmotion.envs.visuals import in_range
+from localmotion.errors import ConfigError, unknown_name
+
+if TYPE_CHECKING:
+    from localmotion.video import VideoRef
+
+VARIABLE = "LOCALMOTION_BACKGROUNDS"
+"""Environment variable with the folder of videos, where none is given."""
+SPLITS = ("train", "val", "all")
+PROCEDURAL = {"train": 60, "val": 30}
+"""Procedural clips of each split: as many as DAVIS 2017 has videos."""
+FRAMES = 80
+"""Frames of a procedural clip."""
+MAX_FRAMES = 200
+"""Frames of a video that are used, the first ones."""
+GRATINGS = 6
+MOTIONS = ("video", "independent", "lagged", "twin", "leaky")
+_STREAM = 0xBAC
+
+
+class Backgrounds(Protocol):
+    """Numbered clips."""
+
+    def count(self) -> int:
+        """How many clips."""
+
+    def clip(self, index: int) -> NDArray[np.uint8]:
+        """(T, S, S, 3) uint8. Not to be written to."""
+
+    def describe(self) -> dict[str, Any]:
+        """Where they come from, JSON-able."""
+
+
+def find_backgrounds(videos: str | Path | None, *, split: str, limit: int | None, side: int) -> Backgrounds:
+    """Clips of the folder ``videos``, or of the folder in the environment variable, or procedural ones ("procedural" or neither given).
+
+    Args:
+        videos: any folder of videos (all formats of `localmotion.video`, frame folders too). Subfolders ``train`` and ``val`` are the
+            split where they exist; else every third video in order of names is held out as ``val``.
+        split: "train", "val" or "all".
+        limit: use only the first so many of the split; None: all.
+        side: S of the clips in pixels.
+
+    Raises:
+        ConfigError: an unknown split, a folder that does not exist, or a split without videos.
+    """
+    if split not in SPLITS:
+        raise unknown_name("split of the background videos", split, SPLITS)
+    if limit is not None:
+        limit = int(in_range("num_videos", limit, 1, 10**6, whole=True))
+    given = videos if videos is not None else os.environ.get(VARIABLE) or None
+    if given in (None, "procedural"):
+        return ProceduralBackgrounds(split, limit, side)
+    return VideoBackgrounds(Path(str(given)), split, limit, side)
+
+
+class ProceduralBackgrounds:
+    """Sums of six drifting sinusoidal gratings in random colours. A clip depends on its number alone; 0..59 are train, 60..89 val."""
+
+    def __init__(self, split: str, limit: int | None, side: int) -> None:
+        train, val = PROCEDURAL["train"], PROCEDURAL["val"]
+        numbers = {"train": range(train), "val": range(train, train + val), "all": range(train + val)}[split]
+        self._numbers, self._side, self._split = numbers[:limit], side, split
+
+    def count(self) -> int:
+        """How many clips."""
+        return len(self._numbers)
+
+    def clip(self, index: int) -> NDArray[np.uint8]:
+        """(80, S, S, 3) uint8 that tile at their edges."""
+        return _gratings(self._numbers[index], self._side)
+
+    def describe(self) -> dict[str, Any]:
+        """Source, split and number."""
+        return {"source": "procedural", "split": self._split, "clips": self.count(), "side": self._side}
+
+
+class VideoBackgrounds:
+    """Videos of a folder, decoded when first shown and kept in memory at the size they are drawn with."""
+
+    def __init__(self, folder: Path, split: str, limit: int | None, side: int) -> None:
+        from localmotion.video import find_videos
+
+        if not folder.is_dir():
+            raise ConfigError(f"background videos: {folder} is not a folder; give a folder of videos, or leave it out")
+        parts = {name: folder / name for name in ("train", "val") if (folder / name).is_dir()}
+        if len(parts) == 2:
+            where = [parts[split]] if split != "all" else [parts["train"], parts["val"]]
+            found = [ref for part in where for ref in find_videos(part)]
+        else:
+            everything = find_videos(folder)
+            held_out = {"train": (0, 1), "val": (2,), "all": (0, 1, 2)}[split]
+            found = [ref for number, ref in enumerate(everything) if number % 3 in held_out]
+        self._videos = found[:limit]
+        self._folder, self._split, self._side = folder, split, side
+        if not self._videos:
+            raise ConfigError(f"background videos: {folder} has no videos for split {split}; choose another split or add videos")
+
+    def count(self) -> int:
+        """How many clips."""
+        return len(self._videos)
+
+    def clip(self, index: int) -> NDArray[np.uint8]:
+        """(T, S, S, 3) uint8, T up to `MAX_FRAMES`. Raises VideoError for a file that cannot be read."""
+        return _decoded(self._videos[index], self._side)
+
+    def describe(self) -> dict[str, Any]:
+        """Source, split, number and a hash of the list of names."""
+        names = "\n".join(str(ref.path.relative_to(self._folder)) for ref in self._videos)
+        digest = hashlib.sha256(names.encode()).hexdigest()[:16]
+        return {"source": "folder", "split": self._split, "clips": self.count(), "list": digest, "side": self._side}
+
+
+@functools.lru_cache(maxsize=128)
+def _decoded(ref: VideoRef, side: int) -> NDArray[np.uint8]:
+    from localmotion.video import decode
+
+    return _frozen(decode(ref, side, max_frames=MAX_FRAMES))
+
+
+@functools.lru_cache(maxsize=128)
+def _gratings(number: int, side: int) -> NDArray[np.uint8]:
+    rng = np.random.default_rng([_STREAM, number])
+    waves = rng.integers(1, 7, (GRATINGS, 2)) * rng.choice([-1, 1], (GRATINGS, 2))  # whole numbers: the picture tiles
+    drift = rng.uniform(0.1, 0.5, GRATINGS) * rng.choice(
+        [-1, 1], GRATINGS
+    )  # radians a frame: a grating passes in 12 to 60 frames
+    colours = rng.standard_normal((GRATINGS, 3)) + rng.standard_normal((GRATINGS, 1))
+    colours *= 0.5 / np.sqrt((colours**2).sum(axis=0) / 2) * rng.uniform(0.3, 0.6)
+    middle = rng.uniform(0.3, 0.7, 3)
+    grid = 2j * np.pi * np.arange(side) / side
+    space = np.exp(waves[:, :1] * grid)[:, :, None] * np.exp(waves[:, 1:] * grid)[:, None, :]
+    time = np.exp(1j * (drift * np.arange(FRAMES)[:, None] + rng.uniform(0, 2 * np.pi, GRATINGS)))
+    weights = (time[:, None, :] * colours.T[None]).reshape(-1, GRATINGS)
+    field = (weights @ space.reshape(GRATINGS, -1)).real.reshape(FRAMES, 3, side, side)
+    frames = np.clip(middle[:, None, None] + field, 0, 1) * 255
+    return _frozen(np.ascontiguousarray(frames.transpose(0, 2, 3, 1)).round().astype(np.uint8))
+
+
+def _frozen(frames: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    frames.flags.writeable = False
+    return frames
+
+
+class Playback:
+    """Which frame of which clip is shown: a random clip, start and direction; the number moves by one and bounces at the ends.
+
+    Args:
+        backgrounds: the clips.
+        rng: draws clip, start and direction, in this order.
+        dynamic: False: the start frame stays.
+    """
+
+    def __init__(self, backgrounds: Backgrounds, rng: np.random.Generator, *, dynamic: bool = True) -> None:
+        self.number = int(rng.integers(backgrounds.count()))
+        self._clip = backgrounds.clip(self.number)
+        self.index = int(rng.integers(len(self._clip)))
+        self._direction = 1 if rng.random() < 0.5 else -1
+        self._dynamic = dynamic
+
+    def advance(self) -> None:
+        """One env step on."""
+        if not self._dynamic:
+            return
+        last = len(self._clip) - 1
+        self.index += self._direction
+        if self.index <= 0:
+            self.index, self._direction = 0, 1
+        elif self.index >= last:
+            self.index, self._direction = last, -1
+
+    def frame(self) -> NDArray[np.uint8]:
+        """(S, S, 3) uint8 shown now."""
+        return np.asarray(self._clip[self.index])
+
+
+class ActionShift:
+    """The 2-d shift of a background that follows actions (B.9): ``u' = rho u + s (c W f(a) + sqrt(1 - c^2) noise)``.
+
+    ``a`` is the action of now (leaky), of ``lag`` env steps ago (lagged), of another episode (twin), or does not count (independent,
+    c = 0). ``f`` is tanh of the action over the standard deviation of a uniform one. ``W`` (2, A) has rows of length one and is the same
+    in all episodes and environments of a number of actions and a rank.
+
+    Args:
+        motion: "independent", "lagged", "twin" or "leaky".
+        correlation: c in 0..1.
+        lag: env steps of the lagged source.
+        rank: of W, 1 or 2; with 1 both axes follow the same mixture of actions.
+        dims: A.
+        rng: of the episode; draws noise, and where in ``twin`` to start.
+        twin: (N, A) actions of another episode, repeated in a circle.
+        speed: s in pixels of the picture; rho is 0.9.
+    """
+
+    RHO = 0.9
+
+    def __init__(
+        self,
+        motion: str,
+        *,
+        correlation: float,
+        lag: int,
+        rank: int,
+        dims: int,
+        rng: np.random.Generator,
+        twin: NDArray[np.float64] | None,
+        speed: float,
+    ) -> None:
+        self._rng, self._speed, self._motion = rng, speed, motion
+        self._correlation = 0.0 if motion == "independent" else correlation
+        self._weights = mixing(dims, rank)
+        self._past = [np.zeros(dims)] * lag
+        self._twin, self._clock = twin, 0 if twin is None else int(rng.integers(len(twin)))
+        self.offset = np.zeros(2)
+
+    def advance(self, action: NDArray[np.float64]) -> None:
+        """One env step with ``action`` (A,) in [-1, 1]."""
+        if self._motion == "lagged":
+            self._past.append(action.copy())
+            action = self._past.pop(0)
+        elif self._motion == "twin" and self._twin is not None:
+            action = self._twin[self._clock % len(self._twin)]
+            self._clock += 1
+        pull = self._weights @ np.tanh(np.sqrt(3.0) * action)
+        noise = self._rng.standard_normal(2)
+        c = self._correlation
+        self.offset = self.RHO * self.offset + self._speed * (c * pull + np.sqrt(1 - c * c) * noise)
+
+
+def mixing(dims: int, rank: int) -> NDArray[np.float64]:
+    """The fixed W (2, A) of `ActionShift`, rows of length one."""
+    weights = np.random.default_rng([_STREAM, dims]).standard_normal((2, dims))
+    if rank == 1:
+        weights[1] = weights[0]
+    return np.asarray(weights / np.linalg.norm(weights, axis=1, keepdims=True))
+
+
+def shifted(texture: NDArray[np.uint8], offset: NDArray[np.float64]) -> NDArray[np.uint8]:
+    """A picture (S, S, 3) moved by ``offset`` (x, y) in pixels, wrapped around its edges, bilinear."""
+    side = texture.shape[0]
+    whole = np.floor(offset).astype(np.int64)
+    fx, fy = (offset - whole).tolist()
+    moved = np.roll(texture, (int(whole[1]) % side, int(whole[0]) % side), axis=(0, 1))
+    if fx:
+        moved = cv2.addWeighted(moved, 1 - fx, np.roll(moved, 1, axis=1), fx, 0)
+    if fy:
+        moved = cv2.addWeighted(moved, 1 - fy, np.roll(moved, 1, axis=0), fy, 0)
+    return np.asarray(moved, np.uint8)

@@ -1,0 +1,85 @@
+"""DisWM's colour distractors: the colours of all materials flicker within a narrow box around one colour.
+
+Source: DisWM (ICCV 2025), section 4 and its released environments. Every material starts uniform in base +- 0.2 per channel and moves by
+Gaussian steps of 0.2 an env step, clipped to the box, in which it therefore nearly flickers. The base changes from phase 1 to phase 2 half
+way through DisWM's training. Its random numbers were not seeded; here they follow from the reset's seed.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from localmotion.envs.base import Observation
+from localmotion.envs.distracting import ColourWalk
+from localmotion.envs.dmc import ACTION_REPEAT, DMCEnv
+from localmotion.envs.visuals import in_range
+from localmotion.errors import ConfigError
+
+PALETTES: dict[int, tuple[float, float, float]] = {1: (0.7, 0.3, 0.5), 2: (0.5, 0.7, 0.3)}
+"""Base colour of all materials in each phase."""
+DELTA, STD = 0.2, 0.2
+
+
+class DisWMEnv(DMCEnv):
+    """A task of the suite in DisWM's colours; physics is that of ``dmc:``, bit for bit.
+
+    Args:
+        phase: 1 or 2, the palette. `set_phase` changes it for the episodes to come.
+        reference_repeat: DisWM's released environment repeats an action ``action_repeat`` times, and that twice (4 env steps with the
+            usual 2); the reward is twice the sum over the second half, the first half is lost. Off by default: scores under it compare
+            with DisWM's tables, but not with other suites'.
+
+    Raises:
+        ConfigError: another phase.
+    """
+
+    suite_name: ClassVar[str] = "diswm"
+
+    def __init__(
+        self,
+        task: str,
+        *,
+        phase: int = 1,
+        reference_repeat: bool = False,
+        action_repeat: int | None = None,
+        **settings: Any,
+    ) -> None:
+        if not isinstance(reference_repeat, bool):
+            raise ConfigError(f"reference_repeat={reference_repeat!r} must be true or false")
+        self.reference_repeat = reference_repeat
+        self.set_phase(phase)
+        nominal = ACTION_REPEAT if action_repeat is None else action_repeat
+        super().__init__(task, action_repeat=2 * nominal if reference_repeat else nominal, **settings)
+        self._within = 0
+        self._colours: ColourWalk | None = None
+
+    def set_phase(self, phase: int) -> None:
+        """Use a palette from the next reset on."""
+        self.phase = int(in_range("phase", phase, 1, 2, whole=True))
+
+    def _begin(self, episode_seed: int) -> None:
+        super()._begin(episode_seed)
+        model = self.physics.model.ptr
+        base = np.tile(np.array(PALETTES[self.phase]), (model.nmat, 1))
+        rng = np.random.default_rng([episode_seed, 0xD15])
+        self._colours = ColourWalk(model, base - DELTA, base + DELTA, STD, rng)
+
+    def step(self, action: NDArray[np.float32]) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
+        """As `PixelEnv.step`, with the reference's reward if ``reference_repeat``."""
+        self._within = 0
+        return super().step(action)
+
+    def _control(self, action: NDArray[np.float64]) -> tuple[float, bool]:
+        reward, ended = super()._control(action)
+        if self._colours is not None:
+            self._colours.advance()
+        self._within += 1
+        if self.reference_repeat:
+            reward = 2 * reward if 2 * self._within > self.action_repeat else 0.0
+        return reward, ended
+
+    def _facts(self) -> dict[str, Any]:
+        return super()._facts() | {"phase": self.phase, "reference_repeat": self.reference_repeat}
