@@ -257,7 +257,7 @@ def perception_report(settings: ReportSettings, progress: Callable[[int, int, st
         progress(total, total, "")
     shown = asdict(replace(settings, pictures=None)) | {"pictures": settings.pictures.name if settings.pictures else "procedural"}
     versions = {"opencv": cv2.__version__, "numpy": np.__version__}
-    return _plain(
+    return jsonable(
         {
             "settings": shown,
             "versions": versions,
@@ -269,12 +269,12 @@ def perception_report(settings: ReportSettings, progress: Callable[[int, int, st
     )
 
 
-def _plain(value: Any) -> Any:
+def jsonable(value: Any) -> Any:
     """Not-a-number becomes null: JSON has none."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: jsonable(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [jsonable(item) for item in value]
     return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
