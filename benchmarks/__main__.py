@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-PARTS = ("machine", "update", "acting", "env", "extract", "replay")
+PARTS = ("machine", "update", "acting", "env", "visuals", "extract", "replay")
 
 
 def main() -> None:

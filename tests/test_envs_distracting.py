@@ -377,6 +377,30 @@ def test_the_string_of_the_cup_is_the_agent_and_its_target_is_not(make: Make) ->
     assert moving_parts(model).geoms[model.geom("target").id] == OTHER
 
 
+def test_what_is_painted_is_not_followed_as_ground_truth(make: Make) -> None:
+    from localmotion.envs.truth import UNKNOWN, motion_truth
+
+    for name, options in (("masklam:walker_run", {}), ("distracting:walker_run", {"difficulty": "low"}), ("dmw:reach", {})):
+        env: Any = make(name, **options)
+        env.reset(seed=0)
+        painted = env.painted_mask(64)
+        ident = motion_truth(env).snapshot().ident
+        assert 0.05 < painted.mean() < 0.98
+        assert np.all(ident[painted] == UNKNOWN)
+        assert np.all(ident[env.agent_mask() & ~painted] != UNKNOWN)
+    still: Any = make("distracting:walker_run", difficulty="vanilla")
+    still.reset(seed=0)
+    assert not still.painted_mask(64).any()
+
+
+def test_the_sky_sent_fast_is_the_sky_mujoco_sends(make: Make) -> None:
+    env: Any = make("distracting:walker_run", difficulty="low")
+    fast = env.reset(seed=0)[0]["image"].astype(int)
+    env._renderer.upload_texture(env._slot.index)
+    difference = np.abs(env._draw(64) - fast)
+    assert difference.mean() < 0.5  # MuJoCo also draws from smaller copies of the texture
+
+
 # ----------------------------------------------------------------------------------------------------------------- diswm
 
 

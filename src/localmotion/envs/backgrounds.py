@@ -139,12 +139,12 @@ def _decoded(ref: VideoRef, side: int) -> NDArray[np.uint8]:
 @functools.lru_cache(maxsize=128)
 def _gratings(number: int, side: int) -> NDArray[np.uint8]:
     rng = np.random.default_rng([_STREAM, number])
-    waves = rng.integers(1, 7, (GRATINGS, 2)) * rng.choice([-1, 1], (GRATINGS, 2))  # whole numbers: the picture tiles
+    waves = rng.integers(1, 5, (GRATINGS, 2)) * rng.choice([-1, 1], (GRATINGS, 2))  # whole numbers: the picture tiles
     drift = rng.uniform(0.1, 0.5, GRATINGS) * rng.choice(
         [-1, 1], GRATINGS
     )  # radians a frame: a grating passes in 12 to 60 frames
     colours = rng.standard_normal((GRATINGS, 3)) + rng.standard_normal((GRATINGS, 1))
-    colours *= 0.5 / np.sqrt((colours**2).sum(axis=0) / 2) * rng.uniform(0.3, 0.6)
+    colours *= 0.5 / np.sqrt((colours**2).sum(axis=0) / 2) * rng.uniform(0.25, 0.5)
     middle = rng.uniform(0.3, 0.7, 3)
     grid = 2j * np.pi * np.arange(side) / side
     space = np.exp(waves[:, :1] * grid)[:, :, None] * np.exp(waves[:, 1:] * grid)[:, None, :]

@@ -159,9 +159,13 @@ class Painted(PixelEnv):
         self.backdrop.advance(action)
         return result
 
-    def _draw(self, size: int) -> NDArray[np.uint8]:
+    def painted_mask(self, size: int) -> NDArray[np.bool_]:
+        """(S, S) pixels of the present picture that show the background instead of the scene, for ground truth of motion."""
         layers = segment(self._renderer, self._model, self._data, self._parts, size)
-        where = {"sky": layers.sky, "scenery": layers.scenery, "rest": ~layers.agent}[self.backdrop.region]
+        return {"sky": layers.sky, "scenery": layers.scenery, "rest": ~layers.agent}[self.backdrop.region]
+
+    def _draw(self, size: int) -> NDArray[np.uint8]:
+        where = self.painted_mask(size)
         return self.backdrop.paint(super()._draw(size), where)
 
     def _facts(self) -> dict[str, Any]:

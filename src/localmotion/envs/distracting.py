@@ -3,8 +3,8 @@
 Source: Stone, Ramirez, Konolige and Jonschkowski 2021 (arXiv 2101.02722), as LAOM and MaskLAM use it. Each of the three distractions has
 random numbers of its own, all from the reset's seed: switching one off does not change the others. All move once an env step.
 
-The background is the sky's texture, sent to OpenGL anew for every picture. A camera sees about 0.4 of the side of a sky face, so clips
-of twice the picture's side are as sharp as the picture (`SIDE_PER_PIXEL`; figures in docs/environments.md).
+The background is the sky's texture, sent to OpenGL anew for every picture drawn. A camera sees about 0.4 of the side of a sky face, so
+clips of twice the picture's side are as sharp as the picture (`SIDE_PER_PIXEL`; figures in docs/environments.md).
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from localmotion.envs.backgrounds import Playback, find_backgrounds
 from localmotion.envs.camera_walk import CameraWalk
 from localmotion.envs.dmc import TASKS, DMCEnv
-from localmotion.envs.visuals import TextureSlot, chosen, in_range, named, sky_texture
+from localmotion.envs.masks import moving_parts, segment
+from localmotion.envs.visuals import SkyStream, TextureSlot, chosen, in_range, named, sky_texture
 from localmotion.errors import ConfigError, unknown_name
 
 DISTRACTIONS = ("background", "camera", "colour")
@@ -136,6 +137,7 @@ class DistractingEnv(DMCEnv):
         self._playback: Playback | None = None
         self._walk: CameraWalk | None = None
         self._colours: ColourWalk | None = None
+        self._sky: SkyStream | None = None
         self._sent: tuple[int, int] | None = None
 
     def _begin(self, episode_seed: int) -> None:
@@ -166,10 +168,18 @@ class DistractingEnv(DMCEnv):
         if self._playback is not None and self._slot is not None:
             showing = self._playback.number, self._playback.index
             if showing != self._sent:
-                self._slot.write(self._playback.frame())
-                self._renderer.upload_texture(self._slot.index)
+                if self._sky is None:
+                    self._sky = SkyStream(self._renderer, self._slot)
+                self._sky.show(self._playback.frame())
                 self._sent = showing
         return super()._draw(size)
+
+    def painted_mask(self, size: int) -> NDArray[np.bool_]:
+        """(S, S) pixels of the present picture that show the background video, for ground truth of motion."""
+        if self._slot is None:
+            return np.zeros((size, size), bool)
+        model = self.physics.model.ptr
+        return segment(self._renderer, model, self.physics.data.ptr, moving_parts(model), size).sky
 
     def _facts(self) -> dict[str, Any]:
         return super()._facts() | {

@@ -73,7 +73,7 @@ VIEWS: dict[str, View] = {
     "reacher": View(((-0.05, 0.05), (-0.05, 0.05), (0.7, 0.8)), lamp=((-0.2, 0.2), (-0.2, 0.2), (0.15, 0.75))),
     "walker": View(((-0.3, 0.3), (-2.05, -1.95), (0.6, 0.8))),
 }
-"""Domains of the reference, with its numbers. The pendulum's and cartpole's are as far from the suite's own camera as they look."""
+"""Domains of the reference, with its numbers. The pendulum's camera sees less of the hanging pole than the suite's own, as there."""
 GENERIC = (0.05, 0.3)
 """Other domains: the camera moves along each axis by up to this share of its distance, a lamp by this share of its height."""
 _STAYING_LAMPS = ("target_light",)

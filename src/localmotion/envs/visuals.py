@@ -49,6 +49,41 @@ class TextureSlot:
         return True
 
 
+class SkyStream:
+    """Sends a sky of changing pictures to OpenGL: a fifth of the time of MuJoCo's upload, which allocates the texture anew each time.
+
+    Only the largest size of the texture is sent, and drawing is told to use it alone: a sky is drawn about as large as it is stored.
+
+    Args:
+        renderer: the `SceneRenderer`, made after the slot.
+        slot: of the sky.
+    """
+
+    def __init__(self, renderer: Any, slot: TextureSlot) -> None:
+        from OpenGL import GL  # type: ignore[import-untyped]
+
+        self._gl, self._renderer, self._slot = GL, renderer, slot
+        renderer._enter()
+        GL.glBindTexture(GL.GL_TEXTURE_CUBE_MAP, self._name())
+        GL.glTexParameteri(GL.GL_TEXTURE_CUBE_MAP, GL.GL_TEXTURE_MIN_FILTER, GL.GL_LINEAR)
+        GL.glBindTexture(GL.GL_TEXTURE_CUBE_MAP, 0)
+
+    def _name(self) -> int:
+        return int(self._renderer._context.texture[self._slot.index])
+
+    def show(self, picture: NDArray[np.uint8]) -> None:
+        """Put ``picture`` (S, S, 3) uint8, S the slot's side, on all six sides of the sky."""
+        self._slot.write(picture)
+        GL, side = self._gl, self._slot.side
+        self._renderer._enter()
+        GL.glBindTexture(GL.GL_TEXTURE_CUBE_MAP, self._name())
+        GL.glPixelStorei(GL.GL_UNPACK_ALIGNMENT, 1)
+        for face in range(6):
+            place = GL.GL_TEXTURE_CUBE_MAP_POSITIVE_X + face
+            GL.glTexSubImage2D(place, 0, 0, 0, side, side, GL.GL_RGB, GL.GL_UNSIGNED_BYTE, picture)
+        GL.glBindTexture(GL.GL_TEXTURE_CUBE_MAP, 0)
+
+
 def sky_texture(model: Any) -> int | None:
     """Number of the model's sky texture, or None."""
     found = np.flatnonzero(np.asarray(model.tex_type) == 2)  # mjTEXTURE_SKYBOX
