@@ -16,7 +16,15 @@ from hypothesis import strategies as st
 
 from localmotion.config import compose
 from localmotion.envs import list_envs, list_options, make_env
-from localmotion.envs.backgrounds import ActionShift, Playback, ProceduralBackgrounds, find_backgrounds, mixing, shifted
+from localmotion.envs.backgrounds import (
+    ActionShift,
+    ClipCache,
+    Playback,
+    ProceduralBackgrounds,
+    find_backgrounds,
+    mixing,
+    shifted,
+)
 from localmotion.envs.base import PixelEnv
 from localmotion.envs.camera_walk import from_sphere, looking, to_sphere
 from localmotion.errors import ConfigError, EnvError
@@ -226,6 +234,20 @@ def test_splits_do_not_overlap_and_are_every_third(videos: Path, tmp_path: Path)
     assert held_out.clip(0).shape == (30, 32, 32, 3)
     procedural = [find_backgrounds("procedural", split=split, limit=3, side=16) for split in ("train", "val")]
     assert not np.array_equal(procedural[0].clip(0), procedural[1].clip(0))
+
+
+def test_the_cache_of_clips_keeps_the_ones_used_last() -> None:
+    cache, made = ClipCache(250), []
+
+    def get(key: str) -> None:
+        cache.get((key, 1), lambda: (made.append(key), np.zeros(100, np.uint8))[1])
+
+    for key in ("a", "b", "a", "c", "a", "b"):
+        get(key)
+    assert made == ["a", "b", "c", "b"]
+    cache.get(("large", 1), lambda: np.zeros(1000, np.uint8))
+    get("b")
+    assert made[-2:] == ["b", "b"]
 
 
 def test_gratings_move_tile_and_differ() -> None:

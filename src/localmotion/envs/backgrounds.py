@@ -6,9 +6,9 @@ abstract gives the words and notes B.9 the generators used here.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import os
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -31,6 +31,8 @@ FRAMES = 80
 """Frames of a procedural clip."""
 MAX_FRAMES = 200
 """Frames of a video that are used, the first ones."""
+CACHE_BYTES = 2**29
+"""Memory for clips in one process: 130 clips of 80 frames at 128 pixels. Beyond it those not seen for longest are decoded again."""
 GRATINGS = 6
 MOTIONS = ("video", "independent", "lagged", "twin", "leaky")
 _STREAM = 0xBAC
@@ -86,7 +88,8 @@ class ProceduralBackgrounds:
 
     def clip(self, index: int) -> NDArray[np.uint8]:
         """(80, S, S, 3) uint8 that tile at their edges."""
-        return _gratings(self._numbers[index], self._side)
+        number = self._numbers[index]
+        return _CLIPS.get((number, self._side), lambda: _gratings(number, self._side))
 
     def describe(self) -> dict[str, Any]:
         """Source, split and number."""
@@ -120,7 +123,8 @@ class VideoBackgrounds:
 
     def clip(self, index: int) -> NDArray[np.uint8]:
         """(T, S, S, 3) uint8, T up to `MAX_FRAMES`. Raises VideoError for a file that cannot be read."""
-        return _decoded(self._videos[index], self._side)
+        ref = self._videos[index]
+        return _CLIPS.get((ref, self._side), lambda: _decoded(ref, self._side))
 
     def describe(self) -> dict[str, Any]:
         """Source, split, number and a hash of the list of names."""
@@ -129,14 +133,33 @@ class VideoBackgrounds:
         return {"source": "folder", "split": self._split, "clips": self.count(), "list": digest, "side": self._side}
 
 
-@functools.lru_cache(maxsize=128)
+class ClipCache:
+    """Clips of this process, the least recently used of them dropped beyond a number of bytes."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit, self._clips = limit, dict[tuple[Hashable, int], NDArray[np.uint8]]()
+
+    def get(self, key: tuple[Hashable, int], make: Callable[[], NDArray[np.uint8]]) -> NDArray[np.uint8]:
+        """The clip of ``key``, made if it is not here. The newest stays even if it alone is over the limit."""
+        clip = self._clips.pop(key, None)
+        if clip is None:
+            clip = make()
+            clip.flags.writeable = False
+        self._clips[key] = clip  # at the end: used last
+        while len(self._clips) > 1 and sum(kept.nbytes for kept in self._clips.values()) > self._limit:
+            del self._clips[next(iter(self._clips))]
+        return clip
+
+
+_CLIPS = ClipCache(CACHE_BYTES)
+
+
 def _decoded(ref: VideoRef, side: int) -> NDArray[np.uint8]:
     from localmotion.video import decode
 
-    return _frozen(decode(ref, side, max_frames=MAX_FRAMES))
+    return decode(ref, side, max_frames=MAX_FRAMES)
 
 
-@functools.lru_cache(maxsize=128)
 def _gratings(number: int, side: int) -> NDArray[np.uint8]:
     rng = np.random.default_rng([_STREAM, number])
     waves = rng.integers(1, 5, (GRATINGS, 2)) * rng.choice([-1, 1], (GRATINGS, 2))  # whole numbers: the picture tiles
@@ -152,12 +175,7 @@ def _gratings(number: int, side: int) -> NDArray[np.uint8]:
     weights = (time[:, None, :] * colours.T[None]).reshape(-1, GRATINGS)
     field = (weights @ space.reshape(GRATINGS, -1)).real.reshape(FRAMES, 3, side, side)
     frames = np.clip(middle[:, None, None] + field, 0, 1) * 255
-    return _frozen(np.ascontiguousarray(frames.transpose(0, 2, 3, 1)).round().astype(np.uint8))
-
-
-def _frozen(frames: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    frames.flags.writeable = False
-    return frames
+    return np.ascontiguousarray(frames.transpose(0, 2, 3, 1)).round().astype(np.uint8)
 
 
 class Playback:

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from localmotion.envs.base import Observation
 from localmotion.envs.dmc import TASKS, DMCEnv
-from localmotion.envs.textures import SIDES, find_textures
+from localmotion.envs.textures import SIDES, Kind, find_textures
 from localmotion.envs.visuals import Mount, TextureSlot, chosen, euler_rotation, in_range, named, sky_texture
 
 FACTORS = ("background", "floor", "body", "target", "reflectance", "camera", "light")
@@ -74,8 +74,9 @@ VIEWS: dict[str, View] = {
     "walker": View(((-0.3, 0.3), (-2.05, -1.95), (0.6, 0.8))),
 }
 """Domains of the reference, with its numbers. The pendulum's camera sees less of the hanging pole than the suite's own, as there."""
-GENERIC = (0.05, 0.3)
-"""Other domains: the camera moves along each axis by up to this share of its distance, a lamp by this share of its height."""
+GENERIC = (0.12, 0.3)
+"""Other domains: the camera moves along each axis by up to this share of half the picture's width at its distance (5 % of the distance for
+a field of 45 degrees), a lamp by this share of its height."""
 _STAYING_LAMPS = ("target_light",)
 
 
@@ -171,12 +172,15 @@ class DMCRemasteredEnv(DMCEnv):
 
     def _prepare(self, model: Any) -> None:
         domain = TASKS[self.name.partition(":")[2]][0]
-        self._slots: dict[str, TextureSlot] = {}
-        sky, grid = sky_texture(model), named(model, "texture", "grid")
-        if "background" in self.factors and sky is not None:
-            self._slots["skies"] = TextureSlot(model, sky, SIDES["skies"])
-        if "floor" in self.factors and grid is not None:
-            self._slots["floors"] = TextureSlot(model, grid, SIDES["floors"])
+        self._slots: list[tuple[Kind, TextureSlot]] = []
+        kinds: tuple[tuple[str, Kind, int | None], ...] = (
+            ("background", "skies", sky_texture(model)),
+            ("background", "skies", named(model, "texture", "background")),  # the wall behind manipulator and stacker
+            ("floor", "floors", named(model, "texture", "grid")),
+        )
+        for factor, kind, texture in kinds:
+            if factor in self.factors and texture is not None:
+                self._slots.append((kind, TextureSlot(model, texture, SIDES[kind])))
         self._materials = {name: named(model, "material", name) for name in ("grid", "self", "skin", "effector", "target")}
         self._view = VIEWS.get(domain, View())
         self._mount = Mount(model, "cam", self.camera)
@@ -203,9 +207,8 @@ class DMCRemasteredEnv(DMCEnv):
         """Give the model the look of a visual seed; nothing of the one before is left."""
         model, on = self.physics.model.ptr, self.factors
         look = draw_look(visual_seed, self.textures.count("skies"), self.textures.count("floors"))
-        for kind, number in (("skies", look.sky), ("floors", look.floor)):
-            slot = self._slots.get(kind)
-            if slot is not None and slot.write(self.textures.picture(kind, number)):  # type: ignore[arg-type]
+        for kind, slot in self._slots:
+            if slot.write(self.textures.picture(kind, look.sky if kind == "skies" else look.floor)):
                 self._renderer.upload_texture(slot.index)
         for factor, name, colour in (
             ("body", "self", look.body),
@@ -229,7 +232,8 @@ class DMCRemasteredEnv(DMCEnv):
         if view.camera is not None:
             camera = draws.box(view.camera)
         elif self._generic:
-            reach = GENERIC[0] * float(np.linalg.norm(self._mount.position))
+            half = np.tan(np.radians(model.cam_fovy[self.camera] / 2)) * float(np.linalg.norm(self._mount.position))
+            reach = GENERIC[0] * float(half)
             camera = self._mount.position + draws.box(((-reach, reach),) * 3)
         if view.euler is not None:
             rotation = euler_rotation(draws.box(view.euler).tolist())
