@@ -27,24 +27,29 @@ class Compute:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
 
-def bf16_speedup(size: int = 512, rounds: int = 6) -> tuple[float, float]:
-    """(bf16 FLOP/s, fp32 FLOP/s) of this CPU with torch's present thread count.
+def bf16_speedup(size: int = 512, rounds: int = 12) -> tuple[float, float]:
+    """(bf16 FLOP/s, fp32 FLOP/s) of one thread of this CPU.
 
-    The two types take turns and the best of each counts: other work on the machine slows a measurement down, and a wrong answer
-    here would cost the whole run.
+    One thread, the two types in turn, and the best of each: with other work on the machine several threads wait for each other, one of the
+    two more than the other by chance, and a wrong answer here would cost the whole run.
     """
     pairs = {
         dtype: (torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)) for dtype in (torch.bfloat16, torch.float32)
     }
     best = dict.fromkeys(pairs, float("inf"))
-    for a, b in pairs.values():
-        torch.mm(a, b)  # builds the kernel
-    for _ in range(rounds):
-        for dtype, (a, b) in pairs.items():
-            for _ in range(6):
-                began = time.perf_counter()
-                torch.mm(a, b)
-                best[dtype] = min(best[dtype], time.perf_counter() - began)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for a, b in pairs.values():
+            torch.mm(a, b)  # builds the kernel
+        for _ in range(rounds):
+            for dtype, (a, b) in pairs.items():
+                for _ in range(6):
+                    began = time.perf_counter()
+                    torch.mm(a, b)
+                    best[dtype] = min(best[dtype], time.perf_counter() - began)
+    finally:
+        torch.set_num_threads(threads)
     flops = 2 * size**3
     return flops / best[torch.bfloat16], flops / best[torch.float32]
 
@@ -87,5 +92,5 @@ def choose(run: RunConfig) -> Compute:
     else:
         fast, slow = bf16_speedup()
         bf16 = fast > 1.3 * slow
-        note = f"bf16 {fast / 1e9:.0f} against fp32 {slow / 1e9:.0f} GFLOP/s: {'bf16' if bf16 else 'fp32'}"
+        note = f"bf16 {fast / 1e9:.0f} against fp32 {slow / 1e9:.0f} GFLOP/s a thread: {'bf16' if bf16 else 'fp32'}"
     return Compute(device, bf16, torch.get_num_threads(), f"cpu, {torch.get_num_threads()} thread(s), {note}")

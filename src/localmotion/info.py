@@ -32,7 +32,7 @@ def report_lines() -> list[str]:
     fast, slow = bf16_speedup()
     verdict = "bf16" if fast > 1.3 * slow else "fp32"
     lines.append(f"{'cpu':24s} {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads")
-    lines.append(f"{'precision (measured)':24s} {verdict}: bf16 {fast / 1e9:.0f}, fp32 {slow / 1e9:.0f} GFLOP/s")
+    lines.append(f"{'precision (measured)':24s} {verdict}: bf16 {fast / 1e9:.0f}, fp32 {slow / 1e9:.0f} GFLOP/s a thread")
     try:
         from localmotion.envs.gl import choose_gl
 
@@ -41,6 +41,7 @@ def report_lines() -> list[str]:
         lines.append(f"{'GL (rendered and seen)':24s} {gl.backend}: {gl.renderer} ({kind})")
     except LocalmotionError as error:
         lines.append(f"{'GL':24s} {error}")
+    lines += [f"{'pictures of dmcr':24s} {_pictures()}", f"{'videos of distracting':24s} {_backgrounds()}"]
     lines.append(f"{'methods':24s} {', '.join(methods.names())}")
     for kind in ("flow", "segment", "track"):
         lines.append(f"{kind + ' backends':24s} {', '.join(backends(kind))}")
@@ -48,3 +49,23 @@ def report_lines() -> list[str]:
         found = importlib.util.find_spec(module) is not None
         lines.append(f"{name:34s} {'found' if found else 'not installed: ' + mend}")
     return lines
+
+
+def _pictures() -> str:
+    from localmotion.envs.textures import VARIABLE, find_textures
+
+    folder = os.environ.get(VARIABLE)
+    if not folder:
+        return f"procedural; originals: set {VARIABLE} to dmc_remastered/assets of github.com/QData/dmc_remastered"
+    try:
+        found = find_textures(folder)
+    except LocalmotionError as error:
+        return str(error)
+    return f"{folder}: {found.count('skies')} skies, {found.count('floors')} floors"
+
+
+def _backgrounds() -> str:
+    from localmotion.envs.backgrounds import VARIABLE
+
+    folder = os.environ.get(VARIABLE)
+    return folder or f"procedural; any folder of videos: set {VARIABLE}, e.g. to DAVIS 2017 with its clips in train/ and val/"
