@@ -22,7 +22,7 @@ PRETRAIN = ("updates=500", "pretrain.log_every=25", "pretrain.eval_every=250", "
 # Four env steps an agent step, PlaNet's choice for this task: twice the experience for the same number of updates.
 FINETUNE = (
     "action_repeat=4",
-    "env_steps=24000",
+    "env_steps=21000",
     "prefill=3000",
     "online.eval_every=1500",
     "online.save_every=1500",
