@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -128,3 +130,24 @@ def test_update_changes_exactly_what_is_named(keypoints: int, ratio: float) -> N
     changed = {key for (key, a), (_, b) in zip(leaves(before), leaves(after), strict=True) if a != b}
     assert changed <= {"model.dae.keypoints", "model.dae.mask_ratio"}
     assert after.model.dae.keypoints == keypoints
+
+
+def test_a_run_of_an_older_version_goes_on_and_one_of_other_settings_does_not(tmp_path: Path) -> None:
+    """A setting that the saved configuration does not know counts as its default; dict-valued settings are compared whole."""
+    from localmotion.training.rundir import RunDir
+
+    run = compose("drp", "train", preset="debug", env="toy:dot")
+    RunDir(tmp_path / "run", run)
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())
+    del saved["env_options"], saved["model"]["world"]["context_copy"]
+    (tmp_path / "run" / "config.json").write_text(json.dumps(saved))
+    with pytest.raises(ConfigError, match=r"model.world.context_copy \(False there, True now\)"):  # the preset's, not the default
+        RunDir(tmp_path / "run", run)
+    run = compose("drp", "train", preset="debug", env="toy:dot", settings=("context_copy=false",))
+    RunDir(tmp_path / "run", run)
+    with pytest.raises(ConfigError, match=r"env_options \(\{\} there, \{'a': 1\} now\)"):
+        RunDir(tmp_path / "run", dataclasses.replace(run, env_options={"a": 1}))
+    saved["wrong"] = 1
+    (tmp_path / "run" / "config.json").write_text(json.dumps(saved))
+    with pytest.raises(ConfigError, match="holds a run of other settings"):
+        RunDir(tmp_path / "run", run)

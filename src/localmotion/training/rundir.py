@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from localmotion.config import RunConfig, leaves, to_dict
+from localmotion.config import RunConfig, from_dict, leaves, to_dict
 from localmotion.errors import CheckpointError, ConfigError
 
 # Settings that may differ when a run is continued: they change how long it goes on and where, not what it computes.
@@ -65,17 +65,12 @@ class RunDir:
         self.began = time.time()
 
     def _compare(self, old: Mapping[str, Any], run: RunConfig) -> None:
-        def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-            out: dict[str, Any] = {}
-            for key, item in value.items():
-                if isinstance(item, Mapping) and key not in ("recipe", "backend_options"):
-                    out.update(flatten(item, f"{prefix}{key}."))
-                else:
-                    out[f"{prefix}{key}"] = item
-            return out
-
-        before, now = flatten(old), dict(leaves(run))
-        now = json.loads(json.dumps(now, default=str))
+        """Raise ConfigError unless the settings are equal. One that an older version did not know counts as its default."""
+        try:
+            before = dict(leaves(from_dict(old)))
+        except ConfigError as error:
+            raise ConfigError(f"{self.path}: holds a run of other settings ({error}); choose another --run") from error
+        before, now = (json.loads(json.dumps(values, default=str)) for values in (before, dict(leaves(run))))
         differ = [
             f"{key} ({before.get(key)!r} there, {now.get(key)!r} now)"
             for key in sorted(set(before) | set(now))
