@@ -249,6 +249,22 @@ def test_corner_cameras_stand_upright(make: Make, camera: str) -> None:
     assert hand_row() < before - 1
 
 
+@pytest.mark.parametrize("name", ["dmc:cheetah_run", "metaworld:reach", "toy:dot"])
+def test_supersampling_averages_a_larger_drawing(make: Make, name: str) -> None:
+    env = make(name, percept_size=128, supersample=2)
+    obs, _ = env.reset(seed=3)
+    large = env._draw(256).astype(np.float64)
+    np.testing.assert_allclose(obs["percept"], large.reshape(128, 2, 128, 2, 3).mean((1, 3)), atol=0.5001)
+    assert obs["image"].shape == (64, 64, 3)
+    np.testing.assert_array_equal(env.render_frame(128), obs["percept"])
+    assert env.describe()["supersample"] == 2
+    plain = make(name, percept_size=128).reset(seed=3)[0]["percept"]
+    assert np.abs(plain.astype(float) - obs["percept"]).mean() < 3
+    assert (plain != obs["percept"]).any()
+    with pytest.raises(ConfigError, match="supersample=0"):
+        make(name, supersample=0)
+
+
 def test_wrong_cameras_name_the_right_ones(make: Make) -> None:
     with pytest.raises(ConfigError, match="did you mean corner"):
         make("metaworld:reach", camera="corner9")

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from localmotion.errors import LocalmotionError
+from localmotion.errors import ConfigError, LocalmotionError
 from localmotion.perception import Recipe, make_backend
+from localmotion.perception.base import recipe_backends
 from localmotion.perception.points import SPREAD, CutDetector, Slots, draw_points, texture_weight
 from localmotion.perception.saliency import MotionSaliency, residual_flow
 from localmotion.perception.stream import StreamingExtractor
@@ -115,6 +116,32 @@ def test_a_field_seen_before_weighs_the_same() -> None:
         fresh = MotionSaliency().weight(frames[:1], np.stack(recent))
         np.testing.assert_array_equal(segment.weight(frames[:1], recent), fresh)
     assert segment.weight(frames[:1], fields[:4]).any()  # other numbers of fields than three
+
+
+def test_foreground_fades_where_the_picture_stays_as_it_is() -> None:
+    """Flow given for a whole plain picture, one spot of which changes: the weight stays within a few pixels of the spot."""
+    frames = np.full((2, 64, 64, 3), 90, np.uint8)
+    frames[1, 20:30, 20:30, 1] += 2  # two grey levels of one channel: between noise and certainty
+    frames[1, 40:50, 40:50] = 200
+    flow = np.zeros((1, 64, 64, 2), np.float32)
+    flow[:, 10:60, 10:60, 0] = 1.0
+    plain = MotionSaliency(change=0.0).weight(frames, flow)
+    gated = MotionSaliency().weight(frames, flow)
+    assert plain[15, 55] > 0.5
+    assert gated[15, 55] == 0
+    np.testing.assert_allclose(gated[23:27, 23:27], plain[23:27, 23:27] * 2 / 3, rtol=0.02)
+    np.testing.assert_allclose(gated[42:48, 42:48], plain[42:48, 42:48])
+    np.testing.assert_array_equal(MotionSaliency().weight(frames[:1], flow), plain)  # nothing to compare with
+
+
+def test_a_recipe_stored_before_the_gate_goes_on_without_it() -> None:
+    old = {key: value for key, value in Recipe().to_json().items() if key != "algorithm"}
+    assert Recipe.from_json(old).algorithm == 1
+    assert recipe_backends(Recipe.from_json(old))[1].change == 0
+    assert recipe_backends(Recipe())[1].change > 0
+    assert Recipe.from_json(Recipe().to_json()) == Recipe()
+    with pytest.raises(ConfigError, match="algorithm=9"):
+        Recipe(algorithm=9)
 
 
 def test_idle_points_move_a_few_at_a_time_and_only_if_something_moves() -> None:

@@ -118,6 +118,7 @@ def _parser() -> _Parser:
         "--percept", action="append", type=int, dest="percepts", help="side perception works at, repeatable; default: 64, 128"
     )
     sub.add_argument("--quality", action="append", dest="qualities", help="fast, reference or auto, repeatable; default: fast")
+    sub.add_argument("--supersample", type=int, help="draw pictures at n times their side and average them (default 1)")
     sub.add_argument(
         "--backend", action="append", dest="backends", help="name, embedded (default) or all that are installed; repeatable"
     )
@@ -372,7 +373,7 @@ def perception_report(args: argparse.Namespace) -> None:
     from localmotion.evaluation.perception_report import perception_report as measure
 
     cv2.setNumThreads(1)  # the times a pair are those of one core
-    names = ("envs", "percepts", "qualities", "backends", "policy", "episodes", "frames", "seed", "pictures")
+    names = ("envs", "percepts", "qualities", "supersample", "backends", "policy", "episodes", "frames", "seed", "pictures")
     chosen = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     given: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in chosen.items()}
     settings = ReportSettings(**given)

@@ -79,7 +79,7 @@ def environment(name: str) -> list[dict[str, Any]]:
         drawn["four samples"].append(np.stack(twice))
         true.append([(*truth.flow(a, b), truth.foreground(a), truth.foreground(b)) for a, b in itertools.pairwise(shots)])
     env.close()
-    saliency, rows = make_backend("segment", "saliency"), []
+    saliency, rows = make_backend("segment", "saliency", change=0.0), []
     for drawing, clips in drawn.items():
         for flow_name, settings in FLOWS.items():
             backend, score, plain, gated = engine(settings), FlowScore(SIDE // STORED), MaskScore(), MaskScore()

@@ -74,6 +74,8 @@ class PixelEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         self._np_random, self._np_random_seed = seeding.np_random(seed)
         self._elapsed: int | None = None  # env steps of this episode; None: no episode is running
         self._begun = False
+        self.supersample = 1
+        """Pictures are drawn at so many times their side and averaged: edges then move by less than a pixel instead of jumping."""
 
     # -- what a suite provides ------------------------------------------------------------------------------------------
 
@@ -146,7 +148,9 @@ class PixelEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         """
         if not self._begun:
             raise EnvError(f"{self.name}: call reset() before render()")
-        return self._draw(size)
+        if self.supersample == 1:
+            return self._draw(size)
+        return area_average(self._draw(self.supersample * size), size)
 
     def describe(self) -> dict[str, Any]:
         """What a run stores about its environment: JSON-able, enough to make it again and to compare two runs."""
@@ -157,6 +161,7 @@ class PixelEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
             "task": task,
             "size": self.size,
             "percept_size": self.draw_size,
+            "supersample": self.supersample,
             "action_dim": self.action_space.shape[0],  # type: ignore[index]
             "action_repeat": self.action_repeat,
             "time_limit": self.time_limit,
@@ -178,7 +183,7 @@ class PixelEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         return given
 
     def _observe(self) -> Observation:
-        picture = self._draw(self.draw_size)
+        picture = self.render_frame(self.draw_size)
         if self.draw_size == self.size:
             return {"image": picture}
         return {"image": area_average(picture, self.size), "percept": picture}

@@ -50,6 +50,8 @@ class ReportSettings:
     """Sides at which flow and tracks are computed; multiples of `size`."""
     qualities: tuple[str, ...] = ("fast",)
     """Rendering: fast, reference, auto."""
+    supersample: int = 1
+    """Pictures drawn at n times their side and averaged."""
     backends: tuple[str, ...] = ("embedded",)
     """Names of backends; "embedded" stands for dis, saliency and lk, "all" for all that are installed (may fetch weights)."""
     policy: str = "random"
@@ -142,7 +144,7 @@ def score_clip(clip: Clip, tools: dict[str, dict[str, Any]], recipe: Recipe, sco
     moving = [np.linalg.norm(truth.flow(b, a)[0] - truth.camera_flow(b, a), axis=-1) > MOVES for a, b in pairs]
     for name, backend in tools["segment"].items():
         for t in range(1, len(frames), 1 if backend.uses_motion else recipe.segment_frames):
-            weight = backend.weight(frames[t][None], [recent[k] for k in range(t - 1, max(t - 4, -1), -1)])
+            weight = backend.weight(frames[[t, t - 1]], [recent[k] for k in range(t - 1, max(t - 4, -1), -1)])
             scores.segment[name].add(weight, {"body": bodies[t], "moving": moving[t - 1] & bodies[t]})
     rng = np.random.default_rng([seed, 2])
     ys, xs = np.nonzero(bodies[0])
@@ -226,7 +228,7 @@ def _jobs(settings: ReportSettings) -> list[tuple[str, str, int]]:
 
 def _make(name: str, quality: str, percept: int, settings: ReportSettings) -> PixelEnv:
     drawn: Any = "auto" if quality == "exact" else quality
-    return make_env(name, size=settings.size, percept_size=percept, quality=drawn)
+    return make_env(name, size=settings.size, percept_size=percept, quality=drawn, supersample=settings.supersample)
 
 
 def perception_report(settings: ReportSettings, progress: Callable[[int, int, str], Any] | None = None) -> dict[str, Any]:

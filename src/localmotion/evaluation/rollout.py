@@ -119,6 +119,7 @@ def make_observer(run: RunConfig, recipe: Recipe | None, *, size: int = 64) -> O
         percept_size=percept,
         quality=run.quality,
         action_repeat=run.action_repeat or None,
+        supersample=run.supersample,
         **run.env_options,
     )
     return Observer(env, recipe)

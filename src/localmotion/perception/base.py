@@ -24,6 +24,7 @@ from localmotion.errors import ConfigError, unknown_name
 Frame = NDArray[np.uint8]  # (H, W, 3) RGB
 Flow = NDArray[np.float32]  # (H, W, 2) x, y in pixels
 Points = NDArray[np.float32]  # (N, 2) x, y in pixels
+ALGORITHM = 2  # newest version of the embedded algorithms, see `Recipe.algorithm`
 
 
 @runtime_checkable
@@ -110,6 +111,8 @@ class Recipe:
     """Seed of the point draw; with the clip's id it decides every random choice."""
     backend_options: dict[str, Any] = field(default_factory=dict)
     """Options of the backends, by backend name, e.g. {"sea_raft": {"checkpoint": "things"}}."""
+    algorithm: int = ALGORITHM
+    """Version of the embedded algorithms. 1: foreground by flow alone; 2: and by change of the picture. Old runs keep theirs."""
 
     def __post_init__(self) -> None:
         checks = {
@@ -121,6 +124,7 @@ class Recipe:
             "flow_span": self.flow_span >= 1,
             "redraw_rounds": self.redraw_rounds >= 0,
             "min_motion": self.min_motion >= 0,
+            "algorithm": 1 <= self.algorithm <= ALGORITHM,
         }
         for name, good in checks.items():
             if not good:
@@ -141,7 +145,7 @@ class Recipe:
         for key in values:
             if key not in known:
                 raise unknown_name("recipe setting", key, known)
-        return cls(**values)
+        return cls(**{"algorithm": 1, **values})  # recipes stored before there was a number
 
     def hash(self) -> str:
         """Twelve hex digits that name this recipe."""
@@ -226,6 +230,8 @@ def recipe_backends(recipe: Recipe) -> tuple[Any, Any, Any]:
             raise unknown_name("backend in backend_options", name, (recipe.flow, recipe.segment, recipe.track))
     if "prompt" in inspect.signature(_REGISTRY.get(("segment", recipe.segment), dict)).parameters:
         options.setdefault(recipe.segment, {}).setdefault("prompt", recipe.prompt)
+    if recipe.algorithm < 2 and recipe.segment == "saliency":
+        options.setdefault("saliency", {}).setdefault("change", 0.0)
     kinds = (("flow", recipe.flow), ("segment", recipe.segment), ("track", recipe.track))
     flow, segment, track = (make_backend(kind, name, **options.get(name, {})) for kind, name in kinds)
     return flow, segment, track

@@ -187,7 +187,7 @@ class Slots:
             self.found = (self.found[0] + 1, self.found[1])
         self._remember()
         self.flows = [flow, *self.flows[: MEMORY - 1]]
-        self._redraw(frame, grey)
+        self._redraw(previous, frame, grey)
         return Step(before, good, identity)
 
     def cut(self, frame: NDArray[np.uint8], grey: NDArray[np.uint8]) -> Step:
@@ -202,12 +202,12 @@ class Slots:
         self.mean += (1 - DECAY) * delta
         self.variance = DECAY * (self.variance + (1 - DECAY) * (delta**2).sum(1))
 
-    def _redraw(self, frame: NDArray[np.uint8], grey: NDArray[np.uint8]) -> None:
+    def _redraw(self, previous: NDArray[np.uint8], frame: NDArray[np.uint8], grey: NDArray[np.uint8]) -> None:
         lost = ~self.visible
         still = self.visible & (self.age >= PATIENCE) & (np.sqrt(self.variance) < self.recipe.min_motion * self.recipe.ratio)
         if not (lost.any() or still.any()):
             return
-        weight = self._weight(frame)
+        weight = self._weight(previous, frame)
         moving = bool(weight.any())
         if still.any() and moving:
             xy = np.clip(np.round(self.points), 0, np.array(grey.shape[::-1]) - 1).astype(int)
@@ -223,10 +223,10 @@ class Slots:
             chance = weight * texture_weight(grey) if moving else texture_weight(grey)
             self.place(which, draw_points(chance, int(which.sum()), self.rng, self.points[~which]))
 
-    def _weight(self, frame: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def _weight(self, previous: NDArray[np.uint8], frame: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Foreground of this frame. A segmenter that looks at the picture is costly and its answer lasts: asked once a segment."""
         if self.segment.uses_motion:
-            return self.segment.weight(frame[None], self.flows)
+            return self.segment.weight(np.stack([frame, previous]), self.flows)
         if self.found is None or self.found[0] >= self.recipe.segment_frames:
             self.found = (0, self.segment.weight(frame[None], self.flows))
         return self.found[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -34,16 +35,14 @@ from localmotion.training.update import Updater, to_floats
 from localmotion.video.write import write_video
 
 
-def recipe_of(run: RunConfig) -> Recipe:
-    """The streaming recipe of a run: what its settings say, else that of its checkpoint's clip store, else the default."""
+def recipe_of(run: RunConfig, path: Path) -> Recipe:
+    """The streaming recipe of a run: its settings', else the one it began with, else that of its checkpoint's clips, else the default."""
     if run.recipe:
         return streaming_recipe(Recipe.from_json(run.recipe))
-    if run.checkpoint:
-        import json
-
-        path = Path(run.checkpoint) / "environment.json"
-        if path.exists():
-            return streaming_recipe(Recipe.from_json(json.loads(path.read_text())["recipe"]))
+    places = [path / "config.json", *([Path(run.checkpoint) / "environment.json"] if run.checkpoint else [])]
+    for place in places:
+        if place.exists() and (found := json.loads(place.read_text()).get("recipe")):
+            return streaming_recipe(Recipe.from_json(found))
     return streaming_recipe(Recipe())
 
 
@@ -73,7 +72,7 @@ def finetune(run: RunConfig, path: Path) -> Path:
         raise ConfigError("finetune needs --checkpoint; to learn without pre-training use localmotion train")
     if run.checkpoint and not cls.can_pretrain:
         raise ConfigError(f"method {run.method} has no pre-training stage; use localmotion train without --checkpoint")
-    recipe = recipe_of(run) if cls.wants_motion else None
+    recipe = recipe_of(run, path) if cls.wants_motion else None
     if recipe:
         run = replace(run, recipe=recipe.to_json())
     observer = make_observer(run, recipe)

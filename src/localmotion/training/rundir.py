@@ -15,6 +15,7 @@ from typing import Any
 
 from localmotion.config import RunConfig, from_dict, leaves, to_dict
 from localmotion.errors import CheckpointError, ConfigError
+from localmotion.perception.base import Recipe
 
 # Settings that may differ when a run is continued: they change how long it goes on and where, not what it computes.
 MAY_CHANGE = {"pretrain.updates", "online.env_steps", "device", "threads", "data", "checkpoint"} | {
@@ -43,6 +44,11 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(temporary, path)
 
 
+def _recipe(run: RunConfig) -> dict[str, Any]:
+    """The run's recipe as this version writes it."""
+    return Recipe.from_json(run.recipe).to_json() if run.recipe else {}
+
+
 class RunDir:
     """Creates a run directory, or reopens one of the same settings to continue it.
 
@@ -67,10 +73,10 @@ class RunDir:
     def _compare(self, old: Mapping[str, Any], run: RunConfig) -> None:
         """Raise ConfigError unless the settings are equal. One that an older version did not know counts as its default."""
         try:
-            before = dict(leaves(from_dict(old)))
+            before, now = ({**dict(leaves(x)), "recipe": _recipe(x)} for x in (from_dict(old), run))
         except ConfigError as error:
             raise ConfigError(f"{self.path}: holds a run of other settings ({error}); choose another --run") from error
-        before, now = (json.loads(json.dumps(values, default=str)) for values in (before, dict(leaves(run))))
+        before, now = (json.loads(json.dumps(values, default=str)) for values in (before, now))
         differ = [
             f"{key} ({before.get(key)!r} there, {now.get(key)!r} now)"
             for key in sorted(set(before) | set(now))
