@@ -192,11 +192,18 @@ class RunConfig:
     """Clip store (pre-training)."""
     checkpoint: str = ""
     """Pre-trained run to start from (fine-tuning)."""
+    load: str = ""
+    """Parts to take from the checkpoint, e.g. image,latent; empty for all that the method transfers, from a run of the method itself.
+    Naming them is the ablation without the others, and lets the checkpoint be of another method of the same sizes."""
     recipe: dict[str, Any] = field(default_factory=dict)
     """Perception recipe of the streaming side; taken from the checkpoint's clip store."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     online: OnlineConfig = field(default_factory=OnlineConfig)
+
+    def loads(self, part: str) -> bool:
+        """Whether a checkpoint would give this part (a child module's name)."""
+        return not self.load or part in (name.strip() for name in self.load.split(","))
 
 
 # What the papers set per benchmark (IPV 4.2, DRP Table 5), for every method of the family. `model` keys that a method does not have
@@ -217,7 +224,9 @@ SUITES: dict[str, dict[str, Any]] = {
         "model": {"intrinsic_weight": 0.1, "free_nats": 1.0, "context_erasing": False},
     },
 }
-SUITES |= dict.fromkeys(("dmcr", "distracting", "diswm", "masklam"), SUITES["dmc"]) | {"dmw": SUITES["metaworld"]}
+DMC_SUITES = ("dmc", "dmcr", "distracting", "diswm", "masklam")
+"""The suites that stand on DeepMind Control."""
+SUITES |= dict.fromkeys(DMC_SUITES, SUITES["dmc"]) | {"dmw": SUITES["metaworld"]}
 SUITES["toy"] = {
     "online": {"env_steps": 10_000, "batch_size": 16, "prefill": 500, "freeze_updates": 0},
     "model": {"intrinsic_weight": 0.0, "free_nats": 0.0, "context_erasing": False},
@@ -374,6 +383,9 @@ def compose(
     suite = env.partition(":")[0]
     if suite in SUITES:
         config = update(config, SUITES[suite], ignore_unknown=True)
+    for name in (suite, env):
+        if name in cls.SUITES:
+            config = update(config, cls.SUITES[name])
     config = update(config, cls.PRESETS[preset])
     if flags:
         config = update(config, flags)

@@ -16,10 +16,10 @@ DIRECTIONS = ("right", "down", "left", "up")
 
 
 def motion_media(run_dir: Path, data: Path, *, windows: int = 192, seed: int = 0) -> None:
-    """t-SNE of the recomposed motion (paper Fig. 14) and the store's flow magnitudes, into RUN/media.
+    """t-SNE of the method's motion code (paper Fig. 14) and the store's flow magnitudes, into RUN/media.
 
-    A window's vector is its mean a^agg; without labels in the store, windows are coloured by their dominant direction of motion (mean
-    displacement of the tracks), which the model was never told.
+    A window's vector is its mean code (DRP: a^agg); without labels in the store, windows are coloured by their dominant direction of
+    motion (mean displacement of the tracks), which the model was never told.
     """
     run, method, compute = load_run(run_dir)
     store = ClipStore(data)
@@ -47,7 +47,7 @@ def motion_media(run_dir: Path, data: Path, *, windows: int = 192, seed: int = 0
         xy=tsne(vectors, seed=seed).astype(np.float32),
         labels=labels,
         angle=angle.astype(np.float32),
-        title="a^agg of windows, coloured by direction of motion",
+        title="motion code of windows, coloured by direction of motion",
     )
     np.savez_compressed(
         media / "flow_pretraining.npz",

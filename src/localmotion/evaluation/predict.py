@@ -27,9 +27,9 @@ def predict(
 ) -> tuple[dict[str, float], dict[str, NDArray[np.uint8]]]:
     """Predict windows of ``clips`` clips of a store after 5 observed frames.
 
-    Returns mean PSNR and SSIM by row, and the pictures (N,T,S,S,3) uint8 by row: truth, motion (a^agg of the tracked points, as in the
-    paper's Fig. 8), zero_motion (no information from the future), last_frame. Raises CheckpointError or StoreError; ConfigError
-    when the run cannot predict from video alone.
+    Returns mean PSNR and SSIM by row, and the pictures (N,T,S,S,3) uint8 by row: truth, the method's own (DRP: motion, with a^agg of the
+    tracked points as in the paper's Fig. 8, and zero_motion, with no information from the future; IPV and APV: prior), last_frame.
+    Raises CheckpointError or StoreError; ConfigError when the run cannot predict from video alone.
     """
     run, method, compute = load_run(checkpoint, device=device)
     if run.stage != "pretrain":
@@ -43,6 +43,7 @@ def predict(
         split=split,
         heldout_fraction=run.pretrain.heldout_fraction,
         prefetch=False,
+        motion=method.wants_motion,
     )
     batch = {k: v.to(compute.device) for k, v in sampler.batch(0).items()}
     torch.manual_seed(seed)

@@ -10,6 +10,8 @@ from localmotion.methods.base import Batch, Group, Method
 _METHODS = {
     "drp": ("localmotion.methods.drp", "DRP"),
     "dreamer_v2": ("localmotion.methods.dreamer_v2", "DreamerV2"),
+    "dreamer_v3": ("localmotion.methods.dreamer_v3", "DreamerV3"),
+    "ipv": ("localmotion.methods.ipv", "IPV"),
 }
 
 

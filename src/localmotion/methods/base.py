@@ -32,6 +32,12 @@ class Group:
     lr: float
     freeze_updates: int = 0
     """Learning rate is zero for this many first updates (statistics and moments move on, as in IPV 2.2)."""
+    optimizer: str = "adam"
+    """Registry name in `training.optimizers`."""
+    warmup: int = 0
+    """Over this many first updates the learning rate rises from zero in equal parts."""
+    agc: float = 0.0
+    """Above 0: each gradient is clipped to this share of its parameter's norm, in place of the clipping of the group's global norm."""
 
 
 class Method(nn.Module):
@@ -41,10 +47,15 @@ class Method(nn.Module):
     paper: ClassVar[str]
     Config: ClassVar[type]
     PRESETS: ClassVar[dict[str, dict[str, Any]]]
+    """Settings of the presets paper, small and debug; `methods/sizes.py` has what small and debug share."""
+    SUITES: ClassVar[dict[str, dict[str, Any]]] = {}
+    """What the method's own paper sets for a suite (`dmc`) or an environment (`metaworld:drawer-open`), on top of `config.SUITES`."""
     wants_motion: ClassVar[bool] = False
     can_pretrain: ClassVar[bool] = False
     transfers: ClassVar[tuple[str, ...]] = ()
     """Names of the child modules that pre-training makes and fine-tuning loads."""
+    joint_update: ClassVar[bool] = False
+    """`world_model_losses` gives the behaviour's losses too: one backward pass, then every group is stepped once."""
 
     @abstractmethod
     def __init__(self, config: Any, *, image_size: int, action_dim: int | None) -> None:
@@ -63,7 +74,7 @@ class Method(nn.Module):
 
     @abstractmethod
     def behaviour_losses(self, start: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Losses "actor" and "critic" of imagined trajectories, and metrics."""
+        """Losses "actor" and "critic" of imagined trajectories, and metrics. Not called with `joint_update`."""
 
     @abstractmethod
     def loss_scales(self, stage: str) -> dict[str, float]:

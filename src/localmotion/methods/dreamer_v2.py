@@ -7,14 +7,14 @@ control (plain CNN, one RSSM, no intrinsic bonus, no context, no representative 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from localmotion.config import BehaviourConfig, RunConfig, WorldModelConfig
 from localmotion.methods.base import Batch, Group, Method
-from localmotion.methods.drp import DRP
+from localmotion.methods.sizes import presets
 from localmotion.models.actor_critic import ActorCritic
 from localmotion.models.heads import MLP
 from localmotion.models.image import ImageModel
@@ -40,26 +40,13 @@ class Carry(NamedTuple):
     action: Tensor
 
 
-def _presets() -> dict[str, dict[str, Any]]:
-    """The sizes of DRP's presets, so that a comparison differs in the method alone."""
-    out: dict[str, dict[str, Any]] = {"paper": {}}
-    for name in ("small", "debug"):
-        theirs = DRP.PRESETS[name]
-        world = {**theirs["model"]["world"], "encoder": "resnet", "context": False}
-        model = {"world": world}
-        if "behaviour" in theirs["model"]:
-            model["behaviour"] = theirs["model"]["behaviour"]
-        out[name] = {"model": model, "online": theirs["online"]}
-    return out
-
-
 class DreamerV2(Method):
     """DreamerV2 for continuous control from pixels."""
 
     name = "dreamer_v2"
     paper = "arXiv 2010.02193"
     Config = DreamerV2Config
-    PRESETS = _presets()
+    PRESETS = presets(world={"encoder": "resnet", "context": False}, pretrain=False)
 
     def __init__(self, config: DreamerV2Config, *, image_size: int, action_dim: int | None) -> None:
         super().__init__(config, image_size=image_size, action_dim=action_dim)

@@ -23,14 +23,15 @@ Shapes: B sequences, T positions, K parts, F features of z or s, A actions.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from localmotion.config import BehaviourConfig, RunConfig, WorldModelConfig
 from localmotion.errors import ConfigError
 from localmotion.methods.base import Batch, Group, Method
+from localmotion.methods.sizes import presets
 from localmotion.models.actor_critic import ActorCritic
 from localmotion.models.adapters import make_adapter
 from localmotion.models.bonus import IntrinsicBonus
@@ -85,83 +86,12 @@ class DRP(Method):
     wants_motion = True
     can_pretrain = True
     transfers = ("motion", "image", "latent")
-    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
-        "paper": {},
-        "small": {
-            "model": {
-                "dae": {"keypoints": 16, "blocks": 2, "dim": 64},
-                "world": {
-                    "stem": "unshuffle",
-                    "norm": "none",
-                    "depth": 24,
-                    "context_dropout": 0.0,
-                    "context_side": 8,
-                    "context_copy": True,
-                    "deter": 256,
-                    "hidden": 256,
-                    "stoch": 16,
-                    "classes": 16,
-                    "units": 200,
-                    "layers": 3,
-                },
-                "behaviour": {"slow_critic_every": 20},
-            },
-            "pretrain": {"updates": 8_000, "lr": 1e-3, "lr_decay": 0.25, "eval_every": 2_000, "save_every": 1_000},
-            "online": {
-                "env_steps": 50_000,
-                "batch_size": 8,
-                "length": 32,
-                "prefill": 2_500,
-                "eval_every": 5_000,
-                "eval_episodes": 4,
-                "replay_capacity": 100_000,
-                "lr": 1e-3,
-                "actor_lr": 8e-5,
-                "critic_lr": 2e-4,
-            },
-        },
-        "debug": {
-            "model": {
-                "dae": {"keypoints": 4, "patch": 8, "blocks": 2, "dim": 16, "heads": 2},
-                "world": {
-                    "stem": "unshuffle",
-                    "norm": "none",
-                    "depth": 8,
-                    "context_side": 8,
-                    "context_copy": True,
-                    "deter": 32,
-                    "hidden": 32,
-                    "stoch": 4,
-                    "classes": 4,
-                    "units": 32,
-                    "layers": 2,
-                },
-                "behaviour": {"horizon": 5},
-            },
-            "pretrain": {
-                "updates": 20,
-                "batch_size": 2,
-                "length": 8,
-                "log_every": 5,
-                "eval_every": 10,
-                "eval_batches": 1,
-                "save_every": 10,
-            },
-            "online": {
-                "env_steps": 400,
-                "batch_size": 2,
-                "length": 8,
-                "prefill": 120,
-                "warmup_updates": 2,
-                "freeze_updates": 0,
-                "eval_every": 100,
-                "eval_episodes": 1,
-                "log_every": 5,
-                "save_every": 50,
-                "replay_capacity": 2_000,
-            },
-        },
-    }
+    PRESETS = presets(
+        own={
+            "small": {"dae": {"keypoints": 16, "blocks": 2, "dim": 64}},
+            "debug": {"dae": {"keypoints": 4, "patch": 8, "blocks": 2, "dim": 16, "heads": 2}},
+        }
+    )
 
     def __init__(self, config: DRPConfig, *, image_size: int, action_dim: int | None) -> None:
         super().__init__(config, image_size=image_size, action_dim=action_dim)
@@ -276,13 +206,16 @@ class DRP(Method):
         online = run.online
         slow = online.pretrained_lr_factor if pretrained else 1.0
         freeze = online.freeze_updates if pretrained else 0
-        motion = [*self.motion.parameters(), *self.latent.parameters()]
-        encoder, decoder = self.image.encoder_parameters(), self.image.decoder_parameters()
-        new = [self.adapter, self.dynamics, self.reward, self.reward_representative]
+        motion: list[nn.Parameter] = []
+        new = [*self.image.decoder_parameters()]
+        for name in ("motion", "latent"):  # what a checkpoint was not asked for learns like the rest
+            (motion if run.loads(name) else new).extend(getattr(self, name).parameters())
+        for module in (self.adapter, self.dynamics, self.reward, self.reward_representative):
+            new.extend(module.parameters())
         return [
-            Group("motion", motion, online.lr * slow, freeze),
-            Group("encoder", encoder, online.lr, freeze),
-            Group("model", [*decoder, *(p for module in new for p in module.parameters())], online.lr),
+            *([Group("motion", motion, online.lr * slow, freeze)] if motion else []),
+            Group("encoder", self.image.encoder_parameters(), online.lr, freeze if run.loads("image") else 0),
+            Group("model", new, online.lr),
             Group("actor", list(self.behaviour.actor.parameters()), online.actor_lr),
             Group("critic", list(self.behaviour.critic.parameters()), online.critic_lr),
         ]

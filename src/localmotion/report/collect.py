@@ -35,7 +35,13 @@ _COUNTERS = ("update", "agent_step", "env_step", "episode", "wall", "updates_per
 # --- pre-training and representation ----------------------------------------------------------------------------------
 
 
-_PREDICTORS = {"motion": "with real motion", "zero_motion": "with zero motion", "last_frame": "copy of the last frame"}
+_PREDICTORS = {
+    "motion": "with real motion",
+    "prior": "from the observed frames alone",
+    "action": "with the real actions",
+    "zero_motion": "with zero motion",
+    "last_frame": "copy of the last frame",
+}
 _TRIVIAL = {"zero": "over zero flow", "frame_mean": "over the frame's mean", "nearest_time": "over the nearest time"}
 
 
@@ -72,12 +78,10 @@ def _heldout(report: Gathered) -> tuple[list[Block], list[tuple[str, str]]]:
             )
             blocks.append(Picture(chart, caption, "Ratio of the model's error to each trivial predictor"))
             tiles.append((f"{best:.2f}", f"{run.name}: held-out masked error over that of the best trivial predictor"))
-        if (quality := number(line, "psnr/motion")) is not None:
-            others = [
-                f"{_PREDICTORS[k]} {v:.1f}" for k in ("zero_motion", "last_frame") if (v := number(line, f"psnr/{k}")) is not None
-            ]
-            told = "; ".join([f"{run.name}: open-loop PSNR with real motion", *others])
-            tiles.append((f"{quality:.1f} dB", told))
+        scores = {k: v for k in _PREDICTORS if (v := number(line, f"psnr/{k}")) is not None}
+        if scores and (first := next(iter(scores))) != "last_frame":
+            others = [f"{_PREDICTORS[k]} {v:.1f}" for k, v in scores.items() if k != first]
+            tiles.append((f"{scores[first]:.1f} dB", "; ".join([f"{run.name}: open-loop PSNR {_PREDICTORS[first]}", *others])))
         blocks += _horizon(run, line)
     return blocks, tiles
 
@@ -150,7 +154,7 @@ def _losses(report: Gathered, runs: Sequence[RunData], kind: str, what: str) -> 
     losses = [k for k in keys if k.startswith("loss/")]
     other = [k for k in keys if k not in losses and k not in _COUNTERS and not k.startswith(("seconds/", "flow/"))]
     held = sorted({k for run in runs for k in run.keys("heldout") if "/" in k}) if kind == "pretrain" else []
-    held = [k for k in held if k in ("mae/ratio_best", "psnr/motion", "psnr/last_frame")]
+    held = [k for k in held if k in ("mae/ratio_best", *(f"psnr/{name}" for name in _PREDICTORS if name != "zero_motion"))]
     return [
         *figure(losses[:12], f"Losses of {what}."),
         *figure(held, "Held-out figures over training.", "heldout"),

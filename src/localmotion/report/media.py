@@ -108,7 +108,7 @@ def embedding(path: Path, run: str) -> Picture:
     except (ValueError, TypeError) as error:
         raise MediaError(f"{path.name}: {error}") from error
     how = "direction of motion" if angle is not None else "label"
-    return Picture(data, f"{run}: t-SNE of the recomposed motion a^agg, {len(label)} windows, coloured by {how}.", title)
+    return Picture(data, f"{run}: t-SNE of the motion code, {len(label)} windows, coloured by {how}.", title)
 
 
 def flow_magnitudes(path: Path) -> tuple[str, NDArray[np.float64]]:

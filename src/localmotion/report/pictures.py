@@ -241,7 +241,13 @@ def _wheel(axes: Axes, x: float, y: float, scale: float, font: float) -> None:
     axes.text(x + 0.75, y + 1.68, f"rim {scale:.2g}", ha="center", va="center", color=GREY, fontsize=font - 0.8)
 
 
-ROWS = {"motion": "prediction", "zero_motion": "prediction, zero motion", "last_frame": "last frame, copied"}
+ROWS = {
+    "motion": "prediction",
+    "prior": "prediction",
+    "action": "prediction",
+    "zero_motion": "prediction, zero motion",
+    "last_frame": "last frame, copied",
+}
 """What a strip calls the predictors of held-out evaluation."""
 
 

@@ -34,7 +34,13 @@ def pretrain(run: RunConfig, path: Path) -> Path:
     store = ClipStore(Path(run.data))
     settings = run.pretrain
     train = WindowSampler(
-        store, settings.length, settings.batch_size, run.seed, split="train", heldout_fraction=settings.heldout_fraction
+        store,
+        settings.length,
+        settings.batch_size,
+        run.seed,
+        split="train",
+        heldout_fraction=settings.heldout_fraction,
+        motion=cls.wants_motion,
     )
     heldout = _heldout(store, run)
     out = RunDir(path, run)
@@ -104,6 +110,7 @@ def _heldout(store: ClipStore, run: RunConfig) -> WindowSampler | None:
             split="heldout",
             heldout_fraction=settings.heldout_fraction,
             prefetch=False,
+            motion=methods.get(run.method).wants_motion,
         )
     except StoreError as error:
         say(f"no held-out figures: {error}")

@@ -1,0 +1,114 @@
+"""The sizes that the `small` and `debug` presets of every method share, so that a comparison on two CPU cores differs in the method alone.
+
+`small` is chosen by measurement (docs/performance.md, METHODS.md), `debug` runs in seconds. A method adds what is its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+WORLD: dict[str, dict[str, Any]] = {
+    "small": {
+        "stem": "unshuffle",
+        "norm": "none",
+        "depth": 24,
+        "context_dropout": 0.0,
+        "context_side": 8,
+        "context_copy": True,
+        "deter": 256,
+        "hidden": 256,
+        "stoch": 16,
+        "classes": 16,
+        "units": 200,
+        "layers": 3,
+    },
+    "debug": {
+        "stem": "unshuffle",
+        "norm": "none",
+        "depth": 8,
+        "context_side": 8,
+        "context_copy": True,
+        "deter": 32,
+        "hidden": 32,
+        "stoch": 4,
+        "classes": 4,
+        "units": 32,
+        "layers": 2,
+    },
+}
+"""`WorldModelConfig` of the method with the most in it; a method without context or with another encoder says so on top."""
+
+BEHAVIOUR: dict[str, dict[str, Any]] = {"small": {"slow_critic_every": 20}, "debug": {"horizon": 5}}
+
+PRETRAIN: dict[str, dict[str, Any]] = {
+    "small": {"updates": 8_000, "lr": 1e-3, "lr_decay": 0.25, "eval_every": 2_000, "save_every": 1_000},
+    "debug": {
+        "updates": 20,
+        "batch_size": 2,
+        "length": 8,
+        "log_every": 5,
+        "eval_every": 10,
+        "eval_batches": 1,
+        "save_every": 10,
+    },
+}
+
+ONLINE: dict[str, dict[str, Any]] = {
+    "small": {
+        "env_steps": 50_000,
+        "batch_size": 8,
+        "length": 32,
+        "prefill": 2_500,
+        "eval_every": 5_000,
+        "eval_episodes": 4,
+        "replay_capacity": 100_000,
+        "lr": 1e-3,
+        "actor_lr": 8e-5,
+        "critic_lr": 2e-4,
+    },
+    "debug": {
+        "env_steps": 400,
+        "batch_size": 2,
+        "length": 8,
+        "prefill": 120,
+        "warmup_updates": 2,
+        "freeze_updates": 0,
+        "eval_every": 100,
+        "eval_episodes": 1,
+        "log_every": 5,
+        "save_every": 50,
+        "replay_capacity": 2_000,
+    },
+}
+
+
+def presets(
+    *,
+    paper: Mapping[str, Any] | None = None,
+    world: Mapping[str, Any] | None = None,
+    own: Mapping[str, Mapping[str, Any]] | None = None,
+    pretrain: bool = True,
+    online: Mapping[str, Any] | None = None,
+) -> dict[str, dict[str, Any]]:
+    """PRESETS of a method with the shared sizes.
+
+    Args:
+        paper: what `paper` changes in the defaults (nothing, unless several methods share a setting whose default is another's).
+        world: `WorldModelConfig` values of `small` and `debug` that differ from the shared ones.
+        own: per preset, settings of the method's own parts, beside `world` and `behaviour`.
+        pretrain: whether the method has that stage.
+        online: `OnlineConfig` values of `small` and `debug` that differ from the shared ones.
+    """
+    out: dict[str, dict[str, Any]] = {"paper": dict(paper or {})}
+    for name in ("small", "debug"):
+        out[name] = {
+            "model": {
+                **((own or {}).get(name, {})),
+                "world": {**WORLD[name], **(world or {})},
+                "behaviour": dict(BEHAVIOUR[name]),
+            },
+            **({"pretrain": dict(PRETRAIN[name])} if pretrain else {}),
+            "online": {**ONLINE[name], **(online or {})},
+        }
+    return out
