@@ -8,6 +8,7 @@ from localmotion.errors import unknown_name
 from localmotion.methods.base import Batch, Group, Method
 
 _METHODS = {
+    "apv": ("localmotion.methods.apv", "APV"),
     "drp": ("localmotion.methods.drp", "DRP"),
     "dreamer_v2": ("localmotion.methods.dreamer_v2", "DreamerV2"),
     "dreamer_v3": ("localmotion.methods.dreamer_v3", "DreamerV3"),

@@ -1,0 +1,218 @@
+"""APV: an action-free world model pre-trained on videos, stacked under an action-conditioned one, explored with a video-based bonus.
+
+Paper: "Reinforcement Learning with Action-Free Pre-Training from Videos", arXiv 2203.13880. IPV (methods/ipv.py) adds context and a second
+reward head to it; IPV's baseline "plain WM" is this method with `encoder=resnet` and `beta_z=1`.
+
+    pre-training    q(z_t | z_{t-1}, o_t), no action; image from z_t, KL weighed by beta_z
+    fine-tuning     phi_t = feat(z_t) is what the action-conditioned model observes: q(s_t | s_{t-1}, a_{t-1}, phi_t);
+                    E[ -ln p(o_t | s_t) - ln p(r_t + lambda r_int_t | s_t) + beta_z KL_z + beta_s KL_s ]
+
+Where paper and released code differ, the paper is the default and the code a setting: `beta_z_finetune` (the release weighs KL_z with 0).
+Two things of the release are left out: its weight decay multiplies every variable by 1 - 1e-6 at every update instead of entering Adam as
+the family's L2 term does here, and its pre-training loader draws the ends of episodes more often, which a store of videos has no use for.
+Its DMC pre-training block (a narrower model, KL weight 1, 1 free nat) cannot be loaded by its own fine-tuning and is no preset.
+
+Shapes: B sequences, T positions, E embedding, F features of z or s, A actions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from localmotion.config import DMC_SUITES, BehaviourConfig, RunConfig, WorldModelConfig
+from localmotion.errors import ConfigError
+from localmotion.methods.base import Batch, Group, Method
+from localmotion.methods.sizes import presets
+from localmotion.models.actor_critic import ActorCritic
+from localmotion.models.bonus import IntrinsicBonus
+from localmotion.models.heads import MLP
+from localmotion.models.image import ImageModel
+from localmotion.models.rssm import RSSM, RSSMState, kl_loss
+
+
+@dataclass(frozen=True)
+class APVConfig:
+    """Settings of APV. Defaults are the paper's."""
+
+    world: WorldModelConfig = field(default_factory=lambda: WorldModelConfig(encoder="cnn", context=False))
+    behaviour: BehaviourConfig = field(default_factory=BehaviourConfig)
+    embed_input: bool = False
+    """The posterior of s sees [e, phi], the image embedding too, instead of phi: on for DMC, off for Meta-World."""
+    action_pad: int = 50
+    """Columns of both models' action input; those beyond the actions are zero, in the action-free model all of them."""
+    beta_z: float = 0.1
+    """KL weight of the action-free model in pre-training; 1 in IPV's plain WM."""
+    beta_z_finetune: float = 0.1
+    """The same in fine-tuning, where the paper's objective keeps it; 0 as in the released code."""
+    beta_s: float = 1.0
+    """KL weight of the action-conditioned model."""
+    intrinsic_weight: float = 1.0
+    """Weight lambda of the bonus: 1.0 Meta-World, 0.1 DMC."""
+    free_nats: float = 0.0
+    """Free nats of both KLs in fine-tuning: 0 Meta-World, 1 DMC."""
+
+
+class Carry(NamedTuple):
+    """What acting keeps between agent steps."""
+
+    latent: RSSMState  # z
+    state: RSSMState  # s
+    action: Tensor  # (B, A), the one that leads to the next frame
+
+
+class APV(Method):
+    """Action-free pre-training from videos."""
+
+    name = "apv"
+    paper = "arXiv 2203.13880"
+    Config = APVConfig
+    can_pretrain = True
+    transfers = ("image", "latent")
+    # All of what was pre-trained learns at the full rate. On two CPU cores the plain CNN is the slowest encoder there is: `small` and
+    # `debug` have the residual one, as DreamerV2's.
+    PRESETS = presets(
+        paper={"online": {"pretrained_lr_factor": 1.0}},
+        world={"encoder": "resnet", "context": False},
+        online={"pretrained_lr_factor": 1.0},
+    )
+    # The random exploration on DMC is counted in agent steps: 1000, of 2 env steps.
+    SUITES = {suite: {"model": {"embed_input": True}, "online": {"prefill": 2_000}} for suite in DMC_SUITES}
+
+    def __init__(self, config: APVConfig, *, image_size: int, action_dim: int | None) -> None:
+        super().__init__(config, image_size=image_size, action_dim=action_dim)
+        self.config, self.image_size, self.action_dim = config, image_size, action_dim
+        world, behaviour = config.world, config.behaviour
+        sizes: dict[str, Any] = {"deter": world.deter, "hidden": world.hidden, "stoch": world.stoch, "classes": world.classes}
+        self.image = ImageModel(world, image_size=image_size)
+        self.latent = RSSM(embed_dim=self.image.embed_dim, action_dim=0, action_pad=config.action_pad, action_free=True, **sizes)
+        if action_dim is None:
+            return
+        feat = self.latent.feat_dim
+        observed = feat + (self.image.embed_dim if config.embed_input else 0)
+        self.dynamics = RSSM(embed_dim=observed, action_dim=action_dim, action_pad=max(config.action_pad, action_dim), **sizes)
+        self.reward = MLP(feat, 1, units=world.units, layers=world.layers)  # r + lambda r_int
+        self.bonus = IntrinsicBonus(feat)
+        self.behaviour = ActorCritic(
+            feat,
+            action_dim,
+            units=world.units,
+            layers=world.layers,
+            horizon=behaviour.horizon,
+            discount=behaviour.discount,
+            lambda_=behaviour.lambda_,
+            entropy=behaviour.entropy,
+            slow_every=behaviour.slow_critic_every,
+        )
+
+    # 1. Pre-training on videos ------------------------------------------------------------------------------------------------
+
+    def pretrain_losses(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        truth = self.image.pixels(batch["image"])
+        embed, context = self.image.encode(truth, batch["image"])
+        post, prior = self.latent.observe(embed, None, batch["is_first"])
+        (image,) = self.image.losses([self.latent.feat(post)], context, truth)
+        kl, metrics = kl_loss(post.logits, prior, balance=self.config.world.kl_balance)
+        return {"image": image, "kl": kl}, {f"latent/{key}": value for key, value in metrics.items()}
+
+    # 2. Fine-tuning in the environment ----------------------------------------------------------------------------------------
+
+    def world_model_losses(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor], RSSMState]:
+        config, truth, is_first = self.config, self.image.pixels(batch["image"]), batch["is_first"]
+        balance, free = config.world.kl_balance, config.free_nats
+        embed, context = self.image.encode(truth, batch["image"])
+        latent, latent_prior = self.latent.observe(embed, None, is_first)
+        phi = self.latent.feat(latent)  # (B, T, F)
+        latent_kl, latent_metrics = kl_loss(latent.logits, latent_prior, balance=balance, free=free)
+        # Nothing is stopped: the losses of s reach z's model and the encoder through phi
+        state, prior = self.dynamics.observe(self._observed(embed, phi), batch["action"], is_first)
+        feat = self.dynamics.feat(state)  # (B, T, F)
+        kl, metrics = kl_loss(state.logits, prior, balance=balance, free=free)
+        bonus = self.bonus(phi.detach().float())  # (B, T - 4): where a window of 5 fits
+        target = batch["reward"][:, : bonus.shape[1]] + config.intrinsic_weight * bonus
+        reward = self.reward(feat[:, : bonus.shape[1]]).squeeze(-1).float()
+        losses = {
+            "image": self.image.losses([feat], context, truth)[0],
+            "kl": kl,
+            "latent_kl": latent_kl,
+            "reward": 0.5 * (reward - target).square().mean(),
+        }
+        told = {f"dynamics/{key}": value for key, value in metrics.items()}
+        told |= {f"latent/{key}": value for key, value in latent_metrics.items()} | {"bonus/mean": bonus.mean()}
+        return losses, told, RSSMState(*(x.detach().flatten(0, 1) for x in state))
+
+    def _observed(self, embed: Tensor, phi: Tensor) -> Tensor:
+        """What the action-conditioned model observes: (..., F), or (..., E + F)."""
+        return torch.cat([embed.to(phi.dtype), phi], -1) if self.config.embed_input else phi
+
+    def behaviour_losses(self, start: RSSMState) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        return self.behaviour.losses(start, self.dynamics, lambda feat: self.reward(feat).squeeze(-1))
+
+    def loss_scales(self, stage: str) -> dict[str, float]:
+        config = self.config
+        if stage == "pretrain":
+            return {"image": 1.0, "kl": config.beta_z}
+        return {"image": 1.0, "kl": config.beta_s, "latent_kl": config.beta_z_finetune, "reward": 1.0}
+
+    def groups(self, run: RunConfig, pretrained: bool) -> list[Group]:
+        if run.stage == "pretrain":
+            return [Group("model", list(self.parameters()), run.pretrain.lr)]
+        online = run.online
+        # One optimiser, with one gradient norm, for encoder and action-free model. What was not loaded is not held back.
+        old, new = self.image.encoder_parameters(), self.image.decoder_parameters()
+        (old if run.loads("latent") else new).extend(self.latent.parameters())
+        for module in (self.dynamics, self.reward):
+            new.extend(module.parameters())
+        held = pretrained and run.loads("image")
+        rate = online.lr * (online.pretrained_lr_factor if held else 1.0)
+        return [
+            Group("encoder", old, rate, online.freeze_updates if held else 0),
+            Group("model", new, online.lr),
+            Group("actor", list(self.behaviour.actor.parameters()), online.actor_lr),
+            Group("critic", list(self.behaviour.critic.parameters()), online.critic_lr),
+        ]
+
+    def after_update(self) -> None:
+        if self.action_dim is not None:
+            self.behaviour.after_update()
+
+    # 3. Acting and looking ----------------------------------------------------------------------------------------------------
+
+    def initial_carry(self, batch_size: int) -> Carry:
+        if self.action_dim is None:
+            raise ConfigError("a pre-trained model has no actor; fine-tune it in an environment first")
+        action = torch.zeros(batch_size, self.action_dim, device=next(self.parameters()).device)
+        return Carry(self.latent.initial(batch_size), self.dynamics.initial(batch_size), action)
+
+    def act(self, obs: Batch, carry: Carry, *, explore: bool, window: int = 0) -> tuple[Tensor, Carry]:
+        """One agent step; latents are sampled, in evaluation too."""
+        is_first, embed = obs["is_first"][:, 0], self.image.embed(obs["image"])
+        latent = self.latent.obs_step(carry.latent, None, embed, is_first)
+        observed = self._observed(embed, self.latent.feat(latent))
+        state = self.dynamics.obs_step(carry.state, carry.action, observed, is_first)
+        policy = self.behaviour.policy(self.dynamics.feat(state))
+        action = policy.rsample() if explore else policy.mode
+        return action, Carry(latent, state, action)
+
+    def open_loop(self, batch: Batch, context: int) -> dict[str, Tensor]:
+        """Prior rolled out after ``context`` frames: of z from nothing but those frames, once fine-tuned of s with the real actions."""
+        (batch_size, time), first = batch["image"].shape[:2], batch["is_first"][:, :context]
+        embed, maps = self.image.encode(self.image.pixels(batch["image"]), batch["image"], frame=context - 1)
+        model, seen = self.latent, embed[:, :context]
+        actions = embed.new_zeros(batch_size, time, 0)
+        post, _ = model.observe(seen, None, first)
+        if self.action_dim is not None:  # the decoder has since learned to read s
+            model, actions = self.dynamics, batch["action"]
+            post, _ = model.observe(self._observed(seen, self.latent.feat(post)), actions[:, :context], first)
+        prior = model.imagine(RSSMState(*(x[:, -1] for x in post)), actions[:, context:])
+        feat = torch.cat([model.feat(post), model.feat(prior)], 1)
+        picture = self.image.picture(self.image.decode(feat, maps)).view(batch_size, time, 3, self.image_size, self.image_size)
+        return {"prior" if self.action_dim is None else "action": picture}
+
+    def motion_code(self, batch: Batch) -> Tensor:
+        """Feature of z, (B,T,F): the code of a clip that the probes compare with a^agg."""
+        embed = self.image.embed(batch["image"]).unflatten(0, batch["is_first"].shape)
+        return self.latent.feat(self.latent.observe(embed, None, batch["is_first"])[0])
