@@ -27,6 +27,8 @@ def dmc(name: str) -> dict[str, Any]:
     """Return of a random episode, ours and dm_control's from the same state, and the largest difference of a reward or a state."""
     from dm_control import suite
 
+    if not hasattr(np, "in1d"):
+        np.in1d = np.isin  # type: ignore[attr-defined]  # dm_control's quadruped still asks for the name that NumPy 2.4 dropped
     from localmotion.envs.dmc import TASKS
 
     env: Any = make_env(name, size=8)
