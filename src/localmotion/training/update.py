@@ -10,25 +10,20 @@ from torch import Tensor
 from localmotion.compute import Compute
 from localmotion.config import RunConfig
 from localmotion.errors import LocalmotionError
-from localmotion.methods.base import Method, total
+from localmotion.methods.base import Group, Method, total
+from localmotion.training import optimizers
 
 BAD_LIMIT = 10  # non-finite updates in a row after which a run stops
 
 
 class Updater:
-    """Applies a method's losses with one Adam per parameter group."""
+    """Applies a method's losses with one optimiser per parameter group."""
 
     def __init__(self, method: Method, run: RunConfig, compute: Compute, *, pretrained: bool = False) -> None:
         self.method, self.run, self.compute = method, run, compute
         self.scales = method.loss_scales(run.stage)
         self.groups = method.groups(run, pretrained)
-        optim = run.optim
-        self.optimisers = {
-            group.name: torch.optim.Adam(
-                group.parameters, lr=group.lr, eps=optim.eps, weight_decay=optim.weight_decay, fused=True
-            )
-            for group in self.groups
-        }
+        self.optimisers = {group.name: optimizers.make(group, run.optim) for group in self.groups}
         self.update = 0
         self.bad = 0
 
@@ -37,12 +32,22 @@ class Updater:
         for group in self.groups:
             if group.name not in names:
                 continue
-            norms[f"grad/{group.name}"] = torch.nn.utils.clip_grad_norm_(group.parameters, self.run.optim.clip, foreach=True)
+            if group.agc:
+                norms[f"grad/{group.name}"] = optimizers.clip_adaptive_(group.parameters, group.agc)
+            else:
+                clip = self.run.optim.clip
+                norms[f"grad/{group.name}"] = torch.nn.utils.clip_grad_norm_(group.parameters, clip, foreach=True)
             optimiser = self.optimisers[group.name]
-            optimiser.param_groups[0]["lr"] = 0.0 if self.update < group.freeze_updates else group.lr * self._decay()
+            optimiser.param_groups[0]["lr"] = group.lr * self._share(group)
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
         return norms
+
+    def _share(self, group: Group) -> float:
+        """What a group uses of its learning rate at this update: nothing while frozen, a growing part in its warm-up."""
+        if self.update < group.freeze_updates:
+            return 0.0
+        return self._decay() * (min(1.0, self.update / group.warmup) if group.warmup else 1.0)
 
     def _decay(self) -> float:
         """What is left of the learning rate at this update: 1, in pre-training falling to 0 over the last `lr_decay` of the updates."""
@@ -76,7 +81,12 @@ class Updater:
         return {**{f"loss/{k}": v.detach() for k, v in losses.items()}, **metrics}
 
     def online(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """One online update in Algorithm 2's order: world model, then imagination with the updated model, actor, critic."""
+        """One online update in Algorithm 2's order: world model, then imagination with the updated model, actor, critic.
+
+        A method with ``joint_update`` is updated by one backward pass of all its losses instead.
+        """
+        if self.method.joint_update:
+            return self._joint(batch)
         world = [group.name for group in self.groups if group.name not in ("actor", "critic")]
         with self.compute.autocast():
             losses, metrics, start = self.method.world_model_losses(batch)
@@ -94,6 +104,17 @@ class Updater:
         self.method.after_update()
         self.update += 1
         return {**{f"loss/{k}": v.detach() for k, v in {**losses, **behaviour}.items()}, **metrics, **more}
+
+    def _joint(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        with self.compute.autocast():
+            losses, metrics, _ = self.method.world_model_losses(batch)
+            loss = total(losses, self.scales)
+        if self._finite(losses, loss):
+            loss.backward()
+            metrics = {**metrics, **self._step([group.name for group in self.groups])}
+        self.method.after_update()
+        self.update += 1
+        return {**{f"loss/{k}": v.detach() for k, v in losses.items()}, **metrics}
 
     # Saving -----------------------------------------------------------------------------------------------------------------
 

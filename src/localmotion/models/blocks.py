@@ -1,0 +1,97 @@
+"""Layers of DreamerV3: RMSNorm with SiLU, block-linear layers, their initialisation, and multi-layer networks of them.
+
+Source: danijar/dreamerv3, commit e3f0224, embodied/jax/nets.py: winit trunc_normal_in, norm rms with epsilon 1e-4, act silu.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+EPS = 1e-4
+
+
+def init_(weight: Tensor, fan_in: int, scale: float = 1.0) -> Tensor:
+    """Fill with a normal of variance scale^2 / fan_in, cut off at two deviations (1.1368 makes up for the cut)."""
+    std = 1.1368 * fan_in**-0.5
+    with torch.no_grad():
+        return nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std).mul_(scale)
+
+
+def linear(inputs: int, outputs: int, scale: float = 1.0) -> nn.Linear:
+    """Linear layer, weights by `init_` times ``scale``, zero bias."""
+    layer = nn.Linear(inputs, outputs)
+    init_(layer.weight, inputs, scale)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class _NormSiLU(torch.autograd.Function):
+    """silu(x / rms(x) * scale) over the last dimension; of large maps it keeps the input and one number a row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:
+        wide = x.float()
+        inverse = (wide.square().mean(-1, keepdim=True) + EPS).rsqrt_()
+        ctx.save_for_backward(x, inverse, scale)
+        return F.silu((wide * inverse).mul_(scale), inplace=True).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None]:
+        x, inverse, scale = ctx.saved_tensors
+        normed = x.float() * inverse
+        # d silu(y) = sigmoid(y) (1 + y (1 - sigmoid(y)))
+        grad = torch.ops.aten.silu_backward(grads[0].float(), normed * scale)
+        to_normed = grad * normed
+        to_scale = to_normed.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        mean = (to_normed.view(-1, scale.shape[-1]) @ (scale / scale.shape[-1])).view_as(inverse)
+        return torch.addcmul(grad.mul_(scale), normed, mean, value=-1).mul_(inverse).to(x.dtype), to_scale
+
+
+class NormSiLU(nn.Module):
+    """RMSNorm over the last dimension with a learned scale, then SiLU; computed in fp32, given back in the precision it came in."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = _NormSiLU.apply(x, self.scale)
+        return out
+
+
+class BlockLinear(nn.Module):
+    """G linear layers side by side: (..., G*I) -> (..., G*O), kernel (G, I, O), bias (G*O)."""
+
+    def __init__(self, inputs: int, outputs: int, blocks: int) -> None:
+        """``inputs`` and ``outputs`` are those of all blocks together. Raises ValueError where they cannot be shared out."""
+        super().__init__()
+        if inputs % blocks or outputs % blocks:
+            raise ValueError(f"{inputs} inputs and {outputs} outputs cannot be shared out over {blocks} blocks")
+        self.blocks = blocks
+        self.kernel = nn.Parameter(torch.empty(blocks, inputs // blocks, outputs // blocks))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+        init_(self.kernel, inputs)  # all inputs, not a block's own: so does the reference
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, self.blocks, self.kernel.shape[1]).transpose(0, 1)  # (G, N, I)
+        out = torch.bmm(rows, self.kernel).transpose(0, 1)  # (N, G, O)
+        return out.reshape(*x.shape[:-1], -1) + self.bias.to(out.dtype)
+
+
+class NormMLP(nn.Sequential):
+    """``layers`` times [Linear, RMSNorm, SiLU], then a linear output unless ``outputs`` is None: (..., in) -> (..., out or units).
+
+    ``outscale`` multiplies the initial weights of the output; 0 makes a head that predicts nothing at first.
+    """
+
+    def __init__(self, inputs: int, outputs: int | None, *, units: int, layers: int, outscale: float = 1.0) -> None:
+        parts: list[nn.Module] = []
+        for index in range(layers):
+            parts += [linear(units if index else inputs, units), NormSiLU(units)]
+        if outputs is not None:
+            parts.append(linear(units if layers else inputs, outputs, outscale))
+        super().__init__(*parts)

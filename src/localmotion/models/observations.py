@@ -1,0 +1,246 @@
+"""Encoder and decoder of DreamerV3 for pictures, vectors or both.
+
+Source: danijar/dreamerv3, commit e3f0224, dreamerv3/rssm.py (classes Encoder and Decoder with their defaults: kernel 5, convolution then
+2x2 maximum, nearest-neighbour upsampling then convolution, block-linear projection of the state to the decoder's map).
+
+Shapes: N = B*T pictures, S side, E embedding, D deter, Z flat latent, V vector. Maps are kept with channels last, (N, h, w, C).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from localmotion.errors import ConfigError
+from localmotion.models.blocks import BlockLinear, NormMLP, NormSiLU, init_, linear
+from localmotion.models.values import symlog
+
+KERNEL = 5
+MULTIPLIERS = (2, 3, 4, 4)
+BLOCK = 4  # side of the pixel blocks of stem "blocks"
+
+
+def to_patches(x: Tensor, side: int) -> Tensor:
+    """(N, h, w, C) -> (N, h/side, w/side, side*side*C), rows first."""
+    count, height, width, _ = x.shape
+    x = x.unflatten(2, (width // side, side)).unflatten(1, (height // side, side))
+    return x.transpose(2, 3).reshape(count, height // side, width // side, -1)
+
+
+def from_patches(x: Tensor, side: int) -> Tensor:
+    """Inverse of `to_patches`."""
+    count, height, width, channels = x.shape
+    x = x.view(count, height, width, side, side, channels // side**2).transpose(2, 3)
+    return x.reshape(count, height * side, width * side, -1)
+
+
+def shapes(stem: str, depth: int, image_size: int) -> tuple[list[int], int]:
+    """Widths of the stages and side of the coarsest map. Raises ConfigError for a side that the reference refuses (under 3, over 16)."""
+    skip = 2 if stem == "blocks" else 0
+    side = image_size // 2 ** len(MULTIPLIERS)
+    if image_size % 2 ** len(MULTIPLIERS) or not 3 <= side <= 16:
+        raise ConfigError(f"image_size={image_size}: dreamer_v3 takes multiples of 16 from 48 to 256")
+    return [depth * m for m in MULTIPLIERS[skip:]], side
+
+
+class Conv(nn.Module):
+    """5x5 convolution of maps with channels last, zeros around: (N, h, w, I) -> (N, h, w, O)."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        weight = init_(torch.empty(outputs, inputs, KERNEL, KERNEL), inputs * KERNEL**2)
+        self.weight = nn.Parameter(weight.contiguous(memory_format=torch.channels_last))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x.permute(0, 3, 1, 2), self.weight, self.bias, padding=KERNEL // 2).permute(0, 2, 3, 1)
+
+
+class UpConv(Conv):
+    """The same after doubling the picture by repetition, (N, h, w, I) -> (N, h, w, 4*O): `to_patches` of side 2 of (N, 2h, 2w, O).
+
+    The five taps of a doubled row lie on three pixels of the small one, on other ones for even and odd outputs: summed up beforehand they
+    are four 3x3 kernels, a third of the products, and the doubled map is never made.
+    """
+
+    TAPS = ((0, 0, 1, 1, 2), (0, 1, 1, 2, 2))  # small pixel (left, same, right) of each tap, even and odd outputs
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        taps = F.one_hot(torch.tensor(self.TAPS), 3).float()  # (parity, tap, pixel)
+        self.register_buffer("taps", taps, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        taps: Tensor = self.taps  # type: ignore[assignment]
+        with torch.autocast(x.device.type, enabled=False):
+            small = torch.einsum("pka,qlb,oikl->pqoiab", taps, taps, self.weight).flatten(0, 2)
+        small = small.contiguous(memory_format=torch.channels_last)
+        return F.conv2d(x.permute(0, 3, 1, 2), small, self.bias.repeat(4), padding=1).permute(0, 2, 3, 1)
+
+
+class ImageEncoder(nn.Module):
+    """(N, S, S, 3) uint8 -> (N, E): stages of convolution, maximum over 2x2, RMSNorm, SiLU.
+
+    ``stem="pool"`` is the reference's, four stages. ``stem="blocks"`` is for CPUs: 4x4 pixels become channels first and take the place of
+    the first two stages, in which nearly all of the arithmetic is.
+    """
+
+    def __init__(self, *, stem: Literal["pool", "blocks"], depth: int, image_size: int) -> None:
+        super().__init__()
+        widths, side = shapes(stem, depth, image_size)
+        self.blocks = stem == "blocks"
+        inputs = 3 * BLOCK**2 if self.blocks else 3
+        self.convs = nn.ModuleList(Conv(a, b) for a, b in itertools.pairwise([inputs, *widths]))
+        self.norms = nn.ModuleList(NormSiLU(width) for width in widths)
+        self.embed_dim = side * side * widths[-1]
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = (to_patches(image, BLOCK) if self.blocks else image).float().mul_(1 / 255).sub_(0.5)
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = F.max_pool2d(conv(x).permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
+            x = norm(x)
+        return x.flatten(1)
+
+
+class ImageDecoder(nn.Module):
+    """deter (N, D), flat latent (N, Z) -> logits of pixels, in the patches in which the last convolution makes them; mirror of the encoder.
+
+    The state reaches the coarsest map through a block-linear layer (each block makes its own channels), the latent through two layers.
+    """
+
+    def __init__(
+        self, deter: int, latent: int, *, stem: Literal["pool", "blocks"], depth: int, units: int, blocks: int, image_size: int
+    ) -> None:
+        super().__init__()
+        widths, self.side = shapes(stem, depth, image_size)
+        self.blocks = stem == "blocks"
+        if widths[-1] % blocks:
+            raise ConfigError(f"depth={depth}: 4 times it must be a multiple of blocks={blocks}")
+        size = self.side**2 * widths[-1]
+        self.from_deter = BlockLinear(deter, size, blocks)
+        self.from_stoch = nn.Sequential(linear(latent, 2 * units), NormSiLU(2 * units), linear(2 * units, size))
+        self.norm = NormSiLU(widths[-1])
+        outputs = 3 * BLOCK**2 if self.blocks else 3
+        self.convs = nn.ModuleList(UpConv(a, b) for a, b in itertools.pairwise([*widths[::-1], outputs]))
+        self.norms = nn.ModuleList(NormSiLU(width) for width in widths[-2::-1])
+
+    def forward(self, deter: Tensor, latent: Tensor) -> Tensor:
+        """(N, h, w, P): `patches` has the same layout."""
+        side, groups = self.side, self.from_deter.blocks
+        x = self.from_deter(deter).view(-1, groups, side, side, self.norm.scale.numel() // groups)
+        x = x.permute(0, 2, 3, 1, 4).flatten(3) + self.from_stoch(latent).view(-1, side, side, self.norm.scale.numel())
+        x = self.norm(x)
+        for conv, norm in zip(self.convs, self.norms, strict=False):
+            x = norm(from_patches(conv(x), 2))
+        out: Tensor = self.convs[-1](x)
+        return out
+
+    def patches(self, image: Tensor) -> Tensor:
+        """Pictures (N, S, S, 3), any type, in the layout of `forward`'s output."""
+        return to_patches(to_patches(image, BLOCK) if self.blocks else image, 2)
+
+    def picture(self, logits: Tensor) -> Tensor:
+        """`forward`'s output as pictures (N, S, S, 3) in [0, 1]."""
+        x = from_patches(torch.sigmoid(logits.float()), 2)
+        return from_patches(x, BLOCK) if self.blocks else x
+
+
+class _PixelLoss(torch.autograd.Function):
+    """Squared error of sigmoid(logits) to uint8 pixels, summed over a picture: (N,). The gradient is made beside the loss."""
+
+    @staticmethod
+    def forward(ctx: object, logits: Tensor, truth: Tensor) -> Tensor:
+        share = torch.sigmoid(logits.float())
+        error = share - truth.float().mul_(1 / 255)
+        loss = error.square().flatten(1).sum(1)
+        if ctx.needs_input_grad[0]:  # type: ignore[attr-defined]
+            slope = torch.ops.aten.sigmoid_backward(error, share).mul_(2).to(logits.dtype)
+            ctx.save_for_backward(slope)  # type: ignore[attr-defined]
+        return loss
+
+    @staticmethod
+    def backward(ctx: object, *grads: Tensor) -> tuple[Tensor, None]:
+        (slope,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        return slope * grads[0].to(slope.dtype).view(-1, 1, 1, 1), None
+
+
+def pixel_loss(logits: Tensor, truth: Tensor) -> Tensor:
+    """Squared error (N,) between sigmoid of logits (N, h, w, P) and uint8 pixels of the same layout scaled to [0, 1], summed."""
+    out: Tensor = _PixelLoss.apply(logits, truth)
+    return out
+
+
+class ObservationModel(nn.Module):
+    """Encoder and decoder of what is observed: pictures (B,T,S,S,3) uint8, vectors (B,T,V), or both."""
+
+    def __init__(
+        self,
+        *,
+        deter: int,
+        latent: int,
+        image_size: int,
+        vector_dim: int,
+        stem: Literal["pool", "blocks"],
+        depth: int,
+        units: int,
+        blocks: int,
+        layers: int = 3,
+    ) -> None:
+        """``image_size`` 0: no pictures; ``vector_dim`` 0: no vectors. Raises ConfigError for neither."""
+        super().__init__()
+        if not image_size and not vector_dim:
+            raise ConfigError("dreamer_v3 observes nothing: set model.pixels=true or model.vector_dim to the vector's length")
+        self.deter, self.vector_dim = deter, vector_dim
+        self.embed_dim = 0
+        self.image_encoder: ImageEncoder | None = None
+        self.image_decoder: ImageDecoder | None = None
+        self.vector_encoder: NormMLP | None = None
+        self.vector_decoder: NormMLP | None = None
+        if vector_dim:
+            self.vector_encoder = NormMLP(vector_dim, None, units=units, layers=layers)
+            self.vector_decoder = NormMLP(deter + latent, vector_dim, units=units, layers=layers)
+            self.embed_dim += units
+        if image_size:
+            self.image_encoder = ImageEncoder(stem=stem, depth=depth, image_size=image_size)
+            self.image_decoder = ImageDecoder(
+                deter, latent, stem=stem, depth=depth, units=units, blocks=blocks, image_size=image_size
+            )
+            self.embed_dim += self.image_encoder.embed_dim
+
+    def encode(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Embeddings (B, T, E), the vector's part first."""
+        parts = []
+        if self.vector_encoder is not None:
+            parts.append(self.vector_encoder(symlog(batch["vector"].float())))
+        if self.image_encoder is not None:
+            image = batch["image"]
+            parts.append(self.image_encoder(image.flatten(0, 1)).unflatten(0, image.shape[:2]))
+        return torch.cat([part.to(parts[0].dtype) for part in parts], -1) if len(parts) > 1 else parts[0]
+
+    def losses(self, feat: Tensor, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Reconstruction losses (B, T) by name: squared error of pixels in [0, 1], and of symlog vectors, summed over each observation."""
+        out = {}
+        if self.vector_decoder is not None:
+            error = self.vector_decoder(feat).float() - symlog(batch["vector"].float())
+            out["vector"] = error.square().sum(-1)
+        if self.image_decoder is not None:
+            truth = self.image_decoder.patches(batch["image"].flatten(0, 1))
+            out["image"] = pixel_loss(self._decode(feat), truth).view(feat.shape[:2])
+        return out
+
+    def _decode(self, feat: Tensor) -> Tensor:
+        assert self.image_decoder is not None
+        flat = feat.flatten(0, 1)
+        logits: Tensor = self.image_decoder(flat[:, : self.deter], flat[:, self.deter :])
+        return logits
+
+    def pictures(self, feat: Tensor) -> Tensor:
+        """Pictures (B, T, 3, S, S) in [0, 1] of features (B, T, F). Raises ConfigError without pictures."""
+        if self.image_decoder is None:
+            raise ConfigError("dreamer_v3 was built without pictures (model.pixels=false) and cannot draw")
+        return self.image_decoder.picture(self._decode(feat)).permute(0, 3, 1, 2).unflatten(0, feat.shape[:2])

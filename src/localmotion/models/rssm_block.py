@@ -1,0 +1,253 @@
+"""Recurrent state-space model of DreamerV3: block GRU, RMSNorm, categorical latents with a share of the uniform distribution.
+
+Source: danijar/dreamerv3, commit e3f0224, dreamerv3/rssm.py. As `models.rssm`, written so that little is left inside the recurrence; unlike
+the reference the deterministic state is kept in fp32 when products are bf16, so that small changes add up.
+
+Shapes: B sequences, T positions, S categoricals, C classes, D deter, G blocks, H hidden, E embedding, A actions, F = S*C + D.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from localmotion.models.blocks import BlockLinear, NormMLP, NormSiLU, linear
+from localmotion.models.distributions import categorical_kl, gumbel, straight_through
+from localmotion.models.rssm import _Product
+
+
+class State(NamedTuple):
+    """logits (..., S, C): normalised log-probabilities of the latent; stoch (..., S, C) one-hot sample; deter (..., D) fp32."""
+
+    logits: Tensor
+    stoch: Tensor
+    deter: Tensor
+
+
+def kl_losses(post: Tensor, prior: Tensor, free: float = 1.0) -> tuple[Tensor, Tensor]:
+    """(dyn, rep), each (...), of log-probabilities (..., S, C): max(free, KL(sg post || prior)) and max(free, KL(post || sg prior)).
+
+    The KL is summed over S, in nats. Free nats hold at each position, before any mean: a position below them has no gradient.
+    """
+    dyn = categorical_kl(post.detach(), prior).clamp(min=free)
+    rep = categorical_kl(post, prior.detach()).clamp(min=free)
+    return dyn, rep
+
+
+class _DeferredBlocks(torch.autograd.Function):
+    """As `models.rssm._DeferredWeight`, for a kernel (G, I, O): the term is (T, G, B, O), the inputs are (G, B, I)."""
+
+    @staticmethod
+    def forward(ctx: Any, term: Tensor, kernel: Tensor, inputs: list[Tensor]) -> Tensor:
+        ctx.inputs, ctx.dtype = inputs, kernel.dtype
+        return term.view_as(term)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        (grad,) = grads
+        kernel = None
+        if ctx.needs_input_grad[1]:
+            rows = grad.transpose(0, 1).flatten(1, 2)  # (G, T*B, O)
+            kernel = torch.bmm(torch.cat(ctx.inputs, 1).to(rows.dtype).transpose(1, 2), rows).to(ctx.dtype)
+        return grad, kernel, None
+
+
+class _BlockProduct:
+    """x_t K + term_t inside a recurrence, x_t (G, B, I): K is cast once, and its gradient is formed once."""
+
+    def __init__(self, kernel: Tensor, term: Tensor) -> None:
+        self.kernel = kernel.detach().to(term.dtype)
+        self.inputs: list[Tensor] = []
+        self.learns = torch.is_grad_enabled() and kernel.requires_grad
+        self.terms = (_DeferredBlocks.apply(term, kernel, self.inputs) if self.learns else term).unbind(0)
+
+    def __call__(self, t: int, x: Tensor) -> Tensor:
+        if self.learns:
+            self.inputs.append(x.detach())
+        return torch.baddbmm(self.terms[t], x, self.kernel)
+
+
+class BlockRSSM(nn.Module):
+    """h_t = block GRU(h_{t-1}, z_{t-1}, a_t), prior p(z_t | h_t), posterior q(z_t | h_t, e_t).
+
+    State, latent and action go through a layer each; the three results stand beside every block of the state as input of its block of the
+    GRU. ``unimix`` of every latent distribution is uniform. Actions beyond [-1, 1] are clipped: a / max(1, |a|).
+    """
+
+    def __init__(
+        self,
+        *,
+        embed_dim: int,
+        action_dim: int,
+        deter: int,
+        hidden: int,
+        stoch: int = 32,
+        classes: int = 32,
+        blocks: int = 8,
+        unimix: float = 0.01,
+    ) -> None:
+        """Raises ValueError where ``deter`` cannot be shared out over ``blocks``."""
+        super().__init__()
+        self.deter, self.stoch, self.classes, self.blocks, self.unimix = deter, stoch, classes, blocks, unimix
+        flat = stoch * classes
+        self.flat = flat
+        self.in_deter, self.in_stoch, self.in_action = linear(deter, hidden), linear(flat, hidden), linear(action_dim, hidden)
+        self.in_norms = nn.ModuleList(NormSiLU(hidden) for _ in range(3))
+        self.core = BlockLinear(deter + 3 * hidden * blocks, deter, blocks)
+        self.core_norm = NormSiLU(deter)
+        self.gru = BlockLinear(deter, 3 * deter, blocks)
+        self.prior_net = NormMLP(deter, flat, units=hidden, layers=2)
+        self.post_in, self.post_norm, self.post_out = linear(deter + embed_dim, hidden), NormSiLU(hidden), linear(hidden, flat)
+
+    @property
+    def feat_dim(self) -> int:
+        """D + S*C."""
+        return self.deter + self.flat
+
+    def initial(self, batch: int) -> State:
+        """All zeros."""
+        weight = self.in_deter.weight
+        zeros = weight.new_zeros(batch, self.stoch, self.classes)
+        return State(zeros, zeros, weight.new_zeros(batch, self.deter))
+
+    def feat(self, state: State) -> Tensor:
+        """(..., F): deter first, then the latent."""
+        return torch.cat([state.deter, state.stoch.flatten(-2)], -1)
+
+    # Pieces -----------------------------------------------------------------------------------------------------------------
+
+    def _action(self, action: Tensor) -> Tensor:
+        """The action's input (..., H) to the core."""
+        out: Tensor = self.in_norms[2](self.in_action(action / action.abs().clamp(min=1.0).detach()))
+        return out
+
+    def _split(self) -> tuple[Tensor, Tensor]:
+        """The core's kernel as (G, D/G, D/G) for the state, and (D, 3H) for the three inputs that all blocks share."""
+        width = self.deter // self.blocks
+        return self.core.kernel[:, :width], self.core.kernel[:, width:].transpose(1, 2).flatten(0, 1)
+
+    def _in_blocks(self, x: Tensor) -> Tensor:
+        """(B, D') -> (G, B, D'/G), a view."""
+        return x.unflatten(-1, (self.blocks, -1)).transpose(0, 1)
+
+    def _gates(self, parts: Tensor, deter: Tensor) -> Tensor:
+        """New deter (B, D) from the GRU's linear output (G, B, 3D/G), in fp32."""
+        reset, cand, update = parts.float().transpose(0, 1).chunk(3, -1)  # (B, G, D/G)
+        cand = torch.tanh(torch.sigmoid(reset) * cand)
+        return torch.lerp(deter.float(), cand.flatten(1), torch.sigmoid(update - 1.0).flatten(1))
+
+    def _logits(self, out: Tensor) -> Tensor:
+        """Normalised log-probabilities (..., S, C), fp32, of a network's output (..., S*C)."""
+        logits = F.log_softmax(out.float().unflatten(-1, (self.stoch, self.classes)), -1)
+        if self.unimix:
+            logits = logits.exp().mul(1 - self.unimix).add(self.unimix / self.classes).log()
+        return logits
+
+    def _recur(self, stoch: Tensor, deter: Tensor, action_part: Tensor) -> Tensor:
+        """New deter (B, D) from the flat latent (B, S*C), deter and `_action`'s part (B, H)."""
+        inputs = torch.cat([self.in_norms[0](self.in_deter(deter)), self.in_norms[1](self.in_stoch(stoch)), action_part], -1)
+        own, shared = self._split()
+        low = inputs.dtype
+        x = F.linear(inputs, shared, self.core.bias)
+        x = x + torch.bmm(self._in_blocks(deter.to(low)), own.to(low)).transpose(0, 1).flatten(1)
+        x = self._in_blocks(self.core_norm(x))
+        bias = self._in_blocks(self.gru.bias.to(low).unsqueeze(0))  # (G, 1, 3D/G)
+        return self._gates(torch.baddbmm(bias, x, self.gru.kernel.to(low)), deter)
+
+    def prior(self, deter: Tensor) -> Tensor:
+        """Prior's log-probabilities (..., S, C) of deter (..., D)."""
+        return self._logits(self.prior_net(deter))
+
+    def _sample(self, logits: Tensor, sample: bool, generator: torch.Generator | None) -> Tensor:
+        return straight_through(logits, gumbel(logits.shape, logits, generator) if sample else None)
+
+    # Steps and sequences ----------------------------------------------------------------------------------------------------
+
+    def img_step(self, state: State, action: Tensor, sample: bool = True, generator: torch.Generator | None = None) -> State:
+        """One step of the prior; ``sample=False`` takes the most likely class."""
+        deter = self._recur(state.stoch.flatten(-2), state.deter, self._action(action))
+        logits = self.prior(deter)
+        return State(logits, self._sample(logits, sample, generator), deter)
+
+    def obs_step(
+        self,
+        state: State,
+        action: Tensor,
+        embed: Tensor,
+        is_first: Tensor,
+        sample: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> State:
+        """One step of the posterior; state and action are zeroed where ``is_first`` (B,)."""
+        keep = (~is_first).to(state.deter.dtype).unsqueeze(-1)
+        deter = self._recur(state.stoch.flatten(-2) * keep, state.deter * keep, self._action(action * keep))
+        hidden = self.post_norm(self.post_in(torch.cat([deter, embed.to(deter.dtype)], -1)))
+        logits = self._logits(self.post_out(hidden))
+        return State(logits, self._sample(logits, sample, generator), deter)
+
+    def observe(
+        self,
+        embed: Tensor,
+        action: Tensor,
+        is_first: Tensor,
+        state: State | None = None,
+        sample: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> tuple[State, Tensor]:
+        """Posterior over a sequence: embed (B,T,E), action (B,T,A), is_first (B,T) -> states (B,T,...) and prior logits (B,T,S,C).
+
+        Outside the recurrence, each as one product over B*T: the action's and the embedding's parts, all prior logits, and in the backward
+        pass the gradient of every weight.
+        """
+        batch, time = is_first.shape
+        state = self.initial(batch) if state is None else state
+        keep = (~is_first).t().unsqueeze(-1).float()  # (T, B, 1)
+        action_part = self._action(action.transpose(0, 1) * keep)  # (T, B, H)
+        embed_part = F.linear(embed.transpose(0, 1), self.post_in.weight[:, self.deter :], self.post_in.bias)  # (T, B, H)
+        low, hidden = embed_part.dtype, action_part.shape[-1]  # the precision of products: bf16 under autocast
+        own, shared = self._split()
+        core_part = F.linear(action_part, shared[:, 2 * hidden :], self.core.bias)  # (T, B, D)
+
+        def bias(x: Tensor) -> Tensor:
+            return x.to(low).expand(time, batch, -1)
+
+        in_deter = _Product(self.in_deter.weight, bias(self.in_deter.bias))
+        in_stoch = _Product(self.in_stoch.weight, bias(self.in_stoch.bias))
+        core_in = _Product(shared[:, : 2 * hidden], core_part)
+        core_own = _BlockProduct(own, core_part.new_zeros(()).expand(time, self.blocks, batch, self.deter // self.blocks))
+        gru_bias = self.gru.bias.to(low).view(1, self.blocks, 1, -1).expand(time, -1, batch, -1)
+        gru = _BlockProduct(self.gru.kernel, gru_bias)
+        post_in = _Product(self.post_in.weight[:, : self.deter], embed_part)
+        post_out = _Product(self.post_out.weight, bias(self.post_out.bias))
+        noise = gumbel((time, batch, self.stoch, self.classes), embed, generator).unbind(0) if sample else (None,) * time
+        # Only the positions where some sequence starts pay for the reset; asking which they are would make a GPU wait.
+        reset = is_first.any(0).tolist() if is_first.device.type == "cpu" else [True] * time
+        stoch, deter = state.stoch.flatten(-2), state.deter.float()
+        logits, stochs, deters = [], [], []
+        for t in range(time):
+            if reset[t]:
+                stoch, deter = stoch * keep[t], deter * keep[t]
+            before = deter.to(low)
+            inputs = torch.cat([self.in_norms[0](in_deter(t, before)), self.in_norms[1](in_stoch(t, stoch.to(low)))], -1)
+            x = core_in(t, inputs) + core_own(t, self._in_blocks(before)).transpose(0, 1).flatten(1)  # (B, D)
+            deter = self._gates(gru(t, self._in_blocks(self.core_norm(x))), deter)
+            post = self._logits(post_out(t, self.post_norm(post_in(t, deter.to(low)))))  # (B, S, C)
+            one_hot = straight_through(post, noise[t])
+            stoch = one_hot.flatten(-2)
+            logits.append(post)
+            stochs.append(one_hot)
+            deters.append(deter)
+        deter_all = torch.stack(deters, 1)
+        states = State(torch.stack(logits, 1), torch.stack(stochs, 1), deter_all)
+        return states, self.prior(deter_all)
+
+    def imagine(self, state: State, action: Tensor, sample: bool = True, generator: torch.Generator | None = None) -> State:
+        """Prior rolled out from ``state`` (B, ...) along actions (B, T, A): states (B, T, ...)."""
+        out = []
+        for t in range(action.shape[1]):
+            state = self.img_step(state, action[:, t], sample, generator)
+            out.append(state)
+        return State(*(torch.stack(x, 1) for x in zip(*out, strict=True)))
