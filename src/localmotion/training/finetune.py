@@ -15,7 +15,7 @@ from localmotion import methods
 from localmotion.compute import choose
 from localmotion.config import RunConfig
 from localmotion.console import progress, say
-from localmotion.errors import CheckpointError, ConfigError
+from localmotion.errors import ConfigError
 from localmotion.evaluation.rollout import (
     Observer,
     episode_seed,
@@ -31,6 +31,7 @@ from localmotion.replay import Replay
 from localmotion.training import checkpoint
 from localmotion.training.pretrain import to_device
 from localmotion.training.rundir import RunDir
+from localmotion.training.transfer import load_pretrained
 from localmotion.training.update import Updater, to_floats
 from localmotion.video.write import write_video
 
@@ -46,23 +47,6 @@ def recipe_of(run: RunConfig, path: Path) -> Recipe:
     return streaming_recipe(Recipe())
 
 
-def load_pretrained(method: Method, run: RunConfig) -> list[str]:
-    """Load what pre-training transfers. Raises CheckpointError for another method's checkpoint or other shapes."""
-    source = Path(run.checkpoint)
-    theirs = checkpoint.read_config(source)
-    if theirs.method != run.method:
-        raise CheckpointError(
-            f"{source}: was pre-trained with method {theirs.method}, this run is {run.method}; give a {run.method} checkpoint"
-        )
-    if theirs.stage != "pretrain":
-        raise CheckpointError(f"{source}: is a {theirs.stage} run, not a pre-training run")
-    path = checkpoint.newest(source)
-    weights = checkpoint.read(path, "weights")
-    prefixes = tuple(f"{name}." for name in method.transfers)
-    chosen = {key: value for key, value in weights.items() if key.startswith(prefixes)}
-    return checkpoint.load_weights(method, chosen, str(path), partial=True)
-
-
 def finetune(run: RunConfig, path: Path) -> Path:
     """Learn ``run.env`` with ``run.method`` in the run directory ``path``; continues where a run of the same settings stopped."""
     cls = methods.get(run.method)
@@ -70,6 +54,8 @@ def finetune(run: RunConfig, path: Path) -> Path:
         raise ConfigError(f"{run.stage}: say which --env, e.g. dmc:walker_walk or metaworld:reach")
     if run.stage == "finetune" and not run.checkpoint:
         raise ConfigError("finetune needs --checkpoint; to learn without pre-training use localmotion train")
+    if run.load and not run.checkpoint:
+        raise ConfigError(f"load={run.load} needs --checkpoint, the pre-trained run to load from")
     if run.checkpoint and not cls.can_pretrain:
         raise ConfigError(f"method {run.method} has no pre-training stage; use localmotion train without --checkpoint")
     recipe = recipe_of(run, path) if cls.wants_motion else None
@@ -82,8 +68,7 @@ def finetune(run: RunConfig, path: Path) -> Path:
     size = recipe.size if recipe else observer.env.observation_space["image"].shape[0]  # type: ignore[index]
     method = cls(run.model, image_size=size, action_dim=observer.action_dim).to(compute.device)
     if run.checkpoint:
-        loaded = load_pretrained(method, run)
-        say(f"loaded {len(loaded)} tensors from {run.checkpoint}: {', '.join(method.transfers)}")
+        say(load_pretrained(method, run).line())
     out = RunDir(path, run)
     learner = _Learner(run, out, observer, method, Updater(method, run, compute, pretrained=bool(run.checkpoint)), repeat)
     try:

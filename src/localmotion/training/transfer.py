@@ -1,0 +1,116 @@
+"""What a run takes from a pre-trained one: everything its method transfers, or the parts that the setting `load` names.
+
+`load` is how the paper's comparisons are made:
+
+    DRP without pre-trained dynamics (Table 1)      finetune --method drp --checkpoint DRP_RUN --load motion,image
+    IPV without pre-trained dynamics (Table 1)      finetune --method ipv --checkpoint IPV_RUN --load image
+    IPV_pre_DRP_ft (Fig. 7)                         finetune --method drp --checkpoint IPV_RUN --load image,latent
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from localmotion.config import RunConfig
+from localmotion.errors import CheckpointError, ConfigError, unknown_name
+from localmotion.methods.base import Method
+from localmotion.models.rssm import RSSM
+from localmotion.training import checkpoint
+
+
+@dataclass
+class Transfer:
+    """What was loaded, and what was not."""
+
+    source: str
+    method: str
+    parts: tuple[str, ...]
+    loaded: list[str]
+    notes: list[str] = field(default_factory=list)
+
+    def line(self) -> str:
+        """For the run's log."""
+        head = f"loaded {len(self.loaded)} tensors of {', '.join(self.parts)} from {self.source} ({self.method})"
+        return "; ".join([head, *self.notes])
+
+
+def load_pretrained(method: Method, run: RunConfig) -> Transfer:
+    """Load weights of ``run.checkpoint`` by name.
+
+    Raises CheckpointError for a run of another method unless ``run.load`` names parts, for a run that is not a pre-training, for other
+    shapes, and for parts that it lacks; ConfigError for parts that the method does not transfer.
+    """
+    source = Path(run.checkpoint)
+    theirs = checkpoint.read_config(source)
+    parts = _parts(method, run)
+    foreign = theirs.method != run.method
+    if foreign and not run.load:
+        raise CheckpointError(
+            f"{source}: was pre-trained with method {theirs.method}, this run is {run.method}; give a {run.method} checkpoint,"
+            f" or name the parts to take over with --load ({', '.join(method.transfers)})"
+        )
+    if theirs.stage != "pretrain":
+        raise CheckpointError(f"{source}: is a {theirs.stage} run, not a pre-training run")
+    path = checkpoint.newest(source)
+    weights = checkpoint.read(path, "weights")
+    here, there = {key.partition(".")[0] for key in method.state_dict()}, {key.partition(".")[0] for key in weights}
+    if lacking := [part for part in parts if part not in there]:
+        known = ", ".join(part for part in method.transfers if part in there)
+        raise CheckpointError(f"{source}: has no {', '.join(lacking)} to load; --load can name {known or 'nothing'}")
+    prefixes = tuple(f"{part}." for part in parts)
+    chosen = {key: value for key, value in weights.items() if key.startswith(prefixes)}
+    own = {key for key in method.state_dict() if key.startswith(prefixes)}
+    notes = []
+    if foreign:
+        for columns in _without_actions(method, chosen):
+            notes.append(f"{columns} without its columns for actions")
+        for text, names in (("the checkpoint lacks", own - set(chosen)), ("not used:", set(chosen) - own)):
+            notes += [f"{text} {_few(names)}"] if names else []
+        chosen = {key: value for key, value in chosen.items() if key in own}
+    elif missing := sorted(own - set(chosen)):
+        raise CheckpointError(f"{path}: the checkpoint lacks {_few(missing)}; are method, preset and settings the same?")
+    loaded = checkpoint.load_weights(method, chosen, str(path), partial=True)
+    if fresh := [part for part in method.transfers if part not in parts and part in here]:
+        notes.append(f"not pre-trained: {', '.join(fresh)}")
+    return Transfer(str(source), theirs.method, parts, loaded, notes)
+
+
+def _parts(method: Method, run: RunConfig) -> tuple[str, ...]:
+    """Names of the child modules to load. Raises ConfigError for one that the method does not transfer."""
+    if not run.load:
+        return method.transfers
+    parts = tuple(part.strip() for part in run.load.split(","))
+    for part in parts:
+        if part not in method.transfers:
+            raise unknown_name(f"part of {run.method} to load", part, method.transfers)
+    if len(set(parts)) < len(parts):
+        raise ConfigError(f"--load {run.load}: names a part twice")
+    return parts
+
+
+def _without_actions(method: Method, chosen: dict[str, Tensor]) -> list[str]:
+    """Give the first layer of each recurrent model this method's own columns where only those for actions differ in number.
+
+    Actions of one method (none, motion, the environment's) mean nothing to another; the columns of the latent come first in all.
+    """
+    found = []
+    for name, module in method.named_modules():
+        key = f"{name}.img_in.weight"
+        if not isinstance(module, RSSM) or key not in chosen:
+            continue
+        mine, theirs = module.img_in.weight.detach(), chosen[key]
+        if len(theirs) == len(mine) and theirs.shape[1] >= module.flat:
+            chosen[key] = mine.clone()
+            chosen[key][:, : module.flat] = theirs[:, : module.flat]
+            found.append(key)
+    return found
+
+
+def _few(names: Iterable[str]) -> str:
+    """The first three of some names."""
+    names = sorted(names)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
