@@ -47,7 +47,7 @@ class _NormSiLU(torch.autograd.Function):
         grad = torch.ops.aten.silu_backward(grads[0].float(), normed * scale)
         to_normed = grad * normed
         to_scale = to_normed.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
-        mean = (to_normed.view(-1, scale.shape[-1]) @ (scale / scale.shape[-1])).view_as(inverse)
+        mean = (to_normed.reshape(-1, scale.shape[-1]) @ (scale / scale.shape[-1])).view_as(inverse)
         return torch.addcmul(grad.mul_(scale), normed, mean, value=-1).mul_(inverse).to(x.dtype), to_scale
 
 
