@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from localmotion import methods
 from localmotion.compute import Compute
 from localmotion.config import RunConfig, compose
 from localmotion.evaluation.heldout import open_loop_errors, reconstruction_errors, trivial_reconstructions
@@ -207,27 +206,6 @@ def test_pretraining_reduces_its_losses_on_one_batch() -> None:
         last = updater.pretrain(batch)
     assert last["loss/image"] < 0.8 * first["loss/image"]
     assert last["loss/mae"] < first["loss/mae"]
-
-
-@pytest.mark.parametrize("name", methods.names())
-def test_every_method_updates_and_acts(name: str) -> None:
-    run = compose(name, "train", preset="debug", env="toy:dot")
-    torch.manual_seed(0)
-    method = methods.get(name)(run.model, image_size=64, action_dim=ACTIONS)
-    updater, batch = Updater(method, run, CPU), make_batch()
-    for _ in range(2):
-        metrics = updater.online(batch)
-    assert all(torch.isfinite(v).all() for v in metrics.values())
-    method.eval()
-    carry = method.initial_carry(2)
-    for t in range(12):
-        obs = {k: v[:, t % 8 : t % 8 + 1] for k, v in batch.items() if k != "reward"}
-        obs["is_first"] = torch.full((2, 1), t == 0)
-        action, carry = method.act(obs, carry, explore=t % 2 == 0, window=8)
-        assert action.shape == (2, ACTIONS)
-        assert action.abs().max() <= 1
-    pictures = method.open_loop(batch, 3)
-    assert all(p.shape == (2, 8, 3, 64, 64) for p in pictures.values())
 
 
 def test_open_loop_prediction_sees_no_future_picture() -> None:
