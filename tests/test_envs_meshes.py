@@ -14,13 +14,13 @@ import mujoco  # noqa: E402
 
 
 @settings(max_examples=50, deadline=None)
-@given(seed=st.integers(0, 10**6), count=st.integers(4, 60), cell=st.floats(0.01, 0.8))
-def test_vertices_stay_within_a_cell_and_faces_stay_whole(seed: int, count: int, cell: float) -> None:
+@given(seed=st.integers(0, 10**6), count=st.integers(4, 60), cell=st.floats(0.01, 0.8), levels=st.integers(0, 3))
+def test_vertices_stay_within_a_cell_and_faces_stay_whole(seed: int, count: int, cell: float, levels: int) -> None:
     rng = np.random.default_rng(seed)
     vertices = rng.uniform(-1, 1, (count, 3))
     faces = rng.integers(0, count, (count * 2, 3))
-    moved, keep = merge_vertices(vertices, faces, cell)
-    assert np.linalg.norm(moved - vertices, axis=1).max() <= cell * np.sqrt(3) + 1e-9
+    moved, keep = merge_vertices(vertices, faces, cell, levels, 0.5)
+    assert np.linalg.norm(moved - vertices, axis=1).max() <= 2**levels * cell * np.sqrt(3) + 1e-9
     assert (np.diff(keep) > 0).all()
     corners = moved[faces[keep]]
     for a, b in ((0, 1), (1, 2), (0, 2)):
@@ -35,6 +35,22 @@ def test_a_fine_cell_changes_nothing() -> None:
     np.testing.assert_allclose(moved, vertices)
     # The second face is the first turned, so it goes; the third is its back side, so it stays.
     np.testing.assert_array_equal(keep, [0, 2, 3])
+
+
+def test_flat_ground_is_merged_and_edges_and_bends_are_kept() -> None:
+    """A fine square with a ridge along its middle: the two halves need few triangles, the ridge stays where it is."""
+    side = np.linspace(0, 1, 41)
+    x, y = np.meshgrid(side, side, indexing="ij")
+    vertices = np.stack([x, y, 0.3 - 0.6 * np.abs(x - 0.5)], -1).reshape(-1, 3)
+    corner = (np.arange(40)[:, None] * 41 + np.arange(40)).ravel()
+    faces = np.concatenate([np.stack([corner, corner + 41, corner + 1], 1), np.stack([corner + 1, corner + 41, corner + 42], 1)])
+    _, plain = merge_vertices(vertices, faces, 0.06)
+    moved, keep = merge_vertices(vertices, faces, 0.06, 2, 0.1)
+    assert len(keep) < len(plain) / 2 < len(faces) / 8
+    used = moved[np.unique(faces[keep])]
+    assert np.abs(used[:, 2] - (0.3 - 0.6 * np.abs(used[:, 0] - 0.5))).max() < 0.1 * 0.06 * 3  # on the surface
+    assert used[:, 2].max() > 0.27
+    assert np.ptp(used[:, 0]) > 0.8
 
 
 def _sphere(rings: int) -> str:

@@ -104,7 +104,8 @@ def _candidates() -> list[str]:
 def choose_gl(timeout: float = 60.0) -> GLInfo:
     """Pick the OpenGL backend of this process, once; later calls return the same answer.
 
-    Honours ``MUJOCO_GL`` (and ``MUJOCO_EGL_DEVICE_ID``), else tries EGL, then OSMesa. Sets ``MUJOCO_GL`` to the one found.
+    Honours ``MUJOCO_GL`` (and ``MUJOCO_EGL_DEVICE_ID``), else tries EGL, then OSMesa. Sets ``MUJOCO_GL`` to the one found, and
+    ``LP_NUM_THREADS`` (threads of Mesa's software drawing) to 0 unless it is set.
 
     Args:
         timeout: seconds one backend may take to import MuJoCo and draw.
@@ -115,6 +116,9 @@ def choose_gl(timeout: float = 60.0) -> GLInfo:
     global _INFO
     if _INFO is not None:
         return _INFO
+    # Pictures of 64 pixels are too small for Mesa's rasteriser threads: handing the work over costs a third of a DMC frame on an idle
+    # machine, and several times the frame where the cores are busy with learning. Zero draws in the calling thread, the same picture.
+    os.environ.setdefault("LP_NUM_THREADS", "0")
     causes = []
     for backend in _candidates():
         found, cause = _try(backend, timeout)

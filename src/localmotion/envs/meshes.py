@@ -1,7 +1,8 @@
 """Fewer triangles for the drawing of meshes: what a picture of 64 or 128 pixels cannot show need not be drawn.
 
-Meta-World's robot has 67,000 triangles, most of them smaller than a pixel. Vertices that share a cell of a cubic grid are merged to their
-mean, triangles that collapse are dropped. Only what OpenGL is given changes: the physics keeps the full meshes.
+Meta-World's robot has 67,000 triangles, most of them smaller than a pixel. Vertices that share a cell of a cubic grid are merged, where the
+surface is nearly flat over larger cells; triangles that collapse are dropped. Only what OpenGL is given changes: the physics keeps the full
+meshes. Clustering by quadrics is Lindstrom's (2000), the measure of flatness Garland and Heckbert's (1997).
 """
 
 from __future__ import annotations
@@ -14,23 +15,33 @@ import numpy as np
 from numpy.typing import NDArray
 
 CELL = 0.0053
-"""Side of a grid cell as a part of the model's extent: 12 mm in Meta-World, where a pixel of 64 is about 25 mm wide."""
+"""Side of the finest cell as a part of the model's extent: 12 mm in Meta-World, where a pixel of 64 is about 25 mm wide."""
+LEVELS = 3
+"""How many times the cell is doubled where that changes the surface little."""
+FLATNESS = 0.25
+"""How little: root mean square distance of the merged vertex from the planes of the triangles around it, in finest cells."""
 _ARRAYS = ("mesh_vert", "mesh_face", "mesh_facenormal", "mesh_facetexcoord", "mesh_facenum")
 
 
 def merge_vertices(
-    vertices: NDArray[np.floating[Any]], faces: NDArray[np.integer[Any]], cell: float
+    vertices: NDArray[np.floating[Any]], faces: NDArray[np.integer[Any]], cell: float, levels: int = 0, flatness: float = 0.0
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Cluster (V, 3) ``vertices`` in cubes of side ``cell``: their new positions (V, 3) and the numbers of the (F, 3) ``faces`` to keep.
+    """Cluster (V, 3) ``vertices`` in cubes: their new positions (V, 3) and the numbers of the (F, 3) ``faces`` to keep.
 
-    Vertices of one cube get the same position, their mean, so every vertex moves by less than the cube's diagonal. A face is kept when its
-    corners are in three cubes and no earlier face has the same three in the same turning direction.
+    Cubes have side ``cell``, or up to 2 ** ``levels`` times that where one vertex stays within ``flatness`` cells (root mean square) of the
+    planes of all triangles that touch the cube. Vertices of one cube get the same position, which lies within it. A face is kept when
+    its corners are in three cubes and no earlier face has the same three in the same turning direction.
     """
-    keys = np.floor((vertices - vertices.min(axis=0)) / cell).astype(np.int64)
-    _, cube = np.unique(keys, axis=0, return_inverse=True)
-    cube = cube.ravel()
-    counts = np.bincount(cube)
-    means = np.stack([np.bincount(cube, vertices[:, axis]) / counts for axis in range(3)], axis=1)
+    points = np.asarray(vertices, np.float64)
+    quadrics = _quadrics(points, faces)
+    low = points.min(axis=0)
+    finest = np.floor((points - low) / cell).astype(np.int64)
+    cube, moved = _merge(points, quadrics, finest, cell, low)[:2]
+    for level in range(1, levels + 1):
+        wider, target, error = _merge(points, quadrics, finest >> level, cell * 2**level, low)
+        flat = error[wider] < (flatness * cell) ** 2
+        cube = np.where(flat, wider + len(points) * level, cube)  # numbers of the levels must not meet
+        moved = np.where(flat[:, None], target, moved)
     corners = cube[faces]
     whole = (corners[:, 0] != corners[:, 1]) & (corners[:, 1] != corners[:, 2]) & (corners[:, 0] != corners[:, 2])
     # Turn each triangle so that its lowest cube comes first: equal triangles become equal rows, mirrored ones do not.
@@ -38,7 +49,43 @@ def merge_vertices(
     turned = np.take_along_axis(corners, (start + np.arange(3)) % 3, axis=1)
     candidates = np.flatnonzero(whole)
     _, first = np.unique(turned[candidates], axis=0, return_index=True)
-    return means[cube], candidates[np.sort(first)]
+    return moved, candidates[np.sort(first)]
+
+
+def _quadrics(points: NDArray[np.float64], faces: NDArray[np.integer[Any]]) -> NDArray[np.float64]:
+    """(V, 11) sums over the triangles at each vertex, weighted by area: n n^T (6 values), -d n (3), d^2, area; n x = d is the plane."""
+    a, b, c = (points[faces[:, k]] for k in range(3))
+    normal = np.cross(b - a, c - a)
+    length = np.linalg.norm(normal, axis=1, keepdims=True)
+    normal = normal / np.maximum(length, 1e-30)
+    d = (normal * a).sum(1, keepdims=True)
+    rows, columns = np.triu_indices(3)
+    values = np.concatenate([normal[:, rows] * normal[:, columns], -d * normal, d * d, np.ones_like(d)], 1) * length / 2
+    out = np.zeros((len(points), values.shape[1]))
+    for k in range(3):
+        np.add.at(out, faces[:, k], values)
+    return out
+
+
+def _merge(
+    points: NDArray[np.float64], quadrics: NDArray[np.float64], keys: NDArray[np.int64], side: float, low: NDArray[np.float64]
+) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
+    """Cube (V,) of each vertex, the position (V, 3) its cube's vertices get, and each cube's mean squared distance from its planes."""
+    cells, cube = np.unique(keys, axis=0, return_inverse=True)
+    cube = cube.ravel()
+    counts = np.bincount(cube)
+    mean = np.stack([np.bincount(cube, points[:, axis]) / counts for axis in range(3)], axis=1)
+    q = np.stack([np.bincount(cube, quadrics[:, k]) for k in range(quadrics.shape[1])], axis=1)
+    area = np.maximum(q[:, 10], 1e-30)
+    matrix = np.empty((len(q), 3, 3))
+    rows, columns = np.triu_indices(3)
+    matrix[:, rows, columns] = matrix[:, columns, rows] = q[:, :6]
+    # The point nearest to all planes; directions in which it may slide (edges, flats) stay at the mean of the vertices.
+    slope = (matrix @ mean[:, :, None])[:, :, 0] + q[:, 6:9]
+    best = mean - (np.linalg.pinv(matrix, rcond=0.05, hermitian=True) @ slope[:, :, None])[:, :, 0]
+    best = np.clip(best, low + cells * side, low + (cells + 1) * side)
+    error = ((matrix @ best[:, :, None])[:, :, 0] * best).sum(1) + 2 * (q[:, 6:9] * best).sum(1) + q[:, 9]
+    return cube, best[cube], np.maximum(error, 0) / area
 
 
 @contextmanager
@@ -50,7 +97,7 @@ def simplified(model: Any) -> Iterator[None]:
         for mesh in range(model.nmesh):
             vertices = _part(model.mesh_vertadr[mesh], model.mesh_vertnum[mesh])
             faces = _part(model.mesh_faceadr[mesh], model.mesh_facenum[mesh])
-            moved, keep = merge_vertices(model.mesh_vert[vertices], model.mesh_face[faces], cell)
+            moved, keep = merge_vertices(model.mesh_vert[vertices], model.mesh_face[faces], cell, LEVELS, FLATNESS)
             if len(keep) < 12:
                 continue  # smaller than a few cells: a box would be too little
             kept = slice(faces.start, faces.start + len(keep))
