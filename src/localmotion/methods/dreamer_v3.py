@@ -281,14 +281,20 @@ class DreamerV3(Method):
     @torch.no_grad()
     def imagine(self, start: State) -> Imagined:
         """Roll the policy out in the prior from states (N, ...)."""
-        state, feats, actions = start, [self.dynamics.feat(start)], []
-        for _ in range(self.config.imag_length):
-            actions.append(self.policy(feats[-1]).sample())
-            state = self.dynamics.img_step(state, actions[-1])
-            feats.append(self.dynamics.feat(state))
+        device = start.deter.device.type
+        low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
+        # Written in place and in the precision that every head reads it in: it is the largest tensor of an update.
+        feat = start.deter.new_empty(self.config.imag_length + 1, len(start.deter), self.dynamics.feat_dim, dtype=low)
+        feat[0] = self.dynamics.feat(start)
+        state, actions, weights = start, [], self.dynamics.weights()
+        for t in range(self.config.imag_length):
+            actions.append(self.policy(feat[t]).sample())
+            state = self.dynamics.img_step(state, actions[-1], weights=weights)
+            feat[t + 1, :, : self.dynamics.deter] = state.deter
+            feat[t + 1, :, self.dynamics.deter :] = state.stoch.flatten(-2)
         # Autocast would go on to use the casts of weights that were made here, through which no gradient flows.
         torch.clear_autocast_cache()
-        return Imagined(torch.stack(feats), torch.stack(actions))
+        return Imagined(feat, torch.stack(actions))
 
     def _actor_critic(self, path: Imagined) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
         """Losses "policy" and "value", metrics, and the returns (H, N) from all but the last imagined state.

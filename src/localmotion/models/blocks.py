@@ -29,26 +29,43 @@ def linear(inputs: int, outputs: int, scale: float = 1.0) -> nn.Linear:
     return layer
 
 
+CHUNK = 1 << 16
+"""Values that `_NormSiLU` works on at a time on a CPU, so that everything in between stays in the cache."""
+
+
+def _spans(x: Tensor) -> list[slice]:
+    """Slices of the rows of (N, W): on a CPU `CHUNK` values each, elsewhere all at once."""
+    count = max(1, CHUNK // x.shape[-1]) if x.device.type == "cpu" else max(1, len(x))
+    return [slice(begin, begin + count) for begin in range(0, len(x), count)]
+
+
 class _NormSiLU(torch.autograd.Function):
     """silu(x / rms(x) * scale) over the last dimension; of large maps it keeps the input and one number a row."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:
-        wide = x.float()
-        inverse = (wide.square().mean(-1, keepdim=True) + EPS).rsqrt_()
-        ctx.save_for_backward(x, inverse, scale)
-        return F.silu((wide * inverse).mul_(scale), inplace=True).to(x.dtype)
+        rows = x.reshape(-1, x.shape[-1])
+        out, inverse = torch.empty_like(rows), rows.new_empty(len(rows), 1, dtype=torch.float32)
+        for span in _spans(rows):
+            wide = rows[span].float()
+            torch.rsqrt(wide.square().mean(-1, keepdim=True).add_(EPS), out=inverse[span])
+            out[span] = F.silu((wide * inverse[span]).mul_(scale), inplace=True)
+        ctx.save_for_backward(rows, inverse, scale)
+        return out.view(x.shape)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None]:
-        x, inverse, scale = ctx.saved_tensors
-        normed = x.float() * inverse
-        # d silu(y) = sigmoid(y) (1 + y (1 - sigmoid(y)))
-        grad = torch.ops.aten.silu_backward(grads[0].float(), normed * scale)
-        to_normed = grad * normed
-        to_scale = to_normed.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
-        mean = (to_normed.reshape(-1, scale.shape[-1]) @ (scale / scale.shape[-1])).view_as(inverse)
-        return torch.addcmul(grad.mul_(scale), normed, mean, value=-1).mul_(inverse).to(x.dtype), to_scale
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        rows, inverse, scale = ctx.saved_tensors
+        grad = grads[0].reshape(rows.shape)
+        out, to_scale, share = torch.empty_like(rows), torch.zeros_like(scale), scale / len(scale)
+        for span in _spans(rows):
+            normed = rows[span].float().mul(inverse[span])
+            slope = torch.ops.aten.silu_backward(grad[span].float(), normed * scale)
+            along = slope * normed
+            to_scale += along.sum(0)
+            mean = torch.mv(along, share).unsqueeze(-1)
+            out[span] = slope.mul_(scale).addcmul_(normed, mean, value=-1).mul_(inverse[span])
+        return out.view(grads[0].shape), to_scale
 
 
 class NormSiLU(nn.Module):

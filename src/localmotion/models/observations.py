@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from localmotion.errors import ConfigError
-from localmotion.models.blocks import BlockLinear, NormMLP, NormSiLU, init_, linear
+from localmotion.models.blocks import CHUNK, BlockLinear, NormMLP, NormSiLU, init_, linear
 from localmotion.models.values import symlog
 
 KERNEL = 5
@@ -155,13 +155,18 @@ class _PixelLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: object, logits: Tensor, truth: Tensor) -> Tensor:
-        share = torch.sigmoid(logits.float())
-        error = share - truth.float().mul_(1 / 255)
-        loss = error.square().flatten(1).sum(1)
-        if ctx.needs_input_grad[0]:  # type: ignore[attr-defined]
-            slope = torch.ops.aten.sigmoid_backward(error, share).mul_(2).to(logits.dtype)
-            ctx.save_for_backward(slope)  # type: ignore[attr-defined]
-        return loss
+        slope = torch.empty_like(logits) if ctx.needs_input_grad[0] else None  # type: ignore[attr-defined]
+        span = max(1, CHUNK // logits[0].numel()) if logits.device.type == "cpu" else len(logits)
+        losses = []
+        for begin in range(0, len(logits), span):
+            here = slice(begin, begin + span)
+            share = torch.sigmoid(logits[here].float())
+            error = share - truth[here].float().mul_(1 / 255)
+            losses.append(error.square().flatten(1).sum(1))
+            if slope is not None:
+                slope[here] = torch.ops.aten.sigmoid_backward(error, share).mul_(2)
+        ctx.save_for_backward(slope)  # type: ignore[attr-defined]
+        return torch.cat(losses)
 
     @staticmethod
     def backward(ctx: object, *grads: Tensor) -> tuple[Tensor, None]:

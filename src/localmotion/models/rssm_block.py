@@ -55,6 +55,19 @@ class _DeferredBlocks(torch.autograd.Function):
         return grad, kernel, None
 
 
+class _TimesKernel(torch.autograd.Function):
+    """term + x K whose backward pass multiplies by a transposed kernel made beforehand: `baddbmm`'s own would copy one at each position."""
+
+    @staticmethod
+    def forward(ctx: Any, term: Tensor, x: Tensor, kernel: Tensor, transposed: Tensor) -> Tensor:
+        ctx.transposed = transposed
+        return torch.baddbmm(term, x, kernel)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        return grads[0], torch.bmm(grads[0], ctx.transposed), None, None
+
+
 class _BlockProduct:
     """x_t K + term_t inside a recurrence, x_t (G, B, I): K is cast once, and its gradient is formed once."""
 
@@ -63,11 +76,24 @@ class _BlockProduct:
         self.inputs: list[Tensor] = []
         self.learns = torch.is_grad_enabled() and kernel.requires_grad
         self.terms = (_DeferredBlocks.apply(term, kernel, self.inputs) if self.learns else term).unbind(0)
+        if self.learns:
+            self.transposed = self.kernel.transpose(1, 2).contiguous()
 
     def __call__(self, t: int, x: Tensor) -> Tensor:
-        if self.learns:
-            self.inputs.append(x.detach())
-        return torch.baddbmm(self.terms[t], x, self.kernel)
+        if not self.learns:
+            return torch.baddbmm(self.terms[t], x, self.kernel)
+        self.inputs.append(x.detach())
+        out: Tensor = _TimesKernel.apply(self.terms[t], x, self.kernel, self.transposed)
+        return out
+
+
+class Weights(NamedTuple):
+    """The core's and the GRU's weights arranged for single steps; made once for a rollout."""
+
+    own: Tensor  # (G, D/G, D/G), from a block of the state to itself
+    shared: Tensor  # (D, 3H), from the inputs that all blocks share
+    gru: Tensor  # (G, D/G, 3D/G)
+    bias: Tensor  # (G, 1, 3D/G)
 
 
 class BlockRSSM(nn.Module):
@@ -146,16 +172,22 @@ class BlockRSSM(nn.Module):
             logits = logits.exp().mul(1 - self.unimix).add(self.unimix / self.classes).log()
         return logits
 
-    def _recur(self, stoch: Tensor, deter: Tensor, action_part: Tensor) -> Tensor:
-        """New deter (B, D) from the flat latent (B, S*C), deter and `_action`'s part (B, H)."""
-        inputs = torch.cat([self.in_norms[0](self.in_deter(deter)), self.in_norms[1](self.in_stoch(stoch)), action_part], -1)
+    def weights(self) -> Weights:
+        """What single steps multiply by, in the precision of products."""
+        device = self.gru.kernel.device.type
+        low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.gru.kernel.dtype
         own, shared = self._split()
-        low = inputs.dtype
+        bias = self._in_blocks(self.gru.bias.unsqueeze(0))
+        return Weights(own.to(low), shared.to(low), self.gru.kernel.to(low), bias.to(low))
+
+    def _recur(self, stoch: Tensor, deter: Tensor, action_part: Tensor, weights: Weights | None) -> Tensor:
+        """New deter (B, D) from the flat latent (B, S*C), deter and `_action`'s part (B, H)."""
+        own, shared, gru, bias = weights if weights is not None else self.weights()
+        inputs = torch.cat([self.in_norms[0](self.in_deter(deter)), self.in_norms[1](self.in_stoch(stoch)), action_part], -1)
         x = F.linear(inputs, shared, self.core.bias)
-        x = x + torch.bmm(self._in_blocks(deter.to(low)), own.to(low)).transpose(0, 1).flatten(1)
+        x = x + torch.bmm(self._in_blocks(deter.to(own.dtype)), own).transpose(0, 1).flatten(1)
         x = self._in_blocks(self.core_norm(x))
-        bias = self._in_blocks(self.gru.bias.to(low).unsqueeze(0))  # (G, 1, 3D/G)
-        return self._gates(torch.baddbmm(bias, x, self.gru.kernel.to(low)), deter)
+        return self._gates(torch.baddbmm(bias, x, gru), deter)
 
     def prior(self, deter: Tensor) -> Tensor:
         """Prior's log-probabilities (..., S, C) of deter (..., D)."""
@@ -166,9 +198,16 @@ class BlockRSSM(nn.Module):
 
     # Steps and sequences ----------------------------------------------------------------------------------------------------
 
-    def img_step(self, state: State, action: Tensor, sample: bool = True, generator: torch.Generator | None = None) -> State:
-        """One step of the prior; ``sample=False`` takes the most likely class."""
-        deter = self._recur(state.stoch.flatten(-2), state.deter, self._action(action))
+    def img_step(
+        self,
+        state: State,
+        action: Tensor,
+        sample: bool = True,
+        generator: torch.Generator | None = None,
+        weights: Weights | None = None,
+    ) -> State:
+        """One step of the prior; ``sample=False`` takes the most likely class. A rollout passes `weights`, made once."""
+        deter = self._recur(state.stoch.flatten(-2), state.deter, self._action(action), weights)
         logits = self.prior(deter)
         return State(logits, self._sample(logits, sample, generator), deter)
 
@@ -183,7 +222,7 @@ class BlockRSSM(nn.Module):
     ) -> State:
         """One step of the posterior; state and action are zeroed where ``is_first`` (B,)."""
         keep = (~is_first).to(state.deter.dtype).unsqueeze(-1)
-        deter = self._recur(state.stoch.flatten(-2) * keep, state.deter * keep, self._action(action * keep))
+        deter = self._recur(state.stoch.flatten(-2) * keep, state.deter * keep, self._action(action * keep), None)
         hidden = self.post_norm(self.post_in(torch.cat([deter, embed.to(deter.dtype)], -1)))
         logits = self._logits(self.post_out(hidden))
         return State(logits, self._sample(logits, sample, generator), deter)
@@ -246,8 +285,8 @@ class BlockRSSM(nn.Module):
 
     def imagine(self, state: State, action: Tensor, sample: bool = True, generator: torch.Generator | None = None) -> State:
         """Prior rolled out from ``state`` (B, ...) along actions (B, T, A): states (B, T, ...)."""
-        out = []
+        out, weights = [], self.weights()
         for t in range(action.shape[1]):
-            state = self.img_step(state, action[:, t], sample, generator)
+            state = self.img_step(state, action[:, t], sample, generator, weights)
             out.append(state)
         return State(*(torch.stack(x, 1) for x in zip(*out, strict=True)))
