@@ -56,9 +56,19 @@ def reconstruction_errors(
     return errors, {"truth": motion.patches.flatten(0, 2)[best], "reconstruction": rebuilt.float().flatten(0, 2)[best]}
 
 
+def predicts(method: Method) -> bool:
+    """Whether the method has an open-loop prediction."""
+    return type(method).open_loop is not Method.open_loop
+
+
 @torch.no_grad()
 def open_loop_errors(method: Method, batch: Batch, context: int = CONTEXT_FRAMES) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """PSNR and SSIM per horizon (T - context,) of each prediction and of the last-frame copy; and the pictures themselves."""
+    """PSNR and SSIM per horizon (T - context,) of each prediction and of the last-frame copy; and the pictures themselves.
+
+    Nothing for a method that does not predict.
+    """
+    if not predicts(method):
+        return {}, {}
     shape = batch["image"].shape
     truth = images(batch).view(shape[0], shape[1], 3, *shape[2:4]) + 0.5
     guesses = {name: (x.float() + 0.5).clamp(0, 1) for name, x in method.open_loop(batch, context).items()}

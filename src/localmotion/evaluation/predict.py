@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from localmotion.errors import ConfigError
-from localmotion.evaluation.heldout import open_loop_errors
+from localmotion.evaluation.heldout import open_loop_errors, predicts
 from localmotion.evaluation.load import load_run
 from localmotion.video.sample import WindowSampler
 from localmotion.video.store import ClipStore
@@ -34,6 +34,8 @@ def predict(
     run, method, compute = load_run(checkpoint, device=device)
     if run.stage != "pretrain":
         raise ConfigError(f"{checkpoint}: predicts from actions; give the pre-training run to predict video")
+    if not predicts(method):
+        raise ConfigError(f"{checkpoint}: method {run.method} does not predict video (it has no open_loop)")
     store = ClipStore(data)
     sampler = WindowSampler(
         store,

@@ -85,7 +85,7 @@ class APV(Method):
     def __init__(self, config: APVConfig, *, image_size: int, action_dim: int | None) -> None:
         super().__init__(config, image_size=image_size, action_dim=action_dim)
         self.config, self.image_size, self.action_dim = config, image_size, action_dim
-        world, behaviour = config.world, config.behaviour
+        world = config.world
         sizes: dict[str, Any] = {"deter": world.deter, "hidden": world.hidden, "stoch": world.stoch, "classes": world.classes}
         self.image = ImageModel(world, image_size=image_size)
         self.latent = RSSM(embed_dim=self.image.embed_dim, action_dim=0, action_pad=config.action_pad, action_free=True, **sizes)
@@ -96,17 +96,7 @@ class APV(Method):
         self.dynamics = RSSM(embed_dim=observed, action_dim=action_dim, action_pad=max(config.action_pad, action_dim), **sizes)
         self.reward = MLP(feat, 1, units=world.units, layers=world.layers)  # r + lambda r_int
         self.bonus = IntrinsicBonus(feat)
-        self.behaviour = ActorCritic(
-            feat,
-            action_dim,
-            units=world.units,
-            layers=world.layers,
-            horizon=behaviour.horizon,
-            discount=behaviour.discount,
-            lambda_=behaviour.lambda_,
-            entropy=behaviour.entropy,
-            slow_every=behaviour.slow_critic_every,
-        )
+        self.behaviour = ActorCritic.configured(feat, action_dim, world, config.behaviour)
 
     # 1. Pre-training on videos ------------------------------------------------------------------------------------------------
 

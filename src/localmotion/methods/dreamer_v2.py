@@ -53,7 +53,7 @@ class DreamerV2(Method):
         if action_dim is None:
             raise NotImplementedError("dreamer_v2 has no pre-training stage")
         self.config, self.image_size, self.action_dim = config, image_size, action_dim
-        world, behaviour = config.world, config.behaviour
+        world = config.world
         self.image = ImageModel(world, image_size=image_size)
         self.dynamics = RSSM(
             embed_dim=self.image.embed_dim,
@@ -64,17 +64,7 @@ class DreamerV2(Method):
             classes=world.classes,
         )
         self.reward = MLP(self.dynamics.feat_dim, 1, units=world.units, layers=world.layers)
-        self.behaviour = ActorCritic(
-            self.dynamics.feat_dim,
-            action_dim,
-            units=world.units,
-            layers=world.layers,
-            horizon=behaviour.horizon,
-            discount=behaviour.discount,
-            lambda_=behaviour.lambda_,
-            entropy=behaviour.entropy,
-            slow_every=behaviour.slow_critic_every,
-        )
+        self.behaviour = ActorCritic.configured(self.dynamics.feat_dim, action_dim, world, config.behaviour)
 
     # 1. Learning --------------------------------------------------------------------------------------------------------------
 

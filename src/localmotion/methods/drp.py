@@ -112,18 +112,7 @@ class DRP(Method):
         self.reward = MLP(feat, 1, units=world.units, layers=world.layers)  # behavioural: r + lambda r_int
         self.reward_representative = MLP(feat, 1, units=world.units, layers=world.layers)  # r
         self.bonus = IntrinsicBonus(feat)
-        behaviour = config.behaviour
-        self.behaviour = ActorCritic(
-            feat,
-            action_dim,
-            units=world.units,
-            layers=world.layers,
-            horizon=behaviour.horizon,
-            discount=behaviour.discount,
-            lambda_=behaviour.lambda_,
-            entropy=behaviour.entropy,
-            slow_every=behaviour.slow_critic_every,
-        )
+        self.behaviour = ActorCritic.configured(feat, action_dim, world, config.behaviour)
 
     # 1. Pre-training on videos (Algorithm 1) ----------------------------------------------------------------------------------
 

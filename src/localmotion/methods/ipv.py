@@ -93,7 +93,7 @@ class IPV(Method):
     def __init__(self, config: IPVConfig, *, image_size: int, action_dim: int | None) -> None:
         super().__init__(config, image_size=image_size, action_dim=action_dim)
         self.config, self.image_size, self.action_dim = config, image_size, action_dim
-        world, behaviour = config.world, config.behaviour
+        world = config.world
         sizes: dict[str, Any] = {"deter": world.deter, "hidden": world.hidden, "stoch": world.stoch, "classes": world.classes}
         self.image = ImageModel(world, image_size=image_size)
         self.latent = RSSM(embed_dim=self.image.embed_dim, action_dim=0, action_pad=config.action_pad, action_free=True, **sizes)
@@ -105,17 +105,7 @@ class IPV(Method):
         self.reward = MLP(feat, 1, units=world.units, layers=world.layers)  # behavioural: r + lambda r_int
         self.reward_representative = MLP(feat, 1, units=world.units, layers=world.layers)  # r
         self.bonus = IntrinsicBonus(feat)
-        self.behaviour = ActorCritic(
-            feat,
-            action_dim,
-            units=world.units,
-            layers=world.layers,
-            horizon=behaviour.horizon,
-            discount=behaviour.discount,
-            lambda_=behaviour.lambda_,
-            entropy=behaviour.entropy,
-            slow_every=behaviour.slow_critic_every,
-        )
+        self.behaviour = ActorCritic.configured(feat, action_dim, world, config.behaviour)
 
     # 1. Pre-training on videos ------------------------------------------------------------------------------------------------
 

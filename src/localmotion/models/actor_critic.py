@@ -4,14 +4,26 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from localmotion.config import BehaviourConfig, WorldModelConfig
 from localmotion.models.distributions import TruncatedNormal
 from localmotion.models.heads import MLP, actor_distribution
 from localmotion.models.returns import lambda_return
-from localmotion.models.rssm import RSSM, RSSMState
+from localmotion.models.rssm import RSSMState
+
+
+class Dynamics(Protocol):
+    """What imagination asks of a world model; an `RSSM` has it."""
+
+    def feat(self, state: RSSMState, /) -> Tensor:
+        """What actor, critic and reward read, (..., F)."""
+
+    def img_step(self, state: RSSMState, action: Tensor, /) -> RSSMState:
+        """The state after an action, imagined."""
 
 
 class ActorCritic(nn.Module):
@@ -50,12 +62,27 @@ class ActorCritic(nn.Module):
         self.register_buffer("updates", torch.zeros((), dtype=torch.long))
         self._updates_seen = -1  # host copy of `updates`, so that the update needs no synchronisation
 
+    @classmethod
+    def configured(cls, feat_dim: int, action_dim: int, world: WorldModelConfig, behaviour: BehaviourConfig) -> ActorCritic:
+        """With the sizes and constants of a method's settings."""
+        return cls(
+            feat_dim,
+            action_dim,
+            units=world.units,
+            layers=world.layers,
+            horizon=behaviour.horizon,
+            discount=behaviour.discount,
+            lambda_=behaviour.lambda_,
+            entropy=behaviour.entropy,
+            slow_every=behaviour.slow_critic_every,
+        )
+
     def policy(self, feat: Tensor) -> TruncatedNormal:
         """Action distribution on [-1, 1]^A at features (..., F)."""
         return actor_distribution(self.actor(feat))
 
     def losses(
-        self, start: RSSMState, rssm: RSSM, reward: Callable[[Tensor], Tensor]
+        self, start: RSSMState, rssm: Dynamics, reward: Callable[[Tensor], Tensor]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Actor and critic losses from imagined trajectories.
 

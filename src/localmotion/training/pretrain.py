@@ -174,10 +174,11 @@ def measure_heldout(
         if index == 0 and media:
             keep = {k: (v[:6] * 255).round().byte().permute(0, 1, 3, 4, 2).cpu().numpy() for k, v in pictures.items()}
             rolled = [k for k in keep if k not in ("truth", "last_frame")]
-            arrays = {"truth": keep["truth"], "prediction": keep[rolled[0]], "context": np.array(CONTEXT_FRAMES)}
-            if len(rolled) > 1:
-                arrays["prediction_zero"] = keep[rolled[1]]
-            np.savez_compressed(media / "openloop_heldout.npz", allow_pickle=False, **arrays)
+            if rolled:
+                arrays = {"truth": keep["truth"], "prediction": keep[rolled[0]], "context": np.array(CONTEXT_FRAMES)}
+                if len(rolled) > 1:
+                    arrays["prediction_zero"] = keep[rolled[1]]
+                np.savez_compressed(media / "openloop_heldout.npz", allow_pickle=False, **arrays)
             if found:
                 truth, rebuilt = (x.cpu().numpy() for x in found[1].values())
                 np.savez_compressed(media / "mae_heldout.npz", truth=truth, masked=np.zeros_like(truth), reconstruction=rebuilt)
