@@ -38,7 +38,7 @@ MAY_IMPORT = {
     },
     "report": {"errors", "config", "evaluation", "video"},
 }
-TOP = {"cli", "demo", "info", "__init__"}  # may import anything
+TOP = {"cli", "demo", "info", "__init__", "__main__"}  # may import anything
 
 
 def room(path: Path) -> str:

@@ -73,6 +73,11 @@ def _parser() -> _Parser:
         )
         sub.add_argument("-h", "--help", action="store_true", help="show this help and every setting")
 
+    sub = add("study", "Run a grid of methods, tasks, seeds and settings, several at a time, and report it.", study)
+    sub.add_argument("file", type=Path, help="the study, .yaml (docs/studies.md)")
+    sub.add_argument("--out", type=Path, required=True, help="where its runs, its page and its table go")
+    sub.add_argument("--jobs", type=int, default=0, help="runs at a time; 0: one a core")
+
     sub = add("evaluate", "Play evaluation episodes with a trained agent.", evaluate)
     sub.add_argument("run", type=Path, help="run directory")
     sub.add_argument("--episodes", type=int, default=10, help="episodes (paper: 10)")
@@ -332,6 +337,27 @@ def _show_settings(command: str, run: Any) -> None:
     for name, value in leaves(run):
         table.add_row(f"--{name}", str(value), docs.get(name, ""))
     console.print(table, markup=False)
+
+
+def study(args: argparse.Namespace) -> None:
+    """`localmotion study`"""
+    from localmotion.console import say
+    from localmotion.report.collect import report
+    from localmotion.report.table import write_table
+    from localmotion.training.study import RunsFailedError, run_study
+
+    failed: RunsFailedError | None = None
+    try:
+        run_study(args.file, args.out, jobs=args.jobs)
+    except RunsFailedError as error:  # the others are reported
+        failed = error
+    runs = sorted(path.parent for path in (args.out / "runs").glob("*/metrics.jsonl"))
+    if runs:
+        for line in write_table(runs, args.out):
+            say(line)
+        say(f"wrote {report(runs, args.out / 'report.html')}")
+    if failed:
+        raise failed
 
 
 def evaluate(args: argparse.Namespace) -> None:

@@ -172,6 +172,8 @@ class RunConfig:
     """paper (Table 5 to the letter), small (two CPU cores), debug (seconds)."""
     seed: int = 0
     """Seed of weights, sampling, exploration and environments."""
+    label: str = ""
+    """What the run is called in reports; runs of one label differ in their seed only. Empty: by method and origin."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"

@@ -38,14 +38,16 @@ def origin(run: RunData) -> str:
 
 
 def group_runs(runs: Sequence[RunData]) -> list[Group]:
-    """Online runs by environment, method, origin and preset, in the order of their first run."""
+    """Online runs by environment and label, or else method, origin and preset, in the order of their first run."""
     online = [run for run in runs if run.stage != "pretrain" and run.env]
     presets = {run.preset for run in online}
     found: dict[tuple[str, str], list[RunData]] = {}
     for run in online:
-        label = f"{run.method}, {origin(run)}"
-        if len(presets) > 1:
-            label += f", {run.preset or 'no preset'}"
+        label = run.label
+        if not label:
+            label = f"{run.method}, {origin(run)}"
+            if len(presets) > 1:
+                label += f", {run.preset or 'no preset'}"
         found.setdefault((run.env, label), []).append(run)
     return [
         Group(env, label, tuple(sorted(members, key=lambda r: (r.seed is None, r.seed or 0))))

@@ -76,6 +76,11 @@ class RunData:
         return str(self.status.get("state", "unknown"))
 
     @property
+    def label(self) -> str:
+        """What its study calls it, "" outside a study."""
+        return str(self.config.get("label", "") or "")
+
+    @property
     def checkpoint(self) -> str:
         """The run or file whose weights it started from, "" for a run from scratch."""
         return str(self.setting("checkpoint", "") or "")

@@ -18,7 +18,7 @@ from localmotion.errors import CheckpointError, ConfigError
 from localmotion.perception.base import Recipe
 
 # Settings that may differ when a run is continued: they change how long it goes on and where, not what it computes.
-MAY_CHANGE = {"pretrain.updates", "online.env_steps", "device", "threads", "data", "checkpoint"} | {
+MAY_CHANGE = {"pretrain.updates", "online.env_steps", "device", "threads", "data", "checkpoint", "label"} | {
     f"{part}.{name}"
     for part in ("pretrain", "online")
     for name in ("log_every", "eval_every", "save_every", "eval_episodes", "eval_batches")

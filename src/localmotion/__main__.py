@@ -1,0 +1,5 @@
+"""`python -m localmotion` is the command line."""
+
+from localmotion.cli import main
+
+main()

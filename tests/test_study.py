@@ -1,0 +1,130 @@
+"""Studies: a grid is what its file says, runs go on where they stopped, failures are told and cost only themselves."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from localmotion.cli import main
+from localmotion.errors import ConfigError
+from localmotion.training.study import RunsFailedError, load_study, run_study, slug, state
+
+STUDY = """
+name: tiny
+preset: debug
+settings: {threads: 1, precision: fp32, online: {env_steps: 160, prefill: 60, eval_every: 100, warmup_updates: 1}}
+tasks: [toy:dot]
+seeds: [0, 1]
+variants:
+  DreamerV2: {method: dreamer_v2}
+  entropy: {method: dreamer_v2, sweep: {entropy: [0.001, 0.01]}, seeds: [0]}
+"""
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "study.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_the_grid_is_what_the_file_says(tmp_path: Path) -> None:
+    text = STUDY.replace("variants:", "pretrain:\n  clips: {method: drp, settings: {data: store}}\nvariants:")
+    text += "  DRP w/o dyn.: {method: drp, checkpoint: clips, settings: {load: 'motion,image'}, tasks: [toy:dot, 'dmc:walker_walk']}\n"
+    jobs = load_study(write(tmp_path, text))
+    assert [job.name for job in jobs] == [
+        "clips",
+        "DreamerV2-toy_dot-0",
+        "entropy_entropy_0.001-toy_dot-0",
+        "entropy_entropy_0.01-toy_dot-0",
+        "DRP_without_dyn-toy_dot-0",
+        "DRP_without_dyn-dmc_walker_walk-0",
+        "DreamerV2-toy_dot-1",
+        "DRP_without_dyn-toy_dot-1",
+        "DRP_without_dyn-dmc_walker_walk-1",
+    ]
+    assert [job.stage for job in jobs] == ["pretrain", *["train"] * 3, "finetune", "finetune", "train", "finetune", "finetune"]
+    assert jobs[4].after == "clips"
+    arguments = jobs[4].arguments(tmp_path)
+    assert arguments[arguments.index("--checkpoint") + 1] == str(tmp_path / "runs" / "clips")
+    assert "online.env_steps=160" in arguments
+    assert 'label="DRP w/o dyn."' in arguments
+    assert "entropy=0.01" in jobs[3].settings
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("method: dreamer_v2}", "method: dreamer_v4}", "did you mean dreamer_v"),
+        ("variants:", "variations:", "unknown key of study 'variations'; did you mean variants"),
+        ("sweep: {entropy:", "sweep: {entrophy:", "did you mean.*entropy"),
+        ("seeds: [0, 1]", "seeds: [0, 0]", "two runs would be called 'DreamerV2-toy_dot-0'"),
+        ("seeds: [0, 1]", "seeds: 3", r"seeds is a list, e.g. \[0, 1\]"),
+        ("name: tiny", "name: [", "cannot be read as a study"),
+    ],
+)
+def test_mistakes_are_told_before_anything_runs(tmp_path: Path, old: str, new: str, said: str) -> None:
+    path = write(tmp_path, STUDY.replace(old, new, 1))
+    with pytest.raises(ConfigError, match=said):
+        run_study(path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_study_runs_reports_and_is_not_run_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, out = write(tmp_path, STUDY), tmp_path / "out"
+    main(["study", str(path), "--out", str(out), "--jobs", "2"])
+    text = capsys.readouterr().out
+    assert "0 finished, 4 to do" in text
+    table = (out / "table.md").read_text()
+    assert "| toy:dot | DreamerV2 | 2 | 160 | return_mean |" in table
+    assert "| toy:dot | entropy, entropy 0.01 | 1 | 160 |" in table
+    curves = json.loads((out / "curves.json").read_text())
+    assert [(c["method"], c["seed"]) for c in curves if c["method"] == "DreamerV2"] == [("DreamerV2", 0), ("DreamerV2", 1)]
+    assert all(len(c["xs"]) == len(c["ys"]) >= 2 for c in curves)
+    assert "entropy, entropy 0.001" in (out / "report.html").read_text()
+    written = {run: (run / "metrics.jsonl").stat().st_mtime_ns for run in (out / "runs").iterdir()}
+    main(["study", str(path), "--out", str(out)])
+    assert "4 finished, 0 to do" in capsys.readouterr().out
+    assert written == {run: (run / "metrics.jsonl").stat().st_mtime_ns for run in (out / "runs").iterdir()}
+    # Another seed is more of the same study; other settings under the same names are another study.
+    assert len(load_study(write(tmp_path, STUDY.replace("seeds: [0, 1]", "seeds: [0, 1, 2]")))) == 5
+    with pytest.raises(ConfigError, match="holds DreamerV2-toy_dot-0 with other settings"):
+        run_study(write(tmp_path, STUDY.replace("env_steps: 160", "env_steps: 200")), out)
+
+
+def test_a_run_that_fails_costs_only_itself_and_what_needs_it(tmp_path: Path) -> None:
+    text = STUDY.replace("variants:", "pretrain:\n  clips: {method: drp, settings: {data: nowhere}}\nvariants:").replace(
+        "[0, 1]", "[0]"
+    )
+    text += "  DRP: {method: drp, checkpoint: clips}\n"
+    out = tmp_path / "out"
+    with pytest.raises(RunsFailedError, match=r"2 of 5 runs failed, first clips: .*nowhere.*exit code 2"):
+        run_study(write(tmp_path, text), out, jobs=2)
+    assert state(out / "runs" / "DreamerV2-toy_dot-0") == "finished"
+    assert state(out / "runs" / "DRP-toy_dot-0") == ""
+
+
+def test_an_interrupted_study_lets_its_runs_save(tmp_path: Path) -> None:
+    path, out = write(tmp_path, STUDY.replace("env_steps: 160", "env_steps: 100000")), tmp_path / "out"
+    command = [sys.executable, "-m", "localmotion", "study", str(path), "--out", str(out), "--jobs", "1"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    run = out / "runs" / "DreamerV2-toy_dot-0"
+    until = time.monotonic() + 90
+    while time.monotonic() < until and not ((run / "metrics.jsonl").exists() and "eval" in (run / "metrics.jsonl").read_text()):
+        time.sleep(0.2)
+    os.kill(process.pid, signal.SIGINT)
+    assert process.wait(60) == 130
+    assert state(run) == "interrupted"
+    assert any((run / "checkpoints").iterdir())
+
+
+def test_labels_become_names_of_directories() -> None:
+    assert slug("DRP w/o dyn.") == "DRP_without_dyn"
+    assert "/" not in slug("../../etc")
+    assert slug("..") == slug("???") == "run"
