@@ -97,7 +97,8 @@ def load_study(path: Path) -> list[Job]:
         _known(path, f"variant {name!r}", given, _VARIANT)
         method, checkpoint = _method(path, given), str(given.get("checkpoint") or "")
         own = [*common, *_pairs(path, given.get("settings"))]
-        after, stage = "", "finetune" if checkpoint else "train"
+        stage: Stage = "finetune" if checkpoint else "train"
+        after = ""
         if checkpoint in sources:
             after = sources[checkpoint].name
         elif checkpoint:  # a run from elsewhere
