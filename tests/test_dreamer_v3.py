@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import dreamer_v3_parity as parity
 from localmotion import methods
@@ -19,6 +21,9 @@ from localmotion.errors import ConfigError
 from localmotion.evaluation.evaluate import evaluate_run
 from localmotion.methods.base import total
 from localmotion.methods.dreamer_v3 import SIZES, DreamerV3, DreamerV3Config
+from localmotion.models.blocks import NormMLP
+from localmotion.models.rssm_block import State
+from localmotion.models.values import TwoHot, symexp_bins
 from localmotion.training import checkpoint
 from localmotion.training import finetune as training
 from localmotion.training.optimizers import LaProp, clip_adaptive_
@@ -342,3 +347,71 @@ def test_a_run_trains_evaluates_and_resumes_to_the_same_weights(tmp_path: Path, 
     for name, value in checkpoint.read(checkpoint.newest(tmp_path / "run"), "weights").items():
         assert torch.equal(value, expected[name]), name
     assert len(evaluate_run(whole, episodes=1)["returns"]) == 1
+
+
+class Line(nn.Module):
+    """A known "world model": a point x on a line, moved by 0.2 times the clipped action; the feature is x, |x| <= 2."""
+
+    deter = feat_dim = 1
+
+    def weights(self) -> None:
+        return None
+
+    def feat(self, state: State) -> Tensor:
+        return state.deter
+
+    def img_step(self, state: State, action: Tensor, weights: None = None) -> State:
+        return state._replace(deter=(state.deter + 0.2 * action.clamp(-1, 1)).clamp(-2, 2))
+
+
+class Nearness(nn.Module):
+    """Two-hot logits of the reward 1 - |x|."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        bins = symexp_bins()
+        one = int(
+            (bins >= 1).nonzero()[0]
+        )  # a bin of at least 1; with its opposite and the middle one any reward between can be said
+        share = (1 - x.abs()) / bins[one]  # (..., 1)
+        probs = torch.cat([(-share).clamp(min=0), 1 - share.abs(), share.clamp(min=0)], -1)
+        logits = torch.full((*x.shape[:-1], 255), -30.0)
+        logits[..., torch.tensor([254 - one, 127, one])] = probs.clamp(min=1e-12).log()
+        return logits
+
+
+class Always(nn.Module):
+    """The continuation's logit of the discount 0.9."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.full_like(x, math.log(9.0))
+
+
+def test_actor_and_critic_walk_to_the_reward() -> None:
+    """From either side the policy must go to 0 and stay, and the critic must know what that is worth."""
+    torch.manual_seed(0)
+    config = update(DreamerV3Config(), {**parity.SETTINGS, "contdisc": True, "imag_length": 10, "units": 32, "slow_rate": 0.1})
+    model = DreamerV3(config, image_size=64, action_dim=1)
+    model.dynamics, model.reward, model.cont = Line(), Nearness(), Always()  # type: ignore[assignment]
+    model.actor = NormMLP(1, 2, units=32, layers=2, outscale=0.01)
+    model.critic = NormMLP(1, 255, units=32, layers=2, outscale=0.0)
+    model.slow_critic = copy.deepcopy(model.critic).requires_grad_(False)
+    parameters = [*model.actor.parameters(), *model.critic.parameters()]
+    optimiser, none = LaProp(parameters, lr=5e-3), torch.zeros(64, 0, 0)
+    x = torch.linspace(-1, 1, 5).unsqueeze(-1)
+    torch.testing.assert_close(TwoHot(model.reward(x), model.bins).pred(), 1 - x.squeeze(-1).abs(), atol=1e-4, rtol=1e-4)
+    for _ in range(200):
+        start = State(none, none, torch.rand(64, 1) * 2 - 1)
+        losses, _, _ = model._actor_critic(model.imagine(start))
+        (losses["policy"] + losses["value"]).backward()
+        clip_adaptive_(parameters, 0.3)
+        optimiser.step()
+        optimiser.zero_grad()
+        model.after_update()
+    x = torch.tensor([[-0.8], [0.8]])
+    for _ in range(10):
+        x = x + 0.2 * model.policy(x).mode
+    values = TwoHot(model.critic(torch.tensor([[0.0], [0.8]])), model.bins).pred()
+    assert x.abs().max() < 0.15
+    # At rest on the reward 1 / (1 - 0.9) = 10; from 0.8 at best 0.4 + 0.9 * 0.6 + 0.81 * 0.8 + 0.729 * 10 = 8.9; less what noise costs.
+    assert values.tolist() == pytest.approx([9.6, 8.5], abs=0.6)
+    assert values[0] > values[1] + 0.5
