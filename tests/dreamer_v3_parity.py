@@ -64,9 +64,10 @@ def fill_(model: DreamerV3) -> None:
 
 
 def build(**settings: Any) -> DreamerV3:
-    """The model in training mode."""
+    """The model in training mode; what it samples after this is decided too."""
     model = DreamerV3(update(DreamerV3Config(), {**SETTINGS, **settings}), image_size=64, action_dim=A)
     fill_(model)
+    torch.manual_seed(0)
     return model.train()
 
 

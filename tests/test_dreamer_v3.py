@@ -157,8 +157,9 @@ def test_dyn_trains_the_prior_and_rep_the_posterior() -> None:
             assert all(p.grad is None or not p.grad.any() for p in model.dynamics.get_submodule(other).parameters())
 
 
-def test_every_parameter_learns_under_bf16_too() -> None:
-    """Imagination casts the actor's weights without a gradient; the loss must not use those casts."""
+def test_every_parameter_learns_under_bf16_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Imagination casts weights without a gradient; the loss must not use those casts. And the losses are nearly those of fp32."""
+    parity.fix_noise(monkeypatch)
     model = parity.build(unimix=0.01, contdisc=True, kl_free=0.0)
     with torch.autocast("cpu", torch.bfloat16):
         losses, metrics, _ = model.world_model_losses(parity.make_batch())
@@ -167,8 +168,8 @@ def test_every_parameter_learns_under_bf16_too() -> None:
     assert not without
     assert all(torch.isfinite(x).all() for x in (*losses.values(), *metrics.values()))
     fp32, _, _ = parity.build(unimix=0.01, contdisc=True, kl_free=0.0).world_model_losses(parity.make_batch())
-    for key in ("recon", "reward", "cont"):
-        assert float(losses[key].detach()) == pytest.approx(float(fp32[key].detach()), rel=0.05)
+    expected = {key: float(value.detach()) for key, value in fp32.items()}
+    assert {key: float(value.detach()) for key, value in losses.items()} == pytest.approx(expected, rel=0.02)
 
 
 def test_the_continuation_head_learns_the_discount() -> None:

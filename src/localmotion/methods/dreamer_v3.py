@@ -4,10 +4,10 @@ Paper: "Mastering diverse control tasks through world models" (Nature 640, 2025;
 reference implementation (danijar/dreamerv3, commit e3f0224), which the paper's text leaves behind in places: block GRU, actor trained by
 REINFORCE on imagined and critic on imagined and replayed trajectories, all in one update by one optimiser.
 
-Where it differs: a training sequence starts from the zero state (the reference stores latents in its replay), the deterministic state is
-kept in fp32 under bf16, and actions that leave `act` are clipped to [-1, 1], as the dynamics clips them. Where NM512/r2dreamer, a PyTorch
-version, differs from the reference (KL without unimix, no discount in the continuation, evaluation by the mean action, first learning rate
-not zero), this file follows the reference.
+Where it differs: a training sequence starts from the zero state (the reference stores latents in its replay); the deterministic state is
+kept in fp32 under bf16; actions that leave `act` are clipped to [-1, 1], as the dynamics clips them; adaptive clipping sees the layer of
+the policy's mean and deviation as one tensor, not two. Where NM512/r2dreamer, a PyTorch version, differs from the reference (KL without
+unimix, no discount in the continuation, evaluation by the mean action, first learning rate not zero), this file follows the reference.
 """
 
 from __future__ import annotations
@@ -292,7 +292,7 @@ class DreamerV3(Method):
             state = self.dynamics.img_step(state, actions[-1], weights=weights)
             feat[t + 1, :, : self.dynamics.deter] = state.deter
             feat[t + 1, :, self.dynamics.deter :] = state.stoch.flatten(-2)
-        # Autocast would go on to use the casts of weights that were made here, through which no gradient flows.
+        # Older autocast goes on to use the casts of weights that were made here, through which no gradient flows (pytorch/pytorch#165068).
         torch.clear_autocast_cache()
         return Imagined(feat, torch.stack(actions))
 
