@@ -111,6 +111,17 @@ def _parser() -> _Parser:
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--device", default="auto")
 
+    sub = add("probe", "What motion codes know of true velocities and actions, by ridge regression and a small network.", probe)
+    sub.add_argument("runs", type=Path, nargs="*", help="run directories of methods with a motion code")
+    sub.add_argument(
+        "--data", type=Path, action="append", required=True, help="collection (localmotion collect --store), repeatable"
+    )
+    sub.add_argument("--length", type=int, default=25, help="frames of a window, as in pre-training (default 25)")
+    sub.add_argument("--no-untrained", action="store_true", help="leave out each method's network with fresh weights")
+    sub.add_argument("--no-ceilings", action="store_true", help="leave out the networks trained on the targets themselves")
+    sub.add_argument("--out", type=Path, help="write the numbers here, .json")
+    sub.add_argument("--device", default="auto")
+
     sub = add(
         "perception-report",
         "How good flow, foreground and tracks are, against the exact motion of environments and of warped pictures.",
@@ -386,6 +397,37 @@ def predict(args: argparse.Namespace) -> None:
     for name, value in scores.items():
         say(f"{name:24s} {value:.3f}")
     say(f"strips: {args.out}")
+
+
+def probe(args: argparse.Namespace) -> None:
+    """`localmotion probe`"""
+    from rich.console import Console
+    from rich.table import Table
+
+    from localmotion.console import console, progress, say
+    from localmotion.evaluation.probes import probe as measure
+    from localmotion.evaluation.probes import save_probes
+
+    with progress("probe", 1, "codes") as advance:
+        rows = measure(
+            args.runs,
+            args.data,
+            length=args.length,
+            untrained=not args.no_untrained,
+            ceilings=not args.no_ceilings,
+            device=args.device,
+            progress=advance,
+        )
+    scores = [
+        key for key in ("ridge velocities", "mlp velocities", "ridge actions", "mlp actions") if any(key in r for r in rows)
+    ]
+    table = Table("data", "code", "width", *scores, title="R^2 on episodes not fitted to: 1 all of it, 0 no more than the mean")
+    for row in rows:
+        table.add_row(row["data"], row["code"], str(row["width"] or "–"), *(f"{row[k]:.3f}" if k in row else "–" for k in scores))
+    (console if console.is_terminal else Console(width=160, highlight=False)).print(table, markup=False)
+    if args.out:
+        save_probes(rows, args.out)
+        say(f"wrote {args.out}")
 
 
 def perception_report(args: argparse.Namespace) -> None:

@@ -144,6 +144,10 @@ class DMCEnv(PixelEnv):
         model = self.physics.model.ptr
         return segment(self._renderer, model, self.physics.data.ptr, moving_parts(model), size).agent
 
+    def velocities(self) -> NDArray[np.float64]:
+        """Generalised velocities (nv,) of the physics, radians and metres a second: what probes of motion codes are asked for."""
+        return np.array(self.physics.data.qvel, np.float64)
+
     def state(self) -> NDArray[np.float64]:
         """Positions, velocities and activations of the physics, with the model's body and geom positions, which some tasks move."""
         model = self.physics.model.ptr

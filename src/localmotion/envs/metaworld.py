@@ -147,6 +147,13 @@ class MetaWorldEnv(PixelEnv):
         model = self.inner.model
         return segment(self._renderer, model, self.inner.data, subtree_parts(model), size).agent
 
+    def velocities(self) -> NDArray[np.float64]:
+        """Velocity of the hand (3,), metres a second, then the generalised velocities (nv,): what probes of motion codes are asked for."""
+        model, data, hand = self.inner.model, self.inner.data, np.zeros(6)
+        body = self._mujoco.mj_name2id(model, self._mujoco.mjtObj.mjOBJ_BODY, "hand")
+        self._mujoco.mj_objectVelocity(model, data, self._mujoco.mjtObj.mjOBJ_BODY, body, hand, 0)
+        return np.concatenate([hand[3:], data.qvel])
+
     def state(self) -> NDArray[np.float64]:
         """Positions, velocities, mocap pose and the target, with the model's body and site positions, which tasks move."""
         model, data = self.inner.model, self.inner.data

@@ -74,7 +74,8 @@ def collect(
         noise: standard deviation of Gaussian noise added to each action (clipped to [-1, 1]).
         progress: called with (episodes done, of how many, "").
 
-    Beside the videos: actions/ID.npy, (T, A) float32 with row t the action that led to frame t (row 0 zero), and collection.json.
+    Beside the videos: actions/ID.npy, (T, A) float32 with row t the action that led to frame t (row 0 zero); velocities/ID.npy, (T, n)
+    float32 with row t the simulator's velocities in frame t, where it has any; and collection.json.
 
     Raises:
         ConfigError: unknown policy or environment, an expert where there is none, numbers out of range, a folder of other settings.
@@ -107,8 +108,10 @@ def collect(
     result = Collected(out)
     for number, name in enumerate(names):
         if name not in kept or not sink.has(name):
-            entry, pictures, actions = player.play(seed, number, steps, noise)
-            _save_actions(out / "actions" / f"{name}.npy", actions)
+            entry, pictures, actions, velocities = player.play(seed, number, steps, noise)
+            _save_array(out / "actions" / f"{name}.npy", actions)
+            if velocities is not None:
+                _save_array(out / "velocities" / f"{name}.npy", velocities)
             kept[name] = {"id": name, **entry}
             sink.put(name, pictures)
             _save(out, header, kept)
@@ -147,8 +150,8 @@ class _Player:
 
     def play(
         self, seed: int, number: int, steps: int, noise: float
-    ) -> tuple[dict[str, Any], NDArray[np.uint8], NDArray[np.float32]]:
-        """One episode: its entry in collection.json, pictures (T, S, S, 3), actions (T, A)."""
+    ) -> tuple[dict[str, Any], NDArray[np.uint8], NDArray[np.float32], NDArray[np.float32] | None]:
+        """One episode: its entry in collection.json, pictures (T, S, S, 3), actions (T, A), velocities (T, n) if there are any."""
         import torch
 
         from localmotion.envs.bodies import smooth_actions
@@ -159,7 +162,7 @@ class _Player:
         dim = self.observer.action_dim
         info: dict[str, Any] = {}
         record, done = self.observer.reset(begin), False
-        pictures, actions = [self._picture(record)], [np.zeros(dim, np.float32)]
+        pictures, actions, velocities = [self._picture(record)], [np.zeros(dim, np.float32)], [self._velocities()]
         total, success = 0.0, 0.0
         waves = smooth_actions(rng, 2048, dim) if self.policy == "smooth" else np.zeros((1, dim))
         while not done and (not steps or len(pictures) < steps + 1):
@@ -178,10 +181,16 @@ class _Player:
             total, success = total + record["reward"], max(success, float(info.get("success", 0)))
             pictures.append(self._picture(record))
             actions.append(action)
+            velocities.append(self._velocities())
         entry = {"seed": begin, "frames": len(pictures), "return": total}
         if "success" in info:
             entry["success"] = success
-        return entry, np.stack(pictures), np.stack(actions)
+        moved = np.stack(velocities)
+        return entry, np.stack(pictures), np.stack(actions), moved if moved.size else None
+
+    def _velocities(self) -> NDArray[np.float32]:
+        found = getattr(self.env, "velocities", None)
+        return np.zeros(0, np.float32) if found is None else np.asarray(found(), np.float32)
 
     def _picture(self, record: dict[str, Any]) -> NDArray[np.uint8]:
         if self.act is None:
@@ -265,8 +274,8 @@ def _save(out: Path, header: dict[str, Any], episodes: dict[str, dict[str, Any]]
     _write(out / "collection.json", lambda file: file.write(text.encode()))
 
 
-def _save_actions(path: Path, actions: NDArray[np.float32]) -> None:
-    _write(path, lambda file: np.save(file, actions, allow_pickle=False))
+def _save_array(path: Path, array: NDArray[np.float32]) -> None:
+    _write(path, lambda file: np.save(file, array, allow_pickle=False))
 
 
 def _write(path: Path, fill: Callable[[Any], Any]) -> None:

@@ -100,9 +100,14 @@ class WindowSampler:
 
     def batch(self, index: int) -> Batch:
         """Batch `index` of the stream, whatever was asked before."""
-        clips, starts = self.positions(index)
+        return self.windows(*self.positions(index))
+
+    def windows(self, clips: NDArray[np.int64], starts: NDArray[np.int64]) -> Batch:
+        """The batch of given windows: indices in the store and first frames, both (n,), any n."""
         T = self.length
-        buffers: dict[str, NDArray[Any]] = {name: np.empty(*spec) for name, spec in self._layout.items()}
+        buffers: dict[str, NDArray[Any]] = {
+            name: np.empty((len(clips), *shape[1:]), dtype) for name, (shape, dtype) in self._layout.items()
+        }
         for b, (clip, start) in enumerate(zip(clips.tolist(), starts.tolist(), strict=True)):
             buffers["image"][b] = self.store.window("frames", clip, start, start + T)
             if not self._motion:
@@ -118,7 +123,7 @@ class WindowSampler:
             seen = self.store.window("visible", clip, start, start + T)
             np.logical_and(seen[:-1], ids[1:] == ids[:-1], out=buffers["visible"][b, 1:])
         batch = {name: torch.from_numpy(buffer) for name, buffer in buffers.items()}
-        first = torch.zeros(self.batch_size, T, dtype=torch.bool)
+        first = torch.zeros(len(clips), T, dtype=torch.bool)
         first[:, 0] = True
         return batch | {"is_first": first, "clip": torch.from_numpy(clips), "start": torch.from_numpy(starts)}
 
