@@ -151,3 +151,13 @@ def test_a_run_of_an_older_version_goes_on_and_one_of_other_settings_does_not(tm
     (tmp_path / "run" / "config.json").write_text(json.dumps(saved))
     with pytest.raises(ConfigError, match="holds a run of other settings"):
         RunDir(tmp_path / "run", run)
+
+
+@pytest.mark.parametrize("method", ["drp", "ipv"])
+def test_one_environment_may_have_settings_of_its_own(method: str) -> None:
+    """IPV erases parts of the context on Meta-World, but for drawer-open; both spellings of a task are the same."""
+    erased = {
+        env: compose(method, "train", env=env).model.context_erasing for env in ("metaworld:reach", "metaworld:drawer-open")
+    }
+    assert erased == {"metaworld:reach": True, "metaworld:drawer-open": False}
+    assert not compose(method, "train", env="metaworld:drawer-open-v3").model.context_erasing

@@ -385,7 +385,7 @@ def compose(
     suite = env.partition(":")[0]
     if suite in SUITES:
         config = update(config, SUITES[suite], ignore_unknown=True)
-    for name in (suite, env):
+    for name in (suite, env.removesuffix("-v3")):
         if name in cls.SUITES:
             config = update(config, cls.SUITES[name])
     config = update(config, cls.PRESETS[preset])

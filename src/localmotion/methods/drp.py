@@ -65,7 +65,7 @@ class DRPConfig:
     free_nats: float = 0.0
     """Free nats of the action-conditional KL: 0 Meta-World, 1 DMC (IPV 4.2)."""
     context_erasing: bool = False
-    """Random erasing on the context frame while fine-tuning (IPV 1.5: Meta-World)."""
+    """Random erasing on the context frame while fine-tuning (IPV 1.5: Meta-World, but for drawer-open)."""
 
 
 class Carry(NamedTuple):
@@ -86,6 +86,9 @@ class DRP(Method):
     wants_motion = True
     can_pretrain = True
     transfers = ("motion", "image", "latent")
+    SUITES = {
+        "metaworld:drawer-open": {"model": {"context_erasing": False}}
+    }  # as IPV, which the paper follows where it is silent
     PRESETS = presets(
         own={
             "small": {"dae": {"keypoints": 16, "blocks": 2, "dim": 64}},
