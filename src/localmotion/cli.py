@@ -401,10 +401,7 @@ def predict(args: argparse.Namespace) -> None:
 
 def probe(args: argparse.Namespace) -> None:
     """`localmotion probe`"""
-    from rich.console import Console
-    from rich.table import Table
-
-    from localmotion.console import console, progress, say
+    from localmotion.console import progress, say, show_table
     from localmotion.evaluation.probes import probe as measure
     from localmotion.evaluation.probes import save_probes
 
@@ -421,10 +418,9 @@ def probe(args: argparse.Namespace) -> None:
     scores = [
         key for key in ("ridge velocities", "mlp velocities", "ridge actions", "mlp actions") if any(key in r for r in rows)
     ]
-    table = Table("data", "code", "width", *scores, title="R^2 on episodes not fitted to: 1 all of it, 0 no more than the mean")
-    for row in rows:
-        table.add_row(row["data"], row["code"], str(row["width"] or "–"), *(f"{row[k]:.3f}" if k in row else "–" for k in scores))
-    (console if console.is_terminal else Console(width=160, highlight=False)).print(table, markup=False)
+    cells = [[r["data"], r["code"], str(r["width"] or "–"), *(f"{r[k]:.3f}" if k in r else "–" for k in scores)] for r in rows]
+    title = "R^2 on episodes not fitted to: 1 all of it, 0 no more than the mean"
+    show_table(title, ["data", "code", "width", *scores], cells, width=160)
     if args.out:
         save_probes(rows, args.out)
         say(f"wrote {args.out}")
@@ -433,10 +429,8 @@ def probe(args: argparse.Namespace) -> None:
 def perception_report(args: argparse.Namespace) -> None:
     """`localmotion perception-report`"""
     import cv2
-    from rich.console import Console
-    from rich.table import Table
 
-    from localmotion.console import console, progress, say
+    from localmotion.console import progress, say, show_table
     from localmotion.evaluation.perception_report import ReportSettings, draw_report, save_report, tables
     from localmotion.evaluation.perception_report import perception_report as measure
 
@@ -447,12 +441,8 @@ def perception_report(args: argparse.Namespace) -> None:
     settings = ReportSettings(**given)
     with progress("perception", 1, "parts") as advance:
         result = measure(settings, advance)
-    wide = console if console.is_terminal else Console(width=180, highlight=False)  # a file or pipe has no width to keep to
     for title, columns, rows in tables(result):
-        table = Table(*columns, title=title)
-        for row in rows:
-            table.add_row(*row)
-        wide.print(table, markup=False)
+        show_table(title, columns, rows)
     for line in result["skipped"]:
         say(f"not measured: {line}")
     say(f"lengths in pixels of a picture of side {settings.size}; {result['seconds']:.0f} s")

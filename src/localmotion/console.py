@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 
 console = Console(highlight=False, soft_wrap=True)
 errors = Console(highlight=False, soft_wrap=True, stderr=True)
@@ -24,6 +25,14 @@ class Advance(Protocol):
 def say(text: str) -> None:
     """Print one line of what was decided or found."""
     console.print(text, markup=False)
+
+
+def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, width: int = 180) -> None:
+    """Print a table; a file or pipe, which has no width to keep to, gets ``width`` characters."""
+    table = Table(*columns, title=title)
+    for row in rows:
+        table.add_row(*row)
+    (console if console.is_terminal else Console(width=width, highlight=False)).print(table, markup=False)
 
 
 @contextmanager
