@@ -9,35 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from localmotion.compute import Compute
 from localmotion.config import RunConfig, compose
 from localmotion.evaluation.heldout import open_loop_errors, reconstruction_errors, trivial_reconstructions
 from localmotion.methods.base import check_scales
 from localmotion.methods.drp import DRP
 from localmotion.models.dae import Motion, atomic_actions, mae_loss, random_mask
 from localmotion.training.update import Updater
-
-CPU = Compute(torch.device("cpu"), False, 1, "test")
-ACTIONS = 3
-
-
-def make_batch(batch: int = 2, time: int = 8, tracks: int = 6, seed: int = 0) -> dict[str, Tensor]:
-    g = torch.Generator().manual_seed(seed)
-    is_first = torch.zeros(batch, time, dtype=torch.bool)
-    is_first[:, 0] = True
-    visible = torch.rand(batch, time, tracks, generator=g) < 0.9
-    visible[:, 0] = False
-    return {
-        "image": torch.randint(0, 256, (batch, time, 64, 64, 3), generator=g, dtype=torch.uint8),
-        "action": torch.rand(batch, time, ACTIONS, generator=g) * 2 - 1,
-        "reward": torch.rand(batch, time, generator=g),
-        "is_terminal": torch.zeros(batch, time, dtype=torch.bool),
-        "is_first": is_first,
-        "flow": torch.randn(batch, time, 64, 64, 2, generator=g).half(),
-        "tracks": torch.rand(batch, time, tracks, 2, generator=g) * 63,
-        "visible": visible,
-        "track_id": torch.zeros(batch, time, tracks, dtype=torch.int32),
-    }
+from method_batches import ACTIONS, CPU, make_batch
 
 
 def make(stage: str, **settings: Any) -> tuple[RunConfig, DRP]:

@@ -140,6 +140,7 @@ def test_a_recipe_stored_before_the_gate_goes_on_without_it() -> None:
     assert recipe_backends(Recipe.from_json(old))[1].change == 0
     assert recipe_backends(Recipe())[1].change > 0
     assert Recipe.from_json(Recipe().to_json()) == Recipe()
+    assert Recipe.from_json({"flow_span": 2}) == Recipe(flow_span=2)  # a few settings, written by hand today
     with pytest.raises(ConfigError, match="algorithm=9"):
         Recipe(algorithm=9)
 

@@ -254,3 +254,19 @@ def test_pretraining_rate_falls_at_the_end_only() -> None:
         updater._step(["model"])
         found.append(updater.optimisers["model"].param_groups[0]["lr"])
     assert found == pytest.approx([0.1] * 5 + [0.075, 0.05, 0.025])
+
+
+def test_a_run_goes_on_with_the_recipe_it_began_with(tmp_path: Path) -> None:
+    """Also with one of before the foreground's gate, whatever today's default or its checkpoint's is."""
+    from localmotion.perception import Recipe
+    from localmotion.training.finetune import recipe_of
+
+    run = compose("drp", "finetune", preset="debug", env="toy:dot", flags={"checkpoint": str(tmp_path / "pre")})
+    old = {key: value for key, value in Recipe(tracks=7).to_json().items() if key != "algorithm"}
+    (tmp_path / "pre").mkdir()
+    (tmp_path / "pre" / "environment.json").write_text(json.dumps({"recipe": Recipe(tracks=9).to_json()}))
+    assert recipe_of(run, tmp_path / "run").tracks == 9
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(json.dumps({"recipe": old}))
+    found = recipe_of(run, tmp_path / "run")
+    assert (found.tracks, found.algorithm) == (7, 1)

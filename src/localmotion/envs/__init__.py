@@ -152,6 +152,8 @@ def list_options(suite: str) -> list[str]:
 
 
 def _options_of(factory: Callable[..., PixelEnv]) -> list[str]:
+    if declared := getattr(factory, "OPTIONS", None):  # shared by several suites, see `composite.Painted`
+        return list(declared)
     common = inspect.signature(make_env).parameters
     kinds = inspect.signature(factory).parameters.values()
     return [given.name for given in kinds if given.kind is given.KEYWORD_ONLY and given.name not in common]

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -50,14 +51,14 @@ class Backdrop:
         *,
         motion: str,
         region: str,
-        correlation: float,
-        lag: int,
-        rank: int,
-        speed: float,
-        twin_actions: str | Path | NDArray[np.floating[Any]] | None,
-        videos: str | Path | None,
-        split: str,
-        num_videos: int | None,
+        correlation: float = 0.7,
+        lag: int = 3,
+        rank: int = 2,
+        speed: float = 2.0,
+        twin_actions: str | Path | NDArray[np.floating[Any]] | None = None,
+        videos: str | Path | None = None,
+        split: str = "train",
+        num_videos: int | None = None,
     ) -> None:
         if motion not in MOTIONS:
             raise unknown_name("motion of the background", motion, MOTIONS)
@@ -143,12 +144,21 @@ def _read_actions(given: str | Path | NDArray[np.floating[Any]]) -> NDArray[np.f
 class Painted(PixelEnv):
     """What both families share: the scene is drawn as ever, then the backdrop over part of it."""
 
-    backdrop: Backdrop
+    OPTIONS: ClassVar[tuple[str, ...]] = tuple(inspect.signature(Backdrop).parameters)
+    """What `make_env` takes beside its own settings."""
+    DEFAULTS: ClassVar[dict[str, Any]]
     _renderer: Any
 
-    def _open(self, model: Any, data: Any, parts: AgentParts) -> None:
-        self._model, self._data, self._parts = model, data, parts
+    def __init__(self, task: str, **settings: Any) -> None:
+        given = {name: settings.pop(name) for name in self.OPTIONS if name in settings}
+        self.backdrop = Backdrop(**{**self.DEFAULTS, **given})
+        super().__init__(task, **settings)
+        self._model, self._data, self._parts = self._scene()
         self.backdrop.open(self.draw_size, int(np.prod(self.action_space.shape or ())))
+
+    def _scene(self) -> tuple[Any, Any, AgentParts]:
+        """mujoco.MjModel, mujoco.MjData, and which of the model's parts are the agent."""
+        raise NotImplementedError
 
     def _begin(self, episode_seed: int) -> None:
         super()._begin(episode_seed)
@@ -176,71 +186,18 @@ class CompositeDMCEnv(Painted, DMCEnv):
     """A task of the suite before a painted background; physics and rewards are those of ``dmc:``, bit for bit. Options: `Backdrop`."""
 
     suite_name: ClassVar[str] = "masklam"
+    DEFAULTS: ClassVar[dict[str, Any]] = {"motion": "lagged", "region": "scenery"}
 
-    def __init__(
-        self,
-        task: str,
-        *,
-        motion: str = "lagged",
-        region: str = "scenery",
-        correlation: float = 0.7,
-        lag: int = 3,
-        rank: int = 2,
-        speed: float = 2.0,
-        twin_actions: Any = None,
-        videos: str | Path | None = None,
-        split: str = "train",
-        num_videos: int | None = None,
-        **settings: Any,
-    ) -> None:
-        self.backdrop = Backdrop(
-            motion=motion,
-            region=region,
-            correlation=correlation,
-            lag=lag,
-            rank=rank,
-            speed=speed,
-            twin_actions=twin_actions,
-            videos=videos,
-            split=split,
-            num_videos=num_videos,
-        )
-        super().__init__(task, **settings)
-        self._open(self.physics.model.ptr, self.physics.data.ptr, moving_parts(self.physics.model.ptr))
+    def _scene(self) -> tuple[Any, Any, AgentParts]:
+        model = self.physics.model.ptr
+        return model, self.physics.data.ptr, moving_parts(model)
 
 
 class CompositeMetaWorldEnv(Painted, MetaWorldEnv):
     """A Meta-World task before a painted background; by default Distracting Meta-World: videos in the sky. Options: `Backdrop`."""
 
     suite_name: ClassVar[str] = "dmw"
+    DEFAULTS: ClassVar[dict[str, Any]] = {"motion": "video", "region": "sky"}
 
-    def __init__(
-        self,
-        task: str,
-        *,
-        motion: str = "video",
-        region: str = "sky",
-        correlation: float = 0.7,
-        lag: int = 3,
-        rank: int = 2,
-        speed: float = 2.0,
-        twin_actions: Any = None,
-        videos: str | Path | None = None,
-        split: str = "train",
-        num_videos: int | None = None,
-        **settings: Any,
-    ) -> None:
-        self.backdrop = Backdrop(
-            motion=motion,
-            region=region,
-            correlation=correlation,
-            lag=lag,
-            rank=rank,
-            speed=speed,
-            twin_actions=twin_actions,
-            videos=videos,
-            split=split,
-            num_videos=num_videos,
-        )
-        super().__init__(task, **settings)
-        self._open(self.inner.model, self.inner.data, subtree_parts(self.inner.model))
+    def _scene(self) -> tuple[Any, Any, AgentParts]:
+        return self.inner.model, self.inner.data, subtree_parts(self.inner.model)

@@ -145,7 +145,9 @@ class Recipe:
         for key in values:
             if key not in known:
                 raise unknown_name("recipe setting", key, known)
-        return cls(**{"algorithm": 1, **values})  # recipes stored before there was a number
+        if set(values) == known - {"algorithm"}:  # written whole, before there was a number; a user's few settings mean today's
+            values = {**values, "algorithm": 1}
+        return cls(**values)
 
     def hash(self) -> str:
         """Twelve hex digits that name this recipe."""

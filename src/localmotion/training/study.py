@@ -121,8 +121,8 @@ def load_study(path: Path) -> list[Job]:
     return every
 
 
-def run_study(path: Path, out: Path, *, jobs: int = 0) -> list[str]:
-    """Run what is left of the study, ``jobs`` processes at a time (0: one a core). Returns the names of all its run directories.
+def run_study(path: Path, out: Path, *, jobs: int = 0) -> None:
+    """Run what is left of the study, ``jobs`` processes at a time (0: one a core), below ``out``/runs.
 
     Raises ConfigError as `load_study` does, and for another study in ``out``; RunsFailedError at the end, naming the runs that failed.
     """
@@ -164,7 +164,6 @@ def run_study(path: Path, out: Path, *, jobs: int = 0) -> list[str]:
         raise RunsFailedError(
             f"{out}: {len(failed)} of {len(todo)} runs failed, first {first}: {failed[first]}; the same command tries again"
         )
-    return [job.name for job in todo]
 
 
 def state(run: Path) -> str:

@@ -121,7 +121,7 @@ def _serve(pipe: Connection, function: Callable[[Any], Any]) -> None:
             return
         try:
             answer = ("result", function(item))
-        except Exception:
+        except Exception:  # whatever it is, the parent raises it with this traceback: a worker must not die of its item
             answer = ("error", traceback.format_exc())
         try:
             pipe.send(answer)
