@@ -43,7 +43,7 @@ class Flat(Method):
 
     def __init__(self, config: FlatConfig, *, image_size: int, action_dim: int | None) -> None:
         super().__init__(config, image_size=image_size, action_dim=action_dim)
-        self.config, self.image_size, self.action_dim = config, image_size, action_dim
+        self.config, self.action_dim = config, action_dim
         world = config.world
         width = world.stoch * world.classes + world.deter  # what the decoder reads
         self.image = ImageModel(world, image_size=image_size)

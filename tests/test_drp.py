@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from localmotion.config import RunConfig, compose
+from localmotion.errors import ConfigError
 from localmotion.evaluation.heldout import open_loop_errors, reconstruction_errors, trivial_reconstructions
-from localmotion.methods.base import check_scales
+from localmotion.methods.base import check_scales, total
 from localmotion.methods.drp import DRP
 from localmotion.models.dae import Motion, atomic_actions, mae_loss, random_mask
 from localmotion.training.update import Updater
@@ -247,3 +248,68 @@ def test_heldout_figures_are_consistent() -> None:
     scores, pictures = open_loop_errors(method, batch, context=3)
     assert scores["psnr/last_frame"].shape == (5,)
     assert set(pictures) == {"truth", "last_frame", "motion", "zero_motion"}
+
+
+# --- the paper's variants (drp.md 7) ----------------------------------------------------------------------------------
+
+VARIANTS = {
+    "global flow": {"motion_encoder": "global"},
+    "w/o intra": {"intra": "false"},
+    "w/o inter": {"inter": "false"},
+    "w/o coord": {"coord": "false"},
+    "w/o temp": {"temporal": "false"},
+    "mlp projection": {"adapter": "mlp"},
+    "K": {"keypoints": 2},
+    "rho": {"mask_ratio": 0.75},
+    "P": {"patch": 4},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_variant_learns_acts_and_predicts(variant: str) -> None:
+    """Every loss has its weight and reaches every group; acting step by step is what training saw; prediction has its two rows."""
+    run, method = make("finetune", **VARIANTS[variant])
+    batch = make_batch()
+    losses, _, _ = method.world_model_losses(batch)
+    scales = method.loss_scales("finetune")
+    check_scales(losses, scales)
+    assert ("mae" in losses) == (variant != "global flow")
+    total(losses, scales).backward()
+    for group in method.groups(run, pretrained=True):
+        if group.name not in ("actor", "critic"):
+            assert max(float(p.grad.abs().max()) for p in group.parameters if p.grad is not None) > 0, group.name
+    method.eval()
+    with torch.no_grad():
+        together = method.motion_code(batch)
+        carry, apart = method.initial_carry(2), []
+        for t in range(8):
+            obs = {k: v[:, t : t + 1] for k, v in batch.items() if k not in ("reward", "is_terminal", "action")}
+            apart.append(method._recompose_step(obs, carry.motion, 8)[0])
+            _, carry = method.act(obs, carry, explore=False, window=8)
+    torch.testing.assert_close(torch.stack(apart, 1), together, atol=1e-4, rtol=1e-4)
+    scores, _ = open_loop_errors(method, batch)
+    assert {"psnr/motion", "psnr/zero_motion"} <= set(scores)
+
+
+def test_a_variant_changes_what_it_says_and_nothing_else() -> None:
+    """Global Flow: the rest of the model has the same parameters, so that a comparison differs in the motion code alone."""
+    counts = [make("finetune", **settings)[1].parameter_counts() for settings in ({}, VARIANTS["global flow"])]
+    changed = {name for name in counts[0] if counts[0][name] != counts[1][name]}
+    assert changed == {"motion"}
+
+
+def test_global_flow_sees_the_flow_outside_every_patch() -> None:
+    batch = make_batch()
+    changed = batch | {"flow": batch["flow"].clone(), "visible": torch.zeros_like(batch["visible"])}
+    before = make("pretrain", **VARIANTS["global flow"])[1].motion_code(changed)
+    changed["flow"][:, 3] += 1.0
+    after = make("pretrain", **VARIANTS["global flow"])[1].motion_code(changed)
+    difference = (after - before).abs().amax((0, 2))
+    assert difference[3] > 0
+    assert difference[:3].max() == 0
+    assert difference[4:].max() == 0
+
+
+def test_a_global_code_without_the_dynamics_loss_is_refused() -> None:
+    with pytest.raises(ConfigError, match="without any loss"):
+        make("pretrain", motion_encoder="global", joint_gradient="false")

@@ -117,9 +117,9 @@ def test_finetuning_learns_from_the_checkpoint_and_is_reported(
     assert (tmp_path / "film.mp4").stat().st_size > 1000
     assert result["policy"] == "agent"
     random_floor(finetuned, episodes=2)
-    scores, pictures = predict(pretrained, store, clips=2, split="all")
-    assert set(pictures) == {"truth", "motion", "zero_motion", "last_frame"}
-    assert scores["psnr/last_frame"] > 5
+    found = predict([pretrained], store, clips=2, split="all")
+    assert list(found.pictures) == ["truth", "motion", "zero_motion", "last_frame"]
+    assert np.mean(found.scores["last_frame"]["psnr"]) > 5
     motion_media(pretrained, store, windows=32)
     with np.load(finetuned / "media" / "flow_downstream.npz") as kept:
         assert str(kept["name"]) == TOY
@@ -258,15 +258,16 @@ def test_pretraining_rate_falls_at_the_end_only() -> None:
 
 def test_a_run_goes_on_with_the_recipe_it_began_with(tmp_path: Path) -> None:
     """Also with one of before the foreground's gate, whatever today's default or its checkpoint's is."""
+    from localmotion.evaluation.rollout import stored_recipe
     from localmotion.perception import Recipe
-    from localmotion.training.finetune import recipe_of
 
     run = compose("drp", "finetune", preset="debug", env="toy:dot", flags={"checkpoint": str(tmp_path / "pre")})
     old = {key: value for key, value in Recipe(tracks=7).to_json().items() if key != "algorithm"}
     (tmp_path / "pre").mkdir()
     (tmp_path / "pre" / "environment.json").write_text(json.dumps({"recipe": Recipe(tracks=9).to_json()}))
-    assert recipe_of(run, tmp_path / "run").tracks == 9
+    assert stored_recipe(run, tmp_path / "run") == Recipe(tracks=9)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text(json.dumps({"recipe": old}))
-    found = recipe_of(run, tmp_path / "run")
+    found = stored_recipe(run, tmp_path / "run")
+    assert found
     assert (found.tracks, found.algorithm) == (7, 1)

@@ -113,13 +113,26 @@ def test_a_run_that_fails_costs_only_itself_and_what_needs_it(tmp_path: Path) ->
 def test_an_interrupted_study_lets_its_runs_save(tmp_path: Path) -> None:
     path, out = write(tmp_path, STUDY.replace("env_steps: 160", "env_steps: 100000")), tmp_path / "out"
     command = [sys.executable, "-m", "localmotion", "study", str(path), "--out", str(out), "--jobs", "1"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        ),  # a shell's background job ignores it, and so would its children
+    )
     run = out / "runs" / "DreamerV2-toy_dot-0"
-    until = time.monotonic() + 90
-    while time.monotonic() < until and not ((run / "metrics.jsonl").exists() and "eval" in (run / "metrics.jsonl").read_text()):
-        time.sleep(0.2)
-    os.kill(process.pid, signal.SIGINT)
-    assert process.wait(60) == 130
+    try:
+        until = time.monotonic() + 90
+        while time.monotonic() < until and not (
+            (run / "metrics.jsonl").exists() and "eval" in (run / "metrics.jsonl").read_text()
+        ):
+            time.sleep(0.2)
+        os.kill(process.pid, signal.SIGINT)
+        assert process.wait(60) == 130
+    finally:
+        process.kill()
     assert state(run) == "interrupted"
     assert any((run / "checkpoints").iterdir())
 

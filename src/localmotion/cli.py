@@ -102,11 +102,12 @@ def _parser() -> _Parser:
     sub.add_argument("--pixels", type=int, default=128, help="side of the mp4's pictures")
     _recipe(sub, without=("seed",))
 
-    sub = add("predict", "Open-loop prediction of clips: truth, prediction, error.", predict)
-    sub.add_argument("--checkpoint", type=Path, required=True, help="pre-training run")
-    sub.add_argument("--data", type=Path, required=True, help="clip store")
-    sub.add_argument("--out", type=Path, required=True, help="strips, .png")
-    sub.add_argument("--clips", type=int, default=4)
+    sub = add("predict", "Open-loop prediction of clips, runs side by side: truth, prediction, error; PSNR and SSIM.", predict)
+    sub.add_argument("--checkpoint", type=Path, required=True, nargs="+", help="pre-training runs")
+    sub.add_argument("--data", type=Path, required=True, help="clip store, video file, or folder of videos")
+    sub.add_argument("--out", type=Path, required=True, help="strips, .png; the scores go beside it, .json")
+    sub.add_argument("--clips", type=int, default=4, help="windows drawn")
+    sub.add_argument("--windows", type=int, default=32, help="windows scored")
     sub.add_argument("--split", choices=("heldout", "train", "all"), default="heldout")
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--device", default="auto")
@@ -386,17 +387,18 @@ def evaluate(args: argparse.Namespace) -> None:
 
 def predict(args: argparse.Namespace) -> None:
     """`localmotion predict`"""
-    from localmotion.console import say
+    from localmotion.console import progress, say, show_table
     from localmotion.evaluation.predict import predict as run_prediction
     from localmotion.report.pictures import save_strips
 
-    scores, pictures = run_prediction(
-        args.checkpoint, args.data, clips=args.clips, split=args.split, seed=args.seed, device=args.device
-    )
-    save_strips(pictures, args.out)
-    for name, value in scores.items():
-        say(f"{name:24s} {value:.3f}")
-    say(f"strips: {args.out}")
+    options = {name: getattr(args, name) for name in ("clips", "windows", "split", "seed", "device")}
+    with progress("predict", 1, "windows") as advance:
+        found = run_prediction(args.checkpoint, args.data, **options, progress=advance)
+    save_strips(found.pictures, args.out, context=found.context)
+    args.out.with_suffix(".json").write_text(json.dumps({"windows": found.windows, "scores": found.scores}, indent=1) + "\n")
+    for kind, title in (("psnr", "PSNR, dB"), ("ssim", "SSIM")):
+        show_table(f"{title}: mean of {found.windows} windows, by frames ahead", *found.table(kind), width=120)
+    say(f"strips: {args.out}, scores: {args.out.with_suffix('.json')}")
 
 
 def probe(args: argparse.Namespace) -> None:

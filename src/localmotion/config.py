@@ -188,6 +188,8 @@ class RunConfig:
     """Rendering quality; auto is fast on software GL."""
     supersample: int = 1
     """Pictures drawn at n times their side and averaged; 2 finds slow motion far better (Meta-World) for 2 to 5 ms a frame."""
+    observed: Literal["pixels", "vectors", "both"] = "pixels"
+    """What the agent is shown: pictures, the suite's own low-dimensional observation, or both (methods that can: dreamer_v3)."""
     env_options: dict[str, Any] = field(default_factory=dict)
     """The suite's own options, e.g. {difficulty: easy} of distracting; `localmotion.envs.list_options` has their names."""
     data: str = ""

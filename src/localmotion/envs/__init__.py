@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from localmotion.errors import ConfigError, unknown_name
 
 if TYPE_CHECKING:
-    from localmotion.envs.base import PixelEnv
+    from localmotion.envs.base import Observed, PixelEnv
 
 __all__ = ["list_envs", "list_options", "make_env"]
 
@@ -95,6 +95,7 @@ def make_env(
     quality: Literal["fast", "reference", "auto"] = "auto",
     camera: str | int | None = None,
     supersample: int = 1,
+    observed: Observed = "pixels",
     **options: Any,
 ) -> PixelEnv:
     """Make an environment; its interface is that of `localmotion.envs.base.PixelEnv`.
@@ -110,6 +111,7 @@ def make_env(
         camera: name or number; None for the suite's (DMC 0, quadruped 2; Meta-World "corner").
         supersample: 2 draws observations at twice their side and averages, i.e. four samples a pixel, in either quality: slow motion is
             found far better (docs/perception.md), a frame costs 2 to 5 ms more.
+        observed: "pixels", "vectors" (the suite's own low-dimensional observation; nothing is drawn), or "both".
         options: the suite's own options by name, e.g. ``difficulty="easy"`` of distracting; `list_options` has them.
 
     Raises:
@@ -141,6 +143,7 @@ def make_env(
         **options,
     )
     env.supersample = supersample
+    env.show(observed)
     return env
 
 

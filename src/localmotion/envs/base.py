@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
 import cv2
 import gymnasium
@@ -11,9 +11,11 @@ from gymnasium import spaces
 from gymnasium.utils import seeding
 from numpy.typing import NDArray
 
-from localmotion.errors import ConfigError, EnvError
+from localmotion.errors import ConfigError, EnvError, unknown_name
 
-Observation = dict[str, NDArray[np.uint8]]
+Observation = dict[str, NDArray[Any]]
+Observed = Literal["pixels", "vectors", "both"]
+OBSERVED: tuple[Observed, ...] = get_args(Observed)
 TOLERANCE = 1e-3
 """Actions may leave [-1, 1] by this much (rounding of a network's output) and are clipped; beyond it is an error."""
 VIEW_SIZE = 256
@@ -24,6 +26,7 @@ class PixelEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
 
     Observation: Dict with ``image`` (size, size, 3) uint8 and, when ``percept_size`` is given and differs, ``percept``
     (percept_size, percept_size, 3) uint8. Both come from ONE rendering at ``percept_size``; ``image`` is its area average.
+    After ``show("vectors")`` it is ``vector`` (V,) float32 alone and nothing is drawn; after ``show("both")`` both.
     Action: Box(-1, 1, (A,), float32), mapped linearly to the range of the environment.
     ``step`` applies the action ``action_repeat`` times and sums the rewards; one application is one env step (control step).
     ``info`` always has ``env_steps``, the env steps done in this call, and ``success`` (0 or 1) in suites that signal it.
@@ -72,6 +75,7 @@ class PixelEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         self.action_space = spaces.Box(-1.0, 1.0, (action_dim,), np.float32)
         self.action_space.seed(seed)
         self._np_random, self._np_random_seed = seeding.np_random(seed)
+        self.observed: Observed = "pixels"
         self._elapsed: int | None = None  # env steps of this episode; None: no episode is running
         self._begun = False
         self.supersample = 1
@@ -99,9 +103,26 @@ class PixelEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         """The suite's part of ``describe``."""
         return {}
 
+    def vector(self) -> NDArray[np.float64]:
+        """The suite's own low-dimensional observation of the present state, (V,): what agents without pictures are shown."""
+        return self.state()
+
     def state(self) -> NDArray[np.float64]:
         """The simulator's exact state as one vector: equal vectors behave and look equal."""
         raise NotImplementedError
+
+    def show(self, observed: Observed) -> None:
+        """Choose what observations hold from the next reset on: "pixels", "vectors" or "both". Raises ConfigError for another name."""
+        if observed not in OBSERVED:
+            raise unknown_name("kind of observation", observed, OBSERVED)
+        boxes = dict(self.observation_space.spaces)  # type: ignore[attr-defined]
+        if observed == "vectors":
+            boxes = {}
+        if observed != "pixels":
+            self._begin(0)  # some tasks have no observation before their first episode
+            boxes["vector"] = spaces.Box(-np.inf, np.inf, (len(self.vector()),), np.float32)
+        self.observed = observed
+        self.observation_space = spaces.Dict(boxes)  # type: ignore[assignment]
 
     # -- gymnasium ------------------------------------------------------------------------------------------------------
 
@@ -162,6 +183,7 @@ class PixelEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
             "size": self.size,
             "percept_size": self.draw_size,
             "supersample": self.supersample,
+            "observed": self.observed,
             "action_dim": self.action_space.shape[0],  # type: ignore[index]
             "action_repeat": self.action_repeat,
             "time_limit": self.time_limit,
@@ -183,10 +205,13 @@ class PixelEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         return given
 
     def _observe(self) -> Observation:
+        shown: Observation = {} if self.observed == "pixels" else {"vector": self.vector().astype(np.float32)}
+        if self.observed == "vectors":
+            return shown
         picture = self.render_frame(self.draw_size)
         if self.draw_size == self.size:
-            return {"image": picture}
-        return {"image": area_average(picture, self.size), "percept": picture}
+            return shown | {"image": picture}
+        return shown | {"image": area_average(picture, self.size), "percept": picture}
 
     def _info(self, env_steps: int) -> dict[str, Any]:
         info: dict[str, Any] = {"env_steps": env_steps}

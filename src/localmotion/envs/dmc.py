@@ -148,6 +148,11 @@ class DMCEnv(PixelEnv):
         """Generalised velocities (nv,) of the physics, radians and metres a second: what probes of motion codes are asked for."""
         return np.array(self.physics.data.qvel, np.float64)
 
+    def vector(self) -> NDArray[np.float64]:
+        """dm_control's own observation of the task, its parts in their order, as one vector."""
+        parts = self._task.get_observation(self.physics).values()
+        return np.concatenate([np.asarray(part, np.float64).ravel() for part in parts])
+
     def state(self) -> NDArray[np.float64]:
         """Positions, velocities and activations of the physics, with the model's body and geom positions, which some tasks move."""
         model = self.physics.model.ptr

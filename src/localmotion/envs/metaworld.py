@@ -154,6 +154,10 @@ class MetaWorldEnv(PixelEnv):
         self._mujoco.mj_objectVelocity(model, data, self._mujoco.mjtObj.mjOBJ_BODY, body, hand, 0)
         return np.concatenate([hand[3:], data.qvel])
 
+    def vector(self) -> NDArray[np.float64]:
+        """Meta-World's own observation, (39,), with the goal's place in its last three numbers."""
+        return np.array(self._vector, np.float64)
+
     def state(self) -> NDArray[np.float64]:
         """Positions, velocities, mocap pose and the target, with the model's body and site positions, which tasks move."""
         model, data = self.inner.model, self.inner.data

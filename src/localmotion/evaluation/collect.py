@@ -141,7 +141,10 @@ class _Player:
                 raise ConfigError(f"{policy}: was trained in {run.env}, not in {env}")
             if settings.get("action_repeat"):
                 run = replace(run, action_repeat=settings["action_repeat"])
-            self.observer = make_observer(run, Recipe.from_json(run.recipe) if run.recipe and method.wants_motion else None)
+            if run.observed == "vectors":
+                run = replace(run, observed="both")  # it sees what it saw; the pictures are for the collection
+            recipe = Recipe.from_json(run.recipe) if run.recipe and method.wants_motion else None
+            self.observer = make_observer(run, recipe, size=method.image_size)
             self.act = method_policy(method, compute, explore=True, window=run.online.length)
         else:
             raise ConfigError(f"policy {policy!r}: is neither a run directory nor one of {', '.join(POLICIES)}")

@@ -35,7 +35,7 @@ def evaluate_run(
     base = run.seed if seed is None else seed
 
     def make() -> Observer:
-        return make_observer(run, recipe if policy == "agent" else None)
+        return make_observer(run, recipe if policy == "agent" else None, size=method.image_size)
 
     observers = [make()]
     dim = observers[0].action_dim

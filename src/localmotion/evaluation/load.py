@@ -8,7 +8,9 @@ from pathlib import Path
 from localmotion import methods
 from localmotion.compute import Compute, choose
 from localmotion.config import RunConfig
+from localmotion.evaluation.rollout import stored_recipe
 from localmotion.methods.base import Method
+from localmotion.perception.base import Recipe
 from localmotion.training import checkpoint
 
 
@@ -25,8 +27,7 @@ def load_run(path: Path, *, device: str = "auto", threads: int = 0) -> tuple[Run
     if run.stage != "pretrain":
         # The actor's last layer knows the number of actions: two numbers (mean, deviation) each.
         action_dim = int(checkpoint.read_state(found)["action_dim"])
-    method = methods.get(run.method)(
-        run.model, image_size=64 if not run.recipe else int(run.recipe["size"]), action_dim=action_dim
-    )
+    size = (stored_recipe(run, path) or Recipe()).size
+    method = methods.get(run.method)(run.model, image_size=size, action_dim=action_dim)
     checkpoint.load_weights(method, weights, str(found))
     return run, method.to(compute.device).eval(), compute

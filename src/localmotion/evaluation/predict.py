@@ -1,55 +1,226 @@
-"""Open-loop prediction of clips by a pre-trained run."""
+"""Open-loop prediction of clips by pre-trained runs, side by side: pure-video evaluation, no environment and no actions."""
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from localmotion.errors import ConfigError
-from localmotion.evaluation.heldout import open_loop_errors, predicts
+from localmotion.compute import Compute
+from localmotion.config import RunConfig
+from localmotion.errors import ConfigError, VideoError
+from localmotion.evaluation.heldout import CONTEXT_FRAMES, open_loop_errors, predicts
 from localmotion.evaluation.load import load_run
-from localmotion.video.sample import WindowSampler
-from localmotion.video.store import ClipStore
+from localmotion.evaluation.rollout import stored_recipe
+from localmotion.methods.base import Method
+from localmotion.perception.base import Recipe
+from localmotion.perception.extract import extract_one
+from localmotion.video.listing import find_videos
+from localmotion.video.sample import Split, WindowSampler
+from localmotion.video.store import Clip, ClipStore, ClipStoreWriter
+
+AT_ONCE = 8
+"""Windows predicted together."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What `predict` found. Rows are the predictors: ``last_frame``, and each run's own (with several runs "RUN: row")."""
+
+    scores: dict[str, dict[str, list[float]]]
+    """By row, then "psnr" (dB) and "ssim": mean over the windows at each horizon, 1 frame ahead first."""
+    pictures: dict[str, NDArray[np.uint8]]
+    """By row and for "truth": the first windows, (N, T, S, S, 3)."""
+    windows: int
+    """Windows that the scores average over."""
+    length: int
+    """Frames of a window; the first ``context`` were observed."""
+    context: int = CONTEXT_FRAMES
+
+    def table(self, kind: str) -> tuple[list[str], list[list[str]]]:
+        """Head and rows of the scores of ``kind`` ("psnr" or "ssim") at some horizons, and their mean over all."""
+        ahead = self.length - self.context
+        horizons = sorted({h for h in (1, 2, 5, 10, 20, 50, ahead) if h <= ahead})
+        digits = 2 if kind == "psnr" else 3
+        rows = [
+            [row, *(f"{scores[kind][h - 1]:.{digits}f}" for h in horizons), f"{np.mean(scores[kind]):.{digits}f}"]
+            for row, scores in self.scores.items()
+        ]
+        return ["", *(f"{h} ahead" for h in horizons), "mean"], rows
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    label: str
+    run: RunConfig
+    method: Method
+    compute: Compute
+    recipe: Recipe
 
 
 def predict(
-    checkpoint: Path,
+    checkpoints: Sequence[Path],
     data: Path,
     *,
     clips: int = 4,
-    split: Literal["train", "heldout", "all"] = "heldout",
+    windows: int = 32,
+    split: Split = "heldout",
     seed: int = 0,
     device: str = "auto",
-) -> tuple[dict[str, float], dict[str, NDArray[np.uint8]]]:
-    """Predict windows of ``clips`` clips of a store after 5 observed frames.
+    progress: Callable[[int, int | None, str], object] | None = None,
+) -> Prediction:
+    """Predict windows of clips after 5 observed frames with every run; all see the same windows.
 
-    Returns mean PSNR and SSIM by row, and the pictures (N,T,S,S,3) uint8 by row: truth, the method's own (DRP: motion, with a^agg of the
-    tracked points as in the paper's Fig. 8, and zero_motion, with no information from the future; IPV and APV: prior), last_frame.
-    Raises CheckpointError or StoreError; ConfigError when the run cannot predict from video alone.
+    Args:
+        checkpoints: pre-training runs of methods that predict video.
+        data: clip store, or a video file, a folder of videos or of frame folders, which is extracted by each run's own recipe for the call.
+        clips: windows kept as pictures.
+        windows: windows scored; of videos as many, one each, if there are that many.
+        split: of a store, by the first run's ``heldout_fraction``. Videos are not split: all of them.
+        seed: of the choice of windows, and of videos.
+
+    Rows of the methods: DRP: motion, with a^agg of the tracked points as in the paper's Fig. 8, and zero_motion, with no information from
+    the future; IPV and APV: prior. Raises CheckpointError, StoreError or VideoError; ConfigError when a run cannot predict from video
+    alone.
     """
-    run, method, compute = load_run(checkpoint, device=device)
-    if run.stage != "pretrain":
-        raise ConfigError(f"{checkpoint}: predicts from actions; give the pre-training run to predict video")
-    if not predicts(method):
-        raise ConfigError(f"{checkpoint}: method {run.method} does not predict video (it has no open_loop)")
-    store = ClipStore(data)
-    sampler = WindowSampler(
-        store,
-        run.pretrain.length,
-        clips,
-        seed,
-        split=split,
-        heldout_fraction=run.pretrain.heldout_fraction,
-        prefetch=False,
-        motion=method.wants_motion,
-    )
-    batch = {k: v.to(compute.device) for k, v in sampler.batch(0).items()}
-    torch.manual_seed(seed)
-    with compute.autocast():
-        scores, pictures = open_loop_errors(method, batch)
-    arrays = {k: (v * 255).round().byte().permute(0, 1, 3, 4, 2).cpu().numpy() for k, v in pictures.items()}
-    return {name: float(value.mean()) for name, value in scores.items()}, arrays
+    if not checkpoints or clips < 1 or windows < 1:
+        raise ConfigError(f"predict wants at least one checkpoint, clip and window, got {len(checkpoints)}, {clips}, {windows}")
+    runs = _load(checkpoints, device)
+    if len(strides := {each.recipe.frame_stride for each in runs}) > 1:
+        raise ConfigError(
+            f"the runs see videos at different frame strides ({sorted(strides)}), so they cannot be compared on one window"
+        )
+    length = min(each.run.pretrain.length for each in runs)
+    with tempfile.TemporaryDirectory(prefix="localmotion-") as scratch:
+        if (data / "store.json").exists():
+            stores = {each.recipe.hash(): ClipStore(data) for each in runs}
+        else:
+            split = "all"
+            stores = _extracted(
+                data, {each.recipe.hash(): each.recipe for each in runs}, length, windows, seed, Path(scratch), progress
+            )
+        return _predict(runs, stores, length, clips, windows, split, seed, progress)
+
+
+def _predict(
+    runs: Sequence[_Loaded],
+    stores: Mapping[str, ClipStore],
+    length: int,
+    clips: int,
+    windows: int,
+    split: Split,
+    seed: int,
+    progress: Callable[[int, int | None, str], object] | None,
+) -> Prediction:
+    chosen: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None
+    sums: dict[str, dict[str, NDArray[np.float64]]] = {}
+    pictures: dict[str, NDArray[np.uint8]] = {}
+    for number, each in enumerate(runs):
+        store = stores[each.recipe.hash()]
+        if store.size != each.method.image_size:
+            raise ConfigError(
+                f"{store.path}: clips of side {store.size}, but {each.label} was pre-trained on {each.method.image_size}"
+            )
+        fraction = runs[0].run.pretrain.heldout_fraction
+        sampler = WindowSampler(
+            store, length, windows, seed, split=split, heldout_fraction=fraction, prefetch=False, motion=each.method.wants_motion
+        )
+        chosen = chosen or _spread(sampler, windows, seed)
+        for begin in range(0, len(chosen[0]), AT_ONCE):
+            part = slice(begin, begin + AT_ONCE)
+            batch = {k: v.to(each.compute.device) for k, v in sampler.windows(chosen[0][part], chosen[1][part]).items()}
+            torch.manual_seed(seed + begin)
+            with each.compute.autocast():
+                scores, drawn = open_loop_errors(each.method, batch)
+            for name, value in scores.items():
+                kind, row = name.split("/")
+                row = _row(row, each, runs)
+                if row == "last_frame" and number:
+                    continue
+                total = sums.setdefault(row, {})
+                total[kind] = total.get(kind, np.zeros(length - CONTEXT_FRAMES)) + value.double().cpu().numpy() * len(
+                    batch["image"]
+                )
+            if begin < clips:
+                for row, picture in drawn.items():
+                    found = (picture[: clips - begin] * 255).round().byte().permute(0, 1, 3, 4, 2).cpu().numpy()
+                    name = row if row == "truth" else _row(row, each, runs)
+                    if name in ("truth", "last_frame") and number:
+                        continue
+                    pictures[name] = np.concatenate([pictures[name], found]) if begin else found
+            if progress:
+                progress(number * len(chosen[0]) + begin + len(batch["image"]), len(runs) * len(chosen[0]), each.label)
+    assert chosen is not None
+    count = len(chosen[0])
+    order = sorted(pictures, key=lambda row: {"truth": 0, "last_frame": 2}.get(row, 1))
+    means = {
+        row: {kind: (value / count).round(4).tolist() for kind, value in sums[row].items()} for row in order if row != "truth"
+    }
+    return Prediction(means, {row: pictures[row] for row in order}, count, length)
+
+
+def _load(checkpoints: Sequence[Path], device: str) -> list[_Loaded]:
+    labels = [path.name if [p.name for p in checkpoints].count(path.name) == 1 else str(path) for path in checkpoints]
+    found = []
+    for path, label in zip(checkpoints, labels, strict=True):
+        run, method, compute = load_run(path, device=device)
+        if run.stage != "pretrain":
+            raise ConfigError(f"{path}: predicts from actions; give the pre-training run to predict video")
+        if not predicts(method):
+            raise ConfigError(f"{path}: method {run.method} does not predict video (it has no open_loop)")
+        found.append(_Loaded(label, run, method, compute, stored_recipe(run, path) or Recipe()))
+    return found
+
+
+def _row(row: str, each: _Loaded, runs: Sequence[_Loaded]) -> str:
+    return row if row == "last_frame" or len(runs) == 1 else f"{each.label}: {row}"
+
+
+def _spread(sampler: WindowSampler, windows: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Clips and starts (n,) of windows spread over as many clips as there are, in random order; no window twice."""
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(sampler.clips))
+    starts = {i: rng.permutation(int(sampler.starts[i])) for i in order}
+    turns = range(max(len(mine) for mine in starts.values()))
+    places = [(int(sampler.clips[i]), int(starts[i][turn])) for turn in turns for i in order if turn < len(starts[i])]
+    chosen = np.array(places[:windows], np.int64)
+    return chosen[:, 0], chosen[:, 1]
+
+
+def _extracted(
+    data: Path,
+    recipes: Mapping[str, Recipe],
+    length: int,
+    count: int,
+    seed: int,
+    scratch: Path,
+    progress: Callable[[int, int | None, str], object] | None,
+) -> dict[str, ClipStore]:
+    """Clips of ``count`` of the videos in ``data``, drawn at random, by each recipe."""
+    refs = find_videos(data)
+    refs = [refs[i] for i in np.random.default_rng(seed).permutation(len(refs))]
+    stores = {}
+    for key, recipe in recipes.items():
+        clips: list[Clip] = []
+        reasons: list[str] = []
+        for ref in refs:
+            if len(clips) == count:
+                break
+            found = extract_one(ref, recipe, length, 300)
+            if isinstance(found, Clip):
+                clips.append(found)
+            else:
+                reasons.append(f"{ref.id}: {found['reason']}: {found['detail']}" if isinstance(found, dict) else found.message)
+            if progress:
+                progress(len(clips), min(count, len(refs)), "extracting")
+        if not clips:
+            raise VideoError(data, "unusable", f"none of {len(refs)} videos has {length} good frames; the first: {reasons[0]}")
+        writer = ClipStoreWriter.open(scratch / key, recipe.size, recipe.to_json(), key, recipe.tracks, count)
+        writer.write_shard(0, sorted(clips, key=lambda clip: clip.id))
+        stores[key] = ClipStore(scratch / key)
+    return stores

@@ -246,9 +246,8 @@ def probe(
         sources.append((f"{run.method}, {path.name}", method, compute))
         if untrained:
             torch.manual_seed(0)
-            size = 64 if not run.recipe else int(run.recipe["size"])
             dim = None if run.stage == "pretrain" else int(getattr(method, "action_dim"))  # noqa: B009
-            fresh = methods.get(run.method)(run.model, image_size=size, action_dim=dim)
+            fresh = methods.get(run.method)(run.model, image_size=method.image_size, action_dim=dim)
             sources.append((f"{run.method}, {path.name}, untrained", fresh.to(compute.device).eval(), compute))
     rows: list[dict[str, Any]] = []
     total = len(collections) * (len(sources) + (2 if ceilings else 0))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gymnasium
@@ -31,11 +33,15 @@ def episode_seed(seed: int, stream: str, episode: int) -> int:
     return int(mixed.generate_state(1)[0] >> 1)
 
 
+SHOWN = ("image", "vector")
+"""Parts of an observation that the agent is shown and the replay keeps."""
+
+
 class Observer:
     """One environment with its stream of Atomic Actions: what the agent sees and what the replay stores.
 
     Args:
-        env: a localmotion environment whose observation has "image", and "percept" when the recipe perceives at another size.
+        env: a localmotion environment whose observation has "image" or "vector", and "percept" when the recipe perceives at another size.
         recipe: perception recipe, or None for methods without motion.
     """
 
@@ -53,9 +59,9 @@ class Observer:
 
     def spec(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """Shapes and dtypes of a replay record."""
-        image = self.env.observation_space["image"].shape  # type: ignore[index]
+        boxes: dict[str, Any] = self.env.observation_space.spaces  # type: ignore[attr-defined]
         spec: dict[str, tuple[tuple[int, ...], str]] = {
-            "image": (tuple(image), "uint8"),
+            **{key: (tuple(boxes[key].shape), boxes[key].dtype.name) for key in SHOWN if key in boxes},
             "action": ((self.action_dim,), "float32"),
             "reward": ((), "float32"),
             "is_terminal": ((), "bool"),
@@ -92,7 +98,7 @@ class Observer:
     def _record(
         self, obs: dict[str, Any], action: NDArray[np.float32], reward: float, terminal: bool, *, first: bool
     ) -> dict[str, Any]:
-        record = {"image": obs["image"], "action": action, "reward": reward, "is_terminal": terminal}
+        record = {**{key: obs[key] for key in SHOWN if key in obs}, "action": action, "reward": reward, "is_terminal": terminal}
         if self.recipe and self.extractor:
             began = time.perf_counter()
             frame = obs.get("percept", obs["image"])
@@ -108,9 +114,14 @@ class Observer:
 
 
 def make_observer(run: RunConfig, recipe: Recipe | None, *, size: int = 64) -> Observer:
-    """The environment of a run with the perception it uses. The picture is rendered once, at the size perception wants."""
+    """The environment of a run with the perception it uses. The picture is rendered once, at the size perception wants.
+
+    ``size`` is the side of "image" for methods without motion; with a recipe it is the recipe's.
+    """
     from localmotion.envs import make_env
 
+    if recipe:
+        size = recipe.size
     percept = recipe.percept_size if recipe and recipe.percept_size != size else None
     env = make_env(
         run.env,
@@ -120,9 +131,25 @@ def make_observer(run: RunConfig, recipe: Recipe | None, *, size: int = 64) -> O
         quality=run.quality,
         action_repeat=run.action_repeat or None,
         supersample=run.supersample,
+        observed=run.observed,
         **run.env_options,
     )
     return Observer(env, recipe)
+
+
+def stored_recipe(run: RunConfig, path: Path) -> Recipe | None:
+    """The recipe of a run in ``path``: its settings', else the one it began with (pre-training: of its clips), else its checkpoint's."""
+    if run.recipe:
+        return Recipe.from_json(run.recipe)
+    places = [
+        path / "config.json",
+        path / "environment.json",
+        *([Path(run.checkpoint) / "environment.json"] if run.checkpoint else []),
+    ]
+    for place in places:
+        if place.exists() and (found := json.loads(place.read_text()).get("recipe")):
+            return Recipe.from_json(found)
+    return None
 
 
 def streaming_recipe(recipe: Recipe) -> Recipe:
@@ -171,7 +198,8 @@ def run_episodes(observers: Sequence[Observer], seeds: Sequence[int], policy: Po
     records = [observer.reset(seed) for observer, seed in zip(observers, seeds, strict=True)]
     count = len(observers)
     returns, lengths, success = np.zeros(count), np.zeros(count, int), np.zeros(count)
-    alive, has_success, frames = np.ones(count, bool), False, [records[0]["image"]]
+    alive, has_success = np.ones(count, bool), False
+    frames = [_picture(observers[0], records[0])] if keep_frames else []
     first = True
     while alive.any():
         actions = policy(records, first)
@@ -185,13 +213,19 @@ def run_episodes(observers: Sequence[Observer], seeds: Sequence[int], policy: Po
                 success[index] = max(success[index], float(info["success"]))
             alive[index] = not done
         if keep_frames and lengths[0] == len(frames):
-            frames.append(records[0]["image"])
+            frames.append(_picture(observers[0], records[0]))
     return Rollout(
         returns.tolist(),
         lengths.tolist(),
         success.tolist() if has_success else [],
         np.stack(frames) if keep_frames else None,
     )
+
+
+def _picture(observer: Observer, record: dict[str, Any]) -> NDArray[np.uint8]:
+    """What a film shows of a record; an agent that sees vectors is filmed all the same."""
+    picture: NDArray[np.uint8] = record["image"] if "image" in record else observer.env.render_frame(64)  # type: ignore[attr-defined]
+    return picture
 
 
 def method_policy(method: Method, compute: Compute, *, explore: bool, window: int) -> Policy:

@@ -84,7 +84,7 @@ class APV(Method):
 
     def __init__(self, config: APVConfig, *, image_size: int, action_dim: int | None) -> None:
         super().__init__(config, image_size=image_size, action_dim=action_dim)
-        self.config, self.image_size, self.action_dim = config, image_size, action_dim
+        self.config, self.action_dim = config, action_dim
         world = config.world
         sizes: dict[str, Any] = {"deter": world.deter, "hidden": world.hidden, "stoch": world.stoch, "classes": world.classes}
         self.image = ImageModel(world, image_size=image_size)

@@ -2,7 +2,7 @@
 
 Batches follow the house time convention (docs/decisions/0001), legend B sequences, T positions, S side, N tracks, A actions:
 
-    image (B,T,S,S,3) uint8      is_first (B,T) bool
+    image (B,T,S,S,3) uint8      is_first (B,T) bool         vector (B,T,V) float32           (where the run observes vectors)
     action (B,T,A) float32       reward (B,T) float32       is_terminal (B,T) bool            (online only)
     flow (B,T,S,S,2) float16     tracks (B,T,N,2) float32   visible (B,T,N) bool   track_id (B,T,N) int32   (wants_motion only)
 """
@@ -54,6 +54,8 @@ class Method(nn.Module):
     can_pretrain: ClassVar[bool] = False
     transfers: ClassVar[tuple[str, ...]] = ()
     """Names of the child modules that pre-training makes and fine-tuning loads."""
+    vectors: ClassVar[bool] = False
+    """Can learn from vectors in place of pictures or beside them; then its Config has ``pixels`` and ``vector_dim``."""
     joint_update: ClassVar[bool] = False
     """`world_model_losses` gives the behaviour's losses too: one backward pass, then every group is stepped once."""
 
@@ -61,6 +63,7 @@ class Method(nn.Module):
     def __init__(self, config: Any, *, image_size: int, action_dim: int | None) -> None:
         """``action_dim`` None builds the pre-training modules only."""
         super().__init__()
+        self.image_size = image_size
 
     # Learning ---------------------------------------------------------------------------------------------------------------
 

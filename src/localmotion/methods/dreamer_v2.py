@@ -52,7 +52,7 @@ class DreamerV2(Method):
         super().__init__(config, image_size=image_size, action_dim=action_dim)
         if action_dim is None:
             raise NotImplementedError("dreamer_v2 has no pre-training stage")
-        self.config, self.image_size, self.action_dim = config, image_size, action_dim
+        self.config, self.action_dim = config, action_dim
         world = config.world
         self.image = ImageModel(world, image_size=image_size)
         self.dynamics = RSSM(

@@ -154,6 +154,7 @@ class DreamerV3(Method):
     paper = "arXiv 2301.04104"
     Config = DreamerV3Config
     joint_update = True
+    vectors = True
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         # Reference, block dmc_vision: 16 x 64, one update in 4 env steps (train ratio 256), which is 2 agent steps at action repeat 2.
         "paper": {

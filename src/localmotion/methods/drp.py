@@ -14,6 +14,7 @@ Open choices, each a setting, with the reason:
 * `context`: Eq. 4 conditions the decoder on a context frame, Eq. 2 does not print it; on by default in both, as in IPV.
 * `embed_input`: Eq. 3 gives the posterior of s only Adapter(z); IPV adds the image embedding on DMC. Off: the equation. On: IPV.
 * one decoder reconstructs from z and from s (both equations write p_theta), in one batched call.
+* `motion_encoder`: Atomic Actions; "global" is the paper's ablation, one code of the whole flow field (Fig. 5b).
 * `adapter`: the paper says only that an MLP is worse (Fig. 13); attention over the parts of z by default (see models/adapters.py).
 * "Slowly fine-tuned" (4.4) has no number: the DAE and the latent dynamics learn `online.pretrained_lr_factor` slower.
 
@@ -36,6 +37,7 @@ from localmotion.models.actor_critic import ActorCritic
 from localmotion.models.adapters import make_adapter
 from localmotion.models.bonus import IntrinsicBonus
 from localmotion.models.dae import DAECache, DAEConfig, MaskedMotion, Motion, atomic_actions, random_mask
+from localmotion.models.global_flow import GlobalFlow
 from localmotion.models.heads import MLP
 from localmotion.models.image import ImageModel
 from localmotion.models.rssm import RSSM, RSSMState, kl_loss
@@ -45,6 +47,8 @@ from localmotion.models.rssm import RSSM, RSSMState, kl_loss
 class DRPConfig:
     """Settings of DRP. Defaults are the paper's."""
 
+    motion_encoder: Literal["atomic", "global"] = "atomic"
+    """atomic: Atomic Actions through the DAE; global: one convolutional code of the whole flow field (the ablation of Fig. 5b)."""
     dae: DAEConfig = field(default_factory=DAEConfig)
     world: WorldModelConfig = field(default_factory=WorldModelConfig)
     behaviour: BehaviourConfig = field(default_factory=BehaviourConfig)
@@ -71,7 +75,7 @@ class DRPConfig:
 class Carry(NamedTuple):
     """What acting keeps between agent steps."""
 
-    motion: DAECache
+    motion: DAECache | None  # nothing where each frame's flow is coded by itself
     latent: RSSMState  # z
     state: RSSMState  # s
     action: Tensor  # (B, A), the one that leads to the next frame
@@ -98,13 +102,21 @@ class DRP(Method):
 
     def __init__(self, config: DRPConfig, *, image_size: int, action_dim: int | None) -> None:
         super().__init__(config, image_size=image_size, action_dim=action_dim)
-        self.config, self.image_size, self.action_dim = config, image_size, action_dim
+        self.config, self.action_dim = config, action_dim
         world = config.world
         # Deconstruct (zeta), recompose (theta)
-        self.motion = MaskedMotion(config.dae)
+        self.motion: MaskedMotion | GlobalFlow
+        if config.motion_encoder == "global":
+            if not config.joint_gradient:
+                raise ConfigError(
+                    "joint_gradient=false leaves motion_encoder=global without any loss; only Atomic Actions have their own"
+                )
+            self.motion = GlobalFlow(config.dae)
+        else:
+            self.motion = MaskedMotion(config.dae)
         self.image = ImageModel(world, image_size=image_size)
         sizes: dict[str, Any] = {"deter": world.deter, "hidden": world.hidden, "stoch": world.stoch, "classes": world.classes}
-        self.latent = RSSM(embed_dim=self.image.embed_dim, action_dim=self.motion.encoder.agg_dim, **sizes)
+        self.latent = RSSM(embed_dim=self.image.embed_dim, action_dim=config.dae.code_dim, **sizes)
         if action_dim is None:
             return
         # Adapter (omega), action-specific dynamics (phi), rewards (varphi), actor (psi), critic (xi)
@@ -127,15 +139,14 @@ class DRP(Method):
         (image,) = self.image.losses([self.latent.feat(post)], context, truth)
         kl, metrics = kl_loss(post.logits, prior_logits, balance=self.config.world.kl_balance)
         metrics = {**{f"latent/{key}": value for key, value in metrics.items()}, "agg/std": agg.detach().float().std()}
-        return {"mae": mae, "image": image, "kl": kl}, metrics
+        return {**mae, "image": image, "kl": kl}, metrics
 
-    def _recompose(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """a^agg (B,T,d), zero at is_first, and the MAE loss of Eq. 5 / 7."""
-        motion = self._atomic_actions(batch)
-        agg, _, mae = self.motion(motion, batch["is_first"].cumsum(1))
-        if not self.config.joint_gradient:
-            agg = agg.detach()
-        return agg, mae
+    def _recompose(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """a^agg (B,T,d), and the loss "mae" of Eq. 5 / 7, which a code of the whole field does not have."""
+        if isinstance(self.motion, GlobalFlow):
+            return self.motion(batch["flow"]), {}
+        agg, _, mae = self.motion(self._atomic_actions(batch), batch["is_first"].cumsum(1))
+        return agg if self.config.joint_gradient else agg.detach(), {"mae": mae}
 
     def _atomic_actions(self, batch: Batch) -> Motion:
         return atomic_actions(batch["flow"], batch["tracks"], batch["visible"], batch["track_id"], self.config.dae)
@@ -164,7 +175,7 @@ class DRP(Method):
         behavioural = self.reward(feat).squeeze(-1).float()
         representative = self.reward_representative(feat).squeeze(-1).float()
         losses = {
-            "mae": mae,
+            **mae,
             "latent_image": latent_image,
             "latent_kl": latent_kl,
             "image": image,
@@ -180,10 +191,11 @@ class DRP(Method):
 
     def loss_scales(self, stage: str) -> dict[str, float]:
         config = self.config
+        mae = {} if isinstance(self.motion, GlobalFlow) else {"mae": 1.0}
         if stage == "pretrain":
-            return {"mae": 1.0, "image": 1.0, "kl": config.beta_z}
+            return {**mae, "image": 1.0, "kl": config.beta_z}
         return {
-            "mae": 1.0,
+            **mae,
             "latent_image": 1.0,
             "latent_kl": config.beta_z,
             "image": 1.0,
@@ -223,7 +235,7 @@ class DRP(Method):
             raise ConfigError("a pre-trained model has no actor; fine-tune it in an environment first")
         device = next(self.parameters()).device
         return Carry(
-            self.motion.encoder.start(batch_size, device),
+            self.motion.encoder.start(batch_size, device) if isinstance(self.motion, MaskedMotion) else None,
             self.latent.initial(batch_size),
             self.dynamics.initial(batch_size),
             torch.zeros(batch_size, self.action_dim, device=device),
@@ -232,8 +244,7 @@ class DRP(Method):
     def act(self, obs: Batch, carry: Carry, *, explore: bool, window: int = 32) -> tuple[Tensor, Carry]:
         """One agent step. Only the newest frame's tokens are computed; ``window`` is the training length."""
         is_first = obs["is_first"][:, 0]
-        motion = self._atomic_actions(obs)
-        agg, cache = self.motion.encoder.step(carry.motion, motion, window)
+        agg, cache = self._recompose_step(obs, carry.motion, window)
         embed = self.image.embed(obs["image"])
         latent = self.latent.obs_step(carry.latent, agg, embed, is_first)
         observed = self.adapter(self.latent.feat(latent))
@@ -244,6 +255,13 @@ class DRP(Method):
         action = policy.rsample() if explore else policy.mode
         return action, Carry(cache, latent, state, action)
 
+    def _recompose_step(self, obs: Batch, cache: DAECache | None, window: int) -> tuple[Tensor, DAECache | None]:
+        """a^agg (B,d) of the newest frame, and what the next step needs."""
+        if isinstance(self.motion, GlobalFlow):
+            return self.motion(obs["flow"])[:, 0], None
+        assert cache is not None
+        return self.motion.encoder.step(cache, self._atomic_actions(obs), window)
+
     def open_loop(self, batch: Batch, context: int) -> dict[str, Tensor]:
         """Prior rolled out after ``context`` frames with the real motion (paper Fig. 8) and, apart, with a^agg = 0.
 
@@ -252,7 +270,7 @@ class DRP(Method):
         shape = (*batch["image"].shape[:2], 3, self.image_size, self.image_size)
         truth = self.image.pixels(batch["image"])
         embed, maps = self.image.encode(truth, batch["image"], frame=context - 1)  # the last one observed, none from the future
-        agg, _ = self.motion.encode(self._atomic_actions(batch), batch["is_first"].cumsum(1))
+        agg = self.motion_code(batch)
         post, _ = self.latent.observe(embed[:, :context], agg[:, :context], batch["is_first"][:, :context])
         last = RSSMState(*(x[:, -1] for x in post))
         out = {}
@@ -262,10 +280,14 @@ class DRP(Method):
             out[name] = self.image.picture(self.image.decode(feat, maps)).view(shape)
         return out
 
-    def masked_reconstruction(self, batch: Batch, generator: torch.Generator) -> tuple[Motion, Tensor, Tensor]:
+    def masked_reconstruction(self, batch: Batch, generator: torch.Generator) -> tuple[Motion, Tensor, Tensor] | None:
+        if isinstance(self.motion, GlobalFlow):
+            return None
         motion = self._atomic_actions(batch)
         masked = random_mask(motion.visible, self.config.dae.mask_ratio, generator)
         return motion, masked, self.motion.reconstruct(motion, masked, batch["is_first"].cumsum(1))
 
     def motion_code(self, batch: Batch) -> Tensor:
+        if isinstance(self.motion, GlobalFlow):
+            return self.motion(batch["flow"])
         return self.motion.encode(self._atomic_actions(batch), batch["is_first"].cumsum(1))[0]

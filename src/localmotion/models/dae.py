@@ -69,6 +69,11 @@ class DAEConfig:
     agg_dim: int = 0
     """Width of a^agg after an optional projection; 0 keeps d."""
 
+    @property
+    def code_dim(self) -> int:
+        """Width of a^agg."""
+        return self.agg_dim or self.dim
+
 
 class Motion(NamedTuple):
     """Atomic Actions of a batch: patches (B,T,K,P,P,2) scaled flow, coords (B,T,K,2) in [-1,1], visible (B,T,K), track (B,T,K)."""
@@ -219,11 +224,6 @@ class DualAttentionEncoder(nn.Module):
         self.project: nn.Module = nn.Linear(dim, config.agg_dim) if config.agg_dim else nn.Identity()
         self.out_norm: nn.Module = nn.LayerNorm(dim) if config.attention_norm == "pre" else nn.Identity()
 
-    @property
-    def agg_dim(self) -> int:
-        """Width of a^agg."""
-        return self.config.agg_dim or self.config.dim
-
     def tokens(self, motion: Motion, start: int = 0) -> Tensor:
         """tau = PatchProj(u) + CoordEmb(p) + TempEmb(t), with [MAT] in front: (B, T, K+1, d)."""
         batch, time = motion.visible.shape[:2]
@@ -258,7 +258,7 @@ class DualAttentionEncoder(nn.Module):
         return intra, inter.reshape(batch * (parts + 1), 1, time, time)
 
     def forward(self, motion: Motion, episode: Tensor) -> tuple[Tensor, Tensor]:
-        """a^agg (B,T,agg_dim) and local motion representations (B,T,K,d).
+        """a^agg (B,T,code_dim) and local motion representations (B,T,K,d).
 
         ``episode`` (B,T) integers: positions of different episodes never attend to each other (cumulative sum of is_first).
         """
@@ -284,7 +284,7 @@ class DualAttentionEncoder(nn.Module):
         return DAECache(motion, tuple(torch.zeros(batch * (k + 1), 0, 2 * config.dim, device=device) for _ in self.blocks))
 
     def step(self, cache: DAECache, motion: Motion, window: int) -> tuple[Tensor, DAECache]:
-        """a^agg (B, agg_dim) of one new position; motion has T=1. All positions of a window belong to one episode.
+        """a^agg (B, code_dim) of one new position; motion has T=1. All positions of a window belong to one episode.
 
         When ``window`` positions (the training length) are full, the most recent half is re-encoded from position 0 and the
         window goes on from there, so that the temporal embedding never leaves what training has seen.
@@ -379,7 +379,7 @@ class MaskedMotion(nn.Module):
         self.decoder = MotionDecoder(config)
 
     def encode(self, motion: Motion, episode: Tensor) -> tuple[Tensor, Tensor]:
-        """a^agg (B,T,agg_dim) and local representations of all visible tokens, nothing masked."""
+        """a^agg (B,T,code_dim) and local representations of all visible tokens, nothing masked."""
         agg, local = self.encoder(motion, episode)
         return agg, local
 
@@ -399,7 +399,7 @@ class MaskedMotion(nn.Module):
         return z[:, :, 0], z[:, :, 1:]
 
     def forward(self, motion: Motion, episode: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """a^agg (B,T,agg_dim) of the unmasked motion, local representations (B,T,K,d), and the MAE loss (scalar, Eq. 5).
+        """a^agg (B,T,code_dim) of the unmasked motion, local representations (B,T,K,d), and the MAE loss (scalar, Eq. 5).
 
         The masked and the unmasked pass go through the encoder as one batch of 2B.
         """

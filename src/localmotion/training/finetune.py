@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from localmotion.evaluation.rollout import (
     make_observer,
     method_policy,
     random_policy,
+    stored_recipe,
     streaming_recipe,
 )
 from localmotion.methods.base import Method
@@ -36,17 +36,6 @@ from localmotion.training.update import Updater, to_floats
 from localmotion.video.write import write_video
 
 
-def recipe_of(run: RunConfig, path: Path) -> Recipe:
-    """The streaming recipe of a run: its settings', else the one it began with, else that of its checkpoint's clips, else the default."""
-    if run.recipe:
-        return streaming_recipe(Recipe.from_json(run.recipe))
-    places = [path / "config.json", *([Path(run.checkpoint) / "environment.json"] if run.checkpoint else [])]
-    for place in places:
-        if place.exists() and (found := json.loads(place.read_text()).get("recipe")):
-            return streaming_recipe(Recipe.from_json(found))
-    return streaming_recipe(Recipe())
-
-
 def finetune(run: RunConfig, path: Path) -> Path:
     """Learn ``run.env`` with ``run.method`` in the run directory ``path``; continues where a run of the same settings stopped."""
     cls = methods.get(run.method)
@@ -58,15 +47,17 @@ def finetune(run: RunConfig, path: Path) -> Path:
         raise ConfigError(f"load={run.load} needs --checkpoint, the pre-trained run to load from")
     if run.checkpoint and not cls.can_pretrain:
         raise ConfigError(f"method {run.method} has no pre-training stage; use localmotion train without --checkpoint")
-    recipe = recipe_of(run, path) if cls.wants_motion else None
+    perception = streaming_recipe(stored_recipe(run, path) or Recipe())
+    recipe = perception if cls.wants_motion else None
     if recipe:
         run = replace(run, recipe=recipe.to_json())
-    observer = make_observer(run, recipe)
+    observer = make_observer(run, recipe, size=perception.size)
+    if run.observed != "pixels":
+        run = _shown(run, observer)
     repeat = int(observer.env.describe()["action_repeat"])  # type: ignore[attr-defined]
     compute = choose(run)
     torch.manual_seed(run.seed)
-    size = recipe.size if recipe else observer.env.observation_space["image"].shape[0]  # type: ignore[index]
-    method = cls(run.model, image_size=size, action_dim=observer.action_dim).to(compute.device)
+    method = cls(run.model, image_size=perception.size, action_dim=observer.action_dim).to(compute.device)
     if run.checkpoint:
         say(load_pretrained(method, run).line())
     out = RunDir(path, run)
@@ -83,6 +74,15 @@ def finetune(run: RunConfig, path: Path) -> Path:
         raise
     out.status("finished", agent_step=learner.agent_step, env_step=learner.agent_step * repeat)
     return path
+
+
+def _shown(run: RunConfig, observer: Observer) -> RunConfig:
+    """The run with a model for vectors of the environment's length. Raises ConfigError for a method that sees pictures only."""
+    if not methods.get(run.method).vectors:
+        able = ", ".join(name for name in methods.names() if methods.get(name).vectors)
+        raise ConfigError(f"observed={run.observed}: {run.method} learns from pictures only; methods that take vectors: {able}")
+    (length,) = observer.spec()["vector"][0]
+    return replace(run, model=replace(run.model, pixels=run.observed == "both", vector_dim=length))
 
 
 class _Learner:
@@ -205,7 +205,7 @@ class _Learner:
         recipe = self.observer.recipe
         result = evaluate(
             lambda: method_policy(self.method, self.compute, explore=False, window=online.length),
-            lambda: make_observer(run, recipe),
+            lambda: make_observer(run, recipe, size=self.method.image_size),
             seed=run.seed,
             episodes=max(10, online.eval_episodes) if final else online.eval_episodes,
             observers=self.evaluators,

@@ -1,0 +1,48 @@
+"""Global Flow: the whole optical-flow field as one code, the ablation that DRP's Atomic Actions are held against.
+
+Paper: "Local Motion Matters" (arXiv 2607.00808), 5.3 and Fig. 5b: a convolutional encoder takes the entire flow field to one embedding that
+conditions the dynamics, in place of the deconstruction. Its layers are open in the paper; these are DreamerV2's image encoder.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from localmotion.models.dae import DAEConfig
+
+SIDE = 64
+"""Pixels of the flow field that the convolutions see; other sizes are averaged or interpolated to it."""
+
+
+class GlobalFlow(nn.Module):
+    """Flow field (B,T,S,S,2) in pixels -> a^agg (B,T,code_dim). Each frame by itself: the dynamics model is what remembers.
+
+    Of the DAE's settings it has the width (dim, agg_dim) and the flow's scale and clip, so that a comparison changes nothing else.
+    """
+
+    def __init__(self, config: DAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        depth = max(config.dim // 8, 1)
+        widths = [2, *(depth * 2**i for i in range(4))]
+        self.convolutions = nn.ModuleList(
+            nn.Conv2d(inside, outside, 4, 2) for inside, outside in itertools.pairwise(widths)
+        )  # 64 -> 31 -> 14 -> 6 -> 2
+        self.out = nn.Sequential(nn.Linear(widths[-1] * 4, config.dim), nn.LayerNorm(config.dim))
+        self.project: nn.Module = nn.Linear(config.dim, config.agg_dim) if config.agg_dim else nn.Identity()
+
+    def forward(self, flow: Tensor) -> Tensor:
+        """a^agg (B,T,code_dim) of (B,T,S,S,2)."""
+        config = self.config
+        x = flow.flatten(0, 1).permute(0, 3, 1, 2).float().clamp(-config.flow_clip, config.flow_clip) / config.flow_scale
+        if x.shape[-1] != SIDE:
+            x = F.interpolate(x, (SIDE, SIDE), mode="area" if x.shape[-1] > SIDE else "bilinear")
+        x = x.contiguous(memory_format=torch.channels_last)
+        for convolution in self.convolutions:
+            x = F.silu(convolution(x))
+        code: Tensor = self.project(self.out(x.flatten(1)))
+        return code.unflatten(0, flow.shape[:2])
