@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from localmotion.envs import make_env, toy
 from localmotion.envs.base import area_average
-from localmotion.envs.toy import DotEnv
+from localmotion.envs.toy import BlockEnv, DotEnv
 from localmotion.errors import EnvError
 
 ACTION = np.array([0.7, -0.4], np.float32)
@@ -25,12 +25,19 @@ def _episode(env: DotEnv, policy: str) -> float:
     return total
 
 
-def test_passes_the_checker_of_gymnasium() -> None:
-    check_env(DotEnv(size=32, percept_size=64), skip_render_check=True)
+@pytest.mark.parametrize("kind", [DotEnv, BlockEnv])
+def test_passes_the_checker_of_gymnasium(kind: type[DotEnv]) -> None:
+    check_env(kind(size=32, percept_size=64), skip_render_check=True)
 
 
-def test_optimal_and_random_returns_are_as_documented() -> None:
-    env = DotEnv()
+@pytest.mark.parametrize(
+    ("env", "random", "optimal"),
+    [
+        (DotEnv(), toy.RANDOM_RETURN, toy.OPTIMAL_RETURN),
+        (BlockEnv(), toy.BLOCK_RANDOM, toy.BLOCK_OPTIMAL),
+    ],
+)
+def test_optimal_and_random_returns_are_as_documented(env: DotEnv, random: float, optimal: float) -> None:
     means = {}
     for policy in ("random", "optimal"):
         scores = []
@@ -38,18 +45,19 @@ def test_optimal_and_random_returns_are_as_documented() -> None:
             env.reset(seed=seed)
             scores.append(_episode(env, policy))
         means[policy] = float(np.mean(scores))
-    assert means["random"] == pytest.approx(toy.RANDOM_RETURN, abs=2.5)
-    assert means["optimal"] == pytest.approx(toy.OPTIMAL_RETURN, abs=0.5)
+    assert means["random"] == pytest.approx(random, abs=2.5)
+    assert means["optimal"] == pytest.approx(optimal, abs=0.5)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
+    kind=st.sampled_from([DotEnv, BlockEnv]),
     seed=st.integers(0, 1000),
     size=st.sampled_from([32, 64]),
     action=st.tuples(st.floats(-1, 1, width=32), st.floats(-1, 1, width=32)),
 )
-def test_no_policy_beats_the_optimal_one_in_a_step(seed: int, size: int, action: tuple[float, float]) -> None:
-    env, other = DotEnv(size=size), DotEnv(size=size)
+def test_no_policy_beats_the_optimal_one_in_a_step(kind: type[DotEnv], seed: int, size: int, action: tuple[float, float]) -> None:
+    env, other = kind(size=size), kind(size=size)
     env.reset(seed=seed)
     other.reset(seed=seed)
     best = env.step(toy.optimal_action(env))[1]

@@ -17,6 +17,7 @@ from localmotion.envs.truth import motion_truth, pixel_grid
 from localmotion.errors import ConfigError, EnvError
 
 NAMES = [
+    "toy:block",
     "toy:moving_background",
     "toy:moving_background_lagged",
     "toy:moving_background_twin",

@@ -7,7 +7,7 @@ Their pictures are flat layers of known place, so flow, masks and tracks are kno
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,7 @@ from localmotion.errors import ConfigError, EnvError, unknown_name
 
 Source = Literal["independent", "lagged", "twin", "leaky"]
 SOURCES: tuple[Source, ...] = get_args(Source)
-TASKS = ("dot", "moving_background", *(f"moving_background_{source}" for source in SOURCES[1:]), "pairs")
+TASKS = ("dot", "block", "moving_background", *(f"moving_background_{source}" for source in SOURCES[1:]), "pairs")
 SPEED = 0.06
 """Arena widths per env step at full action."""
 PATCH = 1 / 8
@@ -30,7 +30,9 @@ BACKGROUND_DECAY, BACKGROUND_STEP = 0.9, 2.0
 MIXING = np.array([[0.6, 0.8], [0.8, -0.6]])
 """W of `MovingBackgroundEnv`: unit rows."""
 RANDOM_RETURN, OPTIMAL_RETURN = 23.5, 47.8
-"""Mean return of uniform random actions and of `optimal_action`, 2,000 episodes of the default length each."""
+"""Of `DotEnv`: mean return of uniform random actions and of `optimal_action`, 2,000 episodes of the default length each."""
+BLOCK_RANDOM, BLOCK_OPTIMAL = 15.0, 49.3
+"""The same of `BlockEnv`."""
 
 
 def make_toy(task: str, *, camera: str | int | None = None, quality: str = "auto", **settings: Any) -> LayeredEnv:
@@ -45,6 +47,8 @@ def make_toy(task: str, *, camera: str | int | None = None, quality: str = "auto
         raise unknown_name("rendering quality", quality, QUALITIES)
     if task == "dot":
         return DotEnv(**settings)
+    if task == "block":
+        return BlockEnv(**settings)
     if task == "pairs":
         return PairsEnv(**settings)
     source: Source = next((name for name in SOURCES if task.endswith(f"_{name}")), "independent")
@@ -96,6 +100,10 @@ class DotEnv(LayeredEnv):
     whole pixels, so the motion of the agent's patch between two pictures is exact: ``true_motion``.
     """
 
+    task: ClassVar[str] = "dot"
+    patch: ClassVar[float] = PATCH
+    speed: ClassVar[float] = SPEED
+
     def __init__(
         self,
         *,
@@ -106,7 +114,7 @@ class DotEnv(LayeredEnv):
         time_limit: int | None = None,
     ) -> None:
         super().__init__(
-            "toy:dot",
+            f"toy:{self.task}",
             seed=seed,
             size=size,
             percept_size=percept_size,
@@ -131,7 +139,7 @@ class DotEnv(LayeredEnv):
 
     def layers(self, size: int) -> Layers:
         """Background, goal, agent."""
-        side = _side(size)
+        side = self._side(size)
         corners = [self._corner(position, size) for position in (self.goal, self.agent)]
         ident = np.zeros((size, size), np.int32)
         for number, (x, y) in enumerate(corners, 1):
@@ -143,9 +151,16 @@ class DotEnv(LayeredEnv):
         return self.layers(self.draw_size).ident == 2
 
     def _control(self, action: NDArray[np.float64]) -> tuple[float, bool]:
-        self.agent = np.minimum(np.maximum(self.agent + SPEED * action, 0.0), 1.0)
+        self.agent = np.minimum(np.maximum(self.agent + self.speed * action, 0.0), 1.0)
         x, y = self.goal - self.agent
-        return max(0.0, 1.0 - float(np.hypot(x, y))), False
+        return self._reward(float(np.hypot(x, y))), False
+
+    def _reward(self, distance: float) -> float:
+        return max(0.0, 1.0 - distance)
+
+    def _side(self, size: int) -> int:
+        """Pixels of the agent's and the goal's side."""
+        return max(2, round(self.patch * size))
 
     def true_motion(self) -> NDArray[np.float32]:
         """(x, y) displacement of the agent's patch in the last ``step``, pixels of ``image``; zeros after a reset. Exact."""
@@ -155,24 +170,60 @@ class DotEnv(LayeredEnv):
     def agent_box(self) -> tuple[int, int, int, int]:
         """Left, top, right, bottom (exclusive) of the agent's patch in the drawn picture, pixels of ``draw_size``."""
         x, y = (int(v) for v in self._corner(self.agent, self.draw_size))
-        side = _side(self.draw_size)
+        side = self._side(self.draw_size)
         return x, y, x + side, y + side
 
     def state(self) -> NDArray[np.float64]:
         """Agent, goal and texture number."""
         return np.array([*self.agent, *self.goal, self._texture])
 
-    @staticmethod
-    def _corner(position: NDArray[np.float64], size: int) -> NDArray[np.int64]:
-        return np.rint(position * (size - _side(size))).astype(np.int64)
+    def _corner(self, position: NDArray[np.float64], size: int) -> NDArray[np.int64]:
+        return np.rint(position * (size - self._side(size))).astype(np.int64)
 
     def _draw(self, size: int) -> NDArray[np.uint8]:
-        backgrounds, agent, goal = _art(size)
+        backgrounds, agent, goal = _art(size, self._side(size))
         picture = backgrounds[self._texture].copy()
-        side = _side(size)
+        side = self._side(size)
         for position, patch in ((self.goal, goal), (self.agent, agent)):
             x, y = self._corner(position, size)
             picture[y : y + side, x : x + side] = patch
+        return picture
+
+
+class BlockEnv(DotEnv):
+    """The easiest task from pictures, for learning tests: bring a large block to the middle of an even ground.
+
+    The block's side is a quarter of the picture's, its start is drawn at every reset, the goal is always the middle and not drawn. Reward
+    of an env step: 1 within 0.1 of the goal, from there falling to 0 at a distance of 0.5, as DeepMind Control's tolerances do; never
+    terminated.
+    """
+
+    task = "block"
+    patch = 1 / 4
+    speed = 0.1
+
+    def _begin(self, episode_seed: int) -> None:
+        super()._begin(episode_seed)
+        self.goal = np.array([0.5, 0.5])
+
+    def _reward(self, distance: float) -> float:
+        return min(1.0, max(0.0, 1.25 - 2.5 * distance))
+
+    def layers(self, size: int) -> Layers:
+        """Ground and block."""
+        side, (x, y) = self._side(size), self._corner(self.agent, size)
+        ident = np.zeros((size, size), np.int32)
+        ident[y : y + side, x : x + side] = 1
+        return Layers(ident, np.array([(0, 0), (x, y)], np.float64), AGENT_LAST[1:])
+
+    def true_mask(self) -> NDArray[np.bool_]:
+        """(S, S) pixels of the block."""
+        return self.layers(self.draw_size).ident == 1
+
+    def _draw(self, size: int) -> NDArray[np.uint8]:
+        side, (x, y) = self._side(size), self._corner(self.agent, size)
+        picture = np.full((size, size, 3), (50, 55, 60), np.uint8)
+        picture[y : y + side, x : x + side] = _art(size, side)[1]
         return picture
 
 
@@ -244,12 +295,12 @@ class MovingBackgroundEnv(DotEnv):
 
     def true_motion(self) -> NDArray[np.float32]:
         """(x, y) displacement of the agent's patch in the last ``step``, pixels of ``image``, exact."""
-        reach = (1 - _side(self.draw_size) / self.draw_size) * self.size
+        reach = (1 - self._side(self.draw_size) / self.draw_size) * self.size
         return ((self.agent - self._before) * reach).astype(np.float32)
 
     def layers(self, size: int) -> Layers:
         """Background, goal, agent; a pixel belongs to the layer that has at least half of it."""
-        side = _side(size)
+        side = self._side(size)
         origin = np.stack([self.offset * (size / 64), *(p * (size - side) for p in (self.goal, self.agent))])
         ident = np.zeros((size, size), np.int32)
         for number in (1, 2):
@@ -258,7 +309,7 @@ class MovingBackgroundEnv(DotEnv):
 
     def true_mask(self) -> NDArray[np.bool_]:
         """(S, S) pixels that the agent covers, wholly or partly."""
-        side = _side(self.draw_size)
+        side = self._side(self.draw_size)
         return _coverage(self.agent * (self.draw_size - side), side, self.draw_size) > 0
 
     def state(self) -> NDArray[np.float64]:
@@ -270,8 +321,8 @@ class MovingBackgroundEnv(DotEnv):
         cells = 16 / size
         x, y = ((np.arange(size) + 0.5) * cells - 0.5 - shift / 4 for shift in self.offset)
         picture = _torus(_cells()[self._texture], x, y)
-        side = _side(size)
-        _, agent, goal = _art(size)
+        side = self._side(size)
+        _, agent, goal = _art(size, self._side(size))
         for position, patch in ((self.goal, goal), (self.agent, agent)):
             corner = position * (size - side)
             cover = _coverage(corner, side, size)[..., None]
@@ -347,21 +398,16 @@ class PairsEnv(LayeredEnv):
 
 def optimal_action(env: DotEnv) -> NDArray[np.float32]:
     """The best action: straight to the goal on each axis as fast as allowed. The axes are independent, so no policy does better."""
-    return np.clip((env.goal - env.agent) / SPEED, -1.0, 1.0).astype(np.float32)
-
-
-def _side(size: int) -> int:
-    return max(2, round(PATCH * size))
+    return np.clip((env.goal - env.agent) / env.speed, -1.0, 1.0).astype(np.float32)
 
 
 @lru_cache(maxsize=8)
-def _art(size: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.uint8]]:
+def _art(size: int, side: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.uint8]]:
     """Backgrounds (TEXTURES, S, S, 3), agent patch and goal patch (s, s, 3): the same on every machine."""
     rng = np.random.default_rng(20)
     coarse = rng.integers(40, 140, (TEXTURES, 16, 16, 3))
     fine = np.linspace(0, 16, size, endpoint=False).astype(np.int64)
     backgrounds = np.ascontiguousarray(coarse[:, fine][:, :, fine]).astype(np.uint8)
-    side = _side(size)
     rows, columns = np.indices((side, side))
     checks = ((rows * 4 // side + columns * 4 // side) % 2)[..., None]
     agent = np.where(checks, (255, 200, 40), (230, 70, 20)).astype(np.uint8)
