@@ -201,7 +201,7 @@ def test_a_twin_moves_as_the_actions_that_were_given() -> None:
 
 
 def test_pairs_have_the_geometry_of_the_notes() -> None:
-    env = PairsEnv()
+    env = PairsEnv(time_limit=1)
     places, windows = [], []
     for seed in range(200):
         env.reset(seed=seed)

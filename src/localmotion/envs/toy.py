@@ -335,11 +335,12 @@ class MovingBackgroundEnv(DotEnv):
 
 
 class PairsEnv(LayeredEnv):
-    """The little benchmark of latent-action models (specs: B.9 of MaskLAM's notes): an episode is one pair of pictures.
+    """The little benchmark of latent-action models (specs: B.9 of MaskLAM's notes): two pictures, an action and a nuisance between them.
 
     Geometry in units of 1/16 of the picture: a square of side 5 begins at a place p ~ U[4, 7]^2 and moves by 3.5 a; a smooth texture on a
     torus of side 32, seen through a window at u ~ U[0, 2]^2, moves by -4 b, b ~ U[-1, 1]^2 independent of the action (``nuisance``). At
-    ``size=16`` the pictures are those of the notes. In longer episodes the square stops at the border. There is no reward.
+    ``size=16`` the pictures are those of the notes. An episode of ``time_limit=1`` is one pair, as in the notes; the default is two pairs,
+    because gymnasium's checker refuses environments that end with their first step. The square stops at the border. There is no reward.
     """
 
     def __init__(
@@ -358,7 +359,7 @@ class PairsEnv(LayeredEnv):
             percept_size=percept_size,
             action_dim=2,
             action_repeat=1 if action_repeat is None else action_repeat,
-            time_limit=1 if time_limit is None else time_limit,
+            time_limit=2 if time_limit is None else time_limit,
         )
         self.place = self.window = self.nuisance = np.zeros(2)
         self._noise = np.random.default_rng(0)
