@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from benchmarks.bench_update import ACTIONS, setup
-from localmotion.evaluation.rollout import method_policy
+from localmotion.evaluation.rollout import MethodPolicy
 from localmotion.perception.base import Recipe
 from localmotion.perception.stream import StreamingExtractor
 
@@ -38,7 +38,7 @@ def run(steps: int = 200) -> list[dict[str, object]]:
     for method in ("drp", "dreamer_v2"):
         updater, batch = setup(method, "train", "small")
         updater.method.eval()
-        policy = method_policy(updater.method, updater.compute, explore=True, window=32)
+        policy = MethodPolicy(updater.method, updater.compute, explore=True, window=32)
         record = {key: batch[key][0, 1].numpy() for key in batch if key not in ("is_first", "reward", "is_terminal")}
         record["action"] = np.zeros(ACTIONS, np.float32)
         times = []

@@ -7,9 +7,9 @@ Curves are in the field's format: a list of {task, method, seed, xs (env steps),
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +58,13 @@ def collect(run: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    out, *runs = (Path(a) for a in sys.argv[1:])
-    kept = [collect(run) for run in runs]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("runs", type=Path, nargs="+")
+    given = parser.parse_args()
+    kept = [collect(run) for run in given.runs]
     # Folders of the machine it ran on tell a reader nothing: only the last part of an absolute path is kept.
-    out.write_text(re.sub(r"(?<![\w.])/(?:[\w.-]+/)+", "", json.dumps(kept, indent=1)) + "\n")
+    given.out.write_text(re.sub(r"(?<![\w.])/(?:[\w.-]+/)+", "", json.dumps(kept, indent=1)) + "\n")
     for item in kept:
         tail = item.get("ys", [None])[-1]
         print(item["run"], item["status"], item.get("xs", [0])[-1], tail)

@@ -305,7 +305,9 @@ def test_a_saved_run_goes_on_as_if_it_had_not_stopped(name: str, stage: Stage, t
     for batch in batches[:2]:
         getattr(updater, step)(batch)
     state = {"stage": stage, "action_dim": ACTIONS}
-    saved = checkpoint.save(out.path / "checkpoints", 2, weights=method.state_dict(), optimizer=updater.state(), state=state)
+    saved = checkpoint.save(
+        out.path / "checkpoints", 2, tensors={"weights": method.state_dict(), "optimizer": updater.state()}, state=state
+    )
     getattr(updater, step)(batches[2])
 
     _, second = make(name, stage)
@@ -353,7 +355,8 @@ def test_commands_run_end_to_end_without_motion(
     main(["report", *(str(tmp_path / run) for run in ("pre", "fine", "scratch")), "--out", str(tmp_path / "r.html")])
     said = capsys.readouterr().out
     assert f"of image, latent from {tmp_path / 'pre'}" in "".join(said.splitlines())
-    assert "psnr/prior" in said
+    assert "PSNR, dB" in said
+    assert "prior" in said
     assert '"return_mean"' in said
     page = (tmp_path / "r.html").read_text()
     assert "from the observed frames alone" in page

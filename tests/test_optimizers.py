@@ -126,7 +126,7 @@ def test_a_saved_optimiser_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> N
     first = updater(0)
     for seed in range(2):
         first.online(batch(seed))
-    checkpoint.save(tmp_path, 2, weights=first.method.state_dict(), optimizer=first.state(), state={})
+    checkpoint.save(tmp_path, 2, tensors={"weights": first.method.state_dict(), "optimizer": first.state()}, state={})
     saved = checkpoint.complete(tmp_path)[-1]
     second = updater(1)
     checkpoint.load_weights(second.method, checkpoint.read(saved, "weights"), str(saved))

@@ -139,11 +139,11 @@ def test_interrupted_finetuning_resumes_to_the_same_weights(
     saved = module._Learner.save
     calls = {"left": 2}
 
-    def stop(self: Any, interrupted: bool = False) -> None:
+    def stop(self: Any) -> None:
         if calls["left"] == 0:
             raise SystemExit
         calls["left"] -= 1
-        saved(self, interrupted)
+        saved(self)
 
     with monkeypatch.context() as patch:
         patch.setattr(module._Learner, "save", stop)
@@ -173,7 +173,7 @@ def test_checkpoint_of_another_kind_is_refused(pretrained: Path, finetuned: Path
 
 def test_full_disk_keeps_the_previous_checkpoint(pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state = {"metrics_offset": 0}
-    first = checkpoint.save(tmp_path, 1, weights={"a": torch.ones(3)}, optimizer={}, state=state)
+    first = checkpoint.save(tmp_path, 1, tensors={"weights": {"a": torch.ones(3)}, "optimizer": {}}, state=state)
 
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError(28, "No space left on device")
@@ -181,13 +181,13 @@ def test_full_disk_keeps_the_previous_checkpoint(pretrained: Path, tmp_path: Pat
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save_file", full)
         with pytest.raises(CheckpointError, match="No space left"):
-            checkpoint.save(tmp_path, 2, weights={"a": torch.zeros(3)}, optimizer={}, state=state)
+            checkpoint.save(tmp_path, 2, tensors={"weights": {"a": torch.zeros(3)}, "optimizer": {}}, state=state)
     assert checkpoint.complete(tmp_path) == [first]
     assert not list(tmp_path.glob(".*tmp"))
 
 
 def test_damaged_checkpoints_are_named(pretrained: Path, tmp_path: Path) -> None:
-    path = checkpoint.save(tmp_path, 1, weights={"a": torch.ones(300)}, optimizer={}, state={})
+    path = checkpoint.save(tmp_path, 1, tensors={"weights": {"a": torch.ones(300)}, "optimizer": {}}, state={})
     (path / "weights.safetensors").write_bytes((path / "weights.safetensors").read_bytes()[:50])
     with pytest.raises(CheckpointError, match="weights"):
         checkpoint.read(path, "weights")

@@ -24,7 +24,9 @@ def pretrained(name: str, path: Path, *texts: str) -> tuple[Path, dict[str, torc
     updater = Updater(model, run, CPU)
     updater.pretrain(make_batch())
     weights = {k: v.clone() for k, v in model.state_dict().items()}
-    checkpoint.save(out.path / "checkpoints", 1, weights=weights, optimizer=updater.state(), state={"stage": "pretrain"})
+    checkpoint.save(
+        out.path / "checkpoints", 1, tensors={"weights": weights, "optimizer": updater.state()}, state={"stage": "pretrain"}
+    )
     return out.path, weights
 
 

@@ -99,11 +99,6 @@ class Replay:
             _, old = self.episodes.popleft()
             self.records -= len(old["reward"])
 
-    def abandon(self) -> int:
-        """Drop the open episode (resume, interruption). Returns how many records were lost."""
-        lost, self.open = len(self.open), []
-        return lost
-
     def __len__(self) -> int:
         return self.records
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from localmotion.envs import make_env
 from localmotion.errors import ConfigError, LocalmotionError
 from localmotion.evaluation.load import load_run
-from localmotion.evaluation.rollout import Observer, Policy, episode_seed, make_observer, method_policy
+from localmotion.evaluation.rollout import MethodPolicy, Observer, Policy, episode_seed, make_observer
 from localmotion.perception.base import Recipe
 from localmotion.video.store import Clip, ClipStoreWriter, write_error
 from localmotion.video.write import write_video
@@ -145,7 +145,7 @@ class _Player:
                 run = replace(run, observed="both")  # it sees what it saw; the pictures are for the collection
             recipe = Recipe.from_json(run.recipe) if run.recipe and method.wants_motion else None
             self.observer = make_observer(run, recipe, size=method.image_size)
-            self.act = method_policy(method, compute, explore=True, window=run.online.length)
+            self.act = MethodPolicy(method, compute, explore=True, window=run.online.length)
         else:
             raise ConfigError(f"policy {policy!r}: is neither a run directory nor one of {', '.join(POLICIES)}")
         self.env = self.observer.env

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from localmotion.errors import CheckpointError
-from localmotion.evaluation.load import load_run
-from localmotion.evaluation.rollout import Observer, evaluate, make_observer, method_policy, random_policy
+from localmotion.evaluation.load import Which, load_run
+from localmotion.evaluation.rollout import MethodPolicy, Observer, evaluate, make_observer, random_policy
 from localmotion.perception.base import Recipe
 from localmotion.video.write import write_video
 
@@ -23,12 +23,14 @@ def evaluate_run(
     video: Path | None = None,
     device: str = "auto",
     policy: str = "agent",
+    which: Which = "newest",
 ) -> dict[str, Any]:
     """Play ``episodes`` evaluation episodes of a run's environment; ``policy`` is "agent" or "random" (the floor).
+    ``which`` weights: the newest, or those of the best evaluation during training.
 
     Returns the fields of an "eval" line. Raises CheckpointError for a pre-training run.
     """
-    run, method, compute = load_run(path, device=device)
+    run, method, compute = load_run(path, device=device, which=which)
     if run.stage == "pretrain":
         raise CheckpointError(f"{path}: is a pre-training run and has no actor; fine-tune it first")
     recipe = Recipe.from_json(run.recipe) if run.recipe and method.wants_motion else None
@@ -44,7 +46,7 @@ def evaluate_run(
     def policy_for() -> Any:
         if policy == "random":
             return random_policy(dim, base * 1000 + next(counter))
-        return method_policy(method, compute, explore=False, window=run.online.length)
+        return MethodPolicy(method, compute, explore=False, window=run.online.length)
 
     result = evaluate(policy_for, make, seed=base, episodes=episodes, observers=observers, keep_frames=video is not None)
     if video is not None and result.frames is not None:

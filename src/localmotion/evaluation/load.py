@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 from localmotion import methods
 from localmotion.compute import Compute, choose
@@ -13,14 +14,16 @@ from localmotion.methods.base import Method
 from localmotion.perception.base import Recipe
 from localmotion.training import checkpoint
 
+Which = Literal["newest", "best"]
 
-def load_run(path: Path, *, device: str = "auto", threads: int = 0) -> tuple[RunConfig, Method, Compute]:
-    """Settings, method with its newest weights (evaluation mode), and where it computes.
+
+def load_run(path: Path, *, device: str = "auto", threads: int = 0, which: Which = "newest") -> tuple[RunConfig, Method, Compute]:
+    """Settings, method (evaluation mode) with its newest weights or those of its best evaluation, and where it computes.
 
     Raises CheckpointError when the run is missing, incomplete or damaged.
     """
     run = replace(checkpoint.read_config(path), device=device, threads=threads)
-    found = checkpoint.newest(path)
+    found = checkpoint.best(path) if which == "best" else checkpoint.newest(path)
     weights = checkpoint.read(found, "weights")
     compute = choose(run)
     action_dim = None

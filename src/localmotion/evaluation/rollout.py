@@ -228,22 +228,23 @@ def _picture(observer: Observer, record: dict[str, Any]) -> NDArray[np.uint8]:
     return picture
 
 
-def method_policy(method: Method, compute: Compute, *, explore: bool, window: int) -> Policy:
-    """A policy of a trained method with its own recurrent state, for environments stepped in lockstep."""
-    carry: Any = None
+class MethodPolicy:
+    """A trained method as a policy with its own recurrent state, ``carry``, for environments stepped in lockstep."""
+
+    def __init__(self, method: Method, compute: Compute, *, explore: bool, window: int) -> None:
+        self.method, self.compute, self.explore, self.window = method, compute, explore, window
+        self.carry: Any = None
 
     @torch.inference_mode()
-    def policy(records: list[dict[str, Any]], first: bool) -> NDArray[np.float32]:
-        nonlocal carry
+    def __call__(self, records: list[dict[str, Any]], first: bool) -> NDArray[np.float32]:
+        """Actions (E, A) for the newest record of each environment; ``first``: the first of an episode."""
         if first:
-            carry = method.initial_carry(len(records))
-        batch = to_batch(records, first=first, device=compute.device)
-        with compute.autocast():
-            action, carry = method.act(batch, carry, explore=explore, window=window)
+            self.carry = self.method.initial_carry(len(records))
+        batch = to_batch(records, first=first, device=self.compute.device)
+        with self.compute.autocast():
+            action, self.carry = self.method.act(batch, self.carry, explore=self.explore, window=self.window)
         result: NDArray[np.float32] = action.float().clamp(-1, 1).cpu().numpy()
         return result
-
-    return policy
 
 
 def random_policy(action_dim: int, seed: int) -> Policy:

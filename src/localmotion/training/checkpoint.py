@@ -1,7 +1,7 @@
 """Checkpoints: safetensors and JSON in a directory that appears whole or not at all. Nothing is ever unpickled.
 
-RUN/checkpoints/0000001000/{weights,optimizer,rng}.safetensors, state.json, COMPLETE. Written in a sibling directory, fsynced, renamed;
-the newest complete one wins; the last two are kept.
+RUN/checkpoints/0000001000/{weights,optimizer,rng,...}.safetensors, state.json, COMPLETE. Written in a sibling directory, fsynced, renamed;
+the newest complete one wins; the last two are kept. RUN/checkpoints/best holds the weights of the best evaluation.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from localmotion.config import RunConfig, from_dict
 from localmotion.errors import CheckpointError, ConfigError
 
 FORMAT = 1
+BEST = "best"
 
 
 def _sync(path: Path) -> None:
@@ -62,19 +63,31 @@ def save(
     folder: Path,
     update: int,
     *,
-    weights: Mapping[str, Tensor],
-    optimizer: Mapping[str, Tensor],
+    tensors: Mapping[str, Mapping[str, Tensor]],
     state: Mapping[str, Any],
     keep: int = 2,
 ) -> Path:
-    """Write a checkpoint atomically and remove all but the last ``keep``.
+    """Write a checkpoint of ``tensors`` (groups by file name: weights, optimizer, ...) atomically and remove all but the last ``keep``.
 
-    Raises CheckpointError when the disk has too little room or writing fails; what was there before stays.
+    The states of the global generators go with it. Raises CheckpointError when the disk has too little room or writing fails; what was
+    there before stays.
     """
     target = folder / f"{update:010d}"
-    temporary = folder / f".{update:010d}.tmp"
-    tensors = [*weights.values(), *optimizer.values()]
-    need = sum(t.numel() * t.element_size() for t in tensors) + 1_000_000
+    _write(target, {**tensors, "rng": rng_state()}, {"update": update, **state})
+    for old in complete(folder)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def save_best(folder: Path, weights: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+    """Write ``folder``/best: what evaluation needs, no more. Atomic, raises as `save`."""
+    _write(folder / BEST, {"weights": weights}, state)
+
+
+def _write(target: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
+    folder = target.parent
+    temporary, replaced = folder / f".{target.name}.tmp", folder / f".{target.name}.old"
+    need = sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values()) + 1_000_000
     free = shutil.disk_usage(folder).free
     if free < need:
         raise CheckpointError(
@@ -83,23 +96,23 @@ def save(
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        for name, group in (("weights", weights), ("optimizer", optimizer), ("rng", rng_state())):
+        for name, group in tensors.items():
             save_file({k: v.detach().cpu().contiguous().clone() for k, v in group.items()}, temporary / f"{name}.safetensors")
-        (temporary / "state.json").write_text(json.dumps({"format": FORMAT, "update": update, **state}))
+        (temporary / "state.json").write_text(json.dumps({"format": FORMAT, **state}))
         (temporary / "COMPLETE").write_text("")
         for path in temporary.iterdir():
             _sync(path)
-        shutil.rmtree(target, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
+        if target.exists():  # of the same update, or the best before: out of the way in one step, not file by file
+            os.replace(target, replaced)
         os.replace(temporary, target)
         _sync(folder)
+        shutil.rmtree(replaced, ignore_errors=True)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(
             f"{target}: checkpoint could not be written ({error.strerror or error}); the previous one is kept"
         ) from error
-    for old in complete(folder)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
-    return target
 
 
 def complete(folder: Path) -> list[Path]:
@@ -115,6 +128,14 @@ def newest(run_dir: Path) -> Path:
     if not found:
         raise CheckpointError(f"{run_dir}: holds no complete checkpoint; let its training reach one (save_every) first")
     return found[-1]
+
+
+def best(run_dir: Path) -> Path:
+    """The weights of the run's best evaluation. Raises CheckpointError when there was none."""
+    found = run_dir / "checkpoints" / BEST
+    if not (found / "COMPLETE").exists():
+        raise CheckpointError(f"{run_dir}: has no best checkpoint yet; it is kept from the first evaluation on. Use the newest")
+    return found
 
 
 def read(path: Path, name: str) -> dict[str, Tensor]:

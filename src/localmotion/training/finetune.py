@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from localmotion import methods
 from localmotion.compute import choose
@@ -16,11 +19,12 @@ from localmotion.config import RunConfig
 from localmotion.console import progress, say
 from localmotion.errors import ConfigError
 from localmotion.evaluation.rollout import (
+    MethodPolicy,
     Observer,
+    Policy,
     episode_seed,
     evaluate,
     make_observer,
-    method_policy,
     random_policy,
     stored_recipe,
     streaming_recipe,
@@ -29,9 +33,11 @@ from localmotion.methods.base import Method
 from localmotion.perception.base import Recipe
 from localmotion.replay import Replay
 from localmotion.training import checkpoint
+from localmotion.training.interrupt import Interrupted, StopRequest
 from localmotion.training.pretrain import to_device
 from localmotion.training.rundir import RunDir
 from localmotion.training.transfer import load_pretrained
+from localmotion.training.trees import leaves_of, with_leaves
 from localmotion.training.update import Updater, to_floats
 from localmotion.video.write import write_video
 
@@ -61,19 +67,28 @@ def finetune(run: RunConfig, path: Path) -> Path:
     if run.checkpoint:
         say(load_pretrained(method, run).line())
     out = RunDir(path, run)
-    learner = _Learner(run, out, observer, method, Updater(method, run, compute, pretrained=bool(run.checkpoint)), repeat)
+    updater = Updater(method, run, compute, pretrained=bool(run.checkpoint))
+    with StopRequest() as stop:
+        learner = _Learner(run, out, observer, method, updater, repeat, stop)
+        _learn(learner, out)
+    out.status("finished", agent_step=learner.agent_step, env_step=learner.agent_step * repeat)
+    return path
+
+
+def _learn(learner: _Learner, out: RunDir) -> None:
     try:
         learner.learn()
-    except KeyboardInterrupt:
-        learner.save(interrupted=True)
+    except Interrupted:
+        learner.save()
         out.status("interrupted", agent_step=learner.agent_step)
         say(f"interrupted at agent step {learner.agent_step}, saved; the same command goes on from there")
+        raise
+    except KeyboardInterrupt:  # asked twice: not saved, the checkpoint before stays
+        out.status("interrupted", agent_step=learner.agent_step)
         raise
     except BaseException as error:
         out.status("failed", agent_step=learner.agent_step, error=str(error))
         raise
-    out.status("finished", agent_step=learner.agent_step, env_step=learner.agent_step * repeat)
-    return path
 
 
 def _shown(run: RunConfig, observer: Observer) -> RunConfig:
@@ -85,18 +100,26 @@ def _shown(run: RunConfig, observer: Observer) -> RunConfig:
     return replace(run, model=replace(run.model, pixels=run.observed == "both", vector_dim=length))
 
 
+@dataclass
+class _Playing:
+    """The training episode that is played."""
+
+    learning: bool
+    policy: Policy
+    record: dict[str, Any]
+    actions: list[NDArray[np.float32]] = field(default_factory=list)
+    total: float = 0.0
+    success: float | None = None
+
+
 class _Learner:
     """State and clocks of an online run."""
 
-    def __init__(self, run: RunConfig, out: RunDir, observer: Observer, method: Method, updater: Updater, repeat: int) -> None:
-        self.run, self.out, self.observer, self.method, self.updater, self.repeat = (
-            run,
-            out,
-            observer,
-            method,
-            updater,
-            repeat,
-        )
+    def __init__(
+        self, run: RunConfig, out: RunDir, observer: Observer, method: Method, updater: Updater, repeat: int, stop: StopRequest
+    ) -> None:
+        self.run, self.out, self.observer, self.method = run, out, observer, method
+        self.updater, self.repeat, self.stop = updater, repeat, stop
         self.compute = updater.compute
         online = run.online
         self.replay = Replay(
@@ -106,8 +129,9 @@ class _Learner:
             prioritize_ends=online.prioritize_ends,
             seed=run.seed,
         )
-        self.agent_step = self.episode = self.updates_due = self.last_save = 0
-        self.next_eval = 0
+        self.agent_step = self.episode = self.last_save = self.next_eval = 0
+        self.playing: _Playing | None = None
+        self.best: list[float] | None = None
         self.evaluators: list[Observer] = []
         self.spent = {"update": 0.0, "act": 0.0, "replay": 0.0, "eval": 0.0}
         self.spent_before: dict[str, float] = {}
@@ -120,53 +144,72 @@ class _Learner:
 
     def learn(self) -> None:
         """Prefill, warm up, then act, update, evaluate and save by their clocks."""
-        online = self.run.online
         self._resume()
         self._announce()
         self.out.status("running", agent_step=self.agent_step)
-        dim = self.observer.action_dim
         with progress(f"{self.run.method} {self.run.env}", self.budget, "agent steps", self.agent_step) as advance:
-            self.advance = advance
-            while self.agent_step * self.repeat < online.prefill or not self.replay.episodes:
-                self._episode(random_policy(dim, episode_seed(self.run.seed, "prefill", self.episode)), learning=False)
-            if self.updater.update == 0:
-                for _ in range(online.warmup_updates):
-                    self._update()
-            policy = method_policy(self.method, self.compute, explore=True, window=online.length)
-            while self.agent_step < self.budget:
-                self._episode(policy, learning=True)
-                if self.agent_step - self.last_save >= online.save_every:
-                    self.save()
+            while self.agent_step < self.budget or self.playing:
+                self.stop.check()
+                if self.playing is None:
+                    self._begin()
+                self._step()
+                advance(self.agent_step)
             self._evaluate(final=True)
         self._keep_flow()
         self.save()
 
-    def _episode(self, policy: Any, *, learning: bool) -> None:
-        """One training episode; updates are made between agent steps, `train_every` apart."""
-        online, record = self.run.online, self.observer.reset(episode_seed(self.run.seed, "train", self.episode))
+    def _begin(self) -> None:
+        """Start a training episode: at random while the replay is prefilled, from then on with the policy."""
+        online = self.run.online
+        learning = self.agent_step * self.repeat >= online.prefill and bool(self.replay.episodes)
+        while learning and self.updater.update < online.warmup_updates:
+            self.stop.check()
+            self._update()
+        self._open(learning)
+
+    def _open(self, learning: bool) -> None:
+        if learning:
+            policy: Policy = MethodPolicy(self.method, self.compute, explore=True, window=self.run.online.length)
+        else:
+            policy = random_policy(self.observer.action_dim, episode_seed(self.run.seed, "prefill", self.episode))
+        record = self.observer.reset(episode_seed(self.run.seed, "train", self.episode))
         self.replay.add(record, last=False)
-        total, success, length, done, first, has_success = 0.0, 0.0, 0, False, True, False
-        while not done:
-            if learning and self.agent_step >= self.next_eval:
-                self._evaluate()
-            began = time.perf_counter()
-            self.method.eval()
-            action = policy([record], first)[0]
-            self.method.train()
-            self.spent["act"] += time.perf_counter() - began
-            record, done, info = self.observer.step(action)
-            self.agent_step, length, first = self.agent_step + 1, length + 1, False
-            done = done or self.agent_step >= self.budget
-            self.replay.add(record, last=done)
-            total += record["reward"]
-            if "success" in info:
-                success, has_success = max(success, float(info["success"])), True
-            if learning and self.agent_step % online.train_every == 0:
-                self._update()
-            self.advance(self.agent_step)
-        self.episode += 1
-        extra = {"success": success} if has_success else {}
-        self.out.log("episode", **self.counters(), **{"return": total}, length=length, random=not learning, **extra)
+        self.playing = _Playing(learning, policy, record)
+
+    def _step(self) -> None:
+        """One agent step of the episode that is played; updates are made between agent steps, `train_every` apart."""
+        online, playing = self.run.online, self.playing
+        assert playing
+        if playing.learning and self.agent_step >= self.next_eval:
+            self._evaluate()
+        began = time.perf_counter()
+        self.method.eval()
+        action = playing.policy([playing.record], not playing.actions)[0]
+        self.method.train()
+        self.spent["act"] += time.perf_counter() - began
+        done = self._advance(playing, action)
+        self.agent_step += 1
+        done = done or self.agent_step >= self.budget
+        self.replay.add(playing.record, last=done)
+        if playing.learning and self.agent_step % online.train_every == 0:
+            self._update()
+        if done:
+            self.playing = None
+            self.episode += 1
+            extra = {} if playing.success is None else {"success": playing.success}
+            length, random = len(playing.actions), not playing.learning
+            self.out.log("episode", **self.counters(), **{"return": playing.total}, length=length, random=random, **extra)
+            if playing.learning and self.agent_step - self.last_save >= online.save_every:
+                self.save()
+
+    def _advance(self, playing: _Playing, action: NDArray[np.float32]) -> bool:
+        """Take ``action`` in the environment: whether the episode is over."""
+        playing.record, done, info = self.observer.step(action)
+        playing.actions.append(action)
+        playing.total += playing.record["reward"]
+        if "success" in info:
+            playing.success = max(playing.success or 0.0, float(info["success"]))
+        return done
 
     def counters(self) -> dict[str, int]:
         """Where the run stands, in every unit."""
@@ -197,26 +240,43 @@ class _Learner:
     def _evaluate(self, final: bool = False) -> None:
         """Evaluation on environments of their own, with seeds of their own stream."""
         run, online = self.run, self.run.online
-        self.next_eval = (self.agent_step // online.eval_every + 1) * online.eval_every
         began = time.perf_counter()
         before = torch.get_rng_state()
         torch.manual_seed(run.seed + self.agent_step)
         self.method.eval()
         recipe = self.observer.recipe
-        result = evaluate(
-            lambda: method_policy(self.method, self.compute, explore=False, window=online.length),
-            lambda: make_observer(run, recipe, size=self.method.image_size),
-            seed=run.seed,
-            episodes=max(10, online.eval_episodes) if final else online.eval_episodes,
-            observers=self.evaluators,
-            keep_frames=True,
-        )
-        self.method.train()
-        torch.set_rng_state(before)
+
+        def policy() -> Policy:
+            chosen = MethodPolicy(self.method, self.compute, explore=False, window=online.length)
+
+            def act(records: list[dict[str, Any]], first: bool) -> NDArray[np.float32]:
+                self.stop.check()  # an evaluation may take minutes; it is made again
+                return chosen(records, first)
+
+            return act
+
+        try:
+            result = evaluate(
+                policy,
+                lambda: make_observer(run, recipe, size=self.method.image_size),
+                seed=run.seed,
+                episodes=max(10, online.eval_episodes) if final else online.eval_episodes,
+                observers=self.evaluators,
+                keep_frames=True,
+            )
+        finally:
+            self.method.train()
+            torch.set_rng_state(before)
+        self.next_eval = (self.agent_step // online.eval_every + 1) * online.eval_every
         self.spent["eval"] += time.perf_counter() - began
         self.out.log("eval", **self.counters(), **result.summary(), seed=run.seed, final=final)
         if result.frames is not None:
             write_video(self.out.path / "media" / f"eval_{self.agent_step * self.repeat:09d}.mp4", result.frames, fps=25)
+        found = [float(np.mean(result.successes or [0.0])), float(np.mean(result.returns))]
+        if self.best is None or found >= self.best:
+            self.best = found
+            state = {"stage": run.stage, "action_dim": self.observer.action_dim, **self.counters(), "score": found}
+            checkpoint.save_best(self.out.path / "checkpoints", self.method.state_dict(), state)
         score = f"success {np.mean(result.successes):.2f} " if result.successes else ""
         say(
             f"env step {self.agent_step * self.repeat:,}: {score}return {np.mean(result.returns):.1f} +- {np.std(result.returns):.1f}"
@@ -232,13 +292,22 @@ class _Learner:
 
     # Saving -----------------------------------------------------------------------------------------------------------------
 
-    def save(self, interrupted: bool = False) -> None:
-        """Checkpoint with replay. Taken at an episode's end; an interruption drops the open episode and says so."""
-        if interrupted and (lost := self.replay.abandon()):
-            say(f"the open episode of {lost} records is not kept; it will be played again")
+    def save(self) -> None:
+        """Checkpoint with replay, between any two agent steps.
+
+        Of the episode that is played its actions and the policy's carry are kept: environment, perception and records follow from the
+        actions and the episode's seed, bit for bit.
+        """
         self.last_save = self.agent_step
         folder = self.out.path / "replay"
         self.replay.save(folder)
+        playing: dict[str, Any] | None = None
+        episode: dict[str, Tensor] = {}
+        if self.playing:
+            playing = {"learning": self.playing.learning}
+            episode["actions"] = torch.from_numpy(np.array(self.playing.actions, np.float32))
+            if isinstance(self.playing.policy, MethodPolicy):
+                episode |= {f"carry.{i:03d}": leaf for i, leaf in enumerate(leaves_of(self.playing.policy.carry))}
         state = {
             "stage": self.run.stage,
             "metrics_offset": self.out.metrics_offset(),
@@ -246,15 +315,12 @@ class _Learner:
             "agent_step": self.agent_step,
             "episode": self.episode,
             "next_eval": self.next_eval,
+            "best": self.best,
+            "playing": playing,
             "replay": self.replay.state(),
         }
-        checkpoint.save(
-            self.out.path / "checkpoints",
-            self.updater.update,
-            weights=self.method.state_dict(),
-            optimizer=self.updater.state(),
-            state=state,
-        )
+        tensors = {"weights": self.method.state_dict(), "optimizer": self.updater.state(), "episode": episode}
+        checkpoint.save(self.out.path / "checkpoints", self.updater.update, tensors=tensors, state=state)
         kept = checkpoint.complete(self.out.path / "checkpoints")
         self.replay.prune(folder, {s for p in kept for s in checkpoint.read_state(p)["replay"]["episodes"]})
 
@@ -268,11 +334,27 @@ class _Learner:
         self.updater.load_state(checkpoint.read(found[-1], "optimizer"))
         self.updater.update = int(state["update"])
         self.agent_step, self.episode = int(state["agent_step"]), int(state["episode"])
-        self.next_eval, self.last_save = int(state["next_eval"]), self.agent_step
+        self.next_eval, self.last_save, self.best = int(state["next_eval"]), self.agent_step, state.get("best")
         self.replay.load(self.out.path / "replay", state["replay"])
+        if state.get("playing"):
+            self._play_again(bool(state["playing"]["learning"]), checkpoint.read(found[-1], "episode"))
         checkpoint.set_rng_state(checkpoint.read(found[-1], "rng"))
         self.out.truncate_metrics(int(state["metrics_offset"]))
         say(f"continuing from agent step {self.agent_step:,} ({found[-1]})")
+
+    def _play_again(self, learning: bool, saved: Mapping[str, Tensor]) -> None:
+        """Bring the open episode back to where it was saved: its actions again, then the policy's carry."""
+        self._open(learning)
+        playing = self.playing
+        assert playing
+        for action in saved["actions"].numpy():
+            if not isinstance(playing.policy, MethodPolicy):
+                playing.policy([playing.record], False)  # its generator moves on
+            self._advance(playing, action)
+            self.replay.add(playing.record, last=False)
+        if isinstance(playing.policy, MethodPolicy) and playing.actions:
+            leaves = [saved[key].to(self.compute.device) for key in sorted(saved) if key.startswith("carry.")]
+            playing.policy.carry = with_leaves(self.method.initial_carry(1), leaves)
 
     def _announce(self) -> None:
         run, online, counts = self.run, self.run.online, self.method.parameter_counts()

@@ -17,6 +17,7 @@ from localmotion.errors import ConfigError, StoreError
 from localmotion.evaluation.heldout import CONTEXT_FRAMES, open_loop_errors, reconstruction_errors
 from localmotion.methods.base import Method
 from localmotion.training import checkpoint
+from localmotion.training.interrupt import Interrupted, StopRequest
 from localmotion.training.rundir import RunDir
 from localmotion.training.update import Updater, to_floats
 from localmotion.video.sample import WindowSampler
@@ -26,7 +27,7 @@ from localmotion.video.store import ClipStore
 def pretrain(run: RunConfig, path: Path) -> Path:
     """Pre-train ``run.method`` on ``run.data`` in the run directory ``path``; continues where a run of the same settings stopped.
 
-    Raises ConfigError, StoreError or CheckpointError with the mend; on Ctrl-C a checkpoint is saved and KeyboardInterrupt goes on.
+    Raises ConfigError, StoreError or CheckpointError with the mend; when a signal asks it to stop, it saves and raises Interrupted.
     """
     cls = methods.get(run.method)
     if not cls.can_pretrain:
@@ -55,8 +56,9 @@ def pretrain(run: RunConfig, path: Path) -> Path:
     out.status("running", update=start)
     clock, spent = time.perf_counter(), {"data": 0.0, "update": 0.0}
     try:
-        with progress("pretrain", settings.updates, "updates", start) as advance:
+        with StopRequest() as stop, progress("pretrain", settings.updates, "updates", start) as advance:
             for update in range(start, settings.updates):
+                stop.check()
                 began = time.perf_counter()
                 batch = to_device(train.batch(update), compute)
                 spent["data"] += time.perf_counter() - began
@@ -85,11 +87,14 @@ def pretrain(run: RunConfig, path: Path) -> Path:
                     clock = time.perf_counter()
                 if done % settings.save_every == 0 or done == settings.updates:
                     _save(out, method, updater)
-    except KeyboardInterrupt:
+    except Interrupted:
         if updater.update > start:
             _save(out, method, updater)
         out.status("interrupted", update=updater.update)
         say(f"interrupted at update {updater.update}, saved; the same command goes on from there")
+        raise
+    except KeyboardInterrupt:  # asked twice: not saved, the checkpoint before stays
+        out.status("interrupted", update=updater.update)
         raise
     except BaseException as error:
         out.status("failed", update=updater.update, error=str(error))
@@ -126,7 +131,8 @@ def to_device(batch: dict[str, torch.Tensor], compute: Compute) -> dict[str, tor
 
 def _save(out: RunDir, method: Method, updater: Updater) -> None:
     state = {"stage": "pretrain", "metrics_offset": out.metrics_offset()}
-    checkpoint.save(out.path / "checkpoints", updater.update, weights=method.state_dict(), optimizer=updater.state(), state=state)
+    tensors = {"weights": method.state_dict(), "optimizer": updater.state()}
+    checkpoint.save(out.path / "checkpoints", updater.update, tensors=tensors, state=state)
 
 
 def _resume(out: RunDir, method: Method, updater: Updater) -> int:

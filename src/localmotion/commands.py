@@ -1,0 +1,300 @@
+"""What each command of the command line does with its parsed arguments: calls the library, prints. No logic."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import TYPE_CHECKING, Any
+
+from localmotion.errors import ConfigError
+
+if TYPE_CHECKING:
+    from localmotion.perception.base import Recipe
+
+
+def _recipe_of(args: argparse.Namespace) -> Recipe:
+    """The recipe that the flags of `_recipe` describe."""
+    from dataclasses import fields
+
+    from localmotion.perception.base import Recipe
+
+    given: dict[str, Any] = {f.name: getattr(args, f"recipe_{f.name}", None) for f in fields(Recipe)}
+    given = {name: value for name, value in given.items() if value is not None}
+    if "size" in given and "percept_size" not in given:
+        given["percept_size"] = max(128, given["size"]) if max(128, given["size"]) % given["size"] == 0 else given["size"]
+    return Recipe(**given)
+
+
+def _settings(rest: list[str]) -> list[str]:
+    """Typed flags ``--name value`` or ``--name=value`` as name=value texts."""
+    out, items = [], list(rest)
+    while items:
+        flag = items.pop(0)
+        if not flag.startswith("--"):
+            raise ConfigError(f"unexpected argument {flag!r}; settings are written --name value")
+        name = flag[2:].replace("-", "_") if "=" not in flag else flag[2:].partition("=")[0].replace("-", "_")
+        if "=" in flag:
+            out.append(f"{name}={flag.partition('=')[2]}")
+        elif items:
+            out.append(f"{name}={items.pop(0)}")
+        else:
+            raise ConfigError(f"setting {flag} lacks its value")
+    return out
+
+
+def info(args: argparse.Namespace) -> None:
+    """`localmotion info`"""
+    from localmotion.console import say
+    from localmotion.info import report_lines
+
+    for line in report_lines():
+        say(line)
+
+
+def scan(args: argparse.Namespace) -> None:
+    """`localmotion scan`"""
+    from localmotion.console import progress, say
+    from localmotion.video.scan import scan as scan_videos
+
+    with progress("scan", 1, "videos") as advance:
+        found = scan_videos(
+            args.videos,
+            min_frames=args.min_frames,
+            list_file=args.list_file,
+            workers=args.workers or 0,
+            progress=advance,
+        )
+    for line in found.table():
+        say(line)
+    if args.manifest:
+        found.save(args.manifest)
+        say(f"manifest: {args.manifest}")
+
+
+def extract(args: argparse.Namespace) -> None:
+    """`localmotion extract`"""
+    import os
+
+    from localmotion.console import progress, say
+    from localmotion.perception.extract import extract_folder
+
+    with progress("extract", 1, "videos") as advance:
+        summary = extract_folder(
+            args.videos,
+            args.out,
+            _recipe_of(args),
+            list_file=args.list_file,
+            min_frames=args.min_frames,
+            workers=args.workers if args.workers is not None else (os.cpu_count() or 1),
+            progress=advance,
+        )
+    for line in summary.lines():
+        say(line)
+
+
+def inspect(args: argparse.Namespace) -> None:
+    """`localmotion inspect`"""
+    from localmotion.console import say
+    from localmotion.perception.draw import inspect as draw
+    from localmotion.video.store import ClipStore
+
+    clip = int(args.clip) if args.clip and args.clip.isdigit() else args.clip
+    draw(ClipStore(args.store), args.out, clip)
+    say(f"wrote {args.out}")
+
+
+def train(args: argparse.Namespace) -> None:
+    """`localmotion pretrain | finetune | train`"""
+    from localmotion import methods
+    from localmotion.config import compose
+
+    if not args.method:
+        if not args.help:
+            raise ConfigError(f"{args.command}: say which --method; registered: {', '.join(methods.names())}")
+        args.method = "drp"
+    rest = [item for item in args.rest if item not in ("-h", "--help")]
+    texts = _settings(rest) + args.set
+    env = next((t.partition("=")[2] for t in texts if t.startswith("env=")), "")
+    run = compose(args.method, args.command, preset=args.preset, env=env, settings=texts)
+    if args.help:
+        _show_settings(args.command, run)
+        return
+    if not args.run:
+        raise ConfigError(f"{args.command}: say where with --run DIRECTORY")
+    if args.command == "pretrain":
+        from localmotion.training.pretrain import pretrain
+
+        pretrain(run, args.run)
+    else:
+        from localmotion.training.finetune import finetune
+
+        finetune(run, args.run)
+
+
+def _show_settings(command: str, run: Any) -> None:
+    from rich.table import Table
+
+    from localmotion.config import all_docs, leaves
+    from localmotion.console import console
+
+    docs = all_docs(run)
+    table = Table(
+        "setting",
+        "value",
+        "meaning",
+        title=f"localmotion {command}: settings of {run.method}, preset {run.preset}",
+        show_lines=False,
+    )
+    for name, value in leaves(run):
+        table.add_row(f"--{name}", str(value), docs.get(name, ""))
+    console.print(table, markup=False)
+
+
+def study(args: argparse.Namespace) -> None:
+    """`localmotion study`"""
+    from localmotion.console import say
+    from localmotion.report.collect import report
+    from localmotion.report.table import write_table
+    from localmotion.training.study import RunsFailedError, run_study
+
+    failed: RunsFailedError | None = None
+    try:
+        run_study(args.file, args.out, jobs=args.jobs)
+    except RunsFailedError as error:  # the others are reported
+        failed = error
+    runs = sorted(path.parent for path in (args.out / "runs").glob("*/metrics.jsonl"))
+    if runs:
+        for line in write_table(runs, args.out):
+            say(line)
+        say(f"wrote {report(runs, args.out / 'report.html')}")
+    if failed:
+        raise failed
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """`localmotion evaluate`"""
+    from localmotion.console import say
+    from localmotion.evaluation.evaluate import evaluate_run
+
+    result = evaluate_run(
+        args.run,
+        episodes=args.episodes,
+        seed=args.seed,
+        video=args.video,
+        device=args.device,
+        policy=args.policy,
+        which=args.which,
+    )
+    say(json.dumps(result))
+    if args.video:
+        say(f"film: {args.video}")
+
+
+def predict(args: argparse.Namespace) -> None:
+    """`localmotion predict`"""
+    from localmotion.console import progress, say, show_table
+    from localmotion.evaluation.predict import predict as run_prediction
+    from localmotion.report.pictures import save_strips
+
+    options = {name: getattr(args, name) for name in ("clips", "windows", "split", "seed", "device")}
+    with progress("predict", 1, "windows") as advance:
+        found = run_prediction(args.checkpoint, args.data, **options, progress=advance)
+    save_strips(found.pictures, args.out, context=found.context)
+    args.out.with_suffix(".json").write_text(json.dumps({"windows": found.windows, "scores": found.scores}, indent=1) + "\n")
+    for kind, title in (("psnr", "PSNR, dB"), ("ssim", "SSIM")):
+        show_table(f"{title}: mean of {found.windows} windows, by frames ahead", *found.table(kind), width=120)
+    say(f"strips: {args.out}, scores: {args.out.with_suffix('.json')}")
+
+
+def probe(args: argparse.Namespace) -> None:
+    """`localmotion probe`"""
+    from localmotion.console import progress, say, show_table
+    from localmotion.evaluation.probes import probe as measure
+    from localmotion.evaluation.probes import save_probes
+
+    with progress("probe", 1, "codes") as advance:
+        rows = measure(
+            args.runs,
+            args.data,
+            length=args.length,
+            untrained=not args.no_untrained,
+            ceilings=not args.no_ceilings,
+            device=args.device,
+            progress=advance,
+        )
+    scores = [
+        key for key in ("ridge velocities", "mlp velocities", "ridge actions", "mlp actions") if any(key in r for r in rows)
+    ]
+    cells = [[r["data"], r["code"], str(r["width"] or "–"), *(f"{r[k]:.3f}" if k in r else "–" for k in scores)] for r in rows]
+    title = "R^2 on episodes not fitted to: 1 all of it, 0 no more than the mean"
+    show_table(title, ["data", "code", "width", *scores], cells, width=160)
+    if args.out:
+        save_probes(rows, args.out)
+        say(f"wrote {args.out}")
+
+
+def perception_report(args: argparse.Namespace) -> None:
+    """`localmotion perception-report`"""
+    import cv2
+
+    from localmotion.console import progress, say, show_table
+    from localmotion.evaluation.perception_report import ReportSettings, draw_report, save_report, tables
+    from localmotion.evaluation.perception_report import perception_report as measure
+
+    cv2.setNumThreads(1)  # the times a pair are those of one core
+    names = ("envs", "percepts", "qualities", "supersample", "backends", "policy", "episodes", "frames", "seed", "pictures")
+    chosen = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    given: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in chosen.items()}
+    settings = ReportSettings(**given)
+    with progress("perception", 1, "parts") as advance:
+        result = measure(settings, advance)
+    for title, columns, rows in tables(result):
+        show_table(title, columns, rows)
+    for line in result["skipped"]:
+        say(f"not measured: {line}")
+    say(f"lengths in pixels of a picture of side {settings.size}; {result['seconds']:.0f} s")
+    if args.out:
+        save_report(result, args.out)
+        say(f"numbers: {args.out}")
+    if args.draw:
+        for path in draw_report(settings, args.draw):
+            say(f"picture: {path}")
+
+
+def report(args: argparse.Namespace) -> None:
+    """`localmotion report`"""
+    from localmotion.console import say
+    from localmotion.report.collect import report as make_report
+
+    say(f"report: {make_report(args.runs, args.out)}")
+
+
+def collect(args: argparse.Namespace) -> None:
+    """`localmotion collect`"""
+    from localmotion.console import progress, say
+    from localmotion.evaluation.collect import collect as record
+
+    settings = {"quality": args.quality, "action_repeat": args.action_repeat}
+    with progress("collect", args.episodes, "videos") as advance:
+        found = record(
+            args.env,
+            args.out,
+            policy=args.policy,
+            episodes=args.episodes,
+            seed=args.seed,
+            steps=args.steps,
+            size=args.pixels,
+            recipe=_recipe_of(args) if args.store else None,
+            noise=args.noise,
+            progress=advance,
+            **settings,
+        )
+    for line in found.lines():
+        say(line)
+
+
+def demo(args: argparse.Namespace) -> None:
+    """`localmotion demo`"""
+    from localmotion.demo import demo as run_demo
+
+    run_demo(args.run, videos=args.videos)

@@ -1,0 +1,36 @@
+"""Nested tuples of tensors, such as the carry of a policy, as a flat list and back: safetensors keeps flat names only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import Tensor
+
+
+def leaves_of(tree: Any) -> list[Tensor]:
+    """Tensors of a (named) tuple of tensors, None and such tuples, in order."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    return [leaf for branch in tree or () for leaf in leaves_of(branch)]
+
+
+def with_leaves(like: Any, leaves: Sequence[Tensor]) -> Any:
+    """A tree built as ``like`` of other tensors, of any shapes. Raises ValueError when there are too many or too few."""
+    rest = iter(leaves)
+    tree = _filled(like, rest)
+    if next(rest, None) is not None:
+        raise ValueError(f"{len(leaves)} tensors are more than the structure holds")
+    return tree
+
+
+def _filled(like: Any, rest: Iterator[Tensor]) -> Any:
+    if isinstance(like, Tensor):
+        found = next(rest, None)
+        if found is None:
+            raise ValueError("fewer tensors than the structure holds")
+        return found
+    if like is None:
+        return None
+    branches = [_filled(branch, rest) for branch in like]
+    return type(like)(*branches) if hasattr(like, "_fields") else type(like)(branches)

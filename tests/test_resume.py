@@ -1,0 +1,222 @@
+"""A run that was stopped is the run that was not: weights bit by bit, metrics line by line, wherever it was stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from localmotion import methods
+from localmotion.config import RunConfig, compose
+from localmotion.errors import CheckpointError
+from localmotion.evaluation import rollout
+from localmotion.evaluation.load import load_run
+from localmotion.training import checkpoint
+from localmotion.training import finetune as training
+from localmotion.training.finetune import finetune
+from localmotion.training.interrupt import Interrupted, StopRequest
+from localmotion.training.pretrain import pretrain
+from localmotion.training.trees import leaves_of, with_leaves
+
+PRETRAINING = [name for name in methods.names() if methods.get(name).can_pretrain]
+
+
+def weights(run: Path) -> dict[str, Tensor]:
+    return checkpoint.read(checkpoint.newest(run), "weights")
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without what is measured in seconds."""
+    rows = [json.loads(text) for text in (run / "metrics.jsonl").read_text().splitlines()]
+    timed = ("wall", "updates_per_second")
+    return [{k: v for k, v in row.items() if k not in timed and not k.startswith("seconds/")} for row in rows]
+
+
+def assert_same(one: Path, other: Path) -> None:
+    expected = weights(one)
+    for name, value in weights(other).items():
+        assert torch.equal(value, expected[name]), name
+    assert lines(other) == lines(one)
+
+
+class Stops:
+    """In place of a signal: every so many looks at the stop request, there is one."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *every: int) -> None:
+        self.every, self.turn, self.left = every, 0, every[0]
+        monkeypatch.setattr(StopRequest, "check", lambda request: self.look())
+
+    def look(self) -> None:
+        self.left -= 1
+        if self.left == 0:
+            self.turn += 1
+            self.left = self.every[self.turn % len(self.every)]
+            raise Interrupted(signal.SIGTERM)
+
+
+def in_pieces(train: Any, run: RunConfig, path: Path) -> int:
+    """Run to the end whatever stops it; how often it was stopped."""
+    stopped = 0
+    while True:
+        try:
+            train(run, path)
+        except Interrupted:
+            stopped += 1
+            assert json.loads((path / "status.json").read_text())["state"] == "interrupted"
+        else:
+            return stopped
+
+
+FLAGS = {"precision": "fp32", "device": "cpu", "threads": 1, "recipe": {"percept_size": 64}}
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_an_online_run_in_pieces_is_the_whole_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped within prefill, warm-up, episodes and evaluations, at places that have nothing to do with its clocks."""
+    few = ("env_steps=170", "prefill=60", "warmup_updates=4", "online.eval_every=60", "online.save_every=60")
+    run = compose(name, "train", preset="debug", env="toy:dot", flags=FLAGS, settings=few)
+    whole = finetune(run, tmp_path / "whole")
+    # An evaluation is made anew after a stop, so a piece must be longer than one: 50 looks, the last of the run 100.
+    Stops(monkeypatch, 23, 117, 131)
+    assert in_pieces(finetune, run, tmp_path / "pieces") >= 4
+    assert_same(whole, tmp_path / "pieces")
+    kept = [checkpoint.read_state(checkpoint.best(path)) for path in (whole, tmp_path / "pieces")]
+    assert kept[0] == kept[1]
+
+
+@pytest.mark.parametrize("name", PRETRAINING)
+def test_pretraining_in_pieces_is_the_whole_run(name: str, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = ("heldout_fraction=0.4", "pretrain.updates=17", "lr_decay=0.5")
+    run = compose(name, "pretrain", preset="debug", flags={**FLAGS, "recipe": {}, "data": str(store)}, settings=few)
+    whole = pretrain(run, tmp_path / "whole")
+    Stops(monkeypatch, 1, 4, 7)
+    assert in_pieces(pretrain, run, tmp_path / "pieces") >= 3
+    assert_same(whole, tmp_path / "pieces")
+
+
+COMMAND = [
+    *(sys.executable, "-m", "localmotion", "train", "--method", "dreamer_v2", "--preset", "debug", "--env", "toy:dot"),
+    *("--threads", "1", "--precision", "fp32", "--env_steps", "100000", "--online.save_every", "100"),
+]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 138), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_says_so_in_the_exit_code(number: int, code: int, tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [*COMMAND, "--run", str(tmp_path / "run")],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
+    )
+    try:
+        metrics, until = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 90
+        while time.monotonic() < until and not (metrics.exists() and '"train"' in metrics.read_text()):
+            time.sleep(0.1)
+        os.kill(process.pid, number)
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == code
+    assert "the same command goes on" in said
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert status["state"] == "interrupted"
+    state = checkpoint.read_state(checkpoint.newest(tmp_path / "run"))
+    assert state["agent_step"] == status["agent_step"]
+    assert state["playing"]["learning"]
+
+
+def test_a_second_ctrl_c_stops_at_once() -> None:
+    with StopRequest() as stop:
+        stop.check()
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(Interrupted) as caught:
+            stop.check()
+        assert caught.value.code == 143
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_signals_are_given_back_and_threads_leave_them_alone() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with StopRequest():
+        assert signal.getsignal(signal.SIGTERM) is not before
+    assert signal.getsignal(signal.SIGTERM) is before
+    found: list[Any] = []
+
+    def elsewhere() -> None:
+        with StopRequest() as stop:
+            stop.check()
+            found.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+    assert found == [before]
+
+
+def test_the_best_weights_are_those_of_the_best_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three evaluations the second is the best: its weights are kept, and evaluation can ask for them."""
+    scores = iter([1.0, 3.0, 2.0])
+    seen: list[dict[str, Tensor]] = []
+
+    class Spy(rollout.MethodPolicy):
+        def __init__(self, method: Any, compute: Any, *, explore: bool, window: int) -> None:
+            super().__init__(method, compute, explore=explore, window=window)
+            if not explore:
+                seen.append({k: v.clone() for k, v in method.state_dict().items()})
+
+    def scripted(policy_for: Any, make: Any, **settings: Any) -> rollout.Rollout:
+        policy_for()
+        return rollout.Rollout([next(scores)], [1])
+
+    monkeypatch.setattr(training, "MethodPolicy", Spy)
+    monkeypatch.setattr(training, "evaluate", scripted)
+    few = ("env_steps=200", "prefill=60", "online.eval_every=50")
+    run = compose("dreamer_v2", "train", preset="debug", env="toy:dot", flags=FLAGS, settings=few)
+    with pytest.raises(CheckpointError, match="no best checkpoint yet"):
+        load_run(finetune_nothing(run, tmp_path / "empty"), which="best")
+    out = finetune(run, tmp_path / "run")
+    assert len(seen) == 3
+    kept = checkpoint.read(checkpoint.best(out), "weights")
+    assert all(torch.equal(kept[name], value) for name, value in seen[1].items())
+    assert not all(torch.equal(kept[name], value) for name, value in seen[2].items())
+    _, method, _ = load_run(out, which="best")
+    assert all(torch.equal(value, kept[name]) for name, value in method.state_dict().items())
+
+
+def finetune_nothing(run: RunConfig, path: Path) -> Path:
+    """A run directory that has only begun."""
+    from localmotion.training.rundir import RunDir
+
+    RunDir(path, run)
+    return path
+
+
+Trees = st.recursive(
+    st.one_of(st.none(), st.integers(0, 3).map(lambda n: torch.arange(n))), lambda inner: st.lists(inner, max_size=3).map(tuple)
+)
+
+
+@given(Trees)
+def test_trees_come_back_from_their_leaves(tree: Any) -> None:
+    leaves = leaves_of(tree)
+    again = with_leaves(tree, [leaf + 1 for leaf in leaves])
+    assert [leaf.tolist() for leaf in leaves_of(again)] == [(leaf + 1).tolist() for leaf in leaves]
+    with pytest.raises(ValueError, match="more"):
+        with_leaves(tree, [*leaves, torch.zeros(1)])
+    if leaves:
+        with pytest.raises(ValueError, match="fewer"):
+            with_leaves(tree, leaves[:-1])
