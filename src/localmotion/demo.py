@@ -70,7 +70,7 @@ def demo(root: Path, *, videos: Path | None = None, task: str = TASK) -> Path:
     motion_media(pre, store_path)
     say(f"4. localmotion finetune --method drp --checkpoint {pre} --env {task} --preset small --run {fine}")
     finetune(_settings("finetune", FINETUNE, env=task, checkpoint=str(pre)), fine)
-    # An agent of this budget is not steady; which weights are the best is told by the evaluations, how good they are by episodes of other seeds.
+    # An agent of this budget is not steady. Which weights are best its evaluations tell, how good they are episodes of other seeds.
     say(f"5. localmotion evaluate {fine} --which best --episodes 10 --seed 1")
     score = evaluate_run(fine, episodes=10, seed=1, video=fine / "media" / "eval_best.mp4", which="best")
     floor = random_floor(fine)
