@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from localmotion import methods
+from localmotion.compute import Compute
 from localmotion.errors import ConfigError
 from localmotion.evaluation.load import load_run
 from localmotion.methods.base import Batch, Method
@@ -36,6 +37,7 @@ LAMBDAS = tuple(10.0**k for k in range(-4, 5))
 """Ridge penalties tried, times the number of samples; chosen on a tenth of the fitted episodes."""
 SKIP = 4  # first positions of a window: too little history for a code that looks back
 TARGETS = ("velocities", "actions")
+PLAIN = Compute(torch.device("cpu"), False, 0, "cpu, fp32")
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,15 @@ def mlp(x: Floats, y: Floats, data: Episodes, *, updates: int = 1500, seed: int 
     return _best(net, lambda rows: whole[torch.from_numpy(rows)], t, data, fit, check, updates, seed)
 
 
-def idm(pictures: NDArray[np.uint8], y: Floats, data: Episodes, *, updates: int = 1500, seed: int = 0) -> float:
+def idm(
+    pictures: NDArray[np.uint8],
+    y: Floats,
+    data: Episodes,
+    *,
+    updates: int = 1000,
+    seed: int = 0,
+    compute: Compute = PLAIN,
+) -> float:
     """R^2 of a small convolutional network on pictures (n, 2, S, S, 3), the frames before and after, trained for this target."""
     fit, check = _folds(data)
     torch.manual_seed(seed)
@@ -179,10 +189,10 @@ def idm(pictures: NDArray[np.uint8], y: Floats, data: Episodes, *, updates: int 
     )
 
     def inputs(rows: NDArray[np.int64]) -> Tensor:
-        both = torch.from_numpy(pictures[rows]).permute(0, 1, 4, 2, 3).flatten(1, 2)
-        return both.float().div_(255.0).sub_(0.5)
+        both = torch.from_numpy(pictures[rows]).to(compute.device).permute(0, 1, 4, 2, 3).flatten(1, 2)
+        return both.float().div_(255.0).sub_(0.5).contiguous(memory_format=torch.channels_last)
 
-    return _best(net, inputs, _standard(y, fit), data, fit, check, updates, seed)
+    return _best(net.to(compute.device), inputs, _standard(y, fit), data, fit, check, updates, seed, compute, batch_size=64)
 
 
 def _best(
@@ -194,6 +204,8 @@ def _best(
     check: NDArray[np.bool_],
     updates: int,
     seed: int,
+    compute: Compute = PLAIN,
+    batch_size: int = 128,
 ) -> float:
     """Fit, keep the R^2 on tested rows of the moment at which the check rows were predicted best. R^2 does not mind standard units."""
     rng, rows = np.random.default_rng(seed), np.flatnonzero(fit)
@@ -204,11 +216,15 @@ def _best(
     @torch.no_grad()
     def predict(where: NDArray[np.bool_]) -> Floats:
         index = np.flatnonzero(where)
-        return torch.cat([net(inputs(part)) for part in np.array_split(index, max(len(index) // 512, 1))]).numpy()
+        with compute.autocast():
+            found = [net(inputs(part)) for part in np.array_split(index, max(len(index) // 512, 1))]
+        return torch.cat(found).float().cpu().numpy()
 
     for update in range(updates):
-        batch = rng.choice(rows, min(128, len(rows)), replace=False)
-        loss = F.mse_loss(net(inputs(batch)), torch.from_numpy(t[batch]))
+        batch = rng.choice(rows, min(batch_size, len(rows)), replace=False)
+        with compute.autocast():
+            answer = net(inputs(batch))
+        loss = F.mse_loss(answer.float(), torch.from_numpy(t[batch]).to(compute.device))
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -239,6 +255,7 @@ def probe(
     Raises ConfigError for a run whose method has no motion code, and for collections without targets or with too few clips.
     """
     sources: list[tuple[str, Method | None, Any]] = [("flow, 8x8 grid", None, None)]
+    compute = PLAIN
     for path in runs:
         run, method, compute = load_run(path, device=device)
         if type(method).motion_code is Method.motion_code:
@@ -259,7 +276,7 @@ def probe(
             if progress:
                 progress(len(rows), total, name)
         if ceilings:
-            rows += _ceilings(data)
+            rows += _ceilings(data, compute)
             if progress:
                 progress(len(rows), total, "ceilings")
     return rows
@@ -288,7 +305,7 @@ def _scores(code: Floats, data: Episodes) -> dict[str, float]:
     return out
 
 
-def _ceilings(data: _Data) -> list[dict[str, Any]]:
+def _ceilings(data: _Data, compute: Compute) -> list[dict[str, Any]]:
     def both(batch: Batch) -> Tensor:
         image = batch["image"]
         return torch.stack([torch.cat([image[:, :1], image[:, :-1]], 1), image], 2).flatten(2)
@@ -299,7 +316,9 @@ def _ceilings(data: _Data) -> list[dict[str, Any]]:
         batch = data.sampler.windows(data.clips[at : at + data.batch_size], data.starts[at : at + data.batch_size])
         out.append(both(batch)[:, SKIP:].flatten(0, 1).numpy())
     pictures = np.concatenate(out).reshape(-1, 2, side, side, 3)
-    supervised = {f"mlp {kind}": round(idm(pictures, target, episodes), 4) for kind, target in episodes.targets.items()}
+    supervised = {
+        f"mlp {kind}": round(idm(pictures, target, episodes, compute=compute), 4) for kind, target in episodes.targets.items()
+    }
     rows = [{**_row(data, "idm, trained on the target", 0), **supervised}]
     if episodes.before is not None and "actions" in episodes.targets:
         known = np.concatenate([episodes.before, episodes.targets["velocities"]], 1)
