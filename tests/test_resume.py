@@ -96,6 +96,17 @@ def test_an_online_run_in_pieces_is_the_whole_run(name: str, tmp_path: Path, mon
     assert kept[0] == kept[1]
 
 
+@pytest.mark.parametrize("env", ["dmcr:walker_run", "metaworld:reach"])
+def test_an_episode_of_a_simulator_is_played_again_exactly(env: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Physics, looks drawn at the reset, streaming perception and the policy's attention over time come back from seed and actions."""
+    few = ("action_repeat=10", "env_steps=1400", "prefill=500", "warmup_updates=1", "online.eval_every=100000", "train_every=20")
+    run = compose("drp", "train", preset="debug", env=env, flags=FLAGS, settings=few)
+    whole = finetune(run, tmp_path / "whole")
+    Stops(monkeypatch, 37, 1000)
+    assert in_pieces(finetune, run, tmp_path / "pieces") == 1
+    assert_same(whole, tmp_path / "pieces")
+
+
 @pytest.mark.parametrize("name", PRETRAINING)
 def test_pretraining_in_pieces_is_the_whole_run(name: str, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     few = ("heldout_fraction=0.4", "pretrain.updates=17", "lr_decay=0.5")
