@@ -333,11 +333,11 @@ def test_a_run_trains_evaluates_and_resumes_to_the_same_weights(tmp_path: Path, 
     assert {"loss/repval", "grad/model", "return_range/scale"} <= set(next(row for row in rows if row["kind"] == "train"))
     saved, calls = training._Learner.save, []
 
-    def stop(self: Any, interrupted: bool = False) -> None:
+    def stop(self: Any) -> None:
         if calls:
             raise SystemExit
         calls.append(1)
-        saved(self, interrupted)
+        saved(self)
 
     with monkeypatch.context() as patch:
         patch.setattr(training._Learner, "save", stop)
