@@ -300,3 +300,13 @@ def test_another_thread_may_not_draw(make: Make) -> None:
     env = make("dmc:pendulum_swingup")
     with ThreadPoolExecutor(1) as pool, pytest.raises(EnvError, match="thread that made it"):
         pool.submit(env.reset).result()
+
+
+@pytest.mark.parametrize(
+    "task", ["dog_fetch", "dog_run", "quadruped_fetch", "fish_swim", "point_mass_easy", "manipulator_bring_ball"]
+)
+def test_the_default_camera_shows_the_agent(task: str) -> None:
+    env: Any = make_env(f"dmc:{task}")
+    env.reset(seed=1)
+    assert env.agent_mask().sum() >= 5
+    env.close()

@@ -1,4 +1,4 @@
-"""Contact sheets of the environments whose looks vary: rows are tasks, columns visual seeds, levels or times. Pictures of docs/images.
+"""Contact sheets of all environments, and of those whose looks vary: rows are tasks, columns visual seeds, levels or times. For docs/images
 
     python studies/environments/sheets.py [--out docs/images] [--textures FOLDER] [--videos FOLDER] [--only NAME]
 
@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from localmotion.envs import make_env
+from localmotion.envs import list_envs, make_env
 
 CELL, GAP, HEAD, SIDE = 96, 2, 16, 150
 DMCR = (
@@ -90,6 +90,23 @@ def masks() -> Iterator[Row]:
         yield ", ".join(name.partition(":")[2] for name in names), cells
 
 
+def every(suite: str) -> NDArray[np.uint8]:
+    """Every task of a suite after ten random steps, its name below."""
+    cells = []
+    for name in list_envs(suite):
+        picture = episode(name, (1 if name == "toy:pairs" else 10,))[0]
+        caption = np.full((HEAD, CELL, 3), 255, np.uint8)
+        text = name.partition(":")[2].replace("moving_background", "background")
+        (width, _), _ = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, 0.32, 1)
+        cv2.putText(
+            caption, text, (1, 10), cv2.FONT_HERSHEY_SIMPLEX, 0.32 * min(1.0, (CELL - 2) / width), (0, 0, 0), 1, cv2.LINE_AA
+        )
+        cells.append(np.pad(np.vstack([picture, caption]), ((0, GAP), (0, GAP), (0, 0)), constant_values=255))
+    blank = np.full_like(cells[0], 255)
+    cells += [blank] * (-len(cells) % 10)
+    return np.vstack([np.hstack(cells[i : i + 10]) for i in range(0, len(cells), 10)])
+
+
 def sheet(rows: Iterator[Row], heads: list[str]) -> NDArray[np.uint8]:
     """Rows with their names to the left and the columns' names above."""
     lines = []
@@ -136,11 +153,13 @@ def main() -> None:
         jobs["distracting_videos"] = (lambda: distracting(args.videos), list(LEVELS))
         jobs["painted_videos"] = (lambda: painted(args.videos), list(MOTIONS))
     args.out.mkdir(parents=True, exist_ok=True)
-    for name, (rows, heads) in jobs.items():
+    draw = {name: lambda rows=rows, heads=heads: sheet(rows(), heads) for name, (rows, heads) in jobs.items()}
+    draw |= {f"every_{suite}": lambda suite=suite: every(suite) for suite in ("dmc", "metaworld", "toy")}
+    for name, drawn in draw.items():
         if args.only and args.only not in name:
             continue
         path = args.out / f"{name}.jpg"
-        cv2.imwrite(str(path), sheet(rows(), heads)[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 82])
+        cv2.imwrite(str(path), drawn()[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 82])
         print(f"{path} {path.stat().st_size // 1024} KB")
 
 

@@ -108,7 +108,7 @@ def make_env(
         action_repeat: env steps per call of ``step``; None for the suite's (DMC 2, Meta-World 1, toy 1).
         time_limit: env steps per episode; None for the suite's (DMC 1000, Meta-World 500, toy 50).
         quality: "reference" (MuJoCo's own drawing), "fast" (see `localmotion.envs.render`), "auto": fast on software OpenGL.
-        camera: name or number; None for the suite's (DMC 0, quadruped 2; Meta-World "corner").
+        camera: name or number; None for the suite's (DMC 0, quadruped 2, dog_fetch "y-axis"; Meta-World "corner").
         supersample: 2 draws observations at twice their side and averages, i.e. four samples a pixel, in either quality: slow motion is
             found far better (docs/perception.md), a frame costs 2 to 5 ms more.
         observed: "pixels", "vectors" (the suite's own low-dimensional observation; nothing is drawn), or "both".

@@ -38,8 +38,8 @@ TASKS: dict[str, tuple[str, str]] = {
 }
 """Task name -> (domain, task) of the suite, written out so that names can be listed and checked without importing MuJoCo."""
 
-CAMERAS = {"quadruped": 2}
-"""Cameras other than number 0."""
+CAMERAS: dict[str, int | str] = {"quadruped": 2, "dog_fetch": "y-axis"}
+"""Cameras of domains or tasks other than number 0, which in dog fetch looks at the ball alone."""
 ACTION_REPEAT, TIME_LIMIT = 2, 1000
 UNBOUNDED = 1e6
 
@@ -100,7 +100,7 @@ class DMCEnv(PixelEnv):
             time_limit=TIME_LIMIT if time_limit is None else time_limit,
         )
         model = self.physics.model.ptr
-        self.camera = camera_id(model, CAMERAS.get(domain, 0) if camera is None else camera, self.name)
+        self.camera = camera_id(model, CAMERAS.get(task, CAMERAS.get(domain, 0)) if camera is None else camera, self.name)
         self.quality = resolve_quality(quality)
         self._prepare(model)
         self._renderer = SceneRenderer(model, size=self.draw_size, camera=self.camera, quality=self.quality)
