@@ -308,5 +308,5 @@ def test_another_thread_may_not_draw(make: Make) -> None:
 def test_the_default_camera_shows_the_agent(task: str) -> None:
     env: Any = make_env(f"dmc:{task}")
     env.reset(seed=1)
-    assert env.agent_mask().sum() >= 5
+    assert env.agent_mask().any()
     env.close()
