@@ -71,6 +71,7 @@ def test_videos_are_predicted_without_a_store(runs: dict[str, Path], tmp_path: P
     (folder / "short.gif").write_bytes(encode(tmp_path / "short.gif", moving_square(3)).read_bytes())
     found = predict([runs["drp"], runs["ipv"]], folder, clips=8, windows=3)
     assert found.windows == 3
+    assert {reason.split(": ")[0] for reason in found.rejected} == {"text.mp4", "short.gif"}
     assert found.pictures["truth"].shape == (3, 8, 64, 64, 3)
     one = predict([runs["drp"]], folder / "1.mp4", windows=4)
     assert one.windows == 4
@@ -117,8 +118,10 @@ def test_what_cannot_be_compared_is_refused(runs: dict[str, Path], store: Path, 
     environment = json.loads((other / "environment.json").read_text())
     environment["recipe"]["frame_stride"] = 2
     (other / "environment.json").write_text(json.dumps(environment))
-    with pytest.raises(ConfigError, match="different frame strides"):
-        predict([runs["drp"], other], store)
+    predict([runs["drp"], other], store, windows=2, split="all")  # one store: the same frames for all
+    video = encode(tmp_path / "long.mp4", moving_square(30))
+    with pytest.raises(ConfigError, match="make different clips"):
+        predict([runs["drp"], other], video)
 
 
 @pytest.mark.parametrize("method", ["drp", "ipv"])

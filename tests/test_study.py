@@ -110,7 +110,11 @@ def test_a_run_that_fails_costs_only_itself_and_what_needs_it(tmp_path: Path) ->
     assert state(out / "runs" / "DRP-toy_dot-0") == ""
 
 
-def test_an_interrupted_study_lets_its_runs_save(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "code", "ctrl_c"),
+    [(signal.SIGINT, 130, signal.SIG_DFL), (signal.SIGTERM, 143, signal.SIG_IGN)],  # a shell's background jobs ignore Ctrl-C
+)
+def test_an_interrupted_study_lets_its_runs_save(number: int, code: int, ctrl_c: signal.Handlers, tmp_path: Path) -> None:
     path, out = write(tmp_path, STUDY.replace("env_steps: 160", "env_steps: 100000")), tmp_path / "out"
     command = [sys.executable, "-m", "localmotion", "study", str(path), "--out", str(out), "--jobs", "1"]
     process = subprocess.Popen(
@@ -118,9 +122,7 @@ def test_an_interrupted_study_lets_its_runs_save(tmp_path: Path) -> None:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
-        preexec_fn=lambda: signal.signal(
-            signal.SIGINT, signal.SIG_DFL
-        ),  # a shell's background job ignores it, and so would its children
+        preexec_fn=lambda: signal.signal(signal.SIGINT, ctrl_c),
     )
     run = out / "runs" / "DreamerV2-toy_dot-0"
     try:
@@ -129,8 +131,8 @@ def test_an_interrupted_study_lets_its_runs_save(tmp_path: Path) -> None:
             (run / "metrics.jsonl").exists() and "eval" in (run / "metrics.jsonl").read_text()
         ):
             time.sleep(0.2)
-        os.kill(process.pid, signal.SIGINT)
-        assert process.wait(60) == 130
+        os.kill(process.pid, number)
+        assert process.wait(60) == code
     finally:
         process.kill()
     assert state(run) == "interrupted"

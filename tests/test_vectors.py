@@ -51,6 +51,11 @@ def test_both_are_shown_together(name: str, length: int) -> None:
     np.testing.assert_array_equal(seen["image"], pictures["image"])
     assert both.observation_space.contains(seen)
     assert both.describe()["observed"] == "both"
+    both.show("vectors")
+    assert set(both.observation_space.spaces) == set(both.reset(seed=1)[0]) == {"vector"}
+    both.show("pixels")
+    assert both.observation_space == plain.observation_space
+    np.testing.assert_array_equal(both.reset(seed=1)[0]["image"], pictures["image"])
 
 
 def test_unknown_kinds_name_the_known() -> None:

@@ -199,6 +199,8 @@ def predict(args: argparse.Namespace) -> None:
     options = {name: getattr(args, name) for name in ("clips", "windows", "split", "seed", "device")}
     with progress("predict", 1, "windows") as advance:
         found = run_prediction(args.checkpoint, args.data, **options, progress=advance)
+    for reason in found.rejected:
+        say(f"left out, {reason}")
     save_strips(found.pictures, args.out, context=found.context)
     args.out.with_suffix(".json").write_text(json.dumps({"windows": found.windows, "scores": found.scores}, indent=1) + "\n")
     for kind, title in (("psnr", "PSNR, dB"), ("ssim", "SSIM")):

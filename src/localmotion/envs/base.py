@@ -71,6 +71,7 @@ class PixelEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         boxes: dict[str, Any] = {"image": spaces.Box(0, 255, (size, size, 3), np.uint8)}
         if self.draw_size != size:
             boxes["percept"] = spaces.Box(0, 255, (self.draw_size, self.draw_size, 3), np.uint8)
+        self._pictures = boxes
         self.observation_space = spaces.Dict(boxes)  # type: ignore[assignment]
         self.action_space = spaces.Box(-1.0, 1.0, (action_dim,), np.float32)
         self.action_space.seed(seed)
@@ -115,9 +116,7 @@ class PixelEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         """Choose what observations hold from the next reset on: "pixels", "vectors" or "both". Raises ConfigError for another name."""
         if observed not in OBSERVED:
             raise unknown_name("kind of observation", observed, OBSERVED)
-        boxes = dict(self.observation_space.spaces)  # type: ignore[attr-defined]
-        if observed == "vectors":
-            boxes = {}
+        boxes = {} if observed == "vectors" else dict(self._pictures)
         if observed != "pixels":
             self._begin(0)  # some tasks have no observation before their first episode
             boxes["vector"] = spaces.Box(-np.inf, np.inf, (len(self.vector()),), np.float32)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from localmotion.compute import Compute
 from localmotion.config import RunConfig
-from localmotion.errors import ConfigError, VideoError
+from localmotion.errors import ConfigError, LocalmotionError, VideoError
 from localmotion.evaluation.heldout import CONTEXT_FRAMES, open_loop_errors, predicts
 from localmotion.evaluation.load import load_run
 from localmotion.evaluation.rollout import stored_recipe
@@ -41,6 +41,8 @@ class Prediction:
     length: int
     """Frames of a window; the first ``context`` were observed."""
     context: int = CONTEXT_FRAMES
+    rejected: tuple[str, ...] = ()
+    """Videos that could not be used, "ID: reason: detail"; empty where the data is a store."""
 
     def table(self, kind: str) -> tuple[list[str], list[list[str]]]:
         """Head and rows of the scores of ``kind`` ("psnr" or "ssim") at some horizons, and their mean over all."""
@@ -91,20 +93,17 @@ def predict(
     if not checkpoints or clips < 1 or windows < 1:
         raise ConfigError(f"predict wants at least one checkpoint, clip and window, got {len(checkpoints)}, {clips}, {windows}")
     runs = _load(checkpoints, device)
-    if len(strides := {each.recipe.frame_stride for each in runs}) > 1:
-        raise ConfigError(
-            f"the runs see videos at different frame strides ({sorted(strides)}), so they cannot be compared on one window"
-        )
     length = min(each.run.pretrain.length for each in runs)
     with tempfile.TemporaryDirectory(prefix="localmotion-") as scratch:
         if (data / "store.json").exists():
             stores = {each.recipe.hash(): ClipStore(data) for each in runs}
+            rejected: list[str] = []
         else:
             split = "all"
-            stores = _extracted(
-                data, {each.recipe.hash(): each.recipe for each in runs}, length, windows, seed, Path(scratch), progress
-            )
-        return _predict(runs, stores, length, clips, windows, split, seed, progress)
+            recipes = {each.recipe.hash(): each.recipe for each in runs}
+            stores, rejected = _extracted(data, recipes, length, windows, seed, Path(scratch), progress)
+        found = _predict(runs, stores, length, clips, windows, split, seed, progress)
+    return replace(found, rejected=tuple(rejected))
 
 
 def _predict(
@@ -200,27 +199,32 @@ def _extracted(
     seed: int,
     scratch: Path,
     progress: Callable[[int, int | None, str], object] | None,
-) -> dict[str, ClipStore]:
-    """Clips of ``count`` of the videos in ``data``, drawn at random, by each recipe."""
+) -> tuple[dict[str, ClipStore], list[str]]:
+    """Clips of ``count`` of the videos in ``data``, drawn at random, by each recipe; and why others were left out."""
     refs = find_videos(data)
     refs = [refs[i] for i in np.random.default_rng(seed).permutation(len(refs))]
-    stores = {}
+    stores: dict[str, ClipStore] = {}
+    reasons: dict[str, str] = {}
     for key, recipe in recipes.items():
         clips: list[Clip] = []
-        reasons: list[str] = []
         for ref in refs:
             if len(clips) == count:
                 break
             found = extract_one(ref, recipe, length, 300)
             if isinstance(found, Clip):
                 clips.append(found)
-            else:
-                reasons.append(f"{ref.id}: {found['reason']}: {found['detail']}" if isinstance(found, dict) else found.message)
+            elif isinstance(found, dict):
+                reasons[ref.id] = f"{ref.id}: {found['reason']}: {found['detail']}"
+            else:  # the recipe or the machine, not this video
+                raise LocalmotionError(found.message)
             if progress:
                 progress(len(clips), min(count, len(refs)), "extracting")
         if not clips:
-            raise VideoError(data, "unusable", f"none of {len(refs)} videos has {length} good frames; the first: {reasons[0]}")
+            first = next(iter(reasons.values()))
+            raise VideoError(data, "unusable", f"none of {len(refs)} videos has {length} good frames; the first: {first}")
         writer = ClipStoreWriter.open(scratch / key, recipe.size, recipe.to_json(), key, recipe.tracks, count)
-        writer.write_shard(0, sorted(clips, key=lambda clip: clip.id))
+        writer.write_shard(0, clips)
         stores[key] = ClipStore(scratch / key)
-    return stores
+    if len({(tuple(store.ids), tuple(store.lengths.tolist())) for store in stores.values()}) > 1:
+        raise ConfigError(f"{data}: the runs' recipes make different clips of it (frame_stride?), so no window is common to all")
+    return stores, list(reasons.values())

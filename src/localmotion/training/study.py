@@ -40,6 +40,7 @@ from localmotion import methods
 from localmotion.config import Stage, compose
 from localmotion.console import say
 from localmotion.errors import ConfigError, LocalmotionError, unknown_name
+from localmotion.training.interrupt import StopRequest
 
 _STUDY = {"name", "preset", "settings", "tasks", "seeds", "pretrain", "variants"}
 _VARIANT = {"method", "preset", "settings", "checkpoint", "sweep", "tasks", "seeds"}
@@ -137,25 +138,27 @@ def run_study(path: Path, out: Path, *, jobs: int = 0) -> None:
     failed: dict[str, str] = {}
     (out / "console").mkdir(exist_ok=True)
     try:
-        while waiting or running:
-            for job in [job for job in waiting if job.after in failed]:
-                failed[job.name] = f"needs {job.after}, which failed"
-                waiting.remove(job)
-            ready = [job for job in waiting if not job.after or job.after in done]
-            for job in ready[: max(jobs - len(running), 0)]:
-                waiting.remove(job)
-                running[_start(job, out, jobs)] = (job, time.monotonic())
-                say(f"begins  {job.name}")
-            time.sleep(0.2)
-            for process in [process for process in running if process.poll() is not None]:
-                job, began = running.pop(process)
-                minutes = (time.monotonic() - began) / 60
-                if process.returncode == 0 and state(out / "runs" / job.name) == "finished":
-                    done.add(job.name)
-                    say(f"ended   {job.name}, {minutes:.1f} min; {len(done)} of {len(todo)}")
-                else:
-                    failed[job.name] = _last_words(out, job, process.returncode)
-                    say(f"FAILED  {job.name}: {failed[job.name]}")
+        with StopRequest() as stop:
+            while waiting or running:
+                stop.check()
+                for job in [job for job in waiting if job.after in failed]:
+                    failed[job.name] = f"needs {job.after}, which failed"
+                    waiting.remove(job)
+                ready = [job for job in waiting if not job.after or job.after in done]
+                for job in ready[: max(jobs - len(running), 0)]:
+                    waiting.remove(job)
+                    running[_start(job, out, jobs)] = (job, time.monotonic())
+                    say(f"begins  {job.name}")
+                time.sleep(0.2)
+                for process in [process for process in running if process.poll() is not None]:
+                    job, began = running.pop(process)
+                    minutes = (time.monotonic() - began) / 60
+                    if process.returncode == 0 and state(out / "runs" / job.name) == "finished":
+                        done.add(job.name)
+                        say(f"ended   {job.name}, {minutes:.1f} min; {len(done)} of {len(todo)}")
+                    else:
+                        failed[job.name] = _last_words(out, job, process.returncode)
+                        say(f"FAILED  {job.name}: {failed[job.name]}")
     except KeyboardInterrupt:
         _stop(list(running))
         raise
@@ -191,7 +194,7 @@ def _start(job: Job, out: Path, jobs: int) -> subprocess.Popen[bytes]:
 def _stop(running: Sequence[subprocess.Popen[bytes]]) -> None:
     """Let the runs save, then leave."""
     for process in running:
-        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGTERM)  # which no shell makes a background job ignore
     until = time.monotonic() + PATIENCE
     for process in running:
         try:
