@@ -175,7 +175,20 @@ def _videos(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("videos", type=Path, help="folder of mp4/webm/mkv/avi/mov/gif files or of frame folders")
     sub.add_argument("--list", type=Path, dest="list_file", help="list file in SSV2's layout: id frames label a line")
     sub.add_argument("--min-frames", type=int, default=25, help="shorter videos are rejected (paper: 25)")
-    sub.add_argument("--workers", type=int, help="processes; default: one a core")
+    sub.add_argument(
+        "--workers",
+        type=int,
+        help="processes that decode; default: one a core. 0: decode in this process, without the two limits",
+    )
+    sub.add_argument(
+        "--timeout", type=float, default=600.0, help="seconds one video may take before it is rejected (default 600)"
+    )
+    sub.add_argument(
+        "--memory",
+        type=float,
+        default=4.0,
+        help="GiB that decoding one video may take before it is rejected (default 4; 0: no limit)",
+    )
 
 
 def _recipe(sub: argparse.ArgumentParser, without: tuple[str, ...] = ()) -> None:

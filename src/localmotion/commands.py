@@ -53,6 +53,8 @@ def info(args: argparse.Namespace) -> None:
 
 def scan(args: argparse.Namespace) -> None:
     """`localmotion scan`"""
+    import os
+
     from localmotion.console import progress, say
     from localmotion.video.scan import scan as scan_videos
 
@@ -61,8 +63,10 @@ def scan(args: argparse.Namespace) -> None:
             args.videos,
             min_frames=args.min_frames,
             list_file=args.list_file,
-            workers=args.workers or 0,
+            workers=args.workers if args.workers is not None else (os.cpu_count() or 1),
             progress=advance,
+            timeout=args.timeout,
+            memory=int(args.memory * 2**30) or None,
         )
     for line in found.table():
         say(line)
@@ -87,6 +91,8 @@ def extract(args: argparse.Namespace) -> None:
             min_frames=args.min_frames,
             workers=args.workers if args.workers is not None else (os.cpu_count() or 1),
             progress=advance,
+            timeout=args.timeout,
+            memory=int(args.memory * 2**30) or None,
         )
     for line in summary.lines():
         say(line)

@@ -23,11 +23,11 @@ from localmotion.perception.base import ClipMotion, Points, Recipe, recipe_backe
 from localmotion.perception.points import CutDetector, Known, Slots, draw_points, texture_weight
 from localmotion.perception.saliency import residual_flow
 from localmotion.perception.stream import Magnitudes, shrink_flow, shrink_points
-from localmotion.video.decode import iter_frames
+from localmotion.video.decode import iter_frames, memory_fault
 from localmotion.video.listing import VideoRef, find_videos
 from localmotion.video.spool import Spool
 from localmotion.video.store import Clip, ClipStore, ClipStoreWriter
-from localmotion.video.workers import Lost, map_isolated
+from localmotion.video.workers import MEMORY_LIMIT, TIME_LIMIT, Lost, limited_memory, map_isolated
 
 SEGMENT_OFFSETS = (1, 2, 4)  # frames ahead whose flow decides the foreground at a segment's start
 
@@ -239,25 +239,36 @@ class _Refused:
     message: str
 
 
-def extract_one(ref: VideoRef, recipe: Recipe, min_frames: int, max_frames: int) -> Clip | dict[str, str] | _Refused:
-    """One video: a clip, or why it is rejected."""
+def extract_one(
+    ref: VideoRef, recipe: Recipe, min_frames: int, max_frames: int, memory: int | None = None
+) -> Clip | dict[str, str] | _Refused:
+    """One video: a clip, or why it is rejected. ``memory``: bytes that decoding may take beside the frames that are kept."""
     cv2.setNumThreads(1)
     key = recipe.hash()
     try:
         if key not in _EXTRACTORS:
             _EXTRACTORS[key] = ClipExtractor(recipe)
-        stream = iter_frames(ref, recipe.percept_size, recipe.frame_stride)
-        decoded = list(itertools.islice(stream, max_frames))
-        if len(decoded) < max(min_frames, 2):
-            raise VideoError(ref.path, "too_short", f"has {len(decoded)} frames, {min_frames} are needed")
-        cut_short = len(decoded) == max_frames and _goes_on(stream)
-        frames = np.stack(decoded)
+        with limited_memory(memory and memory + 3 * 3 * max_frames * recipe.percept_size**2):
+            frames, cut_short = _decoded(ref, recipe, min_frames, max_frames)
         motion = _EXTRACTORS[key].extract(frames, ref.id)
     except VideoError as error:
         return {"id": ref.id, "reason": error.reason, "detail": error.detail}
     except LocalmotionError as error:
         return _Refused(str(error))
     return _clip(frames, motion, recipe, ref.id, ref.label, {"cut_short": cut_short})
+
+
+def _decoded(ref: VideoRef, recipe: Recipe, min_frames: int, max_frames: int) -> tuple[NDArray[np.uint8], bool]:
+    """Frames (T, percept_size, percept_size, 3) of one video, and whether there would be more."""
+    stream = iter_frames(ref, recipe.percept_size, recipe.frame_stride)
+    try:
+        decoded = list(itertools.islice(stream, max_frames))
+        if len(decoded) < max(min_frames, 2):
+            raise VideoError(ref.path, "too_short", f"has {len(decoded)} frames, {min_frames} are needed")
+        cut_short = len(decoded) == max_frames and _goes_on(stream)
+        return np.stack(decoded), cut_short
+    except MemoryError as error:
+        raise memory_fault(ref.path) from error
 
 
 def clip_of(frames: NDArray[np.uint8], clip_id: str, extractor: ClipExtractor, *, label: int | str | None = None) -> Clip:
@@ -297,14 +308,19 @@ def extract_folder(
     workers: int = 1,
     shard_clips: int = 32,
     progress: Callable[[int, int | None, str], Any] | None = None,
+    timeout: float = TIME_LIMIT,
+    memory: int | None = MEMORY_LIMIT,
 ) -> ExtractSummary:
     """Extract every video below ``videos`` into the store ``out``, going on where an earlier call stopped.
 
     Shards are a pure function of the sorted video list, so the same input and recipe give the same bytes whatever the number of
     workers. Memory is bounded by the videos in work and one shard: of a video longer than ``max_frames`` stored frames the rest is left
-    out, and its info says so. A rejected video leaves its reason in the store; a decoder that dies costs its own video alone. An
-    interruption of any kind loses at most the videos in work. Raises VideoError for a missing or empty folder, StoreError for a store of
-    another recipe or a full disk, ConfigError for impossible limits, LocalmotionError when a backend cannot be built or used.
+    out, and its info says so. A rejected video leaves its reason in the store. Videos are decoded in ``workers`` processes of their
+    own: a decoder that dies, takes more than ``timeout`` seconds, or wants more than ``memory`` bytes (None: no limit; what perception
+    itself takes is not counted) costs its own video alone. ``workers=0`` does all in this process, without those limits: for videos
+    whose source is known. An interruption of any kind loses at most the videos in work. Raises VideoError for a missing or empty
+    folder, StoreError for a store of another recipe or a full disk, ConfigError for impossible limits, LocalmotionError when a backend
+    cannot be built or used.
     """
     if not 2 <= max(min_frames, 2) <= max_frames:
         raise ConfigError(f"min_frames {min_frames} and max_frames {max_frames}: at least 2 frames, and no more than max_frames")
@@ -330,13 +346,14 @@ def extract_folder(
 
     began, done, total = time.monotonic(), len(refs) - len(todo), len(refs)
     new = 0
-    call = partial(extract_one, recipe=recipe, min_frames=min_frames, max_frames=max_frames)
+    limit = memory if workers > 0 else None
+    call = partial(extract_one, recipe=recipe, min_frames=min_frames, max_frames=max_frames, memory=limit)
     if progress:
         progress(done, total, "")
     for index, names in left.items():
         if not names:
             finish(index)
-    with contextlib.closing(_results(call, [refs[name] for _, name in todo], workers)) as results:
+    with contextlib.closing(_results(call, [refs[name] for _, name in todo], workers, timeout)) as results:
         for position, result in results:
             index, name = todo[position]
             if isinstance(result, _Refused):
@@ -355,11 +372,11 @@ def extract_folder(
     return _summary(out, new, time.monotonic() - began)
 
 
-def _results(call: Callable[[VideoRef], Any], refs: list[VideoRef], workers: int) -> Generator[tuple[int, Any]]:
-    if workers <= 1 or len(refs) < 4:
+def _results(call: Callable[[VideoRef], Any], refs: list[VideoRef], workers: int, timeout: float) -> Generator[tuple[int, Any]]:
+    if workers <= 0:
         yield from enumerate(map(call, refs))
     else:
-        yield from map_isolated(call, refs, workers)
+        yield from map_isolated(call, refs, workers, timeout)
 
 
 def _summary(out: Path, new: int, seconds: float) -> ExtractSummary:

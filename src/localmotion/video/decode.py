@@ -6,11 +6,16 @@ what runs in parallel.
 
 Nothing is patched up in silence: a file that ends early or holds damaged frames raises VideoError at that frame. Only
 local files in the containers listed in `_FORMATS` are opened, so a playlist renamed to .mp4 cannot make the decoder
-read other files or the network.
+read other files or the network. Sizes are read from headers, and refused, before anything of that size is allocated.
 """
 
 from __future__ import annotations
 
+import errno
+import os
+import stat
+import struct
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,13 +30,15 @@ from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
 from localmotion.errors import VideoError
-from localmotion.video.listing import VideoRef, frame_files
+from localmotion.video.listing import VideoRef, frame_files, shown
 
 MIN_SIDE = 16
 """Sides below this many pixels are refused ("too_small"): no motion can be seen in them."""
 MAX_PIXELS = 2**26
 """Frames above this many pixels are refused ("too_large"): twice 8K, beyond which a small file may ask for any amount
-of memory."""
+of memory. The decoder is told too, so that a stream cannot grow later."""
+MAX_PICTURE_BYTES = 2**29
+"""Files of frame folders above this size are refused ("too_large"): `MAX_PIXELS` of four 16-bit channels, not packed."""
 
 _FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif"
 
@@ -58,18 +65,20 @@ class VideoInfo:
     """Bits per colour component of the stored pictures."""
     pixel_aspect: float
     """Width of a pixel over its height; 1.0 when square or unknown."""
+    mirrored: bool = False
+    """Decoded pictures are swapped left for right, before `rotation`, to be shown."""
 
 
 def probe(ref: VideoRef) -> VideoInfo:
     """Read a video's properties without decoding more than its first frame.
 
-    Raises VideoError with reason "unreadable", "no_video_stream", "too_small" or "too_large" (frame folders also
-    "mixed_frames").
+    Raises VideoError with reason "unreadable", "no_video_stream", "too_small", "too_large", "odd_rotation" (to be shown
+    turned by no quarter turn), "decoder_memory", the reason of the listing's `fault`; frame folders also "mixed_frames".
     """
+    ref.check()
     if ref.kind == "frames":
         files = frame_files(ref.path)
         height, width = _read_image(files[0], 0, ref).shape[:2]
-        _check_size(ref, width, height)
         return VideoInfo(len(files), width, height, None, files[0].suffix[1:].lower(), "rgb24", 0, None, False, 8, 1.0)
     with _open(ref.path) as (container, stream):
         first: Any = None
@@ -82,9 +91,9 @@ def probe(ref: VideoRef) -> VideoInfo:
         if first is None:
             raise VideoError(ref.path, "unreadable", "no frame could be decoded; the file is damaged or its codec is unknown")
         context = stream.codec_context
-        rotation = int(first.rotation) % 360
-        width, height = (first.width, first.height) if rotation % 180 == 0 else (first.height, first.width)
-        _check_size(ref, width, height)
+        _check_size(ref, first.width, first.height)
+        turns, mirrored = _turns(ref.path, first)
+        width, height = (first.width, first.height) if turns % 2 == 0 else (first.height, first.width)
         known = sorted(time for time in times if time == time)
         gaps = [b - a for a, b in pairwise(known)]
         fps, duration, vfr = None, None, False
@@ -96,7 +105,8 @@ def probe(ref: VideoRef) -> VideoInfo:
             duration = known[-1] - known[0] + median
         bits = max((component.bits for component in first.format.components), default=8)
         aspect = float(stream.sample_aspect_ratio or context.sample_aspect_ratio or 1)
-        return VideoInfo(len(times), width, height, fps, context.name, first.format.name, rotation, duration, vfr, bits, aspect)
+        name = first.format.name
+        return VideoInfo(len(times), width, height, fps, context.name, name, 90 * turns, duration, vfr, bits, aspect, mirrored)
 
 
 def iter_frames(
@@ -112,6 +122,7 @@ def iter_frames(
     """
     if stride < 1 or start < 0 or (max_frames is not None and max_frames < 1) or (size is not None and size < 1):
         raise ValueError(f"stride {stride}, start {start}, max_frames {max_frames}, size {size}: out of range")
+    ref.check()
     source = _folder_frames if ref.kind == "frames" else _file_frames
     yield from source(ref, size, stride, start, max_frames)
 
@@ -134,18 +145,23 @@ def decode(
 def _open(path: Path) -> Iterator[tuple[Any, Any]]:
     """Container and picture stream of a file; libav's own words are kept from stderr by PyAV's default (no log
     level)."""
-    if not path.exists():
-        raise VideoError(path, "unreadable", "no such file (or a broken link)")
-    if not path.is_file():
+    try:
+        status = path.stat()
+    except FileNotFoundError as error:
+        raise VideoError(path, "unreadable", "no such file (or a broken link)") from error
+    except OSError as error:  # among others a link to itself, a folder this user may not enter
+        raise VideoError(path, "unreadable", f"cannot be reached: {error.strerror}") from error
+    if not stat.S_ISREG(status.st_mode):
         raise VideoError(path, "unreadable", "is not a regular file")
-    if path.stat().st_size == 0:
+    if status.st_size == 0:
         raise VideoError(path, "unreadable", "is empty (0 bytes); copy it again")
-    options = {"protocol_whitelist": "file", "format_whitelist": _FORMATS}
+    limits = {"max_pixels": str(MAX_PIXELS)}
+    options = {"protocol_whitelist": "file", "format_whitelist": _FORMATS, **limits}
     try:
         # An absolute path cannot be taken for a URL. Metadata in an odd encoding is no reason to refuse a video.
         container = av.open(str(path.absolute()), options=options, metadata_errors="replace")
     except (av.error.FFmpegError, OSError, ValueError) as error:
-        raise VideoError(path, "unreadable", f"is not a readable video ({_words(error)}); copy or encode it again") from error
+        raise _fault(path, "unreadable", f"is not a readable video ({_words(error)}); copy or encode it again", error) from error
     with container:
         # Cover art of a sound file is a picture stream of one frame.
         streams = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
@@ -157,8 +173,9 @@ def _open(path: Path) -> Iterator[tuple[Any, Any]]:
         if stream.codec_context is None:
             raise VideoError(path, "unreadable", "this build of FFmpeg has no decoder for it; encode it again as H.264")
         stream.codec_context.thread_count = 1
-        if stream.codec_context.width * stream.codec_context.height > MAX_PIXELS:
-            width, height = stream.codec_context.width, stream.codec_context.height
+        stream.codec_context.options = limits
+        width, height = stream.codec_context.width, stream.codec_context.height
+        if width * height > MAX_PIXELS:
             raise VideoError(path, "too_large", f"frames of {width}x{height} pixels are beyond {MAX_PIXELS} pixels")
         yield container, stream
 
@@ -174,7 +191,7 @@ def _packets(path: Path, container: Any, stream: Any) -> Iterator[Any]:
         except StopIteration:
             return
         except (av.error.FFmpegError, OSError) as error:
-            raise VideoError(path, "truncated", f"data break off behind {count} packets ({_words(error)})") from error
+            raise _fault(path, "truncated", f"data break off behind {count} packets ({_words(error)})", error) from error
         count += 1
         yield packet
 
@@ -186,13 +203,14 @@ def _decode_packet(path: Path, packet: Any, done: int) -> list[Any]:
         return []
     except (av.error.FFmpegError, OSError, ValueError) as error:
         reason = "truncated" if done else "unreadable"
-        raise VideoError(path, reason, f"cannot be decoded behind frame {done} ({_words(error)})") from error
+        raise _fault(path, reason, f"cannot be decoded behind frame {done} ({_words(error)})", error) from error
     return list(frames)
 
 
 def _file_frames(ref: VideoRef, size: int | None, stride: int, start: int, max_frames: int | None) -> Iterator[NDArray[np.uint8]]:
     reformatter = VideoReformatter()
     done = yielded = packets = turns = 0
+    mirrored = False
     shape: tuple[int, int] = (size or 0, size or 0)
     with _open(ref.path) as (container, stream):
         for packet in _packets(ref.path, container, stream):
@@ -202,12 +220,13 @@ def _file_frames(ref: VideoRef, size: int | None, stride: int, start: int, max_f
                 if frame.is_corrupt:
                     raise VideoError(ref.path, "truncated", f"frame {done} is damaged")
                 if done == 0:
-                    turns = int(frame.rotation) % 360 // 90
                     _check_size(ref, frame.width, frame.height)
+                    turns, mirrored = _turns(ref.path, frame)
                     shape = shape if size else (frame.width, frame.height)
                 if done >= start and (done - start) % stride == 0:
                     pixels = _pixels(ref.path, reformatter, frame, shape)
-                    yield np.ascontiguousarray(np.rot90(pixels, turns)) if turns else pixels
+                    pixels = pixels[:, ::-1] if mirrored else pixels
+                    yield np.ascontiguousarray(np.rot90(pixels, turns))
                     yielded += 1
                     if yielded == max_frames:
                         return
@@ -223,8 +242,30 @@ def _pixels(path: Path, reformatter: VideoReformatter, frame: Any, shape: tuple[
         small = reformatter.reformat(frame, *shape, "rgb24", interpolation="AREA", threads=1)
     except (av.error.FFmpegError, OSError, ValueError) as error:
         detail = f"pictures of format {frame.format.name} cannot be converted to RGB ({_words(error)})"
-        raise VideoError(path, "unreadable", detail) from error
+        raise _fault(path, "unreadable", detail, error) from error
     return np.asarray(small.to_ndarray(), np.uint8)
+
+
+def _turns(path: Path, frame: Any) -> tuple[int, bool]:
+    """How a decoded picture is to be shown: quarter turns counter-clockwise, after swapping left for right where True.
+
+    The display matrix puts a point (x, y) at (ax + cy, bx + dy); scales are left out (they are the pixel aspect's).
+    Raises VideoError "odd_rotation" for a matrix that is none of the eight.
+    """
+    data = next((bytes(item) for item in frame.side_data if item.type.name == "DISPLAYMATRIX"), None)
+    if data is None:
+        return 0, False
+    a, b, _, c, d, *_ = struct.unpack("=9i", data)
+    right, down = complex(a, b), complex(c, d)  # where the picture's two directions go
+    if right and down:
+        right, down = right / abs(right), down / abs(down)
+        turns = round(np.angle(down / 1j) / (np.pi / 2))  # clockwise, as y points down
+        mirrored = (right.conjugate() * down).imag < 0
+        straight = 1j**turns
+        if abs(down / 1j - straight) < 0.02 and abs(right * (-1 if mirrored else 1) - straight) < 0.02:
+            return -turns % 4, mirrored
+    detail = f"is to be shown under the display matrix ({a}, {b}; {c}, {d}), which is no quarter turn; encode it again"
+    raise VideoError(path, "odd_rotation", detail)
 
 
 def _check_complete(path: Path, container: Any, stream: Any, packets: int) -> None:
@@ -276,6 +317,16 @@ def _words(error: BaseException) -> str:
     return str(getattr(error, "strerror", None) or error).split("\n")[0]
 
 
+def memory_fault(path: Path) -> VideoError:
+    """The error for a video whose decoding was refused memory."""
+    return VideoError(path, "decoder_memory", "decoding wants more memory than it may have; raise the limit or encode it smaller")
+
+
+def _fault(path: Path, reason: str, detail: str, error: BaseException) -> VideoError:
+    """A VideoError for what libav says; lack of memory has a reason of its own."""
+    return memory_fault(path) if getattr(error, "errno", None) == errno.ENOMEM else VideoError(path, reason, detail)
+
+
 # ------------------------------------------------------------------------------------------------------- frame folders
 
 
@@ -286,35 +337,94 @@ def _folder_frames(
     shape: tuple[int, int] | None = (size, size) if size else None
     for number, file in enumerate(files):
         image = _read_image(file, number, ref)
-        if number == 0:
-            _check_size(ref, image.shape[1], image.shape[0])
-            shape = shape or (image.shape[1], image.shape[0])
-        if shape is not None and image.shape[1::-1] != shape:
+        shape = shape or (image.shape[1], image.shape[0])
+        if image.shape[1::-1] != shape:
             image = cv2.resize(image, shape, interpolation=cv2.INTER_AREA)
         yield np.ascontiguousarray(image[..., ::-1])
 
 
 def _read_image(file: Path, number: int, ref: VideoRef) -> NDArray[np.uint8]:
-    """One picture, uint8 BGR. The end marker is checked because the decoder fills what a cut-off picture lacks with
-    grey."""
+    """One picture, uint8 BGR. Its size and wholeness are checked first, because the decoder allocates what the header
+    says and fills what a cut-off picture lacks with grey."""
     reason: Literal["truncated", "unreadable"] = "truncated" if number else "unreadable"
+    name = shown(file.name)
     try:
-        data = file.read_bytes()
+        data = _read_regular(file)
     except OSError as error:
-        raise VideoError(ref.path, reason, f"cannot read {file.name}: {error.strerror}") from error
-    whole = data.rfind(b"\xff\xd9") > data.rfind(b"\xff\xda") if data[:2] == b"\xff\xd8" else b"IEND" in data[-64:]
-    try:
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) if whole else None
-    except cv2.error:  # among others, more pixels than OpenCV allows
-        image = None
+        raise VideoError(ref.path, reason, f"cannot read {name}: {error.strerror}") from error
+    if len(data) > MAX_PICTURE_BYTES:
+        raise VideoError(ref.path, "too_large", f"{name} has more than {MAX_PICTURE_BYTES} bytes")
+    size = _png_size(data) if data[:8] == _PNG else _jpeg_size(data)
+    image = None
+    if size is not None:
+        _check_size(ref, *size)
+        try:
+            image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+        except cv2.error as error:
+            if error.code == cv2.Error.StsNoMem:
+                raise memory_fault(ref.path) from error
     if image is None:
-        raise VideoError(ref.path, reason, f"{file.name} is not a whole JPEG or PNG picture")
+        raise VideoError(ref.path, reason, f"{name} is not a whole JPEG or PNG picture")
     return np.asarray(image, np.uint8)
+
+
+def _read_regular(file: Path) -> bytes:
+    """Content of a regular file, at most one byte more than `MAX_PICTURE_BYTES`. Opening a pipe would wait for its writer,
+    and devices never end: both are refused."""
+    handle = os.open(file, os.O_RDONLY | os.O_NONBLOCK)
+    with open(handle, "rb") as stream:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "is not a regular file")
+        return stream.read(MAX_PICTURE_BYTES + 1)
+
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+_MAX_MARKERS = 2**17  # parts of a picture file that are looked at: as many as `MAX_PICTURE_BYTES` hold of the usual 8 KiB, twice
+
+
+def _png_size(data: bytes) -> tuple[int, int] | None:
+    """Width and height of a PNG picture; None unless every chunk up to the closing one is there with its right checksum."""
+    at = 8
+    size: tuple[int, int] | None = None
+    for _ in range(_MAX_MARKERS):
+        if at + 12 > len(data):
+            return None
+        length, kind = struct.unpack_from(">I4s", data, at)
+        end = at + 8 + length
+        if end + 4 > len(data) or zlib.crc32(memoryview(data)[at + 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
+            return None
+        if kind == b"IHDR" and length >= 8:
+            size = struct.unpack_from(">II", data, at + 8)
+        if kind == b"IEND":
+            return size
+        at = end + 4
+    return None
+
+
+def _jpeg_size(data: bytes) -> tuple[int, int] | None:
+    """Width and height of a JPEG picture; None when it is none, or its data end before the closing marker."""
+    if data[:2] != b"\xff\xd8" or data.rfind(b"\xff\xd9") <= data.rfind(b"\xff\xda"):
+        return None
+    at = 2
+    for _ in range(_MAX_MARKERS):
+        if at + 9 > len(data) or data[at] != 0xFF:
+            return None
+        kind = data[at + 1]
+        if 0xC0 <= kind <= 0xCF and kind not in (0xC4, 0xC8, 0xCC):  # start of frame, of whatever coding
+            height, width = struct.unpack_from(">HH", data, at + 5)
+            return width, height
+        # Fill bytes and markers without content have no length.
+        at += (
+            1 if kind == 0xFF else 2 if kind == 0x01 or 0xD0 <= kind <= 0xD8 else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+        )
+    return None
 
 
 def _check_size(ref: VideoRef, width: int, height: int) -> None:
     if min(width, height) < MIN_SIDE:
         raise VideoError(ref.path, "too_small", f"frames of {width}x{height} pixels; both sides must have {MIN_SIDE} or more")
+    if width * height > MAX_PIXELS:
+        raise VideoError(ref.path, "too_large", f"frames of {width}x{height} pixels are beyond {MAX_PIXELS} pixels")
 
 
 def video_ref(path: str | Path) -> VideoRef:

@@ -18,7 +18,11 @@ from localmotion.errors import VideoError
 
 VIDEO_SUFFIXES = frozenset({".mp4", ".webm", ".mkv", ".avi", ".mov", ".gif"})
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png"})
-_NUMBERED = re.compile(r"^(.*?)(\d+)(\.[A-Za-z]+)$")
+MAX_DEPTH = 64
+"""Folders nested deeper than this below the root are refused ("unreadable"): no collection is, and the walk must end."""
+
+_NUMBERED = re.compile(r"^(.*?)(\d+)(\.[A-Za-z]+)", re.DOTALL)
+_PSEUDO = (Path("/proc"), Path("/sys"))  # a link there would list the machine's own state, without end
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,18 @@ class VideoRef:
     """Class of the video from the list file; None without one."""
     frames_hint: int | None = None
     """Number of frames the list file or the folder's content promises; never trusted, only compared."""
+    fault: tuple[str, str] | None = None
+    """Reason code and detail when the listing already shows that it cannot be used; decoding it raises VideoError with them."""
+
+    def check(self) -> None:
+        """Raise VideoError when there is a `fault`."""
+        if self.fault is not None:
+            raise VideoError(self.path, *self.fault)
+
+
+def shown(text: str) -> str:
+    """`text` on one line and in characters that every terminal and UTF-8 file takes: the rest as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def find_videos(root: Path, list_file: Path | None = None) -> list[VideoRef]:
@@ -41,8 +57,12 @@ def find_videos(root: Path, list_file: Path | None = None) -> list[VideoRef]:
 
     A list file has one video a line, `id n_frames class_id` separated by white space (Something-Something V2 in IPV's
     layout, IPV 1.1). An id names a file (with or without its extension, with or without its folders) or a frame
-    folder. Symbolic links are followed, each real folder once; names that begin with a dot are skipped. `root` may
-    also be a single video file.
+    folder. Symbolic links are followed, also those that lead out of `root`, each real folder once (never into /proc
+    and /sys); names that begin with a dot are skipped. `root` may also be a single video file.
+
+    What cannot be used is listed all the same, with `fault` where the listing knows why, so that it is rejected with
+    a reason and never vanishes: folders that cannot be listed or are nested deeper than `MAX_DEPTH`, names that are
+    not UTF-8 ("bad_name"), folders with the name of a video file.
 
     Raises VideoError: "missing" (no such folder or list), "empty" (nothing that looks like a video), "bad_list" (a
     line that does not parse, is ambiguous or doubled, or names videos that do not exist).
@@ -77,8 +97,8 @@ def frame_files(folder: Path) -> list[Path]:
     if not series:
         raise VideoError(folder, "unreadable", "holds no series of at least two numbered pictures")
     if len(series) > 1:
-        shown = ", ".join(f"{prefix}N{suffix}" for prefix, suffix in sorted(series)[:3])
-        raise VideoError(folder, "mixed_frames", f"holds {len(series)} series of pictures ({shown}); keep one in a folder")
+        some = shown(", ".join(f"{prefix}N{suffix}" for prefix, suffix in sorted(series)[:3]))
+        raise VideoError(folder, "mixed_frames", f"holds {len(series)} series of pictures ({some}); keep one in a folder")
     return [folder / name for _, name in sorted(next(iter(series.values())))]
 
 
@@ -86,7 +106,7 @@ def _series(names: Iterable[str]) -> dict[tuple[str, str], list[tuple[int, str]]
     """Numbered pictures grouped by what surrounds the number; groups of at least two."""
     groups: dict[tuple[str, str], list[tuple[int, str]]] = {}
     for name in names:
-        match = _NUMBERED.match(name)
+        match = _NUMBERED.fullmatch(name)
         if match is None or name.startswith(".") or match[3].lower() not in IMAGE_SUFFIXES:
             continue
         suffix = match[3].lower().replace(".jpeg", ".jpg")
@@ -105,17 +125,27 @@ def _walk(root: Path) -> Iterable[VideoRef]:
         yield from found
 
 
-def _visit(folder: Path, root: Path, seen: set[tuple[int, int]], links: deque[Path], found: list[VideoRef]) -> bool:
+def _visit(
+    folder: Path, root: Path, seen: set[tuple[int, int]], links: deque[Path], found: list[VideoRef], depth: int = 0
+) -> bool:
     """Collect the videos of a folder and those below it into `found`; True when there are any."""
     try:
         status = os.stat(folder)
         if (status.st_dev, status.st_ino) in seen:
             return False
         seen.add((status.st_dev, status.st_ino))
+        if depth > MAX_DEPTH:
+            raise OSError(0, f"nested deeper than {MAX_DEPTH} folders")
+        if any(place in (real := folder.resolve()).parents or place == real for place in _PSEUDO):
+            raise OSError(0, "is not of a disk but of the system's own files")
         with os.scandir(folder) as listing:
             entries = sorted(listing, key=lambda entry: entry.name)
     except OSError as error:
-        raise VideoError(folder, "unreadable", f"cannot list the folder: {error.strerror}") from error
+        detail = f"cannot list the folder: {error.strerror}"
+        if folder == root:
+            raise VideoError(folder, "unreadable", detail) from error
+        found.append(_ref(folder, root, "frames", ("unreadable", detail)))
+        return False  # what else the folder above holds may still be used
     any_video = False
     pictures: list[str] = []
     for entry in entries:
@@ -123,21 +153,42 @@ def _visit(folder: Path, root: Path, seen: set[tuple[int, int]], links: deque[Pa
             continue
         path = folder / entry.name
         suffix = os.path.splitext(entry.name)[1].lower()
-        if entry.is_dir():
+        if _is_folder(entry):
             if entry.is_symlink():
                 links.append(path)
-            else:
-                any_video |= _visit(path, root, seen, links, found)
+                continue
+            before = len(found)
+            any_video |= _visit(path, root, seen, links, found, depth + 1)
+            if suffix in VIDEO_SUFFIXES and len(found) == before:
+                fault = "unreadable", "is a folder, and without videos or numbered pictures; rename or remove it"
+                found.append(_ref(path, root, "file", fault))
         elif suffix in VIDEO_SUFFIXES:
-            found.append(VideoRef(path.relative_to(root).as_posix(), path, "file"))
+            found.append(_ref(path, root, "file"))
             any_video = True
         elif suffix in IMAGE_SUFFIXES:
             pictures.append(entry.name)
     series = {} if any_video else _series(pictures)
     if series:
-        name = path_id if (path_id := folder.relative_to(root).as_posix()) != "." else folder.resolve().name
-        found.append(VideoRef(name, folder, "frames", frames_hint=max(len(group) for group in series.values())))
+        found.append(_ref(folder, root, "frames", hint=max(len(group) for group in series.values())))
     return any_video or bool(series)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # links in a circle, or to where this user may not look: as a file it is refused with the reason
+        return False
+
+
+def _ref(
+    path: Path, root: Path, kind: Literal["file", "frames"], fault: tuple[str, str] | None = None, hint: int | None = None
+) -> VideoRef:
+    name = relative if (relative := path.relative_to(root).as_posix()) != "." else path.resolve().name
+    try:
+        name.encode()
+    except UnicodeEncodeError:  # bytes that are no text, as Python keeps them: no page, console or list could show them
+        fault = "bad_name", f"the name {shown(name)} is not UTF-8; rename it"
+    return VideoRef(name, path, kind, frames_hint=hint, fault=fault)
 
 
 def _select(root: Path, refs: list[VideoRef], list_file: Path) -> list[VideoRef]:
@@ -163,9 +214,9 @@ def _select(root: Path, refs: list[VideoRef], list_file: Path) -> list[VideoRef]
             continue
         total += 1
         parts = line.rsplit(None, 2)
-        if len(parts) != 3 or not parts[1].isdigit():
+        if len(parts) != 3 or not re.fullmatch(r"[0-9]{1,18}", parts[1]):
             raise VideoError(list_file, "bad_list", f"line {number} is not `id n_frames class_id`: {line.strip()[:80]!r}")
-        name, label = parts[0].strip(), int(parts[2]) if re.fullmatch(r"-?\d+", parts[2]) else parts[2]
+        name, label = parts[0].strip(), int(parts[2]) if re.fullmatch(r"-?[0-9]{1,18}", parts[2]) else parts[2]
         matches = names.get(name, [])
         if not matches:
             missing.append(name)

@@ -23,9 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localmotion.errors import LocalmotionError, VideoError
-from localmotion.video.decode import VideoInfo, iter_frames, probe
-from localmotion.video.listing import VideoRef, find_videos
-from localmotion.video.workers import Lost, map_isolated
+from localmotion.video.decode import VideoInfo, iter_frames, memory_fault, probe
+from localmotion.video.listing import VideoRef, find_videos, shown
+from localmotion.video.workers import MEMORY_LIMIT, TIME_LIMIT, Lost, limited_memory, map_isolated
 
 SCAN_SIZE = 64
 STATIC_RANGE = 8.0
@@ -47,10 +47,10 @@ class VideoReport:
     usable: bool
     reason: str = ""
     """Reason code when not usable: those of VideoError, and too_short, static, duplicate, decoder_crash,
-    decoder_timeout."""
+    decoder_timeout, decoder_memory."""
     detail: str = ""
     warnings: tuple[str, ...] = ()
-    """`code: detail` each: rotation, vfr, high_bit_depth, odd_size, pixel_aspect, scene_cut, repeated_frames,
+    """`code: detail` each: rotation, mirrored, vfr, high_bit_depth, odd_size, pixel_aspect, scene_cut, repeated_frames,
     list_mismatch."""
     kind: str = "file"
     label: int | str | None = None
@@ -101,11 +101,11 @@ class ScanReport:
         if found["frames_min_median_max"]:
             lines[0] += " ({} to {} a video, median {})".format(*(found["frames_min_median_max"][i] for i in (0, 2, 1)))
         for reason, count in found["rejected"].items():
-            which = [f"{v.id} ({v.detail})" for v in self.rejected if v.reason == reason][:examples]
+            which = [f"{shown(v.id)} ({v.detail})" for v in self.rejected if v.reason == reason][:examples]
             lines.append(f"  rejected  {reason:<18}{count:>6}  {'; '.join(which)}{' ...' if count > examples else ''}")
         for code, count in found["warnings"].items():
             texts = [(v.id, w.partition(": ")) for v in self.usable for w in v.warnings]
-            which = [f"{name} ({text[2]})" for name, text in texts if text[0] == code][:examples]
+            which = [f"{shown(name)} ({text[2]})" for name, text in texts if text[0] == code][:examples]
             lines.append(f"  warning   {code:<18}{count:>6}  {'; '.join(which)}{' ...' if count > examples else ''}")
         return lines
 
@@ -131,34 +131,38 @@ def scan(
     *,
     min_frames: int = 25,
     list_file: Path | None = None,
-    workers: int = 0,
+    workers: int = 1,
     progress: Callable[[int, int], Any] | None = None,
-    timeout: float = 600.0,
+    timeout: float = TIME_LIMIT,
+    memory: int | None = MEMORY_LIMIT,
 ) -> ScanReport:
-    """Examine every video below `root` (see `find_videos`), in this process or in `workers` others.
+    """Examine every video below `root` (see `find_videos`) in `workers` processes of its own.
 
-    `progress(done, total)` is called after each video. With workers, a decoder that dies or takes more than `timeout`
-    seconds costs its own video alone ("decoder_crash", "decoder_timeout"). The report does not depend on the number
-    of workers. Raises VideoError only for what concerns the folder or the list as a whole.
+    `progress(done, total)` is called after each video. A decoder that dies, takes more than `timeout` seconds, or wants
+    more than `memory` bytes (None: no limit) costs its own video alone ("decoder_crash", "decoder_timeout",
+    "decoder_memory"). The report does not depend on the number of workers. With `workers=0` all is done in this
+    process, faster to start but without those limits: for videos whose source is known. Raises VideoError only for
+    what concerns the folder or the list as a whole.
     """
     refs = find_videos(Path(root), list_file)
     reports: list[VideoReport] = []
-    for done, report in enumerate(_examine_all(refs, min_frames, workers, timeout), 1):
+    for done, report in enumerate(_examine_all(refs, min_frames, workers, timeout, memory), 1):
         reports.append(report)
         if progress is not None:
             progress(done, len(refs))
     return ScanReport(str(root), min_frames, tuple(_mark_duplicates(sorted(reports, key=lambda video: video.id))))
 
 
-def examine(ref: VideoRef, min_frames: int) -> VideoReport:
-    """Findings about one video, all but whether another one is its duplicate."""
+def examine(ref: VideoRef, min_frames: int, memory: int | None = None) -> VideoReport:
+    """Findings about one video, all but whether another one is its duplicate; `memory` as in `limited_memory`."""
     report = VideoReport(ref.id, True, kind=ref.kind, label=ref.label)
     try:
-        report = replace(report, bytes=_bytes(ref))
-        report = replace(report, info=(info := probe(ref)))
-        motion = _Motion()
-        for frame in iter_frames(ref, SCAN_SIZE):
-            motion.add(frame)
+        with limited_memory(memory):
+            report = replace(report, bytes=_bytes(ref))
+            report = replace(report, info=(info := probe(ref)))
+            motion = _Motion()
+            for frame in iter_frames(ref, SCAN_SIZE):
+                motion.add(frame)
         info = replace(info, frames=motion.frames)
         warnings = (*_encoding_warnings(ref, info), *motion.warnings())
         report = replace(
@@ -169,6 +173,8 @@ def examine(ref: VideoRef, min_frames: int) -> VideoReport:
         if motion.range < STATIC_RANGE:
             detail = f"no motion: 99.5 % of the pixels keep within {motion.range:.0f} of 255 grey levels"
             raise VideoError(ref.path, "static", detail)
+    except MemoryError:
+        return replace(report, usable=False, reason=(fault := memory_fault(ref.path)).reason, detail=fault.detail)
     except VideoError as error:
         return replace(report, usable=False, reason=error.reason, detail=error.detail)
     return report
@@ -215,6 +221,8 @@ class _Motion:
 def _encoding_warnings(ref: VideoRef, info: VideoInfo) -> Iterator[str]:
     if info.rotation:
         yield f"rotation: shown turned by {info.rotation} degrees"
+    if info.mirrored:
+        yield "mirrored: shown with left and right swapped"
     if info.vfr:
         yield "vfr: variable frame rate; pictures are used as if equally spaced"
     if info.bits > 8:
@@ -227,11 +235,13 @@ def _encoding_warnings(ref: VideoRef, info: VideoInfo) -> Iterator[str]:
         yield f"list_mismatch: the list says {ref.frames_hint} frames, the file has {info.frames}"
 
 
-def _examine_all(refs: Sequence[VideoRef], min_frames: int, workers: int, timeout: float) -> Iterator[VideoReport]:
-    function = partial(examine, min_frames=min_frames)
+def _examine_all(
+    refs: Sequence[VideoRef], min_frames: int, workers: int, timeout: float, memory: int | None
+) -> Iterator[VideoReport]:
     if workers <= 0:
-        yield from map(function, refs)
+        yield from map(partial(examine, min_frames=min_frames), refs)
         return
+    function = partial(examine, min_frames=min_frames, memory=memory)
     for index, result in map_isolated(function, refs, workers, timeout):
         if isinstance(result, Lost):
             ref = refs[index]
@@ -251,6 +261,7 @@ def _mark_duplicates(reports: list[VideoReport]) -> Iterator[VideoReport]:
 
 
 def _bytes(ref: VideoRef) -> int:
+    ref.check()
     try:
         files = [ref.path] if ref.kind == "file" else [Path(entry.path) for entry in os.scandir(ref.path)]
         return sum(file.stat().st_size for file in files if file.is_file())

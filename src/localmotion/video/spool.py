@@ -77,4 +77,4 @@ class Spool:
             self.path.rmdir()
 
     def _file(self, name: str) -> Path:
-        return self.path / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.npz"
+        return self.path / f"{hashlib.sha256(os.fsencode(name)).hexdigest()[:32]}.npz"

@@ -2,7 +2,7 @@
 
 A pool of the standard library gives up as a whole when a worker dies and cannot tell whose fault it was. Here every
 worker has a pipe of its own, so a death or a hang is charged to the item the worker had, and a new worker takes its
-place.
+place. This contains accidents. It is no sandbox: whoever can make a decoder run his code can do what the user can.
 """
 
 from __future__ import annotations
@@ -10,10 +10,13 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 from localmotion.errors import LocalmotionError
@@ -22,12 +25,44 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
+TIME_LIMIT = 600.0
+"""Seconds a worker may take for one video before it is killed ("decoder_timeout")."""
+MEMORY_LIMIT = 4 * 2**30
+"""Bytes that decoding one video may add to its worker ("decoder_memory"). Measured with one thread: 4K H.264 takes 200 MiB,
+8K H.264 534, 8K 10-bit H.265 906, 8K VP9 162, 8K Motion JPEG 143. The largest pictures that are let in (`decode.MAX_PIXELS`),
+at 10 bits and with all 16 reference pictures that a stream may keep, would take 3.2 GiB."""
+
+
 @dataclass(frozen=True)
 class Lost:
     """Takes the place of a result that never came."""
 
-    reason: Literal["decoder_crash", "decoder_timeout"]
+    reason: Literal["decoder_crash", "decoder_timeout", "decoder_memory"]
     detail: str
+
+
+@contextmanager
+def limited_memory(growth: int | None) -> Iterator[None]:
+    """Within, this process may take `growth` bytes more than it holds at the start (None: as many as there are).
+
+    What goes beyond fails as MemoryError, or as the library's own error, before memory is touched. The limit is on
+    private writable memory (RLIMIT_DATA), which files that are mapped and address space that is only reserved, as GPU
+    libraries do by the terabyte, do not count for. It holds for all threads of the process: for workers, not for a
+    program with other work. Linux only; elsewhere nothing is limited.
+    """
+    if growth is None or sys.platform != "linux":
+        yield
+        return
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    held = next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmData:"))
+    wanted = held * 1024 + growth
+    resource.setrlimit(resource.RLIMIT_DATA, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
 class _Worker(Generic[Item]):
@@ -56,14 +91,15 @@ class _Worker(Generic[Item]):
 
 
 def map_isolated(
-    function: Callable[[Item], Result], items: Sequence[Item], workers: int, timeout: float = 600.0
+    function: Callable[[Item], Result], items: Sequence[Item], workers: int, timeout: float = TIME_LIMIT
 ) -> Iterator[tuple[int, Result | Lost]]:
     """Yield (index of the item, result) in the order in which results come, from `workers` spawned processes.
 
     `function` must be importable (module level) and so must be the main module. An item whose worker dies yields Lost
-    "decoder_crash"; one that takes more than `timeout` seconds Lost "decoder_timeout". An exception raised by
-    `function` is a defect of it and is raised here as RuntimeError; LocalmotionError when workers cannot start at
-    all.
+    "decoder_crash"; one that takes more than `timeout` seconds Lost "decoder_timeout"; one that runs out of memory
+    (MemoryError, or SIGKILL as the system sends it when memory is short) Lost "decoder_memory". Any other exception
+    raised by `function` is a defect of it and is raised here as RuntimeError; LocalmotionError when workers cannot
+    start at all.
     """
     context = multiprocessing.get_context("spawn")
     pool = [_Worker(context, function) for _ in range(min(workers, len(items)))]
@@ -80,13 +116,18 @@ def map_isolated(
                 except (EOFError, ConnectionError) as error:
                     code = worker.stop()
                     if not worker.ready:
-                        message = f"a worker process could not start (exit code {code}); use workers=0"
+                        message = (
+                            f"a worker process could not start (exit code {code}); in a script, call this below "
+                            "`if __name__ == '__main__':`, or use workers=0, which decodes in the calling process"
+                        )
                         raise LocalmotionError(message) from error
                     pool[pool.index(worker)] = _Worker(context, function)
                     if task is not None:
                         open_tasks -= 1
-                        yield task, Lost("decoder_crash", f"the process that decoded it {_death(code)}")
+                        yield task, _lost(code)
                     continue
+                if kind == "memory":
+                    value = Lost("decoder_memory", value)
                 if kind == "error":
                     raise RuntimeError(f"worker failed on {items[task or 0]!r}:\n{value}")
                 worker.ready, worker.task = True, None
@@ -121,6 +162,11 @@ def _serve(pipe: Connection, function: Callable[[Any], Any]) -> None:
             return
         try:
             answer = ("result", function(item))
+        except MemoryError as error:
+            answer = (
+                "memory",
+                f"wants more memory than there is ({str(error).splitlines()[0] if str(error) else 'no more to be had'})",
+            )
         except Exception:  # whatever it is, the parent raises it with this traceback: a worker must not die of its item
             answer = ("error", traceback.format_exc())
         try:
@@ -129,7 +175,10 @@ def _serve(pipe: Connection, function: Callable[[Any], Any]) -> None:
             return
 
 
-def _death(code: int | None) -> str:
+def _lost(code: int | None) -> Lost:
+    """What the exit code of a worker that died says."""
+    if code == -signal.SIGKILL:  # not from here: that would be a time limit
+        return Lost("decoder_memory", "the process that decoded it was killed (SIGKILL), as systems do when memory runs out")
     if code is not None and code < 0:
-        return f"died of signal {signal.Signals(-code).name}"
-    return f"ended with exit code {code}"
+        return Lost("decoder_crash", f"the process that decoded it died of signal {signal.Signals(-code).name}")
+    return Lost("decoder_crash", f"the process that decoded it ended with exit code {code}")
