@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,8 +13,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from localmotion.errors import CheckpointError, LocalmotionError
-from localmotion.replay import Replay
+from localmotion.config import OnlineConfig
+from localmotion.errors import CheckpointError, ConfigError, LocalmotionError
+from localmotion.perception.companding import KNEE, Companding
+from localmotion.replay import Replay, Storage
+from localmotion.training import storage as place
+from localmotion.training.storage import available_memory, choose_storage, records_needed
 
 SPEC: dict[str, tuple[tuple[int, ...], str]] = {
     "image": ((2, 2, 3), "uint8"),
@@ -62,33 +68,34 @@ def test_short_episodes_are_dropped_and_counted_and_capacity_evicts_oldest() -> 
     fill(replay, [4, 10, 10, 10])
     assert replay.dropped == 1
     assert len(replay) == 20
-    assert [serial for serial, _ in replay.episodes] == [1, 2]
+    assert [episode.serial for episode in replay.episodes] == [1, 2]
 
 
-def test_save_and_load_continue_the_same_samples(tmp_path: Path) -> None:
-    replay = Replay(SPEC, capacity=1000, length=5, seed=3)
+@pytest.mark.parametrize(("first", "second"), [*itertools.product(("memory", "disk"), repeat=2)])
+def test_save_and_load_continue_the_same_samples(first: Storage, second: Storage, tmp_path: Path) -> None:
+    replay = Replay(SPEC, capacity=1000, length=5, seed=3, folder=tmp_path, storage=first)
     fill(replay, [10, 12])
     replay.sample(4)
-    replay.save(tmp_path)
+    replay.save()
     state = replay.state()
     expected = replay.sample(8)
-    other = Replay(SPEC, capacity=1000, length=5, seed=99)
-    other.load(tmp_path, state)
+    other = Replay(SPEC, capacity=1000, length=5, seed=99, folder=tmp_path, storage=second)
+    other.load(state)
     for key, value in other.sample(8).items():
         assert torch.equal(value, expected[key]), key
 
 
 def test_damage_and_misuse_are_named(tmp_path: Path) -> None:
-    replay = Replay(SPEC, capacity=1000, length=5)
+    replay = Replay(SPEC, capacity=1000, length=5, folder=tmp_path)
     with pytest.raises(LocalmotionError, match="complete episode"):
         replay.sample(1)
     fill(replay, [10])
-    replay.save(tmp_path)
+    replay.save()
     state = replay.state()
     path = next(tmp_path.glob("episode_*"))
     path.write_bytes(path.read_bytes()[:40])
     with pytest.raises(CheckpointError, match="episode_0000000"):
-        replay.load(tmp_path, state)
+        replay.load(state)
     record: dict[str, Any] = {
         "image": np.zeros((2, 2, 3)),
         "action": np.zeros(1),
@@ -101,11 +108,191 @@ def test_damage_and_misuse_are_named(tmp_path: Path) -> None:
         replay.add({"reward": 0.0}, last=False)
 
 
-def test_saved_files_shrink_to_what_checkpoints_name(tmp_path: Path) -> None:
-    replay = Replay(SPEC, capacity=25, length=5)
+@pytest.mark.parametrize("storage", ["memory", "disk"])
+def test_saved_files_shrink_to_what_checkpoints_name(storage: Storage, tmp_path: Path) -> None:
+    replay = Replay(SPEC, capacity=25, length=5, folder=tmp_path, storage=storage)
     fill(replay, [10, 10])
-    replay.save(tmp_path)
+    replay.save()
     fill(replay, [10], first=2)
-    replay.save(tmp_path)
-    replay.prune(tmp_path, set(replay.state()["episodes"]))
+    replay.save()
+    replay.prune(set(replay.state()["episodes"]))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["episode_0000001.safetensors", "episode_0000002.safetensors"]
+
+
+MOTION: dict[str, tuple[tuple[int, ...], str]] = {**SPEC, "flow": ((4, 4, 2), "float16"), "visible": ((3,), "bool")}
+
+
+def moving(rng: np.random.Generator, t: int) -> dict[str, Any]:
+    return {
+        "image": rng.integers(0, 256, (2, 2, 3), np.uint8),
+        "action": rng.standard_normal(1).astype(np.float32),
+        "reward": float(t),
+        "is_terminal": False,
+        "flow": (rng.standard_normal((4, 4, 2)) * 3).astype(np.float16),
+        "visible": rng.random(3) < 0.5,
+    }
+
+
+@settings(max_examples=15, deadline=None)
+@given(lengths=st.lists(st.integers(3, 20), min_size=2, max_size=8), capacity=st.integers(20, 60), seed=st.integers(0, 99))
+def test_both_storages_give_the_same_batches(
+    lengths: list[int], capacity: int, seed: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    coders = {"flow": Companding(4)}
+    held, filed = (
+        Replay(MOTION, capacity=capacity, length=3, seed=seed, coders=coders, folder=tmp_path_factory.mktemp("r"), storage=kind)
+        for kind in ("memory", "disk")
+    )
+    for replay in (held, filed):
+        rng = np.random.default_rng(seed)
+        for length in lengths:
+            for t in range(length):
+                replay.add(moving(rng, t), last=t == length - 1)
+    assert all(episode.arrays is None for episode in filed.episodes)
+    assert len(held) == len(filed)
+    one, other = held.sample(8), filed.sample(8)
+    assert one["flow"].dtype == torch.float16
+    for key, value in one.items():
+        assert torch.equal(value, other[key]), key
+    for mine, theirs in zip(held.newest("flow", 2), filed.newest("flow", 2), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+
+
+@given(st.lists(st.floats(-70, 70, width=16), min_size=1, max_size=50))
+def test_flow_keeps_small_motion_and_three_percent_of_large(values: list[float]) -> None:
+    coder, flow = Companding(64), np.array(values, np.float16)
+    codes = coder.encode(flow)
+    decoded = coder.decode(codes)
+    assert codes.dtype == coder.dtype == np.int8
+    bounded = np.clip(flow.astype(np.float64), -64, 64)
+    assert (np.abs(decoded - bounded) <= 0.001 + 0.031 * np.abs(bounded)).all()
+    np.testing.assert_array_equal(coder.encode(decoded), codes)
+    np.testing.assert_array_equal(coder.decode(coder.encode(-flow)), -decoded)
+
+
+def test_flow_codes_are_those_of_the_formula() -> None:
+    coder = Companding(64)
+    for value in (0.0, 0.01, KNEE, 0.5, 3.0, 64.0, 1000.0):
+        expected = round(127 * np.log1p(min(value, 64) / KNEE) / np.log1p(64 / KNEE))
+        assert coder.encode(np.array([value, -value], np.float16)).tolist() == [expected, -expected]
+    with pytest.raises(LocalmotionError, match="not numbers"):
+        coder.encode(np.array([np.nan], np.float16))
+
+
+def test_a_million_drp_transitions_take_less_than_25_gigabytes() -> None:
+    from localmotion.envs import make_env
+    from localmotion.evaluation.rollout import Observer
+    from localmotion.perception.base import Recipe
+
+    spec = Observer(make_env("toy:dot"), Recipe(percept_size=64)).spec()
+    replay = Replay(spec, capacity=1_000_000, length=50, coders={"flow": Companding(64)})
+    assert replay.bytes_per_record * 1_000_000 < 21.5e9
+
+
+@pytest.mark.parametrize("storage", ["memory", "disk"])
+def test_episodes_filed_after_the_checkpoint_are_played_again(storage: Storage, tmp_path: Path) -> None:
+    replay = Replay(SPEC, capacity=1000, length=5, folder=tmp_path, storage=storage)
+    fill(replay, [10])
+    replay.save()
+    state = replay.state()
+    fill(replay, [11, 12], first=1)
+    replay.save()
+    (tmp_path / "episode_0000003.tmp").write_bytes(b"half")
+    again = Replay(SPEC, capacity=1000, length=5, folder=tmp_path, storage=storage)
+    again.load(state)
+    assert [path.name for path in tmp_path.iterdir()] == ["episode_0000000.safetensors"]
+    fill(again, [20], first=1)
+    again.save()
+    assert [episode.length for episode in again.episodes] == [10, 20]
+
+
+def fill_and_save(replay: Replay, lengths: list[int]) -> None:
+    fill(replay, lengths, first=1)
+    replay.save()
+
+
+@pytest.mark.parametrize("storage", ["memory", "disk"])
+def test_a_full_disk_costs_nothing_that_was_saved(storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replay = Replay(SPEC, capacity=1000, length=5, folder=tmp_path, storage=storage)
+    fill(replay, [10])
+    replay.save()
+    state = replay.state()
+
+    def full(arrays: Any, path: Path) -> None:
+        path.write_bytes(b"a part")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("localmotion.replay.save_file", full)
+    with pytest.raises(CheckpointError, match=r"episode_0000001.*No space left.*same command"):
+        fill_and_save(replay, [12])
+    assert len(list(tmp_path.iterdir())) == 1
+    again = Replay(SPEC, capacity=1000, length=5, folder=tmp_path)
+    again.load(state)
+    assert len(again) == 10
+
+
+def test_an_episode_that_was_cut_is_kept_if_it_is_long_enough() -> None:
+    replay = Replay(SPEC, capacity=1000, length=5)
+    fill(replay, [7, 3])
+    for t in range(6):
+        replay.add({"image": np.zeros((2, 2, 3), np.uint8), "action": np.zeros(1), "reward": t, "is_terminal": False}, last=False)
+    replay.cut()
+    replay.cut()
+    assert [episode.length for episode in replay.episodes] == [7, 6]
+    assert replay.dropped == 1
+
+
+def test_a_damaged_episode_is_named_when_it_is_sampled(tmp_path: Path) -> None:
+    replay = Replay(SPEC, capacity=1000, length=5, folder=tmp_path, storage="disk")
+    fill(replay, [10])
+    path = next(tmp_path.iterdir())
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(CheckpointError, match=r"episode_0000000.*shorter"):
+        replay.sample(50)
+    path.unlink()
+    with pytest.raises(CheckpointError, match=r"episode_0000000"):
+        replay.sample(1)
+
+
+GB = 10**9
+
+
+def room(monkeypatch: pytest.MonkeyPatch, memory: float, disk: float) -> None:
+    monkeypatch.setattr(place, "available_memory", lambda: int(memory * GB))
+    monkeypatch.setattr(place.shutil, "disk_usage", lambda path: SimpleNamespace(free=int(disk * GB)))
+
+
+@pytest.mark.parametrize(
+    ("asked", "memory", "disk", "storage"),
+    [("auto", 50, 100, "memory"), ("auto", 41, 100, "disk"), ("disk", 500, 100, "disk"), ("memory", 22, 100, "memory")],
+)
+def test_the_replay_is_sampled_from_memory_if_it_fits(
+    asked: Any, memory: float, disk: float, storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room(monkeypatch, memory, disk)
+    online = OnlineConfig(replay_storage=asked, replay_capacity=1_000_000)
+    found, note = choose_storage(online, 2_000_000, 21_000, tmp_path / "run" / "replay")
+    assert found == storage
+    assert "1,000,000 records = 21.0 GB" in note
+    assert storage in note
+
+
+def test_a_replay_that_fits_nowhere_is_refused_before_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    room(monkeypatch, 500, 21)  # without room for what two checkpoints keep
+    online = OnlineConfig(replay_capacity=1_000_000)
+    with pytest.raises(ConfigError, match=r"21\.2 GB on disk.*--online.replay_capacity 890000"):
+        choose_storage(online, 2_000_000, 21_000, tmp_path)
+    assert choose_storage(OnlineConfig(replay_capacity=890_000), 2_000_000, 21_000, tmp_path)[0] == "memory"
+    room(monkeypatch, 10, 100)
+    with pytest.raises(ConfigError, match=r"10\.0 GB of memory.*disk"):
+        choose_storage(OnlineConfig(replay_storage="memory"), 2_000_000, 21_000, tmp_path)
+
+
+@given(st.integers(2, 60), st.lists(st.integers(1, 200), min_size=1, max_size=30))
+def test_no_run_holds_more_records_than_were_announced(length: int, episodes: list[int]) -> None:
+    held = sum(steps + 1 for steps in episodes if steps + 1 >= length)
+    assert held <= records_needed(OnlineConfig(length=length), sum(episodes))
+
+
+def test_available_memory_is_measured() -> None:
+    assert 10**8 < available_memory() < 10**14

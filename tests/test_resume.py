@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,25 @@ def test_an_online_run_in_pieces_is_the_whole_run(name: str, tmp_path: Path, mon
     assert_same(whole, tmp_path / "pieces")
     kept = [checkpoint.read_state(checkpoint.best(path)) for path in (whole, tmp_path / "pieces")]
     assert kept[0] == kept[1]
+
+
+def test_a_replay_on_disk_learns_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = (
+        "env_steps=230",
+        "prefill=60",
+        "warmup_updates=4",
+        "online.eval_every=10000",
+        "online.save_every=60",
+        "replay_capacity=150",
+    )
+    run = compose("drp", "train", preset="debug", env="toy:dot", flags=FLAGS, settings=few)
+    whole = finetune(run, tmp_path / "whole")
+    run = replace(run, online=replace(run.online, replay_storage="disk"))
+    Stops(monkeypatch, 131)
+    assert in_pieces(finetune, run, tmp_path / "pieces") >= 2
+    assert_same(whole, tmp_path / "pieces")
+    kept = [sorted(path.name for path in (tmp_path / name / "replay").iterdir()) for name in ("whole", "pieces")]
+    assert kept[0][-1] == kept[1][-1]
 
 
 @pytest.mark.parametrize("env", ["dmcr:walker_run", "metaworld:reach"])

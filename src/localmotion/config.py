@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -70,6 +71,11 @@ class OnlineConfig:
     """Agent steps per update (paper: training frequency)."""
     replay_capacity: int = 1_000_000
     """Replay buffer capacity, agent steps."""
+    replay_storage: Literal["auto", "memory", "disk"] = "auto"
+    """Where sequences are sampled from. auto: memory if the replay takes at most half of what is free, else its files on disk.
+    Both give the same batches."""
+    replay_flow: Literal["int8", "float16"] = "int8"
+    """How flow is stored: one logarithmic byte a component (error below 0.001 pixel or 3 %), or as it was perceived."""
     prioritize_ends: bool = False
     """Sample windows at episode ends more often (IPV 2.6; Meta-World)."""
     lr: float = 3e-4
@@ -250,7 +256,7 @@ def update(config: Any, values: Mapping[str, Any], where: str = "", ignore_unkno
         if key not in hints:
             if ignore_unknown:
                 continue
-            raise unknown_name("setting", f"{where}{key}", [f"{where}{name}" for name in hints])
+            raise unknown_name("setting", f"{where}{key}"[:80], [f"{where}{name}" for name in hints])
         current = getattr(config, key)
         if dataclasses.is_dataclass(current) and isinstance(value, Mapping):
             changes[key] = update(current, value, f"{where}{key}.", ignore_unknown)
@@ -267,7 +273,7 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
     if origin is Literal:
         if value in get_args(hint):
             return value
-        raise ConfigError(f"setting {name}={value!r}: must be one of {', '.join(map(str, get_args(hint)))}")
+        raise ConfigError(f"setting {name}={value!r:.80}: must be one of {', '.join(map(str, get_args(hint)))}")
     if origin in (Union, types.UnionType):
         errors = []
         for option in get_args(hint):
@@ -290,8 +296,9 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
             pass
     elif base is float and not isinstance(value, bool):
         try:
-            return float(value)
-        except (TypeError, ValueError):
+            if math.isfinite(float(value)):
+                return float(value)
+        except (TypeError, ValueError, OverflowError):
             pass
     elif base is str and isinstance(value, str):
         return value
@@ -302,7 +309,7 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
     elif isinstance(hint, type) and isinstance(value, hint):
         return value
     wanted = getattr(base, "__name__", str(hint))
-    raise ConfigError(f"setting {name}={value!r}: expected {wanted}, got {type(value).__name__}")
+    raise ConfigError(f"setting {name}={value!r:.80}: expected {wanted}, got {type(value).__name__}")
 
 
 def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -334,8 +341,8 @@ def assign(config: Any, text: str) -> Any:
         name = found[0]
     try:
         value = yaml.safe_load(raw)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {text!r}: value cannot be read ({error})") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2026-13-45
+        raise ConfigError(f"--set {text!r:.200}: value cannot be read ({' '.join(str(error).split()):.200})") from error
     nested: Any = value
     for part in reversed(name.split(".")):
         nested = {part: nested}
@@ -395,17 +402,40 @@ def compose(
         config = update(config, flags)
     for text in settings:
         config = assign(config, text)
+    _check_ranges(config)
     return config
 
 
+# Counts of the training loops that may be zero; all others are at least 1.
+_MAY_BE_ZERO = {"updates", "env_steps", "prefill", "warmup_updates", "freeze_updates", "seed", "threads", "action_repeat"}
+
+
+def _check_ranges(config: RunConfig) -> None:
+    """Raise ConfigError for a number that no run can have: a clock of zero would divide by it, a share lies in 0..1."""
+    for name, value in leaves(config):
+        last = name.rsplit(".", 1)[-1]
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            continue
+        if name.startswith("model."):  # what else a model makes of its numbers is its own affair
+            low, high = -(2.0**31), 2.0**31
+        else:
+            low = 1 if isinstance(value, int) and last not in _MAY_BE_ZERO else 0
+            high = {"heldout_fraction": math.nextafter(1, 0), "lr_decay": 1.0}.get(last, 2.0**53)
+        if not low <= value <= high:
+            raise ConfigError(f"setting {name}={value} must be in {low:g}..{high:g}")
+
+
 def from_dict(values: Mapping[str, Any]) -> RunConfig:
-    """The RunConfig of a saved config.json. Strict: unknown keys, wrong types and unknown methods raise ConfigError."""
+    """The RunConfig of a saved config.json. Strict: unknown keys and methods, wrong types and ranges raise ConfigError."""
     from localmotion import methods
 
     values = dict(values)
     for key in ("method", "stage", "model"):
         if key not in values:
             raise ConfigError(f"configuration lacks {key!r}")
-    cls = methods.get(str(values["method"]))
-    config = RunConfig(method=values["method"], stage=values["stage"], model=cls.Config())
-    return update(config, values)
+    cls = methods.get(str(values["method"])[:80])
+    config: RunConfig = update(RunConfig(method=values["method"], stage=values["stage"], model=cls.Config()), values)
+    if type(config.model) is not cls.Config:
+        raise ConfigError(f"setting model={values['model']!r:.80}: expected a mapping of settings")
+    _check_ranges(config)
+    return config

@@ -4,28 +4,54 @@ Time convention (docs/decisions/0001): a record holds what led to its frame. An 
 the reset, with is_first, a zero action, zero reward and no motion. Only complete episodes are sampled (IPV 2.6), a sequence
 never crosses an episode, and `is_first` is forced at its start so that every sequence begins from the zero state.
 
-Records live in preallocated arrays that grow by chunks; the oldest whole episodes are overwritten when the capacity is reached.
-Saving is append-only: one safetensors file an episode, written once (atomic rename), so a checkpoint costs what is new.
+A complete episode is one safetensors file, written once and whole, so a checkpoint costs what is new. Its arrays are also held in
+memory, or, where they would not fit (``storage="disk"``), read from the file a window at a time: by position, into the batch. A memory
+mapping would do the same reading, but every page that was ever sampled would count as resident memory.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections import deque
-from collections.abc import Mapping
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.numpy import load_file, save_file
+from safetensors import safe_open
+from safetensors.numpy import save_file
 from torch import Tensor
 
 from localmotion.errors import CheckpointError, LocalmotionError
 
 Record = Mapping[str, Any]
+Storage = Literal["memory", "disk"]
+
+
+class Coder(Protocol):
+    """How one key of a record is stored: encoded when it is added, decoded when it is sampled."""
+
+    dtype: np.dtype[Any]
+    """Of the codes. They have the shape of what they stand for."""
+
+    def encode(self, value: NDArray[Any]) -> NDArray[Any]: ...
+
+    def decode(self, codes: NDArray[Any]) -> NDArray[Any]: ...
+
+
+@dataclass(frozen=True)
+class Episode:
+    """A complete episode: its arrays in memory, or where they begin in its file."""
+
+    serial: int
+    length: int
+    arrays: Mapping[str, NDArray[Any]] | None
+    offsets: Mapping[str, int]
 
 
 class Replay:
@@ -38,6 +64,9 @@ class Replay:
         length: window length T of a training sequence, in records.
         prioritize_ends: draw the start from an extended range and clamp it, so that episode ends are met more often (IPV 2.6).
         seed: of the sampling; the generator's state is part of `state()`.
+        coders: per key, how it is stored if not as it is.
+        folder: where episodes are filed, by `save` or, with ``storage="disk"``, when they are complete. None: nothing can be saved.
+        storage: where episodes are sampled from. Both give the same batches.
     """
 
     def __init__(
@@ -48,11 +77,19 @@ class Replay:
         length: int,
         prioritize_ends: bool = False,
         seed: int = 0,
+        coders: Mapping[str, Coder] | None = None,
+        folder: Path | None = None,
+        storage: Storage = "memory",
     ) -> None:
         self.spec = {key: (tuple(shape), np.dtype(dtype)) for key, (shape, dtype) in spec.items()}
+        self.coders = {key: coder for key, coder in (coders or {}).items() if key in self.spec}
+        self.stored = {k: (shape, self.coders[k].dtype if k in self.coders else d) for k, (shape, d) in self.spec.items()}
         self.capacity, self.length, self.prioritize_ends = capacity, length, prioritize_ends
+        if storage == "disk" and folder is None:
+            raise ValueError('storage="disk" needs a folder')
+        self.folder, self.storage = folder, storage
         self.rng = np.random.default_rng(seed)
-        self.episodes: deque[tuple[int, dict[str, NDArray[Any]]]] = deque()  # (serial, arrays)
+        self.episodes: list[Episode] = []
         self.open: list[Record] = []
         self.records = 0
         self.serial = 0
@@ -60,27 +97,23 @@ class Replay:
 
     @property
     def bytes_per_record(self) -> int:
-        """Memory of one record."""
-        return int(sum(np.prod(shape, dtype=int) * dtype.itemsize for shape, dtype in self.spec.values()))
-
-    def describe(self) -> str:
-        """What the buffer needs when full, in words: printed before a run starts."""
-        size = self.bytes_per_record
-        return f"replay: {size / 1e3:.1f} kB a record, {self.capacity:,} records = {size * self.capacity / 1e9:.1f} GB when full"
+        """What one record takes, in memory or on disk."""
+        return int(sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.stored.values()))
 
     def add(self, record: Record, *, last: bool) -> None:
         """Append one record to the open episode; ``last`` closes it. Episodes shorter than T records are dropped (counted).
 
-        Raises LocalmotionError for a key, shape or non-finite value that does not fit.
+        Raises LocalmotionError for a key, shape or non-finite value that does not fit, CheckpointError when an episode cannot be filed.
         """
         if set(record) != set(self.spec):
             raise LocalmotionError(f"replay record has keys {sorted(record)}, expected {sorted(self.spec)}")
         if not np.isfinite(record["reward"]):
             raise LocalmotionError(f"reward {record['reward']!r} is not finite; the environment is broken or has diverged")
-        self.open.append({key: np.asarray(value, self.spec[key][1]) for key, value in record.items()})
+        found = {key: np.asarray(value, self.spec[key][1]) for key, value in record.items()}
         for key, (shape, _) in self.spec.items():
-            if self.open[-1][key].shape != shape:
-                raise LocalmotionError(f"replay record {key!r} has shape {self.open[-1][key].shape}, expected {shape}")
+            if found[key].shape != shape:
+                raise LocalmotionError(f"replay record {key!r} has shape {found[key].shape}, expected {shape}")
+        self.open.append({key: self.coders[key].encode(value) if key in self.coders else value for key, value in found.items()})
         if last:
             self._close()
 
@@ -88,16 +121,24 @@ class Replay:
         if len(self.open) < self.length:
             self.dropped += 1
         else:
-            self._insert(self.serial, {key: np.stack([r[key] for r in self.open]) for key in self.spec})
+            arrays = {key: np.stack([r[key] for r in self.open]) for key in self.spec}
+            if self.storage == "disk":
+                self._insert(self._described(self._file(self.serial, arrays)))
+            else:
+                self._insert(Episode(self.serial, len(self.open), arrays, {}))
             self.serial += 1
         self.open = []
 
-    def _insert(self, serial: int, arrays: dict[str, NDArray[Any]]) -> None:
-        self.episodes.append((serial, arrays))
-        self.records += len(arrays["reward"])
+    def cut(self) -> None:
+        """End the open episode where it is, as a time limit would: what it holds is kept if it is long enough."""
+        if self.open:
+            self._close()
+
+    def _insert(self, episode: Episode) -> None:
+        self.episodes.append(episode)
+        self.records += episode.length
         while self.records > self.capacity and len(self.episodes) > 1:
-            _, old = self.episodes.popleft()
-            self.records -= len(old["reward"])
+            self.records -= self.episodes.pop(0).length
 
     def __len__(self) -> int:
         return self.records
@@ -105,23 +146,24 @@ class Replay:
     def sample(self, batch_size: int) -> dict[str, Tensor]:
         """A batch of sequences (B, T, ...) on the CPU: uniform episode, then a window within it.
 
-        Raises LocalmotionError while no complete episode of at least T records is stored.
+        Raises LocalmotionError while no complete episode of at least T records is stored, CheckpointError for an episode file that is gone
+        or damaged.
         """
         if not self.episodes:
             raise LocalmotionError(
                 f"replay holds no complete episode of at least {self.length} records yet; raise online.prefill or lower online.length"
             )
-        out = {key: np.empty((batch_size, self.length, *shape), dtype) for key, (shape, dtype) in self.spec.items()}
+        out = {key: np.empty((batch_size, self.length, *shape), dtype) for key, (shape, dtype) in self.stored.items()}
         chosen = self.rng.integers(len(self.episodes), size=batch_size)
         for row, index in enumerate(chosen):
-            arrays = self.episodes[index][1]
-            spare = len(arrays["reward"]) - self.length
+            episode = self.episodes[index]
+            spare = episode.length - self.length
             if self.prioritize_ends:
                 start = min(int(self.rng.integers(spare + self.length + 1)), spare)
             else:
                 start = int(self.rng.integers(spare + 1))
-            for key, target in out.items():
-                target[row] = arrays[key][start : start + self.length]
+            self._read(episode, start, {key: target[row] for key, target in out.items()})
+        out |= {key: coder.decode(out[key]) for key, coder in self.coders.items()}
         batch = {key: torch.from_numpy(value) for key, value in out.items()}
         is_first = torch.zeros(batch_size, self.length, dtype=torch.bool)
         is_first[:, 0] = True
@@ -133,48 +175,122 @@ class Replay:
             batch["flow"][:, 0] = 0
         return batch
 
+    def newest(self, key: str, count: int) -> Iterator[NDArray[Any]]:
+        """One key (T, ...) of each of the ``count`` newest episodes, oldest first."""
+        for episode in self.episodes[-count:]:
+            shape, dtype = self.stored[key]
+            found = np.empty((episode.length, *shape), dtype)
+            self._read(episode, 0, {key: found})
+            yield self.coders[key].decode(found) if key in self.coders else found
+
+    def _read(self, episode: Episode, start: int, targets: Mapping[str, NDArray[Any]]) -> None:
+        """Fill arrays (n, ...) with the records from ``start`` on."""
+        if episode.arrays is not None:
+            for key, target in targets.items():
+                target[:] = episode.arrays[key][start : start + len(target)]
+            return
+        path = self._path(episode.serial)
+        try:
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                for key, target in targets.items():
+                    into = target.reshape(-1).view(np.uint8)  # of one row of a batch: contiguous, so not a copy
+                    if os.preadv(handle, [into.data], episode.offsets[key] + start * (into.nbytes // len(target))) != into.nbytes:
+                        raise OSError("shorter than it was")
+            finally:
+                os.close(handle)
+        except OSError as error:
+            raise _unreadable(path, error) from error
+
     # Saving -----------------------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
         """JSON-able position: which episodes, the counters, the sampler's random state. The open episode is not part of it."""
         return {
-            "episodes": [serial for serial, _ in self.episodes],
+            "episodes": [episode.serial for episode in self.episodes],
             "serial": self.serial,
             "dropped": self.dropped,
             "rng": self.rng.bit_generator.state,
         }
 
-    def save(self, folder: Path) -> None:
-        """Write the episodes that ``folder`` does not hold yet and remove the ones that have left the buffer before the last save."""
-        folder.mkdir(parents=True, exist_ok=True)
-        for serial, arrays in self.episodes:
-            path = folder / f"episode_{serial:07d}.safetensors"
-            if not path.exists():
-                temporary = path.with_suffix(".tmp")
-                save_file(arrays, temporary)
-                os.replace(temporary, path)
+    def save(self) -> None:
+        """File the episodes that are not filed yet. Raises CheckpointError when the disk is full; what is filed stays."""
+        for episode in self.episodes:
+            if episode.arrays is not None and not self._path(episode.serial).exists():
+                self._file(episode.serial, episode.arrays)
 
-    def prune(self, folder: Path, keep: set[int]) -> None:
-        """Delete saved episodes that no kept checkpoint names."""
-        for path in folder.glob("episode_*.safetensors"):
-            if int(path.stem.split("_")[1]) not in keep:
+    def prune(self, keep: set[int]) -> None:
+        """Delete filed episodes that have left the buffer and that no kept checkpoint names (``keep``)."""
+        assert self.folder
+        held = keep | {episode.serial for episode in self.episodes}
+        for path in self.folder.glob("episode_*.safetensors"):
+            if int(path.stem.split("_")[1]) not in held:
                 path.unlink()
 
-    def load(self, folder: Path, state: Mapping[str, Any]) -> None:
-        """Restore what `state` names. Raises CheckpointError for a missing or unreadable episode."""
-        self.episodes.clear()
-        self.open, self.records = [], 0
-        for serial in state["episodes"]:
-            path = folder / f"episode_{serial:07d}.safetensors"
-            try:
-                arrays = load_file(path)
-            except Exception as error:
-                raise CheckpointError(
-                    f"{path}: replay episode cannot be read ({error}); restore it or start a new run"
-                ) from error
-            for key, (shape, dtype) in self.spec.items():
-                if key not in arrays or arrays[key].shape[1:] != shape or arrays[key].dtype != dtype:
-                    raise CheckpointError(f"{path}: array {key!r} does not fit this run's settings")
-            self._insert(serial, dict(arrays))
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state` names. Raises CheckpointError for a missing or unreadable episode.
+
+        Episodes filed after that state was saved are removed: they will be played again.
+        """
+        assert self.folder
+        self.episodes, self.open, self.records = [], [], 0
         self.serial, self.dropped = int(state["serial"]), int(state["dropped"])
+        for path in [*self.folder.glob("episode_*.safetensors"), *self.folder.glob("*.tmp")]:
+            if path.suffix == ".tmp" or int(path.stem.split("_")[1]) >= self.serial:
+                path.unlink()
+        for serial in state["episodes"]:
+            episode = self._described(self._path(serial))
+            if self.storage == "memory":
+                arrays = {key: np.empty((episode.length, *shape), dtype) for key, (shape, dtype) in self.stored.items()}
+                self._read(episode, 0, arrays)
+                episode = Episode(serial, episode.length, arrays, {})
+            self._insert(episode)
         self.rng.bit_generator.state = json.loads(json.dumps(state["rng"]))
+
+    def _path(self, serial: int) -> Path:
+        assert self.folder
+        return self.folder / f"episode_{serial:07d}.safetensors"
+
+    def _file(self, serial: int, arrays: Mapping[str, NDArray[Any]]) -> Path:
+        """Write an episode: beside its place, to the disk, then renamed."""
+        path = self._path(serial)
+        temporary = path.with_suffix(".tmp")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file(dict(arrays), temporary)
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except Exception as error:  # safetensors tells a full disk by an error class of its own
+            temporary.unlink(missing_ok=True)
+            raise CheckpointError(
+                f"{path}: replay episode could not be written ({error}); free some disk space and give the same command again: it goes on"
+                " from the last checkpoint"
+            ) from error
+        return path
+
+    def _described(self, path: Path) -> Episode:
+        """Length and offsets of a filed episode, from its header. Raises CheckpointError when it does not fit the spec."""
+        try:
+            with safe_open(path, framework="numpy") as file:  # checks the header and that the file is as long as it says
+                names = set(file.keys())
+                found = {key: (tuple(file.get_slice(key).get_shape()), file.get_slice(key).get_dtype()) for key in names}
+            with path.open("rb") as raw:
+                (size,) = struct.unpack("<Q", raw.read(8))
+                header = json.loads(raw.read(size))
+        except Exception as error:
+            raise _unreadable(path, error) from error
+        length = found.get("reward", ((0,), ""))[0][0]
+        for key, (shape, dtype) in self.stored.items():
+            if found.get(key) != ((length, *shape), _NAMES[dtype.name]) or length < self.length:
+                raise CheckpointError(f"{path}: array {key!r} does not fit this run's settings; start a new run")
+        offsets = {key: 8 + size + int(header[key]["data_offsets"][0]) for key in self.stored}
+        return Episode(int(path.stem.split("_")[1]), length, None, offsets)
+
+
+_NAMES = {"uint8": "U8", "int8": "I8", "bool": "BOOL", "float16": "F16", "float32": "F32", "float64": "F64", "int32": "I32"}
+_NAMES |= {"int64": "I64"}
+
+
+def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"{path}: replay episode cannot be read ({error}); restore it or start a new run")

@@ -31,11 +31,13 @@ from localmotion.evaluation.rollout import (
 )
 from localmotion.methods.base import Method
 from localmotion.perception.base import Recipe
+from localmotion.perception.companding import Companding
 from localmotion.replay import Replay
 from localmotion.training import checkpoint
 from localmotion.training.interrupt import Interrupted, StopRequest
 from localmotion.training.pretrain import to_device
 from localmotion.training.rundir import RunDir
+from localmotion.training.storage import choose_storage
 from localmotion.training.transfer import load_pretrained
 from localmotion.training.trees import leaves_of, with_leaves
 from localmotion.training.update import Updater, to_floats
@@ -121,14 +123,14 @@ class _Learner:
         self.run, self.out, self.observer, self.method = run, out, observer, method
         self.updater, self.repeat, self.stop = updater, repeat, stop
         self.compute = updater.compute
-        online = run.online
-        self.replay = Replay(
-            observer.spec(),
-            capacity=online.replay_capacity,
-            length=online.length,
-            prioritize_ends=online.prioritize_ends,
-            seed=run.seed,
-        )
+        online, folder = run.online, out.path / "replay"
+        settings: dict[str, Any] = {"capacity": online.replay_capacity, "length": online.length, "seed": run.seed}
+        settings |= {"prioritize_ends": online.prioritize_ends, "folder": folder}
+        if observer.recipe and online.replay_flow == "int8":
+            settings["coders"] = {"flow": Companding(observer.recipe.size)}
+        size = Replay(observer.spec(), **settings).bytes_per_record
+        storage, self.replay_note = choose_storage(online, self.budget, size, folder)
+        self.replay = Replay(observer.spec(), **settings, storage=storage)
         self.agent_step = self.episode = self.last_save = self.next_eval = 0
         self.playing: _Playing | None = None
         self.best: list[float] | None = None
@@ -286,8 +288,8 @@ class _Learner:
         """Flow magnitudes of the newest episodes for the report, to be held against those of pre-training."""
         if "flow" not in self.replay.spec or not self.replay.episodes:
             return
-        newest = list(self.replay.episodes)[-10:]
-        some = [np.linalg.norm(arrays["flow"][1::8, ::4, ::4].astype(np.float32), axis=-1).ravel() for _, arrays in newest]
+        newest = self.replay.newest("flow", 10)
+        some = [np.linalg.norm(flow[1::8, ::4, ::4].astype(np.float32), axis=-1).ravel() for flow in newest]
         np.savez_compressed(self.out.path / "media" / "flow_downstream.npz", magnitudes=np.concatenate(some), name=self.run.env)
 
     # Saving -----------------------------------------------------------------------------------------------------------------
@@ -299,8 +301,7 @@ class _Learner:
         actions and the episode's seed, bit for bit.
         """
         self.last_save = self.agent_step
-        folder = self.out.path / "replay"
-        self.replay.save(folder)
+        self.replay.save()
         playing: dict[str, Any] | None = None
         episode: dict[str, Tensor] = {}
         if self.playing:
@@ -322,12 +323,13 @@ class _Learner:
         tensors = {"weights": self.method.state_dict(), "optimizer": self.updater.state(), "episode": episode}
         checkpoint.save(self.out.path / "checkpoints", self.updater.update, tensors=tensors, state=state)
         kept = checkpoint.complete(self.out.path / "checkpoints")
-        self.replay.prune(folder, {s for p in kept for s in checkpoint.read_state(p)["replay"]["episodes"]})
+        self.replay.prune({s for p in kept for s in checkpoint.read_state(p)["replay"]["episodes"]})
 
     def _resume(self) -> None:
         found = checkpoint.complete(self.out.path / "checkpoints")
         if not found:
             self.out.truncate_metrics(0)
+            self.replay.load(self.replay.state())  # what a run filed that died before its first checkpoint
             return
         state = checkpoint.read_state(found[-1])
         checkpoint.load_weights(self.method, checkpoint.read(found[-1], "weights"), str(found[-1]))
@@ -335,7 +337,7 @@ class _Learner:
         self.updater.update = int(state["update"])
         self.agent_step, self.episode = int(state["agent_step"]), int(state["episode"])
         self.next_eval, self.last_save, self.best = int(state["next_eval"]), self.agent_step, state.get("best")
-        self.replay.load(self.out.path / "replay", state["replay"])
+        self.replay.load(state["replay"])
         if state.get("playing"):
             self._play_again(bool(state["playing"]["learning"]), checkpoint.read(found[-1], "episode"))
         checkpoint.set_rng_state(checkpoint.read(found[-1], "rng"))
@@ -366,7 +368,7 @@ class _Learner:
         drawn = f", {gl['message']}" if isinstance(gl, dict) else ""
         say(f"rendering {described.get('quality')}{drawn}; action repeat {self.repeat}")
         say("parameters " + ", ".join(f"{k} {v / 1e6:.2f}M" for k, v in counts.items()))
-        say(self.replay.describe())
+        say(self.replay_note)
         say(
             f"{self.budget:,} agent steps = {self.budget * self.repeat:,} env steps, one update per {online.train_every} agent steps"
             f" ({online.batch_size} x {online.length}): {self.budget // online.train_every:,} updates"

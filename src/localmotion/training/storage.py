@@ -1,0 +1,70 @@
+"""Where a replay lives: in memory if it fits, else on disk; decided and told before a run starts, refused if it fits nowhere."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from localmotion.config import OnlineConfig
+from localmotion.errors import ConfigError
+from localmotion.replay import Storage
+
+SHARE = 0.5
+"""Of the memory that is available at the start, what a replay may take at most."""
+
+
+def available_memory() -> int:
+    """Bytes that can still be used without swapping: the machine's, or less where a control group (container, Slurm job) allows less."""
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        available = int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):  # not Linux
+        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        group = Path("/sys/fs/cgroup")
+        limit, used = (group / "memory.max").read_text().strip(), (group / "memory.current").read_text()
+        available = min(available, int(limit) - int(used)) if limit != "max" else available
+    except (OSError, ValueError):  # no control groups, or of the first version
+        pass
+    return available
+
+
+def records_needed(online: OnlineConfig, budget: int) -> int:
+    """Most records that a run of ``budget`` agent steps can hold: an episode has one record more than steps, and at least `length`."""
+    return min(online.replay_capacity, budget + budget // max(online.length - 1, 1) + 1)
+
+
+def choose_storage(online: OnlineConfig, budget: int, bytes_per_record: int, folder: Path) -> tuple[Storage, str]:
+    """Where to sample from, and what was decided in words.
+
+    Both ways every complete episode is filed in ``folder`` sooner or later, so the disk must hold the replay in any case, and what left
+    it since the last two checkpoints. Raises ConfigError naming the capacity that would fit.
+    """
+    records = records_needed(online, budget)
+    need = records * bytes_per_record
+    evicted = 2 * online.save_every if records == online.replay_capacity else 0
+    filed = sum(path.stat().st_size for path in folder.glob("episode_*.safetensors")) if folder.exists() else 0
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(existing).free + filed
+    what = f"replay: {bytes_per_record / 1e3:.1f} kB a record, at most {records:,} records = {_size(need)}"
+    if free < need + evicted * bytes_per_record:
+        fits = max(int(free * 0.9 / bytes_per_record) - 2 * online.save_every, 0)
+        raise ConfigError(
+            f"{what}, {_size(need + evicted * bytes_per_record)} on disk with what its checkpoints keep, but {folder} has"
+            f" {_size(free)} free: choose --run on a larger disk, or --online.replay_capacity {fits}"
+        )
+    memory = available_memory()
+    fits_memory = need <= SHARE * memory
+    if online.replay_storage == "memory" and need > memory:
+        raise ConfigError(
+            f"{what}, but {_size(memory)} of memory are available: use --online.replay_storage disk (or auto), or"
+            f" --online.replay_capacity {int(SHARE * memory / bytes_per_record)}"
+        )
+    if online.replay_storage == "disk" or (online.replay_storage == "auto" and not fits_memory):
+        return "disk", f"{what}, sampled from disk ({folder}, {_size(free)} free)"
+    return "memory", f"{what}, in memory ({_size(memory)} available)"
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
