@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
 
 from localmotion import methods
 from localmotion.compute import Compute, choose
 from localmotion.config import RunConfig
+from localmotion.envs import list_options
+from localmotion.errors import CheckpointError, ConfigError, LocalmotionError, unknown_name
 from localmotion.evaluation.rollout import stored_recipe
 from localmotion.methods.base import Method
 from localmotion.perception.base import Recipe
 from localmotion.training import checkpoint
+from localmotion.training.rundir import check_recipe
+from localmotion.video.files import one_line, read_json
 
 Which = Literal["newest", "best"]
 
@@ -20,17 +28,70 @@ Which = Literal["newest", "best"]
 def load_run(path: Path, *, device: str = "auto", threads: int = 0, which: Which = "newest") -> tuple[RunConfig, Method, Compute]:
     """Settings, method (evaluation mode) with its newest weights or those of its best evaluation, and where it computes.
 
-    Raises CheckpointError when the run is missing, incomplete or damaged.
+    Raises CheckpointError when the run is missing, incomplete, damaged, or claims a model that its weights do not make; ConfigError when
+    its settings or its recipe do not fit this version.
     """
     run = replace(checkpoint.read_config(path), device=device, threads=threads)
+    check_stored_recipes(run, path)
+    _check_options(run, path)
+    if run.stage != "pretrain" and methods.get(run.method).wants_motion and not run.recipe:
+        raise CheckpointError(f"{path / 'config.json'}: has no recipe, so its motion cannot be perceived; restore it")
     found = checkpoint.best(path) if which == "best" else checkpoint.newest(path)
     weights = checkpoint.read(found, "weights")
-    compute = choose(run)
     action_dim = None
     if run.stage != "pretrain":
         # The actor's last layer knows the number of actions: two numbers (mean, deviation) each.
         action_dim = int(checkpoint.read_state(found)["action_dim"])
     size = (stored_recipe(run, path) or Recipe()).size
+    _check_model(run, size, action_dim, weights, found)
+    compute = choose(run)
     method = methods.get(run.method)(run.model, image_size=size, action_dim=action_dim)
     checkpoint.load_weights(method, weights, str(found))
     return run, method.to(compute.device).eval(), compute
+
+
+def check_stored_recipes(run: RunConfig, path: Path) -> None:
+    """Raise ConfigError or CheckpointError for a recipe in the files of a run (and of its checkpoint) that cannot be followed."""
+    if run.recipe:
+        check_recipe(run.recipe, path / "config.json")
+    for place in (path, *([Path(run.checkpoint)] if run.checkpoint else [])):
+        file = place / "environment.json"
+        if file.exists() and (found := read_json(file, CheckpointError, "restore it from where the run was made").get("recipe")):
+            check_recipe(found, file)
+
+
+def _check_options(run: RunConfig, path: Path) -> None:
+    """Raise ConfigError for options of the environment that are none of its suite's (some other argument of `make_env`, say)."""
+    if run.env_options:
+        known = list_options(run.env.partition(":")[0])
+        if wrong := [name for name in run.env_options if name not in known]:
+            raise ConfigError(f"{path / 'config.json'}: {unknown_name(f'option of {run.env!r:.60}', wrong[0][:60], known)}")
+
+
+def _check_model(run: RunConfig, size: int, action_dim: int | None, weights: Mapping[str, Tensor], found: Path) -> None:
+    """Build the model without memory and hold its shapes against the weights', before a number in a file makes us allocate.
+
+    Raises CheckpointError as `checkpoint.load_weights` does, and for settings of which no model can be built.
+    """
+    most = 2 * len(weights) + 100
+    made = 0
+
+    def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal made
+        made += 1
+        if made > most:  # a number of layers would go on for ever
+            raise CheckpointError(f"{found}: its settings describe more than {most} parameters, its weights are {len(weights)}")
+
+    hook = nn.modules.module.register_module_parameter_registration_hook(count)
+    try:
+        with torch.device("meta"):
+            method: Any = methods.get(run.method)(run.model, image_size=size, action_dim=action_dim)
+    except LocalmotionError:
+        raise
+    except Exception as error:  # whatever torch or Python says of sizes that nobody checked
+        raise CheckpointError(
+            f"{found}: no {run.method} can be built of its settings ({one_line(error)}); has config.json been changed?"
+        ) from error
+    finally:
+        hook.remove()
+    checkpoint.check_weights(method, weights, str(found))

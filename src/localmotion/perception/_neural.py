@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import importlib
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -24,6 +25,7 @@ PRECISIONS: dict[str, torch.dtype] = {
     "float16": torch.float16,
 }
 GUIDE = "docs/perception.md"
+_NOT_WEIGHTS = "download the file again, from the authors; one that holds more than tensors is not opened any further"
 
 
 def optional_import(module: str, backend: str, command: str) -> ModuleType:
@@ -144,8 +146,11 @@ def shared_network(key: tuple[Any, ...], device: torch.device, build: Callable[[
     return network
 
 
-def read_state_dict(backend: str, path: Path, sha256: str = "") -> dict[str, Any]:
-    """Tensors of a local weight file (.safetensors, or a torch file read with ``weights_only``).
+def read_state_dict(backend: str, path: Path, sha256: str = "") -> dict[str, torch.Tensor]:
+    """Tensors of a local weight file (.safetensors, or a torch file): the one place where a foreign .pt or .pth is opened.
+
+    A torch file is a pickle: it is read with ``weights_only``, which makes tensors and runs nothing else, and its parts must be stored
+    uncompressed, as torch writes them, so that a small file cannot unfold into a large one.
 
     Raises LocalmotionError if the file is missing, is not the one named by ``sha256`` or holds more than tensors.
     """
@@ -161,13 +166,20 @@ def read_state_dict(backend: str, path: Path, sha256: str = "") -> dict[str, Any
             from safetensors.torch import load_file
 
             return dict(load_file(path))
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
+                    raise ValueError("its parts are compressed, which torch never writes")
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle and safetensors readers each have their own error types
-        raise failure(backend, f"reading weights {path}", error, "download the file again") from error
+        raise failure(backend, f"reading weights {path}", error, _NOT_WEIGHTS) from error
     if isinstance(loaded, dict) and isinstance(loaded.get("model"), dict):
         loaded = loaded["model"]
     if not isinstance(loaded, dict):
         raise LocalmotionError(f"{backend}: {path} holds a {type(loaded).__name__}, not a state dict of tensors")
+    for name, value in loaded.items():
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+            raise LocalmotionError(f"{backend}: {path} holds a {type(value).__name__} under {name!r:.60}, not a tensor")
     return loaded
 
 

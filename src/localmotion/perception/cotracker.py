@@ -40,6 +40,10 @@ SAME_POINT = 1e-2
 """Pixels within which a given point is the one returned before (callers scale points to and fro in float32)."""
 
 
+CODE = {"source": "github", "repository": REPOSITORY}
+"""Options that say whose code runs. Files may name no other values (`training.rundir.check_recipe`)."""
+
+
 class LicenceWarning(UserWarning):
     """A backend whose licence forbids some uses is being loaded."""
 

@@ -13,6 +13,7 @@ turns into a sentence.
 
 from __future__ import annotations
 
+import math
 import re
 import zipfile
 from pathlib import Path
@@ -21,12 +22,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from localmotion.errors import LocalmotionError
+from localmotion.errors import LocalmotionError, VideoError
 from localmotion.report import pictures, plots
 from localmotion.report.page import Picture, Video
 from localmotion.report.style import short
+from localmotion.video.decode import iter_frames
+from localmotion.video.files import one_line, read_bytes
+from localmotion.video.listing import VideoRef
 
-MAX_ARRAYS = 1 << 30
+MAX_ARRAYS = 1 << 28
 """Largest total size of the arrays in one file, bytes."""
 MAX_FILE = 12 << 20
 """Largest picture or video put into the page, bytes."""
@@ -37,19 +41,35 @@ class MediaError(LocalmotionError):
 
 
 def read_arrays(path: Path, names: tuple[str, ...]) -> dict[str, NDArray[Any]]:
-    """All arrays of an npz file. Raises MediaError if it is damaged, too large, holds objects or lacks a name."""
+    """All arrays of an npz file. Raises MediaError if it is damaged, too large, holds objects or lacks a name.
+
+    What the file claims (of its parts in the archive, of each array in its own head) is added up before anything of that size is made.
+    """
     try:
+        if not path.is_file():
+            raise ValueError("not a regular file")
         with zipfile.ZipFile(path) as archive:
-            size = sum(entry.file_size for entry in archive.infolist())
+            size = sum(_claimed(archive, entry) for entry in archive.infolist())
         if size > MAX_ARRAYS:
             raise MediaError(f"{path.name}: holds {size / 2**30:.1f} GB of arrays, more than a report reads")
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise MediaError(f"{path.name}: cannot be read ({str(error).splitlines()[0] if str(error) else 'damaged'})") from error
+    except MediaError:
+        raise
+    except Exception as error:  # zip, its compressors, and numpy's parser of heads each have their own error types
+        raise MediaError(f"{path.name}: cannot be read ({one_line(str(error) or 'damaged', 120)})") from error
     if missing := [name for name in names if name not in arrays]:
         raise MediaError(f"{path.name}: lacks {', '.join(missing)}")
     return arrays
+
+
+def _claimed(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> int:
+    """Bytes that reading one array would take: what the archive says of it, or its own head, whichever is more."""
+    with archive.open(entry) as part:
+        version = np.lib.format.read_magic(part)
+        head = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = head(part)
+    return max(entry.file_size, math.prod(shape) * dtype.itemsize)
 
 
 def _text(arrays: dict[str, NDArray[Any]], name: str, default: str) -> str:
@@ -130,7 +150,7 @@ def _read_file(path: Path) -> bytes:
         raise MediaError(f"{path.name}: {size / 2**20:.0f} MB is too large for the page; open it at {path}")
     if size == 0:
         raise MediaError(f"{path.name}: is empty")
-    return path.read_bytes()
+    return read_bytes(path, MAX_FILE)
 
 
 def atomic_actions(path: Path, run: str) -> Picture:
@@ -144,20 +164,16 @@ def atomic_actions(path: Path, run: str) -> Picture:
 
 def env_step_of(path: Path) -> int | None:
     """The env step in a name like eval_000050000.mp4, None if it has none."""
-    found = re.fullmatch(r"eval_(\d+)", path.stem)
+    found = re.fullmatch(r"eval_([0-9]{1,15})", path.stem)
     return int(found[1]) if found else None
 
 
 def film(path: Path, label: str) -> Video:
     """An evaluation film with its first frame as poster."""
-    import av
-
     data = _read_file(path)
     try:
-        with av.open(str(path)) as container:
-            frame = next(container.decode(video=0))
-            image = frame.to_ndarray(format="rgb24")
-    except (av.FFmpegError, StopIteration, IndexError, ValueError) as error:
+        image = next(iter_frames(VideoRef(path.name, path, "file"), None, max_frames=1))
+    except (VideoError, StopIteration) as error:
         raise MediaError(f"{path.name}: is no readable video") from error
     step = env_step_of(path)
     when = f"after {short(step)} env steps" if step is not None else path.stem.removeprefix("eval_").replace("_", " ")

@@ -25,7 +25,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localmotion.errors import CheckpointError
+from localmotion.video.files import MAX_TEXT, one_line, parse_json, read_bytes, refuse_links
 
+MAX_METRICS = 1 << 28
+"""Largest metrics.jsonl that is read, bytes; the longest runs here write 30 MB."""
+MAX_LINE = 1 << 20
+"""Longest line of it, bytes."""
 Floats = NDArray[np.float64]
 Line = dict[str, Any]
 
@@ -149,13 +154,13 @@ def number(line: Mapping[str, Any] | None, key: str) -> float | None:
 
 
 def _read_dict(path: Path, notices: list[str]) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         notices.append(f"{path.name} is missing.")
         return {}
-    except (OSError, ValueError, RecursionError) as error:
-        notices.append(f"{path.name} cannot be read ({error}).")
+    try:
+        value = parse_json(read_bytes(path, MAX_TEXT))
+    except (OSError, ValueError) as error:
+        notices.append(f"{path.name} cannot be read ({one_line(error)}).")
         return {}
     if not isinstance(value, dict):
         notices.append(f"{path.name} does not hold an object.")
@@ -165,18 +170,23 @@ def _read_dict(path: Path, notices: list[str]) -> dict[str, Any]:
 
 def _read_text(path: Path, notices: list[str]) -> str:
     try:
-        return path.read_text(encoding="utf-8", errors="replace").strip()
+        return read_bytes(path, MAX_TEXT).decode(errors="replace").strip()
     except FileNotFoundError:
         notices.append(f"{path.name} is missing.")
-    except OSError as error:
-        notices.append(f"{path.name} cannot be read ({error}).")
+    except (OSError, ValueError) as error:
+        notices.append(f"{path.name} cannot be read ({one_line(error)}).")
     return ""
 
 
 def _parse_lines(path: Path) -> Iterator[Line | None]:
-    """Each line of a metrics file as a dict, None for one that is not an object with a kind."""
+    """Each line of a metrics file as a dict, None for one that is not an object with a kind, or is longer than `MAX_LINE`."""
     with path.open("rb") as file:
-        for raw in file:
+        while raw := file.readline(MAX_LINE):
+            if len(raw) == MAX_LINE and not raw.endswith(b"\n"):
+                while (rest := file.readline(MAX_LINE)) and not rest.endswith(b"\n"):
+                    pass
+                yield None
+                continue
             if not raw.strip():
                 continue
             try:
@@ -187,11 +197,31 @@ def _parse_lines(path: Path) -> Iterator[Line | None]:
             yield line if isinstance(line, dict) and isinstance(line.get("kind"), str) else None
 
 
+def _read_lines(path: Path, notices: list[str]) -> tuple[dict[str, list[Line]], int]:
+    """Lines of metrics.jsonl by kind, and how many could not be read."""
+    lines: dict[str, list[Line]] = {}
+    bad = 0
+    if not path.is_file():
+        notices.append("metrics.jsonl is missing: the run wrote no numbers yet.")
+    elif path.stat().st_size > MAX_METRICS:
+        notices.append(f"metrics.jsonl has {path.stat().st_size / 2**20:.0f} MB, more than a report reads; it is left out.")
+    else:
+        for line in _parse_lines(path):
+            if line is None:
+                bad += 1
+            else:
+                lines.setdefault(line["kind"], []).append(line)
+    if bad:
+        notices.append(f"metrics.jsonl has {bad} unreadable line{'s' * (bad > 1)}, left out (a killed run leaves one).")
+    return lines, bad
+
+
 def load_run(path: str | Path) -> RunData:
     """Read a run directory.
 
-    Raises CheckpointError if ``path`` is no directory or holds neither config.json nor metrics.jsonl; anything else
-    that is missing or damaged is told in `RunData.notices`.
+    Raises CheckpointError if ``path`` is no directory, holds neither config.json nor metrics.jsonl, or holds links that
+    lead out of it (a page that is shown around must not carry one of the user's other files); anything else that is
+    missing or damaged is told in `RunData.notices`.
     """
     path = Path(path)
     if not path.is_dir():
@@ -200,18 +230,8 @@ def load_run(path: str | Path) -> RunData:
     if not metrics.is_file() and not (path / "config.json").is_file():
         raise CheckpointError(f"{path}: not a run directory: it has neither config.json nor metrics.jsonl")
     notices: list[str] = []
-    lines: dict[str, list[Line]] = {}
-    bad = 0
-    if metrics.is_file():
-        for line in _parse_lines(metrics):
-            if line is None:
-                bad += 1
-            else:
-                lines.setdefault(line["kind"], []).append(line)
-    else:
-        notices.append("metrics.jsonl is missing: the run wrote no numbers yet.")
-    if bad:
-        notices.append(f"metrics.jsonl has {bad} unreadable line{'s' * (bad > 1)}, left out (a killed run leaves one).")
+    refuse_links(path, CheckpointError)
+    lines, bad = _read_lines(metrics, notices)
     return RunData(
         path=path,
         config=_read_dict(path / "config.json", notices),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,8 +22,10 @@ from torch import Tensor
 
 from localmotion.config import RunConfig, from_dict
 from localmotion.errors import CheckpointError, ConfigError
+from localmotion.video.files import one_line, read_json, refuse_links
 
 FORMAT = 1
+_REMOVE = "remove this checkpoint to use the one before"
 BEST = "best"
 
 
@@ -73,7 +76,7 @@ def save(
     there before stays.
     """
     target = folder / f"{update:010d}"
-    _write(target, {**tensors, "rng": rng_state()}, {"update": update, **state})
+    write(target, {**tensors, "rng": rng_state()}, {"update": update, **state})
     for old in complete(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return target
@@ -81,10 +84,11 @@ def save(
 
 def save_best(folder: Path, weights: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
     """Write ``folder``/best: what evaluation needs, no more. Atomic, raises as `save`."""
-    _write(folder / BEST, {"weights": weights}, state)
+    write(folder / BEST, {"weights": weights}, state)
 
 
-def _write(target: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
+def write(target: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
+    """Write the directory ``target`` whole or not at all: a file for each group of tensors, state.json. Raises as `save`."""
     folder = target.parent
     temporary, replaced = folder / f".{target.name}.tmp", folder / f".{target.name}.old"
     need = sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values()) + 1_000_000
@@ -138,40 +142,102 @@ def best(run_dir: Path) -> Path:
     return found
 
 
+class _Named(dict[str, Any]):
+    """A dict out of a file: asking for a name that the file lacks is the file's fault, and says so."""
+
+    def __init__(self, path: Path, values: Mapping[str, Any]) -> None:
+        super().__init__(values)
+        self.path = path
+
+    def __missing__(self, key: str) -> Any:
+        raise CheckpointError(f"{self.path}: lacks {key!r}; {_REMOVE}")
+
+
 def read(path: Path, name: str) -> dict[str, Tensor]:
-    """One tensor file of a checkpoint. Raises CheckpointError when it is damaged."""
+    """One tensor file of a checkpoint. Raises CheckpointError when it is damaged, or holds no generator states where it should (rng)."""
+    file = path / f"{name}.safetensors"
     try:
-        found: dict[str, Tensor] = load_file(path / f"{name}.safetensors")
+        if not file.is_file():  # a pipe would be waited for
+            raise ValueError("is not there" if not file.exists() else "is not a regular file")
+        found: dict[str, Tensor] = load_file(file)
+        if name == "rng":
+            _check_rng(found)
+        elif name == "optimizer" and not all(re.fullmatch(r".+\.[0-9]{1,9}\.[^.]+", key) for key in found):
+            raise ValueError("its names are not GROUP.NUMBER.FIELD")
     except Exception as error:
-        raise CheckpointError(
-            f"{path / name}.safetensors: cannot be read ({error}); remove this checkpoint to use the one before"
-        ) from error
-    return found
+        raise CheckpointError(f"{file}: cannot be read ({one_line(error)}); {_REMOVE}") from error
+    return _Named(file, found)
+
+
+def _check_rng(state: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless `set_rng_state` can restore this."""
+    words = state["python"].tolist(), state["numpy"].tolist(), state["numpy_position"].tolist()
+    for name, values, count in zip(("python", "numpy", "numpy_position"), words, (627, 624, 1), strict=True):
+        if state[name].dtype != torch.int64 or state[name].shape != (count,):
+            raise ValueError(f"{name} is not a generator's state")
+        if not all(0 <= value < 2**32 for value in values[: count - (name == "python")]):
+            raise ValueError(f"{name} holds numbers that are not of 32 bits")
+    if words[0][0] != random.getstate()[0] or words[0][-2] > 624 or words[2][0] > 624:
+        raise ValueError("a generator's position or version is out of range")
+    torch.Generator().set_state(state["torch"])
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """state.json of a checkpoint."""
-    try:
-        state = json.loads((path / "state.json").read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path / 'state.json'}: cannot be read ({error})") from error
+    """state.json of a checkpoint. Raises CheckpointError when it is damaged, of another format, or a number in it is none.
+
+    Asking the result for a name that the file lacks raises CheckpointError too.
+    """
+    file = path / "state.json"
+    state = read_json(file, CheckpointError, _REMOVE)
     if state.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: checkpoint format {state.get('format')!r}, this version reads {FORMAT}")
-    return dict(state)
+        raise CheckpointError(f"{path}: checkpoint format {state.get('format')!r:.40}, this version reads {FORMAT}")
+    try:
+        _check_state(state)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{file}: is damaged ({one_line(error)}); {_REMOVE}") from error
+    replay = {"replay": _Named(file, state["replay"])} if "replay" in state else {}
+    return _Named(file, {**state, **replay})
+
+
+def _check_state(state: Mapping[str, Any]) -> None:
+    """Raise ValueError (or what asking for a name that is not there raises) unless what stands in a state.json can be used."""
+    for key in ("update", "agent_step", "env_step", "episode", "next_eval", "metrics_offset", "action_dim"):
+        if key in state and (type(state[key]) is not int or not 0 <= state[key] < 2**53):
+            raise ValueError(f"{key} is no count")
+    best: Any = state.get("best")
+    playing: Any = state.get("playing")
+    replay: Any = state.get("replay")
+    if best is not None and not (type(best) is list and len(best) == 2 and all(type(x) in (int, float) for x in best)):
+        raise ValueError("best is not a pair of numbers")
+    if playing is not None and type(playing["learning"]) is not bool:
+        raise ValueError("playing.learning is neither true nor false")
+    if "replay" not in state:
+        return
+    if not all(
+        type(serial) is int and 0 <= serial < 2**53 for serial in (*replay["episodes"], replay["serial"], replay["dropped"])
+    ):
+        raise ValueError("replay names episodes that are no numbers")
+    generator = replay["rng"]
+    words = (generator["state"]["state"], generator["state"]["inc"], generator["uinteger"], generator["has_uint32"])
+    if not all(type(word) is int and 0 <= word < 2**bits for word, bits in zip(words, (128, 128, 32, 1), strict=True)):
+        raise ValueError("replay.rng is not a generator's state")
+    np.random.PCG64().state = generator
 
 
 def read_config(run_dir: Path) -> RunConfig:
-    """Settings of a run. Raises CheckpointError when there are none, ConfigError when they do not fit this version."""
+    """Settings of a run.
+
+    Raises CheckpointError when there are none or the run holds links out of its folder, ConfigError when they do not fit this version.
+    """
     path = run_dir / "config.json"
     if not path.exists():
         raise CheckpointError(f"{run_dir}: no such run (no config.json)")
+    refuse_links(run_dir, CheckpointError, folders=False)  # weights may lie on another disk: they are not shown to anybody
+    values = read_json(path, CheckpointError, "give a run directory as localmotion wrote it")
     try:
-        values = json.loads(path.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not JSON ({error})") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: not a settings object")
-    return from_dict(values)
+        return from_dict(values)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
 
 
 def load_weights(module: torch.nn.Module, weights: Mapping[str, Tensor], where: str, *, partial: bool = False) -> list[str]:
@@ -179,19 +245,26 @@ def load_weights(module: torch.nn.Module, weights: Mapping[str, Tensor], where: 
 
     Returns the loaded names. Raises CheckpointError naming the first few that do not fit.
     """
+    check_weights(module, weights, where, partial=partial)
+    module.load_state_dict(dict(weights), strict=not partial)
+    return sorted(weights)
+
+
+def check_weights(module: torch.nn.Module, weights: Mapping[str, Tensor], where: str, *, partial: bool = False) -> None:
+    """Raise CheckpointError unless names, shapes and types fit, as `load_weights` does; ``module`` may be on the device "meta"."""
     own = module.state_dict()
     missing = [] if partial else sorted(set(own) - set(weights))
     foreign = sorted(set(weights) - set(own))
-    shapes = [
-        f"{k} {tuple(v.shape)} there, {tuple(own[k].shape)} here"
-        for k, v in weights.items()
-        if k in own and v.shape != own[k].shape
-    ]
-    for problem, names in (("lacks", missing), ("has unknown", foreign), ("has other shapes:", shapes)):
+    both = [(k, v, own[k]) for k, v in weights.items() if k in own]
+    shapes = [f"{k} {tuple(v.shape)} there, {tuple(o.shape)} here" for k, v, o in both if v.shape != o.shape]
+    types = [f"{k} {v.dtype} there, {o.dtype} here" for k, v, o in both if v.dtype != o.dtype]
+    for problem, names in (
+        ("lacks", missing),
+        ("has unknown", foreign),
+        ("has other shapes:", shapes),
+        ("has other types:", types),
+    ):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise CheckpointError(
-                f"{where}: the checkpoint {problem} {', '.join(names[:3])}{more}; are method, preset and settings the same?"
-            )
-    module.load_state_dict(dict(weights), strict=not partial)
-    return sorted(weights)
+            shown = ", ".join(one_line(name, 120) for name in names[:3])
+            raise CheckpointError(f"{where}: the checkpoint {problem} {shown}{more}; are method, preset and settings the same?")

@@ -16,9 +16,22 @@ from typing import Any
 from localmotion.config import RunConfig, from_dict, leaves, to_dict
 from localmotion.errors import CheckpointError, ConfigError
 from localmotion.perception.base import Recipe
+from localmotion.perception.cotracker import CODE
+from localmotion.video.files import one_line, read_json, refuse_links
 
+TRUSTED = "LOCALMOTION_TRUSTED_CODE"
+"""Environment variable: torch.hub repositories or folders (comma between them) whose code a recipe out of a file may run."""
 # Settings that may differ when a run is continued: they change how long it goes on and where, not what it computes.
-MAY_CHANGE = {"pretrain.updates", "online.env_steps", "device", "threads", "data", "checkpoint", "label"} | {
+MAY_CHANGE = {
+    "pretrain.updates",
+    "online.env_steps",
+    "device",
+    "threads",
+    "data",
+    "checkpoint",
+    "label",
+    "online.replay_storage",
+} | {
     f"{part}.{name}"
     for part in ("pretrain", "online")
     for name in ("log_every", "eval_every", "save_every", "eval_episodes", "eval_batches")
@@ -49,19 +62,64 @@ def _recipe(run: RunConfig) -> dict[str, Any]:
     return Recipe.from_json(run.recipe).to_json() if run.recipe else {}
 
 
+_MOST = {"percept_size": 4096, "redraw_rounds": 100}  # beyond, a recipe asks for more work than anybody can want
+
+
+def check_recipe(values: Any, where: Path | str) -> Recipe:
+    """The recipe out of a file of a run.
+
+    Raises ConfigError for unknown names, wrong types and ranges, and for options of a backend that choose whose code runs: a repository or
+    folder other than the pinned one counts only when `TRUSTED` names it, because a file may have come from somebody else.
+    """
+    plain = Recipe().to_json()
+    try:
+        if not isinstance(values, dict):
+            raise ConfigError("a recipe is a mapping of settings")
+        for key, value in values.items():
+            kinds = (int, float) if isinstance(plain.get(key), float) else (type(plain.get(key)),)
+            if key in plain and (type(value) not in kinds or not -(2.0**53) < (value if int in kinds else 0) < 2.0**53):
+                raise ConfigError(f"recipe setting {key}={value!r:.80} must be {kinds[-1].__name__}")
+            if key in _MOST and value > _MOST[key]:
+                raise ConfigError(f"recipe setting {key}={value} must be at most {_MOST[key]}")
+        recipe = Recipe.from_json(values)
+        for backend, options in recipe.backend_options.items():
+            if not isinstance(options, dict):
+                raise ConfigError(f"backend_options of {backend!r:.60} are a mapping of options")
+        _check_code(recipe)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {one_line(error)}") from error
+    return recipe
+
+
+def _check_code(recipe: Recipe) -> None:
+    asked = {**CODE, **recipe.backend_options.get("cotracker3", {})}
+    trusted = [name.strip() for name in os.environ.get(TRUSTED, "").split(",") if name.strip()]
+    repository = asked["repository"]
+    if any(asked[key] != value for key, value in CODE.items()) and repository not in trusted:
+        raise ConfigError(
+            f"its recipe runs the code of {repository!r:.120} (cotracker3); if you trust it, set {TRUSTED} to exactly this"
+        )
+
+
 class RunDir:
     """Creates a run directory, or reopens one of the same settings to continue it.
 
-    Raises ConfigError when the directory holds a run of other settings, CheckpointError when it holds something else.
+    Raises ConfigError when the directory holds a run of other settings, CheckpointError when it holds something else, or links that lead
+    out of it (files are written here by names that are known beforehand).
     """
 
     def __init__(self, path: Path, run: RunConfig) -> None:
         self.path = path
         config = to_dict(run)
+        if run.recipe:
+            check_recipe(run.recipe, path)
+        if path.exists() and not path.is_dir():
+            raise CheckpointError(f"{path}: is a file; choose another --run")
         if path.exists() and any(path.iterdir()):
             if not (path / "config.json").exists():
                 raise CheckpointError(f"{path}: not empty and not a run (no config.json); choose another --run")
-            self._compare(json.loads((path / "config.json").read_text()), run)
+            refuse_links(path, CheckpointError)
+            self._compare(read_json(path / "config.json", CheckpointError, "choose another --run"), run)
         (path / "media").mkdir(parents=True, exist_ok=True)
         (path / "checkpoints").mkdir(exist_ok=True)
         write_json(path / "config.json", config)
@@ -73,12 +131,15 @@ class RunDir:
     def _compare(self, old: Mapping[str, Any], run: RunConfig) -> None:
         """Raise ConfigError unless the settings are equal. One that an older version did not know counts as its default."""
         try:
-            before, now = ({**dict(leaves(x)), "recipe": _recipe(x)} for x in (from_dict(old), run))
+            kept = from_dict(old)
+            if kept.recipe:
+                check_recipe(kept.recipe, "config.json")
+            before, now = ({**dict(leaves(x)), "recipe": _recipe(x)} for x in (kept, run))
         except ConfigError as error:
             raise ConfigError(f"{self.path}: holds a run of other settings ({error}); choose another --run") from error
         before, now = (json.loads(json.dumps(values, default=str)) for values in (before, now))
         differ = [
-            f"{key} ({before.get(key)!r} there, {now.get(key)!r} now)"
+            f"{key} ({before.get(key)!r:.200} there, {now.get(key)!r:.200} now)"
             for key in sorted(set(before) | set(now))
             if before.get(key) != now.get(key) and key not in MAY_CHANGE
         ]

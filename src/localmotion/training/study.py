@@ -23,12 +23,14 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,10 +43,12 @@ from localmotion.config import Stage, compose
 from localmotion.console import say
 from localmotion.errors import ConfigError, LocalmotionError, unknown_name
 from localmotion.training.interrupt import StopRequest
+from localmotion.video.files import check_tree, one_line, read_bytes, read_json
 
 _STUDY = {"name", "preset", "settings", "tasks", "seeds", "pretrain", "variants"}
 _VARIANT = {"method", "preset", "settings", "checkpoint", "sweep", "tasks", "seeds"}
 _PRETRAIN = {"method", "preset", "settings", "seed"}
+MAX_STUDY, MAX_RUNS = 1 << 20, 10_000  # bytes (and values) of a study's file, and runs that it may describe
 PATIENCE = 120.0  # seconds that interrupted runs get to save
 
 
@@ -78,9 +82,10 @@ def load_study(path: Path) -> list[Job]:
     that would share a directory.
     """
     try:
-        study = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot be read as a study ({error})") from error
+        study = yaml.safe_load(read_bytes(path, MAX_STUDY))
+        check_tree(study, values=MAX_STUDY)  # aliases can make a few lines unfold into more than a machine holds
+    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: also a date such as 2026-13-45
+        raise ConfigError(f"{path}: cannot be read as a study ({one_line(error)}); see docs/studies.md") from error
     if not isinstance(study, dict):
         raise ConfigError(f"{path}: a study is a mapping with the keys {', '.join(sorted(_STUDY))}")
     _known(path, "study", study, _STUDY)
@@ -104,11 +109,16 @@ def load_study(path: Path) -> list[Job]:
             after = sources[checkpoint].name
         elif checkpoint:  # a run from elsewhere
             own.append(f"checkpoint={_resolved(path, checkpoint)}")
-        for label, extra in _swept(name, given.get("sweep") or {}):
-            for task, seed in itertools.product(_list(path, given, study, "tasks"), _list(path, given, study, "seeds")):
+        tasks, seeds, swept = _list(path, given, study, "tasks"), _list(path, given, study, "seeds"), _sweep(path, given)
+        if len(jobs) + len(tasks) * len(seeds) * math.prod(len(values) for _, values in swept) > MAX_RUNS:
+            raise ConfigError(f"{path}: more than {MAX_RUNS:,} runs; make it several studies")
+        for label, extra in _swept(name, swept):
+            for task, seed in itertools.product(tasks, seeds):
                 texts = [f"env={task}", f"seed={seed}", f"label={json.dumps(label)}", *own, *extra]
                 place = f"{slug(label)}-{slug(str(task))}-{seed}"
                 jobs.append(Job(place, stage, method, str(given.get("preset", preset)), tuple(texts), after))
+    if wrong := next((job for job in jobs if not _value(job, "seed").isdecimal()), None):
+        raise ConfigError(f"{path}: {wrong.name}: seeds are whole numbers from 0 on")
     jobs.sort(key=lambda job: int(_value(job, "seed")))  # stable: variants and tasks keep their order
     every = [*sources.values(), *jobs]
     for job in every:
@@ -116,8 +126,7 @@ def load_study(path: Path) -> list[Job]:
             compose(job.method, job.stage, preset=job.preset, env=_value(job, "env"), settings=list(job.settings))
         except ConfigError as error:
             raise ConfigError(f"{path}: {job.name}: {error}") from error
-    if len({job.name for job in every}) < len(every):
-        twice = next(a.name for a, b in itertools.combinations(every, 2) if a.name == b.name)
+    if twice := next((name for name, count in Counter(job.name for job in every).items() if count > 1), None):
         raise ConfigError(f"{path}: two runs would be called {twice!r}; give variants other names, and name seeds and tasks once")
     return every
 
@@ -172,8 +181,8 @@ def run_study(path: Path, out: Path, *, jobs: int = 0) -> None:
 def state(run: Path) -> str:
     """running, finished, interrupted or failed, as the run said last; "" if it has not begun."""
     try:
-        return str(json.loads((run / "status.json").read_text())["state"])
-    except (OSError, ValueError, KeyError):
+        return str(read_json(run / "status.json", LocalmotionError, "").get("state", ""))
+    except LocalmotionError:  # not there yet, or torn: the run begins, or goes on
         return ""
 
 
@@ -216,7 +225,7 @@ def _same_study(path: Path, out: Path, jobs: Sequence[Job]) -> None:
     kept = out / "study.json"
     now = {job.name: [job.stage, job.method, job.preset, *job.settings, job.after] for job in jobs}
     if kept.exists():
-        before = json.loads(kept.read_text())
+        before = read_json(kept, ConfigError, "choose another --out")
         if changed := [name for name in before if name in now and before[name] != now[name]]:
             raise ConfigError(
                 f"{out}: holds {changed[0]} with other settings than {path} says; choose another --out, or rename the variant"
@@ -261,15 +270,33 @@ def _pairs(path: Path, settings: Any) -> list[str]:
         if isinstance(value, dict) and name != "env_options":
             out += [f"{name}.{text}" for text in _pairs(path, value)]
         else:
-            out.append(f"{name}={json.dumps(value)}")
+            out.append(f"{name}={_json(path, value)}")
     return out
 
 
-def _swept(name: str, sweep: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
+def _json(path: Path, value: Any) -> str:
+    """A value of YAML as JSON. Raises ConfigError for what JSON has not: dates, sets, bytes."""
+    try:
+        return json.dumps(value)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{path}: {value!r:.60} is neither text nor a number, list or mapping; put quotes around it") from error
+
+
+def _sweep(path: Path, given: Mapping[str, Any]) -> list[tuple[str, list[Any]]]:
+    """Names and values of a variant's sweep."""
+    sweep = given.get("sweep") or {}
+    if not isinstance(sweep, dict):
+        raise ConfigError(f"{path}: sweep is a mapping of names to lists, e.g. sweep: {{keypoints: [8, 16]}}")
+    found = [(str(key), values if isinstance(values, list) else [values]) for key, values in sweep.items()]
+    for _, values in found:
+        _json(path, values)
+    return found
+
+
+def _swept(name: str, sweep: Sequence[tuple[str, list[Any]]]) -> list[tuple[str, list[str]]]:
     """Labels and settings of a variant's sweep: every combination of the values given."""
-    axes = [[(key, value) for value in (values if isinstance(values, list) else [values])] for key, values in sweep.items()]
     out = []
-    for combination in itertools.product(*axes):
+    for combination in itertools.product(*([(key, value) for value in values] for key, values in sweep)):
         label = ", ".join([name, *(f"{key} {value}" for key, value in combination)])
         out.append((label, [f"{key}={json.dumps(value)}" for key, value in combination]))
     return out

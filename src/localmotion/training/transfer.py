@@ -20,6 +20,8 @@ from localmotion.errors import CheckpointError, ConfigError, unknown_name
 from localmotion.methods.base import Method
 from localmotion.models.rssm import RSSM
 from localmotion.training import checkpoint
+from localmotion.training.rundir import check_recipe
+from localmotion.video.files import one_line
 
 
 @dataclass
@@ -42,9 +44,11 @@ def load_pretrained(method: Method, run: RunConfig) -> Transfer:
     """Load weights of ``run.checkpoint`` by name.
 
     Raises CheckpointError for a run of another method unless ``run.load`` names parts, for a run that is not a pre-training, for other
-    shapes, and for parts that it lacks; ConfigError for parts that the method does not transfer.
+    shapes, and for parts that it lacks; ConfigError for parts that the method does not transfer, and for a recipe that runs foreign code.
     """
     source = Path(run.checkpoint)
+    if run.recipe:  # which came from the checkpoint's clips
+        check_recipe(run.recipe, source)
     theirs = checkpoint.read_config(source)
     parts = _parts(method, run)
     foreign = theirs.method != run.method
@@ -103,7 +107,7 @@ def _without_actions(method: Method, chosen: dict[str, Tensor]) -> list[str]:
         if not isinstance(module, RSSM) or key not in chosen:
             continue
         mine, theirs = module.img_in.weight.detach(), chosen[key]
-        if len(theirs) == len(mine) and theirs.shape[1] >= module.flat:
+        if theirs.dim() == 2 and len(theirs) == len(mine) and theirs.shape[1] >= module.flat:
             chosen[key] = mine.clone()
             chosen[key][:, : module.flat] = theirs[:, : module.flat]
             found.append(key)
@@ -113,4 +117,4 @@ def _without_actions(method: Method, chosen: dict[str, Tensor]) -> list[str]:
 def _few(names: Iterable[str]) -> str:
     """The first three of some names."""
     names = sorted(names)
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return ", ".join(one_line(name, 120) for name in names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

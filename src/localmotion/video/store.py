@@ -25,6 +25,7 @@ import os
 import re
 import shutil
 import socket
+import stat
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
@@ -36,10 +37,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localmotion.errors import StoreError
+from localmotion.video.files import one_line, parse_json, read_bytes, read_json, refuse_links
 
 FORMAT, VERSION = "localmotion-clips", 1
 _MEND = "delete that shard folder and run the same extract again"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_LARGEST, _MAX_INDEX = 4096, 1 << 28  # side or number of tracks that a store may claim; bytes of a shard's index
 _OPEN_FILES = 512  # memory maps held at once by a reader: each keeps a file descriptor, of which 1024 is the usual limit
 
 
@@ -336,11 +339,11 @@ class ClipStore:
     def verify(self) -> None:
         """Read everything and compare with the stored SHA-256. Raises StoreError naming the first damaged shard."""
         for index in self._shard_indices:
-            shard = _read_shard(self.path, index, self.specs)
-            for name, have in shard["files"].items():
+            files = _read_shard(self.path, index, self.specs)["files"]
+            for name in (spec.file for spec in self.specs.values()):  # never a name out of the file
                 with (self.path / "shards" / f"{index:05d}" / name).open("rb") as file:
                     digest = hashlib.file_digest(file, "sha256").hexdigest()
-                if digest != have["sha256"]:
+                if digest != files[name].get("sha256"):
                     raise StoreError(f"{self.path}: shard {index:05d} is damaged ({name} has changed); {_MEND}")
 
     def _map(self, shard: int, name: str) -> NDArray[Any]:
@@ -377,29 +380,26 @@ def _dump(value: Any, indent: int | None = None) -> str:
 
 def _read_header(path: Path) -> dict[str, Any]:
     file = path / "store.json"
-    try:
-        header = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise StoreError(f"{path}: no clip store there (no store.json); run extract first") from error
-    except (OSError, ValueError) as error:
-        raise StoreError(f"{file}: cannot be read ({error}); extract into a new folder") from error
-    if not isinstance(header, dict) or header.get("format") != FORMAT:
+    if not file.exists():
+        raise StoreError(f"{path}: no clip store there (no store.json); run extract first")
+    refuse_links(path, StoreError)
+    header = read_json(file, StoreError, "extract into a new folder")
+    if header.get("format") != FORMAT:
         raise StoreError(f"{file}: is not a clip store of localmotion")
     if header.get("version") != VERSION:
-        raise StoreError(f"{file}: is of version {header.get('version')}, this program reads {VERSION}; extract it again")
+        raise StoreError(f"{file}: is of version {header.get('version')!r:.40}, this program reads {VERSION}; extract it again")
     want = {"size": int, "tracks": int, "shard_clips": int, "recipe": dict, "recipe_hash": str}
     bad = [key for key, kind in want.items() if type(header.get(key)) is not kind]
-    if bad or min(header["size"], header["tracks"]) < 1:
-        raise StoreError(f"{file}: is damaged ({', '.join(bad) or 'size or tracks'}); extract into a new folder")
-    if header.get("arrays") != _arrays_json(header["size"], header["tracks"]):
-        raise StoreError(f"{file}: is damaged (arrays do not fit size and tracks); extract into a new folder")
+    fits = not bad and all(1 <= header[key] <= _LARGEST for key in ("size", "tracks"))
+    if not fits or header.get("arrays") != _arrays_json(header["size"], header["tracks"]):
+        raise StoreError(f"{file}: is damaged ({', '.join(bad) or 'size, tracks or arrays'}); extract into a new folder")
     return header
 
 
 def _shard_indices(path: Path) -> list[int]:
     try:
-        return sorted(int(name) for name in os.listdir(path / "shards") if re.fullmatch(r"\d{5,}", name))
-    except FileNotFoundError:
+        return sorted(int(name) for name in os.listdir(path / "shards") if re.fullmatch(r"[0-9]{5,9}", name))
+    except (FileNotFoundError, NotADirectoryError):
         return []
 
 
@@ -407,33 +407,33 @@ def _read_shard(path: Path, index: int, specs: dict[str, ArraySpec]) -> dict[str
     """A shard's index, checked against the sizes of its files."""
     folder = path / "shards" / f"{index:05d}"
     try:
-        shard = json.loads((folder / "shard.json").read_text(encoding="utf-8"))
+        shard = parse_json(read_bytes(folder / "shard.json", _MAX_INDEX))
         total = 0
         for entry in shard["clips"]:
             if type(entry["frames"]) is not int or entry["frames"] < 1 or entry["offset"] != total:
                 raise ValueError(f"offsets do not add up at clip {entry['id']!r}")
             check_id(entry["id"])
-            if not isinstance(entry["info"], dict) or not isinstance(entry["source"], dict):
-                raise ValueError(f"entry of clip {entry['id']!r} lacks info or source")
-            entry["label"] = entry.get("label")
+            label = entry.setdefault("label")
+            if type(entry["info"]) is not dict or type(entry["source"]) is not dict or not isinstance(label, int | str | None):
+                raise ValueError(f"entry of clip {entry['id']!r} lacks info or source, or its label is neither number nor text")
             total += entry["frames"]
         for spec in specs.values():
-            have, want = (folder / spec.file).stat().st_size, total * spec.frame_bytes
-            if have != want or shard["files"][spec.file]["bytes"] != want:
-                raise ValueError(f"{spec.file} has {have} bytes, not {want}")
+            status, want = (folder / spec.file).stat(), total * spec.frame_bytes
+            if not stat.S_ISREG(status.st_mode) or status.st_size != want or shard["files"][spec.file]["bytes"] != want:
+                raise ValueError(f"{spec.file} has {status.st_size} bytes, not {want}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, StoreError) as error:
-        raise StoreError(f"{path}: shard {index:05d} is damaged ({error}); {_MEND}") from error
+        raise StoreError(f"{path}: shard {index:05d} is damaged ({one_line(error)}); {_MEND}") from error
     return dict(shard)
 
 
 def _read_rejected(path: Path, index: int) -> list[dict[str, Any]]:
     try:
-        lines = (path / "shards" / f"{index:05d}" / "rejected.jsonl").read_text(encoding="utf-8").splitlines()
-        entries = [json.loads(line) for line in lines]
+        lines = read_bytes(path / "shards" / f"{index:05d}" / "rejected.jsonl", _MAX_INDEX).decode().splitlines()
+        entries = [parse_json(line) for line in lines]
         for entry in entries:
             check_id(entry["id"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, StoreError) as error:
-        raise StoreError(f"{path}: shard {index:05d} is damaged (rejected.jsonl: {error}); {_MEND}") from error
+        raise StoreError(f"{path}: shard {index:05d} is damaged (rejected.jsonl: {one_line(error)}); {_MEND}") from error
     return entries
 
 

@@ -1,0 +1,119 @@
+"""Reading small files that may come from somebody else: text and JSON that are bounded, plain, and inside their folder.
+
+Everything that a run directory or a clip store says about itself goes through here. A file that is too large, that is no regular file (a
+pipe would make the reader wait for ever), that is no JSON object, or that is nested deeper than any of ours is refused with one line.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from localmotion.errors import LocalmotionError
+
+MAX_TEXT = 16 << 20
+"""Largest text or JSON file that is read, bytes. A shard's index of 64 clips has 0.1 MB, a state of 20,000 episodes 0.2 MB."""
+MAX_DEPTH = 32
+"""Deepest nesting of a JSON or YAML value; ours have six."""
+MAX_VALUES = 4_000_000
+"""Most values in one JSON or YAML value, each alias of YAML counted as often as it stands there."""
+
+
+def one_line(error: object, limit: int = 300) -> str:
+    """Text of an error (or of a value out of a file) on one line of at most ``limit`` characters, without control characters."""
+    text = " ".join("".join(c if c.isprintable() else " " for c in str(error)).split())
+    if not text and isinstance(error, BaseException):
+        text = type(error).__name__
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"
+
+
+def check_tree(value: Any, depth: int = MAX_DEPTH, values: int = MAX_VALUES) -> None:
+    """Raise ValueError for a value of dicts and lists that is nested too deep (or in itself) or holds too many values.
+
+    What walks such a value afterwards (comparing, flattening, writing it as JSON) then ends, and stays within Python's stack.
+    """
+    level, count = [value], 0
+    for _ in range(depth + 1):
+        inner: list[Any] = []
+        for item in level:
+            if isinstance(item, (dict, list, tuple)):
+                inner.extend(item.values() if isinstance(item, dict) else item)
+                count += len(item)
+                if count > values:
+                    raise ValueError(f"holds more than {values:,} values")
+        if not inner:
+            return
+        level = inner
+    raise ValueError(f"is nested deeper than {depth} levels")
+
+
+def read_bytes(path: Path, limit: int) -> bytes:
+    """Content of a regular file of at most ``limit`` bytes. Raises OSError (also for a pipe or device) or ValueError."""
+    # Without waiting: opening a pipe for reading blocks until somebody writes.
+    with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)), "rb") as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("is not a regular file")
+        if status.st_size > limit:
+            raise ValueError(
+                f"has {status.st_size / 2**20:.1f} MB, more than the {limit / 2**20:.0f} MB that are read of such a file"
+            )
+        return file.read(limit + 1)[:limit]
+
+
+def parse_json(text: str | bytes) -> Any:
+    """A JSON value. Raises ValueError for anything that is not one, or that is nested too deep."""
+    try:
+        value = json.loads(text)
+    except RecursionError as error:
+        raise ValueError(f"is nested deeper than {MAX_DEPTH} levels") from error
+    check_tree(value)
+    return value
+
+
+def read_json(path: Path, error: type[LocalmotionError], mend: str, *, limit: int = MAX_TEXT) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises ``error`` with one line (file, cause, ``mend``) for a file that is missing, unreadable, not regular, larger than ``limit``
+    bytes, no JSON, no object, or nested deeper than `MAX_DEPTH`.
+    """
+    try:
+        value = parse_json(read_bytes(path, limit))
+        if not isinstance(value, dict):
+            raise ValueError(f"holds a {type(value).__name__}, not an object")
+    except (OSError, ValueError) as cause:
+        raise error(f"{path}: cannot be read ({one_line(cause)}); {mend}") from cause
+    return value
+
+
+def links_out_of(root: Path) -> Iterator[Path]:
+    """Symbolic links below ``root`` (which may be one itself) that lead out of it, without following any."""
+    real = os.path.realpath(root)
+    folders = [os.fspath(root)]
+    while folders:
+        try:
+            with os.scandir(folders.pop()) as listing:
+                entries = list(listing)
+        except OSError:  # no such folder, or not to be listed: whoever reads in it meets the same error and tells it
+            continue
+        for entry in entries:
+            if entry.is_symlink():
+                target = os.path.realpath(entry.path)
+                if target != real and not target.startswith(real + os.sep):
+                    yield Path(entry.path)
+            elif entry.is_dir():
+                folders.append(entry.path)
+
+
+def refuse_links(root: Path, error: type[LocalmotionError], *, folders: bool = True) -> None:
+    """Raise ``error`` for a symbolic link below ``root`` that leads out of it; without ``folders`` links to folders are let be.
+
+    A folder from somebody else must not make us show one of the user's files, or write into one, under a name of its own.
+    """
+    for path in links_out_of(root):
+        if folders or not path.is_dir():
+            raise error(f"{path}: is a link to a place outside of {root}; put the file itself there")
