@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RUN_DIR ?= demo_run
 export MUJOCO_GL ?= egl
 
-.PHONY: setup demo test lint types unit test-slow bench clean
+.PHONY: setup demo test lint types unit test-slow bench fuzz clean
 
 setup: $(VENV)/.ready
 
@@ -39,5 +39,10 @@ test-slow: setup
 bench: setup
 	$(BIN)/python -m benchmarks
 
+# 10,000 hostile videos through scan and extract. FUZZ="--files 500" for fewer; VIDEOS=FOLDER to make them of real clips.
+FUZZ_DIR ?= runs/fuzz
+fuzz: setup
+	$(BIN)/python -m soak.fuzz_video --out $(FUZZ_DIR) $(if $(VIDEOS),--videos "$(VIDEOS)") $(FUZZ)
+
 clean:
-	rm -rf $(VENV) $(RUN_DIR)
+	rm -rf $(VENV) $(RUN_DIR) $(FUZZ_DIR)

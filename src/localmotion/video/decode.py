@@ -155,14 +155,17 @@ def _open(path: Path) -> Iterator[tuple[Any, Any]]:
         raise VideoError(path, "unreadable", "is not a regular file")
     if status.st_size == 0:
         raise VideoError(path, "unreadable", "is empty (0 bytes); copy it again")
-    limits = {"max_pixels": str(MAX_PIXELS)}
+    limits = {"max_pixels": str(2 * MAX_PIXELS)}  # twice, as decoders count their margins too
     options = {"protocol_whitelist": "file", "format_whitelist": _FORMATS, **limits}
     try:
         # An absolute path cannot be taken for a URL. Metadata in an odd encoding is no reason to refuse a video.
-        container = av.open(str(path.absolute()), options=options, metadata_errors="replace")
+        with _listening("matroska,webm") as complaints:  # opening reads ahead
+            container = av.open(str(path.absolute()), options=options, metadata_errors="replace")
     except (av.error.FFmpegError, OSError, ValueError) as error:
         raise _fault(path, "unreadable", f"is not a readable video ({_words(error)}); copy or encode it again", error) from error
     with container:
+        if complaints:
+            raise VideoError(path, "truncated", f"is damaged ({complaints[0]})")
         # Cover art of a sound file is a picture stream of one frame.
         streams = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
         if not streams and container.streams.audio:
@@ -185,26 +188,57 @@ def _packets(path: Path, container: Any, stream: Any) -> Iterator[Any]:
     breaks."""
     count = 0
     demuxer = container.demux(stream)
+    names = [name for name in ("matroska,webm",) if name == container.format.name]
     while True:
         try:
-            packet = next(demuxer)
+            with _listening(*names) as complaints:
+                packet = next(demuxer)
         except StopIteration:
             return
         except (av.error.FFmpegError, OSError) as error:
             raise _fault(path, "truncated", f"data break off behind {count} packets ({_words(error)})", error) from error
+        if complaints:
+            raise VideoError(path, "truncated", f"is damaged behind {count} packets ({complaints[0]})")
         count += 1
         yield packet
 
 
 def _decode_packet(path: Path, packet: Any, done: int) -> list[Any]:
     try:
-        frames = packet.decode()
+        with _listening("ffv1" if packet.stream.codec_context.name == "ffv1" else "") as complaints:
+            frames = packet.decode()
     except av.error.EOFError:
         return []
     except (av.error.FFmpegError, OSError, ValueError) as error:
         reason = "truncated" if done else "unreadable"
         raise _fault(path, reason, f"cannot be decoded behind frame {done} ({_words(error)})", error) from error
+    if complaints:
+        raise VideoError(path, "truncated", f"frame {done} is damaged ({complaints[0]})")
     return list(frames)
+
+
+@contextmanager
+def _listening(*names: str) -> Iterator[list[str]]:
+    """What these parts of libav log as errors meanwhile: those that tell damage to the log alone, and go on as if nothing were.
+
+    The Matroska demuxer looks for the next place that makes sense, and the frames between are gone. FFV1 finds damage by its
+    checksums, leaves what lay in the buffer in its place, and hands the frame out as good. Others log errors over pictures that are
+    fine, so theirs do not count.
+    """
+    told: list[str] = []
+    if not any(names):
+        yield told
+        return
+    before = av.logging.get_level()
+    av.logging.set_level(av.logging.ERROR)
+    try:
+        with av.logging.Capture() as lines:
+            try:
+                yield told
+            finally:
+                told += [" ".join(text.split()) for _, name, text in lines if name in names]
+    finally:
+        av.logging.set_level(before)
 
 
 def _file_frames(ref: VideoRef, size: int | None, stride: int, start: int, max_frames: int | None) -> Iterator[NDArray[np.uint8]]:
@@ -219,8 +253,8 @@ def _file_frames(ref: VideoRef, size: int | None, stride: int, start: int, max_f
             for frame in _decode_packet(ref.path, packet, done):
                 if frame.is_corrupt:
                     raise VideoError(ref.path, "truncated", f"frame {done} is damaged")
+                _check_size(ref, frame.width, frame.height)
                 if done == 0:
-                    _check_size(ref, frame.width, frame.height)
                     turns, mirrored = _turns(ref.path, frame)
                     shape = shape if size else (frame.width, frame.height)
                 if done >= start and (done - start) % stride == 0:
@@ -285,9 +319,20 @@ def _check_complete(path: Path, container: Any, stream: Any, packets: int) -> No
                 raise VideoError(path, "truncated", f"ends without its closing byte behind frame {packets}")
             return
         head = file.read(4096)
+        if stream.codec_context.name != "rawvideo":  # of which black is all zeros
+            file_end = _tail(path, size)
+            if not any(file_end):
+                detail = f"ends in {len(file_end)} or more zero bytes, as a copy does that was not finished"
+                raise VideoError(path, "truncated", f"{detail}, behind {packets} frames")
     promised = _riff_end(head) if head[:4] == b"RIFF" else _matroska_end(head)
     if promised is not None and size < promised:
         raise VideoError(path, "truncated", f"has {size} of {promised} bytes, data end behind {packets} frames")
+
+
+def _tail(path: Path, size: int) -> bytes:
+    with path.open("rb") as file:
+        file.seek(max(0, size - 1024))
+        return file.read()
 
 
 def _riff_end(head: bytes) -> int | None:
@@ -351,9 +396,8 @@ def _read_image(file: Path, number: int, ref: VideoRef) -> NDArray[np.uint8]:
     try:
         data = _read_regular(file)
     except OSError as error:
-        raise VideoError(ref.path, reason, f"cannot read {name}: {error.strerror}") from error
-    if len(data) > MAX_PICTURE_BYTES:
-        raise VideoError(ref.path, "too_large", f"{name} has more than {MAX_PICTURE_BYTES} bytes")
+        wrong = "too_large" if error.errno == errno.EFBIG else reason
+        raise VideoError(ref.path, wrong, f"cannot read {name}: {error.strerror}") from error
     size = _png_size(data) if data[:8] == _PNG else _jpeg_size(data)
     image = None
     if size is not None:
@@ -369,13 +413,15 @@ def _read_image(file: Path, number: int, ref: VideoRef) -> NDArray[np.uint8]:
 
 
 def _read_regular(file: Path) -> bytes:
-    """Content of a regular file, at most one byte more than `MAX_PICTURE_BYTES`. Opening a pipe would wait for its writer,
-    and devices never end: both are refused."""
+    """Content of a regular file. Opening a pipe would wait for its writer, and devices never end: both are refused."""
     handle = os.open(file, os.O_RDONLY | os.O_NONBLOCK)
     with open(handle, "rb") as stream:
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "is not a regular file")
-        return stream.read(MAX_PICTURE_BYTES + 1)
+        if status.st_size > MAX_PICTURE_BYTES:
+            raise OSError(errno.EFBIG, f"has {status.st_size} bytes, more than {MAX_PICTURE_BYTES}")
+        return stream.read(status.st_size)
 
 
 _PNG = b"\x89PNG\r\n\x1a\n"

@@ -131,13 +131,13 @@ def _visit(
     """Collect the videos of a folder and those below it into `found`; True when there are any."""
     try:
         status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in seen:
-            return False
-        seen.add((status.st_dev, status.st_ino))
-        if depth > MAX_DEPTH:
-            raise OSError(0, f"nested deeper than {MAX_DEPTH} folders")
         if any(place in (real := folder.resolve()).parents or place == real for place in _PSEUDO):
             raise OSError(0, "is not of a disk but of the system's own files")
+        if (status.st_dev, status.st_ino) in seen:
+            return False
+        if depth > MAX_DEPTH:
+            raise OSError(0, f"nested deeper than {MAX_DEPTH} folders")
+        seen.add((status.st_dev, status.st_ino))
         with os.scandir(folder) as listing:
             entries = sorted(listing, key=lambda entry: entry.name)
     except OSError as error:

@@ -256,7 +256,7 @@ def _mark_duplicates(reports: list[VideoReport]) -> Iterator[VideoReport]:
     for report in reports:
         original = first.setdefault(report.content, report.id) if report.usable and report.content else report.id
         if original != report.id:
-            report = replace(report, usable=False, reason="duplicate", detail=f"shows the same frames as {original}")
+            report = replace(report, usable=False, reason="duplicate", detail=f"shows the same frames as {shown(original)}")
         yield report
 
 

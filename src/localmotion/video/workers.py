@@ -108,7 +108,7 @@ def map_isolated(
     try:
         while open_tasks:
             pipes: dict[Any, _Worker[Item]] = {worker.pipe: worker for worker in pool}
-            for pipe in wait(list(pipes), timeout=1.0):
+            for pipe in wait(list(pipes), timeout=min(1.0, timeout / 4)):
                 worker = pipes[pipe]
                 task = worker.task
                 try:

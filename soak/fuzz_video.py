@@ -1,0 +1,225 @@
+"""Thousands of hostile videos through `scan` and `extract`: nothing a folder may hold crashes, hangs or silently changes a run.
+
+    python -m soak.fuzz_video --files 10000 --out DIR --seed 0 [--videos FOLDER] [--workers 2]
+
+The corpus is made in parts, each in a process of its own that decodes with one worker, so that times and memory can be told of each
+file; a part's files are removed when it is done. Prints a table by family, writes DIR/fuzz_video.json, and leaves with exit code 1 when
+a promise is broken (`soak.part.PROMISES`). The same seed and sources make the same files, to the byte.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import av
+import cv2
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+import localmotion
+from localmotion.errors import LocalmotionError
+from soak.part import PROMISES, RECIPE, Limits, run_part, scratch
+from soak.sources import Source, make_sources
+
+SHOWN = 20  # broken cases of one promise that the summary names
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; the exit code."""
+    args = _parser().parse_args(argv)
+    if args.part is not None:
+        return _one_part(args)
+    began = time.monotonic()
+    args.out.mkdir(parents=True, exist_ok=True)
+    try:
+        sources = make_sources(args.out / "sources", args.seed, RECIPE.size, args.videos)
+    except LocalmotionError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    (args.out / "sources.json").write_text(json.dumps([{**asdict(s), "path": str(s.path)} for s in sources], indent=1))
+    count = -(-args.files // args.part_files)
+    parts = _run_parts(args, list(range(count)))
+    summary = summarise(parts, asdict(Limits(seconds=args.timeout)))
+    summary = {
+        "command": f"python -m soak.fuzz_video --files {args.files} --seed {args.seed}"
+        + (" --videos FOLDER" if args.videos else ""),
+        "seed": args.seed,
+        "sources": len(sources),
+        "seconds": round(time.monotonic() - began),
+        "versions": versions(),
+        **summary,
+    }
+    (args.out / "fuzz_video.json").write_text(json.dumps(summary, indent=1) + "\n")
+    show(summary)
+    return 0 if summary["kept"] else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m soak.fuzz_video", description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--files", type=int, default=10_000, help="files of the corpus (default 10000)")
+    parser.add_argument("--out", type=Path, required=True, help="folder for sources, parts and the result; some 100 MB at a time")
+    parser.add_argument("--seed", type=int, default=0, help="decides every file (default 0)")
+    parser.add_argument(
+        "--videos", type=Path, help="any folder of clips of 24 frames or more to make sources of; default: rendered ones"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=1, help="parts at work at a time, each with one decoding worker (default 1)"
+    )
+    parser.add_argument("--part-files", type=int, default=250, help="files of one part (default 250)")
+    parser.add_argument("--timeout", type=float, default=Limits.seconds, help="seconds one file may take (default 60)")
+    parser.add_argument("--family", help="make files of this family only")
+    parser.add_argument("--part", type=int, help=argparse.SUPPRESS)
+    return parser
+
+
+def _one_part(args: argparse.Namespace) -> int:
+    """Body of a part's process: DIR/part_00000.json holds what it found, DIR/part_00000.beat is touched after each file."""
+    cv2.setNumThreads(1)
+    sources = [Source(**{**entry, "path": Path(entry["path"])}) for entry in json.loads((args.out / "sources.json").read_text())]
+    stem = args.out / f"part_{args.part:05d}"
+    plan = [
+        (number, args.family) for number in range(args.part * args.part_files, min(args.files, (args.part + 1) * args.part_files))
+    ]
+    limits = Limits(seconds=args.timeout)
+    with scratch(stem) as folder:
+        beat = stem.with_suffix(".beat")
+        found = run_part(plan, args.seed, sources, folder, limits, both=args.part == 0, beat=beat.touch)
+        (folder / "manifest.jsonl").replace(args.out / f"manifest_{args.part:05d}.jsonl")
+    partial = stem.with_suffix(".partial")
+    partial.write_text(json.dumps(found.to_json()))
+    partial.replace(stem.with_suffix(".json"))
+    return 0
+
+
+def _run_parts(args: argparse.Namespace, left: list[int]) -> list[dict[str, Any]]:
+    """Run parts as processes, `--workers` at a time. One that dies or stands still breaks the last promise."""
+    running: dict[int, tuple[subprocess.Popen[bytes], float]] = {}
+    results: dict[int, dict[str, Any]] = {}
+    total = len(left)
+    options = [
+        "--files",
+        args.files,
+        "--out",
+        args.out,
+        "--seed",
+        args.seed,
+        "--part-files",
+        args.part_files,
+        "--timeout",
+        args.timeout,
+    ]
+    options += ["--family", args.family] if args.family else []
+    while left or running:
+        while left and len(running) < args.workers:
+            number = left.pop(0)
+            command = [sys.executable, "-m", "soak.fuzz_video", "--part", str(number), *map(str, options)]
+            log = (args.out / f"part_{number:05d}.log").open("wb")
+            running[number] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT), time.time()
+            log.close()
+        time.sleep(0.2)
+        for number, (process, since) in list(running.items()):
+            stem = args.out / f"part_{number:05d}"
+            beat = stem.with_suffix(".beat")
+            last = max(since, beat.stat().st_mtime if beat.exists() else since)
+            stuck = time.time() - last > 5 * args.timeout + 120
+            if process.poll() is None and not stuck:
+                continue
+            if stuck:
+                process.kill()
+            code = process.wait()
+            del running[number]
+            file = stem.with_suffix(".json")
+            told = f"part {number} {'stood still' if stuck else f'ended with exit code {code}'}; see {stem.name}.log"
+            results[number] = json.loads(file.read_text()) if code == 0 and file.exists() else {"died": told}
+            state = results[number].get("died") or f"{sum(map(len, results[number]['broken'].values()))} broken"
+            print(f"part {len(results)}/{total}: {state}", flush=True)
+    return [results[number] for number in sorted(results)]
+
+
+def summarise(parts: list[dict[str, Any]], limits: dict[str, Any]) -> dict[str, Any]:
+    """The table by family and the promises, of all parts together (each as `Findings.to_json`, or {"died": why})."""
+    families: dict[str, dict[str, Any]] = {}
+    checked: Counter[str] = Counter()
+    differences: Counter[str] = Counter()
+    broken: dict[str, list[str]] = {name: [] for name in PROMISES}
+    for part in parts:
+        checked[PROMISES[-1]] += 1
+        if "died" in part:
+            broken[PROMISES[-1]].append(part["died"])
+            continue
+        checked.update(part["checked"])
+        differences.update(part["differences"])
+        for name, cases in part["broken"].items():
+            broken[name] += cases
+        for entry in part["entries"]:
+            row = families.setdefault(
+                entry["family"], {"files": 0, "accepted": 0, "rejected": Counter(), "seconds": 0.0, "memory_mib": 0}
+            )
+            row["files"] += 1
+            if entry["extracted"] == "":
+                row["accepted"] += 1
+            else:
+                row["rejected"][entry["extracted"] or "not listed"] += 1
+            row["seconds"] = round(max(row["seconds"], entry["seconds"]), 2)
+            row["memory_mib"] = max(row["memory_mib"], entry["memory"] // 2**20)
+    for row in families.values():
+        row["rejected"] = dict(row["rejected"].most_common())
+    return {
+        "kept": not any(broken.values()),
+        "files": sum(row["files"] for row in families.values()),
+        "limits": limits,
+        "families": dict(sorted(families.items())),
+        "promises": {
+            name: {"checked": checked[name], "broken": len(broken[name]), "cases": broken[name][:SHOWN]} for name in PROMISES
+        },
+        "differences_that_are_right": dict(differences.most_common()),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of what decodes."""
+    libraries = {name: ".".join(map(str, version)) for name, version in av.library_versions.items() if name in _LIBRARIES}
+    return {
+        "localmotion": localmotion.__version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}, {os.cpu_count()} cores",
+        "av": av.__version__,
+        **libraries,
+        "opencv": cv2.__version__,
+        "numpy": np.__version__,
+    }
+
+
+_LIBRARIES = ("libavcodec", "libavformat", "libswscale")
+
+
+def show(summary: dict[str, Any]) -> None:
+    """Print the table by family, then the promises."""
+    console = Console(width=190, highlight=False)
+    table = Table("family", "files", "accepted", "rejected", "slowest, s", "highest memory, MiB")
+    for family, row in summary["families"].items():
+        rejected = ", ".join(f"{reason} {number}" for reason, number in row["rejected"].items())
+        table.add_row(family, *map(str, (row["files"], row["accepted"], rejected, row["seconds"], row["memory_mib"])))
+    console.print(table, markup=False)
+    for promise, result in summary["promises"].items():
+        console.print(f"{'BROKEN' if result['broken'] else 'kept  '}  {promise} ({result['checked']} checks)", markup=False)
+        for case in result["cases"]:
+            console.print(f"        {case}", markup=False, soft_wrap=True)
+    for why, number in summary["differences_that_are_right"].items():
+        console.print(f"differ  {number}: {why}", markup=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
