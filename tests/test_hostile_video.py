@@ -298,6 +298,33 @@ def test_damage_that_ffv1_tells_its_log_alone_is_noticed(tmp_path: Path) -> None
     assert len(decode(video_ref(path), 32, max_frames=2)) == 2
 
 
+def test_what_a_demuxer_says_of_one_file_is_not_held_against_the_next(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """libav keeps a message that repeats and gives it out with the next: that one is of another file."""
+    noise = np.random.default_rng(0).integers(0, 255, (30, 48, 64, 3), np.uint8)
+    whole = encode(tmp_path / "whole.mkv", noise)
+    data = bytearray(whole.read_bytes())
+    for part in range(4, 9):  # several holes: the same complaint, more than once
+        at = len(data) * part // 10
+        data[at : at + 3000] = bytes(3000)
+    (tmp_path / "holes.mkv").write_bytes(data)
+    (tmp_path / "tail.mkv").write_bytes(whole.read_bytes()[:-5000] + bytes(5000))
+    want = decode(video_ref(whole), 32)
+    for name in ("holes.mkv", "tail.mkv"):
+        for _ in range(3):
+            assert reason_of(tmp_path / name).reason == "truncated"
+            np.testing.assert_array_equal(decode(video_ref(whole), 32), want)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_copy_that_ends_in_zeros_is_not_taken_for_a_shorter_video(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (30, 48, 64, 3), np.uint8)
+    for name in ("a.mkv", "a.avi", "a.webm", "a.gif", "a.mp4"):
+        data = encode(tmp_path / name, noise).read_bytes()
+        for share in (3, 5, 8):
+            (tmp_path / name).write_bytes(data[: len(data) * share // 10] + bytes(len(data) - len(data) * share // 10))
+            assert reason_of(tmp_path / name).reason in ("truncated", "unreadable"), (name, share)
+
+
 # -------------------------------------------------------------------------------------------------- names, links, nodes
 
 

@@ -229,8 +229,9 @@ def _listening(*names: str) -> Iterator[list[str]]:
     if not any(names):
         yield told
         return
-    before = av.logging.get_level()
+    level, skip = av.logging.get_level(), av.logging.get_skip_repeated()
     av.logging.set_level(av.logging.ERROR)
+    av.logging.set_skip_repeated(False)  # else what one file said twice comes out when the next one says something
     try:
         with av.logging.Capture() as lines:
             try:
@@ -238,7 +239,8 @@ def _listening(*names: str) -> Iterator[list[str]]:
             finally:
                 told += [" ".join(text.split()) for _, name, text in lines if name in names]
     finally:
-        av.logging.set_level(before)
+        av.logging.set_level(level)
+        av.logging.set_skip_repeated(skip)
 
 
 def _file_frames(ref: VideoRef, size: int | None, stride: int, start: int, max_frames: int | None) -> Iterator[NDArray[np.uint8]]:
