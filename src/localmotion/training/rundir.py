@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from localmotion.config import RunConfig, from_dict, leaves, to_dict
-from localmotion.errors import CheckpointError, ConfigError
-from localmotion.perception.base import Recipe
+from localmotion.errors import CheckpointError, ConfigError, unknown_name
+from localmotion.perception.base import KINDS, Recipe, backends
 from localmotion.perception.cotracker import CODE
 from localmotion.video.files import one_line, read_json, refuse_links
 
@@ -82,6 +82,9 @@ def check_recipe(values: Any, where: Path | str) -> Recipe:
             if key in _MOST and value > _MOST[key]:
                 raise ConfigError(f"recipe setting {key}={value} must be at most {_MOST[key]}")
         recipe = Recipe.from_json(values)
+        for kind in KINDS:
+            if (name := getattr(recipe, kind)) not in backends(kind):
+                raise unknown_name(f"{kind} backend", name[:80], backends(kind))
         for backend, options in recipe.backend_options.items():
             if not isinstance(options, dict):
                 raise ConfigError(f"backend_options of {backend!r:.60} are a mapping of options")
