@@ -68,14 +68,14 @@ def time_parts(updater: Updater, batch: dict[str, torch.Tensor], stage: str) -> 
     forward = time.perf_counter()
     loss.backward()  # type: ignore[union-attr]
     backward = time.perf_counter()
-    updater._step([group.name for group in updater.groups if group.name not in ("actor", "critic")])
+    updater.step([group.name for group in updater.groups if group.name not in ("actor", "critic")])
     optimiser = time.perf_counter()
     if stage != "pretrain":
         with compute.autocast():
             behaviour, _ = method.behaviour_losses(start)
         parameters = [p for g in updater.groups if g.name in ("actor", "critic") for p in g.parameters]
         torch.autograd.backward([behaviour["actor"], behaviour["critic"]], inputs=parameters)
-        updater._step(["actor", "critic"])
+        updater.step(["actor", "critic"])
     end = time.perf_counter()
     return {
         "forward": forward - began,

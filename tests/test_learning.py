@@ -78,6 +78,6 @@ def test_world_model_learns_a_batch(name: str) -> None:
     for _ in range(250):
         losses, _, _ = model.world_model_losses(batch)
         total(losses, updater.scales).backward()
-        updater._step(world)
+        updater.step(world)
     assert losses["image"] < 0.3 * variance["image"]
     assert losses["reward"] < 0.3 * variance["reward"]

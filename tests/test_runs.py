@@ -251,7 +251,7 @@ def test_pretraining_rate_falls_at_the_end_only() -> None:
     found = []
     for update in range(8):
         updater.update = update
-        updater._step(["model"])
+        updater.step(["model"])
         found.append(updater.optimisers["model"].param_groups[0]["lr"])
     assert found == pytest.approx([0.1] * 5 + [0.075, 0.05, 0.025])
 

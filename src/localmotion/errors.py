@@ -35,6 +35,10 @@ class EnvError(LocalmotionError):
     """An environment that cannot be made, rendered or stepped."""
 
 
+class SimulationError(EnvError):
+    """The simulator or its renderer failed while it ran, or its reward is not a number; a fresh environment may go on."""
+
+
 class MissingExtraError(LocalmotionError):
     """An optional package is not installed; the message gives the command that installs it."""
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from localmotion.compute import Compute
 from localmotion.config import RunConfig
+from localmotion.errors import LocalmotionError, SimulationError
 from localmotion.methods.base import Method
 from localmotion.perception.base import Recipe
 
@@ -77,10 +78,8 @@ class Observer:
         return spec
 
     def reset(self, seed: int) -> dict[str, Any]:
-        """Start an episode: record 0, with a zero action and no motion."""
-        began = time.perf_counter()
-        obs, _ = self.env.reset(seed=seed)
-        self.seconds["env"] += time.perf_counter() - began
+        """Start an episode: record 0, with a zero action and no motion. Raises SimulationError as `step`."""
+        obs, _ = self._ask(lambda: self.env.reset(seed=seed))
         if self.recipe:
             from localmotion.perception.stream import StreamingExtractor
 
@@ -89,11 +88,30 @@ class Observer:
         return self._record(obs, zeros, 0.0, False, first=True)
 
     def step(self, action: NDArray[np.float32]) -> tuple[dict[str, Any], bool, dict[str, Any]]:
-        """One agent step: the record, whether the episode is over, and the environment's info."""
-        began = time.perf_counter()
-        obs, reward, terminated, truncated, info = self.env.step(action)
-        self.seconds["env"] += time.perf_counter() - began
+        """One agent step: the record, whether the episode is over, and the environment's info.
+
+        Raises SimulationError when the simulator fails or gives a reward that is not finite.
+        """
+        obs, reward, terminated, truncated, info = self._ask(lambda: self.env.step(action))
+        if not np.isfinite(reward):
+            raise SimulationError(f"{self._name}: reward {reward} is not finite; the simulation has diverged")
         return self._record(obs, action, float(reward), terminated, first=False), terminated or truncated, info
+
+    @property
+    def _name(self) -> str:
+        return str(getattr(self.env, "name", type(self.env).__name__))
+
+    def _ask(self, ask: Callable[[], Any]) -> Any:
+        """What the environment answers. Simulators raise what they like; misuse (of wrong actions, say) keeps its own error."""
+        began = time.perf_counter()
+        try:
+            return ask()
+        except LocalmotionError:
+            raise
+        except Exception as error:
+            raise SimulationError(f"{self._name}: {type(error).__name__}: {error}") from error
+        finally:
+            self.seconds["env"] += time.perf_counter() - began
 
     def _record(
         self, obs: dict[str, Any], action: NDArray[np.float32], reward: float, terminal: bool, *, first: bool

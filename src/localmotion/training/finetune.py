@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -17,11 +18,12 @@ from localmotion import methods
 from localmotion.compute import choose
 from localmotion.config import RunConfig
 from localmotion.console import progress, say
-from localmotion.errors import ConfigError
+from localmotion.errors import ConfigError, EnvError, SimulationError
 from localmotion.evaluation.rollout import (
     MethodPolicy,
     Observer,
     Policy,
+    Rollout,
     episode_seed,
     evaluate,
     make_observer,
@@ -34,14 +36,18 @@ from localmotion.perception.base import Recipe
 from localmotion.perception.companding import Companding
 from localmotion.replay import Replay
 from localmotion.training import checkpoint
+from localmotion.training.faults import dump
 from localmotion.training.interrupt import Interrupted, StopRequest
 from localmotion.training.pretrain import to_device
 from localmotion.training.rundir import RunDir
 from localmotion.training.storage import choose_storage
 from localmotion.training.transfer import load_pretrained
 from localmotion.training.trees import leaves_of, with_leaves
-from localmotion.training.update import Updater, to_floats
+from localmotion.training.update import DivergedError, Updater, to_floats
 from localmotion.video.write import write_video
+
+FAULTS = 3
+"""Failures of the environment without a complete episode between them after which a run stops."""
 
 
 def finetune(run: RunConfig, path: Path) -> Path:
@@ -81,13 +87,23 @@ def _learn(learner: _Learner, out: RunDir) -> None:
     try:
         learner.learn()
     except Interrupted:
-        learner.save()
+        saved = learner.save()
         out.status("interrupted", agent_step=learner.agent_step)
-        say(f"interrupted at agent step {learner.agent_step}, saved; the same command goes on from there")
+        if saved:
+            say(f"interrupted at agent step {learner.agent_step}, saved; the same command goes on from there")
         raise
     except KeyboardInterrupt:  # asked twice: not saved, the checkpoint before stays
         out.status("interrupted", agent_step=learner.agent_step)
         raise
+    except EnvError as error:
+        if learner.began:
+            learner.save()
+        out.status("failed", agent_step=learner.agent_step, error=str(error))
+        raise
+    except DivergedError as error:
+        said = dump(out.path, learner.method, error)
+        out.status("failed", agent_step=learner.agent_step, error=str(said))
+        raise said from error
     except BaseException as error:
         out.status("failed", agent_step=learner.agent_step, error=str(error))
         raise
@@ -133,6 +149,7 @@ class _Learner:
         self.replay = Replay(observer.spec(), **settings, storage=storage)
         self.agent_step = self.episode = self.last_save = self.next_eval = 0
         self.playing: _Playing | None = None
+        self.faults, self.began = 0, False
         self.best: list[float] | None = None
         self.evaluators: list[Observer] = []
         self.spent = {"update": 0.0, "act": 0.0, "replay": 0.0, "eval": 0.0}
@@ -147,14 +164,21 @@ class _Learner:
     def learn(self) -> None:
         """Prefill, warm up, then act, update, evaluate and save by their clocks."""
         self._resume()
+        self.began = True
         self._announce()
         self.out.status("running", agent_step=self.agent_step)
         with progress(f"{self.run.method} {self.run.env}", self.budget, "agent steps", self.agent_step) as advance:
             while self.agent_step < self.budget or self.playing:
                 self.stop.check()
-                if self.playing is None:
-                    self._begin()
-                self._step()
+                if self.playing and self.playing.learning and self.agent_step >= self.next_eval:
+                    self._evaluate()
+                try:
+                    if self.playing is None:
+                        self._begin()
+                    else:
+                        self._step()
+                except SimulationError as error:
+                    self._broken(error)
                 advance(self.agent_step)
             self._evaluate(final=True)
         self._keep_flow()
@@ -182,8 +206,6 @@ class _Learner:
         """One agent step of the episode that is played; updates are made between agent steps, `train_every` apart."""
         online, playing = self.run.online, self.playing
         assert playing
-        if playing.learning and self.agent_step >= self.next_eval:
-            self._evaluate()
         began = time.perf_counter()
         self.method.eval()
         action = playing.policy([playing.record], not playing.actions)[0]
@@ -198,11 +220,31 @@ class _Learner:
         if done:
             self.playing = None
             self.episode += 1
+            self.faults = 0
             extra = {} if playing.success is None else {"success": playing.success}
             length, random = len(playing.actions), not playing.learning
             self.out.log("episode", **self.counters(), **{"return": playing.total}, length=length, random=random, **extra)
             if playing.learning and self.agent_step - self.last_save >= online.save_every:
                 self.save()
+
+    def _broken(self, error: SimulationError) -> None:
+        """The environment failed: its episode ends there, as by a time limit, and a fresh environment begins the next one.
+
+        Nothing is dropped in silence: the fault is logged, and after `FAULTS` without a complete episode between them the run stops, saved.
+        """
+        self.faults += 1
+        self.replay.cut()
+        self.playing = None
+        self.episode += 1
+        self.out.log("fault", **self.counters(), error=str(error))
+        if self.faults >= FAULTS:
+            raise EnvError(
+                f"{error} ({self.faults} failures without a complete episode between them; saved at this point)"
+            ) from error
+        say(f"{error}; the episode ends at agent step {self.agent_step:,} and a fresh environment goes on")
+        with contextlib.suppress(Exception):  # it is broken: whatever closing it raises says nothing new
+            self.observer.env.close()
+        self.observer.env = make_observer(self.run, self.observer.recipe, size=self.method.image_size).env
 
     def _advance(self, playing: _Playing, action: NDArray[np.float32]) -> bool:
         """Take ``action`` in the environment: whether the episode is over."""
@@ -234,7 +276,7 @@ class _Learner:
             wall = time.perf_counter() - self.clock
             seconds = {f"seconds/{k}": v - self.spent_before.get(k, 0.0) for k, v in now.items()}
             self.spent_before, self.clock = now, time.perf_counter()
-            extra: dict[str, float] = {"seconds/all": wall}
+            extra: dict[str, float] = {"seconds/all": wall, "skipped": self.updater.check()}
             if self.observer.extractor:
                 extra |= {f"flow/{k}": v for k, v in self.observer.extractor.magnitudes.quantiles().items()}
             self.out.log("train", **self.counters(), **to_floats(metrics), **seconds, **extra)
@@ -257,8 +299,8 @@ class _Learner:
 
             return act
 
-        try:
-            result = evaluate(
+        def measure() -> Rollout:
+            return evaluate(
                 policy,
                 lambda: make_observer(run, recipe, size=self.method.image_size),
                 seed=run.seed,
@@ -266,6 +308,15 @@ class _Learner:
                 observers=self.evaluators,
                 keep_frames=True,
             )
+
+        try:
+            try:
+                result = measure()
+            except SimulationError as error:
+                say(f"{error}; the evaluation is made again with fresh environments")
+                self.evaluators.clear()
+                torch.manual_seed(run.seed + self.agent_step)
+                result = measure()
         finally:
             self.method.train()
             torch.set_rng_state(before)
@@ -294,12 +345,15 @@ class _Learner:
 
     # Saving -----------------------------------------------------------------------------------------------------------------
 
-    def save(self) -> None:
-        """Checkpoint with replay, between any two agent steps.
+    def save(self) -> bool:
+        """Checkpoint with replay, between any two agent steps; False (told) where the newest update was not finite.
 
         Of the episode that is played its actions and the policy's carry are kept: environment, perception and records follow from the
         actions and the episode's seed, bit for bit.
         """
+        if not self.updater.healthy:
+            say("not saved: the newest update was not finite; the checkpoint before stays")
+            return False
         self.last_save = self.agent_step
         self.replay.save()
         playing: dict[str, Any] | None = None
@@ -317,6 +371,7 @@ class _Learner:
             "episode": self.episode,
             "next_eval": self.next_eval,
             "best": self.best,
+            "skipped": self.updater.check(),
             "playing": playing,
             "replay": self.replay.state(),
         }
@@ -324,6 +379,7 @@ class _Learner:
         checkpoint.save(self.out.path / "checkpoints", self.updater.update, tensors=tensors, state=state)
         kept = checkpoint.complete(self.out.path / "checkpoints")
         self.replay.prune({s for p in kept for s in checkpoint.read_state(p)["replay"]["episodes"]})
+        return True
 
     def _resume(self) -> None:
         found = checkpoint.complete(self.out.path / "checkpoints")
@@ -334,14 +390,17 @@ class _Learner:
         state = checkpoint.read_state(found[-1])
         checkpoint.load_weights(self.method, checkpoint.read(found[-1], "weights"), str(found[-1]))
         self.updater.load_state(checkpoint.read(found[-1], "optimizer"))
-        self.updater.update = int(state["update"])
+        self.updater.resume(int(state["update"]), int(state.get("skipped", 0)))
         self.agent_step, self.episode = int(state["agent_step"]), int(state["episode"])
         self.next_eval, self.last_save, self.best = int(state["next_eval"]), self.agent_step, state.get("best")
         self.replay.load(state["replay"])
-        if state.get("playing"):
-            self._play_again(bool(state["playing"]["learning"]), checkpoint.read(found[-1], "episode"))
-        checkpoint.set_rng_state(checkpoint.read(found[-1], "rng"))
         self.out.truncate_metrics(int(state["metrics_offset"]))
+        if state.get("playing"):
+            try:
+                self._play_again(bool(state["playing"]["learning"]), checkpoint.read(found[-1], "episode"))
+            except SimulationError as error:
+                self._broken(error)
+        checkpoint.set_rng_state(checkpoint.read(found[-1], "rng"))
         say(f"continuing from agent step {self.agent_step:,} ({found[-1]})")
 
     def _play_again(self, learning: bool, saved: Mapping[str, Tensor]) -> None:

@@ -38,7 +38,12 @@ class LaProp(torch.optim.Optimizer):
     """nu <- b2 nu + (1 - b2) g^2;  mu <- b1 mu + (1 - b1) g / (sqrt(nu / (1 - b2^t)) + eps);  p <- p - lr mu / (1 - b1^t).
 
     Constants are those of DreamerV3's reference. State of each parameter: ``exp_avg`` (mu), ``exp_avg_sq`` (nu), ``step`` (t).
+
+    As torch's fused Adam it skips a step on the device where the attribute ``found_inf``, a tensor, is 1: parameters and moments stay
+    as they are, only t goes on.
     """
+
+    found_inf: Tensor | None = None
 
     def __init__(
         self, params: Iterable[nn.Parameter], lr: float = 4e-5, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-20
@@ -75,6 +80,7 @@ class LaProp(torch.optim.Optimizer):
                     lr=group["lr"],
                     betas=group["betas"],
                     eps=group["eps"],
+                    found_inf=self.found_inf,
                 )
 
 
@@ -88,9 +94,13 @@ def _laprop(
     lr: float,
     betas: tuple[float, float],
     eps: float,
+    found_inf: Tensor | None = None,
 ) -> None:
     """The three lines of `LaProp` over lists of tensors, updated ``count`` times including this one."""
     first, second = betas
+    if found_inf is not None:
+        _laprop_guarded(params, grads, mean, square, count=count, lr=lr, betas=betas, eps=eps, found_inf=found_inf)
+        return
     torch._foreach_mul_(square, second)
     torch._foreach_addcmul_(square, grads, grads, 1 - second)
     scale = list(torch._foreach_sqrt(square))
@@ -99,6 +109,34 @@ def _laprop(
     torch._foreach_mul_(mean, first)
     torch._foreach_addcdiv_(mean, grads, scale, 1 - first)
     torch._foreach_add_(params, mean, alpha=-lr / (1 - first**count))
+
+
+def _laprop_guarded(
+    params: list[Tensor],
+    grads: list[Tensor],
+    mean: list[Tensor],
+    square: list[Tensor],
+    *,
+    count: float,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    found_inf: Tensor,
+) -> None:
+    """`_laprop` where ``found_inf`` is 0, nothing where it is 1, without asking the device which: gradients become zero, factors one."""
+    first, second = betas
+    good = 1 - found_inf
+    for grad in grads:
+        grad.nan_to_num_(0.0, 0.0, 0.0)
+    torch._foreach_mul_(grads, good)
+    torch._foreach_mul_(square, 1 - (1 - second) * good)
+    torch._foreach_addcmul_(square, grads, grads, 1 - second)
+    scale = list(torch._foreach_sqrt(square))
+    torch._foreach_mul_(scale, (1 - second**count) ** -0.5)
+    torch._foreach_add_(scale, eps)
+    torch._foreach_mul_(mean, 1 - (1 - first) * good)
+    torch._foreach_addcdiv_(mean, grads, scale, 1 - first)
+    torch._foreach_addcmul_(params, mean, [good * (-lr / (1 - first**count))] * len(params))
 
 
 def _adam(group: Group, settings: OptimConfig) -> torch.optim.Optimizer:

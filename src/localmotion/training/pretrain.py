@@ -17,9 +17,10 @@ from localmotion.errors import ConfigError, StoreError
 from localmotion.evaluation.heldout import CONTEXT_FRAMES, open_loop_errors, reconstruction_errors
 from localmotion.methods.base import Method
 from localmotion.training import checkpoint
+from localmotion.training.faults import dump
 from localmotion.training.interrupt import Interrupted, StopRequest
 from localmotion.training.rundir import RunDir
-from localmotion.training.update import Updater, to_floats
+from localmotion.training.update import DivergedError, Updater, to_floats
 from localmotion.video.sample import WindowSampler
 from localmotion.video.store import ClipStore
 
@@ -67,7 +68,7 @@ def pretrain(run: RunConfig, path: Path) -> Path:
                 spent["update"] += time.perf_counter() - began
                 done = update + 1
                 if done % settings.log_every == 0 or done == settings.updates:
-                    values = to_floats(metrics)
+                    values = {**to_floats(metrics), "skipped": updater.check()}
                     count = settings.log_every
                     rates = {f"seconds/{k}": v / count for k, v in spent.items()}
                     out.log(
@@ -96,6 +97,10 @@ def pretrain(run: RunConfig, path: Path) -> Path:
     except KeyboardInterrupt:  # asked twice: not saved, the checkpoint before stays
         out.status("interrupted", update=updater.update)
         raise
+    except DivergedError as error:
+        said = dump(path, method, error)
+        out.status("failed", update=updater.update, error=str(said))
+        raise said from error
     except BaseException as error:
         out.status("failed", update=updater.update, error=str(error))
         raise
@@ -130,7 +135,10 @@ def to_device(batch: dict[str, torch.Tensor], compute: Compute) -> dict[str, tor
 
 
 def _save(out: RunDir, method: Method, updater: Updater) -> None:
-    state = {"stage": "pretrain", "metrics_offset": out.metrics_offset()}
+    if not updater.healthy:
+        say("not saved: the newest update was not finite; the checkpoint before stays")
+        return
+    state = {"stage": "pretrain", "metrics_offset": out.metrics_offset(), "skipped": updater.check()}
     tensors = {"weights": method.state_dict(), "optimizer": updater.state()}
     checkpoint.save(out.path / "checkpoints", updater.update, tensors=tensors, state=state)
 
@@ -144,7 +152,7 @@ def _resume(out: RunDir, method: Method, updater: Updater) -> int:
     state = checkpoint.read_state(found[-1])
     checkpoint.load_weights(method, checkpoint.read(found[-1], "weights"), str(found[-1]))
     updater.load_state(checkpoint.read(found[-1], "optimizer"))
-    updater.update = int(state["update"])
+    updater.resume(int(state["update"]), int(state.get("skipped", 0)))
     checkpoint.set_rng_state(checkpoint.read(found[-1], "rng"))
     out.truncate_metrics(int(state["metrics_offset"]))
     say(f"continuing from update {updater.update:,} ({found[-1]})")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -16,32 +17,122 @@ from localmotion.training import optimizers
 BAD_LIMIT = 10  # non-finite updates in a row after which a run stops
 
 
-class Updater:
-    """Applies a method's losses with one optimiser per parameter group."""
+class DivergedError(LocalmotionError):
+    """Losses or gradients were not finite in `BAD_LIMIT` updates in a row."""
 
-    def __init__(self, method: Method, run: RunConfig, compute: Compute, *, pretrained: bool = False) -> None:
+    def __init__(self, update: int, terms: Mapping[str, float], batch: Mapping[str, Tensor]) -> None:
+        self.update, self.terms, self.batch = update, dict(terms), batch
+        self.first = next((name for name, value in terms.items() if not math.isfinite(value)), "total")
+        super().__init__(
+            f"{self.first!r} was not finite in {BAD_LIMIT} updates in a row (update {update}); try --precision fp32 or a lower"
+            " learning rate"
+        )
+
+
+class Updater:
+    """Applies a method's losses with one optimiser per parameter group.
+
+    An update whose loss or gradients are not finite leaves weights and moments as they are and is counted; after `BAD_LIMIT` in a row
+    DivergedError is raised. On a GPU that is decided on the device, and looked at only in `check`, at the log clock.
+
+    Args:
+        deferred: decide on the device. Default: on a GPU.
+    """
+
+    def __init__(
+        self, method: Method, run: RunConfig, compute: Compute, *, pretrained: bool = False, deferred: bool | None = None
+    ) -> None:
         self.method, self.run, self.compute = method, run, compute
         self.scales = method.loss_scales(run.stage)
         self.groups = method.groups(run, pretrained)
         self.optimisers = {group.name: optimizers.make(group, run.optim) for group in self.groups}
+        self.deferred = compute.device.type != "cpu" if deferred is None else deferred
         self.update = 0
-        self.bad = 0
+        self._bad = torch.zeros((), device=compute.device if self.deferred else None)  # updates in a row that were not finite
+        self._skipped = torch.zeros_like(self._bad)
+        self._found = torch.zeros_like(self._bad)  # 1 where a part of this update was not finite
+        self._last: tuple[dict[str, Tensor], Mapping[str, Tensor]] = (
+            {},
+            {},
+        )  # terms of the newest bad update (deferred: of the newest)
 
-    def _step(self, names: list[str]) -> dict[str, Tensor]:
-        norms = {}
-        for group in self.groups:
-            if group.name not in names:
-                continue
-            if group.agc:
-                norms[f"grad/{group.name}"] = optimizers.clip_adaptive_(group.parameters, group.agc)
-            else:
-                clip = self.run.optim.clip
-                norms[f"grad/{group.name}"] = torch.nn.utils.clip_grad_norm_(group.parameters, clip, foreach=True)
+    def _learn(
+        self, names: list[str], terms: Mapping[str, Tensor], roots: list[Tensor], *, own: bool = False
+    ) -> dict[str, Tensor]:
+        """Backward from ``roots`` and `step` of the groups ``names``; nothing if ``roots`` are not finite.
+
+        ``own``: gradients of these groups only. Those of the world model's weights along an imagined trajectory are never computed.
+        """
+        fine = torch.isfinite(torch.stack([root.detach() for root in roots])).all()
+        if not self.deferred and not bool(fine):
+            return self._skip(terms)
+        parameters = [p for group in self.groups if group.name in names for p in group.parameters]
+        torch.autograd.backward(roots, inputs=parameters if own else None)
+        return self.step(names, terms, fine)
+
+    def step(self, names: list[str], terms: Mapping[str, Tensor] | None = None, fine: Tensor | None = None) -> dict[str, Tensor]:
+        """Clip the gradients of the groups ``names`` and apply them, if they (and ``fine``) are finite. Returns their norms by group."""
+        groups = [group for group in self.groups if group.name in names]
+        norms = {f"grad/{group.name}": self._clip(group) for group in groups}
+        good = torch.isfinite(torch.stack(list(norms.values()))).all()
+        if fine is not None:
+            good = good & fine
+        if not self.deferred and not bool(good):
+            for group in groups:
+                self.optimisers[group.name].zero_grad(set_to_none=True)
+            return self._skip({**(terms or {}), **norms})
+        if self.deferred:
+            found = (~good).to(self._found.dtype)
+            self._found = torch.maximum(self._found, found)
+            self._last = {**self._last[0], **(terms or {}), **norms}, self._last[1]
+        for group in groups:
             optimiser = self.optimisers[group.name]
             optimiser.param_groups[0]["lr"] = group.lr * self._share(group)
+            if self.deferred:
+                optimiser.found_inf = found  # type: ignore[attr-defined]  # as torch's GradScaler asks: no step where it is 1
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
         return norms
+
+    def _clip(self, group: Group) -> Tensor:
+        if group.agc:
+            return optimizers.clip_adaptive_(group.parameters, group.agc)
+        return torch.nn.utils.clip_grad_norm_(group.parameters, self.run.optim.clip, foreach=True)
+
+    def _skip(self, terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        self._found = torch.ones_like(self._found)
+        self._last = {**self._last[0], **terms}, self._last[1]
+        return {}
+
+    def _done(self) -> None:
+        """Count the update."""
+        self._skipped = self._skipped + self._found
+        self._bad = (self._bad + 1) * self._found
+        self.update += 1
+        if not self.deferred:
+            self.check()
+
+    def check(self) -> int:
+        """How many updates were skipped so far. Raises DivergedError when it was the last `BAD_LIMIT` in a row."""
+        bad, skipped = torch.stack([self._bad, self._skipped]).tolist()
+        if bad >= BAD_LIMIT:
+            terms, batch = self._last
+            raise DivergedError(self.update, to_floats(terms), batch)
+        return int(skipped)
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the newest update was finite; what is saved now can be trusted."""
+        return not bool(self._bad)
+
+    def resume(self, update: int, skipped: int) -> None:
+        """Counters of a run that goes on."""
+        self.update = update
+        self._skipped.fill_(skipped)
+
+    def _begin(self, batch: Mapping[str, Tensor]) -> None:
+        self._found = torch.zeros_like(self._found)
+        self._last = {}, batch
 
     def _share(self, group: Group) -> float:
         """What a group uses of its learning rate at this update: nothing while frozen, a growing part in its warm-up."""
@@ -56,65 +147,36 @@ class Updater:
             return 1.0
         return min(1.0, (settings.updates - self.update) / (settings.lr_decay * settings.updates))
 
-    def _finite(self, losses: Mapping[str, Tensor], loss: Tensor) -> bool:
-        """Whether to apply this update. On a GPU the check waits for the log clock (`check_metrics`), to avoid a synchronisation."""
-        if self.compute.device.type != "cpu" or bool(torch.isfinite(loss)):
-            self.bad = 0
-            return True
-        self.bad += 1
-        first = next((k for k, v in losses.items() if not bool(torch.isfinite(v))), "total")
-        if self.bad >= BAD_LIMIT:
-            raise LocalmotionError(
-                f"loss {first!r} was not finite in {self.bad} updates in a row (update {self.update}); try --precision fp32"
-            )
-        return False
-
     def pretrain(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """One pre-training update. Returns detached losses, gradient norms and metrics."""
+        self._begin(batch)
         with self.compute.autocast():
             losses, metrics = self.method.pretrain_losses(batch)
             loss = total(losses, self.scales)
-        if self._finite(losses, loss):
-            loss.backward()
-            metrics = {**metrics, **self._step([group.name for group in self.groups])}
-        self.update += 1
-        return {**{f"loss/{k}": v.detach() for k, v in losses.items()}, **metrics}
+        norms = self._learn([group.name for group in self.groups], losses, [loss])
+        self._done()
+        return {**{f"loss/{k}": v.detach() for k, v in losses.items()}, **metrics, **norms}
 
     def online(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """One online update in Algorithm 2's order: world model, then imagination with the updated model, actor, critic.
 
         A method with ``joint_update`` is updated by one backward pass of all its losses instead.
         """
-        if self.method.joint_update:
-            return self._joint(batch)
-        world = [group.name for group in self.groups if group.name not in ("actor", "critic")]
+        self._begin(batch)
+        joint = self.method.joint_update
+        world = [group.name for group in self.groups if joint or group.name not in ("actor", "critic")]
         with self.compute.autocast():
             losses, metrics, start = self.method.world_model_losses(batch)
             loss = total(losses, self.scales)
-        if self._finite(losses, loss):
-            loss.backward()
-            metrics = {**metrics, **self._step(world)}
-        with self.compute.autocast():
-            behaviour, more = self.method.behaviour_losses(start)
-        if self._finite(behaviour, behaviour["actor"] + behaviour["critic"]):
-            parameters = [p for group in self.groups if group.name in ("actor", "critic") for p in group.parameters]
-            # Only these inputs: gradients of the world model's weights along the imagined trajectory are never computed.
-            torch.autograd.backward([behaviour["actor"], behaviour["critic"]], inputs=parameters)
-            metrics = {**metrics, **self._step(["actor", "critic"])}
+        norms = self._learn(world, losses, [loss])
+        if not joint:
+            with self.compute.autocast():
+                behaviour, more = self.method.behaviour_losses(start)
+            norms |= self._learn(["actor", "critic"], behaviour, [behaviour["actor"], behaviour["critic"]], own=True)
+            losses, metrics = {**losses, **behaviour}, {**metrics, **more}
         self.method.after_update()
-        self.update += 1
-        return {**{f"loss/{k}": v.detach() for k, v in {**losses, **behaviour}.items()}, **metrics, **more}
-
-    def _joint(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        with self.compute.autocast():
-            losses, metrics, _ = self.method.world_model_losses(batch)
-            loss = total(losses, self.scales)
-        if self._finite(losses, loss):
-            loss.backward()
-            metrics = {**metrics, **self._step([group.name for group in self.groups])}
-        self.method.after_update()
-        self.update += 1
-        return {**{f"loss/{k}": v.detach() for k, v in losses.items()}, **metrics}
+        self._done()
+        return {**{f"loss/{k}": v.detach() for k, v in losses.items()}, **metrics, **norms}
 
     # Saving -----------------------------------------------------------------------------------------------------------------
 

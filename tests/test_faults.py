@@ -1,0 +1,325 @@
+"""What goes wrong in the middle of a run: losses that are not numbers, simulators that fail. Nothing that was done is lost."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from localmotion import methods
+from localmotion.config import RunConfig, compose
+from localmotion.envs.base import PixelEnv
+from localmotion.errors import EnvError, LocalmotionError, SimulationError
+from localmotion.evaluation.rollout import make_observer
+from localmotion.methods.dreamer_v2 import DreamerV2
+from localmotion.methods.drp import DRP
+from localmotion.training import checkpoint, optimizers
+from localmotion.training import finetune as finetuning
+from localmotion.training.finetune import FAULTS, finetune
+from localmotion.training.pretrain import pretrain
+from localmotion.training.update import BAD_LIMIT, DivergedError, Updater
+from method_batches import CPU, make, make_batch
+
+FLAGS = {"precision": "fp32", "device": "cpu", "threads": 1}
+
+
+# --- losses and gradients that are not finite ---------------------------------------------------------------------------
+
+
+def weights_of(method: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in method.named_parameters()}
+
+
+def spoil(method: Any, monkeypatch: pytest.MonkeyPatch, name: str, value: float) -> None:
+    """Multiply one loss of the world model by ``value``."""
+    losses = method.world_model_losses
+
+    def spoiled(batch: Any) -> Any:
+        found, metrics, start = losses(batch)
+        return {**found, name: found[name] * value}, metrics, start
+
+    monkeypatch.setattr(method, "world_model_losses", spoiled)
+
+
+class Burst(torch.autograd.Function):
+    """A finite loss whose gradient is not."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return grad * float("inf")
+
+
+@pytest.mark.parametrize("name", methods.names())
+@pytest.mark.parametrize("deferred", [False, True])
+def test_an_update_that_is_not_finite_changes_nothing(name: str, deferred: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, method = make(name, "train")
+    updater = Updater(method, run, CPU, deferred=deferred)
+    updater.online(make_batch())
+    before, moments = weights_of(method), {k: v.clone() for k, v in updater.state().items()}
+    with monkeypatch.context() as patch:
+        spoil(method, patch, "reward", float("nan"))
+        if not method.joint_update:
+            behaviour = method.behaviour_losses
+            patch.setattr(
+                method, "behaviour_losses", lambda start: ({k: v * torch.nan for k, v in behaviour(start)[0].items()}, {})
+            )
+        updater.online(make_batch(seed=1))
+    slow = {key for key in before if "slow" in key}  # follows by its own clock
+    assert all(torch.equal(value, before[key]) for key, value in weights_of(method).items() if key not in slow)
+    assert all(torch.equal(value, moments[key]) for key, value in updater.state().items() if not key.endswith(".step"))
+    assert updater.check() == 1
+    assert not updater.healthy
+    assert updater.update == 2
+    updater.online(make_batch(seed=2))
+    assert updater.healthy
+    assert updater.check() == 1
+    assert any(not torch.equal(value, before[key]) for key, value in weights_of(method).items())
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+def test_a_gradient_that_is_not_finite_is_not_applied(deferred: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, method = make("dreamer_v2", "train")
+    updater = Updater(method, run, CPU, deferred=deferred)
+    before = weights_of(method)
+    losses = method.world_model_losses
+    monkeypatch.setattr(
+        method,
+        "world_model_losses",
+        lambda batch: (lambda x: ({**x[0], "reward": Burst.apply(x[0]["reward"])}, *x[1:]))(losses(batch)),
+    )
+    metrics = updater.online(make_batch())
+    assert torch.isfinite(metrics["loss/reward"])
+    changed = {key.split(".")[0] for key, value in weights_of(method).items() if not torch.equal(value, before[key])}
+    assert changed <= {"behaviour"}
+    assert updater.check() == 1
+
+
+def test_deferred_and_immediate_decisions_learn_the_same() -> None:
+    for name in ("dreamer_v2", "dreamer_v3"):  # fused Adam, LaProp
+        found = []
+        for deferred in (False, True):
+            run, method = make(name, "train")
+            updater = Updater(method, run, CPU, deferred=deferred)
+            torch.manual_seed(0)
+            for seed in range(3):
+                updater.online(make_batch(seed=seed))
+            found.append(weights_of(method))
+        for key, value in found[0].items():
+            torch.testing.assert_close(found[1][key], value, atol=1e-6, rtol=1e-4, msg=key)
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+def test_a_run_of_bad_updates_stops_with_the_first_bad_term(deferred: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, method = make("drp", "train")
+    updater = Updater(method, run, CPU, deferred=deferred)
+    spoil(method, monkeypatch, "reward", float("inf"))
+    batch = make_batch()
+
+    def go() -> None:
+        for _ in range(BAD_LIMIT):
+            updater.online(batch)
+        updater.check()
+
+    with pytest.raises(
+        DivergedError, match=rf"'reward' was not finite in {BAD_LIMIT} updates in a row \(update {BAD_LIMIT}\)"
+    ) as caught:
+        go()
+    assert caught.value.first == "reward"
+    assert np.isfinite(caught.value.terms["image"])
+    assert caught.value.batch is batch
+
+
+def test_laprop_refuses_as_exactly_as_it_steps() -> None:
+    params = [torch.nn.Parameter(torch.randn(4, 3)) for _ in range(2)]
+    optimizer = optimizers.LaProp(params, lr=0.1)
+    for found in (0.0, 1.0, 0.0):
+        before = [p.detach().clone() for p in params]
+        for p in params:
+            p.grad = torch.full_like(p, torch.nan) if found else torch.randn_like(p)
+        optimizer.found_inf = torch.tensor(found)
+        optimizer.step()
+        assert all(torch.equal(p, old) == bool(found) for p, old in zip(params, before, strict=True))
+        assert all(torch.isfinite(v).all() for state in optimizer.state.values() for v in state.values())
+
+
+def test_a_diverged_run_leaves_its_batch_and_its_last_good_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = (
+        "env_steps=280",
+        "prefill=60",
+        "warmup_updates=4",
+        "online.eval_every=10000",
+        "online.save_every=60",
+        "online.log_every=5",
+    )
+    run = compose("dreamer_v2", "train", preset="debug", env="toy:dot", flags=FLAGS, settings=few)
+    losses: Callable[..., Any] = DreamerV2.world_model_losses
+    calls: list[int] = []
+
+    def after_a_while(self: DreamerV2, batch: Any) -> Any:
+        found, metrics, start = losses(self, batch)
+        calls.append(1)
+        if len(calls) in (7, 8) or len(calls) > 30:
+            found["image"] = found["image"] * torch.nan
+        return found, metrics, start
+
+    monkeypatch.setattr(DreamerV2, "world_model_losses", after_a_while)
+    out = tmp_path / "run"
+    with pytest.raises(LocalmotionError, match=r"'image' was not finite in 10 updates in a row \(update 40\).*diverged"):
+        finetune(run, out)
+    assert json.loads((out / "status.json").read_text())["state"] == "failed"
+    dump = json.loads((out / "diverged" / "state.json").read_text())
+    assert dump["first"] == "image"
+    assert dump["terms"]["image"] == "nan"
+    batch = checkpoint.read(out / "diverged", "batch")
+    assert batch["image"].shape[:2] == (run.online.batch_size, run.online.length)
+    assert all(torch.isfinite(v).all() for v in checkpoint.read(out / "diverged", "weights").values() if v.is_floating_point())
+    assert checkpoint.read_state(checkpoint.newest(out))["update"] <= 30
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [row["skipped"] for row in rows if row["kind"] == "train"][:3] == [0, 2, 2]
+    monkeypatch.setattr(DreamerV2, "world_model_losses", losses)
+    finetune(run, out)  # the cause mended, the same command goes on
+    assert json.loads((out / "status.json").read_text())["state"] == "finished"
+
+
+def test_a_diverged_pretraining_leaves_its_batch(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = compose(
+        "drp",
+        "pretrain",
+        preset="debug",
+        flags={**FLAGS, "data": str(store)},
+        settings=("pretrain.updates=30", "pretrain.save_every=4"),
+    )
+    losses: Callable[..., Any] = DRP.pretrain_losses
+    calls: list[int] = []
+
+    def after_a_while(self: DRP, batch: Any) -> Any:
+        found, metrics = losses(self, batch)
+        calls.append(1)
+        return ({**found, "image": found["image"] * torch.inf} if len(calls) > 9 else found), metrics
+
+    monkeypatch.setattr(DRP, "pretrain_losses", after_a_while)
+    with pytest.raises(LocalmotionError, match=r"'image' was not finite"):
+        pretrain(run, tmp_path / "run")
+    assert (tmp_path / "run" / "diverged" / "COMPLETE").exists()
+    assert checkpoint.read_state(checkpoint.newest(tmp_path / "run"))["update"] == 8
+
+
+# --- simulators that fail -----------------------------------------------------------------------------------------------
+
+
+class Faulty:
+    """Makes toy environments fail at chosen steps, counted over all environments of training (or of evaluation)."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, fails: dict[int, Any], *, training: bool = True) -> None:
+        self.steps, self.fails, self.inside = 0, fails, False
+        step, advance = toy().step, finetuning._Learner._advance
+
+        def stepped(env: Any, action: Any) -> Any:
+            self.steps += self.inside == training
+            fault = self.fails.get(self.steps) if self.inside == training else None
+            if isinstance(fault, Exception):
+                raise fault
+            found = step(env, action)
+            return (found[0], fault, *found[2:]) if fault is not None else found
+
+        def advanced(learner: Any, *args: Any) -> bool:
+            self.inside = True
+            try:
+                return advance(learner, *args)
+            finally:
+                self.inside = False
+
+        monkeypatch.setattr(toy(), "step", stepped)
+        monkeypatch.setattr(finetuning._Learner, "_advance", advanced)
+
+
+def toy() -> type[PixelEnv]:
+    from localmotion.envs import make_env
+
+    return type(make_env("toy:dot"))
+
+
+def few_steps(**more: str) -> RunConfig:
+    few = ("env_steps=200", "prefill=60", "warmup_updates=2", "online.eval_every=100000", "online.save_every=60")
+    return compose(
+        "dreamer_v2", "train", preset="debug", env="toy:dot", flags=FLAGS, settings=(*few, *(f"{k}={v}" for k, v in more.items()))
+    )
+
+
+def rows_of(run: Path, kind: str) -> list[dict[str, Any]]:
+    return [row for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if row["kind"] == kind]
+
+
+@pytest.mark.parametrize("fault", [RuntimeError("an OpenGL context was lost"), float("nan"), float("inf")])
+def test_a_simulator_that_fails_costs_the_rest_of_its_episode(
+    fault: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Faulty(monkeypatch, {25: fault, 90: fault})
+    out = finetune(few_steps(), tmp_path / "run")
+    assert json.loads((out / "status.json").read_text())["state"] == "finished"
+    faults = rows_of(out, "fault")
+    assert [row["agent_step"] for row in faults] == [24, 88]
+    assert "toy:dot" in faults[0]["error"]
+    state = checkpoint.read_state(checkpoint.newest(out))
+    assert state["agent_step"] == 200
+    # Both episodes are kept up to the failure: all records of the run are in the replay, one more than steps in each episode.
+    lengths = [checkpoint.load_file(p)["reward"].shape[0] for p in sorted((out / "replay").iterdir())]
+    assert sum(lengths) == 200 + state["episode"]
+    assert lengths[0] == 25
+
+
+def test_a_simulator_that_fails_again_and_again_stops_the_run_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    faulty = Faulty(monkeypatch, {step: RuntimeError("no context") for step in (110, 115, 121)})
+    run = few_steps()
+    with pytest.raises(EnvError, match=rf"no context.*{FAULTS} failures without a complete episode.*saved"):
+        finetune(run, tmp_path / "run")
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert status["state"] == "failed"
+    assert checkpoint.read_state(checkpoint.newest(tmp_path / "run"))["agent_step"] == status["agent_step"] == 118
+    faulty.fails = {}
+    finetune(run, tmp_path / "run")
+    assert checkpoint.read_state(checkpoint.newest(tmp_path / "run"))["agent_step"] == 200
+    assert len(rows_of(tmp_path / "run", "fault")) == FAULTS
+
+
+def test_an_evaluation_is_made_again_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = finetune(few_steps(), tmp_path / "whole")
+    faulty = Faulty(monkeypatch, {230: RuntimeError("no context")}, training=False)
+    out = finetune(few_steps(), tmp_path / "run")
+    assert "made again with fresh environments" in capsys.readouterr().out
+    assert rows_of(out, "eval")[-1]["returns"] == rows_of(whole, "eval")[-1]["returns"]
+    assert not rows_of(out, "fault")
+    assert faulty.steps > 230
+
+
+def test_misuse_is_not_taken_for_a_failure() -> None:
+    run = few_steps()
+    observer = make_observer(run, None)
+    observer.reset(0)
+    with pytest.raises(EnvError, match="not finite") as caught:
+        observer.step(np.full(observer.action_dim, np.nan, np.float32))
+    assert not isinstance(caught.value, SimulationError)
+
+
+def test_a_simulator_whose_context_is_gone_is_replaced() -> None:
+    """The real thing: the renderer's context is freed under the environment's feet."""
+    run = compose("dreamer_v2", "train", preset="debug", env="dmc:cartpole_balance", flags=FLAGS)
+    observer = make_observer(run, None)
+    observer.reset(0)
+    observer.env.close()
+    with pytest.raises(EnvError):
+        observer.step(np.zeros(observer.action_dim, np.float32))
+    observer.env = make_observer(run, None).env
+    assert observer.reset(0)["image"].std() > 5
