@@ -30,7 +30,7 @@ from localmotion.perception.extract import extract_folder
 from localmotion.video import ClipStore, decode, find_videos, iter_frames, probe, video_ref
 from localmotion.video.listing import MAX_DEPTH, shown
 from localmotion.video.scan import scan
-from localmotion.video.workers import Lost, limited_memory, map_isolated
+from localmotion.video.workers import MEMORY_LIMIT, TIME_LIMIT, Lost, limited_memory, map_isolated
 from video_files import encode, moving_square, save_pictures, set_display_matrix
 
 DECODE = sys.modules["localmotion.video.decode"]  # the package's `decode` is the function
@@ -198,6 +198,31 @@ def test_the_time_limit_reaches_the_decoder(tmp_path: Path) -> None:
     assert found["long.avi"] == "decoder_timeout"
 
 
+def test_the_command_line_decodes_in_workers_and_takes_the_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import localmotion.perception.extract
+    import localmotion.video.scan
+    from localmotion.cli import main
+    from localmotion.perception.extract import ExtractSummary
+    from localmotion.video.scan import ScanReport
+
+    seen: list[dict[str, object]] = []
+    monkeypatch.setattr(localmotion.video.scan, "scan", lambda *_, **given: seen.append(given) or ScanReport("x", 25, ()))
+    monkeypatch.setattr(
+        localmotion.perception.extract, "extract_folder", lambda *_, **given: seen.append(given) or ExtractSummary(tmp_path)
+    )
+    for command in (["scan", "in"], ["extract", "in", "--out", "out"]):
+        main(command)
+        main([*command, "--workers", "0", "--timeout", "5", "--memory", "0.5"])
+        main([*command, "--memory", "0"])
+        for wrong in (["--timeout", "0"], ["--memory", "-1"], ["--memory", "nan"]):
+            with pytest.raises(SystemExit) as left:
+                main([*command, *wrong])
+            assert left.value.code == 2
+    found = [(given["workers"], given["timeout"], given["memory"]) for given in seen]
+    cores = os.cpu_count() or 1
+    assert found == [(cores, TIME_LIMIT, MEMORY_LIMIT), (0, 5.0, 2**29), (cores, TIME_LIMIT, None)] * 2
+
+
 # ---------------------------------------------------------------------------------------------------------- claimed sizes
 
 
@@ -298,21 +323,24 @@ def test_damage_that_ffv1_tells_its_log_alone_is_noticed(tmp_path: Path) -> None
     assert len(decode(video_ref(path), 32, max_frames=2)) == 2
 
 
-def test_what_a_demuxer_says_of_one_file_is_not_held_against_the_next(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """libav keeps a message that repeats and gives it out with the next: that one is of another file."""
-    noise = np.random.default_rng(0).integers(0, 255, (30, 48, 64, 3), np.uint8)
-    whole = encode(tmp_path / "whole.mkv", noise)
-    data = bytearray(whole.read_bytes())
-    for part in range(4, 9):  # several holes: the same complaint, more than once
-        at = len(data) * part // 10
-        data[at : at + 3000] = bytes(3000)
-    (tmp_path / "holes.mkv").write_bytes(data)
-    (tmp_path / "tail.mkv").write_bytes(whole.read_bytes()[:-5000] + bytes(5000))
-    want = decode(video_ref(whole), 32)
-    for name in ("holes.mkv", "tail.mkv"):
-        for _ in range(3):
-            assert reason_of(tmp_path / name).reason == "truncated"
-            np.testing.assert_array_equal(decode(video_ref(whole), 32), want)
+def test_what_is_found_in_one_file_does_not_depend_on_the_file_before(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """libav keeps a message that repeats and gives it out with the next one, which may be of another file."""
+    sources = [s for s in make_sources(tmp_path / "sources", 0, 64, clips=1) if s.path.suffix in (".mkv", ".webm", ".mp4")]
+    (tmp_path / "in").mkdir()
+    for number in range(90):
+        make(number, 1, sources, tmp_path / "in", 64, "structure")
+    capfd.readouterr()
+
+    def result(path: Path) -> str:
+        try:
+            return f"{len(decode(video_ref(path), 16))} frames"
+        except VideoError as error:
+            return error.detail
+
+    paths = sorted((tmp_path / "in").iterdir())
+    forwards = {path.name: result(path) for path in paths}
+    assert {path.name: result(path) for path in paths[::-1]} == forwards
+    assert sum("damaged (" in text for text in forwards.values()) >= 5
     assert capfd.readouterr() == ("", "")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from localmotion.config import PRESETS, Stage, compose
 from localmotion.evaluation.load import load_run
 from localmotion.methods.base import check_scales, total
 from localmotion.models import distributions, policies
+from localmotion.perception.base import Recipe
 from localmotion.training import checkpoint
 from localmotion.training.rundir import RunDir
 from localmotion.training.update import Updater
@@ -299,7 +301,7 @@ def test_a_saved_run_goes_on_as_if_it_had_not_stopped(name: str, stage: Stage, t
     """Weights, optimiser and random state through the disk, then one more update: bit by bit the same."""
     batches = [make_batch(seed=seed) for seed in range(3)]
     run, method = make(name, stage)
-    out = RunDir(tmp_path / "run", run)
+    out = RunDir(tmp_path / "run", replace(run, recipe=Recipe().to_json()))
     updater = Updater(method, run, CPU)
     step = "pretrain" if stage == "pretrain" else "online"
     for batch in batches[:2]:

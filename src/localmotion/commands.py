@@ -25,6 +25,13 @@ def _recipe_of(args: argparse.Namespace) -> Recipe:
     return Recipe(**given)
 
 
+def _limits(args: argparse.Namespace) -> dict[str, Any]:
+    """What one video may take in its worker."""
+    if not (args.timeout > 0 and 0 <= args.memory < 2**20):
+        raise ConfigError("--timeout takes seconds above 0, and --memory GiB, 0 for no limit")
+    return {"timeout": args.timeout, "memory": int(args.memory * 2**30) or None}
+
+
 def _settings(rest: list[str]) -> list[str]:
     """Typed flags ``--name value`` or ``--name=value`` as name=value texts."""
     out, items = [], list(rest)
@@ -65,8 +72,7 @@ def scan(args: argparse.Namespace) -> None:
             list_file=args.list_file,
             workers=args.workers if args.workers is not None else (os.cpu_count() or 1),
             progress=advance,
-            timeout=args.timeout,
-            memory=int(args.memory * 2**30) or None,
+            **_limits(args),
         )
     for line in found.table():
         say(line)
@@ -91,8 +97,7 @@ def extract(args: argparse.Namespace) -> None:
             min_frames=args.min_frames,
             workers=args.workers if args.workers is not None else (os.cpu_count() or 1),
             progress=advance,
-            timeout=args.timeout,
-            memory=int(args.memory * 2**30) or None,
+            **_limits(args),
         )
     for line in summary.lines():
         say(line)

@@ -34,7 +34,8 @@ def load_run(path: Path, *, device: str = "auto", threads: int = 0, which: Which
     run = replace(checkpoint.read_config(path), device=device, threads=threads)
     check_stored_recipes(run, path)
     _check_options(run, path)
-    if run.stage != "pretrain" and methods.get(run.method).wants_motion and not run.recipe:
+    recipe = stored_recipe(run, path)
+    if run.stage != "pretrain" and methods.get(run.method).wants_motion and not recipe:
         raise CheckpointError(f"{path / 'config.json'}: has no recipe, so its motion cannot be perceived; restore it")
     found = checkpoint.best(path) if which == "best" else checkpoint.newest(path)
     weights = checkpoint.read(found, "weights")
@@ -42,7 +43,7 @@ def load_run(path: Path, *, device: str = "auto", threads: int = 0, which: Which
     if run.stage != "pretrain":
         # The actor's last layer knows the number of actions: two numbers (mean, deviation) each.
         action_dim = int(checkpoint.read_state(found)["action_dim"])
-    size = (stored_recipe(run, path) or Recipe()).size
+    size = (recipe or Recipe()).size
     _check_model(run, size, action_dim, weights, found)
     compute = choose(run)
     method = methods.get(run.method)(run.model, image_size=size, action_dim=action_dim)
