@@ -4,7 +4,8 @@
 
 The corpus is made in parts, each in a process of its own that decodes with one worker, so that times and memory can be told of each
 file; a part's files are removed when it is done. Prints a table by family, writes DIR/fuzz_video.json, and leaves with exit code 1 when
-a promise is broken (`soak.part.PROMISES`). The same seed and sources make the same files, to the byte.
+a promise is broken (`soak.part.PROMISES`). The same seed and sources make the same files, to the byte. After an interruption (Ctrl-C or
+SIGTERM: the result is then of the parts that are done) the same command goes on.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -41,29 +43,40 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     if args.part is not None:
         return _one_part(args)
-    began = time.monotonic()
     args.out.mkdir(parents=True, exist_ok=True)
     try:
+        _check_settings(args)
         sources = make_sources(args.out / "sources", args.seed, RECIPE.size, args.videos)
     except LocalmotionError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     (args.out / "sources.json").write_text(json.dumps([{**asdict(s), "path": str(s.path)} for s in sources], indent=1))
     count = -(-args.files // args.part_files)
-    parts = _run_parts(args, list(range(count)))
+    parts = _run_parts(args, count)
     summary = summarise(parts, asdict(Limits(seconds=args.timeout)))
     summary = {
         "command": f"python -m soak.fuzz_video --files {args.files} --seed {args.seed}"
         + (" --videos FOLDER" if args.videos else ""),
         "seed": args.seed,
         "sources": len(sources),
-        "seconds": round(time.monotonic() - began),
+        "parts": f"{len(parts)} of {count}",
         "versions": versions(),
         **summary,
     }
     (args.out / "fuzz_video.json").write_text(json.dumps(summary, indent=1) + "\n")
     show(summary)
-    return 0 if summary["kept"] else 1
+    return 1 if not summary["kept"] else 0 if len(parts) == count else 130
+
+
+def _check_settings(args: argparse.Namespace) -> None:
+    """Raise LocalmotionError when the folder holds parts of another corpus."""
+    names = ("files", "seed", "part_files", "timeout", "family", "videos")
+    settings = {**{name: str(getattr(args, name)) for name in names}, **versions()}
+    file = args.out / "settings.json"
+    if file.exists() and (have := json.loads(file.read_text())) != settings:
+        other = ", ".join(name for name in settings if have.get(name) != settings[name])
+        raise LocalmotionError(f"{args.out}: holds a run of other settings ({other}); give another folder")
+    file.write_text(json.dumps(settings, indent=1) + "\n")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -89,6 +102,7 @@ def _one_part(args: argparse.Namespace) -> int:
     cv2.setNumThreads(1)
     sources = [Source(**{**entry, "path": Path(entry["path"])}) for entry in json.loads((args.out / "sources.json").read_text())]
     stem = args.out / f"part_{args.part:05d}"
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that its worker is ended too
     plan = [
         (number, args.family) for number in range(args.part * args.part_files, min(args.files, (args.part + 1) * args.part_files))
     ]
@@ -103,11 +117,13 @@ def _one_part(args: argparse.Namespace) -> int:
     return 0
 
 
-def _run_parts(args: argparse.Namespace, left: list[int]) -> list[dict[str, Any]]:
-    """Run parts as processes, `--workers` at a time. One that dies or stands still breaks the last promise."""
+def _run_parts(args: argparse.Namespace, total: int) -> list[dict[str, Any]]:
+    """Run parts as processes, `--workers` at a time. One that dies or stands still breaks the last promise. Parts that an earlier
+    call finished are taken as they are; an interruption gives those that are done."""
     running: dict[int, tuple[subprocess.Popen[bytes], float]] = {}
-    results: dict[int, dict[str, Any]] = {}
-    total = len(left)
+    done = {number: file for number in range(total) if (file := args.out / f"part_{number:05d}.json").exists()}
+    results: dict[int, dict[str, Any]] = {number: json.loads(file.read_text()) for number, file in done.items()}
+    left = [number for number in range(total) if number not in results]
     options = [
         "--files",
         args.files,
@@ -121,31 +137,45 @@ def _run_parts(args: argparse.Namespace, left: list[int]) -> list[dict[str, Any]
         args.timeout,
     ]
     options += ["--family", args.family] if args.family else []
-    while left or running:
-        while left and len(running) < args.workers:
-            number = left.pop(0)
-            command = [sys.executable, "-m", "soak.fuzz_video", "--part", str(number), *map(str, options)]
-            log = (args.out / f"part_{number:05d}.log").open("wb")
-            running[number] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT), time.time()
-            log.close()
-        time.sleep(0.2)
-        for number, (process, since) in list(running.items()):
-            stem = args.out / f"part_{number:05d}"
-            beat = stem.with_suffix(".beat")
-            last = max(since, beat.stat().st_mtime if beat.exists() else since)
-            stuck = time.time() - last > 5 * args.timeout + 120
-            if process.poll() is None and not stuck:
-                continue
-            if stuck:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        while left or running:
+            while left and len(running) < args.workers:
+                number = left.pop(0)
+                command = [sys.executable, "-m", "soak.fuzz_video", "--part", str(number), *map(str, options)]
+                with (args.out / f"part_{number:05d}.log").open("wb") as log:
+                    running[number] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT), time.time()
+            time.sleep(0.2)
+            for number, (process, since) in list(running.items()):
+                stuck = time.time() - max(since, _beat(args, number)) > 5 * args.timeout + 120
+                if process.poll() is None and not stuck:
+                    continue
                 process.kill()
-            code = process.wait()
-            del running[number]
-            file = stem.with_suffix(".json")
-            told = f"part {number} {'stood still' if stuck else f'ended with exit code {code}'}; see {stem.name}.log"
-            results[number] = json.loads(file.read_text()) if code == 0 and file.exists() else {"died": told}
-            state = results[number].get("died") or f"{sum(map(len, results[number]['broken'].values()))} broken"
-            print(f"part {len(results)}/{total}: {state}", flush=True)
+                code = process.wait()
+                del running[number]
+                results[number] = _result(args.out / f"part_{number:05d}", number, code, stuck)
+                state = results[number].get("died") or f"{sum(map(len, results[number]['broken'].values()))} broken"
+                print(f"part {number}, {len(results)} of {total} done: {state}", flush=True)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on", flush=True)
+    finally:
+        for process, _ in running.values():
+            process.terminate()
+            process.wait()
     return [results[number] for number in sorted(results)]
+
+
+def _beat(args: argparse.Namespace, number: int) -> float:
+    """When a part last said that it lives."""
+    file = args.out / f"part_{number:05d}.beat"
+    return file.stat().st_mtime if file.exists() else 0.0
+
+
+def _result(stem: Path, number: int, code: int, stuck: bool) -> dict[str, Any]:
+    file = stem.with_suffix(".json")
+    if code == 0 and file.exists():
+        return dict(json.loads(file.read_text()))
+    return {"died": f"part {number} {'stood still' if stuck else f'ended with exit code {code}'}; see {stem.name}.log"}
 
 
 def summarise(parts: list[dict[str, Any]], limits: dict[str, Any]) -> dict[str, Any]:
