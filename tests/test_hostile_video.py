@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import zlib
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -190,12 +191,29 @@ def test_decoding_is_not_done_in_the_calling_process_unless_asked_for(tmp_path: 
     assert one == none
 
 
-def test_the_time_limit_reaches_the_decoder(tmp_path: Path) -> None:
-    encode(tmp_path / "good.mp4", moving_square(30))
-    long = np.random.default_rng(0).integers(0, 255, (60, 720, 1280, 3), np.uint8)
-    encode(tmp_path / "long.avi", long, codec="mjpeg", pix_fmt="yuvj420p")
-    found = {v.id: v.reason for v in scan(tmp_path, timeout=0.05).videos}
-    assert found["long.avi"] == "decoder_timeout"
+def test_the_time_limit_reaches_the_workers_and_what_is_lost_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a worker that hangs on one video of two, whatever the video."""
+    for seed, name in enumerate(("good.mp4", "long.mp4")):
+        encode(tmp_path / name, moving_square(30, seed=seed))
+    limits: list[float] = []
+
+    def hung(
+        function: Callable[[object], object], items: list[object], workers: int, timeout: float
+    ) -> Iterator[tuple[int, object]]:
+        limits.append(timeout)
+        yield 1, Lost("decoder_timeout", f"decoding took more than {timeout:g} seconds")
+        yield 0, function(items[0])
+
+    monkeypatch.setattr("localmotion.video.scan.map_isolated", hung)
+    monkeypatch.setattr("localmotion.perception.extract.map_isolated", hung)
+    told = ("decoder_timeout", "decoding took more than 7 seconds")
+    found = {v.id: (v.reason, v.detail) for v in scan(tmp_path, timeout=7, memory=None).videos}
+    assert found == {"good.mp4": ("", ""), "long.mp4": told}
+    summary = extract_folder(tmp_path, tmp_path / ".store", FAST, timeout=7, memory=None)
+    assert (summary.clips, summary.rejected, limits) == (1, {"decoder_timeout": 1}, [7, 7])
+    assert [(entry["id"], entry["reason"], entry["detail"]) for entry in ClipStore(tmp_path / ".store").rejected] == [
+        ("long.mp4", *told)
+    ]
 
 
 def test_the_command_line_decodes_in_workers_and_takes_the_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -351,6 +369,12 @@ def test_a_copy_that_ends_in_zeros_is_not_taken_for_a_shorter_video(tmp_path: Pa
         for share in (3, 5, 8):
             (tmp_path / name).write_bytes(data[: len(data) * share // 10] + bytes(len(data) - len(data) * share // 10))
             assert reason_of(tmp_path / name).reason in ("truncated", "unreadable"), (name, share)
+    whole = encode(tmp_path / "void.mkv", noise)
+    with whole.open("ab") as file:  # an element that holds nothing, by right
+        file.write(b"\xec\x01\0\0\0\0\0\x0f\xf0" + bytes(4080))
+    assert len(decode(video_ref(whole), 32)) == 30
+    for name, options in (("live.webm", {"live": "1"}), ("clusters.mkv", {"cluster_time_limit": "500"})):
+        assert len(decode(video_ref(encode(tmp_path / name, noise, muxer=options)), 32)) == 30
 
 
 # -------------------------------------------------------------------------------------------------- names, links, nodes

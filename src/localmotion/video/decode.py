@@ -321,20 +321,15 @@ def _check_complete(path: Path, container: Any, stream: Any, packets: int) -> No
                 raise VideoError(path, "truncated", f"ends without its closing byte behind frame {packets}")
             return
         head = file.read(4096)
-        if stream.codec_context.name != "rawvideo":  # of which black is all zeros
-            file_end = _tail(path, size)
-            if not any(file_end):
-                detail = f"ends in {len(file_end)} or more zero bytes, as a copy does that was not finished"
-                raise VideoError(path, "truncated", f"{detail}, behind {packets} frames")
+        file.seek(max(0, size - 1024))
+        tail = file.read()
+    # Matroska's demuxer complains of zeros itself; raw pictures of black are zeros.
+    if head[:4] == b"RIFF" and not any(tail) and stream.codec_context.name != "rawvideo":
+        detail = f"ends in {len(tail)} or more zero bytes, as a copy does that was not finished"
+        raise VideoError(path, "truncated", f"{detail}, behind {packets} frames")
     promised = _riff_end(head) if head[:4] == b"RIFF" else _matroska_end(head)
     if promised is not None and size < promised:
         raise VideoError(path, "truncated", f"has {size} of {promised} bytes, data end behind {packets} frames")
-
-
-def _tail(path: Path, size: int) -> bytes:
-    with path.open("rb") as file:
-        file.seek(max(0, size - 1024))
-        return file.read()
 
 
 def _riff_end(head: bytes) -> int | None:
