@@ -1,6 +1,6 @@
 """Files are data: what others may have made of a run, a store, weights or a study is refused in one line, and nothing of it runs.
 
-SECURITY.md names these tests. The files are made here by the product itself, then changed.
+SECURITY.md names these tests, and one of them checks that. The files are made here by the product itself, then changed.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import os
 import pickle
 import random
+import re
 import shutil
 import struct
 import time
@@ -227,6 +228,27 @@ def test_that_check_sees_what_it_is_for(code: str) -> None:
     node = ast.parse(code, mode="eval").body
     assert isinstance(node, ast.Call)
     assert verdict("some/file.py", "f", called(node), node)
+
+
+NETWORK = {"urllib", "requests", "http", "httpx", "aiohttp", "ftplib", "smtplib", "socketserver", "websockets", "paramiko"}
+TRACKERS = {"wandb", "trackio", "tensorboard", "huggingface_hub", "sentry_sdk", "posthog"}
+FETCHING = {"torch.hub.load", "torch.hub.load_state_dict_from_url", "urlopen", "urlretrieve"}
+
+
+def test_the_network_is_left_alone() -> None:
+    """No module speaks to it by itself; what fetches lies in the neural backends, which are made by name only."""
+    package = ROOT / "src" / "localmotion"
+    for path in package.rglob("*.py"):
+        file = path.relative_to(package).as_posix()
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not {name.split(".")[0] for name in names} & (NETWORK | TRACKERS), f"{file}: {names}"
+        for _, name, node in calls(path):
+            where = f"{file}:{node.lineno}: {name}"
+            assert name not in FETCHING or file == "perception/cotracker.py", where
+            assert not name.endswith((".from_pretrained", ".get_state_dict")) or file.startswith("perception/"), where
+            assert not name.startswith("socket.") or name == "socket.gethostname", where
 
 
 # -- weights ------------------------------------------------------------------------------------------------------------
@@ -808,3 +830,13 @@ def test_prediction_and_transfer_meet_damage_too(made: Path, tmp_path: Path) -> 
         model = methods.get("drp")(tuned.model, image_size=64, action_dim=2)
         predicting = lambda run=run: predict([run], made / "store", clips=1, windows=1, split="all", device="cpu")  # noqa: E731
         attempt(iter([predicting, lambda model=model, tuned=tuned: load_pretrained(model, tuned)]), f"predict {number}")
+
+
+def test_the_security_page_names_tests_that_exist() -> None:
+    page = (ROOT / "SECURITY.md").read_text()
+    named = set(re.findall(r"`(test_[a-z_0-9]+)`", page))
+    here = {node.name for node in ast.parse(Path(__file__).read_text()).body if isinstance(node, ast.FunctionDef)}
+    assert len(named) > 15
+    assert named <= here
+    assert all((ROOT / name).is_file() for name in re.findall(r"`(tests/[a-z_]+\.py)`", page))
+    assert TRUSTED in page
