@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from localmotion import methods
+from localmotion.compute import choose
 from localmotion.config import RunConfig, compose
 from localmotion.errors import CheckpointError
 from localmotion.evaluation import rollout
@@ -31,6 +32,8 @@ from localmotion.training.finetune import finetune
 from localmotion.training.interrupt import Interrupted, StopRequest
 from localmotion.training.pretrain import pretrain
 from localmotion.training.trees import leaves_of, with_leaves
+from localmotion.training.update import Updater
+from method_batches import CPU, make, make_batch
 
 PRETRAINING = [name for name in methods.names() if methods.get(name).can_pretrain]
 
@@ -268,3 +271,35 @@ def test_trees_come_back_from_their_leaves(tree: Any) -> None:
     if leaves:
         with pytest.raises(ValueError, match="fewer"):
             with_leaves(tree, leaves[:-1])
+
+
+# --- decisions and determinism ------------------------------------------------------------------------------------------
+
+
+def test_a_run_goes_on_in_the_precision_it_began_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measured once: another day's measurement must not make it another run."""
+    few = ("env_steps=100", "prefill=60", "warmup_updates=2", "online.eval_every=100000", "online.save_every=30")
+    flags = {**FLAGS, "precision": "auto"}
+    run = compose("dreamer_v2", "train", preset="debug", env="toy:dot", flags=flags, settings=few)
+    monkeypatch.setattr("localmotion.compute.bf16_speedup", lambda: (2e12, 1e12))
+    Stops(monkeypatch, 80, 100_000)
+    with pytest.raises(Interrupted):
+        finetune(run, tmp_path / "run")
+    monkeypatch.setattr("localmotion.compute.bf16_speedup", lambda: (1e12, 2e12))
+    assert load_run(tmp_path / "run", device="cpu", threads=1)[2].bf16
+    finetune(run, tmp_path / "run")
+    kept = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert kept["precision"] == "bf16"
+    assert "as when the run began" in kept["compute"]
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_a_deterministic_run_has_kernels_for_everything(name: str) -> None:
+    run, method = make(name, "train", "deterministic=true")
+    try:
+        choose(replace(run, device="cpu", threads=1, precision="fp32"))
+        assert torch.are_deterministic_algorithms_enabled()
+        metrics = Updater(method, run, CPU).online(make_batch())
+        assert all(torch.isfinite(value).all() for value in metrics.values())
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import time
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -21,6 +24,11 @@ class Compute:
     bf16: bool
     threads: int
     note: str
+
+    def record(self) -> dict[str, Any]:
+        """What environment.json keeps: device, precision, threads, and how they were found."""
+        precision = "bf16" if self.bf16 else "fp32"
+        return {"compute": self.note, "device": self.device.type, "precision": precision, "threads": self.threads}
 
     def autocast(self) -> AbstractContextManager[None]:
         """Autocast to bf16 where it was found to be faster; parameters stay fp32."""
@@ -68,8 +76,12 @@ def keep_buffers() -> None:
         return
 
 
-def choose(run: RunConfig) -> Compute:
-    """Decide device, precision and threads of a run. Raises ConfigError for a device that is not there."""
+def choose(run: RunConfig, earlier: Mapping[str, Any] | None = None) -> Compute:
+    """Decide device, precision and threads of a run. Raises ConfigError for a device that is not there.
+
+    ``earlier``: environment.json of a run that goes on. What was measured to be faster when it began holds to its end, on the same kind of
+    device: another day's measurement must not make it another run.
+    """
     if run.threads:
         torch.set_num_threads(run.threads)
     name = run.device
@@ -80,6 +92,10 @@ def choose(run: RunConfig) -> Compute:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}; use --device cpu") from error
+    if run.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS may add in another order
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
         bf16 = run.precision != "fp32" and torch.cuda.is_bf16_supported()
@@ -89,6 +105,8 @@ def choose(run: RunConfig) -> Compute:
     keep_buffers()
     if run.precision != "auto":
         bf16, note = run.precision == "bf16", f"{run.precision} as asked"
+    elif earlier and earlier.get("device") == "cpu" and earlier.get("precision") in ("bf16", "fp32"):
+        bf16, note = earlier["precision"] == "bf16", f"{earlier['precision']} as when the run began"
     else:
         fast, slow = bf16_speedup()
         bf16 = fast > 1.3 * slow

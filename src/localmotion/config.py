@@ -186,6 +186,8 @@ class RunConfig:
     """auto measures at start whether bf16 autocast is faster here."""
     threads: int = 0
     """CPU threads of torch; 0 leaves torch's own choice."""
+    deterministic: bool = False
+    """On a GPU: only kernels that give the same bits every time, slower, an error where there is none. A CPU run is so anyway."""
     env: str = ""
     """Environment name, suite:task."""
     action_repeat: int = 0

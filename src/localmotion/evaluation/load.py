@@ -19,8 +19,8 @@ from localmotion.evaluation.rollout import stored_recipe
 from localmotion.methods.base import Method
 from localmotion.perception.base import Recipe
 from localmotion.training import checkpoint
-from localmotion.training.rundir import check_recipe
-from localmotion.video.files import one_line, read_json
+from localmotion.training.rundir import check_recipe, read_environment
+from localmotion.video.files import one_line
 
 Which = Literal["newest", "best"]
 
@@ -45,7 +45,7 @@ def load_run(path: Path, *, device: str = "auto", threads: int = 0, which: Which
         action_dim = int(checkpoint.read_state(found)["action_dim"])
     size = (recipe or Recipe()).size
     _check_model(run, size, action_dim, weights, found)
-    compute = choose(run)
+    compute = choose(run, read_environment(path))
     method = methods.get(run.method)(run.model, image_size=size, action_dim=action_dim)
     checkpoint.load_weights(method, weights, str(found))
     return run, method.to(compute.device).eval(), compute
@@ -56,9 +56,8 @@ def check_stored_recipes(run: RunConfig, path: Path) -> None:
     if run.recipe:
         check_recipe(run.recipe, path / "config.json")
     for place in (path, *([Path(run.checkpoint)] if run.checkpoint else [])):
-        file = place / "environment.json"
-        if file.exists() and (found := read_json(file, CheckpointError, "restore it from where the run was made").get("recipe")):
-            check_recipe(found, file)
+        if found := read_environment(place).get("recipe"):
+            check_recipe(found, place / "environment.json")
 
 
 def _check_options(run: RunConfig, path: Path) -> None:

@@ -39,7 +39,7 @@ from localmotion.training import checkpoint
 from localmotion.training.faults import dump
 from localmotion.training.interrupt import Interrupted, StopRequest
 from localmotion.training.pretrain import to_device
-from localmotion.training.rundir import RunDir
+from localmotion.training.rundir import RunDir, read_environment
 from localmotion.training.storage import choose_storage
 from localmotion.training.transfer import load_pretrained
 from localmotion.training.trees import leaves_of, with_leaves
@@ -69,7 +69,7 @@ def finetune(run: RunConfig, path: Path) -> Path:
     if run.observed != "pixels":
         run = _shown(run, observer)
     repeat = int(observer.env.describe()["action_repeat"])  # type: ignore[attr-defined]
-    compute = choose(run)
+    compute = choose(run, read_environment(path))
     torch.manual_seed(run.seed)
     method = cls(run.model, image_size=perception.size, action_dim=observer.action_dim).to(compute.device)
     if run.checkpoint:
@@ -421,7 +421,7 @@ class _Learner:
         run, online, counts = self.run, self.run.online, self.method.parameter_counts()
         described = self.observer.env.describe()  # type: ignore[attr-defined]
         recipe = self.observer.recipe.to_json() if self.observer.recipe else None
-        self.out.environment({"compute": self.compute.note, "parameters": counts, "env": described, "recipe": recipe})
+        self.out.environment({**self.compute.record(), "parameters": counts, "env": described, "recipe": recipe})
         say(f"{run.method} on {run.env}: {self.compute.note}")
         gl = described.get("gl")
         drawn = f", {gl['message']}" if isinstance(gl, dict) else ""

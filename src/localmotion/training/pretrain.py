@@ -19,7 +19,7 @@ from localmotion.methods.base import Method
 from localmotion.training import checkpoint
 from localmotion.training.faults import dump
 from localmotion.training.interrupt import Interrupted, StopRequest
-from localmotion.training.rundir import RunDir
+from localmotion.training.rundir import RunDir, read_environment
 from localmotion.training.update import DivergedError, Updater, to_floats
 from localmotion.video.sample import WindowSampler
 from localmotion.video.store import ClipStore
@@ -46,12 +46,12 @@ def pretrain(run: RunConfig, path: Path) -> Path:
     )
     heldout = _heldout(store, run)
     out = RunDir(path, run)
-    compute = choose(run)
+    compute = choose(run, read_environment(path))
     torch.manual_seed(run.seed)
     method = cls(run.model, image_size=store.size, action_dim=None).to(compute.device)
     updater = Updater(method, run, compute)
     start = _resume(out, method, updater)
-    out.environment({"compute": compute.note, "parameters": method.parameter_counts(), "recipe": store.recipe})
+    out.environment({**compute.record(), "parameters": method.parameter_counts(), "recipe": store.recipe})
     say(f"{run.method} pre-training on {len(store)} clips ({run.data}), {compute.note}")
     say("parameters " + ", ".join(f"{k} {v / 1e6:.2f}M" for k, v in method.parameter_counts().items()))
     out.status("running", update=start)

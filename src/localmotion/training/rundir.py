@@ -65,6 +65,12 @@ def _recipe(run: RunConfig) -> dict[str, Any]:
 _MOST = {"percept_size": 4096, "redraw_rounds": 100}  # beyond, a recipe asks for more work than anybody can want
 
 
+def read_environment(path: Path) -> dict[str, Any]:
+    """environment.json of a run, what was found and decided when it began; empty where there is none yet. Raises CheckpointError."""
+    file = path / "environment.json"
+    return read_json(file, CheckpointError, "restore it from where the run was made") if file.exists() else {}
+
+
 def check_recipe(values: Any, where: Path | str) -> Recipe:
     """The recipe out of a file of a run.
 

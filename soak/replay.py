@@ -1,0 +1,107 @@
+"""A replay of a million DRP transitions: what it takes on disk and in memory, and how fast sequences come out of it.
+
+    python -m soak.replay --records 1000000 --out DIR
+
+Fills a replay with ``storage="disk"`` from random pictures and flow, closes it, opens it again as a resumed run does, and samples.
+Writes DIR/replay.json; exit code 1 if a million records would take more than 25 GB on disk or the process more than 2 GB of memory. The
+episodes are removed at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from localmotion.perception.companding import Companding
+from localmotion.replay import Replay
+from localmotion.training.rundir import versions
+
+SPEC: dict[str, tuple[tuple[int, ...], str]] = {
+    "image": ((64, 64, 3), "uint8"),
+    "action": ((6,), "float32"),
+    "reward": ((), "float32"),
+    "is_terminal": ((), "bool"),
+    "flow": ((64, 64, 2), "float16"),
+    "tracks": ((32, 2), "float32"),
+    "visible": ((32,), "bool"),
+    "track_id": ((32,), "int32"),
+}
+STEPS = 500
+BATCHES = 300
+
+
+def resident() -> tuple[int, int]:
+    """Resident memory of this process now and at its highest, bytes."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    now, highest = (int(lines[key].split()[0]) * 1024 for key in ("VmRSS", "VmHWM"))
+    return now, highest
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; the exit code."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--records", type=int, default=1_000_000)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args(argv)
+    folder = args.out / "replay"
+    shutil.rmtree(folder, ignore_errors=True)
+    settings: dict[str, Any] = {"capacity": args.records, "length": 50, "coders": {"flow": Companding(64)}, "folder": folder}
+    replay = Replay(SPEC, **settings, storage="disk")
+    rng = np.random.default_rng(0)
+    pool = [
+        {
+            key: (rng.standard_normal(shape) * 3).astype(dtype) if dtype != "bool" else rng.random(shape) < 0.5
+            for key, (shape, dtype) in SPEC.items()
+        }
+        for _ in range(64)
+    ]
+    try:
+        began = time.perf_counter()
+        while len(replay) + STEPS + 1 <= args.records:
+            for t in range(STEPS + 1):
+                replay.add(pool[int(rng.integers(64))], last=t == STEPS)
+        filled = time.perf_counter() - began
+        state = json.loads(json.dumps(replay.state()))
+        began = time.perf_counter()
+        replay = Replay(SPEC, **settings, storage="disk")
+        replay.load(state)
+        opened = time.perf_counter() - began
+        took = []
+        for _ in range(BATCHES):
+            began = time.perf_counter()
+            replay.sample(16)
+            took.append(time.perf_counter() - began)
+        size = sum(path.stat().st_size for path in folder.iterdir())
+        now, highest = resident()
+        found = {
+            "command": f"python -m soak.replay --records {args.records}",
+            "versions": versions(),
+            "records": len(replay),
+            "episodes": len(replay.episodes),
+            "gigabytes_on_disk": round(size / 1e9, 3),
+            "gigabytes_a_million": round(size / len(replay) * 1e6 / 1e9, 3),
+            "resident_gigabytes": round(now / 1e9, 3),
+            "resident_gigabytes_highest": round(highest / 1e9, 3),
+            "fill_records_a_second": round(len(replay) / filled),
+            "open_seconds": round(opened, 2),
+            "batch_16x50_ms_median": round(float(np.median(took)) * 1e3, 2),
+            "batch_16x50_ms_p99": round(float(np.percentile(took, 99)) * 1e3, 2),
+        }
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    text = json.dumps(found, indent=1)
+    (args.out / "replay.json").write_text(text + "\n")
+    print(text)
+    return int(size / len(replay) * 1e6 > 25e9 or highest > 2e9)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
