@@ -15,7 +15,7 @@ from torch import Tensor
 from localmotion import methods
 from localmotion.config import RunConfig, compose
 from localmotion.envs.base import PixelEnv
-from localmotion.errors import EnvError, LocalmotionError, SimulationError
+from localmotion.errors import CheckpointError, EnvError, LocalmotionError, SimulationError
 from localmotion.evaluation.rollout import make_observer
 from localmotion.methods.dreamer_v2 import DreamerV2
 from localmotion.methods.drp import DRP
@@ -323,3 +323,31 @@ def test_a_simulator_whose_context_is_gone_is_replaced() -> None:
         observer.step(np.zeros(observer.action_dim, np.float32))
     observer.env = make_observer(run, None).env
     assert observer.reset(0)["image"].std() > 5
+
+
+# --- checkpoints of something else --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("world.0.exp_avg", torch.zeros(2, 2, 2, 2, 2), "does not fit"),
+        ("nobody.0.exp_avg", torch.zeros(()), "does not fit"),
+        ("actor.99999.step", torch.zeros(()), "does not fit"),
+        ("actor.-1.step", torch.zeros(()), "does not fit"),
+        ("actor.0.__class__", torch.zeros(()), "does not fit"),
+        ("actor", torch.zeros(()), "does not fit"),
+        ("actor.0.exp_avg", None, "lacks parts of parameter 0"),
+    ],
+)
+def test_optimizer_state_of_something_else_is_refused(key: str, value: Tensor | None, said: str) -> None:
+    run, method = make("dreamer_v2", "train")
+    updater = Updater(method, run, CPU)
+    updater.online(make_batch())
+    state = dict(updater.state())
+    if value is None:
+        del state[key]
+    else:
+        state[key] = value
+    with pytest.raises(CheckpointError, match=said):
+        Updater(method, run, CPU).load_state(state)

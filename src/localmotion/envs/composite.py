@@ -132,8 +132,8 @@ class Backdrop:
 def _read_actions(given: str | Path | NDArray[np.floating[Any]]) -> NDArray[np.float64]:
     if isinstance(given, (str, Path)):
         try:
-            given = np.load(given, allow_pickle=False)
-        except (OSError, ValueError) as error:
+            given = np.load(given, mmap_mode="r", allow_pickle=False)  # mapped: a claim beyond the file's end is refused
+        except (OSError, ValueError, EOFError) as error:
             raise ConfigError(f"twin_actions: {given} cannot be read ({error}); save an array (N, A) with numpy.save") from error
     actions = np.asarray(given, np.float64)
     if actions.ndim != 2 or not len(actions) or not np.isfinite(actions).all() or np.abs(actions).max() > 1:

@@ -12,6 +12,8 @@ from localmotion.errors import CheckpointError
 from localmotion.evaluation.load import Which, load_run
 from localmotion.evaluation.rollout import MethodPolicy, Observer, evaluate, make_observer, random_policy
 from localmotion.perception.base import Recipe
+from localmotion.training.rundir import write_json
+from localmotion.video.files import read_json
 from localmotion.video.write import write_video
 
 
@@ -58,9 +60,9 @@ def random_floor(path: Path, episodes: int = 10) -> dict[str, Any]:
     """Score of the uniform random policy on a run's environment, kept in the run directory so that reports can draw it."""
     target = path / "random.json"
     if target.exists():
-        found: dict[str, Any] = json.loads(target.read_text())
+        found = read_json(target, CheckpointError, "remove it, it is made again")
         if found.get("episodes", 0) >= episodes:
             return found
     result = evaluate_run(path, episodes=episodes, policy="random")
-    target.write_text(json.dumps(result, default=lambda x: np.asarray(x).tolist()) + "\n")
+    write_json(target, json.loads(json.dumps(result, default=lambda x: np.asarray(x).tolist())))
     return result

@@ -72,7 +72,10 @@ class _Data:
                 file = path / kind / f"{store.ids[clip]}.npy"
                 if not file.exists():
                     continue
-                found = np.load(file, allow_pickle=False)
+                try:
+                    found = np.load(file, mmap_mode="r", allow_pickle=False)  # mapped: a claim beyond the file's end is refused
+                except (OSError, ValueError, EOFError) as error:
+                    raise ConfigError(f"{file}: cannot be read ({error}); collect it again") from error
                 if len(found) != store.lengths[clip]:
                     raise ConfigError(
                         f"{file}: has {len(found)} rows for a clip of {store.lengths[clip]} frames; collect it again"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,9 +16,11 @@ from torch import Tensor
 
 from localmotion.compute import Compute
 from localmotion.config import RunConfig
-from localmotion.errors import LocalmotionError, SimulationError
+from localmotion.errors import CheckpointError, LocalmotionError, SimulationError
 from localmotion.methods.base import Method
 from localmotion.perception.base import Recipe
+from localmotion.training.rundir import check_recipe
+from localmotion.video.files import read_json
 
 if TYPE_CHECKING:
     from localmotion.perception.stream import StreamingExtractor
@@ -156,17 +157,22 @@ def make_observer(run: RunConfig, recipe: Recipe | None, *, size: int = 64) -> O
 
 
 def stored_recipe(run: RunConfig, path: Path) -> Recipe | None:
-    """The recipe of a run in ``path``: its settings', else the one it began with (pre-training: of its clips), else its checkpoint's."""
+    """The recipe of a run in ``path``: its settings', else the one it began with (pre-training: of its clips), else its checkpoint's.
+
+    Raises ConfigError for one that cannot be followed, CheckpointError for a file that cannot be read.
+    """
     if run.recipe:
-        return Recipe.from_json(run.recipe)
+        return check_recipe(run.recipe, path / "config.json")
     places = [
         path / "config.json",
         path / "environment.json",
         *([Path(run.checkpoint) / "environment.json"] if run.checkpoint else []),
     ]
     for place in places:
-        if place.exists() and (found := json.loads(place.read_text()).get("recipe")):
-            return Recipe.from_json(found)
+        if place.exists() and (
+            found := read_json(place, CheckpointError, "restore it from where the run was made").get("recipe")
+        ):
+            return check_recipe(found, place)
     return None
 
 

@@ -230,7 +230,8 @@ def recipe_backends(recipe: Recipe) -> tuple[Any, Any, Any]:
     for name in options:
         if name not in (recipe.flow, recipe.segment, recipe.track):
             raise unknown_name("backend in backend_options", name, (recipe.flow, recipe.segment, recipe.track))
-    if "prompt" in inspect.signature(_REGISTRY.get(("segment", recipe.segment), dict)).parameters:
+    segmenter = _REGISTRY.get(("segment", recipe.segment))  # an unknown one is told below
+    if segmenter and "prompt" in inspect.signature(segmenter).parameters:
         options.setdefault(recipe.segment, {}).setdefault("prompt", recipe.prompt)
     if recipe.algorithm < 2 and recipe.segment == "saliency":
         options.setdefault("saliency", {}).setdefault("change", 0.0)

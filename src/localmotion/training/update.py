@@ -10,7 +10,7 @@ from torch import Tensor
 
 from localmotion.compute import Compute
 from localmotion.config import RunConfig
-from localmotion.errors import LocalmotionError
+from localmotion.errors import CheckpointError, LocalmotionError
 from localmotion.methods.base import Group, Method, total
 from localmotion.training import optimizers
 
@@ -189,15 +189,24 @@ class Updater:
         return out
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Restore what `state` gave."""
+        """Restore what `state` gave. Raises CheckpointError for tensors that are not of these optimisers."""
+        states: dict[str, dict[int, dict[str, Tensor]]] = {name: {} for name in self.optimisers}
+        for key, value in tensors.items():
+            group, index, field = [*key.rsplit(".", 2), "", ""][:3]
+            parameters = next((g.parameters for g in self.groups if g.name == group), [])
+            fits = index.isdigit() and int(index) < len(parameters) and field in ("step", "exp_avg", "exp_avg_sq")
+            if not fits or value.shape not in ((), (1,), parameters[int(index)].shape):
+                raise CheckpointError(
+                    f"optimizer state {key!r:.100} {tuple(value.shape)} does not fit; are method and settings the same?"
+                )
+            states[group].setdefault(int(index), {})[field] = value
         for name, optimiser in self.optimisers.items():
-            state = optimiser.state_dict()
-            state["state"] = {}
-            for key, value in tensors.items():
-                group, index, field = key.rsplit(".", 2)
-                if group == name:
-                    state["state"].setdefault(int(index), {})[field] = value
-            optimiser.load_state_dict(state)
+            lacking = [i for i, values in states[name].items() if set(values) != {"step", "exp_avg", "exp_avg_sq"}]
+            if lacking:
+                raise CheckpointError(
+                    f"optimizer state of {name!r} lacks parts of parameter {lacking[0]}; is the checkpoint whole?"
+                )
+            optimiser.load_state_dict({**optimiser.state_dict(), "state": states[name]})
             # Files hold plain row-major tensors, but the fused kernel walks parameter and moments side by side in memory:
             # moments must lie as their parameter does (channels last for convolutions).
             for parameter, values in optimiser.state.items():

@@ -59,7 +59,7 @@ class Spool:
                 if "rejected" in text:
                     return dict(text["rejected"])
                 return Clip(**text["clip"], **{key: found[key] for key in _ARRAYS})
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        except (OSError, ValueError, KeyError, TypeError, EOFError, MemoryError, zipfile.BadZipFile):
             return None
 
     def drop(self, names: Iterable[str]) -> None:
