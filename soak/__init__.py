@@ -1,1 +1,1 @@
-"""Long, heavy checks of promises: run by hand or by `make fuzz`, each with a short form in the tests."""
+"""Long, heavy checks of promises: run by hand or by `make fuzz` and `make soak`, each with a short form in the tests."""

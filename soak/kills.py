@@ -181,14 +181,14 @@ def stages(work: Path) -> dict[str, Stage]:
         return ["extract", str(work / "videos"), "--out", str(out), "--percept-size", "64", "--tracks", "8", "--workers", "2"]
 
     def pretrain(out: Path) -> list[str]:
-        clocks = ["--updates", "60", "--pretrain.save_every", "4", "--pretrain.log_every", "3", "--pretrain.eval_every", "25"]
+        clocks = ["--updates", "40", "--pretrain.save_every", "4", "--pretrain.log_every", "3", "--pretrain.eval_every", "25"]
         few = ["--method", "drp", "--preset", "debug", "--heldout_fraction", "0.3"]
         return ["pretrain", "--data", str(store), "--run", str(out), *few, *clocks, *EXACT]
 
     def finetune(out: Path) -> list[str]:
-        clocks = ["--env_steps", "400", "--prefill", "60", "--online.save_every", "20", "--online.log_every", "3"]
-        few = ["--method", "drp", "--preset", "debug", "--env", "toy:dot", "--online.eval_every", "150", "--eval_episodes", "1"]
-        kept = ["--replay_capacity", "250", "--replay_storage", "disk" if out.name[-1] in "02468" else "memory"]
+        clocks = ["--env_steps", "260", "--prefill", "60", "--online.save_every", "20", "--online.log_every", "3"]
+        few = ["--method", "drp", "--preset", "debug", "--env", "toy:dot", "--online.eval_every", "120", "--eval_episodes", "1"]
+        kept = ["--replay_capacity", "180", "--replay_storage", "disk" if out.name[-1] in "02468" else "memory"]
         return ["finetune", "--checkpoint", str(pre), "--run", str(out), *few, *clocks, *kept, *EXACT]
 
     return {
@@ -198,7 +198,7 @@ def stages(work: Path) -> dict[str, Stage]:
     }
 
 
-def make_videos(folder: Path, seed: int, count: int = 24) -> None:
+def make_videos(folder: Path, seed: int, count: int = 12) -> None:
     """Short clips of a textured square that moves over a textured ground."""
     folder.mkdir()
     rng = np.random.default_rng(seed)

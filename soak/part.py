@@ -272,7 +272,8 @@ def _check_frames(findings: Findings, clips: ClipStore, root: Path, limits: Limi
             why = "damage that the codec cannot tell, with remains of older pictures in its place"
             findings.differences[why] = findings.differences.get(why, 0) + 1
         elif not stored[name].info.get("cut_short"):
-            told = f"{name!r} ({entry.kind} of {entry.source}): {want if isinstance(want, Lost) else 'other frames'}"
+            other = want if isinstance(want, Lost) else f"other frames ({have[:8]}, not {want[:8]})"
+            told = f"{name!r} ({entry.kind} of {entry.source}): {other}"
             findings.check("stored frames are those of the file decoded alone", have == want, told)
     for entry in findings.entries.values():
         if entry.accept is not None:
