@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RUN_DIR ?= demo_run
 export MUJOCO_GL ?= egl
 
-.PHONY: setup demo test lint types unit test-slow bench fuzz clean
+.PHONY: setup demo test lint types unit test-slow bench fuzz soak clean
 
 setup: $(VENV)/.ready
 
@@ -44,5 +44,13 @@ FUZZ_DIR ?= runs/fuzz
 fuzz: setup
 	$(BIN)/python -m soak.fuzz_video --out $(FUZZ_DIR) $(if $(VIDEOS),--videos "$(VIDEOS)") $(FUZZ)
 
+# Kills at random moments, a replay of a million records, two hours of flat memory. HOURS=0.2 for a shorter look.
+SOAK_DIR ?= runs/soak
+HOURS ?= 2
+soak: setup
+	$(BIN)/python -m soak.kills --out $(SOAK_DIR)
+	$(BIN)/python -m soak.replay --out $(SOAK_DIR)
+	$(BIN)/python -m soak.memory --hours $(HOURS) --out $(SOAK_DIR)
+
 clean:
-	rm -rf $(VENV) $(RUN_DIR) $(FUZZ_DIR)
+	rm -rf $(VENV) $(RUN_DIR) $(FUZZ_DIR) $(SOAK_DIR)

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -59,8 +59,9 @@ def assert_same(one: Path, other: Path) -> None:
 class Stops:
     """In place of a signal: every so many looks at the stop request, there is one."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, *every: int) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *every: int, kind: Callable[[], BaseException] | None = None) -> None:
         self.every, self.turn, self.left = every, 0, every[0]
+        self.kind = kind or (lambda: Interrupted(signal.SIGTERM))
         monkeypatch.setattr(StopRequest, "check", lambda request: self.look())
 
     def look(self) -> None:
@@ -68,7 +69,11 @@ class Stops:
         if self.left == 0:
             self.turn += 1
             self.left = self.every[self.turn % len(self.every)]
-            raise Interrupted(signal.SIGTERM)
+            raise self.kind()
+
+
+class Killed(BaseException):
+    """Leaves as kill -9 does: nothing is saved on the way out."""
 
 
 def in_pieces(train: Any, run: RunConfig, path: Path) -> int:
@@ -77,6 +82,8 @@ def in_pieces(train: Any, run: RunConfig, path: Path) -> int:
     while True:
         try:
             train(run, path)
+        except Killed:
+            stopped += 1
         except Interrupted:
             stopped += 1
             assert json.loads((path / "status.json").read_text())["state"] == "interrupted"
@@ -99,6 +106,36 @@ def test_an_online_run_in_pieces_is_the_whole_run(name: str, tmp_path: Path, mon
     assert_same(whole, tmp_path / "pieces")
     kept = [checkpoint.read_state(checkpoint.best(path)) for path in (whole, tmp_path / "pieces")]
     assert kept[0] == kept[1]
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_a_killed_online_run_goes_on_from_its_checkpoint(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was done after the newest checkpoint is done again, the same: steps, episodes in the replay, lines of metrics."""
+    few = (
+        "env_steps=170",
+        "prefill=60",
+        "warmup_updates=4",
+        "online.eval_every=100000",
+        "online.save_every=30",
+        "eval_episodes=1",
+    )
+    run = compose(name, "train", preset="debug", env="toy:dot", flags=FLAGS, settings=few)
+    whole = finetune(run, tmp_path / "whole")
+    Stops(monkeypatch, 150, 160, 170, 100_000, kind=Killed)
+    assert in_pieces(finetune, run, tmp_path / "pieces") >= 2
+    assert_same(whole, tmp_path / "pieces")
+
+
+@pytest.mark.parametrize("name", PRETRAINING)
+def test_a_killed_pretraining_goes_on_from_its_checkpoint(
+    name: str, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = ("heldout_fraction=0.4", "pretrain.updates=12", "pretrain.save_every=3", "pretrain.log_every=2")
+    run = compose(name, "pretrain", preset="debug", flags={**FLAGS, "recipe": {}, "data": str(store)}, settings=few)
+    whole = pretrain(run, tmp_path / "whole")
+    Stops(monkeypatch, 2, 6, 8, 100, kind=Killed)
+    assert in_pieces(pretrain, run, tmp_path / "pieces") == 3
+    assert_same(whole, tmp_path / "pieces")
 
 
 def test_a_replay_on_disk_learns_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,7 +48,7 @@ def rng_state() -> dict[str, Tensor]:
         "numpy_position": torch.tensor([int(keys[2])]),
     }
     if torch.cuda.is_available():
-        out["cuda"] = torch.cuda.get_rng_state()
+        out |= {f"cuda.{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
     return out
 
 
@@ -58,8 +58,9 @@ def set_rng_state(state: Mapping[str, Tensor]) -> None:
     version, *values, _ = state["python"].tolist()
     random.setstate((version, tuple(values), None))
     np.random.set_state(("MT19937", state["numpy"].numpy().astype(np.uint32), int(state["numpy_position"]), 0, 0.0))
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+    for index in range(torch.cuda.device_count()):
+        if f"cuda.{index}" in state:
+            torch.cuda.set_rng_state(state[f"cuda.{index}"], index)
 
 
 def save(
