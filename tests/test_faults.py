@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from localmotion import methods
+from localmotion.cli import main
 from localmotion.config import RunConfig, compose
 from localmotion.envs.base import PixelEnv
 from localmotion.errors import CheckpointError, EnvError, LocalmotionError, SimulationError
@@ -351,3 +353,68 @@ def test_optimizer_state_of_something_else_is_refused(key: str, value: Tensor | 
         state[key] = value
     with pytest.raises(CheckpointError, match=said):
         Updater(method, run, CPU).load_state(state)
+
+
+# --- a full disk --------------------------------------------------------------------------------------------------------
+
+
+def small_state() -> dict[str, Any]:
+    return {"tensors": {"weights": {"w": torch.ones(3)}}, "state": {"stage": "train"}}
+
+
+def test_a_checkpoint_that_cannot_fit_is_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    kept = checkpoint.save(tmp_path / "checkpoints", 1, **small_state())
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: SimpleNamespace(free=400_000))
+    with pytest.raises(CheckpointError, match=r"needs 1 MB, 0 MB are free; the previous one is kept"):
+        checkpoint.save(tmp_path / "checkpoints", 2, **small_state())
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [kept.name]
+    assert checkpoint.newest(tmp_path) == kept
+
+
+def full_disk(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+    """Files of tensors can be written so many times; from then on a part of them can."""
+    write, count = checkpoint.save_file, [0]
+
+    def limited(tensors: Any, path: Path) -> None:
+        count[0] += 1
+        if count[0] > after:
+            path.write_bytes(b"a part of it")
+            raise OSError(28, "No space left on device")
+        write(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", limited)
+
+
+@pytest.mark.parametrize("after", [2, 3])
+def test_a_disk_that_is_full_in_the_middle_of_a_checkpoint_leaves_the_one_before(
+    after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    full_disk(monkeypatch, after)
+    kept = checkpoint.save(tmp_path / "checkpoints", 1, **small_state())
+    with pytest.raises(CheckpointError, match=r"0000000002.*No space left on device.*previous one is kept"):
+        checkpoint.save(tmp_path / "checkpoints", 2, **small_state())
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [kept.name]
+    assert torch.equal(checkpoint.read(kept, "weights")["w"], torch.ones(3))
+
+
+def test_a_run_on_a_full_disk_says_so_and_goes_on_when_there_is_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = finetune(few_steps(), tmp_path / "whole")
+    command = ["train", "--method", "dreamer_v2", "--preset", "debug", "--env", "toy:dot", "--run", str(tmp_path / "run")]
+    command += ["--precision", "fp32", "--device", "cpu", "--threads", "1", "--env_steps", "200", "--prefill", "60"]
+    command += ["--warmup_updates", "2", "--online.eval_every", "100000", "--online.save_every", "60"]
+    with monkeypatch.context() as patch:
+        full_disk(patch, 6)  # weights of the first evaluation, a whole checkpoint, and one file of the second
+        with pytest.raises(SystemExit) as left:
+            main(command)
+    assert left.value.code == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "No space left on device" in said
+    assert "previous one is kept" in said
+    assert len(checkpoint.complete(tmp_path / "run" / "checkpoints")) == 1
+    main(command)
+    ours, theirs = (checkpoint.read(checkpoint.newest(path), "weights") for path in (tmp_path / "run", whole))
+    assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
