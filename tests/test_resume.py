@@ -126,6 +126,18 @@ def test_a_killed_online_run_goes_on_from_its_checkpoint(name: str, tmp_path: Pa
     assert_same(whole, tmp_path / "pieces")
 
 
+def test_a_run_killed_before_it_could_say_finished_is_not_evaluated_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = ("env_steps=90", "prefill=60", "warmup_updates=1", "online.eval_every=100000", "eval_episodes=1")
+    run = compose("dreamer_v2", "train", preset="debug", env="toy:dot", flags=FLAGS, settings=few)
+    whole = finetune(run, tmp_path / "whole")
+    before = lines(whole)
+    finetune(run, whole)
+    assert lines(whole) == before
+    longer = replace(run, online=replace(run.online, env_steps=130))
+    finetune(longer, whole)
+    assert [row["agent_step"] for row in lines(whole) if row["kind"] == "eval" and row["final"]] == [90, 130]
+
+
 @pytest.mark.parametrize("name", PRETRAINING)
 def test_a_killed_pretraining_goes_on_from_its_checkpoint(
     name: str, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -151,6 +151,7 @@ class _Learner:
         self.playing: _Playing | None = None
         self.faults, self.began = 0, False
         self.best: list[float] | None = None
+        self.final: int | None = None  # agent step of the final evaluation
         self.evaluators: list[Observer] = []
         self.spent = {"update": 0.0, "act": 0.0, "replay": 0.0, "eval": 0.0}
         self.spent_before: dict[str, float] = {}
@@ -180,7 +181,8 @@ class _Learner:
                 except SimulationError as error:
                     self._broken(error)
                 advance(self.agent_step)
-            self._evaluate(final=True)
+            if self.final != self.agent_step:  # else only the word "finished" was missing
+                self._evaluate(final=True)
         self._keep_flow()
         self.save()
 
@@ -323,6 +325,7 @@ class _Learner:
         self.next_eval = (self.agent_step // online.eval_every + 1) * online.eval_every
         self.spent["eval"] += time.perf_counter() - began
         self.out.log("eval", **self.counters(), **result.summary(), seed=run.seed, final=final)
+        self.final = self.agent_step if final else self.final
         if result.frames is not None:
             write_video(self.out.path / "media" / f"eval_{self.agent_step * self.repeat:09d}.mp4", result.frames, fps=25)
         found = [float(np.mean(result.successes or [0.0])), float(np.mean(result.returns))]
@@ -371,6 +374,7 @@ class _Learner:
             "episode": self.episode,
             "next_eval": self.next_eval,
             "best": self.best,
+            "final": self.final,
             "skipped": self.updater.check(),
             "playing": playing,
             "replay": self.replay.state(),
@@ -393,6 +397,7 @@ class _Learner:
         self.updater.resume(int(state["update"]), int(state.get("skipped", 0)))
         self.agent_step, self.episode = int(state["agent_step"]), int(state["episode"])
         self.next_eval, self.last_save, self.best = int(state["next_eval"]), self.agent_step, state.get("best")
+        self.final = state.get("final")
         self.replay.load(state["replay"])
         self.out.truncate_metrics(int(state["metrics_offset"]))
         if state.get("playing"):
