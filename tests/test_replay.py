@@ -170,6 +170,21 @@ def test_flow_keeps_small_motion_and_three_percent_of_large(values: list[float])
     np.testing.assert_array_equal(coder.decode(coder.encode(-flow)), -decoded)
 
 
+@pytest.mark.parametrize("storage", ["memory", "disk"])
+def test_a_replay_of_before_flow_was_coded_is_read(storage: Storage, tmp_path: Path) -> None:
+    old = Replay(MOTION, capacity=100, length=3, folder=tmp_path)
+    rng = np.random.default_rng(0)
+    for t in range(12):
+        old.add(moving(rng, t), last=t == 11)
+    old.save()
+    new = Replay(MOTION, capacity=100, length=3, folder=tmp_path, storage=storage, coders={"flow": Companding(64)})
+    new.load(old.state())
+    one, other = old.sample(6), new.sample(6)
+    for key, value in one.items():
+        assert torch.allclose(value, other[key], atol=0.001, rtol=0.04) if key == "flow" else torch.equal(value, other[key]), key
+    assert not torch.equal(one["flow"], other["flow"])
+
+
 def test_flow_codes_are_those_of_the_formula() -> None:
     coder = Companding(64)
     for value in (0.0, 0.01, KNEE, 0.5, 3.0, 64.0, 1000.0):

@@ -126,7 +126,9 @@ def test_a_killed_online_run_goes_on_from_its_checkpoint(name: str, tmp_path: Pa
     assert_same(whole, tmp_path / "pieces")
 
 
-def test_a_run_killed_before_it_could_say_finished_is_not_evaluated_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_killed_before_it_could_say_finished_is_not_evaluated_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     few = ("env_steps=90", "prefill=60", "warmup_updates=1", "online.eval_every=100000", "eval_episodes=1")
     run = compose("dreamer_v2", "train", preset="debug", env="toy:dot", flags=FLAGS, settings=few)
     whole = finetune(run, tmp_path / "whole")

@@ -239,6 +239,7 @@ class Replay:
             if path.suffix == ".tmp" or int(path.stem.split("_")[1]) >= self.serial:
                 path.unlink()
         for serial in state["episodes"]:
+            self._recode(self._path(serial))
             episode = self._described(self._path(serial))
             if self.storage == "memory":
                 arrays = {key: np.empty((episode.length, *shape), dtype) for key, (shape, dtype) in self.stored.items()}
@@ -268,6 +269,23 @@ class Replay:
                 " from the last checkpoint"
             ) from error
         return path
+
+    def _recode(self, path: Path) -> None:
+        """File an episode again that holds a key as it was added, by a run of before it was coded."""
+        if not self.coders:
+            return
+        try:
+            with safe_open(path, framework="numpy") as file:
+                plain = [
+                    k
+                    for k in self.coders
+                    if k in file.keys() and file.get_slice(k).get_dtype() == _NAMES[self.spec[k][1].name]  # noqa: SIM118
+                ]
+                arrays = {key: file.get_tensor(key) for key in file.keys()} if plain else {}  # noqa: SIM118
+        except Exception as error:
+            raise _unreadable(path, error) from error
+        if plain:
+            self._file(int(path.stem.split("_")[1]), {**arrays, **{key: self.coders[key].encode(arrays[key]) for key in plain}})
 
     def _described(self, path: Path) -> Episode:
         """Length and offsets of a filed episode, from its header. Raises CheckpointError when it does not fit the spec."""
