@@ -32,6 +32,7 @@ from localmotion.envs import make_env
 from localmotion.errors import CheckpointError, ConfigError, LocalmotionError, StoreError
 from localmotion.evaluation.load import load_run
 from localmotion.evaluation.predict import predict
+from localmotion.files import MAX_DEPTH, check_tree, parse_json
 from localmotion.perception._neural import read_state_dict
 from localmotion.perception.base import Recipe
 from localmotion.report import media
@@ -40,7 +41,6 @@ from localmotion.training import checkpoint
 from localmotion.training.rundir import TRUSTED, RunDir, check_recipe
 from localmotion.training.study import load_study, state
 from localmotion.training.transfer import load_pretrained
-from localmotion.video.files import MAX_DEPTH, check_tree, parse_json
 from localmotion.video.sample import WindowSampler
 from localmotion.video.store import Clip, ClipStore, ClipStoreWriter
 

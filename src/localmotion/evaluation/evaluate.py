@@ -11,9 +11,9 @@ import numpy as np
 from localmotion.errors import CheckpointError
 from localmotion.evaluation.load import Which, load_run
 from localmotion.evaluation.rollout import MethodPolicy, Observer, evaluate, make_observer, random_policy
+from localmotion.files import read_json
 from localmotion.perception.base import Recipe
 from localmotion.training.rundir import write_json
-from localmotion.video.files import read_json
 from localmotion.video.write import write_video
 
 

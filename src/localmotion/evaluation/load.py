@@ -16,11 +16,11 @@ from localmotion.config import RunConfig
 from localmotion.envs import list_options
 from localmotion.errors import CheckpointError, ConfigError, LocalmotionError, unknown_name
 from localmotion.evaluation.rollout import stored_recipe
+from localmotion.files import one_line
 from localmotion.methods.base import Method
 from localmotion.perception.base import Recipe
 from localmotion.training import checkpoint
 from localmotion.training.rundir import check_recipe, read_environment
-from localmotion.video.files import one_line
 
 Which = Literal["newest", "best"]
 

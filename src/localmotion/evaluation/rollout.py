@@ -17,10 +17,10 @@ from torch import Tensor
 from localmotion.compute import Compute
 from localmotion.config import RunConfig
 from localmotion.errors import CheckpointError, LocalmotionError, SimulationError
+from localmotion.files import read_json
 from localmotion.methods.base import Method
 from localmotion.perception.base import Recipe
 from localmotion.training.rundir import check_recipe
-from localmotion.video.files import read_json
 
 if TYPE_CHECKING:
     from localmotion.perception.stream import StreamingExtractor

@@ -23,11 +23,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localmotion.errors import LocalmotionError, VideoError
+from localmotion.files import one_line, read_bytes
 from localmotion.report import pictures, plots
 from localmotion.report.page import Picture, Video
 from localmotion.report.style import short
 from localmotion.video.decode import iter_frames
-from localmotion.video.files import one_line, read_bytes
 from localmotion.video.listing import VideoRef
 
 MAX_ARRAYS = 1 << 28

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localmotion.errors import CheckpointError
-from localmotion.video.files import MAX_TEXT, one_line, parse_json, read_bytes, refuse_links
+from localmotion.files import MAX_TEXT, one_line, parse_json, read_bytes, refuse_links
 
 MAX_METRICS = 1 << 28
 """Largest metrics.jsonl that is read, bytes; the longest runs here write 30 MB."""

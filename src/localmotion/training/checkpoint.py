@@ -22,7 +22,7 @@ from torch import Tensor
 
 from localmotion.config import RunConfig, from_dict
 from localmotion.errors import CheckpointError, ConfigError
-from localmotion.video.files import one_line, read_json, refuse_links
+from localmotion.files import one_line, read_json, refuse_links
 
 FORMAT = 1
 _REMOVE = "remove this checkpoint to use the one before"

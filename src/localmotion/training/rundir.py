@@ -15,9 +15,9 @@ from typing import Any
 
 from localmotion.config import RunConfig, from_dict, leaves, to_dict
 from localmotion.errors import CheckpointError, ConfigError, unknown_name
+from localmotion.files import one_line, read_json, refuse_links
 from localmotion.perception.base import KINDS, Recipe, backends
 from localmotion.perception.cotracker import CODE
-from localmotion.video.files import one_line, read_json, refuse_links
 
 TRUSTED = "LOCALMOTION_TRUSTED_CODE"
 """Environment variable: torch.hub repositories or folders (comma between them) whose code a recipe out of a file may run."""

@@ -42,8 +42,8 @@ from localmotion import methods
 from localmotion.config import Stage, compose
 from localmotion.console import say
 from localmotion.errors import ConfigError, LocalmotionError, unknown_name
+from localmotion.files import check_tree, one_line, read_bytes, read_json
 from localmotion.training.interrupt import StopRequest
-from localmotion.video.files import check_tree, one_line, read_bytes, read_json
 
 _STUDY = {"name", "preset", "settings", "tasks", "seeds", "pretrain", "variants"}
 _VARIANT = {"method", "preset", "settings", "checkpoint", "sweep", "tasks", "seeds"}

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from localmotion.config import RunConfig
 from localmotion.errors import CheckpointError, ConfigError, unknown_name
+from localmotion.files import one_line
 from localmotion.methods.base import Method
 from localmotion.models.rssm import RSSM
 from localmotion.training import checkpoint
 from localmotion.training.rundir import check_recipe
-from localmotion.video.files import one_line
 
 
 @dataclass

@@ -37,7 +37,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localmotion.errors import StoreError
-from localmotion.video.files import one_line, parse_json, read_bytes, read_json, refuse_links
+from localmotion.files import one_line, parse_json, read_bytes, read_json, refuse_links
 
 FORMAT, VERSION = "localmotion-clips", 1
 _MEND = "delete that shard folder and run the same extract again"
