@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
+
 import numpy as np
 
 from benchmarks.bench_machine import best
+from localmotion.perception.companding import Companding
 from localmotion.replay import Replay
 
 SPEC: dict[str, tuple[tuple[int, ...], str]] = {
@@ -20,13 +24,20 @@ SPEC: dict[str, tuple[tuple[int, ...], str]] = {
 
 
 def run() -> list[dict[str, object]]:
+    """Batches from memory and from files, flow as it was perceived and in one byte a component."""
     rows: list[dict[str, object]] = []
-    replay = Replay(SPEC, capacity=100_000, length=50)
-    record = {key: np.zeros(shape, dtype) for key, (shape, dtype) in SPEC.items()}
-    for _ in range(4):
-        for t in range(501):
-            replay.add(record, last=t == 500)
-    for batch in (8, 16, 50):
-        seconds = best(lambda batch=batch: replay.sample(batch))  # type: ignore[misc]
-        rows.append({"batch": f"{batch} x 50", "ms": seconds * 1e3, "windows/s": batch / seconds})
+    rng = np.random.default_rng(0)
+    record = {key: rng.integers(0, 100, shape).astype(dtype) for key, (shape, dtype) in SPEC.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        for storage in ("memory", "disk"):
+            for flow, coders in (("float16", {}), ("int8", {"flow": Companding(64)})):
+                place = Path(folder) / f"{storage}_{flow}"
+                replay = Replay(SPEC, capacity=100_000, length=50, coders=coders, folder=place, storage=storage)  # type: ignore[arg-type]
+                for _ in range(4):
+                    for t in range(501):
+                        replay.add(record, last=t == 500)
+                for batch in (8, 16, 50):
+                    seconds = best(lambda batch=batch, replay=replay: replay.sample(batch))  # type: ignore[misc]
+                    row = {"storage": storage, "flow": flow, "batch": f"{batch} x 50"}
+                    rows.append({**row, "ms": seconds * 1e3, "windows/s": batch / seconds})
     return rows

@@ -70,6 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--length", type=int, default=120, help="updates of pre-training; fine-tuning takes 4 agent steps for each"
+    )
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     args = parser.parse_args(argv)
     shutil.rmtree(args.out / "work", ignore_errors=True)
@@ -78,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rng = np.random.default_rng(args.seed)
     make_videos(work / "videos", args.seed)
     summary: dict[str, Any] = {}
-    for name, stage in stages(work).items():
+    for name, stage in stages(work, args.length).items():
         needed = {"extract", *args.stages} if "pretrain" in args.stages or "finetune" in args.stages else {"extract"}
         if name not in needed and not (name == "pretrain" and "finetune" in args.stages):
             continue
@@ -111,8 +114,8 @@ def torment(name: str, stage: Stage, work: Path, kills: int, rng: np.random.Gene
         victim = work / f"{name}_{number}"
         number += 1
         while True:
-            # From the first millisecond to half of the whole work: some die at once, some get far.
-            moment = float(rng.uniform(0, found.undisturbed_seconds / 2)) if found.kills < kills else float("inf")
+            # From the first millisecond to the end of the whole work: some die at once, some get far, some finish.
+            moment = float(rng.uniform(0, found.undisturbed_seconds)) if found.kills < kills else float("inf")
             child = start(stage.command(victim), work / f"{name}_{number - 1}.log")
             code = wait_for(child, moment)
             if code is None:
@@ -173,7 +176,7 @@ def wait_for(child: int, seconds: float = float("inf")) -> int | None:
     return None
 
 
-def stages(work: Path) -> dict[str, Stage]:
+def stages(work: Path, length: int) -> dict[str, Stage]:
     """The three kinds of work, the later ones on what the undisturbed earlier ones made."""
     store, pre = work / "extract_whole", work / "pretrain_whole"
 
@@ -181,12 +184,21 @@ def stages(work: Path) -> dict[str, Stage]:
         return ["extract", str(work / "videos"), "--out", str(out), "--percept-size", "64", "--tracks", "8", "--workers", "2"]
 
     def pretrain(out: Path) -> list[str]:
-        clocks = ["--updates", "40", "--pretrain.save_every", "4", "--pretrain.log_every", "3", "--pretrain.eval_every", "25"]
+        clocks = [
+            "--updates",
+            str(length),
+            "--pretrain.save_every",
+            "6",
+            "--pretrain.log_every",
+            "3",
+            "--pretrain.eval_every",
+            "25",
+        ]
         few = ["--method", "drp", "--preset", "debug", "--heldout_fraction", "0.3"]
         return ["pretrain", "--data", str(store), "--run", str(out), *few, *clocks, *EXACT]
 
     def finetune(out: Path) -> list[str]:
-        clocks = ["--env_steps", "260", "--prefill", "60", "--online.save_every", "20", "--online.log_every", "3"]
+        clocks = ["--env_steps", str(4 * length), "--prefill", "60", "--online.save_every", "20", "--online.log_every", "3"]
         few = ["--method", "drp", "--preset", "debug", "--env", "toy:dot", "--online.eval_every", "120", "--eval_episodes", "1"]
         kept = ["--replay_capacity", "180", "--replay_storage", "disk" if out.name[-1] in "02468" else "memory"]
         return ["finetune", "--checkpoint", str(pre), "--run", str(out), *few, *clocks, *kept, *EXACT]

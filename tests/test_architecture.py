@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -99,3 +101,9 @@ def test_nothing_runs_code_from_a_file() -> None:
             if isinstance(node, (ast.Import, ast.ImportFrom)):
                 modules = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""]
                 assert not {"pickle", "cloudpickle", "dill", "shelve"} & {m.split(".")[0] for m in modules}, path
+
+
+def test_workers_that_decode_and_perceive_do_not_import_torch() -> None:
+    """Three seconds and 190 MB for each of them; the neural backends load it when they are asked for."""
+    code = "import sys, localmotion.perception.extract, localmotion.video.scan; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -1,6 +1,6 @@
 """Atomic Actions: optical flow, foreground, point tracks; batch extraction of clips and the streaming form."""
 
-from localmotion.perception import cotracker, dis, grounded_sam, lk, saliency, sea_raft  # registers the backends
+from localmotion.perception import dis, lk, saliency  # registers the embedded backends
 from localmotion.perception.base import (
     ClipMotion,
     FlowBackend,
@@ -11,6 +11,7 @@ from localmotion.perception.base import (
     backends,
     make_backend,
     register,
+    register_lazily,
 )
 
 __all__ = [
@@ -21,12 +22,29 @@ __all__ = [
     "StepMotion",
     "TrackBackend",
     "backends",
-    "cotracker",
     "dis",
-    "grounded_sam",
     "lk",
     "make_backend",
     "register",
+    "register_lazily",
     "saliency",
-    "sea_raft",
 ]
+
+
+def _sea_raft() -> None:
+    from localmotion.perception import sea_raft  # noqa: F401
+
+
+def _grounded_sam() -> None:
+    from localmotion.perception import grounded_sam  # noqa: F401
+
+
+def _cotracker() -> None:
+    from localmotion.perception import cotracker  # noqa: F401
+
+
+# The neural backends import torch: three seconds and 190 MB that workers of the embedded default need not spend.
+register_lazily("flow", "sea_raft", _sea_raft)
+register_lazily("flow", "raft", _sea_raft)
+register_lazily("segment", "grounded_sam", _grounded_sam)
+register_lazily("track", "cotracker3", _cotracker)

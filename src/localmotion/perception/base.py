@@ -190,6 +190,7 @@ class StepMotion:
 
 
 _REGISTRY: dict[tuple[str, str], Callable[..., Any]] = {}
+_LAZY: dict[tuple[str, str], Callable[[], None]] = {}
 KINDS = ("flow", "segment", "track")
 
 
@@ -204,11 +205,23 @@ def register(kind: str, name: str) -> Callable[[Callable[..., Any]], Callable[..
     return add
 
 
+def register_lazily(kind: str, name: str, load: Callable[[], None]) -> None:
+    """Make a backend known whose module, imported by ``load`` when it is first asked for, registers it."""
+    assert kind in KINDS, kind
+    _LAZY[kind, name] = load
+
+
+def _factory(kind: str, name: str) -> Callable[..., Any] | None:
+    if (kind, name) not in _REGISTRY and (kind, name) in _LAZY:
+        _LAZY[kind, name]()
+    return _REGISTRY.get((kind, name))
+
+
 def backends(kind: str) -> list[str]:
     """Names of the registered backends of one kind."""
     import localmotion.perception  # noqa: F401  (registers all backends)
 
-    return sorted(name for k, name in _REGISTRY if k == kind)
+    return sorted({name for k, name in (*_REGISTRY, *_LAZY) if k == kind})
 
 
 def make_backend(kind: str, name: str, **options: Any) -> Any:
@@ -216,7 +229,8 @@ def make_backend(kind: str, name: str, **options: Any) -> Any:
     known = backends(kind)
     if name not in known:
         raise unknown_name(f"{kind} backend", name, known)
-    factory = _REGISTRY[kind, name]
+    factory = _factory(kind, name)
+    assert factory, name
     accepted = inspect.signature(factory).parameters
     for option in options:
         if option not in accepted:
@@ -230,7 +244,7 @@ def recipe_backends(recipe: Recipe) -> tuple[Any, Any, Any]:
     for name in options:
         if name not in (recipe.flow, recipe.segment, recipe.track):
             raise unknown_name("backend in backend_options", name, (recipe.flow, recipe.segment, recipe.track))
-    segmenter = _REGISTRY.get(("segment", recipe.segment))  # an unknown one is told below
+    segmenter = _factory("segment", recipe.segment)  # an unknown one is told below
     if segmenter and "prompt" in inspect.signature(segmenter).parameters:
         options.setdefault(recipe.segment, {}).setdefault("prompt", recipe.prompt)
     if recipe.algorithm < 2 and recipe.segment == "saliency":
