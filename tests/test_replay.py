@@ -187,6 +187,10 @@ def test_a_replay_of_before_flow_was_coded_is_read(storage: Storage, tmp_path: P
 
 def test_flow_codes_are_those_of_the_formula() -> None:
     coder = Companding(64)
+    every = np.arange(256, dtype=np.uint8).view(np.int8).reshape(2, 128)[:, ::2]
+    expected_flow = np.sign(every) * KNEE * np.expm1(np.abs(every.astype(float)) * np.log1p(64 / KNEE) / 127)
+    np.testing.assert_allclose(coder.decode(every), expected_flow, rtol=1e-3, atol=1e-6)
+    assert coder.decode(np.zeros((0, 4), np.int8)).shape == (0, 4)
     for value in (0.0, 0.01, KNEE, 0.5, 3.0, 64.0, 1000.0):
         expected = round(127 * np.log1p(min(value, 64) / KNEE) / np.log1p(64 / KNEE))
         assert coder.encode(np.array([value, -value], np.float16)).tolist() == [expected, -expected]
