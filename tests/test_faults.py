@@ -372,6 +372,26 @@ def test_a_checkpoint_that_cannot_fit_is_not_begun(tmp_path: Path, monkeypatch: 
     assert checkpoint.newest(tmp_path) == kept
 
 
+def test_a_kill_while_an_old_checkpoint_is_removed_leaves_none_that_is_half(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    kept = [checkpoint.save(tmp_path / "checkpoints", update, **small_state()) for update in (1, 2)]
+
+    def killed(path: Path, ignore_errors: bool = False) -> None:
+        if path == kept[0]:
+            (path / "state.json").unlink()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checkpoint.shutil, "rmtree", killed)
+        checkpoint.save(tmp_path / "checkpoints", 3, **small_state())
+    found = checkpoint.complete(tmp_path / "checkpoints")
+    assert [checkpoint.read_state(path)["update"] for path in found] == [2, 3]
+    checkpoint.save(tmp_path / "checkpoints", 4, **small_state())
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["0000000003", "0000000004"]
+
+
 def full_disk(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
     """Files of tensors can be written so many times; from then on a part of them can."""
     write, count = checkpoint.save_file, [0]

@@ -78,7 +78,10 @@ def save(
     """
     target = folder / f"{update:010d}"
     write(target, {**tensors, "rng": rng_state()}, {"update": update, **state})
-    for old in complete(folder)[:-keep]:
+    whole = complete(folder)
+    for old in [*whole[:-keep], *(path for path in folder.glob("[0-9]*") if path not in whole)]:
+        # No longer complete before the first file goes: a kill in between must not leave half a checkpoint that calls itself whole.
+        (old / "COMPLETE").unlink(missing_ok=True)
         shutil.rmtree(old, ignore_errors=True)
     return target
 
