@@ -383,9 +383,10 @@ def test_a_kill_while_an_old_checkpoint_is_removed_leaves_none_that_is_half(
             (path / "state.json").unlink()
             raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(checkpoint.shutil, "rmtree", killed)
-        checkpoint.save(tmp_path / "checkpoints", 3, **small_state())
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.save(tmp_path / "checkpoints", 3, **small_state())
     found = checkpoint.complete(tmp_path / "checkpoints")
     assert [checkpoint.read_state(path)["update"] for path in found] == [2, 3]
     checkpoint.save(tmp_path / "checkpoints", 4, **small_state())
