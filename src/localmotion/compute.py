@@ -30,6 +30,10 @@ class Compute:
         precision = "bf16" if self.bf16 else "fp32"
         return {"compute": self.note, "device": self.device.type, "precision": precision, "threads": self.threads}
 
+    def own_randomness(self) -> AbstractContextManager[None]:
+        """Within, random numbers are drawn without moving on the generators outside: measuring does not change what is measured."""
+        return torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else [])
+
     def autocast(self) -> AbstractContextManager[None]:
         """Autocast to bf16 where it was found to be faster; parameters stay fp32."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)

@@ -287,8 +287,6 @@ class _Learner:
         """Evaluation on environments of their own, with seeds of their own stream."""
         run, online = self.run, self.run.online
         began = time.perf_counter()
-        before = torch.get_rng_state()
-        torch.manual_seed(run.seed + self.agent_step)
         self.method.eval()
         recipe = self.observer.recipe
 
@@ -312,16 +310,17 @@ class _Learner:
             )
 
         try:
-            try:
-                result = measure()
-            except SimulationError as error:
-                say(f"{error}; the evaluation is made again with fresh environments")
-                self.evaluators.clear()
+            with self.compute.own_randomness():
                 torch.manual_seed(run.seed + self.agent_step)
-                result = measure()
+                try:
+                    result = measure()
+                except SimulationError as error:
+                    say(f"{error}; the evaluation is made again with fresh environments")
+                    self.evaluators.clear()
+                    torch.manual_seed(run.seed + self.agent_step)
+                    result = measure()
         finally:
             self.method.train()
-            torch.set_rng_state(before)
         self.next_eval = (self.agent_step // online.eval_every + 1) * online.eval_every
         self.spent["eval"] += time.perf_counter() - began
         self.out.log("eval", **self.counters(), **result.summary(), seed=run.seed, final=final)

@@ -166,8 +166,14 @@ def measure_heldout(
 
     The training random state is left as it was, so that measuring does not change the run.
     """
-    before = torch.get_rng_state()
-    torch.manual_seed(1234)
+    with compute.own_randomness():
+        torch.manual_seed(1234)
+        return _measure_heldout(method, sampler, batches, compute, media, update)
+
+
+def _measure_heldout(
+    method: Method, sampler: WindowSampler, batches: int, compute: Compute, media: Path | None, update: int
+) -> dict[str, Any]:
     generator = torch.Generator(device=compute.device).manual_seed(1234)
     method.eval()
     sums: dict[str, float] = {}
@@ -197,7 +203,6 @@ def measure_heldout(
                 truth, rebuilt = (x.cpu().numpy() for x in found[1].values())
                 np.savez_compressed(media / "mae_heldout.npz", truth=truth, masked=np.zeros_like(truth), reconstruction=rebuilt)
     method.train()
-    torch.set_rng_state(before)
     result: dict[str, Any] = {}
     if weight:
         means = {name: value / weight for name, value in sums.items()}
