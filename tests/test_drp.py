@@ -313,3 +313,30 @@ def test_global_flow_sees_the_flow_outside_every_patch() -> None:
 def test_a_global_code_without_the_dynamics_loss_is_refused() -> None:
     with pytest.raises(ConfigError, match="without any loss"):
         make("pretrain", motion_encoder="global", joint_gradient="false")
+
+
+def test_rebuilding_from_the_code_teaches_the_code() -> None:
+    """Off it changes nothing; on, [MAT] learns from it alone to tell the patches that were seen."""
+    _, plain = make("pretrain")
+    assert "recompose" not in plain.loss_scales("pretrain")
+    assert not any("code_decoder" in key for key in plain.state_dict())
+    _, method = make("pretrain", recompose_weight="0.5")
+    assert method.loss_scales("pretrain")["recompose"] == 0.5
+    batch = make_batch()
+    losses, _ = method.pretrain_losses(batch)
+    (grad,) = torch.autograd.grad(losses["recompose"], [method.motion.encoder.mat])
+    assert grad.abs().sum() > 0
+    optimizer = torch.optim.Adam(method.motion.parameters(), 3e-3)
+    first = losses["recompose"].item()
+    for _ in range(60):
+        loss = method.pretrain_losses(batch)[0]["recompose"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.93 * first
+    shuffled = {**batch, "flow": batch["flow"].flip(1)}
+    motion = method._atomic_actions(batch)
+    other = method.motion_code(shuffled)
+    assert method.motion.loss_from_code(other, motion) > method.motion.loss_from_code(method.motion_code(batch), motion)
+    _, fine = make("finetune", recompose_weight="0.5")
+    assert set(fine.world_model_losses(batch)[0]) == set(fine.loss_scales("finetune"))

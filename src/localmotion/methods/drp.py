@@ -58,6 +58,9 @@ class DRPConfig:
     """Give the posterior of s the image embedding too (IPV on DMC); off is Eq. 3."""
     joint_gradient: bool = True
     """The latent dynamics loss trains [MAT] and the DAE."""
+    recompose_weight: float = 0.0
+    """Weight of a loss that is not in the paper: all patches rebuilt from a^agg and their coordinates alone. Without it [MAT] learns
+    only what helps to draw the next frame (studies/probes)."""
     beta_z: float = 1.0
     """KL weight beta_z of the latent dynamics (Table 5)."""
     beta_s: float = 1.0
@@ -113,7 +116,7 @@ class DRP(Method):
                 )
             self.motion = GlobalFlow(config.dae)
         else:
-            self.motion = MaskedMotion(config.dae)
+            self.motion = MaskedMotion(config.dae, from_code=config.recompose_weight > 0)
         self.image = ImageModel(world, image_size=image_size)
         sizes: dict[str, Any] = {"deter": world.deter, "hidden": world.hidden, "stoch": world.stoch, "classes": world.classes}
         self.latent = RSSM(embed_dim=self.image.embed_dim, action_dim=config.dae.code_dim, **sizes)
@@ -145,8 +148,12 @@ class DRP(Method):
         """a^agg (B,T,d), and the loss "mae" of Eq. 5 / 7, which a code of the whole field does not have."""
         if isinstance(self.motion, GlobalFlow):
             return self.motion(batch["flow"]), {}
-        agg, _, mae = self.motion(self._atomic_actions(batch), batch["is_first"].cumsum(1))
-        return agg if self.config.joint_gradient else agg.detach(), {"mae": mae}
+        motion = self._atomic_actions(batch)
+        agg, _, mae = self.motion(motion, batch["is_first"].cumsum(1))
+        losses = {"mae": mae}
+        if self.config.recompose_weight:
+            losses["recompose"] = self.motion.loss_from_code(agg, motion)
+        return agg if self.config.joint_gradient else agg.detach(), losses
 
     def _atomic_actions(self, batch: Batch) -> Motion:
         return atomic_actions(batch["flow"], batch["tracks"], batch["visible"], batch["track_id"], self.config.dae)
@@ -192,6 +199,8 @@ class DRP(Method):
     def loss_scales(self, stage: str) -> dict[str, float]:
         config = self.config
         mae = {} if isinstance(self.motion, GlobalFlow) else {"mae": 1.0}
+        if mae and config.recompose_weight:
+            mae["recompose"] = config.recompose_weight
         if stage == "pretrain":
             return {**mae, "image": 1.0, "kl": config.beta_z}
         return {

@@ -372,11 +372,22 @@ class MotionDecoder(nn.Module):
 class MaskedMotion(nn.Module):
     """DAE and its reconstruction decoder together: a^agg of the full motion and the MAE loss in one batched pass (Eq. 5)."""
 
-    def __init__(self, config: DAEConfig) -> None:
+    def __init__(self, config: DAEConfig, *, from_code: bool = False) -> None:
         super().__init__()
         self.config = config
         self.encoder = DualAttentionEncoder(config)
         self.decoder = MotionDecoder(config)
+        if from_code:
+            width = 2 * config.dim
+            out = nn.Linear(width, config.patch * config.patch * 2)
+            self.code_decoder = nn.Sequential(nn.Linear(config.code_dim + config.dim, width), nn.GELU(), out)
+
+    def loss_from_code(self, agg: Tensor, motion: Motion) -> Tensor:
+        """Squared error (as Eq. 5) of all visible patches rebuilt from a^agg (B,T,code_dim) and coordinates. Not in the paper."""
+        where = self.encoder.coord_embed(motion.coords)  # (B, T, K, d)
+        code = agg.unsqueeze(2).expand(*where.shape[:-1], -1).to(where.dtype)
+        rebuilt = self.code_decoder(torch.cat([code, where], -1)).view(motion.patches.shape)
+        return mae_loss(rebuilt, motion.patches, motion.visible)
 
     def encode(self, motion: Motion, episode: Tensor) -> tuple[Tensor, Tensor]:
         """a^agg (B,T,code_dim) and local representations of all visible tokens, nothing masked."""
