@@ -6,21 +6,11 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+from soak.replay import SPEC
 
 from benchmarks.bench_machine import best
 from localmotion.perception.companding import Companding
 from localmotion.replay import Replay
-
-SPEC: dict[str, tuple[tuple[int, ...], str]] = {
-    "image": ((64, 64, 3), "uint8"),
-    "action": ((6,), "float32"),
-    "reward": ((), "float32"),
-    "is_terminal": ((), "bool"),
-    "flow": ((64, 64, 2), "float16"),
-    "tracks": ((32, 2), "float32"),
-    "visible": ((32,), "bool"),
-    "track_id": ((32,), "int32"),
-}
 
 
 def run() -> list[dict[str, object]]:

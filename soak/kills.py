@@ -82,15 +82,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     make_videos(work / "videos", args.seed)
     summary: dict[str, Any] = {}
     for name, stage in stages(work, args.length).items():
-        needed = {"extract", *args.stages} if "pretrain" in args.stages or "finetune" in args.stages else {"extract"}
-        if name not in needed and not (name == "pretrain" and "finetune" in args.stages):
-            continue
+        if STAGES.index(name) > max(map(STAGES.index, args.stages)):
+            break  # earlier ones make what later ones need, and are run undisturbed where they are not asked for
         found = torment(name, stage, work, args.kills if name in args.stages else 0, rng)
         summary[name] = asdict(found)
         broken = "; ".join(found.broken) or "nothing broken"
         print(f"{name}: {found.kills} kills, {found.resumed} resumed, finished {found.finished} times: {broken}", flush=True)
     summary = {
-        "command": f"python -m soak.kills --kills {args.kills} --seed {args.seed}",
+        "command": f"python -m soak.kills --kills {args.kills} --seed {args.seed} --length {args.length}",
         "versions": versions(),
         "stages": summary,
     }

@@ -47,10 +47,16 @@ def default_command(run: Path) -> list[str]:
     ]
 
 
+def proc_status(pid: int | str) -> dict[str, int]:
+    """The numbers of /proc/PID/status: kB, or counts."""
+    pairs = (line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return {key: int(value.split()[0]) for key, value in pairs if value.split() and value.split()[0].isdecimal()}
+
+
 def sample(pid: int) -> tuple[float, int, int]:
     """Resident memory in MB, open file descriptors, threads."""
-    lines = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
-    return int(lines["VmRSS"].split()[0]) / 1e3, len(list(Path(f"/proc/{pid}/fd").iterdir())), int(lines["Threads"])
+    status = proc_status(pid)
+    return status["VmRSS"] * 1.024 / 1e3, len(list(Path(f"/proc/{pid}/fd").iterdir())), status["Threads"]
 
 
 def gpu_megabytes(pid: int) -> float:

@@ -23,6 +23,7 @@ import numpy as np
 from localmotion.perception.companding import Companding
 from localmotion.replay import Replay
 from localmotion.training.rundir import versions
+from soak.memory import proc_status
 
 SPEC: dict[str, tuple[tuple[int, ...], str]] = {
     "image": ((64, 64, 3), "uint8"),
@@ -36,13 +37,6 @@ SPEC: dict[str, tuple[tuple[int, ...], str]] = {
 }
 STEPS = 500
 BATCHES = 300
-
-
-def resident() -> tuple[int, int]:
-    """Resident memory of this process now and at its highest, bytes."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    now, highest = (int(lines[key].split()[0]) * 1024 for key in ("VmRSS", "VmHWM"))
-    return now, highest
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -80,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             replay.sample(16)
             took.append(time.perf_counter() - began)
         size = sum(path.stat().st_size for path in folder.iterdir())
-        now, highest = resident()
+        now, highest = (proc_status("self")[key] * 1024 for key in ("VmRSS", "VmHWM"))
         found = {
             "command": f"python -m soak.replay --records {args.records}",
             "versions": versions(),

@@ -23,8 +23,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from localmotion.errors import CheckpointError, LocalmotionError
@@ -272,40 +271,47 @@ class Replay:
 
     def _recode(self, path: Path) -> None:
         """File an episode again that holds a key as it was added, by a run of before it was coded."""
-        if not self.coders:
-            return
-        try:
-            with safe_open(path, framework="numpy") as file:
-                plain = [
-                    k
-                    for k in self.coders
-                    if k in file.keys() and file.get_slice(k).get_dtype() == _NAMES[self.spec[k][1].name]  # noqa: SIM118
-                ]
-                arrays = {key: file.get_tensor(key) for key in file.keys()} if plain else {}  # noqa: SIM118
-        except Exception as error:
-            raise _unreadable(path, error) from error
+        found, _ = _header(path)
+        plain = [key for key in self.coders if found.get(key, {}).get("dtype") == _NAMES[self.spec[key][1].name]]
         if plain:
+            arrays = load_file(path)
             self._file(int(path.stem.split("_")[1]), {**arrays, **{key: self.coders[key].encode(arrays[key]) for key in plain}})
 
     def _described(self, path: Path) -> Episode:
         """Length and offsets of a filed episode, from its header. Raises CheckpointError when it does not fit the spec."""
+        found, begin = _header(path)
         try:
-            with safe_open(path, framework="numpy") as file:  # checks the header and that the file is as long as it says
-                names = set(file.keys())
-                found = {key: (tuple(file.get_slice(key).get_shape()), file.get_slice(key).get_dtype()) for key in names}
-            with path.open("rb") as raw:
-                (size,) = struct.unpack("<Q", raw.read(8))
-                header = json.loads(raw.read(size))
-        except Exception as error:
-            raise _unreadable(path, error) from error
-        length = found.get("reward", ((0,), ""))[0][0]
-        for key, (shape, dtype) in self.stored.items():
-            if found.get(key) != ((length, *shape), _NAMES[dtype.name]) or length < self.length:
-                raise CheckpointError(f"{path}: array {key!r} does not fit this run's settings; start a new run")
-        offsets = {key: 8 + size + int(header[key]["data_offsets"][0]) for key in self.stored}
+            length = int(found["reward"]["shape"][0])
+            fits = [
+                found[key]["dtype"] == _NAMES[dtype.name] and found[key]["shape"] == [length, *shape]
+                for key, (shape, dtype) in self.stored.items()
+            ]
+            offsets = {key: begin + int(found[key]["data_offsets"][0]) for key in self.stored}
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{path}: lacks {error} of this run's records; start a new run") from error
+        if not all(fits) or length < self.length:
+            wrong = next((key for key, fit in zip(self.stored, fits, strict=True) if not fit), "reward")
+            raise CheckpointError(f"{path}: array {wrong!r} does not fit this run's settings; start a new run")
         return Episode(int(path.stem.split("_")[1]), length, None, offsets)
 
 
+def _header(path: Path) -> tuple[dict[str, Any], int]:
+    """Header of a safetensors file and where its data begin. Raises CheckpointError unless the file is as long as the header says."""
+    try:
+        with path.open("rb") as file:
+            (size,) = struct.unpack("<Q", file.read(8))
+            if size > MAX_HEADER:
+                raise ValueError(f"its header claims {size} bytes")
+            found: dict[str, Any] = {key: value for key, value in json.loads(file.read(size)).items() if key != "__metadata__"}
+            end = 8 + size + max(int(value["data_offsets"][1]) for value in found.values())
+            if os.fstat(file.fileno()).st_size != end:
+                raise ValueError(f"has not the {end} bytes that its header says")
+    except (OSError, struct.error, ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
+        raise _unreadable(path, error) from error
+    return found, 8 + size
+
+
+MAX_HEADER = 1 << 20
 _NAMES = {"uint8": "U8", "int8": "I8", "bool": "BOOL", "float16": "F16", "float32": "F32", "float64": "F64", "int32": "I32"}
 _NAMES |= {"int64": "I64"}
 

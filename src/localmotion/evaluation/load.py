@@ -20,7 +20,7 @@ from localmotion.files import one_line
 from localmotion.methods.base import Method
 from localmotion.perception.base import Recipe
 from localmotion.training import checkpoint
-from localmotion.training.rundir import check_recipe, read_environment
+from localmotion.training.rundir import read_environment
 
 Which = Literal["newest", "best"]
 
@@ -32,7 +32,6 @@ def load_run(path: Path, *, device: str = "auto", threads: int = 0, which: Which
     its settings or its recipe do not fit this version.
     """
     run = replace(checkpoint.read_config(path), device=device, threads=threads)
-    check_stored_recipes(run, path)
     _check_options(run, path)
     recipe = stored_recipe(run, path)
     if run.stage != "pretrain" and methods.get(run.method).wants_motion and not recipe:
@@ -49,15 +48,6 @@ def load_run(path: Path, *, device: str = "auto", threads: int = 0, which: Which
     method = methods.get(run.method)(run.model, image_size=size, action_dim=action_dim)
     checkpoint.load_weights(method, weights, str(found))
     return run, method.to(compute.device).eval(), compute
-
-
-def check_stored_recipes(run: RunConfig, path: Path) -> None:
-    """Raise ConfigError or CheckpointError for a recipe in the files of a run (and of its checkpoint) that cannot be followed."""
-    if run.recipe:
-        check_recipe(run.recipe, path / "config.json")
-    for place in (path, *([Path(run.checkpoint)] if run.checkpoint else [])):
-        if found := read_environment(place).get("recipe"):
-            check_recipe(found, place / "environment.json")
 
 
 def _check_options(run: RunConfig, path: Path) -> None:

@@ -139,14 +139,20 @@ class _Learner:
         self.run, self.out, self.observer, self.method = run, out, observer, method
         self.updater, self.repeat, self.stop = updater, repeat, stop
         self.compute = updater.compute
-        online, folder = run.online, out.path / "replay"
-        settings: dict[str, Any] = {"capacity": online.replay_capacity, "length": online.length, "seed": run.seed}
-        settings |= {"prioritize_ends": online.prioritize_ends, "folder": folder}
-        if observer.recipe and online.replay_flow == "int8":
-            settings["coders"] = {"flow": Companding(observer.recipe.size)}
-        size = Replay(observer.spec(), **settings).bytes_per_record
-        storage, self.replay_note = choose_storage(online, self.budget, size, folder)
-        self.replay = Replay(observer.spec(), **settings, storage=storage)
+        online = run.online
+        recipe = observer.recipe if online.replay_flow == "int8" else None
+        self.replay = Replay(
+            observer.spec(),
+            capacity=online.replay_capacity,
+            length=online.length,
+            prioritize_ends=online.prioritize_ends,
+            seed=run.seed,
+            coders={"flow": Companding(recipe.size)} if recipe else None,
+            folder=out.path / "replay",
+        )
+        self.replay.storage, self.replay_note = choose_storage(
+            online, self.budget, self.replay.bytes_per_record, out.path / "replay"
+        )
         self.agent_step = self.episode = self.last_save = self.next_eval = 0
         self.playing: _Playing | None = None
         self.faults, self.began = 0, False

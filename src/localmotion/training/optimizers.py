@@ -96,47 +96,31 @@ def _laprop(
     eps: float,
     found_inf: Tensor | None = None,
 ) -> None:
-    """The three lines of `LaProp` over lists of tensors, updated ``count`` times including this one."""
+    """The three lines of `LaProp` over lists of tensors, updated ``count`` times including this one.
+
+    Where ``found_inf`` is 1 nothing changes, without asking the device which it is: gradients become zero, factors one.
+    """
     first, second = betas
+    keep_square: Any = second
+    keep_mean: Any = first
+    rate: Any = -lr / (1 - first**count)
     if found_inf is not None:
-        _laprop_guarded(params, grads, mean, square, count=count, lr=lr, betas=betas, eps=eps, found_inf=found_inf)
-        return
-    torch._foreach_mul_(square, second)
+        good = 1 - found_inf
+        for grad in grads:
+            grad.nan_to_num_(0.0, 0.0, 0.0)
+        torch._foreach_mul_(grads, good)
+        keep_square, keep_mean, rate = 1 - (1 - second) * good, 1 - (1 - first) * good, rate * good
+    torch._foreach_mul_(square, keep_square)
     torch._foreach_addcmul_(square, grads, grads, 1 - second)
     scale = list(torch._foreach_sqrt(square))
     torch._foreach_mul_(scale, (1 - second**count) ** -0.5)
     torch._foreach_add_(scale, eps)
-    torch._foreach_mul_(mean, first)
+    torch._foreach_mul_(mean, keep_mean)
     torch._foreach_addcdiv_(mean, grads, scale, 1 - first)
-    torch._foreach_add_(params, mean, alpha=-lr / (1 - first**count))
-
-
-def _laprop_guarded(
-    params: list[Tensor],
-    grads: list[Tensor],
-    mean: list[Tensor],
-    square: list[Tensor],
-    *,
-    count: float,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    found_inf: Tensor,
-) -> None:
-    """`_laprop` where ``found_inf`` is 0, nothing where it is 1, without asking the device which: gradients become zero, factors one."""
-    first, second = betas
-    good = 1 - found_inf
-    for grad in grads:
-        grad.nan_to_num_(0.0, 0.0, 0.0)
-    torch._foreach_mul_(grads, good)
-    torch._foreach_mul_(square, 1 - (1 - second) * good)
-    torch._foreach_addcmul_(square, grads, grads, 1 - second)
-    scale = list(torch._foreach_sqrt(square))
-    torch._foreach_mul_(scale, (1 - second**count) ** -0.5)
-    torch._foreach_add_(scale, eps)
-    torch._foreach_mul_(mean, 1 - (1 - first) * good)
-    torch._foreach_addcdiv_(mean, grads, scale, 1 - first)
-    torch._foreach_addcmul_(params, mean, [good * (-lr / (1 - first**count))] * len(params))
+    if found_inf is None:
+        torch._foreach_add_(params, mean, alpha=rate)
+    else:  # a rate on the device is no alpha
+        torch._foreach_addcmul_(params, mean, [rate] * len(params))
 
 
 def _adam(group: Group, settings: OptimConfig) -> torch.optim.Optimizer:

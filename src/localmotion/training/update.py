@@ -51,10 +51,9 @@ class Updater:
         self._bad = torch.zeros((), device=compute.device if self.deferred else None)  # updates in a row that were not finite
         self._skipped = torch.zeros_like(self._bad)
         self._found = torch.zeros_like(self._bad)  # 1 where a part of this update was not finite
-        self._last: tuple[dict[str, Tensor], Mapping[str, Tensor]] = (
-            {},
-            {},
-        )  # terms of the newest bad update (deferred: of the newest)
+        # Losses and norms of this update if it is bad (deferred: in any case), and its batch: for whoever looks for the cause.
+        self._terms: dict[str, Tensor] = {}
+        self._batch: Mapping[str, Tensor] = {}
 
     def _learn(
         self, names: list[str], terms: Mapping[str, Tensor], roots: list[Tensor], *, own: bool = False
@@ -84,7 +83,7 @@ class Updater:
         if self.deferred:
             found = (~good).to(self._found.dtype)
             self._found = torch.maximum(self._found, found)
-            self._last = {**self._last[0], **(terms or {}), **norms}, self._last[1]
+            self._terms |= {**(terms or {}), **norms}
         for group in groups:
             optimiser = self.optimisers[group.name]
             optimiser.param_groups[0]["lr"] = group.lr * self._share(group)
@@ -101,7 +100,7 @@ class Updater:
 
     def _skip(self, terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
         self._found = torch.ones_like(self._found)
-        self._last = {**self._last[0], **terms}, self._last[1]
+        self._terms |= terms
         return {}
 
     def _done(self) -> None:
@@ -116,8 +115,7 @@ class Updater:
         """How many updates were skipped so far. Raises DivergedError when it was the last `BAD_LIMIT` in a row."""
         bad, skipped = torch.stack([self._bad, self._skipped]).tolist()
         if bad >= BAD_LIMIT:
-            terms, batch = self._last
-            raise DivergedError(self.update, to_floats(terms), batch)
+            raise DivergedError(self.update, to_floats(self._terms), self._batch)
         return int(skipped)
 
     @property
@@ -132,7 +130,7 @@ class Updater:
 
     def _begin(self, batch: Mapping[str, Tensor]) -> None:
         self._found = torch.zeros_like(self._found)
-        self._last = {}, batch
+        self._terms, self._batch = {}, batch
 
     def _share(self, group: Group) -> float:
         """What a group uses of its learning rate at this update: nothing while frozen, a growing part in its warm-up."""
