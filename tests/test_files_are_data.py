@@ -196,7 +196,7 @@ def verdict(file: str, function: str, name: str, node: ast.Call) -> str:
 def test_no_source_file_can_run_what_a_file_says() -> None:
     found, seen = [], set()
     package = ROOT / "src" / "localmotion"
-    others = [path for name in ("benchmarks", "examples", "studies") for path in (ROOT / name).rglob("*.py")]
+    others = [path for name in ("benchmarks", "examples", "soak", "studies") for path in (ROOT / name).rglob("*.py")]
     for path in [*package.rglob("*.py"), *others]:
         file = path.relative_to(package).as_posix() if path.is_relative_to(package) else path.relative_to(ROOT).as_posix()
         for function, name, node in calls(path):
