@@ -2,33 +2,45 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
-import sys
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
-PARTS = ("machine", "update", "acting", "env", "visuals", "extract", "replay")
+PARTS = ("machine", "update", "floor", "peers", "acting", "env", "visuals", "extract", "replay")
 
 
 def main() -> None:
-    wanted = sys.argv[1:] or list(PARTS)
-    console = Console(width=150)
+    parser = argparse.ArgumentParser("python -m benchmarks", description="Times are of this machine; compare ratios of one run.")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"what to measure: {', '.join(PARTS)}; all if none is named")
+    parser.add_argument(
+        "--threads", type=int, default=0, help="threads of torch; with 1 an update's seconds are the process's own"
+    )
+    parser.add_argument(
+        "--r2dreamer", default="", metavar="PATH", help="checkout of NM512/r2dreamer to be timed beside DreamerV3"
+    )
+    parser.add_argument("--out", type=Path, default=Path("bench.json"), help="numbers as JSON (default: %(default)s)")
+    given = parser.parse_args()
+    if unknown := [part for part in given.parts if part not in PARTS]:
+        parser.error(f"unknown benchmark {unknown[0]!r}; known: {', '.join(PARTS)}")
+    if given.threads:
+        torch.set_num_threads(given.threads)
+    options = {"peers": {"r2dreamer_path": given.r2dreamer}}
+    console = Console(width=170)
     results: dict[str, list[dict[str, object]]] = {}
-    for part in wanted:
-        if part not in PARTS:
-            sys.exit(f"error: unknown benchmark {part!r}; known: {', '.join(PARTS)}")
-        rows = importlib.import_module(f"benchmarks.bench_{part}").run()
+    for part in given.parts or PARTS:
+        rows = importlib.import_module(f"benchmarks.bench_{part}").run(**options.get(part, {}))
         results[part] = rows
         table = Table(*rows[0], title=part)
         for row in rows:
             table.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()))
         console.print(table)
-    out = Path("bench.json")
-    out.write_text(json.dumps(results, indent=1) + "\n")
-    console.print(f"wrote {out}")
+        given.out.write_text(json.dumps(results, indent=1) + "\n")  # after each part: they take long
+    console.print(f"wrote {given.out}")
 
 
 if __name__ == "__main__":

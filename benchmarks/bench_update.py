@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import time
-from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.bench_machine import peak
+from benchmarks.recorder import Recorder
 from localmotion import methods
 from localmotion.compute import choose
 from localmotion.config import RunConfig, compose
@@ -38,10 +37,10 @@ def fake_batch(run: RunConfig, size: int = 64, tracks: int = 32) -> dict[str, to
 
 
 def setup(
-    method: str, stage: str, preset: str, env: str = "dmc:walker_walk", **flags: Any
+    method: str, stage: str, preset: str, *settings: str, env: str = "dmc:walker_walk"
 ) -> tuple[Updater, dict[str, torch.Tensor]]:
-    """A method ready for updates, and a batch."""
-    run = compose(method, stage, preset=preset, env=env if stage != "pretrain" else "", flags=flags)  # type: ignore[arg-type]
+    """A method ready for updates, and a batch. ``settings`` as on the command line: name=value."""
+    run = compose(method, stage, preset=preset, env=env if stage != "pretrain" else "", settings=settings)  # type: ignore[arg-type]
     compute = choose(run)
     torch.manual_seed(0)
     model = methods.get(method)(run.model, image_size=64, action_dim=None if stage == "pretrain" else ACTIONS).to(compute.device)
@@ -49,10 +48,10 @@ def setup(
 
 
 def count_flops(updater: Updater, batch: dict[str, torch.Tensor], stage: str) -> float:
-    """FLOPs of one whole update, forward and backward, counted by torch."""
-    with FlopCounterMode(display=False) as counter:
+    """FLOPs of one whole update, forward and backward."""
+    with Recorder() as counter:
         (updater.pretrain if stage == "pretrain" else updater.online)(batch)
-    return float(counter.get_total_flops())
+    return counter.flops
 
 
 def time_parts(updater: Updater, batch: dict[str, torch.Tensor], stage: str) -> dict[str, float]:
@@ -68,9 +67,9 @@ def time_parts(updater: Updater, batch: dict[str, torch.Tensor], stage: str) -> 
     forward = time.perf_counter()
     loss.backward()  # type: ignore[union-attr]
     backward = time.perf_counter()
-    updater.step([group.name for group in updater.groups if group.name not in ("actor", "critic")])
+    updater.step([group.name for group in updater.groups if method.joint_update or group.name not in ("actor", "critic")])
     optimiser = time.perf_counter()
-    if stage != "pretrain":
+    if stage != "pretrain" and not method.joint_update:
         with compute.autocast():
             behaviour, _ = method.behaviour_losses(start)
         parameters = [p for g in updater.groups if g.name in ("actor", "critic") for p in g.parameters]
@@ -90,6 +89,7 @@ def run(
         ("drp", "pretrain", "small"),
         ("drp", "finetune", "small"),
         ("dreamer_v2", "train", "small"),
+        ("dreamer_v3", "train", "small"),
     ),
     repeats: int = 8,
 ) -> list[dict[str, object]]:

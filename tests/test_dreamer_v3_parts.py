@@ -15,7 +15,7 @@ from torch import Tensor
 import dreamer_v3_parity as parity
 from localmotion.models import blocks
 from localmotion.models.blocks import BlockLinear, NormMLP, NormSiLU
-from localmotion.models.observations import ImageDecoder, ImageEncoder, UpConv, from_patches, pixel_loss, to_patches
+from localmotion.models.observations import ImageDecoder, ImageEncoder, UpConv, from_patches, pixel_loss, pool, to_patches
 from localmotion.models.policies import BoundedNormal, OneHotPolicy
 from localmotion.models.rssm_block import BlockRSSM, State, kl_losses
 from localmotion.models.values import ReturnRange, TwoHot, bootstrapped_return, follow, symexp, symexp_bins, symlog
@@ -156,6 +156,28 @@ def test_large_maps_are_worked_on_in_pieces(monkeypatch: pytest.MonkeyPatch) -> 
     torch.testing.assert_close(pieces, whole)
     for mine, want in zip(torch.autograd.grad(pieces.sin().sum(), [x, layer.scale]), grads, strict=True):
         torch.testing.assert_close(mine, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_pool_is_torchs_with_its_gradient(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values of few steps, so that many corners are equal: the first of them has the gradient. Pieces do not divide the batch."""
+    monkeypatch.setattr(blocks, "CHUNK", 2 * 4 * 6 * 3 + 1)
+    torch.manual_seed(0)
+    x = ((2 * torch.randn(5, 8, 12, 3)).round() / 2 + 0.0).to(dtype)
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    want = F.max_pool2d(theirs.permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
+    found = pool(ours)
+    assert torch.equal(found, want)
+    grad = torch.randn(5, 4, 6, 3).to(dtype)
+    found.backward(grad)
+    want.backward(grad)
+    assert torch.equal(ours.grad, theirs.grad)
+    with torch.no_grad():
+        assert torch.equal(pool(x), want)
+    ours.grad = None
+    pool(ours[..., ::2]).sum().backward()  # not contiguous
+    assert ours.grad.sum() == 5 * 4 * 6 * 2
+    assert not ours.grad[..., 1].any()
 
 
 def test_block_linear_keeps_blocks_apart() -> None:

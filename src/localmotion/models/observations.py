@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from localmotion.errors import ConfigError
-from localmotion.models.blocks import CHUNK, BlockLinear, NormMLP, NormSiLU, init_, linear
+from localmotion.models.blocks import CHUNK, BlockLinear, NormMLP, NormSiLU, init_, linear, spans
 from localmotion.models.values import symlog
 
 KERNEL = 5
@@ -83,6 +83,58 @@ class UpConv(Conv):
         return F.conv2d(x.permute(0, 3, 1, 2), small, self.bias.repeat(4), padding=1).permute(0, 2, 3, 1)
 
 
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class _PoolCorners(torch.autograd.Function):
+    """Maximum over 2x2 of (N, H, W, C), for CPUs: torch's own takes half a second a pass for the first map of DreamerV3 12M.
+
+    Comparing and selecting bf16 is slow there, integers are not: a difference shifted right by all but its sign is a mask of zeros or ones,
+    and gradients are handed out by `and`. Kept for the backward pass are three of these masks, a byte each (right of the upper two, right
+    of the lower two, lower row). As in torch the first of equals wins.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        n, h, w, c = x.shape
+        out = x.new_empty(n, h // 2, w // 2, c)
+        ctx.shape = x.shape
+        learns, bits = ctx.needs_input_grad[0], _BITS[x.element_size()]
+        masks = [torch.empty(out.shape, dtype=torch.int8) for _ in range(3)] if learns else []
+        for span in spans(out):
+            corners = x[span].view(-1, h // 2, 2, w // 2, 2, c)
+            pairs = [(corners[:, :, row, :, 0], corners[:, :, row, :, 1]) for row in (0, 1)]
+            upper, lower = (torch.maximum(*pair) for pair in pairs)
+            torch.maximum(upper, lower, out=out[span])
+            for mask, (first, second) in zip(masks, (*pairs, (upper, lower)), strict=False):
+                mask[span] = (first - second).view(bits) >> (8 * x.element_size() - 1)
+        ctx.save_for_backward(*masks)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        grad, (n, h, w, c) = grads[0].contiguous(), ctx.shape
+        bits = _BITS[grad.element_size()]
+        out = grad.new_empty(n, h // 2, 2, w // 2, 2, c)
+        for span in spans(grad):
+            share, into = grad[span].view(bits), out[span].view(bits)
+            right, lower_right, lower = (mask[span].to(bits) for mask in ctx.saved_tensors)
+            down = share & lower
+            for row, part, mask in ((0, share ^ down, right), (1, down, lower_right)):
+                # Written by the operations themselves: a copy into every other pixel takes four times as long.
+                torch.bitwise_and(part, mask, out=into[:, :, row, :, 1])
+                torch.bitwise_and(part, mask.bitwise_not_(), out=into[:, :, row, :, 0])
+        return out.view(ctx.shape)
+
+
+def pool(x: Tensor) -> Tensor:
+    """Maximum over 2x2 of (N, H, W, C), H and W even -> (N, H/2, W/2, C)."""
+    if x.device.type == "cpu":
+        out: Tensor = _PoolCorners.apply(x.contiguous())
+        return out
+    return F.max_pool2d(x.permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
+
+
 class ImageEncoder(nn.Module):
     """(N, S, S, 3) uint8 -> (N, E): stages of convolution, maximum over 2x2, RMSNorm, SiLU.
 
@@ -102,8 +154,7 @@ class ImageEncoder(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         x = (to_patches(image, BLOCK) if self.blocks else image).float().mul_(1 / 255).sub_(0.5)
         for conv, norm in zip(self.convs, self.norms, strict=True):
-            x = F.max_pool2d(conv(x).permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
-            x = norm(x)
+            x = norm(pool(conv(x)))
         return x.flatten(1)
 
 

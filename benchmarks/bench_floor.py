@@ -1,0 +1,99 @@
+"""How fast an update could be: each matrix product and convolution of it, alone, on this machine, against the whole.
+
+The floor of an update is the sum over its products and convolutions of the time each takes by itself, warm, in the layout in which the
+update calls it. What an update takes beyond it is elementwise work, copies, Python and waiting. `peak floor` is stricter: all FLOPs at the
+rate of the machine's best matrix product.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map
+
+from benchmarks.bench_machine import clock, peak
+from benchmarks.bench_update import setup
+from benchmarks.recorder import PRODUCTS, Like, Recorder
+
+
+def _alone(func: Any, args: Any, kwargs: Any, seconds: float = 0.05) -> tuple[float, float]:
+    """(seconds, FLOPs) of one call, the fastest of those that fit into ``seconds`` (at least three)."""
+    real = tree_map(
+        lambda x: x.make() if isinstance(x, Like) else x, (list(args), dict(kwargs)), is_leaf=lambda x: isinstance(x, Like)
+    )
+    arguments = [list(x) if isinstance(x, tuple) else x for x in real[0]]
+    with torch.no_grad():
+        with Recorder() as counter:
+            func(*arguments, **real[1])
+        best, began, calls = float("inf"), clock(), 0
+        while calls < 3 or clock() - began < seconds:
+            start = clock()
+            func(*arguments, **real[1])
+            best, calls = min(best, clock() - start), calls + 1
+    return best, counter.flops
+
+
+def measure(step: Callable[[], object], repeats: int = 5) -> tuple[float, list[dict[str, Any]], Counter[str]]:
+    """(seconds of a step, its products by kind with time alone and FLOPs, counts of its other operations)."""
+    step()
+    recorder = Recorder()
+    with recorder:
+        step()
+    times = []
+    for _ in range(repeats):
+        began = clock()
+        step()
+        times.append(clock() - began)
+    kinds: dict[str, dict[str, Any]] = {}
+    for (func, args, kwargs), count in recorder.products.items():
+        kind = kinds.setdefault(PRODUCTS[func], {"kind": PRODUCTS[func], "calls": 0, "alone ms": 0.0, "GFLOP": 0.0})
+        seconds, flops = _alone(func, args, kwargs)
+        kind["calls"] += count
+        kind["alone ms"] += 1e3 * seconds * count
+        kind["GFLOP"] += flops * count / 1e9
+    return min(times), list(kinds.values()), recorder.others
+
+
+CASES: tuple[tuple[str, ...], ...] = (
+    ("dreamer_v3", "train", "paper", "size=size12m"),
+    ("dreamer_v3", "train", "small"),
+    ("dreamer_v2", "train", "small"),
+    ("drp", "pretrain", "small"),
+    ("drp", "finetune", "small"),
+)
+
+
+def run(cases: tuple[tuple[str, ...], ...] = CASES) -> list[dict[str, object]]:
+    rows: list[dict[str, object]] = []
+    top = peak(torch.bfloat16)
+    for method, stage, preset, *settings in cases:
+        updater, batch = setup(method, stage, preset, *settings)
+        step = updater.pretrain if stage == "pretrain" else updater.online
+        seconds, kinds, others = measure(lambda step=step, batch=batch: step(batch))  # type: ignore[misc]
+        floor = sum(kind["alone ms"] for kind in kinds) / 1e3
+        flops = sum(kind["GFLOP"] for kind in kinds)
+        common = {"case": f"{method} {stage} {preset}", "threads": torch.get_num_threads()}
+        for kind in kinds:
+            rows.append(
+                {
+                    **common,
+                    **kind,
+                    "GFLOP/s": kind["GFLOP"] / kind["alone ms"] * 1e3,
+                    "of update": kind["alone ms"] / seconds / 1e3,
+                }
+            )
+        rows.append(
+            {
+                **common,
+                "kind": f"whole: {1e3 * seconds:.0f} ms, {seconds / floor:.2f} floors, {seconds * top / flops / 1e9:.2f} peak floors",
+                "calls": sum(others.values()),
+                "alone ms": 1e3 * floor,
+                "GFLOP": flops,
+                "GFLOP/s": flops / seconds,
+                "of update": floor / seconds,
+            }
+        )
+    return rows

@@ -1,0 +1,71 @@
+"""What runs within, counted: operations by name, matrix products and convolutions by the layout of their arguments, and FLOPs."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+from torch.utils.flop_counter import flop_registry
+
+aten = torch.ops.aten
+PRODUCTS = {
+    aten.mm.default: "matmul",
+    aten.addmm.default: "matmul",
+    aten.bmm.default: "batched matmul",
+    aten.baddbmm.default: "batched matmul",
+    aten.convolution.default: "convolution",
+    aten.convolution_backward.default: "convolution, backward",
+}
+# Views, memory not yet written to, and marks: no work of their own.
+FREE = re.compile(
+    r"(_unsafe_)?view|_reshape_alias|t|transpose|permute|expand|unbind|slice|select|split(_with_sizes)?|(un)?squeeze|alias|detach"
+    r"|as_strided|(new_)?empty(_like|_strided)?|_record_function_.*"
+)
+
+
+@dataclass(frozen=True)
+class Like:
+    """A tensor's layout, to make another like it."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    def make(self) -> Tensor:
+        span = 1 + sum((n - 1) * s for n, s in zip(self.shape, self.stride, strict=True)) if all(self.shape) else 0
+        return torch.randn(span).to(self.dtype).as_strided(self.shape, self.stride)
+
+
+class Recorder(TorchDispatchMode):
+    """Counts the operations of what runs within: every product and convolution by its arguments' layouts, all others by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.products: Counter[tuple[Any, Any, Any]] = Counter()
+        self.others: Counter[str] = Counter()
+        self.flops = 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func in PRODUCTS:
+            # Not FlopCounterMode: its hooks on modules fail where a learned module is called without gradient.
+            self.flops += flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=out)
+            like = tree_map(_like, (args, kwargs or {}))
+            self.products[func, _frozen(like[0]), _frozen(tuple(sorted(like[1].items())))] += 1
+        elif not FREE.fullmatch(name := func.__name__.split(".")[0]):
+            self.others[name] += 1
+        return out
+
+
+def _like(x: Any) -> Any:
+    return Like(tuple(x.shape), tuple(x.stride()), x.dtype) if isinstance(x, Tensor) else x
+
+
+def _frozen(x: Any) -> Any:
+    return tuple(_frozen(y) for y in x) if isinstance(x, (list, tuple)) else x

@@ -1,0 +1,81 @@
+"""What an update costs, in counts that do not depend on the machine: operations and FLOPs. Seconds are `make bench`."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from benchmarks.bench_floor import measure
+from benchmarks.bench_update import setup
+from benchmarks.recorder import Recorder
+
+ROOT = Path(__file__).parent.parent
+
+
+def counted(*case: str) -> tuple[Recorder, float]:
+    """Operations of one update in fp32, the second one (the first makes the optimisers' moments), and its GFLOP."""
+    updater, batch = setup(*case, "precision=fp32")
+    step = updater.pretrain if case[1] == "pretrain" else updater.online
+    step(batch)
+    recorder = Recorder()
+    with recorder:
+        step(batch)
+    return recorder, recorder.flops / 1e9
+
+
+# (operations other than views, matrix products and convolutions, GFLOP) of one update. More than this needs a reason in the commit.
+LIMITS = {
+    ("dreamer_v3", "train", "debug"): (2984, 278, 0.56516),
+    ("dreamer_v2", "train", "debug"): (1585, 223, 0.24159),
+    ("drp", "pretrain", "debug"): (885, 248, 0.30979),
+    ("drp", "finetune", "debug"): (2576, 512, 0.54766),
+    ("ipv", "finetune", "debug"): (2151, 340, 0.30593),
+}
+
+
+@pytest.mark.parametrize("case", LIMITS, ids=" ".join)
+def test_an_update_launches_no_more_than_it_did(case: tuple[str, ...]) -> None:
+    recorder, flops = counted(*case)
+    products, others = sum(recorder.products.values()), sum(recorder.others.values())
+    most_others, most_products, most_flops = LIMITS[case]
+    assert others <= 1.02 * most_others, recorder.others.most_common(12)
+    assert products <= most_products
+    assert flops == pytest.approx(most_flops, rel=0.01)
+    # Each of these was measured to be many times slower on a CPU than what is used in its place.
+    slow = {"max_pool2d_with_indices", "_scaled_dot_product_flash_attention_for_cpu"}
+    assert not recorder.others.keys() & slow
+
+
+def test_the_floor_is_made_of_the_updates_own_products() -> None:
+    """Products recorded by layout and run again alone have the FLOPs that torch counts in the update."""
+    updater, batch = setup("dreamer_v3", "train", "debug", "precision=fp32")
+    with Recorder() as whole:
+        updater.online(batch)
+    _, kinds, others = measure(lambda: updater.online(batch), repeats=1)
+    assert sum(kind["GFLOP"] for kind in kinds) == pytest.approx(whole.flops / 1e9, rel=1e-3)
+    assert all(kind["alone ms"] > 0 for kind in kinds)
+    assert others["copy_"] > 0
+
+
+def test_benchmarks_say_what_they_know() -> None:
+    def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "-m", "benchmarks", *arguments], cwd=ROOT, capture_output=True, text=True)
+
+    wrong = bench("no-such-part")
+    assert wrong.returncode == 2
+    assert "no-such-part" in wrong.stderr
+    assert "floor" in wrong.stderr
+    assert "--r2dreamer" in bench("--help").stdout
+
+
+def test_pieces_of_a_batch_are_counted_apart() -> None:
+    recorder = Recorder()
+    with recorder, torch.no_grad():
+        a, b = torch.ones(2, 3), torch.ones(3, 4)
+        a @ b, a @ b, a.t() @ a, (a + 1).view(6)
+    assert sorted(recorder.products.values()) == [1, 2]
+    assert recorder.others["add"] == 1
+    assert "view" not in recorder.others
