@@ -161,7 +161,7 @@ def test_large_maps_are_worked_on_in_pieces(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_pool_is_torchs_with_its_gradient(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Values of few steps, so that many corners are equal: the first of them has the gradient. Pieces do not divide the batch."""
-    monkeypatch.setattr(blocks, "CHUNK", 2 * 4 * 6 * 3 + 1)
+    monkeypatch.setattr(blocks, "CHUNK", 4 * 6 * 3 // 2 + 1)
     torch.manual_seed(0)
     x = ((2 * torch.randn(5, 8, 12, 3)).round() / 2 + 0.0).to(dtype)
     ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
@@ -178,6 +178,20 @@ def test_pool_is_torchs_with_its_gradient(dtype: torch.dtype, monkeypatch: pytes
     pool(ours[..., ::2]).sum().backward()  # not contiguous
     assert ours.grad.sum() == 5 * 4 * 6 * 2
     assert not ours.grad[..., 1].any()
+
+
+def test_gates_in_pieces_are_the_gates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Imagination in low precision takes another way to the same numbers; pieces do not divide the batch."""
+    monkeypatch.setattr(blocks, "CHUNK", 3 * 24)
+    torch.manual_seed(0)
+    rssm = BlockRSSM(embed_dim=3, action_dim=2, deter=8, hidden=4, stoch=2, classes=3, blocks=4)
+    rssm.gru.bias.data.normal_()
+    parts, deter = 2 * torch.randn(4, 17, 6), torch.randn(17, 8)
+    bias = rssm._in_blocks(rssm.gru.bias.unsqueeze(0))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            rssm._gates_in_pieces(parts, bias, deter), rssm._gates(parts + bias, deter), rtol=1e-6, atol=1e-6
+        )
 
 
 def test_block_linear_keeps_blocks_apart() -> None:

@@ -101,7 +101,7 @@ class _PoolCorners(torch.autograd.Function):
         ctx.shape = x.shape
         learns, bits = ctx.needs_input_grad[0], _BITS[x.element_size()]
         masks = [torch.empty(out.shape, dtype=torch.int8) for _ in range(3)] if learns else []
-        for span in spans(out):
+        for span in spans(out, times=4):
             corners = x[span].view(-1, h // 2, 2, w // 2, 2, c)
             pairs = [(corners[:, :, row, :, 0], corners[:, :, row, :, 1]) for row in (0, 1)]
             upper, lower = (torch.maximum(*pair) for pair in pairs)
@@ -116,7 +116,7 @@ class _PoolCorners(torch.autograd.Function):
         grad, (n, h, w, c) = grads[0].contiguous(), ctx.shape
         bits = _BITS[grad.element_size()]
         out = grad.new_empty(n, h // 2, 2, w // 2, 2, c)
-        for span in spans(grad):
+        for span in spans(grad, times=4):
             share, into = grad[span].view(bits), out[span].view(bits)
             right, lower_right, lower = (mask[span].to(bits) for mask in ctx.saved_tensors)
             down = share & lower
