@@ -1,8 +1,8 @@
 """How fast an update could be: each matrix product and convolution of it, alone, on this machine, against the whole.
 
 The floor of an update is the sum over its products and convolutions of the time each takes by itself, warm, in the layout in which the
-update calls it. What an update takes beyond it is elementwise work, copies, Python and waiting. `peak floor` is stricter: all FLOPs at the
-rate of the machine's best matrix product.
+update calls it. What an update takes beyond it is elementwise work, copies, Python and waiting. A `peak floor` is all FLOPs at the
+rate of one product of two 1024 x 1024 matrices, which some of an update's products exceed.
 """
 
 from __future__ import annotations

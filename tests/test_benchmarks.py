@@ -50,7 +50,7 @@ def test_an_update_launches_no_more_than_it_did(case: tuple[str, ...]) -> None:
 
 
 def test_the_floor_is_made_of_the_updates_own_products() -> None:
-    """Products recorded by layout and run again alone have the FLOPs that torch counts in the update."""
+    """Products recorded by layout and run again alone have the FLOPs that were counted in the update."""
     updater, batch = setup("dreamer_v3", "train", "debug", "precision=fp32")
     with Recorder() as whole:
         updater.online(batch)
