@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-PARTS = ("machine", "update", "floor", "peers", "acting", "env", "visuals", "extract", "replay")
+PARTS = ("machine", "update", "gpu", "floor", "peers", "acting", "env", "visuals", "extract", "replay")
 
 
 def main() -> None:
@@ -29,7 +29,7 @@ def main() -> None:
         parser.error(f"unknown benchmark {unknown[0]!r}; known: {', '.join(PARTS)}")
     if given.threads:
         torch.set_num_threads(given.threads)
-    options = {"peers": {"r2dreamer_path": given.r2dreamer}}
+    options = {part: {"r2dreamer_path": given.r2dreamer} for part in ("peers", "gpu")}
     console = Console(width=170)
     results: dict[str, list[dict[str, object]]] = {}
     for part in given.parts or PARTS:

@@ -29,21 +29,21 @@ from localmotion.compute import keep_buffers
 BATCH, LENGTH = 16, 64
 
 
-def r2dreamer(path: Path, bf16: bool) -> tuple[Callable[[], object], int]:
+def r2dreamer(path: Path, bf16: bool, *, device: str = "cpu", compiled: bool = False) -> tuple[Callable[[], object], int]:
     """(one update, number of learned parameters) of r2dreamer's DreamerV3 12M on pictures: its own `Dreamer.update` with a fixed batch."""
     from omegaconf import OmegaConf  # type: ignore[import-not-found,unused-ignore]
 
     sys.path.insert(0, str(path))
     theirs = importlib.import_module("dreamer")
     read = lambda name: OmegaConf.load(path / "configs" / f"{name}.yaml")  # noqa: E731
-    whole = OmegaConf.create({"device": "cpu", "seed": 0})
+    whole = OmegaConf.create({"device": device, "seed": 0})
     whole.env = read("env/dmc_vision")
     whole.model = OmegaConf.merge(read("model/_base_"), {k: v for k, v in read("model/size12M").items() if k != "defaults"})
-    whole.model.compile, whole.model.rep_loss = False, "dreamer"
+    whole.model.compile, whole.model.rep_loss = compiled, "dreamer"
     space = SimpleNamespace(spaces={"image": SimpleNamespace(shape=(64, 64, 3))})
     with contextlib.redirect_stdout(io.StringIO()):
         agent = theirs.Dreamer(whole.model, space, SimpleNamespace(shape=(ACTIONS,)))
-    # On a CPU half precision is not what anybody would use: bf16 instead, or none.
+    # Its half precision (fp16) is not what anybody would use on a CPU: bf16 instead, as ours, or none.
     theirs.autocast = lambda device_type, dtype: torch.autocast(device_type, torch.bfloat16, enabled=bf16)
     g = torch.Generator().manual_seed(0)
     shape = (BATCH, LENGTH)
@@ -59,7 +59,7 @@ def r2dreamer(path: Path, bf16: bool) -> tuple[Callable[[], object], int]:
     }
     from tensordict import TensorDict  # type: ignore[import-not-found,unused-ignore]
 
-    batch = TensorDict(data, batch_size=shape)
+    batch = TensorDict(data, batch_size=shape).to(device)
     state = agent.get_initial_state(BATCH)
 
     class Fixed:

@@ -143,7 +143,7 @@ def test_a_run_of_bad_updates_stops_with_the_first_bad_term(deferred: bool, monk
 
 def test_laprop_refuses_as_exactly_as_it_steps() -> None:
     params = [torch.nn.Parameter(torch.randn(4, 3)) for _ in range(2)]
-    optimizer = optimizers.LaProp(params, lr=0.1)
+    optimizer = optimizers.LaProp(params, lr=0.1, capturable=True)
     for found in (0.0, 1.0, 0.0):
         before = [p.detach().clone() for p in params]
         for p in params:

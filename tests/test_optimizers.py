@@ -90,6 +90,26 @@ def test_parameters_updated_less_often_are_corrected_by_their_own_count() -> Non
     torch.testing.assert_close((params[0] - before).abs(), torch.full_like(before, 1e-2), rtol=1e-3, atol=1e-6)
 
 
+def test_counts_on_the_device_give_the_same_steps() -> None:
+    """Also for a parameter that was updated less often, and with a rate that is a tensor."""
+    both = parameters(), parameters()
+    rate = torch.tensor(1e-2)
+    optimisers = LaProp(both[0], lr=1e-2), LaProp(both[1], lr=rate, capturable=True)
+    for step in range(5):
+        for params, optimiser in zip(both, optimisers, strict=True):
+            gradients(params, step)
+            if step == 1:
+                params[0].grad = None
+            optimiser.step()
+    for a, b in zip(*both, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    rate.zero_()
+    before = [p.detach().clone() for p in both[1]]
+    gradients(both[1], 9)
+    optimisers[1].step()
+    assert all(torch.equal(p, old) for p, old in zip(both[1], before, strict=True))
+
+
 def test_bad_settings_are_refused() -> None:
     for bad in ({"lr": -1.0}, {"eps": -1.0}, {"betas": (1.0, 0.9)}):
         with pytest.raises(ValueError, match="LaProp"):

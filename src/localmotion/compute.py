@@ -86,7 +86,7 @@ def keep_buffers() -> None:
 
 
 def choose(run: RunConfig, earlier: Mapping[str, Any] | None = None) -> Compute:
-    """Decide device, precision and threads of a run. Raises ConfigError for a device that is not there.
+    """Decide device, precision and threads of a run. Raises ConfigError for a device that is not there, or not fit for `cuda_graph`.
 
     ``earlier``: environment.json of a run that goes on. What was measured to be faster when it began holds to its end, on the same kind of
     device: another day's measurement must not make it another run.
@@ -101,6 +101,8 @@ def choose(run: RunConfig, earlier: Mapping[str, Any] | None = None) -> Compute:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}; use --device cpu") from error
+    if run.cuda_graph and device.type != "cuda":
+        raise ConfigError(f"cuda_graph needs a CUDA device, and this run computes on {device.type}; leave it off here")
     if run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS may add in another order
         torch.use_deterministic_algorithms(True)

@@ -188,6 +188,8 @@ class RunConfig:
     """CPU threads of torch; 0 leaves torch's own choice."""
     deterministic: bool = False
     """On a GPU: only kernels that give the same bits every time, slower, an error where there is none. A CPU run is so anyway."""
+    cuda_graph: bool = False
+    """On a GPU: record the whole update as a CUDA graph after its first three and replay it, one launch in place of thousands."""
     env: str = ""
     """Environment name, suite:task."""
     action_repeat: int = 0

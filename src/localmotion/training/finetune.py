@@ -35,7 +35,7 @@ from localmotion.methods.base import Method
 from localmotion.perception.base import Recipe
 from localmotion.perception.companding import Companding
 from localmotion.replay import Replay
-from localmotion.training import checkpoint
+from localmotion.training import checkpoint, graphs
 from localmotion.training.faults import dump
 from localmotion.training.interrupt import Interrupted, StopRequest
 from localmotion.training.pretrain import to_device
@@ -75,7 +75,7 @@ def finetune(run: RunConfig, path: Path) -> Path:
     if run.checkpoint:
         say(load_pretrained(method, run).line())
     out = RunDir(path, run)
-    updater = Updater(method, run, compute, pretrained=bool(run.checkpoint))
+    updater = Updater(method, run, compute, pretrained=bool(run.checkpoint), graph=graphs.wanted(run))
     with StopRequest() as stop:
         learner = _Learner(run, out, observer, method, updater, repeat, stop)
         _learn(learner, out)

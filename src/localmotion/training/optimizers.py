@@ -6,7 +6,8 @@ result (Ziyin et al., arXiv 2002.04839). DreamerV3 uses it with adaptive gradien
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -18,14 +19,14 @@ from localmotion.methods.base import Group
 
 
 @torch.no_grad()
-def clip_adaptive_(parameters: Iterable[nn.Parameter], clip: float, least: float = 1e-3) -> Tensor:
+def clip_adaptive_(parameters: Sequence[nn.Parameter], clip: float, least: float = 1e-3) -> Tensor:
     """Scale each gradient down to ``clip * max(least, |parameter|)``, both norms over the whole tensor; returns their global norm before.
 
     As in the reference of DreamerV3 (danijar/dreamerv3, embodied/jax/opt.py), whose norm is of the tensor, not of each unit.
     """
     with_grad: list[Tensor] = [p for p in parameters if p.grad is not None]
     if not with_grad:
-        return torch.zeros(())
+        return torch.zeros((), device=parameters[0].device if parameters else None)
     grads = [p.grad for p in with_grad if p.grad is not None]
     norms = torch.stack(torch._foreach_norm(grads))
     sizes = torch.stack(torch._foreach_norm(with_grad))
@@ -39,19 +40,26 @@ class LaProp(torch.optim.Optimizer):
 
     Constants are those of DreamerV3's reference. State of each parameter: ``exp_avg`` (mu), ``exp_avg_sq`` (nu), ``step`` (t).
 
-    As torch's fused Adam it skips a step on the device where the attribute ``found_inf``, a tensor, is 1: parameters and moments stay
-    as they are, only t goes on.
+    With ``capturable`` the counts t lie on the device and no number is read from it, so that a step can be part of a CUDA graph; the
+    rate may then be a tensor. As torch's fused Adam such a step does nothing where the attribute ``found_inf``, a tensor, is 1:
+    parameters and moments stay as they are, only t goes on.
     """
 
     found_inf: Tensor | None = None
 
     def __init__(
-        self, params: Iterable[nn.Parameter], lr: float = 4e-5, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-20
+        self,
+        params: Iterable[nn.Parameter],
+        lr: float | Tensor = 4e-5,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-20,
+        *,
+        capturable: bool = False,
     ) -> None:
         """Raises ValueError for a negative rate or epsilon, or betas outside [0, 1)."""
-        if lr < 0 or eps < 0 or not all(0 <= beta < 1 for beta in betas):
+        if (not torch.is_tensor(lr) and lr < 0) or eps < 0 or not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"LaProp: lr={lr} and eps={eps} must not be negative, betas={betas} must lie in [0, 1)")
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps})
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "capturable": capturable})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
@@ -63,79 +71,98 @@ class LaProp(torch.optim.Optimizer):
             for p in params:
                 if not self.state[p]:
                     zeros = torch.zeros_like(p, memory_format=torch.preserve_format)
-                    self.state[p] = {"step": torch.zeros(()), "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
+                    number = torch.zeros((), device=p.device if group["capturable"] else None)
+                    self.state[p] = {"step": number, "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
             states = [self.state[p] for p in params]
+            constants = {"lr": group["lr"], "betas": group["betas"], "eps": group["eps"]}
+            if group["capturable"]:
+                if params:
+                    _laprop_on_device(params, states, found_inf=self.found_inf, **constants)
+                continue
             counts: dict[float, list[int]] = {}  # parameters by how often they were updated: as a rule there is one number
             for index, state in enumerate(states):
                 state["step"] += 1
                 counts.setdefault(float(state["step"]), []).append(index)
             for count, chosen in counts.items():
-                some = [params[i] for i in chosen]
-                _laprop(
-                    some,
-                    [p.grad for p in some],
-                    [states[i]["exp_avg"] for i in chosen],
-                    [states[i]["exp_avg_sq"] for i in chosen],
-                    count=count,
-                    lr=group["lr"],
-                    betas=group["betas"],
-                    eps=group["eps"],
-                    found_inf=self.found_inf,
-                )
+                _laprop([params[i] for i in chosen], [states[i] for i in chosen], count=count, **constants)
 
 
 def _laprop(
-    params: list[Tensor],
-    grads: list[Tensor],
-    mean: list[Tensor],
-    square: list[Tensor],
-    *,
-    count: float,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    found_inf: Tensor | None = None,
+    params: list[Tensor], states: list[dict[str, Tensor]], *, count: float, lr: float, betas: tuple[float, float], eps: float
 ) -> None:
-    """The three lines of `LaProp` over lists of tensors, updated ``count`` times including this one.
-
-    Where ``found_inf`` is 1 nothing changes, without asking the device which it is: gradients become zero, factors one.
-    """
+    """The three lines of `LaProp` over lists of tensors, updated ``count`` times including this one."""
     first, second = betas
-    keep_square: Any = second
-    keep_mean: Any = first
-    rate: Any = -lr / (1 - first**count)
-    if found_inf is not None:
-        good = 1 - found_inf
-        for grad in grads:
-            grad.nan_to_num_(0.0, 0.0, 0.0)
-        torch._foreach_mul_(grads, good)
-        keep_square, keep_mean, rate = 1 - (1 - second) * good, 1 - (1 - first) * good, rate * good
-    torch._foreach_mul_(square, keep_square)
+    grads = [p.grad for p in params if p.grad is not None]
+    mean, square = [state["exp_avg"] for state in states], [state["exp_avg_sq"] for state in states]
+    torch._foreach_mul_(square, second)
     torch._foreach_addcmul_(square, grads, grads, 1 - second)
     scale = list(torch._foreach_sqrt(square))
     torch._foreach_mul_(scale, (1 - second**count) ** -0.5)
     torch._foreach_add_(scale, eps)
-    torch._foreach_mul_(mean, keep_mean)
+    torch._foreach_mul_(mean, first)
     torch._foreach_addcdiv_(mean, grads, scale, 1 - first)
-    if found_inf is None:
-        torch._foreach_add_(params, mean, alpha=rate)
-    else:  # a rate on the device is no alpha
-        torch._foreach_addcmul_(params, mean, [rate] * len(params))
+    torch._foreach_add_(params, mean, alpha=-lr / (1 - first**count))
 
 
-def _adam(group: Group, settings: OptimConfig) -> torch.optim.Optimizer:
-    return torch.optim.Adam(group.parameters, lr=group.lr, eps=settings.eps, weight_decay=settings.weight_decay, fused=True)
+def _laprop_on_device(
+    params: list[Tensor],
+    states: list[dict[str, Tensor]],
+    *,
+    lr: float | Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    found_inf: Tensor | None,
+) -> None:
+    """The same with counts, corrections and the decision whether to step on the device.
+
+    Where ``found_inf`` is 1 gradients become zero and factors one, so nothing changes.
+    """
+    first, second = betas
+    grads = [p.grad for p in params if p.grad is not None]
+    counts, mean, square = ([state[key] for state in states] for key in ("step", "exp_avg", "exp_avg_sq"))
+    torch._foreach_add_(counts, 1)
+    good = torch.ones((), device=params[0].device) if found_inf is None else 1 - found_inf
+    if found_inf is not None:
+        for grad in grads:
+            grad.nan_to_num_(0.0, 0.0, 0.0)
+        torch._foreach_mul_(grads, good)
+    torch._foreach_mul_(square, 1 - (1 - second) * good)
+    torch._foreach_addcmul_(square, grads, grads, 1 - second)
+    scale = list(torch._foreach_sqrt(square))
+    times = torch.stack(counts)
+    # 1 - b^t as expm1: the difference would lose four of its seven digits for the first steps of b2 = 0.999.
+    torch._foreach_mul_(scale, list((-torch.expm1(times * math.log(second))).rsqrt().unbind(0)))
+    torch._foreach_add_(scale, eps)
+    torch._foreach_mul_(mean, 1 - (1 - first) * good)
+    torch._foreach_addcdiv_(mean, grads, scale, 1 - first)
+    torch._foreach_addcmul_(params, mean, list((good * lr / torch.expm1(times * math.log(first))).unbind(0)))
 
 
-def _make_laprop(group: Group, settings: OptimConfig) -> torch.optim.Optimizer:
-    return LaProp(group.parameters, lr=group.lr)
+def _adam(group: Group, settings: OptimConfig, lr: float | Tensor) -> torch.optim.Optimizer:
+    graphs = (
+        torch.is_tensor(lr) and lr.device.type == "cuda"
+    )  # torch takes the word on a GPU only; fused counts lie on the device anyway
+    return torch.optim.Adam(
+        group.parameters, lr=lr, eps=settings.eps, weight_decay=settings.weight_decay, fused=True, capturable=graphs
+    )
 
 
-_OPTIMIZERS: dict[str, Callable[[Group, OptimConfig], torch.optim.Optimizer]] = {"adam": _adam, "laprop": _make_laprop}
+def _make_laprop(group: Group, settings: OptimConfig, lr: float | Tensor) -> torch.optim.Optimizer:
+    return LaProp(group.parameters, lr=lr, capturable=torch.is_tensor(lr))
 
 
-def make(group: Group, settings: OptimConfig) -> torch.optim.Optimizer:
-    """The optimiser of a group. Adam takes ``settings``; LaProp's constants are its own. Raises ConfigError for an unknown name."""
+_OPTIMIZERS: dict[str, Callable[[Group, OptimConfig, float | Tensor], torch.optim.Optimizer]] = {
+    "adam": _adam,
+    "laprop": _make_laprop,
+}
+
+
+def make(group: Group, settings: OptimConfig, *, on_device: bool = False) -> torch.optim.Optimizer:
+    """The optimiser of a group. Adam takes ``settings``; LaProp's constants are its own. Raises ConfigError for an unknown name.
+
+    ``on_device``: the learning rate is a tensor beside the parameters and a step reads nothing back from the device.
+    """
     if group.optimizer not in _OPTIMIZERS:
         raise unknown_name("optimizer", group.optimizer, _OPTIMIZERS)
-    return _OPTIMIZERS[group.optimizer](group, settings)
+    lr = torch.tensor(group.lr, device=group.parameters[0].device) if on_device else group.lr
+    return _OPTIMIZERS[group.optimizer](group, settings, lr)

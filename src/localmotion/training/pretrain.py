@@ -16,7 +16,7 @@ from localmotion.console import progress, say
 from localmotion.errors import ConfigError, StoreError
 from localmotion.evaluation.heldout import CONTEXT_FRAMES, open_loop_errors, reconstruction_errors
 from localmotion.methods.base import Method
-from localmotion.training import checkpoint
+from localmotion.training import checkpoint, graphs
 from localmotion.training.faults import dump
 from localmotion.training.interrupt import Interrupted, StopRequest
 from localmotion.training.rundir import RunDir, read_environment
@@ -45,11 +45,11 @@ def pretrain(run: RunConfig, path: Path) -> Path:
         motion=cls.wants_motion,
     )
     heldout = _heldout(store, run)
-    out = RunDir(path, run)
     compute = choose(run, read_environment(path))
+    out = RunDir(path, run)
     torch.manual_seed(run.seed)
     method = cls(run.model, image_size=store.size, action_dim=None).to(compute.device)
-    updater = Updater(method, run, compute)
+    updater = Updater(method, run, compute, graph=graphs.wanted(run))
     start = _resume(out, method, updater)
     out.environment({**compute.record(), "parameters": method.parameter_counts(), "recipe": store.recipe})
     say(f"{run.method} pre-training on {len(store)} clips ({run.data}), {compute.note}")
@@ -128,10 +128,11 @@ def _heldout(store: ClipStore, run: RunConfig) -> WindowSampler | None:
 
 
 def to_device(batch: dict[str, torch.Tensor], compute: Compute) -> dict[str, torch.Tensor]:
-    """A batch on the computing device (no copy on the CPU)."""
+    """A batch on the computing device (no copy on the CPU). From pinned memory: the copy of any other makes the host wait."""
     if compute.device.type == "cpu":
         return batch
-    return {key: value.to(compute.device, non_blocking=True) for key, value in batch.items()}
+    pinned = {key: value.pin_memory() if compute.device.type == "cuda" else value for key, value in batch.items()}
+    return {key: value.to(compute.device, non_blocking=True) for key, value in pinned.items()}
 
 
 def _save(out: RunDir, method: Method, updater: Updater) -> None:

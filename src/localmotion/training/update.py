@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -11,8 +11,9 @@ from torch import Tensor
 from localmotion.compute import Compute
 from localmotion.config import RunConfig
 from localmotion.errors import CheckpointError, LocalmotionError
-from localmotion.methods.base import Group, Method, total
+from localmotion.methods.base import Batch, Group, Method, total
 from localmotion.training import optimizers
+from localmotion.training.graphs import Replayed
 
 BAD_LIMIT = 10  # non-finite updates in a row after which a run stops
 
@@ -37,16 +38,26 @@ class Updater:
 
     Args:
         deferred: decide on the device. Default: on a GPU.
+        graph: what runs an update's work on the device, e.g. as a CUDA graph (`training.graphs`); needs ``deferred``. Default: nothing
+            between, each operation is launched by itself.
     """
 
     def __init__(
-        self, method: Method, run: RunConfig, compute: Compute, *, pretrained: bool = False, deferred: bool | None = None
+        self,
+        method: Method,
+        run: RunConfig,
+        compute: Compute,
+        *,
+        pretrained: bool = False,
+        deferred: bool | None = None,
+        graph: Replayed | None = None,
     ) -> None:
         self.method, self.run, self.compute = method, run, compute
         self.scales = method.loss_scales(run.stage)
         self.groups = method.groups(run, pretrained)
-        self.optimisers = {group.name: optimizers.make(group, run.optim) for group in self.groups}
         self.deferred = compute.device.type != "cpu" if deferred is None else deferred
+        self.optimisers = {group.name: optimizers.make(group, run.optim, on_device=self.deferred) for group in self.groups}
+        self.graph = graph
         self.update = 0
         self._bad = torch.zeros((), device=compute.device if self.deferred else None)  # updates in a row that were not finite
         self._skipped = torch.zeros_like(self._bad)
@@ -82,11 +93,10 @@ class Updater:
             return self._skip({**(terms or {}), **norms})
         if self.deferred:
             found = (~good).to(self._found.dtype)
-            self._found = torch.maximum(self._found, found)
+            torch.maximum(self._found, found, out=self._found)
             self._terms |= {**(terms or {}), **norms}
         for group in groups:
             optimiser = self.optimisers[group.name]
-            optimiser.param_groups[0]["lr"] = group.lr * self._share(group)
             if self.deferred:
                 optimiser.found_inf = found  # type: ignore[attr-defined]  # as torch's GradScaler asks: no step where it is 1
             optimiser.step()
@@ -96,20 +106,12 @@ class Updater:
     def _clip(self, group: Group) -> Tensor:
         if group.agc:
             return optimizers.clip_adaptive_(group.parameters, group.agc)
-        return torch.nn.utils.clip_grad_norm_(group.parameters, self.run.optim.clip, foreach=True)
+        return torch.nn.utils.clip_grad_norm_(group.parameters, self.run.optim.clip)
 
     def _skip(self, terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        self._found = torch.ones_like(self._found)
+        self._found.fill_(1)
         self._terms |= terms
         return {}
-
-    def _done(self) -> None:
-        """Count the update."""
-        self._skipped = self._skipped + self._found
-        self._bad = (self._bad + 1) * self._found
-        self.update += 1
-        if not self.deferred:
-            self.check()
 
     def check(self) -> int:
         """How many updates were skipped so far. Raises DivergedError when it was the last `BAD_LIMIT` in a row."""
@@ -128,9 +130,30 @@ class Updater:
         self.update = update
         self._skipped.fill_(skipped)
 
-    def _begin(self, batch: Mapping[str, Tensor]) -> None:
-        self._found = torch.zeros_like(self._found)
-        self._terms, self._batch = {}, batch
+    def _apply(self, work: Callable[[Batch], dict[str, Tensor]], batch: Batch) -> dict[str, Tensor]:
+        """One update: ``work`` between what is done on the host, which is learning rates, slow copies and counting.
+
+        Within ``work`` nothing may depend on the update's number or on a value of the device, and what outlives it is written in place:
+        then it can be replayed.
+        """
+        for group in self.groups:
+            now, settings = group.lr * self._share(group), self.optimisers[group.name].param_groups[0]
+            if torch.is_tensor(settings["lr"]):
+                settings["lr"].fill_(now)
+            else:
+                settings["lr"] = now
+        found = self.graph(work, batch) if self.graph else work(batch)
+        self._batch = batch
+        self.method.after_update()
+        self.update += 1
+        if not self.deferred:
+            self.check()
+        return found
+
+    def _count(self) -> None:
+        """Take the finished update into the counters."""
+        self._skipped.add_(self._found)
+        self._bad.add_(1).mul_(self._found)
 
     def _share(self, group: Group) -> float:
         """What a group uses of its learning rate at this update: nothing while frozen, a growing part in its warm-up."""
@@ -145,22 +168,30 @@ class Updater:
             return 1.0
         return min(1.0, (settings.updates - self.update) / (settings.lr_decay * settings.updates))
 
-    def pretrain(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """One pre-training update. Returns detached losses, gradient norms and metrics."""
-        self._begin(batch)
+    def pretrain(self, batch: Batch) -> dict[str, Tensor]:
+        """One pre-training update. Returns detached losses, gradient norms and metrics; with a graph the next update overwrites them."""
+        return self._apply(self._pretrain, batch)
+
+    def _pretrain(self, batch: Batch) -> dict[str, Tensor]:
+        self._found.zero_()
+        self._terms = {}
         with self.compute.autocast():
             losses, metrics = self.method.pretrain_losses(batch)
             loss = total(losses, self.scales)
         norms = self._learn([group.name for group in self.groups], losses, [loss])
-        self._done()
+        self._count()
         return {**{f"loss/{k}": v.detach() for k, v in losses.items()}, **metrics, **norms}
 
-    def online(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def online(self, batch: Batch) -> dict[str, Tensor]:
         """One online update in Algorithm 2's order: world model, then imagination with the updated model, actor, critic.
 
-        A method with ``joint_update`` is updated by one backward pass of all its losses instead.
+        A method with ``joint_update`` is updated by one backward pass of all its losses instead. Returns what `pretrain` does.
         """
-        self._begin(batch)
+        return self._apply(self._online, batch)
+
+    def _online(self, batch: Batch) -> dict[str, Tensor]:
+        self._found.zero_()
+        self._terms = {}
         joint = self.method.joint_update
         world = [group.name for group in self.groups if joint or group.name not in ("actor", "critic")]
         with self.compute.autocast():
@@ -172,8 +203,7 @@ class Updater:
                 behaviour, more = self.method.behaviour_losses(start)
             norms |= self._learn(["actor", "critic"], behaviour, [behaviour["actor"], behaviour["critic"]], own=True)
             losses, metrics = {**losses, **behaviour}, {**metrics, **more}
-        self.method.after_update()
-        self._done()
+        self._count()
         return {**{f"loss/{k}": v.detach() for k, v in losses.items()}, **metrics, **norms}
 
     # Saving -----------------------------------------------------------------------------------------------------------------

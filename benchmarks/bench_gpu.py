@@ -1,0 +1,80 @@
+"""Milliseconds per update on a GPU: launched one operation at a time, recorded as a CUDA graph, and a peer beside it.
+
+    python -m benchmarks gpu --r2dreamer PATH/TO/r2dreamer
+
+Median and quartiles of `repeats` updates after `warmup`, each waited for, on a fixed batch that lies on the device.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from benchmarks.bench_peers import BATCH, LENGTH, r2dreamer
+from benchmarks.bench_update import setup
+from benchmarks.recorder import Recorder
+from localmotion.training.graphs import CudaGraph, Replayed
+
+CASES = {
+    "DreamerV3 12M, 16 x 64, pictures": (
+        "dreamer_v3",
+        "train",
+        "paper",
+        "size=size12m",
+        f"online.batch_size={BATCH}",
+        f"online.length={LENGTH}",
+    ),
+    "DRP paper, fine-tuning": ("drp", "finetune", "paper"),
+    "DRP paper, pre-training": ("drp", "pretrain", "paper"),
+}
+GOALS_MS = {"DreamerV3 12M, 16 x 64, pictures": 25.0, "DRP paper, fine-tuning": 60.0}
+
+
+def timed(step: Callable[[], object], warmup: int, repeats: int) -> tuple[float, float, float]:
+    """First quartile, median and third quartile in milliseconds."""
+    for _ in range(warmup):
+        step()
+    torch.cuda.synchronize()
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        step()
+        torch.cuda.synchronize()
+        times.append(1e3 * (time.perf_counter() - began))
+    times.sort()
+    return times[len(times) // 4], times[len(times) // 2], times[3 * len(times) // 4]
+
+
+def run(r2dreamer_path: str = "", warmup: int = 10, repeats: int = 50) -> list[dict[str, object]]:
+    if not torch.cuda.is_available():
+        return [{"update": "no CUDA device here"}]
+    rows: list[dict[str, object]] = []
+
+    def add(case: str, how: str, step: Callable[[], object], launches: int) -> None:
+        torch.cuda.reset_peak_memory_stats()
+        low, middle, high = timed(step, warmup, repeats)
+        times = {"median ms": middle, "quartiles": f"{low:.1f} to {high:.1f}", "goal ms": GOALS_MS.get(case, "")}
+        memory = torch.cuda.max_memory_allocated() / 2**30
+        rows.append({"update": case, "how": how, **times, "operations": launches, "GiB": memory})
+
+    for case, (method, stage, *settings) in CASES.items():
+        for how in ("eager", "CUDA graph"):
+            updater, batch = setup(method, stage, *settings, "device=cuda")
+            updater.graph = Replayed(CudaGraph()) if how == "CUDA graph" else None
+            batch = {key: value.cuda() for key, value in batch.items()}
+            work, step = (updater._pretrain, updater.pretrain) if stage == "pretrain" else (updater._online, updater.online)
+            launches = 0
+            if updater.graph is None:
+                step(batch)
+                with Recorder() as counter:
+                    work(batch)
+                launches = sum(counter.products.values()) + sum(counter.others.values())
+            add(case, how, lambda step=step, batch=batch: step(batch), launches or 1)  # type: ignore[misc]
+    if r2dreamer_path:
+        for how, compiled in (("r2dreamer, eager", False), ("r2dreamer, compiled", True)):
+            step, _ = r2dreamer(Path(r2dreamer_path).resolve(), bf16=True, device="cuda", compiled=compiled)
+            add("DreamerV3 12M, 16 x 64, pictures", how, step, 0)
+    return rows
