@@ -26,6 +26,8 @@ from localmotion.models.dae import (
 
 SMALL = DAEConfig(keypoints=3, patch=4, blocks=2, dim=16, heads=2, max_length=32)
 LITERAL = dataclasses.replace(SMALL, heads=1, attention_norm="none")
+SEVERAL = dataclasses.replace(SMALL, mats=3)
+BOTH = pytest.mark.parametrize("config", [SMALL, SEVERAL], ids=["one [MAT]", "three"])
 
 
 def make_motion(config: DAEConfig, batch: int = 2, time: int = 6, seed: int = 0) -> Motion:
@@ -167,7 +169,7 @@ def test_equation_5_mae_loss_is_mean_squared_patch_error_over_masked() -> None:
     assert mae_loss(rebuilt, truth, torch.zeros_like(masked)).item() == 0.0
 
 
-@pytest.mark.parametrize("config", [SMALL, LITERAL], ids=["default", "literal"])
+@pytest.mark.parametrize("config", [SMALL, LITERAL, SEVERAL], ids=["default", "literal", "three [MAT]"])
 def test_output_does_not_see_the_future(config: DAEConfig) -> None:
     torch.manual_seed(1)
     encoder = DualAttentionEncoder(config)
@@ -182,10 +184,11 @@ def test_output_does_not_see_the_future(config: DAEConfig) -> None:
     assert (before[:, 4:] - after[:, 4:]).abs().max() > 1e-4
 
 
-def test_permuting_the_parts_permutes_local_outputs_and_leaves_agg() -> None:
+@BOTH
+def test_permuting_the_parts_permutes_local_outputs_and_leaves_agg(config: DAEConfig) -> None:
     torch.manual_seed(2)
-    encoder = DualAttentionEncoder(SMALL)
-    motion = make_motion(SMALL, 2, 5)
+    encoder = DualAttentionEncoder(config)
+    motion = make_motion(config, 2, 5)
     episode = torch.zeros(2, 5, dtype=torch.long)
     order = torch.tensor([2, 0, 1])
     agg, local = encoder(motion, episode)
@@ -194,10 +197,11 @@ def test_permuting_the_parts_permutes_local_outputs_and_leaves_agg() -> None:
     torch.testing.assert_close(local[:, :, order], local_permuted, atol=1e-5, rtol=1e-4)
 
 
-def test_invisible_token_influences_nothing() -> None:
+@BOTH
+def test_invisible_token_influences_nothing(config: DAEConfig) -> None:
     torch.manual_seed(3)
-    encoder = DualAttentionEncoder(SMALL)
-    motion = make_motion(SMALL, 2, 6)
+    encoder = DualAttentionEncoder(config)
+    motion = make_motion(config, 2, 6)
     episode = torch.zeros(2, 6, dtype=torch.long)
     noise = torch.randn_like(motion.patches) * (~motion.visible)[..., None, None, None] * 50
     moved = motion._replace(patches=motion.patches + noise, coords=torch.where(motion.visible[..., None], motion.coords, 0.3))
@@ -229,12 +233,13 @@ def test_episodes_and_tracks_do_not_mix() -> None:
     torch.testing.assert_close(agg[:, 3:], changed[:, 3:])
 
 
+@BOTH
 @pytest.mark.parametrize("window", [4, 8])
-def test_cached_acting_equals_whole_sequence(window: int) -> None:
+def test_cached_acting_equals_whole_sequence(config: DAEConfig, window: int) -> None:
     """Up to the window the cache must equal the full pass; beyond it, the full pass over the re-encoded window."""
     torch.manual_seed(5)
-    encoder = DualAttentionEncoder(SMALL).eval()
-    motion = make_motion(SMALL, 2, 11)
+    encoder = DualAttentionEncoder(config).eval()
+    motion = make_motion(config, 2, 11)
     cache, outputs = encoder.start(2, torch.device("cpu")), []
     with torch.no_grad():
         for t in range(11):
@@ -250,13 +255,30 @@ def test_cached_acting_equals_whole_sequence(window: int) -> None:
     assert cache.motion.visible.shape[1] <= window
 
 
-def test_one_batched_pass_equals_two() -> None:
+def test_several_mat_tokens_make_a_wider_code() -> None:
+    torch.manual_seed(7)
+    motion, episode = all_seen(SEVERAL, 2, 5)
+    encoder = DualAttentionEncoder(SEVERAL)
+    agg, local = encoder(motion, episode)
+    assert agg.shape == (2, 5, 3 * 16)
+    assert SEVERAL.code_dim == 48
+    assert local.shape == (2, 5, 3, 16)
+    rows = agg.unflatten(-1, (3, 16))
+    assert (rows[:, :, 0] - rows[:, :, 1]).abs().min(-1).values.max() > 1e-4  # each reads in its own way
+    narrow = DualAttentionEncoder(dataclasses.replace(SEVERAL, agg_dim=8))
+    assert narrow(motion, episode)[0].shape == (2, 5, 8)
+    with pytest.raises(ValueError, match="mats=0"):
+        DualAttentionEncoder(dataclasses.replace(SMALL, mats=0))
+
+
+@BOTH
+def test_one_batched_pass_equals_two(config: DAEConfig) -> None:
     torch.manual_seed(6)
-    model = MaskedMotion(SMALL)
-    motion = make_motion(SMALL, 3, 6)
+    model = MaskedMotion(config)
+    motion = make_motion(config, 3, 6)
     episode = torch.zeros(3, 6, dtype=torch.long)
     agg, _, loss = model(motion, episode, torch.Generator().manual_seed(3))
-    masked = random_mask(motion.visible, SMALL.mask_ratio, torch.Generator().manual_seed(3))
+    masked = random_mask(motion.visible, config.mask_ratio, torch.Generator().manual_seed(3))
     torch.testing.assert_close(agg, model.encode(motion, episode)[0])
     torch.testing.assert_close(loss, mae_loss(model.reconstruct(motion, masked, episode), motion.patches, masked))
 

@@ -1,7 +1,7 @@
 """Dual-Attention Encoder (DAE): local motion representations from Atomic Actions, and their masked autoencoding.
 
 Paper: "Local Motion Matters" (arXiv 2607.00808), 4.2.2, section 9, Eqs. 5 and 13-19. Shapes: B sequences, T positions, K parts,
-P patch side, d token width. A part's row 0 is [MAT], rows 1..K are the Atomic Actions.
+P patch side, d token width, M [MAT] tokens (1 in the paper). The first M rows are [MAT], the K rows after them the Atomic Actions.
 
 What the paper leaves open, and what is chosen here (each a setting):
 
@@ -68,11 +68,13 @@ class DAEConfig:
     """Rows of the temporal embedding table: longest sequence."""
     agg_dim: int = 0
     """Width of a^agg after an optional projection; 0 keeps d."""
+    mats: int = 1
+    """Number of [MAT] tokens (1 in the paper); a^agg is all of them side by side."""
 
     @property
     def code_dim(self) -> int:
         """Width of a^agg."""
-        return self.agg_dim or self.dim
+        return self.agg_dim or self.mats * self.dim
 
 
 class Motion(NamedTuple):
@@ -166,7 +168,7 @@ class DualAttentionBlock(nn.Module):
         return out.transpose(1, 2).reshape(rows, length, -1)
 
     def forward(self, z: Tensor, intra_mask: Tensor, inter_mask: Tensor) -> Tensor:
-        """z (B,T,K+1,d); intra_mask (B*T,1,1,K+1) and inter_mask (B*(K+1),1,T,T): True where a key may be attended to."""
+        """z (B,T,M+K,d); intra_mask (B*T,1,1,M+K) and inter_mask (B*(M+K),1,T,T): True where a key may be attended to."""
         batch, time, parts, dim = z.shape
         if self.use_intra:
             qkv = self.intra_qkv(self.intra_norm(z)).reshape(batch * time, parts, 3 * dim)
@@ -180,7 +182,7 @@ class DualAttentionBlock(nn.Module):
     def step(self, z: Tensor, cache: Tensor, intra_mask: Tensor, inter_mask: Tensor) -> tuple[Tensor, Tensor]:
         """One new position with cached inter-frame keys and values (acting).
 
-        z (B,1,K+1,d); cache (B*(K+1), t, 2d) of the positions before; inter_mask (B*(K+1),1,1,t+1). Returns the block's output
+        z (B,1,M+K,d); cache (B*(M+K), t, 2d) of the positions before; inter_mask (B*(M+K),1,1,t+1). Returns the block's output
         at the new position and the grown cache.
         """
         batch, _, parts, dim = z.shape
@@ -202,7 +204,7 @@ class DAECache(NamedTuple):
     """What acting keeps of a window: inputs of the last positions (to re-encode) and the inter-frame keys and values."""
 
     motion: Motion  # of the positions so far, (B, t, K, ...)
-    blocks: tuple[Tensor, ...]  # per block (B*(K+1), t, 2d)
+    blocks: tuple[Tensor, ...]  # per block (B*(M+K), t, 2d)
 
 
 class DualAttentionEncoder(nn.Module):
@@ -219,13 +221,15 @@ class DualAttentionEncoder(nn.Module):
         self.patch_proj = nn.Linear(config.patch * config.patch * 2, dim)
         self.coord_embed = nn.Sequential(nn.Linear(2, dim), nn.GELU(), nn.Linear(dim, dim))
         self.time_embed = nn.Parameter(torch.randn(config.max_length, dim) * 0.02)
-        self.mat = nn.Parameter(torch.randn(dim) * 0.02)
+        if config.mats < 1:
+            raise ValueError(f"mats={config.mats}: at least one [MAT] token is needed, a^agg is made of them")
+        self.mat = nn.Parameter(torch.randn((config.mats, dim) if config.mats > 1 else (dim,)) * 0.02)
         self.blocks = nn.ModuleList(DualAttentionBlock(config) for _ in range(config.blocks))
-        self.project: nn.Module = nn.Linear(dim, config.agg_dim) if config.agg_dim else nn.Identity()
+        self.project: nn.Module = nn.Linear(config.mats * dim, config.agg_dim) if config.agg_dim else nn.Identity()
         self.out_norm: nn.Module = nn.LayerNorm(dim) if config.attention_norm == "pre" else nn.Identity()
 
     def tokens(self, motion: Motion, start: int = 0) -> Tensor:
-        """tau = PatchProj(u) + CoordEmb(p) + TempEmb(t), with [MAT] in front: (B, T, K+1, d)."""
+        """tau = PatchProj(u) + CoordEmb(p) + TempEmb(t), with [MAT] in front: (B, T, M+K, d)."""
         batch, time = motion.visible.shape[:2]
         config = self.config
         if start + time > config.max_length:
@@ -236,17 +240,18 @@ class DualAttentionEncoder(nn.Module):
         when = self.time_embed[start : start + time]  # (T, d)
         if config.temporal:
             tau = tau + when[None, :, None]
-        mat = self.mat.expand(batch, time, 1, -1)
+        mat = self.mat.expand(batch, time, config.mats, -1)
         if config.temporal and config.mat_temporal:
             mat = mat + when[None, :, None]
         return torch.cat([mat.to(tau.dtype), tau], 2)
 
     def masks(self, visible: Tensor, track: Tensor, episode: Tensor, causal: bool = True) -> tuple[Tensor, Tensor]:
-        """Attention masks from what may be a key. visible, track (B,T,K); episode (B,T) -> (B*T,1,1,K+1), (B*(K+1),1,T,T)."""
+        """Attention masks from what may be a key. visible, track (B,T,K); episode (B,T) -> (B*T,1,1,M+K), (B*(M+K),1,T,T)."""
         batch, time, parts = visible.shape
-        always = torch.ones(batch, time, 1, dtype=torch.bool, device=visible.device)
-        keys = torch.cat([always, visible], 2)  # (B, T, K+1); [MAT] is always a key
-        intra = keys.reshape(batch * time, 1, 1, parts + 1)
+        rows = self.config.mats + parts
+        always = torch.ones(batch, time, self.config.mats, dtype=torch.bool, device=visible.device)
+        keys = torch.cat([always, visible], 2)  # (B, T, M+K); [MAT] is always a key
+        intra = keys.reshape(batch * time, 1, 1, rows)
         same = (episode[:, :, None] == episode[:, None, :])[:, None]  # (B, 1, T, T)
         eye = torch.eye(time, dtype=torch.bool, device=visible.device)
         allowed = same.tril() if causal else same
@@ -254,8 +259,8 @@ class DualAttentionEncoder(nn.Module):
         part = allowed & visible.transpose(1, 2).unsqueeze(2) & (per_track.unsqueeze(3) == per_track.unsqueeze(2))
         mat = allowed if self.config.mat_inter else eye.expand(batch, 1, time, time)
         # An invisible query attends to itself alone, so that no row is empty; its output is read by nobody.
-        inter = torch.cat([mat, part | eye], 1)  # (B, K+1, T, T)
-        return intra, inter.reshape(batch * (parts + 1), 1, time, time)
+        inter = torch.cat([mat.expand(-1, self.config.mats, -1, -1), part | eye], 1)  # (B, M+K, T, T)
+        return intra, inter.reshape(batch * rows, 1, time, time)
 
     def forward(self, motion: Motion, episode: Tensor) -> tuple[Tensor, Tensor]:
         """a^agg (B,T,code_dim) and local motion representations (B,T,K,d).
@@ -266,8 +271,12 @@ class DualAttentionEncoder(nn.Module):
         intra, inter = self.masks(motion.visible, motion.track, episode)
         for block in self.blocks:
             z = block(z, intra, inter)
-        z = self.out_norm(z)
-        return self.project(z[:, :, 0]), z[:, :, 1:]
+        agg, local = self.split(self.out_norm(z))
+        return self.project(agg), local
+
+    def split(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows (B,T,M+K,d) as [MAT] side by side (B,T,M*d) and local representations (B,T,K,d)."""
+        return z[:, :, : self.config.mats].flatten(2), z[:, :, self.config.mats :]
 
     # Acting ---------------------------------------------------------------------------------------------------------------
 
@@ -281,7 +290,9 @@ class DualAttentionEncoder(nn.Module):
             torch.zeros(batch, 0, k, dtype=torch.bool, device=device),
             torch.zeros(batch, 0, k, dtype=torch.int32, device=device),
         )
-        return DAECache(motion, tuple(torch.zeros(batch * (k + 1), 0, 2 * config.dim, device=device) for _ in self.blocks))
+        return DAECache(
+            motion, tuple(torch.zeros(batch * (config.mats + k), 0, 2 * config.dim, device=device) for _ in self.blocks)
+        )
 
     def step(self, cache: DAECache, motion: Motion, window: int) -> tuple[Tensor, DAECache]:
         """a^agg (B, code_dim) of one new position; motion has T=1. All positions of a window belong to one episode.
@@ -297,25 +308,27 @@ class DualAttentionEncoder(nn.Module):
             time = window // 2
         joined = Motion(*(torch.cat([old, new], 1) for old, new in zip(cache.motion, motion, strict=True)))
         batch, _, parts = motion.visible.shape
-        always = torch.ones(batch, 1, 1, dtype=torch.bool, device=motion.visible.device)
-        intra = torch.cat([always, motion.visible], 2).reshape(batch, 1, 1, parts + 1)
+        rows = config.mats + parts
+        always = torch.ones(batch, 1, config.mats, dtype=torch.bool, device=motion.visible.device)
+        intra = torch.cat([always, motion.visible], 2).reshape(batch, 1, 1, rows)
         seen = joined.visible & (joined.track == motion.track)  # (B, t+1, K)
         seen[:, -1] = True
-        mat = torch.ones(batch, time + 1, 1, dtype=torch.bool, device=seen.device)
+        mat = torch.ones(batch, time + 1, config.mats, dtype=torch.bool, device=seen.device)
         if not config.mat_inter:
             mat[:, :-1] = False
-        inter = torch.cat([mat, seen], 2).transpose(1, 2).reshape(batch * (parts + 1), 1, 1, time + 1)
+        inter = torch.cat([mat, seen], 2).transpose(1, 2).reshape(batch * rows, 1, 1, time + 1)
         z = self.tokens(motion, start=time)
         blocks = []
         for block, old in zip(self.blocks, cache.blocks, strict=True):
             assert isinstance(block, DualAttentionBlock)
             z, new = block.step(z, old, intra, inter)
             blocks.append(new)
-        return self.project(self.out_norm(z)[:, 0, 0]), DAECache(joined, tuple(blocks))
+        return self.project(self.split(self.out_norm(z))[0][:, 0]), DAECache(joined, tuple(blocks))
 
     def _encode_window(self, motion: Motion) -> DAECache:
         """Keys and values of a whole window at once."""
         batch, time, parts = motion.visible.shape
+        rows = self.config.mats + parts
         episode = torch.zeros(batch, time, dtype=torch.long, device=motion.visible.device)
         intra, inter = self.masks(motion.visible, motion.track, episode)
         z = self.tokens(motion)
@@ -324,10 +337,10 @@ class DualAttentionEncoder(nn.Module):
             assert isinstance(block, DualAttentionBlock)
             y = z
             if block.use_intra:
-                qkv = block.intra_qkv(block.intra_norm(y)).reshape(batch * time, parts + 1, -1)
-                y = y + block.intra_out(block._attend(qkv, intra)).view(batch, time, parts + 1, -1)
+                qkv = block.intra_qkv(block.intra_norm(y)).reshape(batch * time, rows, -1)
+                y = y + block.intra_out(block._attend(qkv, intra)).view(batch, time, rows, -1)
             kv = block.inter_qkv(block.inter_norm(y))[..., self.config.dim :]
-            blocks.append(kv.transpose(1, 2).reshape(batch * (parts + 1), time, -1).float())
+            blocks.append(kv.transpose(1, 2).reshape(batch * rows, time, -1).float())
             z = block(z, intra, inter)
         return DAECache(motion, tuple(blocks))
 
@@ -349,7 +362,7 @@ class MotionDecoder(nn.Module):
     ) -> Tensor:
         """Reconstructed patches (B,T,K,P,P,2) in scaled flow, from encodings in which ``masked`` (B,T,K) tokens were hidden.
 
-        ``agg`` (B,T,d) is the encoder's [MAT] row before projection, ``local`` (B,T,K,d); ``motion`` gives coordinates and
+        ``agg`` (B,T,M*d) are the encoder's [MAT] rows before projection, ``local`` (B,T,K,d); ``motion`` gives coordinates and
         which tokens exist: an invisible token is no key here either.
         """
         batch, time, parts = masked.shape
@@ -361,11 +374,11 @@ class MotionDecoder(nn.Module):
             hidden = hidden + encoder.time_embed[:time][None, :, None]
         hidden = hidden.expand(batch, time, parts, config.dim).to(local.dtype)
         z = torch.where(masked.unsqueeze(-1), hidden, self.embed(local))
-        z = torch.cat([self.embed(agg).unsqueeze(2).to(z.dtype), z], 2)
+        z = torch.cat([self.embed(agg.unflatten(-1, (config.mats, config.dim))).to(z.dtype), z], 2)
         intra, inter = encoder.masks(motion.visible, motion.track, episode, causal=config.decoder_causal)
         for block in self.blocks:
             z = block(z, intra, inter)
-        out = self.out(self.norm(z[:, :, 1:]))
+        out = self.out(self.norm(z[:, :, config.mats :]))
         return out.view(batch, time, parts, config.patch, config.patch, 2)
 
 
@@ -406,8 +419,7 @@ class MaskedMotion(nn.Module):
         intra, inter = encoder.masks(motion.visible, motion.track, episode)
         for block in encoder.blocks:
             z = block(z, intra, inter)
-        z = encoder.out_norm(z)
-        return z[:, :, 0], z[:, :, 1:]
+        return encoder.split(encoder.out_norm(z))
 
     def forward(self, motion: Motion, episode: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """a^agg (B,T,code_dim) of the unmasked motion, local representations (B,T,K,d), and the MAE loss (scalar, Eq. 5).
