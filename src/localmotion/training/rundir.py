@@ -27,6 +27,7 @@ MAY_CHANGE = {
     "online.env_steps",
     "device",
     "threads",
+    "cuda_graph",
     "data",
     "checkpoint",
     "label",
