@@ -7,11 +7,10 @@ import importlib
 import json
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
-PARTS = ("machine", "update", "gpu", "floor", "peers", "acting", "env", "visuals", "extract", "replay")
+PARTS = ("machine", "update", "gpu", "floor", "peers", "acting", "env", "visuals", "extract", "replay", "scaling")
 
 
 def main() -> None:
@@ -23,13 +22,21 @@ def main() -> None:
     parser.add_argument(
         "--r2dreamer", default="", metavar="PATH", help="checkout of NM512/r2dreamer to be timed beside DreamerV3"
     )
-    parser.add_argument("--out", type=Path, default=Path("bench.json"), help="numbers as JSON (default: %(default)s)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("bench.json"),
+        help="numbers as JSON (default: %(default)s); scaling's picture stands beside it, .scaling.png",
+    )
     given = parser.parse_args()
     if unknown := [part for part in given.parts if part not in PARTS]:
         parser.error(f"unknown benchmark {unknown[0]!r}; known: {', '.join(PARTS)}")
     if given.threads:
+        import torch  # not above: workers of extraction import this file, and torch takes five times as long as all they need
+
         torch.set_num_threads(given.threads)
-    options = {part: {"r2dreamer_path": given.r2dreamer} for part in ("peers", "gpu")}
+    options: dict[str, dict[str, object]] = {part: {"r2dreamer_path": given.r2dreamer} for part in ("peers", "gpu")}
+    options["scaling"] = {"picture": given.out.with_suffix(".scaling.png")}
     console = Console(width=170)
     results: dict[str, list[dict[str, object]]] = {}
     for part in given.parts or PARTS:

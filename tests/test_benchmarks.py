@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from benchmarks.bench_floor import measure
+from benchmarks.bench_scaling import AXES, ENCODER, UPDATE, Axis, Curve, exponent, flops_of, growth, steps_along
 from benchmarks.bench_update import setup
 from benchmarks.recorder import Recorder
+from benchmarks.scaling_picture import draw
 
 ROOT = Path(__file__).parent.parent
 
@@ -79,3 +82,47 @@ def test_pieces_of_a_batch_are_counted_apart() -> None:
     assert sorted(recorder.products.values()) == [1, 2]
     assert recorder.others["add"] == 1
     assert "view" not in recorder.others
+
+
+# Values for the sizes of `debug`, the last three doubling; the degree in which FLOPs may grow, and the order in which they do at these
+# sizes at most: attention, which squares, is still small.
+ORDERS = {
+    "batch": ((2, 4, 8), 1, 1.0),
+    "length T": ((6, 8, 16, 32), 2, 1.3),
+    "Atomic Actions K": ((4, 8, 16, 32), 2, 1.3),
+    "blocks L": ((1, 2, 4), 1, 1.0),
+    "token width d": ((8, 16, 32, 64), 2, 2.0),
+    "state width": ((16, 32, 64, 128), 2, 2.0),
+    "picture width": ((8, 16, 32, 64), 2, 2.0),
+    "horizon H": ((4, 8, 16), 1, 1.0),
+}
+
+
+@pytest.mark.parametrize("axis", AXES, ids=lambda axis: axis.name)
+def test_flops_of_an_update_grow_as_they_should(axis: Axis) -> None:
+    values, degree, most = ORDERS[axis.name]
+    for what, steps in steps_along(axis, ("drp", "finetune", "debug", "precision=fp32"), values).items():
+        flops = [flops_of(step) for step in steps]
+        assert 1 - 1e-3 <= growth(flops) <= most + 1e-3, what
+        # Counts have no noise: a polynomial of that degree through the first ones meets the last one, or something grows faster.
+        known = values[: degree + 1]
+        last = sum(y * math.prod((values[-1] - z) / (x - z) for z in known if z != x) for x, y in zip(known, flops, strict=False))
+        assert flops[-1] == pytest.approx(last, rel=1e-9), what
+
+
+def test_growth_is_told_from_what_is_fixed() -> None:
+    values = (1, 2, 4, 8)
+    assert growth([7 + 3 * x**2 for x in values]) == pytest.approx(2)
+    assert exponent(values, [5 * x**1.5 for x in values]) == pytest.approx(1.5)
+    squared = Curve("batch", UPDATE, values, [x**2 for x in values], (1, 1), "", [100 + x**2 for x in values])
+    assert squared.row()["as expected"] == "no"
+
+
+def test_scaling_draws_its_picture(tmp_path: Path) -> None:
+    curves = [
+        Curve("K", UPDATE, (4, 8, 16), [0.4, 0.42, 0.5], (1, 2), "", [1e9, 2e9, 4e9]),
+        Curve("K", ENCODER, (4, 8, 16), [0.03, 0.05, 0.1], (1, 2), ""),
+        Curve("records", "replay", (1000, 4000), [0.004, 0.004], (0, 0), ""),
+    ]
+    draw(curves, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,300 @@
+"""How costs grow: an update with batch, length and sizes, extraction with resolution, clip length and workers, the replay with its size.
+
+Along an axis one thing doubles and the rest stays as in preset `small` (with batch 4, to be quick). A cost is a fixed part, which does not
+know of the axis (pictures cost the same whatever K is), and a part that grows. `expected` is the order of the part that grows.
+
+* `time's exponent` and `FLOPs' exponent` are the slopes p of cost ~ x^p over all values, fixed part included: at most the expected order.
+  `at the end` is that of time between the last two values, where the fixed part weighs least.
+* `without the fixed part` is the order of what grows, from FLOPs, which have no noise: if f = a + b x^p, then each doubling of x adds
+  2^p times what the doubling before it added. This is held against the expected order; where nothing counts FLOPs, `at the end` is.
+
+Seconds are CPU seconds of this process on one thread, the median of a few rounds in which the values take turns, so that whatever else the
+machine does hits all alike. Only `wall` is what a clock on the wall says.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import resource
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from soak.replay import SPEC
+
+from benchmarks.bench_update import setup
+from benchmarks.recorder import Recorder
+from localmotion.compute import choose
+from localmotion.config import compose
+from localmotion.envs.bodies import render_videos
+from localmotion.methods.drp import DRP
+from localmotion.models.dae import MaskedMotion, atomic_actions
+from localmotion.perception.base import Recipe
+from localmotion.perception.companding import Companding
+from localmotion.perception.extract import extract_folder, extract_one
+from localmotion.replay import Replay
+from localmotion.training.update import Updater
+from localmotion.video.listing import find_videos
+
+Step = Callable[[], object]
+BASE = ("drp", "finetune", "small", "online.batch_size=4")
+UPDATE, ENCODER = "update", "motion encoder alone"
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One setting of an update that doubles from value to value."""
+
+    name: str
+    """As tables and pictures call it."""
+    values: tuple[int, ...]
+    settings: tuple[str, ...]
+    """As on the command line, with {} where the value stands."""
+    expected: tuple[float, float]
+    """Least and greatest order of the part of the cost that grows."""
+    why: str
+    encoder: bool = False
+    """Whether the motion encoder is measured by itself too: it is what this axis concerns."""
+
+
+AXES = (
+    Axis("batch", (2, 4, 8, 16), ("online.batch_size={}",), (1, 1), "sequences do not meet"),
+    Axis(
+        "length T",
+        (8, 16, 32, 64),
+        ("online.length={}",),
+        (1, 2),
+        "position after position; attention over time is T^2, but small",
+        True,
+    ),
+    Axis(
+        "Atomic Actions K",
+        (4, 8, 16, 32),
+        ("model.dae.keypoints={}",),
+        (1, 2),
+        "each is a token; attention in a frame is K^2, but small",
+        True,
+    ),
+    Axis("blocks L", (1, 2, 4, 8), ("model.dae.blocks={}",), (1, 1), "one block after another", True),
+    Axis(
+        "token width d",
+        (32, 64, 128, 256),
+        ("model.dae.dim={}",),
+        (1, 2),
+        "matrices d x d; patches and attention are linear in d",
+        True,
+    ),
+    Axis(
+        "state width",
+        (128, 256, 512, 1024),
+        ("model.world.deter={}", "model.world.hidden={}", "model.world.units={}"),
+        (1, 2),
+        "matrices width x width in dynamics, rewards, actor, critic; their inputs and outputs are linear",
+    ),
+    Axis(
+        "picture width",
+        (12, 24, 48, 96),
+        ("model.world.depth={}",),
+        (1, 2),
+        "convolutions width x width; first and last are linear",
+    ),
+    Axis("horizon H", (4, 8, 16, 32), ("model.behaviour.horizon={}",), (1, 1), "one imagined step after another"),
+)
+
+
+@dataclass
+class Curve:
+    """Costs along an axis."""
+
+    axis: str
+    what: str
+    values: Sequence[float]
+    seconds: list[float]
+    expected: tuple[float, float]
+    why: str
+    flops: list[float] = field(default_factory=list)
+    """Empty where nothing counts them."""
+
+    def row(self) -> dict[str, object]:
+        order = growth(self.flops) if self.flops else None
+        # Time is judged with room for noise.
+        judged, slack = (order, 0.02) if order is not None else (exponent(self.values[-2:], self.seconds[-2:]), 0.2)
+        low, high = self.expected
+        return {
+            "axis": self.axis,
+            "of": self.what,
+            "values": ", ".join(f"{x:g}" for x in self.values),
+            "ms": ", ".join(f"{1e3 * s:.3g}" for s in self.seconds),
+            "GFLOP": ", ".join(f"{f / 1e9:.3g}" for f in self.flops),
+            "expected": f"{low:g}" if low == high else f"{low:g} to {high:g}",
+            "time's exponent": exponent(self.values, self.seconds),
+            "at the end": exponent(self.values[-2:], self.seconds[-2:]),
+            "FLOPs' exponent": exponent(self.values, self.flops) if self.flops else "",
+            "without the fixed part": "" if order is None else order,
+            "as expected": "yes" if low - slack <= judged <= high + slack else "no",
+            "why": self.why,
+        }
+
+
+def exponent(xs: Sequence[float], ys: Sequence[float]) -> float:
+    """The p of y ~ x^p: slope of the straight line through the logarithms that has the least squared error."""
+    return float(np.polyfit(np.log(xs), np.log(ys), 1)[0])
+
+
+def growth(ys: Sequence[float]) -> float:
+    """The p of y = a + b x^p from the costs at the last three of values that double: a, what does not grow, falls out of differences."""
+    first, second, third = ys[-3:]
+    return math.log2((third - second) / (second - first))
+
+
+def in_turn(steps: Sequence[Step], rounds: int, clock: Callable[[], float] = time.process_time) -> list[float]:
+    """Median seconds of each step over ``rounds`` in which they take turns, after one to warm up."""
+    times: list[list[float]] = [[] for _ in steps]
+    for step in steps:
+        step()
+    for _ in range(rounds):
+        for step, found in zip(steps, times, strict=True):
+            began = clock()
+            step()
+            found.append(clock() - began)
+    return [float(np.median(found)) for found in times]
+
+
+def encoder_step(updater: Updater, batch: dict[str, torch.Tensor]) -> Step:
+    """DRP's motion encoder with its masked autoencoding, forward and backward."""
+    method = updater.method
+    assert isinstance(method, DRP)
+    assert isinstance(method.motion, MaskedMotion)
+    encoder = method.motion
+    motion = atomic_actions(batch["flow"], batch["tracks"], batch["visible"], batch["track_id"], method.config.dae)
+    episode = batch["is_first"].cumsum(1)
+
+    def step() -> None:
+        with updater.compute.autocast():
+            code, _, loss = encoder(motion, episode)
+        (code.float().square().mean() + loss).backward()
+        encoder.zero_grad(set_to_none=True)
+
+    return step
+
+
+def steps_along(axis: Axis, base: Sequence[str], values: Sequence[int] = ()) -> dict[str, list[Step]]:
+    """What is measured along an axis: per name a step for each value. ``base``: method, stage, preset and further settings."""
+    found: dict[str, list[Step]] = {UPDATE: [], **({ENCODER: []} if axis.encoder else {})}
+    for value in values or axis.values:
+        updater, batch = setup(*base, *(setting.format(value) for setting in axis.settings))
+        found[UPDATE].append(lambda updater=updater, batch=batch: updater.online(batch))  # type: ignore[misc]
+        if axis.encoder:
+            found[ENCODER].append(encoder_step(updater, batch))
+    return found
+
+
+def flops_of(step: Step) -> float:
+    """FLOPs of a step's matrix products and convolutions."""
+    with Recorder() as recorder:
+        step()
+    return recorder.flops
+
+
+def update_curves(rounds: int) -> list[Curve]:
+    """Updates of DRP and its motion encoder along `AXES`."""
+    found = []
+    precision = "bf16" if choose(compose(*BASE[:2], preset=BASE[2], env="dmc:walker_walk")).bf16 else "fp32"  # type: ignore[arg-type]
+    for axis in AXES:
+        measured = steps_along(axis, (*BASE, f"precision={precision}"))
+        flops = {what: [flops_of(step) for step in steps] for what, steps in measured.items()}
+        seconds = iter(in_turn([step for steps in measured.values() for step in steps], rounds))
+        for what in measured:
+            curve = Curve(
+                axis.name, what, axis.values, [next(seconds) for _ in axis.values], axis.expected, axis.why, flops[what]
+            )
+            found.append(curve)
+    return found
+
+
+def extraction_curves(folder: Path, rounds: int) -> list[Curve]:
+    """Extraction of videos rendered here, decoding included, along pixels a frame, frames a clip, and workers."""
+    videos = folder / "videos"
+    render_videos(videos, clips=4, frames=100, size=256, seed=0, bodies=("cheetah", "hopper", "finger", "fish"))
+    one = find_videos(videos)[0]
+    for file in list(videos.iterdir()):  # enough work for the start of a worker, which is its own, to be small beside it
+        for copy in range(3):
+            shutil.copy(file, file.with_stem(f"{file.stem}_{copy}"))
+
+    def extract(side: int, frames: int, **dis: int) -> Step:
+        return lambda: extract_one(one, Recipe(percept_size=side, backend_options={"dis": dis} if dis else {}), 2, frames)
+
+    def shared(workers: int) -> tuple[float, float]:
+        """Seconds on the wall, and CPU seconds of all processes together."""
+        before, began = _processor_seconds(), time.perf_counter()
+        extract_folder(videos, folder / f"store{workers}", Recipe(percept_size=128), workers=workers)
+        return time.perf_counter() - began, _processor_seconds() - before
+
+    sides, lengths = (64, 128, 192, 256), (25, 50, 100)
+    pixels = [float(side * side) for side in sides]
+    seconds = in_turn([*(extract(side, 50) for side in sides), *(extract(side, 50, finest_scale=1) for side in sides)], rounds)
+    why = "flow and tracking visit each; above 128 px flow's finest scale is 1 instead of 0, which costs a quarter; decoding is fixed"
+    found = [Curve("pixels a frame", "extraction", pixels, seconds[:4], (0, 1), why)]
+    why = "flow and tracking visit each; decoding is fixed"
+    found.append(Curve("pixels a frame", "extraction, flow's finest scale 1", pixels, seconds[4:], (0, 1), why))
+    seconds = in_turn([extract(64, frames) for frames in lengths], rounds)
+    found.append(Curve("frames a clip", "extraction", lengths, seconds, (1, 1), "frame after frame, points drawn anew every 25"))
+    counts = [n for n in (1, 2, 4, 8) if n == 1 or n <= (os.cpu_count() or 1)]
+    if len(counts) > 1:
+        times = [shared(workers) for workers in counts]
+        why = "videos are shared out; 0 where other work has the cores"
+        found.append(Curve("workers", "extraction, wall", counts, [wall for wall, _ in times], (-1, 0), why))
+        why = "the same work, whoever does it; each worker's start is its own"
+        found.append(Curve("workers", "extraction, CPU of all", counts, [cpu for _, cpu in times], (0, 0), why))
+    return found
+
+
+def _processor_seconds() -> float:
+    """CPU seconds of this process and of all its children that have ended."""
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + ended.ru_utime + ended.ru_stime
+
+
+def replay_curves(folder: Path, sizes: Sequence[int] = (1_000, 4_000, 16_000), rounds: int = 40) -> list[Curve]:
+    """A batch of 8 x 32 out of replays of DRP's records that hold more and more, from memory and from files."""
+    rng = np.random.default_rng(0)
+    record = {key: rng.integers(0, 100, shape).astype(dtype) for key, (shape, dtype) in SPEC.items()}
+    found = []
+    for storage in ("memory", "disk"):
+        steps: list[Step] = []
+        for size in sizes:
+            settings: dict[str, Any] = {
+                "coders": {"flow": Companding(64)},
+                "folder": folder / f"{storage}{size}",
+                "storage": storage,
+            }
+            replay = Replay(SPEC, capacity=size, length=32, **settings)
+            for number in range(size):
+                replay.add(record, last=number % 250 == 249)
+            steps.append(lambda replay=replay: replay.sample(8))  # type: ignore[misc]
+        seconds = in_turn(steps, rounds)
+        found.append(Curve("records stored", f"replay, {storage}", sizes, seconds, (0, 0), "an episode is drawn by its number"))
+    return found
+
+
+def run(rounds: int = 5, picture: Path | None = None) -> list[dict[str, object]]:
+    """A row a curve; ``picture``: where they are drawn as PNG."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with tempfile.TemporaryDirectory() as place:
+            curves = [*update_curves(rounds), *extraction_curves(Path(place), rounds), *replay_curves(Path(place))]
+    finally:
+        torch.set_num_threads(threads)
+    if picture:
+        from benchmarks.scaling_picture import draw
+
+        draw(curves, picture)
+    return [curve.row() for curve in curves]
