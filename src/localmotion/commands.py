@@ -233,6 +233,7 @@ def probe(args: argparse.Namespace) -> None:
             untrained=not args.no_untrained,
             ceilings=not args.no_ceilings,
             device=args.device,
+            threads=args.threads,
             progress=advance,
         )
     scores = [

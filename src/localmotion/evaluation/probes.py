@@ -249,24 +249,28 @@ def probe(
     untrained: bool = True,
     ceilings: bool = True,
     device: str = "auto",
+    threads: int = 1,
     progress: Callable[[int, int | None, str], Any] | None = None,
 ) -> list[dict[str, Any]]:
     """Probe the motion code of each run on each collection (`localmotion collect --store`).
 
     Rows: {data, code, width, frames, "ridge velocities", "mlp velocities", "ridge actions", "mlp actions"}; scores are R^2, absent where a
     collection lacks the target. ``untrained`` adds each run's network with fresh weights, ``ceilings`` those trained on the target.
+    ``threads`` of torch (0: its own choice): the small networks are many tiny products, for which threads mostly wait for each other.
     Raises ConfigError for a run whose method has no motion code, and for collections without targets or with too few clips.
     """
     sources: list[tuple[str, Method | None, Any]] = [("flow, 8x8 grid", None, None)]
     compute = PLAIN
+    if threads:
+        torch.set_num_threads(threads)
     for path in runs:
-        run, method, compute = load_run(path, device=device)
+        run, method, compute = load_run(path, device=device, threads=threads)
         if type(method).motion_code is Method.motion_code:
             raise ConfigError(f"{path}: method {run.method} has no motion code to probe")
         sources.append((f"{run.method}, {path.name}", method, compute))
         if untrained:
             torch.manual_seed(0)
-            dim = None if run.stage == "pretrain" else int(getattr(method, "action_dim"))  # noqa: B009
+            dim = None if run.stage == "pretrain" else getattr(method, "action_dim", None)
             fresh = methods.get(run.method)(run.model, image_size=method.image_size, action_dim=dim)
             sources.append((f"{run.method}, {path.name}, untrained", fresh.to(compute.device).eval(), compute))
     rows: list[dict[str, Any]] = []

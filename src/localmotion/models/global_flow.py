@@ -21,7 +21,7 @@ SIDE = 64
 class GlobalFlow(nn.Module):
     """Flow field (B,T,S,S,2) in pixels -> a^agg (B,T,code_dim). Each frame by itself: the dynamics model is what remembers.
 
-    Of the DAE's settings it has the width (dim, agg_dim) and the flow's scale and clip, so that a comparison changes nothing else.
+    Of the DAE's settings it has the width (mats times dim, agg_dim) and the flow's scale and clip, so that a comparison changes nothing else.
     """
 
     def __init__(self, config: DAEConfig) -> None:
@@ -32,8 +32,9 @@ class GlobalFlow(nn.Module):
         self.convolutions = nn.ModuleList(
             nn.Conv2d(inside, outside, 4, 2) for inside, outside in itertools.pairwise(widths)
         )  # 64 -> 31 -> 14 -> 6 -> 2
-        self.out = nn.Sequential(nn.Linear(widths[-1] * 4, config.dim), nn.LayerNorm(config.dim))
-        self.project: nn.Module = nn.Linear(config.dim, config.agg_dim) if config.agg_dim else nn.Identity()
+        wide = config.mats * config.dim
+        self.out = nn.Sequential(nn.Linear(widths[-1] * 4, wide), nn.LayerNorm(wide))
+        self.project: nn.Module = nn.Linear(wide, config.agg_dim) if config.agg_dim else nn.Identity()
 
     def forward(self, flow: Tensor) -> Tensor:
         """a^agg (B,T,code_dim) of (B,T,S,S,2)."""

@@ -65,7 +65,7 @@ class _DeferredWeight(torch.autograd.Function):
         return grad, weight, None
 
 
-class _Product:
+class RecurrentProduct:
     """x_t W^T + term_t inside a recurrence: W is cast once, and its gradient is formed once."""
 
     def __init__(self, weight: Tensor, term: Tensor) -> None:
@@ -213,10 +213,10 @@ class RSSM(nn.Module):
         low = embed_part.dtype  # the precision of products: bf16 under autocast
         rows = (time, batch, -1)
         # (T, B, ...) terms, to which the recurrence adds its products
-        first = _Product(self.img_in.weight[:, : self.flat], action_part.to(low).expand(rows))
-        gru = _Product(self.gru.weight, self.gru.bias.to(low).expand(rows))
-        post_in = _Product(self.post_in.weight[:, : self.deter], embed_part)
-        post_out = _Product(self.post_out.weight, self.post_out.bias.to(low).expand(rows))
+        first = RecurrentProduct(self.img_in.weight[:, : self.flat], action_part.to(low).expand(rows))
+        gru = RecurrentProduct(self.gru.weight, self.gru.bias.to(low).expand(rows))
+        post_in = RecurrentProduct(self.post_in.weight[:, : self.deter], embed_part)
+        post_out = RecurrentProduct(self.post_out.weight, self.post_out.bias.to(low).expand(rows))
         noise = gumbel((time, batch, self.stoch, self.classes), embed, generator).unbind(0) if sample else (None,) * time
         # Only the positions where some sequence starts pay for the reset; asking which they are would make a GPU wait.
         reset = is_first.any(0).tolist() if is_first.device.type == "cpu" else [True] * time

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from localmotion.models.blocks import BlockLinear, NormMLP, NormSiLU, linear, spans
 from localmotion.models.distributions import categorical_kl, gumbel, straight_through
-from localmotion.models.rssm import _Product
+from localmotion.models.rssm import RecurrentProduct
 
 
 class State(NamedTuple):
@@ -268,14 +268,14 @@ class BlockRSSM(nn.Module):
         def bias(x: Tensor) -> Tensor:
             return x.to(low).expand(time, batch, -1)
 
-        in_deter = _Product(self.in_deter.weight, bias(self.in_deter.bias))
-        in_stoch = _Product(self.in_stoch.weight, bias(self.in_stoch.bias))
-        core_in = _Product(shared[:, : 2 * hidden], core_part)
+        in_deter = RecurrentProduct(self.in_deter.weight, bias(self.in_deter.bias))
+        in_stoch = RecurrentProduct(self.in_stoch.weight, bias(self.in_stoch.bias))
+        core_in = RecurrentProduct(shared[:, : 2 * hidden], core_part)
         core_own = _BlockProduct(own, core_part.new_zeros(()).expand(time, self.blocks, batch, self.deter // self.blocks))
         gru_bias = self.gru.bias.to(low).view(1, self.blocks, 1, -1).expand(time, -1, batch, -1)
         gru = _BlockProduct(self.gru.kernel, gru_bias)
-        post_in = _Product(self.post_in.weight[:, : self.deter], embed_part)
-        post_out = _Product(self.post_out.weight, bias(self.post_out.bias))
+        post_in = RecurrentProduct(self.post_in.weight[:, : self.deter], embed_part)
+        post_out = RecurrentProduct(self.post_out.weight, bias(self.post_out.bias))
         noise = gumbel((time, batch, self.stoch, self.classes), embed, generator).unbind(0) if sample else (None,) * time
         # Only the positions where some sequence starts pay for the reset; asking which they are would make a GPU wait.
         reset = is_first.any(0).tolist() if is_first.device.type == "cpu" else [True] * time
