@@ -21,7 +21,8 @@ SIDE = 64
 class GlobalFlow(nn.Module):
     """Flow field (B,T,S,S,2) in pixels -> a^agg (B,T,code_dim). Each frame by itself: the dynamics model is what remembers.
 
-    Of the DAE's settings it has the width (mats times dim, agg_dim) and the flow's scale and clip, so that a comparison changes nothing else.
+    Of the DAE's settings it has the width (mats times dim, agg_dim) and the flow's scale and clip, so that a comparison changes nothing
+    else.
     """
 
     def __init__(self, config: DAEConfig) -> None:
