@@ -276,3 +276,35 @@ def test_recipe_and_backend_names_are_checked() -> None:
     assert Recipe.from_json(json.loads(json.dumps(Recipe().to_json()))) == Recipe()
     with pytest.raises(LocalmotionError, match="uint8 frames"):
         StreamingExtractor(Recipe(), 0).reset(np.zeros((64, 64, 3), np.uint8))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.sampled_from([1, 2, 3, 4]), st.integers(-9, 5))
+def test_shrunk_flow_is_rounded_as_numpy_rounds(seed: int, ratio: int, power: int) -> None:
+    """Sums in the order of rows, then float16: the bytes of clip stores rest on it. Also of values float16 has few bits for, or none."""
+    rng = np.random.default_rng(seed)
+    flow = (rng.normal(size=(2, 24, 36, 2)) * 10.0**power).astype(np.float32)
+    flow.ravel()[rng.integers(0, flow.size, 99)] = -0.0
+    total = np.zeros((2, 24 // ratio, 36 // ratio, 2), np.float32)
+    for y in range(ratio):
+        for x in range(ratio):
+            total += flow[:, y::ratio, x::ratio]
+    with np.errstate(over="ignore"):
+        expected = (total * np.float32(1 / ratio**3) if ratio > 1 else flow).astype(np.float16)
+    assert shrink_flow(flow, ratio).tobytes() == expected.tobytes()
+
+
+def test_lost_points_stay_where_they_were_lost() -> None:
+    """Following fewer points changes nothing for the rest, and a lost one is not followed on."""
+    rng = np.random.default_rng(3)
+    frames = np.stack([texture(9 if k >= 4 else 1) for k in range(8)])
+    start = rng.uniform(4, SIDE - 4, (24, 2)).astype(np.float32)
+    backend = make_backend("track", "lk")
+    tracks, visible = backend.track(frames, start)
+    lost = ~visible[4]
+    assert lost.any()
+    assert not visible[5:, lost].any()
+    np.testing.assert_array_equal(tracks[5:, lost], np.repeat(tracks[4:5, lost], 3, 0))
+    alone, seen = backend.track(frames, start[7:8])
+    np.testing.assert_array_equal(alone[:, 0], tracks[:, 7])
+    np.testing.assert_array_equal(seen[:, 0], visible[:, 7])

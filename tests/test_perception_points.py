@@ -44,6 +44,38 @@ def test_every_draw_is_whole(seed: int, count: int, pixels: int, others: int) ->
     assert len(np.unique(pixel, axis=0)) >= count - 1
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 32), st.integers(0, 32), st.floats(0, 0.99))
+def test_draws_are_those_of_gumbel_noise(seed: int, count: int, others: int, empty: float) -> None:
+    """The order of drawing, and the generator's state, that stores extracted earlier rest on; and how points are spread."""
+    rng = np.random.default_rng(seed)
+    weight = np.where(rng.random((40, 33)) >= empty, rng.random((40, 33)) ** 4, 0).astype(np.float32)
+    near = rng.uniform(0, 33, (others, 2)).astype(np.float32)
+    once, again = np.random.default_rng(seed), np.random.default_rng(seed)
+    flat = weight.ravel().astype(np.float64)
+    flat = flat + 1e-6 if np.count_nonzero(flat) < count else flat
+    pixels = np.flatnonzero(flat > 0)
+    order = np.argsort(-(np.log(flat[pixels]) + again.gumbel(size=len(pixels))), kind="stable")[: 8 * count]
+    points = np.stack(np.divmod(pixels[order], 33)[::-1], 1).astype(np.float32)
+    distance = SPREAD * float(np.sqrt(float(flat.sum() ** 2 / (flat**2).sum()) / (count + others)))
+    own = ((points[:, None] - points[None]) ** 2).sum(-1)
+    taken = np.zeros(len(points), bool) if len(points) > count else np.ones(count, bool)
+    while distance > 1 and taken.sum() < count:
+        free = (
+            ~taken & ~(((points[:, None] - near[None]) ** 2).sum(-1) < distance**2).any(1) & ~(own[:, taken] < distance**2).any(1)
+        )
+        while free.any() and taken.sum() < count:
+            blocked = np.tril((own < distance**2) & free[None], -1).any(1)
+            fresh = np.flatnonzero(free & ~blocked)[: count - int(taken.sum())]
+            taken[fresh] = True
+            free &= ~(own[:, fresh] < distance**2).any(1)
+        distance /= 2
+    taken[np.flatnonzero(~taken)[: count - int(taken.sum())]] = True
+    expected = points[taken] + again.uniform(-0.5, 0.5, (count, 2)).astype(np.float32)
+    np.testing.assert_array_equal(draw_points(weight, count, once, near), expected)
+    assert once.bit_generator.state == again.bit_generator.state
+
+
 def test_points_are_spread_also_from_those_that_are_kept() -> None:
     weight = np.ones((64, 64), np.float32)
     kept = np.array([[32.0, 32.0]], np.float32)

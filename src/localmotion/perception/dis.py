@@ -40,7 +40,7 @@ class DISFlow:
 
     def flow(self, first: NDArray[np.uint8], second: NDArray[np.uint8]) -> NDArray[np.float32]:
         """(N, H, W, 3) uint8 RGB twice -> (N, H, W, 2) pixels."""
-        grey = [[cv2.cvtColor(x, cv2.COLOR_RGB2GRAY) for x in side] for side in (first, second)]
-        if not grey[0]:
-            return np.zeros((0, *first.shape[1:3], 2), np.float32)
-        return np.stack([self.pair(a, b) for a, b in zip(*grey, strict=True)])
+        fields = np.empty((*first.shape[:3], 2), np.float32)
+        for field, *pair in zip(fields, first, second, strict=True):
+            field[:] = self.pair(*(cv2.cvtColor(x, cv2.COLOR_RGB2GRAY) for x in pair))
+        return fields

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from localmotion.errors import ConfigError, LocalmotionError, StoreError, VideoError
 from localmotion.perception.base import ClipMotion, Points, Recipe, recipe_backends
 from localmotion.perception.points import CutDetector, Known, Slots, draw_points, texture_weight
-from localmotion.perception.saliency import residual_flow
+from localmotion.perception.saliency import magnitude, residual_flow
 from localmotion.perception.stream import Magnitudes, shrink_flow, shrink_points
 from localmotion.video.decode import iter_frames, memory_fault
 from localmotion.video.listing import VideoRef, find_videos
@@ -125,7 +125,8 @@ class ClipExtractor:
                 slots.reset(frames[t], grey[t])
         tracks[-1], track_id[-1], visible[-1] = slots.points, slots.track_id, False
         small = np.zeros((length, recipe.size, recipe.size, 2), np.float16)
-        small[:-1] = shrink_flow(fields[1:], recipe.ratio)
+        for t in range(1, length):
+            small[t - 1] = shrink_flow(fields[t], recipe.ratio)
         magnitudes = Magnitudes()
         magnitudes.add(small[:-1])
         info = {
@@ -146,21 +147,22 @@ class ClipExtractor:
         starts = sorted({*range(0, len(cuts), self.recipe.segment_frames), *np.flatnonzero(cuts).tolist()})
         return {start: end for start, end in itertools.pairwise([*starts, len(cuts)]) if end - start > 2}
 
-    def _camera(self, fields: NDArray[np.float32]) -> float:
+    def _camera(self, fields: list[NDArray[np.float32]]) -> float:
         """Mean magnitude of the camera's motion, pixels of `size` per frame, over at most eight fields."""
-        some = fields[np.unique(np.linspace(0, len(fields) - 1, 8).round().astype(int))]
-        mean = np.mean([np.linalg.norm(residual_flow(field)[1], axis=-1).mean() for field in some])
+        some = np.unique(np.linspace(0, len(fields) - 1, 8).round().astype(int))
+        mean = np.mean([magnitude(residual_flow(fields[index])[1]).mean() for index in some])
         return round(float(mean) / self.recipe.ratio / self.recipe.flow_span, 4)
 
-    def _fields(self, frames: NDArray[np.uint8], cuts: NDArray[np.bool_]) -> NDArray[np.float32]:
-        """fields[t]: flow from frame max(t - span, last cut) to t; zero at t = 0 and across cuts."""
+    def _fields(self, frames: NDArray[np.uint8], cuts: NDArray[np.bool_]) -> list[NDArray[np.float32]]:
+        """fields[t]: (H, W, 2) flow from frame max(t - span, last cut) to t; zero at t = 0 and across cuts."""
         length, span = len(frames), self.recipe.flow_span
         scene = np.maximum.accumulate(np.where(cuts, np.arange(length), 0))
         first = np.maximum(np.arange(length) - span, scene)
-        fields = np.zeros((*frames.shape[:3], 2), np.float32)
+        fields = [np.zeros((*frames.shape[1:3], 2), np.float32)] * length
         wanted = np.flatnonzero(first < np.arange(length))
         if len(wanted):
-            fields[wanted] = self.flow.flow(frames[first[wanted]], frames[wanted])
+            for t, field in zip(wanted, self.flow.flow(frames[first[wanted]], frames[wanted]), strict=True):
+                fields[t] = field
         return fields
 
     def _choose(

@@ -44,12 +44,18 @@ class LKTracks:
         return np.where(good[:, None], moved, points).astype(np.float32), good
 
     def track(self, frames: NDArray[np.uint8], points: Points, start: int = 0) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-        """`step` repeated; a lost point stays lost."""
+        """`step` repeated; a lost point stays lost, where it was lost."""
         grey = [cv2.cvtColor(x, cv2.COLOR_RGB2GRAY) for x in frames]
         tracks = np.repeat(points[None].astype(np.float32), len(frames), 0)
         visible = np.zeros(tracks.shape[:2], bool)
         visible[start] = True
+        left = np.arange(len(points))  # lost ones are not followed further: each costs as much as one that is found, or more
         for t in range(start + 1, len(frames)):
-            tracks[t], good = self.step(grey[t - 1], grey[t], tracks[t - 1])
-            visible[t] = visible[t - 1] & good
+            if not len(left):
+                tracks[t:] = tracks[t - 1]
+                break
+            tracks[t] = tracks[t - 1]
+            tracks[t, left], good = self.step(grey[t - 1], grey[t], tracks[t - 1, left])
+            left = left[good]
+            visible[t, left] = True
         return tracks, visible

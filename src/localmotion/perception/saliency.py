@@ -47,6 +47,15 @@ def residual_flow(flow: NDArray[np.float32], grid_side: int = 16) -> tuple[NDArr
     return flow - camera, camera
 
 
+def magnitude(flow: NDArray[np.float32]) -> NDArray[np.float32]:
+    """(H, W) length of each vector of (H, W, 2)."""
+    x, y = np.moveaxis(flow, -1, 0)
+    size: NDArray[np.float32] = np.sqrt(
+        x * x + y * y
+    )  # not cv2.magnitude: its last bit depends on where the array lies in memory
+    return size
+
+
 @register("segment", "saliency")
 class MotionSaliency:
     """Magnitude of the residual flow, median over the given fields, weighted up inside its largest connected parts (Otsu).
@@ -69,8 +78,7 @@ class MotionSaliency:
         for known, size in self._measured:
             if known is flow:
                 return size
-        x, y = np.moveaxis(residual_flow(flow)[0], -1, 0)
-        size = np.sqrt(x * x + y * y)  # not cv2.magnitude: its last bit depends on where the array lies in memory
+        size = magnitude(residual_flow(flow)[0])
         self._measured = [*self._measured[1 - MEMORY :], (flow, size)]
         return size
 
@@ -95,11 +103,13 @@ class MotionSaliency:
             return np.zeros(shape, np.float32)
         scaled = np.minimum(size / np.float32(top), np.float32(1))
         _, mask = cv2.threshold((scaled * 255).astype(np.uint8), 0, 1, cv2.THRESH_BINARY | cv2.THRESH_OTSU)
-        count, labels, stats, _ = cv2.connectedComponentsWithStats(mask, connectivity=8)
-        area = stats[:, cv2.CC_STAT_AREA].copy()
+        count, labels = cv2.connectedComponents(mask, connectivity=8)
+        area = np.bincount(
+            labels.ravel(), minlength=count
+        )  # three times faster than OpenCV's statistics, of which we need only this
         area[0] = 0  # the ground
         factor = np.where((area >= 0.1 * area.max()) & (np.arange(count) > 0), 1.0, self.outside).astype(np.float32)
-        weight: NDArray[np.float32] = scaled * factor[labels]
+        weight: NDArray[np.float32] = scaled * factor.take(labels)
         weight[size < self.floor] = 0.0
         return weight * _change(frames, self.change) if self.change > 0 and len(frames) > 1 else weight
 

@@ -16,15 +16,18 @@ from localmotion.perception.points import CutDetector, Slots
 
 def shrink_flow(flow: NDArray[np.float32], ratio: int) -> NDArray[np.float16]:
     """Area-average a field (..., H, W, 2) by ``ratio`` and express it in the smaller picture's pixels."""
+    flow = np.ascontiguousarray(flow, np.float32)
     if ratio > 1:
-        # Sums of strided views: five times faster than a mean over two axes.
-        *_, height, width, _ = flow.shape
-        total = np.zeros((*flow.shape[:-3], height // ratio, width // ratio, 2), np.float32)
+        # Sums of strided views, both components as one complex number: ten times faster than a mean over two axes.
+        both = flow.view(np.complex64)[..., 0]
+        total = np.zeros((*both.shape[:-2], both.shape[-2] // ratio, both.shape[-1] // ratio), np.complex64)
         for y in range(ratio):
             for x in range(ratio):
-                total += flow[..., y::ratio, x::ratio, :]
-        flow = total * np.float32(1 / ratio**3)
-    return flow.astype(np.float16)
+                total += both[..., y::ratio, x::ratio]
+        flow = total[..., None].view(np.float32)
+    # OpenCV rounds to float16 as numpy does, which takes up to a hundred times longer for values below 6e-5: most of a still picture.
+    small = cv2.multiply(flow.reshape(-1, flow.shape[-2] * 2), 1 / ratio**3, dtype=cv2.CV_16F) if flow.size else flow
+    return np.asarray(small, np.float16).reshape(flow.shape)
 
 
 def shrink_points(points: NDArray[np.float32], ratio: int) -> NDArray[np.float32]:
