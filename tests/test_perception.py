@@ -294,6 +294,35 @@ def test_shrunk_flow_is_rounded_as_numpy_rounds(seed: int, ratio: int, power: in
     assert shrink_flow(flow, ratio).tobytes() == expected.tobytes()
 
 
+def test_settings_of_dis() -> None:
+    """The preset's written out give its bytes; cheaper ones stay near the truth; refinement at full size helps one that ends below."""
+    frames, masks = scene()
+    inner = cv2.erode(masks[0].astype(np.uint8), np.ones((9, 9))) > 0
+
+    def found(**options: int) -> Any:
+        return make_backend("flow", "dis", **options).flow(frames[:1], frames[1:2])[0]
+
+    usual = found()
+    np.testing.assert_array_equal(found(finest_scale=0, patch_stride=3, descents=25, refinements=5), usual)
+    rough, refined = found(finest_scale=1), found(finest_scale=1, last_refinements=5)
+    cheap = found(patch_stride=4, descents=12, refinements=3)
+    for flow in (cheap, refined):
+        assert not np.array_equal(flow, usual)
+        np.testing.assert_allclose(flow[inner].mean(0), (2, 1), atol=0.1)
+    edge = np.linalg.norm(np.stack([rough, refined]) - usual, axis=-1).mean((1, 2))
+    assert edge[1] < edge[0]
+    for bad in (
+        {"patch_stride": 0},
+        {"patch_stride": 9},
+        {"descents": 0},
+        {"refinements": -1},
+        {"last_refinements": -1},
+        {"finest_scale": -1},
+    ):
+        with pytest.raises(ConfigError, match=next(iter(bad))):
+            make_backend("flow", "dis", **bad)
+
+
 def test_lost_points_stay_where_they_were_lost() -> None:
     """Following fewer points changes nothing for the rest, and a lost one is not followed on."""
     rng = np.random.default_rng(3)
