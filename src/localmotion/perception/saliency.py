@@ -50,9 +50,8 @@ def residual_flow(flow: NDArray[np.float32], grid_side: int = 16) -> tuple[NDArr
 def magnitude(flow: NDArray[np.float32]) -> NDArray[np.float32]:
     """(H, W) length of each vector of (H, W, 2)."""
     x, y = np.moveaxis(flow, -1, 0)
-    size: NDArray[np.float32] = np.sqrt(
-        x * x + y * y
-    )  # not cv2.magnitude: its last bit depends on where the array lies in memory
+    # Not cv2.magnitude: its last bit depends on where the array lies in memory.
+    size: NDArray[np.float32] = np.sqrt(x * x + y * y)
     return size
 
 
@@ -104,9 +103,7 @@ class MotionSaliency:
         scaled = np.minimum(size / np.float32(top), np.float32(1))
         _, mask = cv2.threshold((scaled * 255).astype(np.uint8), 0, 1, cv2.THRESH_BINARY | cv2.THRESH_OTSU)
         count, labels = cv2.connectedComponents(mask, connectivity=8)
-        area = np.bincount(
-            labels.ravel(), minlength=count
-        )  # three times faster than OpenCV's statistics, of which we need only this
+        area = np.bincount(labels.ravel(), minlength=count)  # a third of the time of OpenCV's statistics, which hold more
         area[0] = 0  # the ground
         factor = np.where((area >= 0.1 * area.max()) & (np.arange(count) > 0), 1.0, self.outside).astype(np.float32)
         weight: NDArray[np.float32] = scaled * factor.take(labels)
