@@ -1,56 +1,91 @@
-"""One policy step at batch 1, streaming perception apart: what stands between a frame and an action."""
+"""What stands between a frame and an action on one core, batch 1: streaming perception, one policy step, and both together.
+
+Seconds are CPU time of the process, so that other work on the machine does not count.
+"""
 
 from __future__ import annotations
 
-import time
-
+import cv2
 import numpy as np
 import torch
 
+from benchmarks.bench_machine import clock
 from benchmarks.bench_update import ACTIONS, setup
 from localmotion.evaluation.rollout import MethodPolicy
 from localmotion.perception.base import Recipe
 from localmotion.perception.stream import StreamingExtractor
 
+EDGES_MS = (0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 15.0, 20.0, 50.0, float("inf"))
+"""Of the latency histogram."""
 
-def run(steps: int = 200) -> list[dict[str, object]]:
-    rows: list[dict[str, object]] = []
+
+def histogram(times_ms: np.ndarray) -> str:
+    """Shares of steps by latency, empty ranges left out: "4-5: 82 %, 5-6: 17 %"."""
+    counts, _ = np.histogram(times_ms, EDGES_MS)
+    parts = []
+    for low, high, count in zip(EDGES_MS, EDGES_MS[1:], counts, strict=False):
+        if count:
+            name = f"{low:g}-{high:g}" if np.isfinite(high) else f"over {low:g}"
+            parts.append(f"{name}: {100 * count / len(times_ms):.3g} %")
+    return ", ".join(parts)
+
+
+def row(what: str, seconds: list[float]) -> dict[str, object]:
+    """Median, 90th and 99th percentile and histogram of a step's latency in milliseconds."""
+    times = 1e3 * np.array(seconds)
+    quantiles = {f"{name} ms": float(np.quantile(times, q)) for name, q in (("median", 0.5), ("p90", 0.9), ("p99", 0.99))}
+    return {"what": what, **quantiles, "histogram ms": histogram(times)}
+
+
+def perception(percept: int, steps: int) -> list[float]:
+    """Seconds of each step of streaming perception on a picture that slides by a pixel a frame."""
     rng = np.random.default_rng(0)
-    for percept in (64, 128):
-        stream = StreamingExtractor(Recipe(percept_size=percept, redraw_rounds=0), 0)
-        base = rng.integers(0, 256, (percept + 32, percept + 32, 3), dtype=np.uint8)
-        base = np.repeat(np.repeat(base[::4, ::4], 4, 0), 4, 1)
-        stream.reset(np.ascontiguousarray(base[:percept, :percept]))
-        times = []
-        for t in range(steps):
-            dx = (t * 1) % 32
-            frame = np.ascontiguousarray(base[:percept, dx : dx + percept])
-            began = time.perf_counter()
-            stream.step(frame)
-            times.append(time.perf_counter() - began)
-        rows.append(
-            {
-                "what": f"perception {percept} px",
-                "median ms": 1e3 * float(np.median(times)),
-                "p99 ms": 1e3 * float(np.quantile(times, 0.99)),
-            }
-        )
-    for method in ("drp", "dreamer_v2"):
-        updater, batch = setup(method, "train", "small")
-        updater.method.eval()
-        policy = MethodPolicy(updater.method, updater.compute, explore=True, window=32)
-        record = {key: batch[key][0, 1].numpy() for key in batch if key not in ("is_first", "reward", "is_terminal")}
-        record["action"] = np.zeros(ACTIONS, np.float32)
-        times = []
-        for t in range(steps):
-            began = time.perf_counter()
-            policy([record], t == 0)
-            times.append(time.perf_counter() - began)
-        rows.append(
-            {
-                "what": f"{method} small act, {torch.get_num_threads()} thread(s)",
-                "median ms": 1e3 * float(np.median(times)),
-                "p99 ms": 1e3 * float(np.quantile(times, 0.99)),
-            }
-        )
-    return rows
+    stream = StreamingExtractor(Recipe(percept_size=percept, redraw_rounds=0), 0)
+    base = rng.integers(0, 256, (percept + 32, percept + 32, 3), dtype=np.uint8)
+    base = np.repeat(np.repeat(base[::4, ::4], 4, 0), 4, 1)
+    stream.reset(np.ascontiguousarray(base[:percept, :percept]))
+    times = []
+    for t in range(steps):
+        frame = np.ascontiguousarray(base[:percept, t % 32 : t % 32 + percept])
+        began = clock()
+        stream.step(frame)
+        times.append(clock() - began)
+    return times
+
+
+def acting(method: str, steps: int) -> list[float]:
+    """Seconds of each policy step, the first of an episode included."""
+    updater, batch = setup(method, "train", "small")
+    updater.method.eval()
+    policy = MethodPolicy(updater.method, updater.compute, explore=True, window=32)
+    record = {key: batch[key][0, 1].numpy() for key in batch if key not in ("is_first", "reward", "is_terminal")}
+    record["action"] = np.zeros(ACTIONS, np.float32)
+    times = []
+    for t in range(steps):
+        began = clock()
+        policy([record], t == 0)
+        times.append(clock() - began)
+    return times
+
+
+def run(steps: int = 300) -> list[dict[str, object]]:
+    threads, theirs = torch.get_num_threads(), cv2.getNumThreads()
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)
+    try:
+        seen = {percept: perception(percept, steps) for percept in (64, 128)}
+        acted = {method: acting(method, steps) for method in ("drp", "ipv", "dreamer_v2", "dreamer_v3")}
+    finally:
+        torch.set_num_threads(threads)
+        cv2.setNumThreads(theirs)
+    return [
+        *(row(f"perception, {percept} px", times) for percept, times in seen.items()),
+        *(row(f"{method} small, policy step", times) for method, times in acted.items()),
+        *(
+            row(
+                f"drp small, perception at {percept} px and policy step (goal 8)",
+                [a + b for a, b in zip(times, acted["drp"], strict=True)],
+            )
+            for percept, times in seen.items()
+        ),
+    ]
