@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-PARTS = ("machine", "update", "gpu", "floor", "peers", "acting", "env", "visuals", "extract", "replay", "scaling")
+PARTS = ("machine", "update", "gpu", "floor", "peers", "acting", "env", "visuals", "extract", "replay", "many", "scaling")
 
 
 def main() -> None:

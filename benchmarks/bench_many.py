@@ -1,0 +1,74 @@
+"""Seeds of one setting at once on one machine: updates per hour of several processes together, against one by one.
+
+On a CPU the threads are shared out among the processes; on a GPU the processes share the device.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from multiprocessing.connection import Connection
+
+import torch
+
+from localmotion.compute import keep_buffers
+
+CASE = ("drp", "finetune", "small")
+
+
+def _serve(pipe: Connection, threads: int, updates: int, device: str) -> None:
+    """In a process of its own: build, warm up, say so, and at a word run ``updates`` updates; answers with the seconds."""
+    from benchmarks.bench_update import setup  # not above: only the processes that update need what it imports
+
+    torch.set_num_threads(threads)
+    keep_buffers()
+    updater, batch = setup(*CASE, f"device={device}", "precision=bf16")
+    batch = {key: value.to(device) for key, value in batch.items()}
+    for _ in range(2):
+        updater.online(batch)
+    updater.check()
+    pipe.send(True)
+    pipe.recv()
+    began = time.perf_counter()
+    for _ in range(updates):
+        updater.online(batch)
+    updater.check()  # waits for a GPU
+    pipe.send(time.perf_counter() - began)
+
+
+def together(processes: int, threads: int, updates: int, device: str) -> float:
+    """Updates a second of all processes together, from the slowest's time."""
+    spawn = multiprocessing.get_context("spawn")
+    pipes, running = [], []
+    for _ in range(processes):
+        near, far = spawn.Pipe()
+        running.append(spawn.Process(target=_serve, args=(far, threads, updates, device), daemon=True))
+        running[-1].start()
+        pipes.append(near)
+    for pipe in pipes:
+        pipe.recv()
+    for pipe in pipes:
+        pipe.send(True)
+    slowest = max(pipe.recv() for pipe in pipes)
+    for process in running:
+        process.join()
+    return processes * updates / slowest
+
+
+def run(updates: int = 12) -> list[dict[str, object]]:
+    """Rates on the wall clock, so with other work on the machine they say little."""
+    gpu, cores = torch.cuda.is_available(), os.cpu_count() or 1
+    counts = (1, 2, 4, 8) if gpu else tuple(n for n in (1, 2, 4, 8) if n <= cores)
+    rows: list[dict[str, object]] = []
+    first = 0.0
+    for count in counts:
+        threads = 1 if gpu else max(cores // count, 1)
+        rate = together(count, threads, 10 * updates if gpu else updates, "cuda" if gpu else "cpu")
+        first = first or rate
+        what = {"runs at once": count, "device": "GPU" if gpu else f"CPU, {threads} thread(s) each"}
+        # 50,000 environment steps with action repeat 2 and an update every 5 agent steps: 5,000 updates.
+        rows.append(
+            {**what, "updates/s of all": rate, "runs of 5,000 updates/h": 3600 * rate / 5000, "against one by one": rate / first}
+        )
+    return rows
