@@ -27,7 +27,8 @@ from localmotion.models.dae import (
 SMALL = DAEConfig(keypoints=3, patch=4, blocks=2, dim=16, heads=2, max_length=32)
 LITERAL = dataclasses.replace(SMALL, heads=1, attention_norm="none")
 SEVERAL = dataclasses.replace(SMALL, mats=3)
-BOTH = pytest.mark.parametrize("config", [SMALL, SEVERAL], ids=["one [MAT]", "three"])
+PLACED = dataclasses.replace(SMALL, mats=4, mats_placed=True)
+EACH = pytest.mark.parametrize("config", [SMALL, SEVERAL, PLACED], ids=["one [MAT]", "three", "placed"])
 
 
 def make_motion(config: DAEConfig, batch: int = 2, time: int = 6, seed: int = 0) -> Motion:
@@ -169,7 +170,7 @@ def test_equation_5_mae_loss_is_mean_squared_patch_error_over_masked() -> None:
     assert mae_loss(rebuilt, truth, torch.zeros_like(masked)).item() == 0.0
 
 
-@pytest.mark.parametrize("config", [SMALL, LITERAL, SEVERAL], ids=["default", "literal", "three [MAT]"])
+@pytest.mark.parametrize("config", [SMALL, LITERAL, SEVERAL, PLACED], ids=["default", "literal", "three [MAT]", "placed"])
 def test_output_does_not_see_the_future(config: DAEConfig) -> None:
     torch.manual_seed(1)
     encoder = DualAttentionEncoder(config)
@@ -184,7 +185,7 @@ def test_output_does_not_see_the_future(config: DAEConfig) -> None:
     assert (before[:, 4:] - after[:, 4:]).abs().max() > 1e-4
 
 
-@BOTH
+@EACH
 def test_permuting_the_parts_permutes_local_outputs_and_leaves_agg(config: DAEConfig) -> None:
     torch.manual_seed(2)
     encoder = DualAttentionEncoder(config)
@@ -197,7 +198,7 @@ def test_permuting_the_parts_permutes_local_outputs_and_leaves_agg(config: DAECo
     torch.testing.assert_close(local[:, :, order], local_permuted, atol=1e-5, rtol=1e-4)
 
 
-@BOTH
+@EACH
 def test_invisible_token_influences_nothing(config: DAEConfig) -> None:
     torch.manual_seed(3)
     encoder = DualAttentionEncoder(config)
@@ -233,7 +234,7 @@ def test_episodes_and_tracks_do_not_mix() -> None:
     torch.testing.assert_close(agg[:, 3:], changed[:, 3:])
 
 
-@BOTH
+@EACH
 @pytest.mark.parametrize("window", [4, 8])
 def test_cached_acting_equals_whole_sequence(config: DAEConfig, window: int) -> None:
     """Up to the window the cache must equal the full pass; beyond it, the full pass over the re-encoded window."""
@@ -271,7 +272,22 @@ def test_several_mat_tokens_make_a_wider_code() -> None:
         DualAttentionEncoder(dataclasses.replace(SMALL, mats=0))
 
 
-@BOTH
+def test_placed_mat_tokens_stand_where_a_part_would() -> None:
+    """In cells of a grid, row by row; with equal [MAT] vectors each is that vector plus the embedding of its place."""
+    torch.manual_seed(8)
+    encoder = DualAttentionEncoder(PLACED)
+    with torch.no_grad():
+        encoder.mat.zero_()
+    motion, _ = all_seen(PLACED, 1, 2)
+    want = encoder.coord_embed(torch.tensor([[-0.5, -0.5], [0.5, -0.5], [-0.5, 0.5], [0.5, 0.5]]))
+    when = encoder.time_embed[:2]
+    torch.testing.assert_close(encoder.tokens(motion)[0, :, :4], want + when[:, None])
+    assert "places" not in encoder.state_dict()
+    with pytest.raises(ValueError, match="square grid"):
+        DualAttentionEncoder(dataclasses.replace(PLACED, mats=3))
+
+
+@EACH
 def test_one_batched_pass_equals_two(config: DAEConfig) -> None:
     torch.manual_seed(6)
     model = MaskedMotion(config)

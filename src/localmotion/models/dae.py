@@ -17,6 +17,7 @@ A token that is masked, invisible, or of another track or episode is never a key
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -70,6 +71,9 @@ class DAEConfig:
     """Width of a^agg after an optional projection; 0 keeps d."""
     mats: int = 1
     """Number of [MAT] tokens (1 in the paper); a^agg is all of them side by side."""
+    mats_placed: bool = False
+    """Each [MAT] token stands in a cell of a square grid over the frame and carries the coordinate embedding of its centre, as a part
+    there would (not in the paper)."""
 
     @property
     def code_dim(self) -> int:
@@ -223,7 +227,12 @@ class DualAttentionEncoder(nn.Module):
         self.time_embed = nn.Parameter(torch.randn(config.max_length, dim) * 0.02)
         if config.mats < 1:
             raise ValueError(f"mats={config.mats}: at least one [MAT] token is needed, a^agg is made of them")
+        side = math.isqrt(config.mats)
+        if config.mats_placed and side**2 != config.mats:
+            raise ValueError(f"mats={config.mats} cannot stand on a square grid (mats_placed); 4, 9 or 16 can")
         self.mat = nn.Parameter(torch.randn((config.mats, dim) if config.mats > 1 else (dim,)) * 0.02)
+        centres = (torch.arange(side) + 0.5) * (2.0 / side) - 1.0
+        self.register_buffer("places", torch.cartesian_prod(centres, centres).flip(-1), persistent=False)  # (M, 2): x, y
         self.blocks = nn.ModuleList(DualAttentionBlock(config) for _ in range(config.blocks))
         self.project: nn.Module = nn.Linear(config.mats * dim, config.agg_dim) if config.agg_dim else nn.Identity()
         self.out_norm: nn.Module = nn.LayerNorm(dim) if config.attention_norm == "pre" else nn.Identity()
@@ -240,7 +249,8 @@ class DualAttentionEncoder(nn.Module):
         when = self.time_embed[start : start + time]  # (T, d)
         if config.temporal:
             tau = tau + when[None, :, None]
-        mat = self.mat.expand(batch, time, config.mats, -1)
+        mat = self.mat + self.coord_embed(self.places) if config.mats_placed else self.mat
+        mat = mat.expand(batch, time, config.mats, -1)
         if config.temporal and config.mat_temporal:
             mat = mat + when[None, :, None]
         return torch.cat([mat.to(tau.dtype), tau], 2)
