@@ -23,6 +23,7 @@ from localmotion.training import checkpoint
 from localmotion.training.finetune import finetune
 from localmotion.training.pretrain import pretrain
 from localmotion.training.update import Updater
+from method_batches import make_batch
 
 TOY = "toy:dot"
 
@@ -244,16 +245,16 @@ def test_commands_run_end_to_end(videos: Path, tmp_path: Path, capsys: pytest.Ca
     assert (tmp_path / "x.png").stat().st_size > 10_000
 
 
-def test_pretraining_rate_falls_at_the_end_only() -> None:
-    run = compose("drp", "pretrain", preset="debug", settings=("updates=8", "lr_decay=0.5", "pretrain.lr=0.1"))
+@pytest.mark.parametrize("deferred", [False, True])
+def test_pretraining_rate_falls_at_the_end_only(deferred: bool) -> None:
+    run = compose("drp", "pretrain", preset="debug", settings=("updates=8", "lr_decay=0.5", "pretrain.lr=1e-4"))
     method = methods.get("drp")(run.model, image_size=64, action_dim=None)
-    updater = Updater(method, run, Compute(torch.device("cpu"), False, 1, "test"))
+    updater = Updater(method, run, Compute(torch.device("cpu"), False, 1, "test"), deferred=deferred)
     found = []
-    for update in range(8):
-        updater.update = update
-        updater.step(["model"])
-        found.append(updater.optimisers["model"].param_groups[0]["lr"])
-    assert found == pytest.approx([0.1] * 5 + [0.075, 0.05, 0.025])
+    for _ in range(8):
+        updater.pretrain(make_batch())
+        found.append(float(updater.optimisers["model"].param_groups[0]["lr"]))
+    assert found == pytest.approx([1e-4] * 5 + [0.75e-4, 0.5e-4, 0.25e-4])
 
 
 def test_a_run_goes_on_with_the_recipe_it_began_with(tmp_path: Path) -> None:
