@@ -41,7 +41,7 @@ def settings_of(name: str, stage: Stage) -> tuple[str, ...]:
 def trained(
     name: str, stage: Stage, graph: Replayed | None, updates: int, spoilt: int = -1
 ) -> tuple[Updater, list[dict[str, Tensor]]]:
-    """``updates`` updates on a batch each; the one numbered ``spoilt`` has a reward (or flow) that is not finite."""
+    """``updates`` updates on a batch each; the one numbered ``spoilt`` has a reward that is not finite."""
     run, method = make(name, stage, *settings_of(name, stage))
     updater = Updater(method, run, CPU, pretrained=stage == "finetune", deferred=True, graph=graph)
     torch.manual_seed(0)

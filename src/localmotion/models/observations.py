@@ -87,7 +87,7 @@ _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class _PoolCorners(torch.autograd.Function):
-    """Maximum over 2x2 of (N, H, W, C), for CPUs: torch's own takes half a second a pass for the first map of DreamerV3 12M.
+    """Maximum over 2x2 of (N, H, W, C), for CPUs: torch's own takes 0.9 s both ways in bf16 for the first map of DreamerV3 12M.
 
     Comparing and selecting bf16 is slow there, integers are not: a difference shifted right by all but its sign is a mask of zeros or ones,
     and gradients are handed out by `and`. Kept for the backward pass are three of these masks, a byte each (right of the upper two, right

@@ -18,9 +18,8 @@ from localmotion.errors import LocalmotionError
 from localmotion.methods.base import Batch
 
 Work = Callable[[Batch], dict[str, Tensor]]
-WARMUP = (
-    3  # updates launched one operation at a time before recording: optimisers make their moments, libraries choose their kernels
-)
+WARMUP = 3
+"""Updates launched one operation at a time before recording: optimisers make their moments, libraries choose their kernels."""
 
 
 class Graph(Protocol):

@@ -139,9 +139,8 @@ def _laprop_on_device(
 
 
 def _adam(group: Group, settings: OptimConfig, lr: float | Tensor) -> torch.optim.Optimizer:
-    graphs = (
-        torch.is_tensor(lr) and lr.device.type == "cuda"
-    )  # torch takes the word on a GPU only; fused counts lie on the device anyway
+    # torch takes `capturable` on a GPU only; the counts of the fused kernel lie on the device anyway.
+    graphs = torch.is_tensor(lr) and lr.device.type == "cuda"
     return torch.optim.Adam(
         group.parameters, lr=lr, eps=settings.eps, weight_decay=settings.weight_decay, fused=True, capturable=graphs
     )

@@ -131,8 +131,9 @@ def to_device(batch: dict[str, torch.Tensor], compute: Compute) -> dict[str, tor
     """A batch on the computing device (no copy on the CPU). From pinned memory: the copy of any other makes the host wait."""
     if compute.device.type == "cpu":
         return batch
-    pinned = {key: value.pin_memory() if compute.device.type == "cuda" else value for key, value in batch.items()}
-    return {key: value.to(compute.device, non_blocking=True) for key, value in pinned.items()}
+    if compute.device.type == "cuda":
+        batch = {key: value.pin_memory() for key, value in batch.items()}
+    return {key: value.to(compute.device, non_blocking=True) for key, value in batch.items()}
 
 
 def _save(out: RunDir, method: Method, updater: Updater) -> None:
