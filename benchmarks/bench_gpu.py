@@ -1,22 +1,30 @@
-"""Milliseconds per update on a GPU: launched one operation at a time, recorded as a CUDA graph, and a peer beside it.
+"""Milliseconds per update on a GPU: launched one operation at a time, recorded as a CUDA graph, and a peer beside it; and per batch.
 
     python -m benchmarks gpu --r2dreamer PATH/TO/r2dreamer
 
-Median and quartiles of `repeats` updates after `warmup`, each waited for, on a fixed batch that lies on the device.
+Median and quartiles of `repeats` updates after `warmup`, each waited for, on a fixed batch that lies on the device. The same for a batch of
+DRP `paper`, 50 x 50, out of a replay in memory (gathered, pinned, copied) and out of one on the device.
 """
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
+from soak.replay import SPEC
 
 from benchmarks.bench_peers import BATCH, LENGTH, r2dreamer
 from benchmarks.bench_update import setup
 from benchmarks.recorder import Recorder
+from localmotion.compute import Compute
+from localmotion.perception.companding import Companding
+from localmotion.replay import Replay, Storage
 from localmotion.training.graphs import CudaGraph, Replayed
+from localmotion.training.pretrain import to_device
 
 CASES = {
     "DreamerV3 12M, 16 x 64, pictures": (
@@ -48,6 +56,26 @@ def timed(step: Callable[[], object], warmup: int, repeats: int) -> tuple[float,
     return times[len(times) // 4], times[len(times) // 2], times[3 * len(times) // 4]
 
 
+def batches(add: Callable[..., None], device: torch.device, batch: int = 50) -> None:
+    """Sampling from both places, for ``add`` of `run`."""
+    compute = Compute(device, True, 1, "")
+    rng = np.random.default_rng(0)
+    record = {key: rng.integers(0, 100, shape).astype(dtype) for key, (shape, dtype) in SPEC.items()}
+    storages: tuple[Storage, ...] = ("memory", "device")
+    with tempfile.TemporaryDirectory() as folder:
+        for storage in storages:
+            replay = Replay(SPEC, capacity=2_004, length=50, coders={"flow": Companding(64)}, folder=Path(folder))
+            replay.place(storage, 2_004, device)
+            for t in range(4 * 501):
+                replay.add(record, last=t % 501 == 500)
+            add(
+                f"a batch of {batch} x 50 from the replay",
+                storage,
+                lambda replay=replay: to_device(replay.sample(batch), compute),
+                0,
+            )  # type: ignore[misc]
+
+
 def run(r2dreamer_path: str = "", warmup: int = 10, repeats: int = 50) -> list[dict[str, object]]:
     if not torch.cuda.is_available():
         return [{"update": "no CUDA device here"}]
@@ -73,6 +101,7 @@ def run(r2dreamer_path: str = "", warmup: int = 10, repeats: int = 50) -> list[d
                     work(batch)
                 launches = sum(counter.products.values()) + sum(counter.others.values())
             add(case, how, lambda step=step, batch=batch: step(batch), launches or 1)  # type: ignore[misc]
+    batches(add, torch.device("cuda"))
     if r2dreamer_path:
         for how, compiled in (("r2dreamer, eager", False), ("r2dreamer, compiled", True)):
             step, _ = r2dreamer(Path(r2dreamer_path).resolve(), bf16=True, device="cuda", compiled=compiled)

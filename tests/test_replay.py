@@ -71,15 +71,15 @@ def test_short_episodes_are_dropped_and_counted_and_capacity_evicts_oldest() -> 
     assert [episode.serial for episode in replay.episodes] == [1, 2]
 
 
-@pytest.mark.parametrize(("first", "second"), [*itertools.product(("memory", "disk"), repeat=2)])
+@pytest.mark.parametrize(("first", "second"), [*itertools.product(("memory", "disk", "device"), repeat=2)])
 def test_save_and_load_continue_the_same_samples(first: Storage, second: Storage, tmp_path: Path) -> None:
-    replay = Replay(SPEC, capacity=1000, length=5, seed=3, folder=tmp_path, storage=first)
+    replay = Replay(SPEC, capacity=1000, length=5, seed=3, folder=tmp_path, storage=first, rows=1000)
     fill(replay, [10, 12])
     replay.sample(4)
     replay.save()
     state = replay.state()
     expected = replay.sample(8)
-    other = Replay(SPEC, capacity=1000, length=5, seed=99, folder=tmp_path, storage=second)
+    other = Replay(SPEC, capacity=1000, length=5, seed=99, folder=tmp_path, storage=second, rows=1000)
     other.load(state)
     for key, value in other.sample(8).items():
         assert torch.equal(value, expected[key]), key
@@ -108,9 +108,9 @@ def test_damage_and_misuse_are_named(tmp_path: Path) -> None:
         replay.add({"reward": 0.0}, last=False)
 
 
-@pytest.mark.parametrize("storage", ["memory", "disk"])
+@pytest.mark.parametrize("storage", ["memory", "disk", "device"])
 def test_saved_files_shrink_to_what_checkpoints_name(storage: Storage, tmp_path: Path) -> None:
-    replay = Replay(SPEC, capacity=25, length=5, folder=tmp_path, storage=storage)
+    replay = Replay(SPEC, capacity=25, length=5, folder=tmp_path, storage=storage, rows=1000)
     fill(replay, [10, 10])
     replay.save()
     fill(replay, [10], first=2)
@@ -133,29 +133,93 @@ def moving(rng: np.random.Generator, t: int) -> dict[str, Any]:
     }
 
 
-@settings(max_examples=15, deadline=None)
-@given(lengths=st.lists(st.integers(3, 20), min_size=2, max_size=8), capacity=st.integers(20, 60), seed=st.integers(0, 99))
-def test_both_storages_give_the_same_batches(
-    lengths: list[int], capacity: int, seed: int, tmp_path_factory: pytest.TempPathFactory
+@settings(max_examples=25, deadline=None)
+@given(
+    lengths=st.lists(st.integers(2, 20), min_size=2, max_size=12),
+    capacity=st.integers(20, 60),
+    prepared=st.lists(st.booleans(), min_size=12, max_size=12),
+    ends=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_all_storages_give_the_same_batches(
+    lengths: list[int], capacity: int, prepared: list[bool], ends: bool, seed: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    coders = {"flow": Companding(4)}
-    held, filed = (
-        Replay(MOTION, capacity=capacity, length=3, seed=seed, coders=coders, folder=tmp_path_factory.mktemp("r"), storage=kind)
-        for kind in ("memory", "disk")
-    )
-    for replay in (held, filed):
+    """Between episodes that come and go, with batches made ahead or not, and where a run was stopped and goes on."""
+    settings: dict[str, Any] = {"capacity": capacity, "length": 3, "seed": seed, "prioritize_ends": ends, "rows": capacity}
+
+    def make(kind: Storage) -> Replay:
+        return Replay(MOTION, **settings, coders={"flow": Companding(4)}, folder=tmp_path_factory.mktemp("r"), storage=kind)
+
+    held, filed, ahead, ring = make("memory"), make("disk"), make("memory"), make("device")
+    for replay in (held, filed, ahead, ring):
         rng = np.random.default_rng(seed)
-        for length in lengths:
+        replay.expected = []  # type: ignore[attr-defined]
+        for number, length in enumerate(lengths):
             for t in range(length):
                 replay.add(moving(rng, t), last=t == length - 1)
-    assert all(episode.arrays is None for episode in filed.episodes)
-    assert len(held) == len(filed)
-    one, other = held.sample(8), filed.sample(8)
-    assert one["flow"].dtype == torch.float16
-    for key, value in one.items():
-        assert torch.equal(value, other[key]), key
-    for mine, theirs in zip(held.newest("flow", 2), filed.newest("flow", 2), strict=True):
+            if replay.episodes:
+                if replay is ahead and prepared[number]:
+                    replay.prepare(8)
+                if number % 3:
+                    replay.expected.append(replay.sample(8))  # type: ignore[attr-defined]
+    assert all(episode.arrays is None for replay in (filed, ring) for episode in replay.episodes)
+    ahead.save()
+    if ahead.episodes and prepared[0]:
+        ahead.prepare(8)
+    again = Replay(MOTION, **settings, coders={"flow": Companding(4)}, folder=ahead.folder, storage="device")
+    again.load(ahead.state())
+    for other in (filed, ahead, ring, again):
+        assert len(held) == len(other)
+        pairs = [] if other is again else list(zip(held.expected, other.expected, strict=True))  # type: ignore[attr-defined]
+        if held.episodes:
+            state = held.state()
+            pairs.append((held.sample(8), other.sample(8)))
+            held.rng.bit_generator.state = state["rng"]
+        for one, two in pairs:
+            assert one["flow"].dtype == torch.float16
+            assert one.keys() == two.keys()
+            for key, value in one.items():
+                assert torch.equal(value, two[key]), key
+    for mine, theirs, placed in zip(held.newest("flow", 2), filed.newest("flow", 2), ring.newest("flow", 2), strict=True):
         np.testing.assert_array_equal(mine, theirs)
+        np.testing.assert_array_equal(mine, placed)
+
+
+def test_a_batch_made_ahead_is_drawn_again_where_an_episode_came_in() -> None:
+    replay, plain = Replay(SPEC, capacity=10_000, length=5), Replay(SPEC, capacity=10_000, length=5)
+    fill(replay, [20])
+    fill(plain, [20])
+    replay.prepare(8)
+    kept = replay._ready
+    assert kept
+    replay.prepare(8)
+    assert replay._ready is kept
+    assert replay.sample(8) is kept.batch  # nothing came in: no second gathering
+    plain.sample(8)
+    replay.prepare(8)
+    fill(replay, [30], first=1)
+    fill(plain, [30], first=1)
+    assert torch.equal(replay.sample(8)["reward"], plain.sample(8)["reward"])
+    replay.prepare(8)
+    assert torch.equal(replay.sample(3)["reward"], plain.sample(3)["reward"])
+
+
+def test_a_replay_on_the_device_is_sampled_without_waiting_for_it(tmp_path: Path) -> None:
+    """On `meta`, where there is no value to wait for, all of it can be launched; and an episode larger than the ring is refused."""
+    replay = Replay(
+        MOTION, capacity=50, length=3, coders={"flow": Companding(4)}, folder=tmp_path, storage="device", rows=50, device="meta"
+    )
+    rng = np.random.default_rng(0)
+    for t in range(20):
+        replay.add(moving(rng, t), last=t == 19)
+    batch = replay.sample(4)
+    assert {value.device.type for value in batch.values()} == {"meta"}
+    assert batch["flow"].shape == (4, 3, 4, 4, 2)
+    small = Replay(SPEC, capacity=50, length=3, folder=tmp_path, storage="device", rows=10)
+    with pytest.raises(LocalmotionError, match=r"11 records.*10 on the device"):
+        fill(small, [11])
+    with pytest.raises(ValueError, match="folder"):
+        Replay(SPEC, capacity=50, length=3).place("device", 50)
 
 
 @given(st.lists(st.floats(-70, 70, width=16), min_size=1, max_size=50))
@@ -170,14 +234,14 @@ def test_flow_keeps_small_motion_and_three_percent_of_large(values: list[float])
     np.testing.assert_array_equal(coder.decode(coder.encode(-flow)), -decoded)
 
 
-@pytest.mark.parametrize("storage", ["memory", "disk"])
+@pytest.mark.parametrize("storage", ["memory", "disk", "device"])
 def test_a_replay_of_before_flow_was_coded_is_read(storage: Storage, tmp_path: Path) -> None:
     old = Replay(MOTION, capacity=100, length=3, folder=tmp_path)
     rng = np.random.default_rng(0)
     for t in range(12):
         old.add(moving(rng, t), last=t == 11)
     old.save()
-    new = Replay(MOTION, capacity=100, length=3, folder=tmp_path, storage=storage, coders={"flow": Companding(64)})
+    new = Replay(MOTION, capacity=100, length=3, folder=tmp_path, storage=storage, rows=100, coders={"flow": Companding(64)})
     new.load(old.state())
     one, other = old.sample(6), new.sample(6)
     for key, value in one.items():
@@ -208,16 +272,16 @@ def test_a_million_drp_transitions_take_less_than_25_gigabytes() -> None:
     assert replay.bytes_per_record * 1_000_000 < 21.5e9
 
 
-@pytest.mark.parametrize("storage", ["memory", "disk"])
+@pytest.mark.parametrize("storage", ["memory", "disk", "device"])
 def test_episodes_filed_after_the_checkpoint_are_played_again(storage: Storage, tmp_path: Path) -> None:
-    replay = Replay(SPEC, capacity=1000, length=5, folder=tmp_path, storage=storage)
+    replay = Replay(SPEC, capacity=1000, length=5, folder=tmp_path, storage=storage, rows=1000)
     fill(replay, [10])
     replay.save()
     state = replay.state()
     fill(replay, [11, 12], first=1)
     replay.save()
     (tmp_path / "episode_0000003.tmp").write_bytes(b"half")
-    again = Replay(SPEC, capacity=1000, length=5, folder=tmp_path, storage=storage)
+    again = Replay(SPEC, capacity=1000, length=5, folder=tmp_path, storage=storage, rows=1000)
     again.load(state)
     assert [path.name for path in tmp_path.iterdir()] == ["episode_0000000.safetensors"]
     fill(again, [20], first=1)
@@ -230,9 +294,9 @@ def fill_and_save(replay: Replay, lengths: list[int]) -> None:
     replay.save()
 
 
-@pytest.mark.parametrize("storage", ["memory", "disk"])
+@pytest.mark.parametrize("storage", ["memory", "disk", "device"])
 def test_a_full_disk_costs_nothing_that_was_saved(storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    replay = Replay(SPEC, capacity=1000, length=5, folder=tmp_path, storage=storage)
+    replay = Replay(SPEC, capacity=1000, length=5, folder=tmp_path, storage=storage, rows=1000)
     fill(replay, [10])
     replay.save()
     state = replay.state()
@@ -302,9 +366,23 @@ def test_a_replay_that_fits_nowhere_is_refused_before_the_start(tmp_path: Path, 
     with pytest.raises(ConfigError, match=r"21\.2 GB on disk.*--online.replay_capacity 890000"):
         choose_storage(online, 2_000_000, 21_000, tmp_path)
     assert choose_storage(OnlineConfig(replay_capacity=890_000), 2_000_000, 21_000, tmp_path)[0] == "memory"
+    for free, why in ((None, "no memory of its own"), (20 * GB, r"20\.0 GB free")):
+        with pytest.raises(ConfigError, match=why):
+            choose_storage(OnlineConfig(replay_storage="device", replay_capacity=990_000), 2_000_000, 21_000, tmp_path, free)
     room(monkeypatch, 10, 100)
     with pytest.raises(ConfigError, match=r"10\.0 GB of memory.*disk"):
         choose_storage(OnlineConfig(replay_storage="memory"), 2_000_000, 21_000, tmp_path)
+
+
+def test_a_replay_lies_on_the_gpu_where_it_takes_half_of_it_or_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    room(monkeypatch, 500, 100)
+    for free, found in ((140 * GB, "device"), (43 * GB, "device"), (41 * GB, "memory"), (None, "memory")):
+        storage, note = choose_storage(OnlineConfig(), 2_000_000, 21_000, tmp_path, free)
+        assert storage == found
+        assert found in note
+    assert choose_storage(OnlineConfig(replay_storage="device"), 2_000_000, 21_000, tmp_path, 22 * GB)[0] == "device"
+    assert choose_storage(OnlineConfig(replay_storage="disk"), 2_000_000, 21_000, tmp_path, 140 * GB)[0] == "disk"
+    assert place.device_memory(torch.device("cpu")) is None
 
 
 @given(st.integers(2, 60), st.lists(st.integers(1, 200), min_size=1, max_size=30))

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -152,7 +152,11 @@ def test_a_killed_pretraining_goes_on_from_its_checkpoint(
     assert_same(whole, tmp_path / "pieces")
 
 
-def test_a_replay_on_disk_learns_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("storage", ["disk", "device"])
+def test_a_replay_kept_elsewhere_learns_the_same(
+    storage: Literal["disk", "device"], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("localmotion.training.finetune.device_memory", lambda device: 10**9)  # as if the CPU were a GPU
     few = (
         "env_steps=230",
         "prefill=60",
@@ -160,10 +164,11 @@ def test_a_replay_on_disk_learns_the_same(tmp_path: Path, monkeypatch: pytest.Mo
         "online.eval_every=10000",
         "online.save_every=60",
         "replay_capacity=150",
+        "replay_storage=memory",
     )
     run = compose("drp", "train", preset="debug", env="toy:dot", flags=FLAGS, settings=few)
     whole = finetune(run, tmp_path / "whole")
-    run = replace(run, online=replace(run.online, replay_storage="disk"))
+    run = replace(run, online=replace(run.online, replay_storage=storage))
     Stops(monkeypatch, 131)
     assert in_pieces(finetune, run, tmp_path / "pieces") >= 2
     assert_same(whole, tmp_path / "pieces")

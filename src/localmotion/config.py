@@ -71,9 +71,9 @@ class OnlineConfig:
     """Agent steps per update (paper: training frequency)."""
     replay_capacity: int = 1_000_000
     """Replay buffer capacity, agent steps."""
-    replay_storage: Literal["auto", "memory", "disk"] = "auto"
-    """Where sequences are sampled from. auto: memory if the replay takes at most half of what is free, else its files on disk.
-    Both give the same batches."""
+    replay_storage: Literal["auto", "memory", "disk", "device"] = "auto"
+    """Where sequences are sampled from. auto: the GPU if the replay takes at most half of what is free there, else memory by the same
+    rule, else its files on disk. All give the same batches."""
     replay_flow: Literal["int8", "float16"] = "int8"
     """How flow is stored: one logarithmic byte a component (error below 0.001 pixel or 3 %), or as it was perceived."""
     prioritize_ends: bool = False

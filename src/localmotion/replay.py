@@ -6,7 +6,8 @@ never crosses an episode, and `is_first` is forced at its start so that every se
 
 A complete episode is one safetensors file, written once and whole, so a checkpoint costs what is new. Its arrays are also held in
 memory, or, where they would not fit (``storage="disk"``), read from the file a window at a time: by position, into the batch. A memory
-mapping would do the same reading, but every page that was ever sampled would count as resident memory.
+mapping would do the same reading, but every page that was ever sampled would count as resident memory. With ``storage="device"`` they
+lie on the GPU that learns from them, and no batch passes through the host.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ import math
 import os
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -29,14 +30,16 @@ from torch import Tensor
 from localmotion.errors import CheckpointError, LocalmotionError
 
 Record = Mapping[str, Any]
-Storage = Literal["memory", "disk"]
+Storage = Literal["memory", "disk", "device"]
 
 
 class Coder(Protocol):
     """How one key of a record is stored: encoded when it is added, decoded when it is sampled."""
 
     dtype: np.dtype[Any]
-    """Of the codes. They have the shape of what they stand for."""
+    """Of the codes, one byte. They have the shape of what they stand for."""
+    table: NDArray[Any]
+    """(256,): what the codes stand for, by their bits as an unsigned number."""
 
     def encode(self, value: NDArray[Any]) -> NDArray[Any]: ...
 
@@ -45,12 +48,65 @@ class Coder(Protocol):
 
 @dataclass(frozen=True)
 class Episode:
-    """A complete episode: its arrays in memory, or where they begin in its file."""
+    """A complete episode: its arrays in memory, or where they begin in its file, and its first row in the arena if there is one."""
 
     serial: int
     length: int
     arrays: Mapping[str, NDArray[Any]] | None
     offsets: Mapping[str, int]
+    row: int = 0
+
+
+class _Ready(NamedTuple):
+    """A batch that was made before it was asked for."""
+
+    size: int
+    serial: int
+    rng: Any
+    """The sampler's state before it."""
+    batch: dict[str, Tensor]
+
+
+class Arena:
+    """Records of episodes on a device, in a ring: a batch of windows is one gather per key, launched without waiting for the device.
+
+    Args:
+        spec: per key, the shape and dtype of one record as it is stored.
+        records: rows of the ring. What is put overwrites what was put longest ago.
+        device: where.
+    """
+
+    def __init__(self, spec: Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]], records: int, device: torch.device) -> None:
+        self.records, self.device, self.next = records, device, 0
+        self.held = {
+            key: torch.zeros((records, *shape), dtype=torch.from_numpy(np.empty(0, dtype)).dtype, device=device)
+            for key, (shape, dtype) in spec.items()
+        }
+
+    def put(self, arrays: Mapping[str, NDArray[Any]]) -> int:
+        """Take in arrays (n, ...); the row of the first record. Raises LocalmotionError for more records than rows."""
+        count, first = len(next(iter(arrays.values()))), self.next
+        if count > self.records:
+            raise LocalmotionError(
+                f"an episode of {count:,} records does not fit a replay of {self.records:,} on the device; raise online.replay_capacity"
+            )
+        before = min(count, self.records - first)  # rows until the ring begins anew
+        for key, held in self.held.items():
+            found = torch.from_numpy(arrays[key])
+            held[first : first + before].copy_(found[:before])
+            held[: count - before].copy_(found[before:])
+        self.next = (first + count) % self.records
+        return first
+
+    def windows(self, rows: list[int], length: int) -> dict[str, Tensor]:
+        """Batch (B, T, ...) of the ``length`` records from each of ``rows`` on."""
+        index = (torch.tensor(rows)[:, None] + torch.arange(length)) % self.records
+        if (
+            self.device.type == "cuda"
+        ):  # from other memory the host would wait for the copy, and so for all that is queued before it
+            index = index.pin_memory()
+        index = index.to(self.device, non_blocking=True)
+        return {key: held[index] for key, held in self.held.items()}
 
 
 class Replay:
@@ -65,7 +121,8 @@ class Replay:
         seed: of the sampling; the generator's state is part of `state()`.
         coders: per key, how it is stored if not as it is.
         folder: where episodes are filed, by `save` or, with ``storage="disk"``, when they are complete. None: nothing can be saved.
-        storage: where episodes are sampled from. Both give the same batches.
+        storage: where episodes are sampled from. All give the same batches.
+        rows, device: see `place`.
     """
 
     def __init__(
@@ -79,17 +136,19 @@ class Replay:
         coders: Mapping[str, Coder] | None = None,
         folder: Path | None = None,
         storage: Storage = "memory",
+        rows: int = 0,
+        device: torch.device | str = "cpu",
     ) -> None:
         self.spec = {key: (tuple(shape), np.dtype(dtype)) for key, (shape, dtype) in spec.items()}
         self.coders = {key: coder for key, coder in (coders or {}).items() if key in self.spec}
         self.stored = {k: (shape, self.coders[k].dtype if k in self.coders else d) for k, (shape, d) in self.spec.items()}
         self.capacity, self.length, self.prioritize_ends = capacity, length, prioritize_ends
-        if storage == "disk" and folder is None:
-            raise ValueError('storage="disk" needs a folder')
-        self.folder, self.storage = folder, storage
+        self.folder = folder
+        self.place(storage, rows, device)
         self.rng = np.random.default_rng(seed)
         self.episodes: list[Episode] = []
         self.open: list[Record] = []
+        self._ready: _Ready | None = None
         self.records = 0
         self.serial = 0
         self.dropped = 0
@@ -98,6 +157,19 @@ class Replay:
     def bytes_per_record(self) -> int:
         """What one record takes, in memory or on disk."""
         return int(sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.stored.values()))
+
+    def place(self, storage: Storage, rows: int = 0, device: torch.device | str = "cpu") -> None:
+        """Where episodes are sampled from, before there are any.
+
+        With ``storage="device"`` batches come from a ring of ``rows`` records on ``device`` (at least what is ever held), and lie there;
+        the others give them on the CPU. Raises ValueError without a folder where one is needed, torch's OutOfMemoryError where the ring
+        does not fit.
+        """
+        if storage != "memory" and self.folder is None:
+            raise ValueError(f"storage={storage!r} needs a folder")
+        self.storage = storage
+        self.arena = Arena(self.stored, rows, torch.device(device)) if storage == "device" else None
+        self.tables = {key: torch.from_numpy(c.table).to(device) for key, c in self.coders.items()} if self.arena else {}
 
     def add(self, record: Record, *, last: bool) -> None:
         """Append one record to the open episode; ``last`` closes it. Episodes shorter than T records are dropped (counted).
@@ -121,10 +193,10 @@ class Replay:
             self.dropped += 1
         else:
             arrays = {key: np.stack([r[key] for r in self.open]) for key in self.spec}
-            if self.storage == "disk":
-                self._insert(self._described(self._file(self.serial, arrays)))
-            else:
+            if self.storage == "memory":
                 self._insert(Episode(self.serial, len(self.open), arrays, {}))
+            else:
+                self._insert(self._described(self._file(self.serial, arrays)), arrays)
             self.serial += 1
         self.open = []
 
@@ -133,40 +205,56 @@ class Replay:
         if self.open:
             self._close()
 
-    def _insert(self, episode: Episode) -> None:
+    def _insert(self, episode: Episode, arrays: Mapping[str, NDArray[Any]] | None = None) -> None:
+        """Take in an episode, after those that have to leave for it. An arena is given its ``arrays``, or what its file holds."""
+        while self.episodes and self.records + episode.length > self.capacity:
+            self.records -= self.episodes.pop(0).length
+        if self.arena:
+            episode = replace(episode, row=self.arena.put(self._whole(episode) if arrays is None else arrays))
         self.episodes.append(episode)
         self.records += episode.length
-        while self.records > self.capacity and len(self.episodes) > 1:
-            self.records -= self.episodes.pop(0).length
 
     def __len__(self) -> int:
         return self.records
 
     def sample(self, batch_size: int) -> dict[str, Tensor]:
-        """A batch of sequences (B, T, ...) on the CPU: uniform episode, then a window within it.
+        """A batch of sequences (B, T, ...): uniform episode, then a window within it.
 
         Raises LocalmotionError while no complete episode of at least T records is stored, CheckpointError for an episode file that is gone
         or damaged.
         """
+        if self._ready:
+            ready, self._ready = self._ready, None
+            if ready.size == batch_size and ready.serial == self.serial:
+                return ready.batch
+            self.rng.bit_generator.state = ready.rng
+        return self._sample(batch_size)
+
+    def prepare(self, batch_size: int) -> None:
+        """Make the next batch now, while the device is at work and the host would wait.
+
+        The batches are those of a replay that prepares nothing: where an episode comes in before the next `sample`, it is drawn again.
+        """
+        if self._ready is None:
+            before = self.rng.bit_generator.state
+            self._ready = _Ready(batch_size, self.serial, before, self._sample(batch_size))
+
+    def _sample(self, batch_size: int) -> dict[str, Tensor]:
         if not self.episodes:
             raise LocalmotionError(
                 f"replay holds no complete episode of at least {self.length} records yet; raise online.prefill or lower online.length"
             )
-        out = {key: np.empty((batch_size, self.length, *shape), dtype) for key, (shape, dtype) in self.stored.items()}
-        chosen = self.rng.integers(len(self.episodes), size=batch_size)
-        for row, index in enumerate(chosen):
+        windows = []
+        for index in self.rng.integers(len(self.episodes), size=batch_size):
             episode = self.episodes[index]
             spare = episode.length - self.length
             if self.prioritize_ends:
-                start = min(int(self.rng.integers(spare + self.length + 1)), spare)
+                windows.append((episode, min(int(self.rng.integers(spare + self.length + 1)), spare)))
             else:
-                start = int(self.rng.integers(spare + 1))
-            self._read(episode, start, {key: target[row] for key, target in out.items()})
-        out |= {key: coder.decode(out[key]) for key, coder in self.coders.items()}
-        batch = {key: torch.from_numpy(value) for key, value in out.items()}
-        is_first = torch.zeros(batch_size, self.length, dtype=torch.bool)
-        is_first[:, 0] = True
-        batch["is_first"] = is_first
+                windows.append((episode, int(self.rng.integers(spare + 1))))
+        batch = self._from_device(windows) if self.arena else self._from_host(windows)
+        batch["is_first"] = torch.zeros_like(batch["is_terminal"])
+        batch["is_first"][:, 0] = True
         # What led to the first frame of a window lies before it: unknown, like at a reset.
         batch["action"][:, 0] = 0
         if "visible" in batch:
@@ -174,13 +262,34 @@ class Replay:
             batch["flow"][:, 0] = 0
         return batch
 
+    def _from_host(self, windows: list[tuple[Episode, int]]) -> dict[str, Tensor]:
+        """Windows (episode, first record) from memory or files."""
+        out = {key: np.empty((len(windows), self.length, *shape), dtype) for key, (shape, dtype) in self.stored.items()}
+        for row, (episode, start) in enumerate(windows):
+            self._read(episode, start, {key: target[row] for key, target in out.items()})
+        out |= {key: coder.decode(out[key]) for key, coder in self.coders.items()}
+        return {key: torch.from_numpy(value) for key, value in out.items()}
+
+    def _from_device(self, windows: list[tuple[Episode, int]]) -> dict[str, Tensor]:
+        """The same from the arena."""
+        assert self.arena
+        batch = self.arena.windows([episode.row + start for episode, start in windows], self.length)
+        for key, table in self.tables.items():
+            codes = batch[key].view(torch.uint8)
+            batch[key] = table.index_select(0, codes.reshape(-1).int()).view(codes.shape)
+        return batch
+
     def newest(self, key: str, count: int) -> Iterator[NDArray[Any]]:
         """One key (T, ...) of each of the ``count`` newest episodes, oldest first."""
         for episode in self.episodes[-count:]:
-            shape, dtype = self.stored[key]
-            found = np.empty((episode.length, *shape), dtype)
-            self._read(episode, 0, {key: found})
+            found = self._whole(episode, key)[key]
             yield self.coders[key].decode(found) if key in self.coders else found
+
+    def _whole(self, episode: Episode, *keys: str) -> dict[str, NDArray[Any]]:
+        """All records (T, ...) of an episode as they are stored, of some keys or of all."""
+        arrays = {key: np.empty((episode.length, *self.stored[key][0]), self.stored[key][1]) for key in keys or self.stored}
+        self._read(episode, 0, arrays)
+        return arrays
 
     def _read(self, episode: Episode, start: int, targets: Mapping[str, NDArray[Any]]) -> None:
         """Fill arrays (n, ...) with the records from ``start`` on."""
@@ -209,7 +318,7 @@ class Replay:
             "episodes": [episode.serial for episode in self.episodes],
             "serial": self.serial,
             "dropped": self.dropped,
-            "rng": self.rng.bit_generator.state,
+            "rng": self._ready.rng if self._ready else self.rng.bit_generator.state,
         }
 
     def save(self) -> None:
@@ -232,7 +341,7 @@ class Replay:
         Episodes filed after that state was saved are removed: they will be played again.
         """
         assert self.folder
-        self.episodes, self.open, self.records = [], [], 0
+        self.episodes, self.open, self.records, self._ready = [], [], 0, None
         self.serial, self.dropped = int(state["serial"]), int(state["dropped"])
         for path in [*self.folder.glob("episode_*.safetensors"), *self.folder.glob("*.tmp")]:
             if path.suffix == ".tmp" or int(path.stem.split("_")[1]) >= self.serial:
@@ -241,9 +350,7 @@ class Replay:
             self._recode(self._path(serial))
             episode = self._described(self._path(serial))
             if self.storage == "memory":
-                arrays = {key: np.empty((episode.length, *shape), dtype) for key, (shape, dtype) in self.stored.items()}
-                self._read(episode, 0, arrays)
-                episode = Episode(serial, episode.length, arrays, {})
+                episode = Episode(serial, episode.length, self._whole(episode), {})
             self._insert(episode)
         self.rng.bit_generator.state = json.loads(json.dumps(state["rng"]))
 

@@ -34,7 +34,7 @@ class Companding:
         self.limit = limit
         scale = np.log1p(limit / KNEE) / 127
         codes = np.arange(256, dtype=np.uint8).view(np.int8).astype(np.float64)
-        self._decoded = (np.sign(codes) * KNEE * np.expm1(np.abs(codes) * scale)).astype(np.float16)
+        self.table = (np.sign(codes) * KNEE * np.expm1(np.abs(codes) * scale)).astype(np.float16)
         # float16 has only 65,536 numbers: a table of all their codes. -128 is no code: it marks what is not a number.
         values = np.arange(65536, dtype=np.uint32).astype(np.uint16).view(np.float16).astype(np.float64)
         bounded = np.clip(np.nan_to_num(values, nan=0.0), -limit, limit)
@@ -55,5 +55,5 @@ class Companding:
         if not codes.size:
             return np.zeros(codes.shape, np.float16)
         # A table of two-byte entries is all that OpenCV needs to know; it is six times faster than an index.
-        found = cv2.LUT(codes.reshape(1, -1).view(np.uint8), self._decoded.view(np.uint16)[None])
+        found = cv2.LUT(codes.reshape(1, -1).view(np.uint8), self.table.view(np.uint16)[None])
         return np.asarray(found).view(np.float16).reshape(codes.shape)

@@ -40,7 +40,7 @@ from localmotion.training.faults import dump
 from localmotion.training.interrupt import Interrupted, StopRequest
 from localmotion.training.pretrain import to_device
 from localmotion.training.rundir import RunDir, read_environment
-from localmotion.training.storage import choose_storage
+from localmotion.training.storage import choose_storage, device_memory, records_needed
 from localmotion.training.transfer import load_pretrained
 from localmotion.training.trees import leaves_of, with_leaves
 from localmotion.training.update import DivergedError, Updater, to_floats
@@ -150,9 +150,11 @@ class _Learner:
             coders={"flow": Companding(recipe.size)} if recipe else None,
             folder=out.path / "replay",
         )
-        self.replay.storage, self.replay_note = choose_storage(
-            online, self.budget, self.replay.bytes_per_record, out.path / "replay"
-        )
+        device, size = self.compute.device, self.replay.bytes_per_record
+        free = device_memory(device)
+        storage, self.replay_note = choose_storage(online, self.budget, size, out.path / "replay", free)
+        self.replay.place(storage, records_needed(online, self.budget), device)
+        self.ahead = free is not None and storage != "device"  # make the next batch while the device is at work
         self.agent_step = self.episode = self.last_save = self.next_eval = 0
         self.playing: _Playing | None = None
         self.faults, self.began = 0, False
@@ -279,6 +281,10 @@ class _Learner:
         began = time.perf_counter()
         metrics = self.updater.online(batch)
         self.spent["update"] += time.perf_counter() - began
+        if self.ahead:
+            began = time.perf_counter()
+            self.replay.prepare(self.run.online.batch_size)
+            self.spent["replay"] += time.perf_counter() - began
         if self.updater.update % self.run.online.log_every == 0:
             now = {**self.spent, **self.observer.seconds}
             wall = time.perf_counter() - self.clock

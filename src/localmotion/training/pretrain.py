@@ -128,8 +128,8 @@ def _heldout(store: ClipStore, run: RunConfig) -> WindowSampler | None:
 
 
 def to_device(batch: dict[str, torch.Tensor], compute: Compute) -> dict[str, torch.Tensor]:
-    """A batch on the computing device (no copy on the CPU). From pinned memory: the copy of any other makes the host wait."""
-    if compute.device.type == "cpu":
+    """A batch on the computing device (no copy of what is there). From pinned memory: the copy of any other makes the host wait."""
+    if all(value.device.type == compute.device.type for value in batch.values()):
         return batch
     if compute.device.type == "cuda":
         batch = {key: value.pin_memory() for key, value in batch.items()}

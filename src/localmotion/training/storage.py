@@ -1,4 +1,7 @@
-"""Where a replay lives: in memory if it fits, else on disk; decided and told before a run starts, refused if it fits nowhere."""
+"""Where a replay lives: on the GPU if it fits, else in memory, else on disk.
+
+Decided and told before a run starts, and refused if it fits nowhere.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,14 @@ import os
 import shutil
 from pathlib import Path
 
+import torch
+
 from localmotion.config import OnlineConfig
 from localmotion.errors import ConfigError
 from localmotion.replay import Storage
 
 SHARE = 0.5
-"""Of the memory that is available at the start, what a replay may take at most."""
+"""Of the memory that is available at the start, the machine's or a GPU's, what a replay may take at most."""
 
 
 def available_memory() -> int:
@@ -30,15 +35,22 @@ def available_memory() -> int:
     return available
 
 
+def device_memory(device: torch.device) -> int | None:
+    """Bytes free on a GPU, for all its processes; None for a device without memory of its own."""
+    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else None
+
+
 def records_needed(online: OnlineConfig, budget: int) -> int:
     """Most records that a run of ``budget`` agent steps can hold: an episode has one record more than steps, and at least `length`."""
     return min(online.replay_capacity, budget + budget // max(online.length - 1, 1) + 1)
 
 
-def choose_storage(online: OnlineConfig, budget: int, bytes_per_record: int, folder: Path) -> tuple[Storage, str]:
-    """Where to sample from, and what was decided in words.
+def choose_storage(
+    online: OnlineConfig, budget: int, bytes_per_record: int, folder: Path, on_device: int | None = None
+) -> tuple[Storage, str]:
+    """Where to sample from, and what was decided in words. ``on_device``: `device_memory` of the device that learns.
 
-    Both ways every complete episode is filed in ``folder`` sooner or later, so the disk must hold the replay in any case, and what left
+    In every way each complete episode is filed in ``folder`` sooner or later, so the disk must hold the replay in any case, and what left
     it since the last two checkpoints. Raises ConfigError naming the capacity that would fit.
     """
     records = records_needed(online, budget)
@@ -54,14 +66,19 @@ def choose_storage(online: OnlineConfig, budget: int, bytes_per_record: int, fol
             f"{what}, {_size(need + evicted * bytes_per_record)} on disk with what its checkpoints keep, but {folder} has"
             f" {_size(free)} free: choose --run on a larger disk, or --online.replay_capacity {fits}"
         )
-    memory = available_memory()
+    asked, memory = online.replay_storage, available_memory()
+    if asked == "device" and (on_device is None or need > on_device):
+        has = "this run's device has no memory of its own" if on_device is None else f"the device has {_size(on_device)} free"
+        raise ConfigError(f"{what}, but {has}: use --online.replay_storage auto")
+    if asked == "device" or (asked == "auto" and on_device is not None and need <= SHARE * on_device):
+        return "device", f"{what}, on the device ({_size(on_device or 0)} free)"
     fits_memory = need <= SHARE * memory
-    if online.replay_storage == "memory" and need > memory:
+    if asked == "memory" and need > memory:
         raise ConfigError(
             f"{what}, but {_size(memory)} of memory are available: use --online.replay_storage disk (or auto), or"
             f" --online.replay_capacity {int(SHARE * memory / bytes_per_record)}"
         )
-    if online.replay_storage == "disk" or (online.replay_storage == "auto" and not fits_memory):
+    if asked == "disk" or (asked == "auto" and not fits_memory):
         return "disk", f"{what}, sampled from disk ({folder}, {_size(free)} free)"
     return "memory", f"{what}, in memory ({_size(memory)} available)"
 
