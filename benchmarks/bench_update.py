@@ -7,7 +7,7 @@ import time
 import torch
 
 from benchmarks.bench_machine import peak
-from benchmarks.recorder import Recorder
+from benchmarks.recorder import Recorder, allocations
 from localmotion import methods
 from localmotion.compute import choose
 from localmotion.config import RunConfig, compose
@@ -117,6 +117,7 @@ def run(
                 "GFLOP": flops / 1e9,
                 "GFLOP/s": flops / seconds / 1e9,
                 "of bf16 peak": flops / seconds / top,
+                "MB at most": allocations(lambda step=step, batch=batch: step(batch)).peak / 1e6,  # type: ignore[misc]
                 **split,
             }
         )

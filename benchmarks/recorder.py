@@ -1,14 +1,17 @@
-"""What runs within, counted: operations by name, matrix products and convolutions by the layout of their arguments, and FLOPs."""
+"""What runs within, counted: operations by name, products and convolutions by the layout of their arguments, FLOPs, and memory."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import flop_registry
@@ -61,6 +64,25 @@ class Recorder(TorchDispatchMode):
         elif not FREE.fullmatch(name := func.__name__.split(".")[0]):
             self.others[name] += 1
         return out
+
+
+class Allocations(NamedTuple):
+    """Memory asked for on the CPU."""
+
+    count: int
+    total: int
+    """Bytes, of all together."""
+    peak: int
+    """Bytes, of those held at once at most."""
+
+
+def allocations(work: Callable[[], object]) -> Allocations:
+    """What ``work()`` asks of torch's allocator beyond what was held before: numbers that do not depend on the machine's load."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        work()
+    sizes = [event.nbytes() for event in found.profiler.kineto_results.events() if event.name() == "[memory]"]
+    taken = [size for size in sizes if size > 0]
+    return Allocations(len(taken), sum(taken), max(accumulate(sizes), default=0))
 
 
 def _like(x: Any) -> Any:

@@ -12,7 +12,7 @@ import torch
 from benchmarks.bench_floor import measure
 from benchmarks.bench_scaling import AXES, ENCODER, UPDATE, Axis, Curve, exponent, flops_of, growth, steps_along
 from benchmarks.bench_update import setup
-from benchmarks.recorder import Recorder
+from benchmarks.recorder import Recorder, allocations
 from benchmarks.scaling_picture import draw
 
 ROOT = Path(__file__).parent.parent
@@ -29,13 +29,14 @@ def counted(*case: str) -> tuple[Recorder, float]:
     return recorder, recorder.flops / 1e9
 
 
-# (operations other than views, matrix products and convolutions, GFLOP) of one update. More than this needs a reason in the commit.
+# (operations other than views, matrix products and convolutions, GFLOP) of one update, the allocations in it and how much it holds at most,
+# MB. More than this needs a reason in the commit.
 LIMITS = {
-    ("dreamer_v3", "train", "debug"): (2897, 278, 0.56516),
-    ("dreamer_v2", "train", "debug"): (1585, 223, 0.24159),
-    ("drp", "pretrain", "debug"): (885, 248, 0.30979),
-    ("drp", "finetune", "debug"): (2576, 512, 0.54766),
-    ("ipv", "finetune", "debug"): (2151, 340, 0.30593),
+    ("dreamer_v3", "train", "debug"): (2897, 278, 0.56516, 4221, 4.25),
+    ("dreamer_v2", "train", "debug"): (1585, 223, 0.24159, 2419, 4.46),
+    ("drp", "pretrain", "debug"): (885, 248, 0.30979, 1820, 8.14),
+    ("drp", "finetune", "debug"): (2576, 512, 0.54766, 4379, 13.4),
+    ("ipv", "finetune", "debug"): (2151, 340, 0.30593, 3346, 8.93),
 }
 
 
@@ -43,13 +44,35 @@ LIMITS = {
 def test_an_update_launches_no_more_than_it_did(case: tuple[str, ...]) -> None:
     recorder, flops = counted(*case)
     products, others = sum(recorder.products.values()), sum(recorder.others.values())
-    most_others, most_products, most_flops = LIMITS[case]
+    most_others, most_products, most_flops, _, _ = LIMITS[case]
     assert others <= 1.02 * most_others, recorder.others.most_common(12)
     assert products <= most_products
     assert flops == pytest.approx(most_flops, rel=0.01)
     # Each of these was measured to be many times slower on a CPU than what is used in its place.
     slow = {"max_pool2d_with_indices", "_scaled_dot_product_flash_attention_for_cpu"}
     assert not recorder.others.keys() & slow
+
+
+@pytest.mark.parametrize("case", LIMITS, ids=" ".join)
+def test_an_update_takes_no_more_memory_than_it_did(case: tuple[str, ...]) -> None:
+    updater, batch = setup(*case, "precision=fp32")
+    step = updater.pretrain if case[1] == "pretrain" else updater.online
+    step(batch)
+    found = allocations(lambda: step(batch))
+    *_, most_allocations, most_held = LIMITS[case]
+    assert found.count <= 1.02 * most_allocations
+    assert found.peak <= 1.02e6 * most_held
+    assert found.peak < found.total
+
+
+def test_allocations_are_counted() -> None:
+    def work() -> None:
+        for _ in range(3):
+            torch.empty(1 << 20, dtype=torch.uint8)  # freed before the next one
+        kept = [torch.empty(1 << 21, dtype=torch.uint8) for _ in range(2)]
+        kept.clear()
+
+    assert allocations(work) == (5, 7 << 20, 4 << 20)
 
 
 def test_the_floor_is_made_of_the_updates_own_products() -> None:
