@@ -1,6 +1,7 @@
 """Seeds of one setting at once on one machine: updates per hour of several processes together, against one by one.
 
-On a CPU the threads are shared out among the processes; on a GPU the processes share the device.
+On a CPU the threads are shared out among the processes; on a GPU the processes share the device, with updates launched one operation at a
+time and as CUDA graphs.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import time
+from itertools import product
 from multiprocessing.connection import Connection
 
 import torch
@@ -17,15 +19,18 @@ from localmotion.compute import keep_buffers
 CASE = ("drp", "finetune", "small")
 
 
-def _serve(pipe: Connection, threads: int, updates: int, device: str) -> None:
+def _serve(pipe: Connection, threads: int, updates: int, device: str, graph: bool) -> None:
     """In a process of its own: build, warm up, say so, and at a word run ``updates`` updates; answers with the seconds."""
     from benchmarks.bench_update import setup  # not above: only the processes that update need what it imports
 
     torch.set_num_threads(threads)
     keep_buffers()
+    from localmotion.training.graphs import WARMUP, CudaGraph, Replayed
+
     updater, batch = setup(*CASE, f"device={device}", "precision=bf16")
+    updater.graph = Replayed(CudaGraph()) if graph else None
     batch = {key: value.to(device) for key, value in batch.items()}
-    for _ in range(2):
+    for _ in range(WARMUP + 1 if graph else 2):
         updater.online(batch)
     updater.check()
     pipe.send(True)
@@ -37,13 +42,13 @@ def _serve(pipe: Connection, threads: int, updates: int, device: str) -> None:
     pipe.send(time.perf_counter() - began)
 
 
-def together(processes: int, threads: int, updates: int, device: str) -> float:
+def together(processes: int, threads: int, updates: int, device: str, graph: bool = False) -> float:
     """Updates a second of all processes together, from the slowest's time."""
     spawn = multiprocessing.get_context("spawn")
     pipes, running = [], []
     for _ in range(processes):
         near, far = spawn.Pipe()
-        running.append(spawn.Process(target=_serve, args=(far, threads, updates, device), daemon=True))
+        running.append(spawn.Process(target=_serve, args=(far, threads, updates, device, graph), daemon=True))
         running[-1].start()
         pipes.append(near)
     for pipe in pipes:
@@ -62,11 +67,12 @@ def run(updates: int = 12) -> list[dict[str, object]]:
     counts = (1, 2, 4, 8) if gpu else tuple(n for n in (1, 2, 4, 8) if n <= cores)
     rows: list[dict[str, object]] = []
     first = 0.0
-    for count in counts:
+    for graph, count in product((False, True) if gpu else (False,), counts):
         threads = 1 if gpu else max(cores // count, 1)
-        rate = together(count, threads, 10 * updates if gpu else updates, "cuda" if gpu else "cpu")
+        rate = together(count, threads, 10 * updates if gpu else updates, "cuda" if gpu else "cpu", graph)
         first = first or rate
-        what = {"runs at once": count, "device": "GPU" if gpu else f"CPU, {threads} thread(s) each"}
+        how = ("GPU, CUDA graphs" if graph else "GPU, eager") if gpu else f"CPU, {threads} thread(s) each"
+        what = {"runs at once": count, "device": how}
         # 50,000 environment steps with action repeat 2 and an update every 5 agent steps: 5,000 updates.
         rows.append(
             {**what, "updates/s of all": rate, "runs of 5,000 updates/h": 3600 * rate / 5000, "against one by one": rate / first}
