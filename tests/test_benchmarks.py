@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from benchmarks.bench_floor import measure
+from benchmarks.bench_loop import shares
 from benchmarks.bench_scaling import AXES, ENCODER, UPDATE, Axis, Curve, exponent, flops_of, growth, steps_along
 from benchmarks.bench_update import setup
+from benchmarks.goals import against_goals
 from benchmarks.recorder import Recorder, allocations
 from benchmarks.scaling_picture import draw
 
@@ -131,6 +133,39 @@ def test_flops_of_an_update_grow_as_they_should(axis: Axis) -> None:
         known = values[: degree + 1]
         last = sum(y * math.prod((values[-1] - z) / (x - z) for z in known if z != x) for x, y in zip(known, flops, strict=False))
         assert flops[-1] == pytest.approx(last, rel=1e-9), what
+
+
+def test_shares_of_a_loop_add_up() -> None:
+    line = {
+        "seconds/all": 10.0,
+        "seconds/update": 8.0,
+        "seconds/env": 1.0,
+        "seconds/act": 0.5,
+        "seconds/perception": 0.3,
+        "seconds/replay": 0.1,
+    }
+    rows = {str(row["part"]): row for row in shares([line, line])}
+    assert rows["update"]["share"] == pytest.approx(0.8)
+    assert rows["everything else"]["share"] == pytest.approx(0.01)
+    assert rows["whole"]["ms an update"] == pytest.approx(400)
+
+
+def test_goals_are_held_against_what_was_measured() -> None:
+    results: dict[str, list[dict[str, object]]] = {
+        "floor": [
+            {"case": "dreamer_v3 train paper", "kind": "matmul", "of update": 0.1},
+            {"case": "dreamer_v3 train paper", "kind": "whole: 4 s", "of update": 0.5},
+        ],
+        "extract": [{"what": "extract at 64 px", "workers": n, "25-frame clips/s": 15.0 * n, "windows/s": ""} for n in (1, 2)],
+        "gpu": [{"update": "no CUDA device here"}],
+    }
+    rows = {str(row["goal"]): row for row in against_goals(results)}
+    assert {row["part"] for row in rows.values()} == set(results)
+    assert rows["DreamerV3 12M, over its floor"]["measured"] == 2.0
+    assert rows["DreamerV3 12M, over its floor"]["reached"] == 0.75
+    assert rows["extraction at 64 px, two workers"]["reached"] == 0.5
+    assert rows["extraction at 128 px, two workers"]["measured"] == "not here"
+    assert rows["DRP paper, 50 x 50, on a GPU"]["measured"] == "not here"
 
 
 def test_growth_is_told_from_what_is_fixed() -> None:
