@@ -1,7 +1,7 @@
 """One update of our DreamerV3 and of a peer's, same model size, batch, precision, threads, in turn.
 
 The peers are checkouts of the user's; nothing of theirs is here. r2dreamer (github.com/NM512/r2dreamer) needs `pip install omegaconf
-tensordict` beside this package:
+tensordict tensorboard` beside this package:
 
     python -m benchmarks peers --r2dreamer PATH/TO/r2dreamer
 """
@@ -88,7 +88,11 @@ def _serve(pipe: Connection, what: str, path: str, bf16: bool, threads: int, kee
     warnings.simplefilter("ignore")
     if keep:
         keep_buffers()
-    step, size = ours(bf16) if what == "ours" else r2dreamer(Path(path).resolve(), bf16)
+    try:
+        step, size = ours(bf16) if what == "ours" else r2dreamer(Path(path).resolve(), bf16)
+    except Exception as error:
+        pipe.send(f"{path}: {type(error).__name__}: {error}")
+        return
     step()
     pipe.send(size)
     while pipe.recv():
@@ -120,6 +124,8 @@ def run(r2dreamer_path: str = "", rounds: int = 5, precisions: tuple[bool, ...] 
                 target=_serve, args=(far, what, r2dreamer_path, bf16, torch.get_num_threads(), keep), daemon=True
             ).start()
             sizes[name] = pipes[name].recv()
+            if isinstance(sizes[name], str):  # why it cannot be run: the other parts go on
+                return [{"peer": name, "cannot be run": sizes[name], "it needs": "pip install omegaconf tensordict tensorboard"}]
         for _ in range(rounds):
             for name, pipe in pipes.items():
                 pipe.send(True)
