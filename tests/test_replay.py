@@ -218,6 +218,11 @@ def test_a_replay_on_the_device_is_sampled_without_waiting_for_it(tmp_path: Path
     small = Replay(SPEC, capacity=50, length=3, folder=tmp_path, storage="device", rows=10)
     with pytest.raises(LocalmotionError, match=r"11 records.*10 on the device"):
         fill(small, [11])
+    small = Replay(SPEC, capacity=50, length=3, folder=tmp_path / "more", storage="device", rows=10)
+    fill(small, [6, 4, 5])  # the ring is the smaller limit: what it would overwrite has left
+    assert [episode.length for episode in small.episodes] == [4, 5]
+    rewards = small.sample(16)["reward"]
+    assert torch.equal(rewards.diff(dim=1), torch.ones(16, 2))
     with pytest.raises(ValueError, match="folder"):
         Replay(SPEC, capacity=50, length=3).place("device", 50)
 

@@ -101,10 +101,8 @@ class Arena:
     def windows(self, rows: list[int], length: int) -> dict[str, Tensor]:
         """Batch (B, T, ...) of the ``length`` records from each of ``rows`` on."""
         index = (torch.tensor(rows)[:, None] + torch.arange(length)) % self.records
-        if (
-            self.device.type == "cuda"
-        ):  # from other memory the host would wait for the copy, and so for all that is queued before it
-            index = index.pin_memory()
+        # From memory that is not pinned the host would wait for the copy, and so for all that is queued before it.
+        index = index.pin_memory() if self.device.type == "cuda" else index
         index = index.to(self.device, non_blocking=True)
         return {key: held[index] for key, held in self.held.items()}
 
@@ -161,7 +159,7 @@ class Replay:
     def place(self, storage: Storage, rows: int = 0, device: torch.device | str = "cpu") -> None:
         """Where episodes are sampled from, before there are any.
 
-        With ``storage="device"`` batches come from a ring of ``rows`` records on ``device`` (at least what is ever held), and lie there;
+        With ``storage="device"`` batches come from a ring of ``rows`` records on ``device`` (no more are held then), and lie there;
         the others give them on the CPU. Raises ValueError without a folder where one is needed, torch's OutOfMemoryError where the ring
         does not fit.
         """
@@ -207,7 +205,8 @@ class Replay:
 
     def _insert(self, episode: Episode, arrays: Mapping[str, NDArray[Any]] | None = None) -> None:
         """Take in an episode, after those that have to leave for it. An arena is given its ``arrays``, or what its file holds."""
-        while self.episodes and self.records + episode.length > self.capacity:
+        room = min(self.capacity, self.arena.records) if self.arena else self.capacity
+        while self.episodes and self.records + episode.length > room:
             self.records -= self.episodes.pop(0).length
         if self.arena:
             episode = replace(episode, row=self.arena.put(self._whole(episode) if arrays is None else arrays))
