@@ -11,6 +11,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -68,12 +69,8 @@ def batches(add: Callable[..., None], device: torch.device, batch: int = 50) -> 
             replay.place(storage, 2_004, device)
             for t in range(4 * 501):
                 replay.add(record, last=t % 501 == 500)
-            add(
-                f"a batch of {batch} x 50 from the replay",
-                storage,
-                lambda replay=replay: to_device(replay.sample(batch), compute),
-                0,
-            )  # type: ignore[misc]
+            sample = partial(replay.sample, batch)
+            add(f"a batch of {batch} x 50 from the replay", storage, lambda sample=sample: to_device(sample(), compute), 0)
 
 
 def run(r2dreamer_path: str = "", warmup: int = 10, repeats: int = 50) -> list[dict[str, object]]:

@@ -21,12 +21,11 @@ CASE = ("drp", "finetune", "small")
 
 def _serve(pipe: Connection, threads: int, updates: int, device: str, graph: bool) -> None:
     """In a process of its own: build, warm up, say so, and at a word run ``updates`` updates; answers with the seconds."""
-    from benchmarks.bench_update import setup  # not above: only the processes that update need what it imports
+    from benchmarks.bench_update import setup  # not above: only the processes that update need what these import
+    from localmotion.training.graphs import WARMUP, CudaGraph, Replayed
 
     torch.set_num_threads(threads)
     keep_buffers()
-    from localmotion.training.graphs import WARMUP, CudaGraph, Replayed
-
     updater, batch = setup(*CASE, f"device={device}", "precision=bf16")
     updater.graph = Replayed(CudaGraph()) if graph else None
     batch = {key: value.to(device) for key, value in batch.items()}

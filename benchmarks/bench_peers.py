@@ -125,6 +125,8 @@ def run(r2dreamer_path: str = "", rounds: int = 5, precisions: tuple[bool, ...] 
             ).start()
             sizes[name] = pipes[name].recv()
             if isinstance(sizes[name], str):  # why it cannot be run: the other parts go on
+                for pipe in pipes.values():
+                    pipe.send(False)
                 return [{"peer": name, "cannot be run": sizes[name], "it needs": "pip install omegaconf tensordict tensorboard"}]
         for _ in range(rounds):
             for name, pipe in pipes.items():
