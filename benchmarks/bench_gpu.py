@@ -2,8 +2,9 @@
 
     python -m benchmarks gpu --r2dreamer PATH/TO/r2dreamer
 
-Median and quartiles of `repeats` updates after `warmup`, each waited for, on a fixed batch that lies on the device. The same for a batch of
-DRP `paper`, 50 x 50, out of a replay in memory (gathered, pinned, copied) and out of one on the device.
+Median and quartiles of `repeats` updates after `warmup`, each waited for, on a fixed batch that lies on the device. The same for a batch
+of DRP `paper`, 50 x 50, out of a replay in memory (gathered, pinned, copied) and out of one on the device; and, where ptlflow is there, for
+the extraction of 16 clips with the flow of SEA-RAFT (untrained weights, which take as long), one clip at a time and all at once.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import cv2
 import numpy as np
 import torch
 from soak.replay import SPEC
@@ -22,6 +24,9 @@ from benchmarks.bench_peers import BATCH, LENGTH, r2dreamer
 from benchmarks.bench_update import setup
 from benchmarks.recorder import Recorder
 from localmotion.compute import Compute
+from localmotion.errors import MissingExtraError
+from localmotion.perception.base import Recipe
+from localmotion.perception.clips import ClipExtractor
 from localmotion.perception.companding import Companding
 from localmotion.replay import Replay, Storage
 from localmotion.training.graphs import CudaGraph, Replayed
@@ -73,14 +78,31 @@ def batches(add: Callable[..., None], device: torch.device, batch: int = 50) -> 
             add(f"a batch of {batch} x 50 from the replay", storage, lambda sample=sample: to_device(sample(), compute), 0)
 
 
+def extraction(device: str = "auto", clips: int = 16, frames: int = 25) -> dict[str, Callable[[], object]]:
+    """Extraction of clips that move, alone and together. Raises MissingExtraError without ptlflow."""
+    rng = np.random.default_rng(0)
+    options = {"sea_raft": {"checkpoint": "random", "device": device}}
+    extractor = ClipExtractor(Recipe(flow="sea_raft", backend_options=options))
+    side = extractor.recipe.percept_size
+    moving = []
+    for clip in range(clips):
+        coarse = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        texture = cv2.resize(coarse, (side, side), interpolation=cv2.INTER_CUBIC)
+        moving.append((np.stack([np.roll(texture, (t, 2 * t), (0, 1)) for t in range(frames)]), str(clip)))
+    return {
+        "one clip at a time": lambda: [extractor.extract(*clip) for clip in moving],
+        f"{clips} clips together": lambda: extractor.extract_many(moving),
+    }
+
+
 def run(r2dreamer_path: str = "", warmup: int = 10, repeats: int = 50) -> list[dict[str, object]]:
     if not torch.cuda.is_available():
         return [{"update": "no CUDA device here"}]
     rows: list[dict[str, object]] = []
 
-    def add(case: str, how: str, step: Callable[[], object], launches: int) -> None:
+    def add(case: str, how: str, step: Callable[[], object], launches: int, fewer: int = 1) -> None:
         torch.cuda.reset_peak_memory_stats()
-        low, middle, high = timed(step, warmup, repeats)
+        low, middle, high = timed(step, warmup // fewer, repeats // fewer)
         times = {"median ms": middle, "quartiles": f"{low:.1f} to {high:.1f}", "goal ms": GOALS_MS.get(case, "")}
         memory = torch.cuda.max_memory_allocated() / 2**30
         rows.append({"update": case, "how": how, **times, "operations": launches, "GiB": memory})
@@ -99,6 +121,11 @@ def run(r2dreamer_path: str = "", warmup: int = 10, repeats: int = 50) -> list[d
                 launches = sum(counter.products.values()) + sum(counter.others.values())
             add(case, how, lambda step=step, batch=batch: step(batch), launches or 1)  # type: ignore[misc]
     batches(add, torch.device("cuda"))
+    try:
+        for how, extract in extraction().items():
+            add("extraction of 16 clips at 128 px, SEA-RAFT S", how, extract, 0, fewer=10)
+    except MissingExtraError as error:
+        rows.append({"update": f"no extraction with SEA-RAFT: {error}"})
     if r2dreamer_path:
         for how, compiled in (("r2dreamer, eager", False), ("r2dreamer, compiled", True)):
             step, _ = r2dreamer(Path(r2dreamer_path).resolve(), bf16=True, device="cuda", compiled=compiled)

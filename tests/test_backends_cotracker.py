@@ -44,15 +44,18 @@ class StandInPredictor(torch.nn.Module):
         assert video.dtype == queries.dtype == torch.float32 and video.ndim == 5 and queries.ndim == 3
         assert not self.training and torch.is_inference_mode_enabled()
         batch, length, three, height, width = video.shape
-        assert batch == len(queries) == 1 and three == 3 and video.max() > 1
-        time = queries[0, :, 0].long()
+        assert batch == len(queries) and three == 3 and video.max() > 1
+        time = queries[..., 0].long()
         assert (time >= 0).all() and (time < length).all()
-        self.log.append((length, time.tolist()))
-        place = video[0, :, :2, 0, 0] - 128  # (T, 2)
-        tracks = queries[0, :, 1:][None] + place[:, None] - place[time][None]  # (T, N, 2)
-        away = torch.arange(length)[:, None] != time[None]
+        self.log.append((length, *time.tolist()))
+        points = queries[..., 1:][:, None].expand(batch, length, -1, 2)
+        points = points.view(batch * length, -1, 2).view(batch, length, -1, 2)  # as the real code does
+        place = video[:, :, :2, 0, 0] - 128  # (B, T, 2)
+        begin = place.gather(1, time[..., None].expand(-1, -1, 2))  # (B, N, 2)
+        tracks = points + place[:, :, None] - begin[:, None]
+        away = torch.arange(length)[None, :, None] != time[:, None]
         tracks = tracks + away[..., None] * (torch.tensor([self.error, 0.0]) + self.model.bias)
-        return tracks[None], (video[0, :, 2, 0, 0] > 100)[None, :, None].expand(1, length, len(time)) | ~away[None]
+        return tracks, (video[:, :, 2, 0, 0] > 100)[..., None] | ~away
 
 
 def cotracker3_offline(*, pretrained=True, **kwargs):
@@ -113,6 +116,31 @@ def test_track_hides_what_is_occluded_or_outside(hub):
     xy, seen = hub().track(film(places, np.array([1, 1, 0, 1, 1])), POINTS[:1])
     np.testing.assert_array_equal(seen[:, 0], [True, False, False, False, True])
     np.testing.assert_allclose(xy[1, 0], [100, 41])
+
+
+def test_clips_of_as_many_frames_and_points_are_tracked_in_one_pass(hub):
+    """... and each as by itself."""
+    clips = [(film(walk(6, seed), np.arange(6) != 2), POINTS + seed) for seed in range(5)]
+    others = [
+        (film(walk(6, 7)), POINTS[:1]),
+        (film(walk(4, 8)), POINTS),
+        (film(walk(1, 9)), POINTS),
+        (film(walk(5, 1)), POINTS[:0]),
+    ]
+    long = (film(walk(9, 3)), POINTS)
+    outside = (film(walk(6, 2)), POINTS + 60)
+    backend = hub(batch=3, window=2, max_frames=8)
+    asked = [clips[0], *others, *clips[1:], long, outside]
+    found = backend.tracks(asked)
+    assert [len(times) - 1 for times in sorted(backend._predictor.log, key=len)] == [1, 1, 1, 1, 3, 3]
+    for (xy, seen), clip in zip(found, asked, strict=True):
+        alone = backend.track(*clip)
+        np.testing.assert_array_equal(xy, alone[0])
+        np.testing.assert_array_equal(seen, alone[1])
+    assert not found[-1][1][0].all()
+    assert backend.tracks([]) == []
+    with pytest.raises(ValueError, match="finite"):
+        backend.tracks([(clips[0][0], POINTS * np.nan)])
 
 
 def test_track_of_little(hub):
@@ -341,6 +369,6 @@ def test_cotracker_code_is_fetched_at_the_pinned_commit(hub, monkeypatch):
 def test_cotracker_options(hub, tmp_path):
     with pytest.raises(LocalmotionError, match=r"no hubconf\.py"):
         hub(repository=str(tmp_path))
-    for options in ({"window": 1}, {"window": 61}, {"streams": 0}, {"source": "ftp"}):
+    for options in ({"window": 1}, {"window": 61}, {"streams": 0}, {"batch": 0}, {"source": "ftp"}):
         with pytest.raises(ConfigError, match=next(iter(options))):
             hub(**options)

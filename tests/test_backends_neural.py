@@ -138,6 +138,16 @@ def test_sea_raft_batches_keeps_order_and_takes_read_only_frames(ptlflow):
     assert backend.flow(first[:0], second[:0]).shape == (0, 64, 64, 2)
 
 
+def test_sea_raft_takes_more_pairs_at_once_on_a_gpu_and_fewer_of_larger_frames(ptlflow):
+    backend = SeaRaft(device="cpu")
+    assert backend._batch(64, 64) == 8
+    backend.device = torch.device("cuda")
+    assert [backend._batch(side, side) for side in (64, 256, 512, 1024, 4096)] == [64, 64, 16, 4, 1]
+    assert backend._batch(128, 256) == 32  # enlarged to 256 x 512
+    backend.batch = 3
+    assert backend._batch(64, 64) == 3
+
+
 def test_enlarging_does_not_leave_the_range(ptlflow):
     frames = np.where((np.indices((40, 40)).sum(0) // 4 % 2)[None, ..., None], 255, 0).repeat(3, -1).astype(np.uint8)
     SeaRaft(device="cpu").flow(frames, frames)  # the stand-in checks 0..1; bicubic overshoots at such edges

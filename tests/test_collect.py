@@ -56,7 +56,7 @@ def test_the_videos_can_be_extracted(tmp_path: Path) -> None:
 
 
 def test_store_is_what_extraction_of_the_same_frames_gives_and_can_be_extended(tmp_path: Path) -> None:
-    from localmotion.perception.extract import ClipExtractor
+    from localmotion.perception.clips import ClipExtractor
 
     first = collect("toy:dot", tmp_path / "a", policy="smooth", episodes=1, steps=8, recipe=SMALL)
     again = collect("toy:dot", tmp_path / "a", policy="smooth", episodes=3, steps=8, recipe=SMALL)

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from localmotion.errors import ConfigError, LocalmotionError, StoreError, VideoError
 from localmotion.perception import Recipe, backends, make_backend
-from localmotion.perception.extract import ClipExtractor, extract_folder, seed_of
+from localmotion.perception.clips import ClipExtractor, seed_of
+from localmotion.perception.extract import extract_folder
 from localmotion.perception.points import Slots, draw_points
 from localmotion.perception.saliency import residual_flow
 from localmotion.perception.stream import Magnitudes, StreamingExtractor, shrink_flow, shrink_points

@@ -202,6 +202,10 @@ def test_a_batch_made_ahead_is_drawn_again_where_an_episode_came_in() -> None:
     assert torch.equal(replay.sample(8)["reward"], plain.sample(8)["reward"])
     replay.prepare(8)
     assert torch.equal(replay.sample(3)["reward"], plain.sample(3)["reward"])
+    replay.prepare(4, lambda batch: {key: value.to("meta") for key, value in batch.items()})
+    assert {value.device.type for value in replay.sample(4).values()} == {
+        "meta"
+    }  # sent when it was made, not when it is asked for
 
 
 def test_a_replay_on_the_device_is_sampled_without_waiting_for_it(tmp_path: Path) -> None:

@@ -50,6 +50,11 @@ def _parser() -> _Parser:
     )
     _videos(sub)
     sub.add_argument("--out", type=Path, required=True, help="the clip store, a directory")
+    sub.add_argument(
+        "--together",
+        type=int,
+        help="videos a worker takes at once, so that networks look at many in one batch; default: 16 with a network on a GPU, else 1",
+    )
     _recipe(sub)
 
     sub = add("inspect", "Draw a clip with its tracks, flow and patches, as a picture (.png) or film (.mp4).", commands.inspect)

@@ -97,6 +97,7 @@ def extract(args: argparse.Namespace) -> None:
             min_frames=args.min_frames,
             workers=args.workers if args.workers is not None else (os.cpu_count() or 1),
             progress=advance,
+            together=args.together,
             **_limits(args),
         )
     for line in summary.lines():

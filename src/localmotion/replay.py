@@ -16,7 +16,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
@@ -229,14 +229,15 @@ class Replay:
             self.rng.bit_generator.state = ready.rng
         return self._sample(batch_size)
 
-    def prepare(self, batch_size: int) -> None:
-        """Make the next batch now, while the device is at work and the host would wait.
+    def prepare(self, batch_size: int, send: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None) -> None:
+        """Make the next batch now, while the device is at work and the host would wait, and ``send`` it on, to the device for example.
 
         The batches are those of a replay that prepares nothing: where an episode comes in before the next `sample`, it is drawn again.
         """
         if self._ready is None:
             before = self.rng.bit_generator.state
-            self._ready = _Ready(batch_size, self.serial, before, self._sample(batch_size))
+            batch = self._sample(batch_size)
+            self._ready = _Ready(batch_size, self.serial, before, send(batch) if send else batch)
 
     def _sample(self, batch_size: int) -> dict[str, Tensor]:
         if not self.episodes:

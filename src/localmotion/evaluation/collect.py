@@ -223,7 +223,7 @@ class _Store:
     """A clip store; finished clips wait on the disk until their shard is full."""
 
     def __init__(self, out: Path, recipe: Recipe, names: list[str]) -> None:
-        from localmotion.perception.extract import ClipExtractor
+        from localmotion.perception.clips import ClipExtractor
         from localmotion.video.spool import Spool
 
         self.writer = ClipStoreWriter.open(out, recipe.size, recipe.to_json(), recipe.hash(), recipe.tracks, SHARD_CLIPS)

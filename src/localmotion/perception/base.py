@@ -79,6 +79,26 @@ class TrackBackend(Protocol):
         ...
 
 
+@runtime_checkable
+class ManySegment(SegmentBackend, Protocol):
+    """A segmenter that answers for many clips at once."""
+
+    def weights(
+        self, asked: Sequence[tuple[NDArray[np.uint8], NDArray[np.float32] | Sequence[NDArray[np.float32]]]]
+    ) -> list[NDArray[np.float32]]:
+        """`weight` of each."""
+        ...
+
+
+@runtime_checkable
+class ManyTrack(TrackBackend, Protocol):
+    """A tracker that answers for many clips at once."""
+
+    def tracks(self, asked: Sequence[tuple[NDArray[np.uint8], Points]]) -> list[tuple[NDArray[np.float32], NDArray[np.bool_]]]:
+        """`track` of each, from its first frame."""
+        ...
+
+
 @dataclass(frozen=True)
 class Recipe:
     """Everything that decides the bytes of a clip store; the streaming side of fine-tuning uses the same one."""
@@ -252,3 +272,15 @@ def recipe_backends(recipe: Recipe) -> tuple[Any, Any, Any]:
     kinds = (("flow", recipe.flow), ("segment", recipe.segment), ("track", recipe.track))
     flow, segment, track = (make_backend(kind, name, **options.get(name, {})) for kind, name in kinds)
     return flow, segment, track
+
+
+def works_on_gpu(recipe: Recipe) -> bool:
+    """Whether a backend of the recipe is a network that will work on a GPU of this machine. Builds none."""
+    for kind, name in (("flow", recipe.flow), ("segment", recipe.segment), ("track", recipe.track)):
+        factory = _factory(kind, name)
+        if factory is not None and "device" in inspect.signature(factory).parameters:
+            from localmotion.perception._neural import pick_device  # torch: the embedded backends do without
+
+            if pick_device(recipe.backend_options.get(name, {}).get("device", "auto")).type == "cuda":
+                return True
+    return False

@@ -12,6 +12,7 @@ window (not where it was a frame ago), which keeps its appearance anchored: erro
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,6 +20,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.overrides import TorchFunctionMode
 
 from localmotion.errors import LocalmotionError
 from localmotion.perception._neural import (
@@ -86,6 +88,7 @@ class CoTracker3:
         window: frames kept by ``step``, the newest included. Cost grows with it.
         max_frames: longest piece of a clip tracked at once (60 is the training length); longer clips are tracked piece by
             piece with half overlap.
+        batch: pieces in one forward pass, where several clips of one length are tracked (`tracks`).
         streams: streams (environments) that one backend can follow at a time.
         device, precision: as in SeaRaft.
 
@@ -106,6 +109,7 @@ class CoTracker3:
         sha256: str = "",
         window: int = 16,
         max_frames: int = 60,
+        batch: int = 4,
         streams: int = 64,
         device: str = "auto",
         precision: str = "float32",
@@ -115,9 +119,10 @@ class CoTracker3:
             source=source in ("github", "local"),
             window=2 <= window <= max_frames,
             max_frames=max_frames >= 2,
+            batch=batch >= 1,
             streams=streams >= 1,
         )
-        self.window, self.max_frames, self.max_streams = window, max_frames, streams
+        self.window, self.max_frames, self.batch, self.max_streams = window, max_frames, batch, streams
         self.device = pick_device(device)
         self.dtype = pick_precision(self.name, precision, self.device)
         _warn_licence(accept_licence)
@@ -187,6 +192,29 @@ class CoTracker3:
             done, begin = end - 1, max(start, end - max(1, self.max_frames // 2))
         return xy, seen
 
+    def tracks(self, asked: Sequence[tuple[NDArray[np.uint8], Points]]) -> list[tuple[NDArray[np.float32], NDArray[np.bool_]]]:
+        """`track` of each, from its first frame; ``batch`` clips of as many frames and points in a forward pass.
+
+        Only those are put together, as the network lets points see each other: added ones would move the rest.
+        """
+        alike: dict[tuple[int, ...], list[int]] = {}
+        for index, (frames, points) in enumerate(asked):
+            check_frames(frames, "frames")
+            if len(points) and 1 < len(frames) <= self.max_frames:
+                alike.setdefault((*frames.shape, len(_check_points(points))), []).append(index)
+        found: dict[int, tuple[NDArray[np.float32], NDArray[np.bool_]]] = {}
+        for indices in alike.values():
+            for start in range(0, len(indices), self.batch):
+                part = indices[start : start + self.batch]
+                clips = np.stack([asked[i][0] for i in part])
+                points = np.stack([asked[i][1] for i in part]).astype(np.float32)
+                xy, seen = self._run_many(clips, np.zeros(points.shape[:2], np.intp), points)
+                for i, row_xy, row_seen in zip(part, xy, seen, strict=True):
+                    row_seen[0] = _inside(asked[i][1], asked[i][0])
+                    row_xy[0] = asked[i][1]
+                    found[i] = row_xy, row_seen
+        return [found[i] if i in found else self.track(*clip) for i, clip in enumerate(asked)]
+
     def step(self, previous: Frame, current: Frame, points: Points) -> tuple[Points, NDArray[np.bool_]]:
         """Advance (N, 2) points from ``previous`` to ``current``: new (N, 2) positions and (N,) visibility.
 
@@ -236,16 +264,34 @@ class CoTracker3:
         self, frames: NDArray[np.uint8], times: NDArray[np.intp], points: Points
     ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         """Model over (L, H, W, 3) with (N,) query frames and (N, 2) query points: (L, N, 2), (L, N)."""
-        query = np.concatenate([times[:, None].astype(np.float32), points], axis=1)[None]  # (1, N, 3): t, x, y
-        load = f"{len(frames)} frames with {len(points)} points"
-        with inference(self.name, self.device, self.dtype, load, "lower max_frames, window or the number of tracks"):
-            video = torch.from_numpy(np.array(frames)).to(self.device).permute(0, 3, 1, 2)[None].float()  # RGB 0..255
-            tracks, visible = self._predictor(video, queries=torch.from_numpy(query).to(self.device))
-            xy: NDArray[np.float32] = tracks[0].float().cpu().numpy()
-            seen: NDArray[np.bool_] = visible.reshape(tracks.shape[:3])[0].bool().cpu().numpy()
+        xy, seen = self._run_many(frames[None], times[None], points[None])
+        return xy[0], seen[0]
+
+    def _run_many(
+        self, frames: NDArray[np.uint8], times: NDArray[np.intp], points: NDArray[np.float32]
+    ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        """Model over (B, L, H, W, 3) with (B, N) query frames and (B, N, 2) query points: (B, L, N, 2), (B, L, N)."""
+        query = np.concatenate([times[..., None].astype(np.float32), points], axis=-1)  # (B, N, 3): t, x, y
+        count, length = frames.shape[:2]
+        load = f"{count} x {length} frames with {points.shape[1]} points"
+        mend = f"lower batch={self.batch}, max_frames, window or the number of tracks"
+        with inference(self.name, self.device, self.dtype, load, mend):
+            video = torch.from_numpy(np.array(frames)).to(self.device).permute(0, 1, 4, 2, 3).float()  # RGB 0..255
+            with _WholeExpand():
+                tracks, visible = self._predictor(video, queries=torch.from_numpy(query).to(self.device))
+            xy: NDArray[np.float32] = tracks.float().cpu().numpy()
+            seen: NDArray[np.bool_] = visible.reshape(tracks.shape[:3]).bool().cpu().numpy()
         if not np.isfinite(xy).all():
             raise LocalmotionError(f"cotracker3: a position in {load} is not finite; use precision=float32")
         return xy, seen & _inside(xy, frames)
+
+
+class _WholeExpand(TorchFunctionMode):
+    """``expand`` gives memory of its own: the pinned code flattens an expanded tensor with ``view``, which works for one clip only."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        return result.contiguous() if func is torch.Tensor.expand else result
 
 
 def _check_points(points: Points) -> Points:

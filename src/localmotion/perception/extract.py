@@ -3,209 +3,45 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import itertools
 import json
 import os
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from localmotion.errors import ConfigError, LocalmotionError, StoreError, VideoError
-from localmotion.perception.base import ClipMotion, Points, Recipe, recipe_backends
-from localmotion.perception.points import CutDetector, Known, Slots, draw_points, texture_weight
-from localmotion.perception.saliency import magnitude, residual_flow
-from localmotion.perception.stream import Magnitudes, shrink_flow, shrink_points
+from localmotion.perception.base import ClipMotion, Recipe, works_on_gpu
+from localmotion.perception.clips import ClipExtractor, seed_of
+from localmotion.perception.stream import Magnitudes
 from localmotion.video.decode import iter_frames, memory_fault
 from localmotion.video.listing import VideoRef, find_videos
 from localmotion.video.spool import Spool
 from localmotion.video.store import Clip, ClipStore, ClipStoreWriter
 from localmotion.video.workers import MEMORY_LIMIT, TIME_LIMIT, Lost, limited_memory, map_isolated
 
-SEGMENT_OFFSETS = (1, 2, 4)  # frames ahead whose flow decides the foreground at a segment's start
+__all__ = [
+    "ClipExtractor",
+    "ExtractSummary",
+    "clip_of",
+    "extract_folder",
+    "extract_many",
+    "extract_one",
+    "flow_distribution",
+    "seed_of",
+]
 
-
-def seed_of(key: str, seed: int) -> int:
-    """Seed of a clip's draws: a pure function of its id and the recipe's seed."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{key}".encode()).digest()[:8], "little")
-
-
-class _Choice(NamedTuple):
-    """Points of one segment, most mobile first, and where they go."""
-
-    tracks: NDArray[np.float32]  # (T, N, 2) over the segment
-    seen: NDArray[np.bool_]  # (T, N)
-    score: NDArray[np.float32]  # (N,) standard deviation of the paths, pixels of `size`
-    weight: NDArray[np.float32]  # (H, W) foreground of the segment's first frame
-
-    def known(self, slots: Slots, first_id: int, age: int) -> Known | None:
-        """What the choice knows of frame ``age`` of its segment: choosing has followed the points that slots still hold."""
-        if age >= len(self.tracks):
-            return None
-        own = slots.track_id == first_id + np.arange(len(slots.track_id))
-        return Known(own, self.tracks[age], self.seen[age])
-
-
-class ClipExtractor:
-    """Atomic Actions of one clip.
-
-    With ``recipe.redraw_rounds > 0`` the points of each segment are chosen with look-ahead, as in the paper: drawn on the foreground of the
-    segment's first frame, followed to its end, those of little motion variance or soon lost drawn again, a bounded number of times; the
-    most mobile remain. A segment begins every ``segment_frames`` frames and at every scene cut. Within segments, and everywhere with
-    ``redraw_rounds=0``, slots behave exactly as in the streaming form.
-    """
-
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
-        self.flow, self.segment, self.track = recipe_backends(recipe)
-
-    def extract(self, frames: NDArray[np.uint8], key: str) -> ClipMotion:
-        """Motion of (T, percept_size, percept_size, 3) uint8 frames, T >= 2.
-
-        ``key`` names the clip and with the recipe's seed decides every draw: a `StreamingExtractor` with
-        ``seed_of(key, recipe.seed)`` draws the same. Raises LocalmotionError for frames of another shape or type.
-
-        ``info`` of the result: cuts (frames that begin a new scene), segments (start, salient points and whether any foreground was
-        found, of each segment chosen with look-ahead), lost and idle (slots drawn again because the point was lost, or stood still while
-        something moved), camera (mean motion of the camera, pixels of `size` per frame), followed (share of points usable), flow
-        (mean and quantiles of the flow's magnitude, pixels of `size`).
-        """
-        recipe, length = self.recipe, len(frames)
-        if length < 2 or frames.shape[1:] != (recipe.percept_size, recipe.percept_size, 3) or frames.dtype != np.uint8:
-            raise LocalmotionError(f"extraction wants at least 2 uint8 frames of side {recipe.percept_size}, got {frames.shape}")
-        grey = [cv2.cvtColor(x, cv2.COLOR_RGB2GRAY) for x in frames]
-        detector = CutDetector()
-        cuts = np.array([detector.step(x) for x in grey])
-        fields = self._fields(frames, cuts)  # fields[t]: motion that led to frame t
-        slots = Slots(recipe, self.segment, self.track, np.random.default_rng(seed_of(key, recipe.seed)))
-        count = recipe.tracks
-        tracks = np.zeros((length, count, 2), np.float32)
-        visible = np.zeros((length, count), bool)
-        track_id = np.zeros((length, count), np.int32)
-        offline = np.zeros(length, bool)  # frames whose tracks an offline tracker gave: better than steps, and already there
-        seen = np.zeros((length, count), bool)  # in those frames
-        ends = self._segments(cuts)
-        segments: list[dict[str, Any]] = []
-        choice: _Choice | None = None
-        lost = idle = begun = first_id = 0
-        for t in range(length):
-            begins = t in ends
-            if cuts[t]:
-                if not offline[t - 1]:
-                    tracks[t - 1], track_id[t - 1] = slots.points, slots.track_id
-                visible[t - 1] = False
-            elif offline[t] and not begins:
-                slots.points, slots.visible = tracks[t].copy(), seen[t].copy()
-            elif t and not (begins and offline[t - 1]):
-                known = choice.known(slots, first_id, t - begun) if choice else None
-                step = slots.step(frames[t - 1], frames[t], grey[t - 1], grey[t], fields[t], known)
-                tracks[t - 1], visible[t - 1], track_id[t - 1] = step
-                fresh = slots.track_id != step.track_id
-                lost, idle = lost + int((fresh & ~step.visible).sum()), idle + int((fresh & step.visible).sum())
-            if begins:
-                choice = self._choose(frames[t : ends[t]], grey[t], fields[t + 1], slots.rng)
-                slots.begin(choice.tracks[0], choice.weight)
-                begun, first_id = t, int(slots.track_id[0])
-                salient = int((choice.score >= recipe.min_motion).sum())
-                segments.append({"start": t, "salient": salient, "foreground": bool(choice.weight.any())})
-                if not self.track.causal:
-                    part = slice(t, ends[t])
-                    offline[part], track_id[part] = True, slots.track_id
-                    tracks[part], seen[part] = choice.tracks, choice.seen
-                    visible[part] = seen[part]
-                    visible[t : ends[t] - 1] &= seen[t + 1 : ends[t]]
-            elif t == 0 or cuts[t]:
-                slots.reset(frames[t], grey[t])
-        tracks[-1], track_id[-1], visible[-1] = slots.points, slots.track_id, False
-        small = np.zeros((length, recipe.size, recipe.size, 2), np.float16)
-        for t in range(1, length):
-            small[t - 1] = shrink_flow(fields[t], recipe.ratio)
-        magnitudes = Magnitudes()
-        magnitudes.add(small[:-1])
-        info = {
-            "cuts": np.flatnonzero(cuts).tolist(),
-            "segments": segments,
-            "lost": lost,
-            "idle": idle,
-            "camera": self._camera(fields[1:]),
-            "followed": round(float(visible[:-1].mean()), 4),
-            "flow": {name: round(value, 5) for name, value in magnitudes.quantiles().items()},
-        }
-        return ClipMotion(small, shrink_points(tracks, recipe.ratio), visible, track_id, info)
-
-    def _segments(self, cuts: NDArray[np.bool_]) -> dict[int, int]:
-        """First frame and end of each segment whose points are chosen with look-ahead; three frames are the least that has variance."""
-        if not self.recipe.redraw_rounds:
-            return {}
-        starts = sorted({*range(0, len(cuts), self.recipe.segment_frames), *np.flatnonzero(cuts).tolist()})
-        return {start: end for start, end in itertools.pairwise([*starts, len(cuts)]) if end - start > 2}
-
-    def _camera(self, fields: list[NDArray[np.float32]]) -> float:
-        """Mean magnitude of the camera's motion, pixels of `size` per frame, over at most eight fields."""
-        some = np.unique(np.linspace(0, len(fields) - 1, 8).round().astype(int))
-        mean = np.mean([magnitude(residual_flow(fields[index])[1]).mean() for index in some])
-        return round(float(mean) / self.recipe.ratio / self.recipe.flow_span, 4)
-
-    def _fields(self, frames: NDArray[np.uint8], cuts: NDArray[np.bool_]) -> list[NDArray[np.float32]]:
-        """fields[t]: (H, W, 2) flow from frame max(t - span, last cut) to t; zero at t = 0 and across cuts."""
-        length, span = len(frames), self.recipe.flow_span
-        scene = np.maximum.accumulate(np.where(cuts, np.arange(length), 0))
-        first = np.maximum(np.arange(length) - span, scene)
-        fields = [np.zeros((*frames.shape[1:3], 2), np.float32)] * length
-        wanted = np.flatnonzero(first < np.arange(length))
-        if len(wanted):
-            for t, field in zip(wanted, self.flow.flow(frames[first[wanted]], frames[wanted]), strict=True):
-                fields[t] = field
-        return fields
-
-    def _choose(
-        self, frames: NDArray[np.uint8], grey: NDArray[np.uint8], field: NDArray[np.float32], rng: np.random.Generator
-    ) -> _Choice:
-        """The paper's choice of points for one segment; ``field`` is the flow that led to its second frame."""
-        recipe, count = self.recipe, self.recipe.tracks
-        flows: list[NDArray[np.float32]] = []
-        ahead = [k for k in SEGMENT_OFFSETS if k < len(frames)] if self.segment.uses_motion else []
-        if ahead:
-            known = [field] if recipe.flow_span == 1 else []
-            rest = ahead[len(known) :]
-            flows = [*known, *self.flow.flow(np.repeat(frames[:1], len(rest), 0), frames[rest])]
-            flows = [flow / np.float32(k) for k, flow in zip(ahead, flows, strict=True)]
-        weight = self.segment.weight(frames[[0, *ahead]], flows)
-        chance = weight * texture_weight(grey) if weight.any() else texture_weight(grey)
-        tracks, seen, score = self._follow(frames, draw_points(chance, count, rng))
-        for _ in range(recipe.redraw_rounds):
-            weak = score < recipe.min_motion
-            if not weak.any():
-                break
-            fresh = self._follow(frames, draw_points(chance, int(weak.sum()), rng, tracks[0, ~weak]))
-            better = fresh[2] > score[weak]
-            index = np.flatnonzero(weak)[better]
-            tracks[:, index], seen[:, index], score[index] = fresh[0][:, better], fresh[1][:, better], fresh[2][better]
-        order = np.argsort(-score, kind="stable")
-        return _Choice(tracks[:, order], seen[:, order], score[order], weight)
-
-    def _follow(
-        self, frames: NDArray[np.uint8], points: Points
-    ) -> tuple[NDArray[np.float32], NDArray[np.bool_], NDArray[np.float32]]:
-        """Tracks (T, N, 2), visibility (T, N), and (N,) standard deviation of each path in pixels of `size`.
-
-        The deviation counts as zero where the point is lost in the first half of the segment: it should be mobile and stable.
-        """
-        tracks, visible = self.track.track(frames, points)
-        seen = visible[..., None]
-        number = np.maximum(seen.sum(0), 1)
-        mean = (tracks * seen).sum(0) / number
-        variance = (((tracks - mean) ** 2) * seen).sum(0) / number
-        stable = visible.sum(0) >= len(frames) / 2
-        score: NDArray[np.float32] = np.where(stable, np.sqrt(variance.sum(1)), 0.0).astype(np.float32)
-        return tracks, visible, score / np.float32(self.recipe.ratio)
+TOGETHER = 16
+"""Videos that a worker takes at once where a network on a GPU looks at them."""
+TOGETHER_FRAMES = 600
+"""Frames after which it looks before it takes more: their flow at 128 px is 80 MB, and more pairs fill no GPU any better."""
 
 
 @dataclass
@@ -245,19 +81,51 @@ def extract_one(
     ref: VideoRef, recipe: Recipe, min_frames: int, max_frames: int, memory: int | None = None
 ) -> Clip | dict[str, str] | _Refused:
     """One video: a clip, or why it is rejected. ``memory``: bytes that decoding may take beside the frames that are kept."""
+    return extract_many([ref], recipe, min_frames, max_frames, memory)[0]
+
+
+def extract_many(
+    refs: Sequence[VideoRef], recipe: Recipe, min_frames: int, max_frames: int, memory: int | None = None
+) -> list[Clip | dict[str, str] | _Refused]:
+    """As `extract_one` for each video; networks look at many of them at once (`ClipExtractor.extract_many`)."""
     cv2.setNumThreads(1)
     key = recipe.hash()
+    results: dict[str, Clip | dict[str, str] | _Refused] = {}
+    waiting: list[tuple[VideoRef, NDArray[np.uint8], bool]] = []
+
+    def look() -> None:
+        for (ref, frames, cut_short), motion in zip(waiting, _motions(_EXTRACTORS[key], waiting), strict=True):
+            if isinstance(motion, _Refused):
+                results[ref.id] = motion
+            else:
+                results[ref.id] = _clip(frames, motion, recipe, ref.id, ref.label, {"cut_short": cut_short})
+        waiting.clear()
+
     try:
         if key not in _EXTRACTORS:
             _EXTRACTORS[key] = ClipExtractor(recipe)
-        with limited_memory(memory and memory + 3 * 3 * max_frames * recipe.percept_size**2):
-            frames, cut_short = _decoded(ref, recipe, min_frames, max_frames)
-        motion = _EXTRACTORS[key].extract(frames, ref.id)
-    except VideoError as error:
-        return {"id": ref.id, "reason": error.reason, "detail": error.detail}
     except LocalmotionError as error:
-        return _Refused(str(error))
-    return _clip(frames, motion, recipe, ref.id, ref.label, {"cut_short": cut_short})
+        return [_Refused(str(error)) for _ in refs]
+    for ref in refs:
+        try:
+            with limited_memory(memory and memory + 3 * 3 * max_frames * recipe.percept_size**2):
+                waiting.append((ref, *_decoded(ref, recipe, min_frames, max_frames)))
+        except VideoError as error:
+            results[ref.id] = {"id": ref.id, "reason": error.reason, "detail": error.detail}
+        if sum(len(frames) for _, frames, _ in waiting) >= TOGETHER_FRAMES:
+            look()
+    look()
+    return [results[ref.id] for ref in refs]
+
+
+def _motions(extractor: ClipExtractor, videos: list[tuple[VideoRef, NDArray[np.uint8], bool]]) -> Sequence[ClipMotion | _Refused]:
+    """Motion of all; where that fails, of each alone, so that what fits a GPU only by itself is done and the error names its video."""
+    try:
+        return extractor.extract_many([(frames, ref.id) for ref, frames, _ in videos])
+    except LocalmotionError as error:
+        if len(videos) > 1:
+            return [motion for video in videos for motion in _motions(extractor, [video])]
+        return [_Refused(f"{videos[0][0].path}: {error}")]
 
 
 def _decoded(ref: VideoRef, recipe: Recipe, min_frames: int, max_frames: int) -> tuple[NDArray[np.uint8], bool]:
@@ -312,6 +180,7 @@ def extract_folder(
     progress: Callable[[int, int | None, str], Any] | None = None,
     timeout: float = TIME_LIMIT,
     memory: int | None = MEMORY_LIMIT,
+    together: int | None = None,
 ) -> ExtractSummary:
     """Extract every video below ``videos`` into the store ``out``, going on where an earlier call stopped.
 
@@ -320,10 +189,17 @@ def extract_folder(
     out, and its info says so. A rejected video leaves its reason in the store. Videos are decoded in ``workers`` processes of their
     own: a decoder that dies, takes more than ``timeout`` seconds, or wants more than ``memory`` bytes (None: no limit; what perception
     itself takes is not counted) costs its own video alone. ``workers=0`` does all in this process, without those limits: for videos
-    whose source is known. An interruption of any kind loses at most the videos in work. Raises VideoError for a missing or empty
+    whose source is known. An interruption of any kind loses at most the videos in work.
+
+    ``together``: videos that a worker takes at once, so that networks look at many of them in one batch (None: 16 where a backend works
+    on a GPU, else 1). A network may round differently in another batch; with the embedded backends the bytes stay the same.
+
+    Raises VideoError for a missing or empty
     folder, StoreError for a store of another recipe or a full disk, ConfigError for impossible limits, LocalmotionError when a backend
     cannot be built or used.
     """
+    if together is not None and together < 1:
+        raise ConfigError(f"together={together}: a worker takes at least one video")
     if not 2 <= max(min_frames, 2) <= max_frames:
         raise ConfigError(f"min_frames {min_frames} and max_frames {max_frames}: at least 2 frames, and no more than max_frames")
     refs = {ref.id: ref for ref in find_videos(videos, list_file)}
@@ -349,13 +225,14 @@ def extract_folder(
     began, done, total = time.monotonic(), len(refs) - len(todo), len(refs)
     new = 0
     limit = memory if workers > 0 else None
-    call = partial(extract_one, recipe=recipe, min_frames=min_frames, max_frames=max_frames, memory=limit)
+    call = partial(extract_many, recipe=recipe, min_frames=min_frames, max_frames=max_frames, memory=limit)
     if progress:
         progress(done, total, "")
     for index, names in left.items():
         if not names:
             finish(index)
-    with contextlib.closing(_results(call, [refs[name] for _, name in todo], workers, timeout)) as results:
+    size = together or (TOGETHER if works_on_gpu(recipe) else 1)
+    with contextlib.closing(_results(call, [refs[name] for _, name in todo], workers, timeout, size)) as results:
         for position, result in results:
             index, name = todo[position]
             if isinstance(result, _Refused):
@@ -374,11 +251,26 @@ def extract_folder(
     return _summary(out, new, time.monotonic() - began)
 
 
-def _results(call: Callable[[VideoRef], Any], refs: list[VideoRef], workers: int, timeout: float) -> Generator[tuple[int, Any]]:
+def _results(
+    call: Callable[[Sequence[VideoRef]], list[Any]], refs: list[VideoRef], workers: int, timeout: float, together: int
+) -> Generator[tuple[int, Any]]:
+    """(position, result) of each video, in the order in which they come."""
+    groups = [list(range(start, min(start + together, len(refs)))) for start in range(0, len(refs), together)]
     if workers <= 0:
-        yield from enumerate(map(call, refs))
-    else:
-        yield from map_isolated(call, refs, workers, timeout)
+        for group in groups:
+            yield from zip(group, call([refs[i] for i in group]), strict=True)
+        return
+    alone: list[list[int]] = []
+    for number, answer in map_isolated(call, [[refs[i] for i in group] for group in groups], workers, timeout * together):
+        if not isinstance(answer, Lost):
+            yield from zip(groups[number], answer, strict=True)
+        elif together == 1:
+            yield groups[number][0], answer
+        else:  # whose fault it was shows when each has a worker to itself
+            alone += [[i] for i in groups[number]]
+    if alone:
+        for number, answer in map_isolated(call, [[refs[i] for i in group] for group in alone], workers, timeout):
+            yield alone[number][0], answer if isinstance(answer, Lost) else answer[0]
 
 
 def _summary(out: Path, new: int, seconds: float) -> ExtractSummary:

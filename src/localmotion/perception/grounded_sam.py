@@ -7,7 +7,8 @@ the same mask.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -56,6 +57,7 @@ class GroundedSam:
         detector_revision, segmenter_revision: branch, tag or commit of the two; commits make a recipe exact.
         box_threshold, text_threshold: least score of a box and of a word, 0..1.
         max_boxes: how many of the best boxes are segmented.
+        batch: pictures in one forward pass, where more than one is asked about (`weights`).
         local_files_only: True never touches the network.
         device: ``auto`` (CUDA if there is one), ``cpu``, ``cuda``, ``cuda:1``, ...
         precision: ``float32``, or autocast to ``bfloat16`` or ``float16``.
@@ -79,6 +81,7 @@ class GroundedSam:
         box_threshold: float = 0.25,
         text_threshold: float = 0.25,
         max_boxes: int = 16,
+        batch: int = 4,
         local_files_only: bool = False,
         device: str = "auto",
         precision: str = "float32",
@@ -88,9 +91,11 @@ class GroundedSam:
             box_threshold=0 <= box_threshold <= 1,
             text_threshold=0 <= text_threshold <= 1,
             max_boxes=max_boxes >= 1,
+            batch=batch >= 1,
         )
         self.prompt = clean_prompt(prompt)
-        self.box_threshold, self.text_threshold, self.max_boxes = box_threshold, text_threshold, max_boxes
+        self.box_threshold, self.text_threshold = box_threshold, text_threshold
+        self.max_boxes, self.batch = max_boxes, batch
         self.device = pick_device(device)
         self.dtype = pick_precision(self.name, precision, self.device)
         self._image: Any = optional_import("PIL.Image", self.name, INSTALL)
@@ -130,59 +135,93 @@ class GroundedSam:
 
     def detect(self, frame: Frame) -> Detections:
         """Boxes of what the prompt names in one (H, W, 3) uint8 frame, at most ``max_boxes``, best first."""
-        check_frames(frame[None], "frame")
-        height, width = frame.shape[:2]
-        inputs = self._detector_processor(images=self._picture(frame), text=self.prompt, return_tensors="pt")
-        with self._inference(frame):
+        return self._detect(frame[None])[0]
+
+    def _detect(self, frames: NDArray[np.uint8]) -> list[Detections]:
+        """Of each of (n, H, W, 3) frames, in one forward pass."""
+        check_frames(frames, "frames")
+        count, height, width = frames.shape[:3]
+        pictures = [self._picture(frame) for frame in frames]
+        inputs = self._detector_processor(images=pictures, text=[self.prompt] * count, return_tensors="pt")
+        with self._inference(frames):
             outputs = self._detector(**self._moved(inputs))
-        found = self._detector_processor.post_process_grounded_object_detection(
+        all_found = self._detector_processor.post_process_grounded_object_detection(
             outputs,
             inputs["input_ids"],
             threshold=self.box_threshold,
             text_threshold=self.text_threshold,
-            target_sizes=[(height, width)],
-        )[0]
-        scores = found["scores"].float().cpu().numpy()
-        boxes = found["boxes"].float().cpu().numpy().reshape(-1, 4)
-        order = np.argsort(-scores, kind="stable")[: self.max_boxes]
-        limits = np.array([width, height, width, height], np.float32)
-        return Detections(
-            boxes=np.clip(boxes[order], 0, limits),
-            scores=scores[order],
-            labels=tuple(str(found["text_labels"][i]) for i in order),
+            target_sizes=[(height, width)] * count,
         )
+        limits = np.array([width, height, width, height], np.float32)
+        detections = []
+        for found in all_found:
+            scores = found["scores"].float().cpu().numpy()
+            boxes = found["boxes"].float().cpu().numpy().reshape(-1, 4)
+            order = np.argsort(-scores, kind="stable")[: self.max_boxes]
+            labels = tuple(str(found["text_labels"][i]) for i in order)
+            detections.append(Detections(np.clip(boxes[order], 0, limits), scores[order], labels))
+        return detections
 
     def masks(self, frame: Frame, boxes: NDArray[np.float32]) -> NDArray[np.bool_]:
         """SAM masks of (n, 4) xyxy boxes in one (H, W, 3) uint8 frame: (n, H, W)."""
-        if not len(boxes):
-            return np.zeros((0, *frame.shape[:2]), np.bool_)
-        inputs = self._segmenter_processor(images=self._picture(frame), input_boxes=[boxes.tolist()], return_tensors="pt")
-        with self._inference(frame):
-            outputs = self._segmenter(**self._moved(inputs), multimask_output=False)
-        masks = self._segmenter_processor.post_process_masks(
-            outputs.pred_masks.float().cpu(), inputs["original_sizes"], inputs["reshaped_input_sizes"]
-        )[0]  # (n, 1, H, W)
-        result: NDArray[np.bool_] = masks[:, 0].cpu().numpy().astype(np.bool_)
-        return result
+        return self._masks(frame[None], [boxes])[0]
 
-    def weight(self, frames: NDArray[np.uint8], flows: NDArray[np.float32]) -> NDArray[np.float32]:
+    def _masks(self, frames: NDArray[np.uint8], boxes: list[NDArray[np.float32]]) -> list[NDArray[np.bool_]]:
+        """Of each of (n, H, W, 3) frames: the pictures are encoded in one forward pass, the few boxes of each decoded by themselves."""
+        masks = [np.zeros((0, *frames.shape[1:3]), np.bool_) for _ in frames]
+        which = [index for index, several in enumerate(boxes) if len(several)]
+        if not which:
+            return masks
+        prepared = [
+            self._segmenter_processor(images=self._picture(frames[i]), input_boxes=[boxes[i].tolist()], return_tensors="pt")
+            for i in which
+        ]
+        with self._inference(frames):
+            moved = [self._moved(inputs) for inputs in prepared]
+            encoded = self._segmenter.get_image_embeddings(torch.cat([inputs["pixel_values"] for inputs in moved]))
+            for row, (index, inputs) in enumerate(zip(which, prepared, strict=True)):
+                outputs = self._segmenter(
+                    image_embeddings=encoded[row : row + 1], input_boxes=moved[row]["input_boxes"], multimask_output=False
+                )
+                found = self._segmenter_processor.post_process_masks(
+                    outputs.pred_masks.float().cpu(), inputs["original_sizes"], inputs["reshaped_input_sizes"]
+                )[0]  # (boxes, 1, H, W)
+                masks[index] = found[:, 0].cpu().numpy().astype(np.bool_)
+        return masks
+
+    def weight(
+        self, frames: NDArray[np.uint8], flows: NDArray[np.float32] | Sequence[NDArray[np.float32]]
+    ) -> NDArray[np.float32]:
         """Foreground weight of the FIRST of (n, H, W, 3) uint8 frames: (H, W) float32, 1 on what the prompt names, else 0.
 
         The other frames and ``flows`` are not used (the paper segments the first frame). When nothing is found the
         result is all zeros: another way of finding the foreground is never put in its place here; the caller decides
         and records it.
         """
-        check_frames(frames, "frames")
-        masks = self.masks(frames[0], self.detect(frames[0]).boxes)  # (n, H, W)
-        union: NDArray[np.float32] = np.any(masks, axis=0).astype(np.float32)
-        return union
+        return self.weights([(frames, flows)])[0]
+
+    def weights(
+        self, asked: Sequence[tuple[NDArray[np.uint8], NDArray[np.float32] | Sequence[NDArray[np.float32]]]]
+    ) -> list[NDArray[np.float32]]:
+        """`weight` of each, ``batch`` pictures of one size in a forward pass."""
+        for frames, _ in asked:
+            check_frames(frames, "frames")
+        weights: list[NDArray[np.float32]] = []
+        for _, same in itertools.groupby((frames[0] for frames, _ in asked), key=np.shape):
+            pictures = np.stack(list(same))
+            for start in range(0, len(pictures), self.batch):
+                part = pictures[start : start + self.batch]
+                masks = self._masks(part, [found.boxes for found in self._detect(part)])
+                weights += [np.any(several, axis=0).astype(np.float32) for several in masks]
+        return weights
 
     def _picture(self, frame: Frame) -> Any:
         return self._image.fromarray(np.ascontiguousarray(frame))
 
-    def _inference(self, frame: Frame) -> Any:
-        load = f"a frame of {frame.shape[0]}x{frame.shape[1]}"
-        return inference(self.name, self.device, self.dtype, load, "use smaller models or device=cpu")
+    def _inference(self, frames: NDArray[np.uint8]) -> Any:
+        load = f"{len(frames)} frames of {frames.shape[1]}x{frames.shape[2]}"
+        mend = f"lower the option batch={self.batch}, use smaller models or device=cpu"
+        return inference(self.name, self.device, self.dtype, load, mend)
 
     def _moved(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Tensors on the device, real numbers as float32 (the boxes come as float64, which half of SAM cannot take)."""

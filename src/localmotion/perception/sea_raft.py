@@ -47,8 +47,8 @@ class _PairFlow:
 
     name: ClassVar[str]
 
-    def __init__(self, min_side: int, batch: int, device: str, precision: str) -> None:
-        check_options(self.name, min_side=min_side >= SMALLEST_SIDE, batch=batch >= 1)
+    def __init__(self, min_side: int, batch: int | None, device: str, precision: str) -> None:
+        check_options(self.name, min_side=min_side >= SMALLEST_SIDE, batch=batch is None or batch >= 1)
         self.min_side, self.batch = min_side, batch
         self.device = pick_device(device)
         self.dtype = pick_precision(self.name, precision, self.device)
@@ -56,6 +56,15 @@ class _PairFlow:
     def _predict(self, pairs: torch.Tensor) -> torch.Tensor:
         """(B, 2, 3, H, W) RGB float 0..1, both sides >= 128 -> (B, 2, H, W) pixels of this size."""
         raise NotImplementedError
+
+    def _batch(self, height: int, width: int) -> int:
+        """Pairs of such frames in one forward pass."""
+        if self.batch is not None:
+            return self.batch
+        if self.device.type == "cpu":
+            return 8
+        area = height * width * max(1.0, self.min_side / min(height, width)) ** 2
+        return max(1, min(64, round(64 * 256**2 / area)))
 
     def flow(self, first: NDArray[np.uint8], second: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Flow of a batch of pairs: (N, H, W, 3) uint8 RGB twice -> (N, H, W, 2) float32 pixels, x then y.
@@ -70,12 +79,13 @@ class _PairFlow:
             raise ValueError(f"first and second frames differ in shape: {first.shape} and {second.shape}")
         n, height, width = first.shape[:3]
         fields = np.empty((n, height, width, 2), np.float32)
-        for start in range(0, n, self.batch):
-            stop = min(start + self.batch, n)
+        batch = self._batch(height, width)
+        for start in range(0, n, batch):
+            stop = min(start + batch, n)
             # The stack is also the writable copy that torch wants of a read-only memory map.
             stacked = torch.from_numpy(np.stack([first[start:stop], second[start:stop]], axis=1))
             load = f"{stop - start} pairs of {height}x{width}"
-            mend = f"lower the option batch={self.batch} of {self.name}"
+            mend = f"lower the option batch={batch} of {self.name}"
             with inference(self.name, self.device, self.dtype, load, mend):
                 pairs = stacked.to(self.device).permute(0, 1, 4, 2, 3).float() / 255  # (B, 2, 3, H, W)
                 field = self._at_working_size(pairs)  # (B, 2, H, W)
@@ -111,7 +121,7 @@ class SeaRaft(_PairFlow):
             against the hash in its name and read with ``weights_only``), the path of a local file of the same kind, or
             ``random``: untrained weights, for tests of the plumbing only.
         min_side: short side in pixels at which the network works at least; 128 is its floor.
-        batch: pairs in one forward pass.
+        batch: pairs in one forward pass; by default 8 on a CPU, on a GPU 64 of 256 px and fewer of larger frames.
         device: ``auto`` (CUDA if there is one), ``cpu``, ``cuda``, ``cuda:1``, ...
         precision: ``float32``, or autocast to ``bfloat16`` or ``float16``.
 
@@ -127,7 +137,7 @@ class SeaRaft(_PairFlow):
         model: str = "sea_raft_s",
         checkpoint: str = "things",
         min_side: int = 256,
-        batch: int = 8,
+        batch: int | None = None,
         device: str = "auto",
         precision: str = "float32",
     ) -> None:
@@ -189,7 +199,7 @@ class Raft(_PairFlow):
         model: str = "small",
         checkpoint: str = "default",
         min_side: int = 256,
-        batch: int = 8,
+        batch: int | None = None,
         device: str = "auto",
         precision: str = "float32",
     ) -> None:

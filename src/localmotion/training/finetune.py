@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -283,7 +284,7 @@ class _Learner:
         self.spent["update"] += time.perf_counter() - began
         if self.ahead:
             began = time.perf_counter()
-            self.replay.prepare(self.run.online.batch_size)
+            self.replay.prepare(self.run.online.batch_size, partial(to_device, compute=self.compute))
             self.spent["replay"] += time.perf_counter() - began
         if self.updater.update % self.run.online.log_every == 0:
             now = {**self.spent, **self.observer.seconds}
