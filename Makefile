@@ -36,9 +36,9 @@ unit: setup
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
 
-# R2DREAMER=PATH to a checkout of NM512/r2dreamer to be timed beside DreamerV3.
+# R2DREAMER=PATH to a checkout of NM512/r2dreamer, DREAMERV3=PATH to one of danijar/dreamerv3, to be timed beside DreamerV3.
 bench: setup
-	$(BIN)/python -m benchmarks $(if $(R2DREAMER),--r2dreamer "$(R2DREAMER)")
+	$(BIN)/python -m benchmarks $(if $(R2DREAMER),--r2dreamer "$(R2DREAMER)") $(if $(DREAMERV3),--dreamerv3 "$(DREAMERV3)")
 
 # 10,000 hostile videos through scan and extract. FUZZ="--files 500" for fewer; VIDEOS=FOLDER to make them of real clips.
 FUZZ_DIR ?= runs/fuzz

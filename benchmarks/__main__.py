@@ -26,6 +26,9 @@ def main() -> None:
         "--r2dreamer", default="", metavar="PATH", help="checkout of NM512/r2dreamer to be timed beside DreamerV3"
     )
     parser.add_argument(
+        "--dreamerv3", default="", metavar="PATH", help="checkout of danijar/dreamerv3 (JAX) to be timed beside DreamerV3"
+    )
+    parser.add_argument(
         "--out",
         type=Path,
         default=Path("bench.json"),
@@ -38,7 +41,8 @@ def main() -> None:
         import torch  # not above: workers of extraction import this file, and torch takes five times as long as all they need
 
         torch.set_num_threads(given.threads)
-    options: dict[str, dict[str, object]] = {part: {"r2dreamer_path": given.r2dreamer} for part in ("peers", "gpu")}
+    paths: dict[str, object] = {"r2dreamer_path": given.r2dreamer, "dreamerv3_path": given.dreamerv3}
+    options = dict.fromkeys(("peers", "gpu"), paths)
     options["scaling"] = {"picture": given.out.with_suffix(".scaling.png")}
     console = Console(width=170)
     results: dict[str, list[dict[str, object]]] = {}

@@ -1,6 +1,6 @@
 """Milliseconds per update on a GPU: launched one operation at a time, recorded as a CUDA graph, and a peer beside it; and per batch.
 
-    python -m benchmarks gpu --r2dreamer PATH/TO/r2dreamer
+    python -m benchmarks gpu --r2dreamer PATH/TO/r2dreamer --dreamerv3 PATH/TO/dreamerv3
 
 Median and quartiles of `repeats` updates after `warmup`, each waited for, on a fixed batch that lies on the device. The same for a batch
 of DRP `paper`, 50 x 50, out of a replay in memory (gathered, pinned, copied) and out of one on the device; and, where ptlflow is there, for
@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from soak.replay import SPEC
 
-from benchmarks.bench_peers import BATCH, LENGTH, r2dreamer
 from benchmarks.bench_update import setup
+from benchmarks.peers import BATCH, LENGTH, NEEDS, dreamerv3, r2dreamer
 from benchmarks.recorder import Recorder
 from localmotion.compute import Compute
 from localmotion.errors import MissingExtraError
@@ -95,7 +95,7 @@ def extraction(device: str = "auto", clips: int = 16, frames: int = 25) -> dict[
     }
 
 
-def run(r2dreamer_path: str = "", warmup: int = 10, repeats: int = 50) -> list[dict[str, object]]:
+def run(r2dreamer_path: str = "", dreamerv3_path: str = "", warmup: int = 10, repeats: int = 50) -> list[dict[str, object]]:
     if not torch.cuda.is_available():
         return [{"update": "no CUDA device here"}]
     rows: list[dict[str, object]] = []
@@ -126,8 +126,18 @@ def run(r2dreamer_path: str = "", warmup: int = 10, repeats: int = 50) -> list[d
             add("extraction of 16 clips at 128 px, SEA-RAFT S", how, extract, 0, fewer=10)
     except MissingExtraError as error:
         rows.append({"update": f"no extraction with SEA-RAFT: {error}"})
+    ways: dict[str, Callable[[], tuple[Callable[[], object], int]]] = {}
     if r2dreamer_path:
-        for how, compiled in (("r2dreamer, eager", False), ("r2dreamer, compiled", True)):
-            step, _ = r2dreamer(Path(r2dreamer_path).resolve(), bf16=True, device="cuda", compiled=compiled)
+        there = Path(r2dreamer_path).resolve()
+        ways["r2dreamer, eager"] = lambda: r2dreamer(there, bf16=True, device="cuda")
+        ways["r2dreamer, compiled"] = lambda: r2dreamer(there, bf16=True, device="cuda", compiled=True)
+    if dreamerv3_path:
+        ways["dreamerv3, JAX"] = lambda: dreamerv3(Path(dreamerv3_path).resolve(), bf16=True, device="cuda")
+    for how, make in ways.items():
+        try:
+            step, _ = make()
+        except Exception as error:  # theirs, of any type; what was measured stays
+            rows.append({"update": f"{how} cannot be run: {type(error).__name__}: {error}; it needs: {NEEDS[how.split(',')[0]]}"})
+        else:
             add("DreamerV3 12M, 16 x 64, pictures", how, step, 0)
     return rows

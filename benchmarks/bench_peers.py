@@ -1,77 +1,25 @@
 """One update of our DreamerV3 and of a peer's, same model size, batch, precision, threads, in turn.
 
-The peers are checkouts of the user's; nothing of theirs is here. r2dreamer (github.com/NM512/r2dreamer) needs `pip install omegaconf
-tensordict tensorboard` beside this package:
+The peers are checkouts of the user's (`benchmarks/peers.py`): r2dreamer (github.com/NM512/r2dreamer, PyTorch) and the reference
+(github.com/danijar/dreamerv3, JAX). What each needs beside this package is told where it is missing.
 
-    python -m benchmarks peers --r2dreamer PATH/TO/r2dreamer
+    python -m benchmarks peers --r2dreamer PATH/TO/r2dreamer --dreamerv3 PATH/TO/dreamerv3
 """
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-import io
 import multiprocessing
-import sys
 import warnings
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import torch
 
 from benchmarks.bench_machine import clock
-from benchmarks.bench_update import ACTIONS, setup
+from benchmarks.bench_update import setup
+from benchmarks.peers import BATCH, LENGTH, NEEDS, PEERS
 from localmotion.compute import keep_buffers
-
-BATCH, LENGTH = 16, 64
-
-
-def r2dreamer(path: Path, bf16: bool, *, device: str = "cpu", compiled: bool = False) -> tuple[Callable[[], object], int]:
-    """(one update, number of learned parameters) of r2dreamer's DreamerV3 12M on pictures: its own `Dreamer.update` with a fixed batch."""
-    from omegaconf import OmegaConf  # type: ignore[import-not-found,unused-ignore]
-
-    sys.path.insert(0, str(path))
-    theirs = importlib.import_module("dreamer")
-    read = lambda name: OmegaConf.load(path / "configs" / f"{name}.yaml")  # noqa: E731
-    whole = OmegaConf.create({"device": device, "seed": 0})
-    whole.env = read("env/dmc_vision")
-    whole.model = OmegaConf.merge(read("model/_base_"), {k: v for k, v in read("model/size12M").items() if k != "defaults"})
-    whole.model.compile, whole.model.rep_loss = compiled, "dreamer"
-    space = SimpleNamespace(spaces={"image": SimpleNamespace(shape=(64, 64, 3))})
-    with contextlib.redirect_stdout(io.StringIO()):
-        agent = theirs.Dreamer(whole.model, space, SimpleNamespace(shape=(ACTIONS,)))
-    # Its half precision (fp16) is not what anybody would use on a CPU: bf16 instead, as ours, or none.
-    theirs.autocast = lambda device_type, dtype: torch.autocast(device_type, torch.bfloat16, enabled=bf16)
-    g = torch.Generator().manual_seed(0)
-    shape = (BATCH, LENGTH)
-    first = torch.zeros(shape, dtype=torch.bool)
-    first[:, 0] = True
-    data = {
-        "image": torch.randint(0, 256, (*shape, 64, 64, 3), generator=g, dtype=torch.uint8),
-        "action": torch.rand(*shape, ACTIONS, generator=g) * 2 - 1,
-        "reward": torch.rand(*shape, 1, generator=g),
-        "is_first": first,
-        "is_last": torch.zeros(*shape, 1, dtype=torch.bool),
-        "is_terminal": torch.zeros(*shape, 1, dtype=torch.bool),
-    }
-    from tensordict import TensorDict  # type: ignore[import-not-found,unused-ignore]
-
-    batch = TensorDict(data, batch_size=shape).to(device)
-    state = agent.get_initial_state(BATCH)
-
-    class Fixed:
-        """A replay that always gives the same batch and forgets what it is told."""
-
-        def sample(self) -> tuple[Any, None, tuple[Any, Any]]:
-            return batch.clone(recurse=False), None, (state["stoch"], state["deter"])
-
-        def update(self, *_: Any) -> None:
-            pass
-
-    return lambda: agent.update(Fixed()), sum(p.numel() for p in agent._named_params.values())
 
 
 def ours(bf16: bool) -> tuple[Callable[[], object], int]:
@@ -89,7 +37,11 @@ def _serve(pipe: Connection, what: str, path: str, bf16: bool, threads: int, kee
     if keep:
         keep_buffers()
     try:
-        step, size = ours(bf16) if what == "ours" else r2dreamer(Path(path).resolve(), bf16)
+        if what == "ours":
+            step, size = ours(bf16)
+        else:
+            limit = {"threads": threads} if what == "dreamerv3" else {}
+            step, size = PEERS[what](Path(path).resolve(), bf16, **limit)
     except Exception as error:
         pipe.send(f"{path}: {type(error).__name__}: {error}")
         return
@@ -101,41 +53,46 @@ def _serve(pipe: Connection, what: str, path: str, bf16: bool, threads: int, kee
         pipe.send(clock() - began)
 
 
-def run(r2dreamer_path: str = "", rounds: int = 5, precisions: tuple[bool, ...] = (True, False)) -> list[dict[str, object]]:
+def run(
+    r2dreamer_path: str = "", dreamerv3_path: str = "", rounds: int = 5, precisions: tuple[bool, ...] = (True, False)
+) -> list[dict[str, object]]:
     """Each in its own process, in turn; seconds are the median of ``rounds``, the ratio is the median of the rounds' ratios.
 
-    The peer runs as it comes, and once more with our setting of the C library's allocator (`compute.keep_buffers`), which is worth as much
-    to it as all the rest.
+    r2dreamer runs as it comes, and once more with our setting of the C library's allocator (`compute.keep_buffers`), which is worth as much
+    to it as all the rest. The reference is compiled by XLA, which has buffers of its own.
     """
-    if not r2dreamer_path:
-        return [{"peer": "none given: --r2dreamer PATH"}]
+    paths = {"r2dreamer": r2dreamer_path, "dreamerv3": dreamerv3_path}
+    if not any(paths.values()):
+        return [{"peer": "none given: --r2dreamer PATH, --dreamerv3 PATH"}]
+    seats = {"ours": ("ours", True)}
+    if r2dreamer_path:
+        seats |= {"r2dreamer, eager": ("r2dreamer", False), "the same, with our allocator setting": ("r2dreamer", True)}
+    if dreamerv3_path:
+        seats["dreamerv3, JAX"] = ("dreamerv3", False)
     spawn = multiprocessing.get_context("spawn")
     rows: list[dict[str, object]] = []
+    failures: dict[str, dict[str, object]] = {}
     for bf16 in precisions:
-        seats = {
-            "ours": ("ours", True),
-            "r2dreamer, eager": ("peer", False),
-            "the same, with our allocator setting": ("peer", True),
-        }
-        pipes, sizes, times = {}, {}, {name: [] for name in seats}  # type: ignore[var-annotated]
+        pipes: dict[str, Connection] = {}
+        sizes: dict[str, int] = {}
+        times: dict[str, list[float]] = {}
         for name, (what, keep) in seats.items():
-            pipes[name], far = spawn.Pipe()
-            spawn.Process(
-                target=_serve, args=(far, what, r2dreamer_path, bf16, torch.get_num_threads(), keep), daemon=True
-            ).start()
-            sizes[name] = pipes[name].recv()
-            if isinstance(sizes[name], str):  # why it cannot be run: the other parts go on
-                for pipe in pipes.values():
-                    pipe.send(False)
-                return [{"peer": name, "cannot be run": sizes[name], "it needs": "pip install omegaconf tensordict tensorboard"}]
-        for _ in range(rounds):
+            pipe, far = spawn.Pipe()
+            arguments = (far, what, paths.get(what, ""), bf16, torch.get_num_threads(), keep)
+            spawn.Process(target=_serve, args=arguments, daemon=True).start()
+            answer = pipe.recv()
+            if isinstance(answer, str):  # why it cannot be run: the others go on
+                failures[what] = {"update": f"{what} cannot be run: {answer}; it needs: {NEEDS[what]}"}
+                continue
+            pipes[name], sizes[name], times[name] = pipe, answer, []
+        for _ in range(rounds if len(pipes) > 1 else 0):
             for name, pipe in pipes.items():
                 pipe.send(True)
                 times[name].append(pipe.recv())
         for pipe in pipes.values():
             pipe.send(False)
-        middle = {name: sorted(values)[len(values) // 2] for name, values in times.items()}
-        for name in list(seats)[1:]:
+        middle = {name: sorted(values)[len(values) // 2] for name, values in times.items() if values}
+        for name in list(middle)[1:]:
             ratios = sorted(b / a for a, b in zip(times["ours"], times[name], strict=True))
             rows.append(
                 {
@@ -151,4 +108,4 @@ def run(r2dreamer_path: str = "", rounds: int = 5, precisions: tuple[bool, ...] 
                     "ratios": f"{ratios[0]:.2f} to {ratios[-1]:.2f}",
                 }
             )
-    return rows
+    return [*rows, *failures.values()]
