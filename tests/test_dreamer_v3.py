@@ -98,9 +98,9 @@ def test_unimix_agrees_with_r2dreamer(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {key: float(losses[key].detach()) for key in UNIMIX} == pytest.approx(UNIMIX, rel=1e-5)
 
 
-# danijar/dreamerv3, commit e3f0224, run in JAX 0.4.33 in fp32 with its own defaults (unimix, contdisc), and without the two: written by
-# studies/parity/jax_reference.py. Largest relative difference seen when run side by side: losses 3e-6, gradient of any parameter 2e-5, weights
-# after each update 1e-6.
+# danijar/dreamerv3, commit e3f0224, run in JAX 0.4.33 in fp32 with its own defaults (unimix, contdisc), and without the two: written
+# by studies/parity/jax_reference.py. Largest relative difference seen when run side by side: losses 3e-6, gradient of any parameter
+# 2e-5, weights after each update 1e-6.
 REFERENCE = json.loads((Path(__file__).parent / "dreamer_v3_reference.json").read_text())
 
 
