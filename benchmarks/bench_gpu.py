@@ -1,4 +1,4 @@
-"""Milliseconds per update on a GPU: launched one operation at a time, recorded as a CUDA graph, and a peer beside it; and per batch.
+"""Milliseconds per update on a GPU: launched one by one, as a CUDA graph, that with parts compiled, peers beside it; and per batch.
 
     python -m benchmarks gpu --r2dreamer PATH/TO/r2dreamer --dreamerv3 PATH/TO/dreamerv3
 
@@ -108,9 +108,10 @@ def run(r2dreamer_path: str = "", dreamerv3_path: str = "", warmup: int = 10, re
         rows.append({"update": case, "how": how, **times, "operations": launches, "GiB": memory})
 
     for case, (method, stage, *settings) in CASES.items():
-        for how in ("eager", "CUDA graph"):
-            updater, batch = setup(method, stage, *settings, "device=cuda")
-            updater.graph = Replayed(CudaGraph()) if how == "CUDA graph" else None
+        for how in ("eager", "CUDA graph", "compiled, CUDA graph"):
+            compiled = f"compile={str(how.startswith('compiled')).lower()}"
+            updater, batch = setup(method, stage, *settings, "device=cuda", compiled)
+            updater.graph = None if how == "eager" else Replayed(CudaGraph())
             batch = {key: value.cuda() for key, value in batch.items()}
             work, step = (updater._pretrain, updater.pretrain) if stage == "pretrain" else (updater._online, updater.online)
             launches = 0

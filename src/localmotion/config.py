@@ -190,6 +190,9 @@ class RunConfig:
     """On a GPU: only kernels that give the same bits every time, slower, an error where there is none. A CPU run is so anyway."""
     cuda_graph: bool = False
     """On a GPU: record the whole update as a CUDA graph after its first three and replay it, one launch in place of thousands."""
+    compile: bool = False
+    """For a GPU: torch.compile of encoders, decoders, attention blocks and heads: fewer and larger kernels, other rounding. It takes a
+    minute of the first updates."""
     env: str = ""
     """Environment name, suite:task."""
     action_repeat: int = 0

@@ -20,6 +20,7 @@ from localmotion.errors import CheckpointError, LocalmotionError, SimulationErro
 from localmotion.files import read_json
 from localmotion.methods.base import Method
 from localmotion.perception.base import Recipe
+from localmotion.training.compiled import uncompiled
 from localmotion.training.rundir import check_recipe
 
 if TYPE_CHECKING:
@@ -265,7 +266,7 @@ class MethodPolicy:
         if first:
             self.carry = self.method.initial_carry(len(records))
         batch = to_batch(records, first=first, device=self.compute.device)
-        with self.compute.acting():
+        with self.compute.acting(), uncompiled(self.method):
             action, self.carry = self.method.act(batch, self.carry, explore=self.explore, window=self.window)
         result: NDArray[np.float32] = action.float().clamp(-1, 1).cpu().numpy()
         return result

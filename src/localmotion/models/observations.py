@@ -129,7 +129,7 @@ class _PoolCorners(torch.autograd.Function):
 
 def pool(x: Tensor) -> Tensor:
     """Maximum over 2x2 of (N, H, W, C), H and W even -> (N, H/2, W/2, C)."""
-    if x.device.type == "cpu":
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
         out: Tensor = _PoolCorners.apply(x.contiguous())
         return out
     return F.max_pool2d(x.permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)

@@ -28,6 +28,7 @@ MAY_CHANGE = {
     "device",
     "threads",
     "cuda_graph",
+    "compile",
     "data",
     "checkpoint",
     "label",

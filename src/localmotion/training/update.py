@@ -13,6 +13,7 @@ from localmotion.config import RunConfig
 from localmotion.errors import CheckpointError, LocalmotionError
 from localmotion.methods.base import Batch, Group, Method, total
 from localmotion.training import optimizers
+from localmotion.training.compiled import compile_parts
 from localmotion.training.graphs import Replayed
 
 BAD_LIMIT = 10  # non-finite updates in a row after which a run stops
@@ -58,6 +59,8 @@ class Updater:
         self.deferred = compute.device.type != "cpu" if deferred is None else deferred
         self.optimisers = {group.name: optimizers.make(group, run.optim, on_device=self.deferred) for group in self.groups}
         self.graph = graph
+        if run.compile:
+            compile_parts(method)
         self.update = 0
         self._bad = torch.zeros((), device=compute.device if self.deferred else None)  # updates in a row that were not finite
         self._skipped = torch.zeros_like(self._bad)
@@ -142,7 +145,14 @@ class Updater:
                 settings["lr"].fill_(now)
             else:
                 settings["lr"] = now
-        found = self.graph(work, batch) if self.graph else work(batch)
+        try:
+            found = self.graph(work, batch) if self.graph else work(batch)
+        except RuntimeError as error:
+            if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                cause = str(error).strip().splitlines()[0]
+                mend = "run it with --compile false: the run goes on from its checkpoint"
+                raise LocalmotionError(f"torch.compile cannot compile this method's parts ({cause}); {mend}") from error
+            raise
         self._batch = batch
         self.method.after_update()
         self.update += 1
