@@ -149,7 +149,7 @@ class Updater:
             found = self.graph(work, batch) if self.graph else work(batch)
         except RuntimeError as error:
             if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-                cause = str(error).strip().splitlines()[0]
+                cause = " ".join(str(error).split())[:200]
                 mend = "run it with --compile false: the run goes on from its checkpoint"
                 raise LocalmotionError(f"torch.compile cannot compile this method's parts ({cause}); {mend}") from error
             raise
