@@ -30,13 +30,14 @@ def linear(inputs: int, outputs: int, scale: float = 1.0) -> nn.Linear:
 
 
 CHUNK = 1 << 16
-"""Values that an elementwise operation works on at a time on a CPU, so that everything in between stays in the cache."""
+"""Values a thread that an elementwise operation works on at a time on a CPU, so that everything in between stays in the caches."""
 
 
 def spans(x: Tensor, dim: int = 0, *, times: int = 1) -> list[slice]:
-    """Slices along a dimension of a tensor: on a CPU ``times`` `CHUNK` values each, elsewhere all at once."""
+    """Slices along a dimension of a tensor: on a CPU ``times`` `CHUNK` values a thread each, elsewhere all at once."""
     length = x.shape[dim]
-    count = max(1, times * CHUNK * length // x.numel()) if x.device.type == "cpu" and x.numel() else max(1, length)
+    values = times * CHUNK * torch.get_num_threads()
+    count = max(1, values * length // x.numel()) if x.device.type == "cpu" and x.numel() else max(1, length)
     return [slice(begin, begin + count) for begin in range(0, length, count)]
 
 

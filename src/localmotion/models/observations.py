@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from localmotion.errors import ConfigError
-from localmotion.models.blocks import CHUNK, BlockLinear, NormMLP, NormSiLU, init_, linear, spans
+from localmotion.models.blocks import BlockLinear, NormMLP, NormSiLU, init_, linear, spans
 from localmotion.models.values import symlog
 
 KERNEL = 5
@@ -207,10 +207,8 @@ class _PixelLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: object, logits: Tensor, truth: Tensor) -> Tensor:
         slope = torch.empty_like(logits) if ctx.needs_input_grad[0] else None  # type: ignore[attr-defined]
-        span = max(1, CHUNK // logits[0].numel()) if logits.device.type == "cpu" else len(logits)
         losses = []
-        for begin in range(0, len(logits), span):
-            here = slice(begin, begin + span)
+        for here in spans(logits):
             share = torch.sigmoid(logits[here].float())
             error = share - truth[here].float().mul_(1 / 255)
             losses.append(error.square().flatten(1).sum(1))
