@@ -64,6 +64,8 @@ class Method(nn.Module):
         """``action_dim`` None builds the pre-training modules only."""
         super().__init__()
         self.image_size = image_size
+        self.compiled = False
+        """Whether parts of it are compiled (`training.compiled`)."""
 
     # Learning ---------------------------------------------------------------------------------------------------------------
 

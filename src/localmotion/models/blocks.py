@@ -34,10 +34,11 @@ CHUNK = 1 << 16
 
 
 def spans(x: Tensor, dim: int = 0, *, times: int = 1) -> list[slice]:
-    """Slices along a dimension of a tensor: on a CPU ``times`` `CHUNK` values a thread each, elsewhere all at once."""
+    """Slices along a dimension of a tensor: on a CPU ``times`` `CHUNK` values a thread each, elsewhere and when compiled all at once."""
     length = x.shape[dim]
-    values = times * CHUNK * torch.get_num_threads()
-    count = max(1, values * length // x.numel()) if x.device.type == "cpu" and x.numel() else max(1, length)
+    count = max(1, length)
+    if x.device.type == "cpu" and x.numel() and not torch.compiler.is_compiling():
+        count = max(1, times * CHUNK * torch.get_num_threads() * length // x.numel())
     return [slice(begin, begin + count) for begin in range(0, length, count)]
 
 

@@ -112,6 +112,8 @@ def extract_many(
                 waiting.append((ref, *_decoded(ref, recipe, min_frames, max_frames)))
         except VideoError as error:
             results[ref.id] = {"id": ref.id, "reason": error.reason, "detail": error.detail}
+        except LocalmotionError as error:
+            results[ref.id] = _Refused(str(error))
         if sum(len(frames) for _, frames, _ in waiting) >= TOGETHER_FRAMES:
             look()
     look()

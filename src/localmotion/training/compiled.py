@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from localmotion.methods.base import Method
 from localmotion.models.adapters import AttentionAdapter
 from localmotion.models.blocks import NormMLP
 from localmotion.models.dae import DualAttentionBlock
@@ -51,7 +52,7 @@ def feed_forward(module: nn.Module) -> list[nn.Module]:
     return found
 
 
-def compile_parts(method: nn.Module, *, whole: bool = False) -> int:
+def compile_parts(method: Method, *, whole: bool = False) -> int:
     """Compile the `feed_forward` parts of a method, in place; names of parameters stay. Returns how many there are.
 
     They are compiled when they are first called, once for each set of shapes. ``whole``: raise an error where Dynamo would break a part's
@@ -60,11 +61,10 @@ def compile_parts(method: nn.Module, *, whole: bool = False) -> int:
     parts = feed_forward(method)
     for part in parts:
         part.compile(backend=BACKEND, dynamic=False, fullgraph=whole)
+    method.compiled = True
     return len(parts)
 
 
-def uncompiled(method: nn.Module) -> contextlib.AbstractContextManager[Any]:
+def uncompiled(method: Method) -> contextlib.AbstractContextManager[Any]:
     """Within, a method's parts run as they are: acting has shapes of its own, for which nothing is to be compiled."""
-    if any(part._compiled_call_impl is not None for part in feed_forward(method)):
-        return torch.compiler.set_stance("force_eager")
-    return contextlib.nullcontext()
+    return torch.compiler.set_stance("force_eager") if method.compiled else contextlib.nullcontext()
