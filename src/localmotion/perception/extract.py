@@ -194,11 +194,11 @@ def extract_folder(
     whose source is known. An interruption of any kind loses at most the videos in work.
 
     ``together``: videos that a worker takes at once, so that networks look at many of them in one batch (None: 16 where a backend works
-    on a GPU, else 1). A network may round differently in another batch; with the embedded backends the bytes stay the same.
+    on a GPU, fewer where that would leave workers without any, else 1). A network may round differently in another batch; with the
+    embedded backends the bytes stay the same.
 
-    Raises VideoError for a missing or empty
-    folder, StoreError for a store of another recipe or a full disk, ConfigError for impossible limits, LocalmotionError when a backend
-    cannot be built or used.
+    Raises VideoError for a missing or empty folder, StoreError for a store of another recipe or a full disk, ConfigError for impossible
+    limits, LocalmotionError when a backend cannot be built or used.
     """
     if together is not None and together < 1:
         raise ConfigError(f"together={together}: a worker takes at least one video")
@@ -233,7 +233,7 @@ def extract_folder(
     for index, names in left.items():
         if not names:
             finish(index)
-    size = together or (TOGETHER if works_on_gpu(recipe) else 1)
+    size = together or (max(1, min(TOGETHER, len(todo) // max(workers, 1))) if works_on_gpu(recipe) else 1)
     with contextlib.closing(_results(call, [refs[name] for _, name in todo], workers, timeout, size)) as results:
         for position, result in results:
             index, name = todo[position]

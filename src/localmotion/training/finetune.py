@@ -218,9 +218,9 @@ class _Learner:
         online, playing = self.run.online, self.playing
         assert playing
         began = time.perf_counter()
-        self.method.eval()
+        if self.method.training:  # once between updates: setting it in every module takes a tenth of a policy step
+            self.method.eval()
         action = playing.policy([playing.record], not playing.actions)[0]
-        self.method.train()
         self.spent["act"] += time.perf_counter() - began
         done = self._advance(playing, action)
         self.agent_step += 1
@@ -280,6 +280,7 @@ class _Learner:
         batch = to_device(self.replay.sample(self.run.online.batch_size), self.compute)
         self.spent["replay"] += time.perf_counter() - began
         began = time.perf_counter()
+        self.method.train()
         metrics = self.updater.online(batch)
         self.spent["update"] += time.perf_counter() - began
         if self.ahead:
