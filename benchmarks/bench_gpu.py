@@ -21,7 +21,7 @@ import torch
 from soak.replay import SPEC
 
 from benchmarks.bench_update import setup
-from benchmarks.peers import BATCH, LENGTH, NEEDS, dreamerv3, r2dreamer
+from benchmarks.peers import NEEDS, SETTINGS, dreamerv3, r2dreamer
 from benchmarks.recorder import Recorder
 from localmotion.compute import Compute
 from localmotion.errors import MissingExtraError
@@ -33,14 +33,7 @@ from localmotion.training.graphs import CudaGraph, Replayed
 from localmotion.training.pretrain import to_device
 
 CASES = {
-    "DreamerV3 12M, 16 x 64, pictures": (
-        "dreamer_v3",
-        "train",
-        "paper",
-        "size=size12m",
-        f"online.batch_size={BATCH}",
-        f"online.length={LENGTH}",
-    ),
+    "DreamerV3 12M, 16 x 64, pictures": ("dreamer_v3", "train", "paper", *SETTINGS),
     "DRP paper, fine-tuning": ("drp", "finetune", "paper"),
     "DRP paper, pre-training": ("drp", "pretrain", "paper"),
 }

@@ -9,6 +9,7 @@ The peers are checkouts of the user's (`benchmarks/peers.py`): r2dreamer (github
 from __future__ import annotations
 
 import multiprocessing
+import os
 import warnings
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -18,34 +19,30 @@ import torch
 
 from benchmarks.bench_machine import clock
 from benchmarks.bench_update import setup
-from benchmarks.peers import BATCH, LENGTH, NEEDS, PEERS
+from benchmarks.peers import BATCH, LENGTH, NEEDS, PEERS, SETTINGS
 from localmotion.compute import keep_buffers
 
 
 def ours(bf16: bool) -> tuple[Callable[[], object], int]:
     """(one update, number of learned parameters) of DreamerV3 12M."""
-    precision = "bf16" if bf16 else "fp32"
-    shape = (f"online.batch_size={BATCH}", f"online.length={LENGTH}")
-    updater, batch = setup("dreamer_v3", "train", "paper", "size=size12m", f"precision={precision}", *shape)
+    updater, batch = setup("dreamer_v3", "train", "paper", f"precision={'bf16' if bf16 else 'fp32'}", *SETTINGS)
     return lambda: updater.online(batch), sum(p.numel() for group in updater.groups for p in group.parameters)
 
 
 def _serve(pipe: Connection, what: str, path: str, bf16: bool, threads: int, keep: bool) -> None:
     """In a process of its own: build one of the two, then update once for each message and answer with the seconds."""
     torch.set_num_threads(threads)
+    if hasattr(os, "sched_setaffinity"):  # XLA takes as many threads as the process may use cores
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
     warnings.simplefilter("ignore")
     if keep:
         keep_buffers()
     try:
-        if what == "ours":
-            step, size = ours(bf16)
-        else:
-            limit = {"threads": threads} if what == "dreamerv3" else {}
-            step, size = PEERS[what](Path(path).resolve(), bf16, **limit)
+        step, size = ours(bf16) if what == "ours" else PEERS[what](Path(path).resolve(), bf16)
+        step()
     except Exception as error:
         pipe.send(f"{path}: {type(error).__name__}: {error}")
         return
-    step()
     pipe.send(size)
     while pipe.recv():
         began = clock()
@@ -80,8 +77,14 @@ def run(
             pipe, far = spawn.Pipe()
             arguments = (far, what, paths.get(what, ""), bf16, torch.get_num_threads(), keep)
             spawn.Process(target=_serve, args=arguments, daemon=True).start()
-            answer = pipe.recv()
+            far.close()
+            try:
+                answer = pipe.recv()
+            except EOFError:
+                answer = "its process died"
             if isinstance(answer, str):  # why it cannot be run: the others go on
+                if what == "ours":
+                    raise RuntimeError(answer)
                 failures[what] = {"update": f"{what} cannot be run: {answer}; it needs: {NEEDS[what]}"}
                 continue
             pipes[name], sizes[name], times[name] = pipe, answer, []

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
-import os
 import sys
 import tempfile
 from collections.abc import Callable
@@ -19,9 +18,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.bench_update import ACTIONS
+from benchmarks.bench_update import ACTIONS, fake_batch
+from localmotion.config import compose
 
 BATCH, LENGTH = 16, 64
+SETTINGS = ("size=size12m", f"online.batch_size={BATCH}", f"online.length={LENGTH}")
+"""Of our DreamerV3 `paper`, for the model and the batch that the peers have."""
+
+
+def _batch() -> dict[str, torch.Tensor]:
+    """What our own update is given (`bench_update.fake_batch`), without what only motion needs; nothing ends in it."""
+    run = compose("dreamer_v3", "train", preset="paper", env="dmc:walker_walk", settings=SETTINGS)
+    batch = fake_batch(run)
+    kept = {key: batch[key] for key in ("image", "action", "reward", "is_first", "is_terminal")}
+    return {**kept, "is_last": torch.zeros_like(batch["is_terminal"])}
 
 
 def r2dreamer(path: Path, bf16: bool, *, device: str = "cpu", compiled: bool = False) -> tuple[Callable[[], object], int]:
@@ -40,21 +50,11 @@ def r2dreamer(path: Path, bf16: bool, *, device: str = "cpu", compiled: bool = F
         agent = theirs.Dreamer(whole.model, space, SimpleNamespace(shape=(ACTIONS,)))
     # Its half precision (fp16) is not what anybody would use on a CPU: bf16 instead, as ours, or none.
     theirs.autocast = lambda device_type, dtype: torch.autocast(device_type, torch.bfloat16, enabled=bf16)
-    g = torch.Generator().manual_seed(0)
-    shape = (BATCH, LENGTH)
-    first = torch.zeros(shape, dtype=torch.bool)
-    first[:, 0] = True
-    data = {
-        "image": torch.randint(0, 256, (*shape, 64, 64, 3), generator=g, dtype=torch.uint8),
-        "action": torch.rand(*shape, ACTIONS, generator=g) * 2 - 1,
-        "reward": torch.rand(*shape, 1, generator=g),
-        "is_first": first,
-        "is_last": torch.zeros(*shape, 1, dtype=torch.bool),
-        "is_terminal": torch.zeros(*shape, 1, dtype=torch.bool),
-    }
+    # It wants a last dimension of scalars.
+    data = {key: value.unsqueeze(-1) if key in ("reward", "is_last", "is_terminal") else value for key, value in _batch().items()}
     from tensordict import TensorDict  # type: ignore[import-not-found,unused-ignore]
 
-    batch = TensorDict(data, batch_size=shape).to(device)
+    batch = TensorDict(data, batch_size=(BATCH, LENGTH)).to(device)
     state = agent.get_initial_state(BATCH)
 
     class Fixed:
@@ -69,14 +69,11 @@ def r2dreamer(path: Path, bf16: bool, *, device: str = "cpu", compiled: bool = F
     return lambda: agent.update(Fixed()), sum(p.numel() for p in agent._named_params.values())
 
 
-def dreamerv3(path: Path, bf16: bool, *, device: str = "cpu", threads: int = 0) -> tuple[Callable[[], object], int]:
+def dreamerv3(path: Path, bf16: bool, *, device: str = "cpu") -> tuple[Callable[[], object], int]:
     """(one update, number of learned parameters) of the JAX reference's 12M on pictures: its own `Agent.train`, compiled by XLA.
 
-    Sequences begin from the last update's states, not from stored ones, so that it too learns from 64 steps and not from 63 or 65. On a
-    CPU, XLA takes as many threads as the process may use cores: ``threads`` above 0 limits those, for good.
+    Sequences begin from the last update's states, not from stored ones, so that it too learns from 64 steps and not from 63 or 65.
     """
-    if threads and hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
     import elements  # type: ignore[import-not-found,unused-ignore]
     import ruamel.yaml  # type: ignore[import-not-found,unused-ignore]
 
@@ -89,7 +86,6 @@ def dreamerv3(path: Path, bf16: bool, *, device: str = "cpu", threads: int = 0) 
     space = elements.Space
     observed = {"image": space(np.uint8, (64, 64, 3)), "reward": space(np.float32)}
     observed |= {name: space(bool) for name in ("is_first", "is_last", "is_terminal")}
-    shape = (BATCH, LENGTH)
     whole = elements.Config(
         **config.agent,
         **{"logdir": tempfile.gettempdir(), "seed": 0, "batch_size": BATCH, "batch_length": LENGTH},
@@ -100,19 +96,8 @@ def dreamerv3(path: Path, bf16: bool, *, device: str = "cpu", threads: int = 0) 
         agent = theirs.Agent(observed, {"action": space(np.float32, (ACTIONS,), -1, 1)}, whole)
     import jax  # type: ignore[import-not-found,unused-ignore]
 
-    rng = np.random.default_rng(0)
-    first = np.zeros(shape, bool)
-    first[:, 0] = True
-    data = {
-        "image": rng.integers(0, 256, (*shape, 64, 64, 3), dtype=np.uint8),
-        "action": rng.uniform(-1, 1, (*shape, ACTIONS)).astype(np.float32),
-        "reward": rng.uniform(size=shape).astype(np.float32),
-        "is_first": first,
-        "is_last": np.zeros(shape, bool),
-        "is_terminal": np.zeros(shape, bool),
-        "consec": np.zeros(shape, np.int32),
-        "stepid": np.zeros((*shape, 20), np.uint8),
-    }
+    data = {key: value.numpy() for key, value in _batch().items()}
+    data |= {"consec": np.zeros((BATCH, LENGTH), np.int32), "stepid": np.zeros((BATCH, LENGTH, 20), np.uint8)}
     placed = jax.device_put(data, agent.train_sharded)
     seed = agent._seeds(0, agent.train_mirrored)
     carry = agent.init_train(BATCH)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from localmotion.config import update
+from localmotion.methods.base import total
 from localmotion.methods.dreamer_v3 import DreamerV3, DreamerV3Config
 from localmotion.models import policies, rssm_block
+from localmotion.training.optimizers import LaProp, clip_adaptive_
 
 SETTINGS: dict[str, Any] = {
     "deter": 32,
@@ -94,3 +96,34 @@ def fix_noise(patch: pytest.MonkeyPatch) -> None:
     """All sampling of the model takes `noise`."""
     patch.setattr(rssm_block, "gumbel", lambda shape, like, generator=None: noise(shape))
     patch.setattr(policies, "normal", lambda like, generator=None: noise(like.shape))
+
+
+class Update(NamedTuple):
+    """What one update computed, and the model after it."""
+
+    losses: dict[str, float]
+    gradients: dict[str, Tensor]
+    model: DreamerV3
+
+    def norm(self, part: str) -> float:
+        """Of the gradient of a child module's parameters."""
+        squares = [g.double().square().sum() for name, g in self.gradients.items() if name.startswith(f"{part}.")]
+        return float(torch.stack(squares).sum().sqrt())
+
+
+UPDATES, LR = 3, 1e-3
+
+
+def updates(**settings: Any) -> Iterator[Update]:
+    """`UPDATES` of them, with the reference's clipping and optimiser. For within `fix_noise`."""
+    model, batch = build(**settings), make_batch()
+    optimiser = LaProp([p for p in model.parameters() if p.requires_grad], lr=LR)
+    for _ in range(UPDATES):
+        losses, _, _ = model.world_model_losses(batch)
+        total(losses, model.loss_scales("train")).backward()
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        clip_adaptive_(model.parameters(), 0.3)
+        optimiser.step()
+        optimiser.zero_grad()
+        model.after_update()
+        yield Update({key: float(value.detach()) for key, value in losses.items()}, gradients, model)

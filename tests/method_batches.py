@@ -12,6 +12,12 @@ from localmotion.compute import Compute
 from localmotion.config import RunConfig, Stage, compose
 
 CPU = Compute(torch.device("cpu"), False, 1, "test")
+CASES: list[tuple[str, Stage]] = [
+    (name, stage)
+    for name in methods.names()
+    for stage in (("train", "pretrain", "finetune") if methods.get(name).can_pretrain else ("train",))
+]
+"""Every method and stage."""
 ACTIONS = 3
 DEFAULT_ENV = "toy:dot"
 

@@ -10,22 +10,16 @@ import pytest
 import torch
 import torch._dynamo
 
-from localmotion import methods
 from localmotion.config import Stage
 from localmotion.errors import LocalmotionError
 from localmotion.evaluation.rollout import MethodPolicy
 from localmotion.models.dae import DualAttentionBlock
 from localmotion.training import compiled
 from localmotion.training.update import Updater
-from method_batches import CPU, make, make_batch
+from method_batches import CASES, CPU, make, make_batch
 
 # Dynamo looks at .grad of what is no leaf.
 pytestmark = pytest.mark.filterwarnings("ignore:::torch")
-CASES: list[tuple[str, Stage]] = [
-    (name, stage)
-    for name in methods.names()
-    for stage in (("pretrain", "finetune") if methods.get(name).can_pretrain else ("train",))
-]
 
 
 @pytest.fixture(autouse=True)

@@ -192,6 +192,25 @@ def test_a_worker_that_dies_or_hangs_costs_one_video_of_its_group() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("gpu", "workers", "asked", "together"),
+    [(True, 2, None, 3), (True, 0, None, 7), (True, 9, None, 1), (False, 1, None, 1), (False, 2, 5, 5)],
+)
+def test_groups_leave_no_worker_without_videos(
+    gpu: bool, workers: int, asked: int | None, together: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[int] = []
+
+    def results(call: Any, refs: Any, workers: int, timeout: float, together: int) -> Any:
+        taken.append(together)
+        yield from _results(call, refs, 0, timeout, together)
+
+    monkeypatch.setattr(extract, "works_on_gpu", lambda recipe: gpu)
+    monkeypatch.setattr(extract, "_results", results)
+    extract_folder(folder(tmp_path / "in"), tmp_path / "out", SMALL, min_frames=5, workers=workers, together=asked)
+    assert taken == [together]
+
+
 def test_groups_are_for_networks_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     neural = Recipe(flow="sea_raft")
     assert not works_on_gpu(neural) or torch.cuda.is_available()

@@ -9,21 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from localmotion import methods
 from localmotion.compute import Compute, choose
 from localmotion.config import Stage, compose
 from localmotion.errors import ConfigError, LocalmotionError
 from localmotion.training import graphs, optimizers
 from localmotion.training.graphs import CudaGraph, Replayed
 from localmotion.training.update import Updater
-from method_batches import CPU, make, make_batch
+from method_batches import CASES, CPU, make, make_batch
 from recorded_graph import RecordedGraph
 
-CASES: list[tuple[str, Stage]] = [
-    (name, stage)
-    for name in methods.names()
-    for stage in (("train", "pretrain", "finetune") if methods.get(name).can_pretrain else ("train",))
-]
 # Clocks that a recording would stop if they were part of it.
 CLOCKS = ("warmup=4", "freeze_updates=3", "slow_critic_every=2")
 

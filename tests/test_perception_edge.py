@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from localmotion.errors import ConfigError, LocalmotionError
 from localmotion.perception import Recipe
-from localmotion.perception.clips import ClipExtractor, _Choice
-from localmotion.perception.extract import extract_folder, flow_distribution, seed_of
+from localmotion.perception.clips import ClipExtractor, _Choice, seed_of
+from localmotion.perception.extract import extract_folder, flow_distribution
 from localmotion.perception.stream import Magnitudes, StreamingExtractor
 from localmotion.video.store import ClipStore
 from localmotion.video.write import write_video

@@ -191,8 +191,8 @@ class RunConfig:
     cuda_graph: bool = False
     """On a GPU: record the whole update as a CUDA graph after its first three and replay it, one launch in place of thousands."""
     compile: bool = False
-    """For a GPU: torch.compile of encoders, decoders, attention blocks and heads: fewer and larger kernels, other rounding. It takes a
-    minute of the first updates."""
+    """For a GPU: torch.compile of encoders, decoders, attention blocks and heads: fewer and larger kernels, other rounding. Compiling took
+    30 to 70 s of the first updates on two CPU cores."""
     env: str = ""
     """Environment name, suite:task."""
     action_repeat: int = 0

@@ -1,12 +1,11 @@
 """Our DreamerV3 beside the reference (danijar/dreamerv3, JAX) by running both: same weights, batch and noise, fp32, some updates.
 
-    pip install jax==0.4.33 jaxlib==0.4.33 chex optax elements ninjax einops jaxtyping portal granular scope tqdm ruamel.yaml
     python -m studies.parity.jax_reference PATH/TO/dreamerv3
 
-Nothing of the reference is here; its path is given. Weights are made by rule (`tests/dreamer_v3_parity.py`) and handed to it under
-its own names; its sampling is replaced by the same noise. Printed are the largest relative differences of losses, of each parameter's
-gradient and of the weights after each update; where they are beyond `LIMITS` it ends with 1. Its numbers, by
-``--out``, are what `tests/test_dreamer_v3.py` compares with.
+Nothing of the reference is here; its path is given, and what it needs stands in `benchmarks/peers.py` (`NEEDS`). Weights are made by rule
+(`tests/dreamer_v3_parity.py`) and handed to it under its own names; its sampling is replaced by the same noise. Printed are the largest
+relative differences of losses, of each parameter's gradient and of the weights after each update; where they are beyond `LIMITS` it ends
+with 1. Its numbers, by ``--out``, are what `tests/test_dreamer_v3.py` compares with.
 """
 
 from __future__ import annotations
@@ -27,8 +26,6 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 import dreamer_v3_parity as parity  # noqa: E402
-from localmotion.methods.base import total  # noqa: E402
-from localmotion.training.optimizers import LaProp, clip_adaptive_  # noqa: E402
 
 CASES: dict[str, dict[str, Any]] = {
     "pixels": {"unimix": 0.01, "contdisc": True},
@@ -55,7 +52,6 @@ MODULES = {
     "critic": ("val",),
 }
 LIMITS = {"losses": 1e-5, "gradients": 1e-4, "weights": 1e-4}
-UPDATES, LR = 3, 1e-3
 TINY = 1e-15
 """Of gradients below this it is not compared what LaProp makes of them: it divides by their size, and their squares times 1 - beta_2 have
 few digits left in fp32, or none. XLA takes those below 1e-38 for zero, which makes steps of up to 300 learning rates of gradients of 3e-18;
@@ -156,7 +152,7 @@ class Reference:
                 "dec.simple.bspace": settings["blocks"],
                 "imag_length": settings["imag_length"],
                 "contdisc": settings["contdisc"],
-                "opt.lr": LR,
+                "opt.lr": parity.LR,
                 "opt.warmup": 0,
             }
         )
@@ -178,7 +174,7 @@ class Reference:
         return found, {"action": batch["action"].numpy()}
 
     def run(self, weights: dict[str, np.ndarray], batch: dict[str, torch.Tensor]) -> list[dict[str, Any]]:
-        """Losses, gradients and new weights of each of `UPDATES` updates."""
+        """Losses, gradients and new weights of each of `parity.UPDATES` updates."""
         jax, model = self.jax, self.model
         observed, actions = self.data(batch)
         moved = {key: np.roll(value, -1, 1) for key, value in actions.items()}  # it stores an action with the frame before it
@@ -207,7 +203,7 @@ class Reference:
 
         train = jax.jit(self.ninjax.pure(model.train))
         found = []
-        for _ in range(UPDATES):
+        for _ in range(parity.UPDATES):
             grads, losses = gradients({k: state[k] for k in learned}, {k: v for k, v in state.items() if k not in learned})
             state, _ = train(state, carry, data, seed=0)
             found.append(
@@ -220,25 +216,19 @@ class Reference:
         return found
 
 
-def ours(settings: dict[str, Any], batch: dict[str, torch.Tensor]) -> tuple[dict[str, np.ndarray], list[dict[str, Any]]]:
+def ours(settings: dict[str, Any]) -> tuple[dict[str, np.ndarray], list[dict[str, Any]]]:
     """(weights at the start, by the reference's names; what `Reference.run` gives, of our model)."""
-    found = []
+
+    def weights(model: torch.nn.Module) -> dict[str, np.ndarray]:
+        return {k: v.copy() for k, v in in_their_names(dict(model.named_parameters())).items()}
+
     with pytest.MonkeyPatch.context() as patch:
         parity.fix_noise(patch)
-        model = parity.build(**settings)
-        start = {k: v.copy() for k, v in in_their_names(dict(model.named_parameters())).items()}
-        optimiser = LaProp([p for p in model.parameters() if p.requires_grad], lr=LR)
-        for _ in range(UPDATES):
-            losses, _, _ = model.world_model_losses(batch)
-            total(losses, model.loss_scales("train")).backward()
-            grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-            clip_adaptive_(model.parameters(), 0.3)
-            optimiser.step()
-            optimiser.zero_grad()
-            model.after_update()
-            weights = {k: v.copy() for k, v in in_their_names(dict(model.named_parameters())).items()}
-            values = {k: float(v.detach()) for k, v in losses.items()}
-            found.append({"losses": values, "gradients": in_their_names(grads), "weights": weights})
+        start = weights(parity.build(**settings))
+        found = [
+            {"losses": update.losses, "gradients": in_their_names(update.gradients), "weights": weights(update.model)}
+            for update in parity.updates(**settings)
+        ]
     return start, found
 
 
@@ -249,9 +239,8 @@ def difference(one: np.ndarray, other: np.ndarray, of: np.ndarray | None = None)
 
 def compare(path: Path, settings: dict[str, Any]) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """(largest differences by kind, the reference's losses and gradient norms of each update)."""
-    batch = parity.make_batch()
-    start, mine = ours(settings, batch)
-    theirs = Reference(path, {**parity.SETTINGS, **settings}).run(start, batch)
+    start, mine = ours(settings)
+    theirs = Reference(path, {**parity.SETTINGS, **settings}).run(start, parity.make_batch())
     worst, numbers = dict.fromkeys(LIMITS, 0.0), []
     tiny = {key: np.zeros(value.shape, bool) for key, value in theirs[0]["gradients"].items()}
     for one, other in zip(mine, theirs, strict=True):

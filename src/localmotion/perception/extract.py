@@ -19,24 +19,13 @@ from numpy.typing import NDArray
 
 from localmotion.errors import ConfigError, LocalmotionError, StoreError, VideoError
 from localmotion.perception.base import ClipMotion, Recipe, works_on_gpu
-from localmotion.perception.clips import ClipExtractor, seed_of
+from localmotion.perception.clips import ClipExtractor
 from localmotion.perception.stream import Magnitudes
 from localmotion.video.decode import iter_frames, memory_fault
 from localmotion.video.listing import VideoRef, find_videos
 from localmotion.video.spool import Spool
 from localmotion.video.store import Clip, ClipStore, ClipStoreWriter
 from localmotion.video.workers import MEMORY_LIMIT, TIME_LIMIT, Lost, limited_memory, map_isolated
-
-__all__ = [
-    "ClipExtractor",
-    "ExtractSummary",
-    "clip_of",
-    "extract_folder",
-    "extract_many",
-    "extract_one",
-    "flow_distribution",
-    "seed_of",
-]
 
 TOGETHER = 16
 """Videos that a worker takes at once where a network on a GPU looks at them."""

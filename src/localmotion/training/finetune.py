@@ -218,7 +218,7 @@ class _Learner:
         online, playing = self.run.online, self.playing
         assert playing
         began = time.perf_counter()
-        if self.method.training:  # once between updates: setting it in every module takes a tenth of a policy step
+        if self.method.training:  # not at every step: it visits every module
             self.method.eval()
         action = playing.policy([playing.record], not playing.actions)[0]
         self.spent["act"] += time.perf_counter() - began

@@ -21,7 +21,7 @@ from localmotion.perception.cotracker import CODE
 
 TRUSTED = "LOCALMOTION_TRUSTED_CODE"
 """Environment variable: torch.hub repositories or folders (comma between them) whose code a recipe out of a file may run."""
-# Settings that may differ when a run is continued: they change how long it goes on and where, not what it computes.
+# Settings that may differ when a run is continued: they change how long it goes on and where, not what it computes (but for rounding).
 MAY_CHANGE = {
     "pretrain.updates",
     "online.env_steps",
