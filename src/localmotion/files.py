@@ -6,8 +6,10 @@ pipe would make the reader wait for ever), that is no JSON object, or that is ne
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import socket
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -117,3 +119,57 @@ def refuse_links(root: Path, error: type[LocalmotionError], *, folders: bool = T
     for path in links_out_of(root):
         if folders or not path.is_dir():
             raise error(f"{path}: is a link to a place outside of {root}; put the file itself there")
+
+
+class Lock:
+    """A file that one process at a time holds: `taken` is True for the one that does.
+
+    The kernel releases it when its process ends, however it ends, so nobody has to clear up after a kill. The file names the holder's
+    host and pid and stays where it is. On a file system without locks `taken` is True for everybody.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        self.taken = _flock(self.handle)
+        if self.taken:
+            os.ftruncate(self.handle, 0)
+            os.pwrite(self.handle, f"{socket.gethostname()} {os.getpid()}\n".encode(), 0)
+
+    def holder(self) -> str:
+        """Host and pid of the process that holds it, for a message."""
+        host, _, pid = os.pread(self.handle, 300, 0).decode(errors="replace").strip().rpartition(" ")
+        return f"process {one_line(pid, 20)} on {one_line(host, 100)}" if host else "another process"
+
+    def release(self) -> None:
+        """Let another process have it. Does nothing the second time."""
+        if self.handle >= 0:
+            os.close(self.handle)
+            self.handle, self.taken = -1, False
+
+
+@contextlib.contextmanager
+def locked(path: Path, refusal: str, kind: type[LocalmotionError]) -> Iterator[None]:
+    """Hold the lock ``path`` within. Raises ``kind`` with "``refusal`` (process PID on HOST)" where another process holds it."""
+    lock = Lock(path)
+    try:
+        if not lock.taken:
+            raise kind(f"{refusal} ({lock.holder()})")
+        yield
+    finally:
+        lock.release()
+
+
+def _flock(handle: int) -> bool:
+    """Whether this process holds the lock now. True as well where there are no locks."""
+    try:
+        import fcntl
+    except ImportError:  # not a POSIX system
+        return True
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # this file system has no locks
+        return True
+    return True
