@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from localmotion.perception.base import Recipe
 from localmotion.perception.extract import extract_folder
 from localmotion.video import ClipStore, VideoRef, decode, find_videos
+from localmotion.video.decode import LENIENT_METADATA
 from localmotion.video.scan import scan
 from localmotion.video.workers import Lost, map_isolated
 from soak.mutations import make
@@ -151,13 +152,13 @@ def _plain(path: Path, size: int, held: int = 0, look: bool = False) -> str | No
     frames: list[NDArray[np.uint8]] = []
     recent: deque[Any] = deque(maxlen=held)
     reformatter = VideoReformatter()
-    with av.open(str(path.absolute()), metadata_errors="replace") as container:
+    with av.open(str(path.absolute()), **LENIENT_METADATA) as container:
         stream = next(s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic)
         stream.codec_context.thread_count = 1
         for frame in container.decode(stream):
             if look or not frames:
-                turned = [bytes(x) for x in frame.side_data if x.type.name == "DISPLAYMATRIX"]
-                if turned and struct.unpack("=9i", turned[0])[:5] != (1 << 16, 0, 0, 0, 1 << 16):
+                turned = frame.side_data.get("DISPLAYMATRIX")
+                if turned and struct.unpack("=9i", bytes(turned))[:5] != (1 << 16, 0, 0, 0, 1 << 16):
                     return None
             small = reformatter.reformat(frame, size, size, "rgb24", interpolation="AREA", threads=1)
             frames.append(np.asarray(small.to_ndarray(), np.uint8))

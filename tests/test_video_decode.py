@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import os
+import tomllib
 from fractions import Fraction
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from hypothesis import strategies as st
 
 from localmotion.errors import VideoError
 from localmotion.video import decode, iter_frames, probe, video_ref
+from localmotion.video.decode import LENIENT_METADATA
 from video_files import encode, encode_sound, moving_square, remux, save_pictures, set_display_matrix
 
 T = 30
@@ -134,6 +137,60 @@ def test_an_abandoned_iterator_closes_its_file(square: Path) -> None:
     assert len(os.listdir("/proc/self/fd")) == before
 
 
+# ------------------------------------------------------------------------------------------------------------ versions
+
+
+def test_metadata_in_another_encoding_is_no_reason_to_refuse_a_video(square: Path, tmp_path: Path) -> None:
+    named = tmp_path / "named.mkv"
+    with av.open(str(square)) as read, av.open(str(named), "w") as write:
+        write.metadata["title"] = "caf#"
+        stream = write.add_stream_from_template(read.streams.video[0])
+        for packet in read.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                write.mux(packet)
+    data = named.read_bytes()
+    assert data.count(b"caf#") == 1
+    named.write_bytes(data.replace(b"caf#", b"caf\xe9"))  # Latin-1
+    np.testing.assert_array_equal(decode(video_ref(named), 16), decode(video_ref(square), 16))
+    assert probe(video_ref(named)).frames == T
+
+
+def test_arguments_given_to_pyav_exist_in_the_installed_one() -> None:
+    """PyAV is compiled: its stubs are what has the names of arguments."""
+    root = Path(av.__file__).parent
+    stubs = {"open": root / "container" / "core.pyi", "reformat": root / "video" / "reformatter.pyi"}
+    source = Path(__file__).parent.parent
+    known = {
+        name: {
+            argument.arg
+            for node in ast.walk(ast.parse(stub.read_text()))
+            if isinstance(node, ast.FunctionDef) and node.name == name
+            for argument in (*node.args.args, *node.args.kwonlyargs)
+        }
+        for name, stub in stubs.items()
+    }
+    used: dict[str, set[str]] = {name: set() for name in stubs}
+    for path in [*(source / "src").rglob("*.py"), *(source / "soak").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute) or node.func.attr not in stubs:
+                continue
+            if node.func.attr == "reformat" or getattr(node.func.value, "id", "") == "av":
+                used[node.func.attr] |= {keyword.arg for keyword in node.keywords if keyword.arg}
+    used["open"] |= LENIENT_METADATA.keys()
+    assert used["open"] >= {"options"}
+    assert used["reformat"] >= {"interpolation", "threads"}
+    assert {name: used[name] - known[name] for name in used} == {"open": set(), "reformat": set()}
+
+
+def test_the_declared_versions_of_pyav_are_those_whose_calls_were_tried() -> None:
+    """A new major took arguments away and changed what iterating over side data gives."""
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
+    (declared,) = [name for name in project["dependencies"] if name.startswith("av")]
+    assert declared == "av>=17.1,<20"
+    assert 17 <= int(av.__version__.partition(".")[0]) < 20
+
+
 # -------------------------------------------------------------------------------------------------------------- faults
 
 
@@ -225,7 +282,7 @@ def test_random_damage_gives_frames_or_a_video_error(square: Path, tmp_path: Pat
         content[position] ^= data.draw(st.integers(1, 255))
     path = tmp_path / "damaged.mp4"
     path.write_bytes(content)
-    known = ("truncated", "unreadable", "no_video_stream", "too_small", "too_large", "too_short")
+    known = ("truncated", "unreadable", "no_video_stream", "too_small", "too_large", "too_short", "odd_rotation")
     assert isinstance(result := outcome(path), int) or result in known
 
 

@@ -40,6 +40,9 @@ of memory. The decoder is told too, so that a stream cannot grow later."""
 MAX_PICTURE_BYTES = 2**29
 """Files of frame folders above this size are refused ("too_large"): `MAX_PIXELS` of four 16-bit channels, not packed."""
 
+LENIENT_METADATA: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
+"""Arguments of `av.open` that accept metadata in any encoding. PyAV 19 accepts it always and has no such argument."""
+
 _FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif"
 
 
@@ -160,7 +163,7 @@ def _open(path: Path) -> Iterator[tuple[Any, Any]]:
     try:
         # An absolute path cannot be taken for a URL. Metadata in an odd encoding is no reason to refuse a video.
         with _listening("matroska,webm") as complaints:  # opening reads ahead
-            container = av.open(str(path.absolute()), options=options, metadata_errors="replace")
+            container = av.open(str(path.absolute()), options=options, **LENIENT_METADATA)
     except (av.error.FFmpegError, OSError, ValueError) as error:
         raise _fault(path, "unreadable", f"is not a readable video ({_words(error)}); copy or encode it again", error) from error
     with container:
@@ -288,10 +291,10 @@ def _turns(path: Path, frame: Any) -> tuple[int, bool]:
     The display matrix puts a point (x, y) at (ax + cy, bx + dy); scales are left out (they are the pixel aspect's).
     Raises VideoError "odd_rotation" for a matrix that is none of the eight.
     """
-    data = next((bytes(item) for item in frame.side_data if item.type.name == "DISPLAYMATRIX"), None)
+    data = frame.side_data.get("DISPLAYMATRIX")
     if data is None:
         return 0, False
-    a, b, _, c, d, *_ = struct.unpack("=9i", data)
+    a, b, _, c, d, *_ = struct.unpack("=9i", bytes(data))
     right, down = complex(a, b), complex(c, d)  # where the picture's two directions go
     if right and down:
         right, down = right / abs(right), down / abs(down)
