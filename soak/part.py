@@ -24,12 +24,13 @@ from numpy.typing import NDArray
 from localmotion.perception.base import Recipe
 from localmotion.perception.extract import extract_folder
 from localmotion.video import ClipStore, VideoRef, decode, find_videos
-from localmotion.video.decode import LENIENT_METADATA
+from localmotion.video.libav import LENIENT_METADATA
 from localmotion.video.scan import scan
 from localmotion.video.workers import Lost, map_isolated
 from soak.mutations import make
 from soak.sources import Source, digest
 
+_SCALING = 0x20 | 0x2000 | 0x4000 | 0x40000 | 0x80000  # area, full chroma, accurate and the same on every machine: swscale.h
 RECIPE = Recipe(size=64, percept_size=64, tracks=4, redraw_rounds=0)
 MIN_FRAMES = 8
 PROMISES = (
@@ -148,7 +149,7 @@ def alone(item: tuple[VideoRef, str], size: int) -> str:
 
 def _plain(path: Path, size: int, held: int = 0, look: bool = False) -> str | None:
     """Digest of all frames by av alone, with so many decoded ones held, and the data beside each looked at or not; None when they
-    are to be turned to be shown."""
+    are to be turned to be shown, deinterlaced or mapped from HDR."""
     frames: list[NDArray[np.uint8]] = []
     recent: deque[Any] = deque(maxlen=held)
     reformatter = VideoReformatter()
@@ -160,7 +161,9 @@ def _plain(path: Path, size: int, held: int = 0, look: bool = False) -> str | No
                 turned = frame.side_data.get("DISPLAYMATRIX")
                 if turned and struct.unpack("=9i", bytes(turned))[:5] != (1 << 16, 0, 0, 0, 1 << 16):
                     return None
-            small = reformatter.reformat(frame, size, size, "rgb24", interpolation="AREA", threads=1)
+            if frame.interlaced_frame or frame.color_trc in (16, 18):  # these the library changes
+                return None
+            small = reformatter.reformat(frame, size, size, "gbrp", interpolation=_SCALING, threads=1)
             frames.append(np.asarray(small.to_ndarray(), np.uint8))
             recent.append(frame)
     return digest(np.stack(frames))

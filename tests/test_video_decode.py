@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from localmotion.errors import VideoError
 from localmotion.video import decode, iter_frames, probe, video_ref
-from localmotion.video.decode import LENIENT_METADATA
+from localmotion.video.libav import LENIENT_METADATA
 from video_files import encode, encode_sound, moving_square, remux, save_pictures, set_display_matrix
 
 T = 30

@@ -84,10 +84,11 @@ def collect(
     for name, value, least in (("episodes", episodes, 1), ("steps", steps, 0), ("noise", noise, 0)):
         if value < least:
             raise ConfigError(f"{name}={value} must be at least {least}")
-    if recipe is not None and recipe.frame_stride != 1:
-        raise ConfigError(
-            f"frame_stride={recipe.frame_stride}: a collected video has every agent step; use action_repeat instead"
-        )
+    for name, plain in (("frame_stride", 1), ("fps", 0)):
+        if recipe is not None and getattr(recipe, name) != plain:
+            raise ConfigError(
+                f"{name}={getattr(recipe, name):g}: a collected video has every agent step; use action_repeat instead"
+            )
     if steps and recipe is not None and steps < 2:
         raise ConfigError(f"steps={steps} is too short for motion; at least 2")
     side = recipe.percept_size if recipe else size

@@ -179,7 +179,7 @@ def stored_recipe(run: RunConfig, path: Path) -> Recipe | None:
 
 def streaming_recipe(recipe: Recipe) -> Recipe:
     """The recipe of a clip store as the streaming side uses it: no look-ahead, every environment frame."""
-    return replace(recipe, redraw_rounds=0, frame_stride=1)
+    return replace(recipe, redraw_rounds=0, frame_stride=1, fps=0.0)
 
 
 def to_batch(records: Sequence[dict[str, Any]], *, first: bool, device: torch.device) -> dict[str, Tensor]:

@@ -25,12 +25,16 @@ from localmotion.video.decode import iter_frames, memory_fault
 from localmotion.video.listing import VideoRef, find_videos
 from localmotion.video.spool import Spool
 from localmotion.video.store import Clip, ClipStore, ClipStoreWriter
+from localmotion.video.timing import Decoding
 from localmotion.video.workers import MEMORY_LIMIT, TIME_LIMIT, Lost, limited_memory, map_isolated
 
 TOGETHER = 16
 """Videos that a worker takes at once where a network on a GPU looks at them."""
 TOGETHER_FRAMES = 600
 """Frames after which it looks before it takes more: their flow at 128 px is 80 MB, and more pairs fill no GPU any better."""
+
+MIXED = 1.1
+"""Ratio of the highest to the lowest frame rate above which rates are mixed."""
 
 
 @dataclass
@@ -44,12 +48,24 @@ class ExtractSummary:
     seconds: float = 0.0
     rejected: dict[str, int] = field(default_factory=dict)
     flow: dict[str, float] = field(default_factory=dict)
+    rates: list[float] = field(default_factory=list)
+    """Lowest and highest frames per second, where they are mixed and the recipe has no `fps`."""
+    varying: int = 0
+    """Clips of variable frame rate, where the recipe has no `fps`."""
+    repeating: int = 0
+    """Clips with repeated frames, because their videos have fewer than the recipe's `fps`."""
 
     def lines(self) -> list[str]:
         """For people."""
         rate = f", {self.new} new in {self.seconds:.0f} s ({self.new / self.seconds:.1f} clips/s)" if self.new else ""
         out = [f"{self.clips} clips, {self.frames:,} frames in {self.store}{rate}"]
         out += [f"  rejected {number}: {reason}" for reason, number in sorted(self.rejected.items())]
+        mixed = [f"rates {self.rates[0]:g} to {self.rates[1]:g} fps are mixed"] if self.rates else []
+        mixed += [f"{self.varying} clips have a variable frame rate"] if self.varying else []
+        if mixed:
+            out.append(f"  {', '.join(mixed)}; --fps N makes one time step one time")
+        if self.repeating:
+            out.append(f"  {self.repeating} clips repeat frames, because their videos have fewer than --fps asks for")
         if not self.flow:
             return out
         values = ", ".join(f"{key} {value:.3f}" for key, value in self.flow.items())
@@ -80,14 +96,14 @@ def extract_many(
     cv2.setNumThreads(1)
     key = recipe.hash()
     results: dict[str, Clip | dict[str, str] | _Refused] = {}
-    waiting: list[tuple[VideoRef, NDArray[np.uint8], bool]] = []
+    waiting: list[tuple[VideoRef, NDArray[np.uint8], dict[str, Any]]] = []
 
     def look() -> None:
-        for (ref, frames, cut_short), motion in zip(waiting, _motions(_EXTRACTORS[key], waiting), strict=True):
+        for (ref, frames, info), motion in zip(waiting, _motions(_EXTRACTORS[key], waiting), strict=True):
             if isinstance(motion, _Refused):
                 results[ref.id] = motion
             else:
-                results[ref.id] = _clip(frames, motion, recipe, ref.id, ref.label, {"cut_short": cut_short})
+                results[ref.id] = _clip(frames, motion, recipe, ref.id, ref.label, info)
         waiting.clear()
 
     try:
@@ -109,7 +125,9 @@ def extract_many(
     return [results[ref.id] for ref in refs]
 
 
-def _motions(extractor: ClipExtractor, videos: list[tuple[VideoRef, NDArray[np.uint8], bool]]) -> Sequence[ClipMotion | _Refused]:
+def _motions(
+    extractor: ClipExtractor, videos: list[tuple[VideoRef, NDArray[np.uint8], dict[str, Any]]]
+) -> Sequence[ClipMotion | _Refused]:
     """Motion of all; where that fails, of each alone, so that what fits a GPU only by itself is done and the error names its video."""
     try:
         return extractor.extract_many([(frames, ref.id) for ref, frames, _ in videos])
@@ -119,15 +137,18 @@ def _motions(extractor: ClipExtractor, videos: list[tuple[VideoRef, NDArray[np.u
         return [_Refused(f"{videos[0][0].path}: {error}")]
 
 
-def _decoded(ref: VideoRef, recipe: Recipe, min_frames: int, max_frames: int) -> tuple[NDArray[np.uint8], bool]:
-    """Frames (T, percept_size, percept_size, 3) of one video, and whether there would be more."""
-    stream = iter_frames(ref, recipe.percept_size, recipe.frame_stride)
+def _decoded(ref: VideoRef, recipe: Recipe, min_frames: int, max_frames: int) -> tuple[NDArray[np.uint8], dict[str, Any]]:
+    """Frames (T, percept_size, percept_size, 3) of one video; whether there would be more (cut_short) and what `Decoding.take` has."""
+    found = Decoding()
+    stream = iter_frames(
+        ref, recipe.percept_size, recipe.frame_stride, fps=recipe.fps, legacy=recipe.legacy_decoding, found=found
+    )
     try:
         decoded = list(itertools.islice(stream, max_frames))
         if len(decoded) < max(min_frames, 2):
             raise VideoError(ref.path, "too_short", f"has {len(decoded)} frames, {min_frames} are needed")
-        cut_short = len(decoded) == max_frames and _goes_on(stream)
-        return np.stack(decoded), cut_short
+        info = found.take()
+        return np.stack(decoded), info | {"cut_short": len(decoded) == max_frames and _goes_on(stream)}
     except MemoryError as error:
         raise memory_fault(ref.path) from error
 
@@ -276,6 +297,12 @@ def _summary(out: Path, new: int, seconds: float) -> ExtractSummary:
     summary.clips, summary.frames = len(store), int(store.lengths.sum())
     for entry in store.rejected:
         summary.rejected[entry["reason"]] = summary.rejected.get(entry["reason"], 0) + 1
+    rates = [info["fps"] for info in store.infos if "fps" in info]
+    if rates and not store.recipe.get("fps"):
+        if max(rates) > MIXED * min(rates):
+            summary.rates = [min(rates), max(rates)]
+        summary.varying = sum(bool(info.get("vfr")) for info in store.infos)
+    summary.repeating = sum("repeated" in info for info in store.infos)
     if len(store):
         summary.flow = {key: round(value, 6) for key, value in flow_distribution(store).items()}
         temporary = out / "flow.json.tmp"

@@ -9,6 +9,7 @@ import shlex
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,7 @@ def check_recipe(values: Any, where: Path | str) -> Recipe:
     Raises ConfigError for unknown names, wrong types and ranges, and for options of a backend that choose whose code runs: a repository or
     folder other than the pinned one counts only when `TRUSTED` names it, because a file may have come from somebody else.
     """
-    plain = Recipe().to_json()
+    plain = asdict(Recipe())
     try:
         if not isinstance(values, dict):
             raise ConfigError("a recipe is a mapping of settings")

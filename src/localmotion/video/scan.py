@@ -50,7 +50,7 @@ class VideoReport:
     decoder_timeout, decoder_memory."""
     detail: str = ""
     warnings: tuple[str, ...] = ()
-    """`code: detail` each: rotation, mirrored, vfr, high_bit_depth, odd_size, pixel_aspect, scene_cut, repeated_frames,
+    """`code: detail` each: rotation, mirrored, interlaced, hdr, vfr, high_bit_depth, odd_size, pixel_aspect, scene_cut, repeated_frames,
     list_mismatch."""
     kind: str = "file"
     label: int | str | None = None
@@ -223,8 +223,12 @@ def _encoding_warnings(ref: VideoRef, info: VideoInfo) -> Iterator[str]:
         yield f"rotation: shown turned by {info.rotation} degrees"
     if info.mirrored:
         yield "mirrored: shown with left and right swapped"
+    if info.interlaced:
+        yield "interlaced: a picture holds two moments; deinterlaced"
+    if info.hdr:
+        yield f"hdr: {info.hdr.upper()}, mapped to standard range"
     if info.vfr:
-        yield "vfr: variable frame rate; pictures are used as if equally spaced"
+        yield "vfr: variable frame rate; pictures are used as if equally spaced, unless an fps is given"
     if info.bits > 8:
         yield f"high_bit_depth: {info.bits} bits, reduced to 8"
     if info.width % 2 or info.height % 2:
