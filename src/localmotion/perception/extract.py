@@ -60,12 +60,12 @@ class ExtractSummary:
         rate = f", {self.new} new in {self.seconds:.0f} s ({self.new / self.seconds:.1f} clips/s)" if self.new else ""
         out = [f"{self.clips} clips, {self.frames:,} frames in {self.store}{rate}"]
         out += [f"  rejected {number}: {reason}" for reason, number in sorted(self.rejected.items())]
-        mixed = [f"rates {self.rates[0]:g} to {self.rates[1]:g} fps are mixed"] if self.rates else []
-        mixed += [f"{self.varying} clips have a variable frame rate"] if self.varying else []
+        mixed = [f"rates {round(self.rates[0], 1):g} to {round(self.rates[1], 1):g} fps are mixed"] if self.rates else []
+        mixed += [f"clips of variable frame rate: {self.varying}"] if self.varying else []
         if mixed:
             out.append(f"  {', '.join(mixed)}; --fps N makes one time step one time")
         if self.repeating:
-            out.append(f"  {self.repeating} clips repeat frames, because their videos have fewer than --fps asks for")
+            out.append(f"  clips with repeated frames: {self.repeating}; their videos have fewer than --fps asks for")
         if not self.flow:
             return out
         values = ", ".join(f"{key} {value:.3f}" for key, value in self.flow.items())

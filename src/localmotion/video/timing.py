@@ -88,7 +88,7 @@ def resampled(pictures: Iterator[Picture], fps: float, path: Path, usual: float 
     """The picture shown nearest to each of the times 0, 1 / fps, 2 / fps, ... behind the first one.
 
     Of two equally near ones, up to the rounding of times to ``tick`` seconds, the earlier is taken. The last picture
-    lasts as long as the one before it, but no longer than is ``usual``. A picture comes again, as the same object, where
+    lasts as long as the one before it, but no longer than twice what is ``usual``. A picture comes again, as the same object, where
     the video has fewer than ``fps``. ``usual``: recorded frames per second, also for pictures without time; None where
     unknown. Raises VideoError "odd_times" where times go back by more than a second or jump by more than `MAX_GAP`; one
     of ``pictures`` comes when all pictures before it are out.
@@ -123,7 +123,7 @@ def resampled(pictures: Iterator[Picture], fps: float, path: Path, usual: float 
                 number += 1
         held = picture._replace(seconds=seconds)
     if held is not None:
-        gap = min(gap, 1 / usual) if usual else gap
+        gap = min(gap, 2 / usual) if usual else gap
         while number == 0 or 2 * (origin + number / fps) <= 2 * held.seconds + gap * 1.001:
             yield held
             number += 1
