@@ -15,7 +15,7 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
-from localmotion.video.libav import ERRORS, fault, words
+from localmotion.video.libav import ERRORS, fault, memory_fault, words
 
 _AREA, _FULL_CHR_H_INT, _FULL_CHR_H_INP, _ACCURATE_RND, _BITEXACT = 0x20, 0x2000, 0x4000, 0x40000, 0x80000
 _FLAGS = _AREA | _FULL_CHR_H_INT | _FULL_CHR_H_INP | _ACCURATE_RND | _BITEXACT  # names of libswscale/swscale.h
@@ -62,6 +62,10 @@ class Converter:
                 frame.colorspace = _BT2020
             wide = int(frame.color_primaries) in (_UNSPECIFIED, _BT2020)
             return tone_mapped(self._scaled(frame, width, height, "rgb48le", _FLAGS).to_ndarray(), transfer, wide=wide)
+        except cv2.error as error:
+            if error.code != cv2.Error.StsNoMem:
+                raise
+            raise memory_fault(self._path) from error
         except ERRORS as error:
             detail = f"pictures of format {frame.format.name} cannot be converted to RGB ({words(error)})"
             raise fault(self._path, "unreadable", detail, error) from error

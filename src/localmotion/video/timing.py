@@ -80,7 +80,7 @@ class Decoding:
         for name in ("repeated", "interlaced", "hdr"):
             if value := getattr(self, name):
                 found[name] = value
-        self.__init__(self.rate, self.tick)  # type: ignore[misc]
+        vars(self).update(vars(Decoding(self.rate, self.tick)))
         return found
 
 
