@@ -148,6 +148,8 @@ def extract_many(tasks: Sequence[Task], recipe: Recipe, limits: Limits, memory: 
 
 def _motions(extractor: ClipExtractor, spans: list[_Span]) -> Sequence[ClipMotion | Refused]:
     """Motion of all; where that fails, of each alone, so that what fits a GPU only by itself is done and the error names its video."""
+    if not spans:
+        return []
     try:
         return extractor.extract_many([(span.frames, clip_id(span.ref.id, span.start, span.stop)) for span in spans])
     except LocalmotionError as error:

@@ -97,7 +97,7 @@ def outdated(known: Known, ref: VideoRef, limits: Limits) -> str:
         return "limits" if frames and limits.spans(int(frames[1])) else ""
     if ref.fault is not None:
         return "" if known.reason == ref.fault[0] else "changed"
-    if record.get("fault") or _changed(record, ref):
+    if record.get("fault") or _changed(record, ref, known.reason == "unreadable"):
         return "changed"
     before = Limits(record["min_frames"], record["max_frames"], record["max_clips"])
     if known.reason not in ("", "too_short"):
@@ -115,13 +115,14 @@ def check_record(record: dict[str, Any]) -> bool:
     return numbers and optional and kinds and record["max_frames"] > 0
 
 
-def _changed(record: dict[str, Any], ref: VideoRef) -> bool:
+def _changed(record: dict[str, Any], ref: VideoRef, unreadable: bool) -> bool:
     now = size_and_time(ref)
     if record["bytes"] != now["bytes"]:
         return True
-    if record["mtime_ns"] == now["mtime_ns"] and record["content"] is not None:
+    closed = unreadable and record["content"] is None  # it may be open now, with neither size nor time changed
+    if record["mtime_ns"] == now["mtime_ns"] and not closed:
         return False
-    return record["content"] != content(ref)  # copied or touched, or not readable then
+    return record["content"] != content(ref)  # only copied or touched?
 
 
 def _files(ref: VideoRef) -> list[Path]:

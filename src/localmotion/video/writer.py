@@ -197,7 +197,7 @@ class ClipStoreWriter:
             partial.mkdir()
             shard: dict[str, Any] = {"clips": [], "files": {}} | ({"replaces": sorted(replaces)} if replaces else {})
             self._write_clips(partial, clips, shard)
-            self._check_ids(index, [entry["id"] for entry in [*shard["clips"], *rejected]])
+            self._check_ids(index, shard["clips"], rejected)
             for name, entries in {"rejected.jsonl": rejected, "videos.jsonl": videos}.items():
                 if entries or name == "rejected.jsonl":
                     write(
@@ -239,10 +239,12 @@ class ClipStoreWriter:
                 sync(files[name])
                 shard["files"][spec.file] = {"bytes": offset * spec.frame_bytes, "sha256": digests[name].hexdigest()}
 
-    def _check_ids(self, index: int, ids: Sequence[str]) -> None:
-        for clip_id in ids:
-            check_id(clip_id)
-        if len(set(ids)) != len(ids):
+    def _check_ids(self, index: int, clips: Sequence[dict[str, Any]], rejected: Sequence[dict[str, Any]]) -> None:
+        refused = [str(entry["id"]) for entry in rejected]
+        for name in refused:
+            check_id(name)
+        stored, videos = [entry["id"] for entry in clips], {video_of(entry) for entry in clips}
+        if len(set(stored)) != len(stored) or len(set(refused)) != len(refused) or videos & set(refused):
             raise StoreError(f"{self.path}: shard {index:05d} was given an id twice; ids must be unique")
 
     def _check(self, clip: Clip) -> None:
