@@ -84,11 +84,11 @@ class Spool:
             self.path.rmdir()
 
     def clear(self) -> None:
-        """Forget everything, leftovers of processes that died included."""
-        if self.path.is_dir():
-            for file in self.path.iterdir():
+        """Forget everything, leftovers of processes that died included; what processes at work share stays."""
+        for pattern in ("*.npz", "*.partial-*"):
+            for file in self.path.glob(pattern):
                 file.unlink(missing_ok=True)
-            self.path.rmdir()
+        self.drop([])
 
     def _file(self, name: str) -> Path:
         return self.path / f"{hashlib.sha256(os.fsencode(name)).hexdigest()[:32]}.npz"
