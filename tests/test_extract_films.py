@@ -153,7 +153,7 @@ def test_an_hour_is_not_in_memory_at_once(tmp_path: Path, monkeypatch: pytest.Mo
             nonlocal alive
             alive -= 1
 
-    def endless(*_: Any) -> Iterator[NDArray[np.uint8]]:
+    def endless(*_: Any, **__: Any) -> Iterator[NDArray[np.uint8]]:
         nonlocal alive, most
         for number in range(400):
             alive += 1
