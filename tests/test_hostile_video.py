@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from soak.structure import png
 
 from localmotion.errors import VideoError
 from localmotion.perception.base import Recipe
-from localmotion.perception.extract import extract_folder
+from localmotion.perception.extract import extract_folder, in_this_process
 from localmotion.video import ClipStore, decode, find_videos, iter_frames, probe, video_ref
 from localmotion.video.listing import MAX_DEPTH, shown
 from localmotion.video.scan import scan
@@ -201,16 +201,19 @@ def test_the_time_limit_reaches_the_workers_and_what_is_lost_is_told(tmp_path: P
         function: Callable[[object], object], items: list[object], workers: int, timeout: float
     ) -> Iterator[tuple[int, object]]:
         limits.append(timeout)
-        yield 1, Lost("decoder_timeout", f"decoding took more than {timeout:g} seconds")
-        yield 0, function(items[0])
+        items = list(items)
+        if items:
+            yield 1, Lost("decoder_timeout", f"decoding took more than {timeout:g} seconds")
+            result = function(items[0])
+            yield 0, list(in_this_process(result)) if isinstance(result, Generator) else result
 
     monkeypatch.setattr("localmotion.video.scan.map_isolated", hung)
-    monkeypatch.setattr("localmotion.perception.extract.map_isolated", hung)
+    monkeypatch.setattr("localmotion.perception.extract.stream_isolated", hung)
     told = ("decoder_timeout", "decoding took more than 7 seconds")
     found = {v.id: (v.reason, v.detail) for v in scan(tmp_path, timeout=7, memory=None).videos}
     assert found == {"good.mp4": ("", ""), "long.mp4": told}
     summary = extract_folder(tmp_path, tmp_path / ".store", FAST, timeout=7, memory=None)
-    assert (summary.clips, summary.rejected, limits) == (1, {"decoder_timeout": 1}, [7, 7])
+    assert (summary.clips, summary.rejected, limits) == (1, {"decoder_timeout": 1}, [7, 7, 7])
     assert [(entry["id"], entry["reason"], entry["detail"]) for entry in ClipStore(tmp_path / ".store").rejected] == [
         ("long.mp4", *told)
     ]

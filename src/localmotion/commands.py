@@ -95,6 +95,8 @@ def extract(args: argparse.Namespace) -> None:
             _recipe_of(args),
             list_file=args.list_file,
             min_frames=args.min_frames,
+            max_frames=args.max_frames,
+            max_clips=args.max_clips,
             workers=args.workers if args.workers is not None else (os.cpu_count() or 1),
             progress=advance,
             together=args.together,

@@ -67,13 +67,13 @@ def read_bytes(path: Path, limit: int) -> bytes:
         return file.read(limit + 1)[:limit]
 
 
-def parse_json(text: str | bytes) -> Any:
-    """A JSON value. Raises ValueError for anything that is not one, or that is nested too deep."""
+def parse_json(text: str | bytes, values: int = MAX_VALUES) -> Any:
+    """A JSON value. Raises ValueError for anything that is not one, that is nested too deep, or that holds more than ``values`` values."""
     try:
         value = json.loads(text)
     except RecursionError as error:
         raise ValueError(f"is nested deeper than {MAX_DEPTH} levels") from error
-    check_tree(value)
+    check_tree(value, values=values)
     return value
 
 
@@ -111,14 +111,37 @@ def links_out_of(root: Path) -> Iterator[Path]:
                 folders.append(entry.path)
 
 
-def refuse_links(root: Path, error: type[LocalmotionError], *, folders: bool = True) -> None:
-    """Raise ``error`` for a symbolic link below ``root`` that leads out of it; without ``folders`` links to folders are let be.
+_trusted = False  # whether links out of stores and runs are followed; set by `trust_links`
 
-    A folder from somebody else must not make us show one of the user's files, or write into one, under a name of its own.
+
+def trust_links(trusted: bool = True) -> None:
+    """Let `refuse_links` accept every link, in this process: for stores and runs of one's own that lie partly elsewhere.
+
+    Clusters and git-annex put links to other disks in the place of large files. The command line sets it with ``--follow-links``.
     """
+    global _trusted
+    _trusted = trusted
+
+
+def links_trusted() -> bool:
+    """Whether `trust_links` is on, for those who start further processes of this program."""
+    return _trusted
+
+
+def refuse_links(root: Path, error: type[LocalmotionError], *, folders: bool = True) -> None:
+    """Raise ``error`` for a symbolic link below ``root`` that leads out of it; without ``folders`` links to folders are accepted.
+
+    A folder from somebody else must not make us show one of the user's files, or write into one, under a name of its own. Does nothing
+    after `trust_links`.
+    """
+    if _trusted:
+        return
     for path in links_out_of(root):
         if folders or not path.is_dir():
-            raise error(f"{path}: is a link to a place outside of {root}; put the file itself there")
+            raise error(
+                f"{path}: is a link to a place outside of {root}; put the file itself there, "
+                "or give --follow-links if the links are your own"
+            )
 
 
 class Lock:

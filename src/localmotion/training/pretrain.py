@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +58,12 @@ def pretrain(run: RunConfig, path: Path) -> Path:
     out.status("running", update=start)
     clock, spent = time.perf_counter(), {"data": 0.0, "update": 0.0}
     try:
-        with StopRequest() as stop, progress("pretrain", settings.updates, "updates", start) as advance:
+        with closing(train), StopRequest() as stop, progress("pretrain", settings.updates, "updates", start) as advance:
+            train.load_state_dict({"index": start})
             for update in range(start, settings.updates):
                 stop.check()
                 began = time.perf_counter()
-                batch = to_device(train.batch(update), compute)
+                batch = to_device(next(train), compute)  # batch `update`; the next one is read meanwhile
                 spent["data"] += time.perf_counter() - began
                 began = time.perf_counter()
                 metrics = updater.pretrain(batch)

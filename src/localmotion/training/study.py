@@ -42,7 +42,7 @@ from localmotion import methods
 from localmotion.config import Stage, compose
 from localmotion.console import say
 from localmotion.errors import ConfigError, LocalmotionError, unknown_name
-from localmotion.files import check_tree, one_line, read_bytes, read_json
+from localmotion.files import check_tree, links_trusted, one_line, read_bytes, read_json
 from localmotion.training.interrupt import StopRequest
 
 _STUDY = {"name", "preset", "settings", "tasks", "seeds", "pretrain", "variants"}
@@ -195,6 +195,8 @@ def _start(job: Job, out: Path, jobs: int) -> subprocess.Popen[bytes]:
     arguments = job.arguments(out)
     if jobs > 1 and not any(text.startswith("threads=") for text in job.settings):
         arguments += ["--set", f"threads={max((os.cpu_count() or 1) // jobs, 1)}"]
+    if links_trusted():
+        arguments += ["--follow-links"]
     # A session of its own: Ctrl-C reaches it through us, once.
     with (out / "console" / f"{job.name}.log").open("ab") as log:
         return subprocess.Popen([sys.executable, "-m", "localmotion", *arguments], stdout=log, stderr=log, start_new_session=True)
