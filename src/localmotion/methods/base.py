@@ -67,6 +67,11 @@ class Method(nn.Module):
         self.compiled = False
         """Whether parts of it are compiled (`training.compiled`)."""
 
+    @classmethod
+    def lengths(cls, config: Any, stage: str) -> tuple[int, int | None]:
+        """Shortest and longest sequence T (None: any) that the losses of a stage can take, with the method's settings."""
+        return 2, None
+
     # Learning ---------------------------------------------------------------------------------------------------------------
 
     def pretrain_losses(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
