@@ -174,4 +174,16 @@ def test_a_lock_is_not_taken_through_a_link(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(LocalmotionError, match="not a regular file"), locked(tmp_path / "pipe", "held", LocalmotionError):
         pass
-    Lock(tmp_path / "fine").release()
+    lock = Lock(tmp_path / "fine")
+    lock.release()
+    (tmp_path / "fine").unlink()
+    assert Lock(tmp_path / "fine").taken
+
+
+def test_a_directory_in_which_nothing_was_written_is_removed_again(tmp_path: Path) -> None:
+    run = compose("dreamer_v2", "train", preset="debug", env="dmc:cartpole_balance", settings=("env_options={camera: 99}",))
+    (tmp_path / "mine").mkdir()
+    for name in ("new", "mine"):
+        with pytest.raises(ConfigError, match="camera 99"):
+            finetune(run, tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]

@@ -125,7 +125,7 @@ def test_settings_that_can_never_update_are_refused_before_anything_is_written(
     run = run_of(name, *settings.split())
     with pytest.raises(ConfigError, match=said):
         finetune(run, tmp_path / "run")
-    assert not (tmp_path / "run" / "config.json").exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_study_refuses_a_run_that_could_never_update(tmp_path: Path) -> None:

@@ -168,7 +168,8 @@ class Lock:
         if not stat.S_ISREG(os.fstat(self.handle).st_mode):
             os.close(self.handle)
             raise OSError(errno.EINVAL, "is not a regular file")
-        self.taken = _flock(self.handle)
+        # A file that its holder has removed since it was opened is nobody's lock.
+        self.taken = _flock(self.handle) and os.fstat(self.handle).st_nlink > 0
         if self.taken:
             os.ftruncate(self.handle, 0)
             os.pwrite(self.handle, f"{socket.gethostname()} {os.getpid()}\n".encode(), 0)

@@ -121,16 +121,25 @@ LOCK = ".lock"
 def claimed(path: Path, what: str = "run") -> Iterator[None]:
     """Keep the directory ``path`` of a run (or a study), which is made, for this process within.
 
+    Where it was not there and nothing was written in it, it is removed again.
+
     Raises CheckpointError where another process has it, or where nothing can be written.
     """
     check_output(path, CheckpointError, folder=True)
+    made = not path.exists()
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be made ({error.strerror or error}); choose another place") from error
     refusal = f"{path}: this {what} is running already; wait for it, or choose another place"
     with locked(path / LOCK, refusal, CheckpointError):
-        yield
+        try:
+            yield
+        finally:
+            if made and [entry.name for entry in path.iterdir()] == [LOCK]:
+                with contextlib.suppress(OSError):
+                    (path / LOCK).unlink()
+                    path.rmdir()
 
 
 class RunDir:
