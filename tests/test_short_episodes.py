@@ -141,18 +141,24 @@ def test_a_study_refuses_a_run_that_could_never_update(tmp_path: Path) -> None:
 
 
 def test_a_run_without_an_update_fails_and_goes_on_with_more_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Its only episode lasts longer than its budget, which cannot be known beforehand."""
+    """The random episode ends two agent steps before the budget, and no update is due in these."""
     command = ["train", "--method", "dreamer_v2", "--preset", "debug", "--env", "toy:dot", "--run", str(tmp_path / "run")]
-    command += ["--threads", "1", "--precision", "fp32", "--device", "cpu", "--prefill", "30", "--warmup_updates", "1"]
+    command += ["--threads", "1", "--precision", "fp32", "--device", "cpu", "--prefill", "30", "--warmup_updates", "0"]
     with pytest.raises(SystemExit) as stop:
-        main([*command, "--env_steps", "45"])
+        main([*command, "--env_steps", "52"])
     assert stop.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "no update was made in 45 env steps" in line
+    assert "no update was made in 52 env steps" in line
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"
     main([*command, "--env_steps", "60"])
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "finished"
     assert checkpoint.read_state(checkpoint.newest(tmp_path / "run"))["update"] > 0
+
+
+def test_a_random_episode_longer_than_the_run_ends_with_the_prefill(tmp_path: Path) -> None:
+    out = finetune(run_of("dreamer_v2", "env_options={time_limit: 1000}"), tmp_path / "run")
+    assert [(row["random"], row["length"]) for row in rows(out, "episode")] == [(True, 30), (False, 50)]
+    assert rows(out, "train")[-1]["update"] == 11  # one of the warm-up, ten of 50 agent steps
 
 
 def test_an_episode_of_a_reset_alone_is_counted_in_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,7 +62,8 @@ class OnlineConfig:
     length: int = 50
     """Trajectory segment length T, agent steps."""
     prefill: int = 5_000
-    """Random exploration before learning, environment steps. Paper: 5000 Meta-World, 1000 DMC."""
+    """Random exploration before learning, environment steps. Paper: 5000 Meta-World, 1000 DMC. Learning begins with the next episode; a
+    random episode that would last to the end of the run ends where the prefill does."""
     warmup_updates: int = 100
     """Updates on the prefill data before acting with the policy (IPV 2.3)."""
     freeze_updates: int = 100

@@ -155,6 +155,8 @@ class _Learner:
         self.updater, self.repeat, self.stop = updater, repeat, stop
         self.compute = updater.compute
         online = run.online
+        limit: int = observer.env.describe()["time_limit"]  # type: ignore[attr-defined]
+        self.longest = -(-limit // repeat)  # agent steps of an episode that its time limit ends
         recipe = observer.recipe if online.replay_flow == "int8" else None
         self.replay = Replay(
             observer.spec(),
@@ -184,11 +186,6 @@ class _Learner:
     def budget(self) -> int:
         """Agent steps in all."""
         return -(-self.run.online.env_steps // self.repeat)
-
-    @property
-    def longest(self) -> int:
-        """Agent steps of an episode that its time limit ends."""
-        return -(-int(self.observer.env.describe()["time_limit"]) // self.repeat)  # type: ignore[attr-defined]
 
     def learn(self) -> None:
         """Prefill, warm up, then act, update, evaluate and save by their clocks."""
@@ -246,7 +243,7 @@ class _Learner:
         self.spent["act"] += time.perf_counter() - began
         done = self._advance(playing, action)
         self.agent_step += 1
-        done = done or self.agent_step >= self.budget
+        done = done or self.agent_step >= self.budget or self._prefilled(playing)
         self.replay.add(playing.record, last=done)
         if playing.learning and self.agent_step % online.train_every == 0:
             self._update()
@@ -259,6 +256,15 @@ class _Learner:
             self.out.log("episode", **self.counters(), **{"return": playing.total}, length=length, random=random, **extra)
             if playing.learning and self.agent_step - self.last_save >= online.save_every:
                 self.save()
+
+    def _prefilled(self, playing: _Playing) -> bool:
+        """Whether a random episode ends here: the prefill is over, and it would last to the end of the run, so nothing would be learned."""
+        began = self.agent_step - len(playing.actions)
+        return (
+            not playing.learning
+            and began + self.longest >= self.budget
+            and self.agent_step * self.repeat >= self.run.online.prefill
+        )
 
     def _broken(self, error: SimulationError) -> None:
         """The environment failed: its episode ends there, as by a time limit, and a fresh environment begins the next one.
