@@ -76,7 +76,7 @@ def test_a_bonus_window_ends_where_its_episode_ends() -> None:
 
 @pytest.mark.parametrize("name", methods.names())
 def test_every_method_learns_from_episodes_shorter_than_its_sequences(name: str, tmp_path: Path) -> None:
-    out = finetune(run_of(name, "env_options={time_limit: 4}"), tmp_path / "run")
+    out = finetune(run_of(name, "env_options={time_limit: 4}", "env_steps=60"), tmp_path / "run")
     trained = rows(out, "train")
     assert len(trained) >= 5
     assert all(value == value for row in trained for value in row.values())  # no NaN
@@ -86,7 +86,7 @@ def test_every_method_learns_from_episodes_shorter_than_its_sequences(name: str,
 
 @pytest.mark.parametrize("storage", ["memory", "disk", "device"])
 def test_a_run_of_short_episodes_goes_on_where_it_stopped(storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = run_of("dreamer_v2", "env_options={time_limit: 3}", f"replay_storage={storage}", "replay_capacity=60")
+    run = run_of("dreamer_v2", "env_options={time_limit: 3}", f"replay_storage={storage}", "replay_capacity=50", "env_steps=60")
     if storage == "device":  # on this machine the CPU stands for the device
         monkeypatch.setattr("localmotion.training.finetune.device_memory", lambda device: 10**9)
     whole = finetune(run, tmp_path / "whole")
