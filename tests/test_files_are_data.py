@@ -410,8 +410,15 @@ def test_environments_and_backends_are_registry_names(copied: Callable[[str], Pa
     for name in ("os:system", "os.system", "toy:../dot"):
         refused(ConfigError, "environment", lambda name=name: make_env(name))
     run = copied("online")
-    change(run / "config.json", env_options={"seed": 1})
-    refused(ConfigError, "option of 'toy:dot'", lambda: load_run(run, device="cpu"))
+    for options, said in (
+        ({"seed": 1}, "option seed=1 of toy:dot: it is set by --seed"),
+        ({"name": "dmc:walker_walk"}, "option name="),
+        ({"videos": "/etc"}, "no options but time_limit"),
+        ({"time_limit": "x" * 10**6}, "option time_limit=.* whole number"),
+        ({"x" * 10**6: 1}, "option x"),
+    ):
+        change(run / "config.json", env_options=options)
+        refused(ConfigError, said, lambda: load_run(run, device="cpu"))
 
 
 @pytest.mark.parametrize(

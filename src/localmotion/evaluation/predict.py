@@ -15,7 +15,7 @@ from localmotion.compute import Compute
 from localmotion.config import RunConfig
 from localmotion.errors import ConfigError, LocalmotionError, VideoError
 from localmotion.evaluation.heldout import CONTEXT_FRAMES, open_loop_errors, predicts
-from localmotion.evaluation.load import load_run
+from localmotion.evaluation.load import at_least, load_run
 from localmotion.evaluation.rollout import stored_recipe
 from localmotion.methods.base import Method
 from localmotion.perception.base import Recipe
@@ -90,8 +90,7 @@ def predict(
     the future; IPV and APV: prior. Raises CheckpointError, StoreError or VideoError; ConfigError when a run cannot predict from video
     alone.
     """
-    if not checkpoints or clips < 1 or windows < 1:
-        raise ConfigError(f"predict wants at least one checkpoint, clip and window, got {len(checkpoints)}, {clips}, {windows}")
+    at_least(checkpoints=(len(checkpoints), 1), clips=(clips, 1), windows=(windows, 1), seed=(seed, 0))
     runs = _load(checkpoints, device)
     length = min(each.run.pretrain.length for each in runs)
     with tempfile.TemporaryDirectory(prefix="localmotion-") as scratch:
@@ -133,8 +132,8 @@ def _predict(
         for begin in range(0, len(chosen[0]), AT_ONCE):
             part = slice(begin, begin + AT_ONCE)
             batch = {k: v.to(each.compute.device) for k, v in sampler.windows(chosen[0][part], chosen[1][part]).items()}
-            torch.manual_seed(seed + begin)
-            with each.compute.autocast():
+            with each.compute.own_randomness(), each.compute.autocast():
+                torch.manual_seed(seed + begin)
                 scores, drawn = open_loop_errors(each.method, batch)
             for name, value in scores.items():
                 kind, row = name.split("/")

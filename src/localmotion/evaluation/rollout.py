@@ -32,7 +32,7 @@ def episode_seed(seed: int, stream: str, episode: int) -> int:
 
     Training and evaluation never share random numbers, and a resumed run meets the same episodes.
     """
-    mixed = np.random.SeedSequence([seed, {"train": 0, "eval": 1, "prefill": 2, "collect": 3}[stream], episode])
+    mixed = np.random.SeedSequence([seed, {"train": 0, "eval": 1, "prefill": 2, "collect": 3, "policy": 4}[stream], episode])
     return int(mixed.generate_state(1)[0] >> 1)
 
 

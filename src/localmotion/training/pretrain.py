@@ -18,9 +18,10 @@ from localmotion.errors import ConfigError, StoreError
 from localmotion.evaluation.heldout import CONTEXT_FRAMES, open_loop_errors, reconstruction_errors
 from localmotion.methods.base import Method
 from localmotion.training import checkpoint, graphs
+from localmotion.training.checks import check_length
 from localmotion.training.faults import dump
 from localmotion.training.interrupt import Interrupted, StopRequest
-from localmotion.training.rundir import RunDir, read_environment
+from localmotion.training.rundir import RunDir, claimed, read_environment
 from localmotion.training.update import DivergedError, Updater, to_floats
 from localmotion.video.sample import WindowSampler
 from localmotion.video.store import ClipStore
@@ -34,6 +35,12 @@ def pretrain(run: RunConfig, path: Path) -> Path:
     cls = methods.get(run.method)
     if not cls.can_pretrain:
         raise ConfigError(f"method {run.method} has no pre-training stage; use localmotion train")
+    check_length(cls, run)
+    with claimed(path):
+        return _pretrain(run, path, cls)
+
+
+def _pretrain(run: RunConfig, path: Path, cls: type[Method]) -> Path:
     store = ClipStore(Path(run.data))
     settings = run.pretrain
     train = WindowSampler(
@@ -106,7 +113,7 @@ def pretrain(run: RunConfig, path: Path) -> Path:
     except BaseException as error:
         out.status("failed", update=updater.update, error=str(error))
         raise
-    out.status("finished", update=settings.updates)
+    out.status("finished", update=updater.update)
     return path
 
 
