@@ -190,8 +190,7 @@ def _packets(path: Path, container: Any, stream: Any) -> Iterator[Any]:
     count = 0
     demuxer = container.demux(stream)
     kind = container.format.name
-    stream_like = kind in streams.FORMATS.split(",")
-    names = [kind] if stream_like or kind == "matroska,webm" else []
+    names = [kind] if kind in ("matroska,webm", *streams.FORMATS.split(",")) else []
     while True:
         try:
             with _listening(*names) as complaints:
@@ -203,8 +202,7 @@ def _packets(path: Path, container: Any, stream: Any) -> Iterator[Any]:
             raise _fault(path, "truncated", f"data break off behind {count} packets ({_words(error)})", error) from error
         if complaints:
             raise VideoError(path, "truncated", f"is damaged behind {count} packets ({complaints[0]})")
-        if stream_like and packet.is_corrupt:
-            raise VideoError(path, "truncated", f"is damaged behind {count} packets")
+        streams.check_packet(path, kind, packet, count)
         count += 1
         yield packet
 

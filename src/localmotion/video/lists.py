@@ -207,7 +207,7 @@ def _entries(value: Any) -> list[_Row]:
                 fields["template"] = _unbracketed(fields["template"])
             rows.append(_row(place, fields, name))
         elif name is not None:
-            rows.append(_Row(place, (name,), _label(inner)))
+            rows.append(_Row(place, (name,), _label(inner, place)))
         elif isinstance(inner, str | int) and not isinstance(inner, bool):
             rows.append(_Row(place, (str(inner),)))
         else:
@@ -327,19 +327,19 @@ def _row(place: str, fields: Mapping[str, Any], name: str | None = None) -> _Row
     start, end = (_seconds(fields.get(key)) for key in ("time_start", "time_end"))
     if start is not None and end is not None:  # Kinetics: the part of a film that is the clip is in the file's name
         names.insert(0, f"{names[0]}_{start:06d}_{end:06d}")
-    return _Row(place, tuple(names), _label(first(LABEL_COLUMNS)), _count(first(FRAME_COLUMNS)))
+    return _Row(place, tuple(names), _label(first(LABEL_COLUMNS), place), _count(first(FRAME_COLUMNS)))
 
 
 def _column(cell: str) -> str:
     return re.sub(r"[\s-]+", "_", cell.strip().lower())
 
 
-def _label(value: Any) -> int | str | None:
+def _label(value: Any, place: str = "") -> int | str | None:
     """A class: a number where it is one, else text; None for nothing. Raises ValueError for a list or object."""
     if value is None or value == "":
         return None
     if not isinstance(value, str | int | float):
-        raise ValueError(f"a label is neither text nor a number: {one_line(value, 80)}")
+        raise ValueError(f"{place}: the label is neither text nor a number: {one_line(value, 80)}")
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     text = str(value)

@@ -1,7 +1,8 @@
 """Whether a file is whole, for containers that do not say how long they are: MPEG streams, ASF, FLV, Ogg, Motion JPEG.
 
 Their demuxers look for the next place that makes sense and leave out what lies between, without an error. Here the parts of a file
-are followed from its first byte to its last. A stream that was cut between two parts looks whole: nothing in it says more should come.
+are followed from its first byte to its last. Two things cannot be seen: that an MPEG stream was cut between two parts, as nothing in it
+says that more should come, and damage inside a part that the decoder does not notice.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import mmap
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,7 +20,21 @@ from localmotion.errors import VideoError
 FORMATS = "mpegts,mpeg,asf,flv,ogg,mjpeg"
 """FFmpeg's names of the containers that `check_stream` knows."""
 
+_KINDS = FORMATS.split(",")
 Data = mmap.mmap | bytes
+
+
+def check_packet(path: Path, kind: str, packet: Any, count: int) -> None:
+    """Raise VideoError "truncated" for a packet of container `kind` behind `count` others that is damaged, by its demuxer's account, or
+    in Motion JPEG is not just one whole picture; packets of other kinds are let be."""
+    if kind not in _KINDS or not packet.size:
+        return
+    damaged = packet.is_corrupt
+    if kind == "mjpeg" and not damaged:
+        data = bytes(packet)
+        damaged = b"\xff\xd9\xff\xd8" in data or not data.endswith(b"\xff\xd9")
+    if damaged:
+        raise VideoError(path, "truncated", f"is damaged behind {count} packets; copy it again or convert it to .mp4")
 
 
 def check_stream(path: Path, kind: str) -> None:
@@ -33,7 +49,7 @@ def check_stream(path: Path, kind: str) -> None:
     except (OSError, ValueError) as error:
         raise VideoError(path, "unreadable", f"cannot be read: {error}") from error
     if at is not None:
-        raise VideoError(path, "truncated", f"is cut off or damaged at byte {at} of {size}; copy it again")
+        raise VideoError(path, "truncated", f"is cut off or damaged at byte {at} of {size}; copy it again or convert it to .mp4")
 
 
 def _transport_stream(data: Data) -> int | None:
@@ -102,6 +118,9 @@ def _asf(data: Data) -> int | None:
 def _flv(data: Data) -> int | None:
     """FLV: tags, each followed by its own length, to the end."""
     at = int.from_bytes(data[5:9], "big") + 4
+    place = data[:4096].find(b"\0\x08filesize\0")
+    if place >= 0 and place + 19 <= len(data) and struct.unpack_from(">d", data, place + 11)[0] > len(data):
+        return len(data)
     while at < len(data):
         head = data[at : at + 11]
         length = 11 + int.from_bytes(head[1:4], "big")
@@ -135,16 +154,10 @@ def _ogg(data: Data) -> int | None:
     return None if ended == numbers.keys() else len(data)
 
 
-def _motion_jpeg(data: Data) -> int | None:
-    """Pictures one behind the other: the last one must have its end."""
-    return None if data[-2:] == b"\xff\xd9" else len(data)
-
-
 _WALKS: dict[str, Callable[[Data], int | None]] = {
     "mpegts": _transport_stream,
     "mpeg": _program_stream,
     "asf": _asf,
     "flv": _flv,
     "ogg": _ogg,
-    "mjpeg": _motion_jpeg,
 }
