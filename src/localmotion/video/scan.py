@@ -102,7 +102,7 @@ class ScanReport:
         if found["frames_min_median_max"]:
             lines[0] += " ({} to {} a video, median {})".format(*(found["frames_min_median_max"][i] for i in (0, 2, 1)))
         if rejected:
-            lines.append(f"{len(rejected)} rejected:")
+            lines.append(f"{len(rejected)} rejected")
         for reason, count in found["rejected"].items():
             which = [f"{shown(v.id)} ({v.detail})" for v in rejected if v.reason == reason][:examples]
             lines.append(f"  rejected  {reason:<18}{count:>6}  {'; '.join(which)}{' ...' if count > examples else ''}")

@@ -53,16 +53,26 @@ def check_stream(path: Path, kind: str) -> None:
 
 
 def _transport_stream(data: Data) -> int | None:
-    """MPEG-TS: packets of 188 bytes, with four more before (M2TS) or sixteen behind, that begin with 0x47."""
+    """MPEG-TS (ISO 13818-1, 2.4): packets of 188 bytes, with four more before (M2TS) or sixteen behind, that begin with 0x47 and
+    are counted in each of their streams."""
     for size, before in ((188, 0), (192, 4), (204, 0)):
         if len(data) >= size and data[before] == 0x47 and (len(data) < 2 * size or data[before + size] == 0x47):
-            whole = len(data) // size
-            sync = np.frombuffer(data, np.uint8, whole * size).reshape(whole, size)[:, before]
-            wrong = np.flatnonzero(sync != 0x47)
-            if len(wrong):
-                return int(wrong[0]) * size
-            return None if len(data) % size == 0 else whole * size
-    return 0
+            break
+    else:
+        return 0
+    whole = len(data) // size
+    packets = np.frombuffer(data, np.uint8, whole * size).reshape(whole, size)[:, before:]
+    wrong = np.flatnonzero(packets[:, 0] != 0x47).tolist()
+    stream = (packets[:, 1].astype(np.uint16) & 0x1F) << 8 | packets[:, 2]
+    restarts = (packets[:, 3] & 0x20 != 0) & (packets[:, 4] > 0) & (packets[:, 5] & 0x80 != 0)
+    for number in np.unique(stream[:: max(1, whole // 100_000)]):
+        if number != 0x1FFF:  # filling
+            (at,) = np.nonzero((stream == number) & (packets[:, 3] & 0x10 != 0))
+            step = np.diff(packets[at, 3]) & 15
+            wrong += at[1:][(step > 1) & ~restarts[at[1:]]].tolist()  # a packet may come twice
+    if wrong:
+        return min(wrong) * size
+    return None if len(data) % size == 0 else whole * size
 
 
 def _program_stream(data: Data) -> int | None:
