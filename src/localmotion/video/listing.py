@@ -28,7 +28,7 @@ from localmotion.video.refs import (
 )
 from localmotion.video.series import arrange
 
-__all__ = ["MAX_DEPTH", "VIDEO_SUFFIXES", "VideoRef", "find_videos", "frame_files", "shown", "usable_videos"]
+__all__ = ["IMAGE_SUFFIXES", "MAX_DEPTH", "VIDEO_SUFFIXES", "VideoRef", "find_videos", "frame_files", "shown", "usable_videos"]
 
 MAX_DEPTH = 64
 """Folders nested deeper than this below the root are refused ("unreadable"): no collection is, and the walk must end."""
