@@ -9,12 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from localmotion.errors import VideoError
 from localmotion.perception.base import Recipe
 from localmotion.perception.extract import extract_folder
 from localmotion.video import ClipStore, VideoRef, find_videos
 from localmotion.video.scan import scan
+from localmotion.video.store import check_id
 from video_files import encode, moving_square, save_pictures
 
 
@@ -274,3 +277,31 @@ def test_text_that_only_begins_like_json_is_text(tmp_path: Path) -> None:
     assert labels(tmp_path / "in", write_list(tmp_path / "list.txt", "[red] a.mp4 9 1")) == {"[red] a.mp4": (1, 9)}
     assert labels(tmp_path / "in", write_list(tmp_path / "list.txt", "[red] a")) == {"[red] a.mp4": (None, None)}
     assert isinstance(find_videos(tmp_path / "in")[0], VideoRef)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.one_of(
+        st.binary(max_size=200),
+        st.text(alphabet='1a\n\t,; "[]{}:\\\0é', max_size=80).map(str.encode),
+        st.recursive(
+            st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=5),
+            lambda inner: (
+                st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(["id", "label", "template", "100"]), inner)
+            ),
+            max_leaves=12,
+        ).map(lambda value: json.dumps(value).encode()),
+    )
+)
+def test_lists_of_any_bytes_are_read_or_refused_in_one_line(tmp_path: Path, root: Path, content: bytes) -> None:
+    (tmp_path / "list.json").write_bytes(content)
+    found: list[VideoRef] = []
+    refused = None
+    try:
+        found = find_videos(root, tmp_path / "list.json")
+    except VideoError as error:
+        refused = error
+    assert refused is None or (refused.reason in ("bad_list", "empty") and refused.detail.isprintable())
+    assert len({ref.id for ref in found}) == len(found)
+    for ref in found:
+        check_id(ref.id)
