@@ -27,9 +27,9 @@ def square(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return encode(tmp_path_factory.mktemp("square") / "square.mp4", moving_square(T))
 
 
-def reason_of(path: Path) -> VideoError:
+def reason_of(path: Path, size: int | None = 32) -> VideoError:
     with pytest.raises(VideoError) as caught:
-        decode(video_ref(path), 32)
+        decode(video_ref(path), size)
     assert caught.value.path == str(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -335,9 +335,16 @@ def test_two_series_in_one_folder_are_not_mixed(tmp_path: Path) -> None:
     assert reason_of(tmp_path / "frames").reason == "mixed_frames"
 
 
-def test_pictures_of_changing_size_become_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("size", [None, 32, 64])
+def test_pictures_of_several_sizes_are_not_squashed_into_one(tmp_path: Path, size: int | None) -> None:
     folder = save_pictures(tmp_path / "frames", moving_square(2), "{}.png")
     save_pictures(folder, moving_square(2, 128, 96), "{}.png", first=3)
-    assert decode(video_ref(folder), None).shape == (4, 48, 64, 3)
+    error = reason_of(folder, size=size)
+    assert error.reason == "mixed_sizes"
+    assert "3.png has 128x96 pixels, the pictures before it 64x48" in error.detail
+    assert len(decode(video_ref(folder), size, max_frames=2)) == 2
+
+
+def test_pictures_that_are_too_small_are_refused(tmp_path: Path) -> None:
     save_pictures(tmp_path / "tiny", moving_square(2, 15, 40), "{}.png")
     assert reason_of(tmp_path / "tiny").reason == "too_small"

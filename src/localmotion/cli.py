@@ -185,7 +185,12 @@ TRAINING = {
 
 def _videos(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("videos", type=Path, help="folder of mp4/webm/mkv/avi/mov/gif files or of frame folders")
-    sub.add_argument("--list", type=Path, dest="list_file", help="list file in SSV2's layout: id frames label a line")
+    sub.add_argument(
+        "--list",
+        type=Path,
+        dest="list_file",
+        help="use these videos only: ids a line, `id n_frames class_id`, CSV or JSON, say SSV2's lists",
+    )
     sub.add_argument("--min-frames", type=int, default=25, help="shorter videos are rejected (paper: 25)")
     sub.add_argument(
         "--workers",

@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING, Any
 
-from localmotion.errors import ConfigError
+from localmotion.errors import ConfigError, LocalmotionError
 from localmotion.files import check_output
 
 if TYPE_CHECKING:
@@ -82,6 +82,8 @@ def scan(args: argparse.Namespace) -> None:
     if args.manifest:
         found.save(args.manifest)
         say(f"manifest: {args.manifest}")
+    if (message := found.nothing_usable()) is not None:
+        raise LocalmotionError(message)
 
 
 def extract(args: argparse.Namespace) -> None:

@@ -20,7 +20,7 @@ from localmotion.evaluation.rollout import stored_recipe
 from localmotion.methods.base import Method
 from localmotion.perception.base import Recipe
 from localmotion.perception.extract import extract_one
-from localmotion.video.listing import find_videos
+from localmotion.video.listing import usable_videos
 from localmotion.video.sample import Split, WindowSampler
 from localmotion.video.store import Clip, ClipStore, ClipStoreWriter
 
@@ -200,7 +200,7 @@ def _extracted(
     progress: Callable[[int, int | None, str], object] | None,
 ) -> tuple[dict[str, ClipStore], list[str]]:
     """Clips of ``count`` of the videos in ``data``, drawn at random, by each recipe; and why others were left out."""
-    refs = find_videos(data)
+    refs = usable_videos(data)
     refs = [refs[i] for i in np.random.default_rng(seed).permutation(len(refs))]
     stores: dict[str, ClipStore] = {}
     reasons: dict[str, str] = {}

@@ -13,8 +13,6 @@ from __future__ import annotations
 import errno
 import os
 import stat
-import struct
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,10 +27,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localmotion.errors import VideoError
+from localmotion.video import streams
 from localmotion.video.colour import Converter, hdr_of
 from localmotion.video.container import check_complete, quarter_turns
 from localmotion.video.libav import ERRORS, LENIENT_METADATA, fault, listening, memory_fault, words
 from localmotion.video.listing import VideoRef, frame_files, shown
+from localmotion.video.pictures import picture_size
 from localmotion.video.timing import Decoding, Picture, deinterlaced, resampled
 
 MIN_SIDE = 16
@@ -43,7 +43,7 @@ of memory. The decoder is told too, so that a stream cannot grow later."""
 MAX_PICTURE_BYTES = 2**29
 """Files of frame folders above this size are refused ("too_large"): `MAX_PIXELS` of four 16-bit channels, not packed."""
 
-_FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif"
+_FORMATS = f"mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,{streams.FORMATS}"
 
 
 @dataclass(frozen=True)
@@ -237,17 +237,20 @@ def _packets(path: Path, container: Any, stream: Any) -> Iterator[Any]:
     breaks."""
     count = 0
     demuxer = container.demux(stream)
-    names = [name for name in ("matroska,webm",) if name == container.format.name]
+    kind = container.format.name
+    names = [kind] if kind in ("matroska,webm", *streams.FORMATS.split(",")) else []
     while True:
         try:
             with listening(*names) as complaints:
                 packet = next(demuxer)
         except StopIteration:
+            streams.check_stream(path, kind)
             return
         except (av.error.FFmpegError, OSError) as error:
             raise fault(path, "truncated", f"data break off behind {count} packets ({words(error)})", error) from error
         if complaints:
             raise VideoError(path, "truncated", f"is damaged behind {count} packets ({complaints[0]})")
+        streams.check_packet(path, kind, packet, count)
         count += 1
         yield packet
 
@@ -326,9 +329,15 @@ def _folder_frames(
 ) -> Iterator[NDArray[np.uint8]]:
     files = frame_files(ref.path)[start::stride][:max_frames]
     shape: tuple[int, int] | None = (size, size) if size else None
+    first: tuple[int, ...] | None = None
     for number, file in enumerate(files):
         image = _read_image(file, number, ref)
         shape = shape or (image.shape[1], image.shape[0])
+        first = first or image.shape
+        if image.shape != first:
+            (height, width), (usual_height, usual_width) = image.shape[:2], first[:2]
+            what = f"{shown(file.name)} has {width}x{height} pixels, the pictures before it {usual_width}x{usual_height}"
+            raise VideoError(ref.path, "mixed_sizes", f"{what}; keep pictures of one size in a folder")
         if image.shape[1::-1] != shape:
             image = cv2.resize(image, shape, interpolation=cv2.INTER_AREA)
         yield np.ascontiguousarray(image[..., ::-1])
@@ -344,17 +353,19 @@ def _read_image(file: Path, number: int, ref: VideoRef) -> NDArray[np.uint8]:
     except OSError as error:
         wrong = "too_large" if error.errno == errno.EFBIG else reason
         raise VideoError(ref.path, wrong, f"cannot read {name}: {error.strerror}") from error
-    size = _png_size(data) if data[:8] == _PNG else _jpeg_size(data)
+    try:
+        size = picture_size(data, file.suffix.lower())
+    except ValueError as error:
+        raise VideoError(ref.path, reason, f"{name} {error}") from error
+    _check_size(ref, *size)
     image = None
-    if size is not None:
-        _check_size(ref, *size)
-        try:
-            image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
-        except cv2.error as error:
-            if error.code == cv2.Error.StsNoMem:
-                raise memory_fault(ref.path) from error
+    try:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+    except cv2.error as error:
+        if error.code == cv2.Error.StsNoMem:
+            raise memory_fault(ref.path) from error
     if image is None:
-        raise VideoError(ref.path, reason, f"{name} is not a whole JPEG or PNG picture")
+        raise VideoError(ref.path, reason, f"{name} cannot be decoded; it is damaged or of a kind that is not read")
     return np.asarray(image, np.uint8)
 
 
@@ -368,48 +379,6 @@ def _read_regular(file: Path) -> bytes:
         if status.st_size > MAX_PICTURE_BYTES:
             raise OSError(errno.EFBIG, f"has {status.st_size} bytes, more than {MAX_PICTURE_BYTES}")
         return stream.read(status.st_size)
-
-
-_PNG = b"\x89PNG\r\n\x1a\n"
-_MAX_MARKERS = 2**17  # parts of a picture file that are looked at: as many as `MAX_PICTURE_BYTES` hold of the usual 8 KiB, twice
-
-
-def _png_size(data: bytes) -> tuple[int, int] | None:
-    """Width and height of a PNG picture; None unless every chunk up to the closing one is there with its right checksum."""
-    at = 8
-    size: tuple[int, int] | None = None
-    for _ in range(_MAX_MARKERS):
-        if at + 12 > len(data):
-            return None
-        length, kind = struct.unpack_from(">I4s", data, at)
-        end = at + 8 + length
-        if end + 4 > len(data) or zlib.crc32(memoryview(data)[at + 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
-            return None
-        if kind == b"IHDR" and length >= 8:
-            size = struct.unpack_from(">II", data, at + 8)
-        if kind == b"IEND":
-            return size
-        at = end + 4
-    return None
-
-
-def _jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """Width and height of a JPEG picture; None when it is none, or its data end before the closing marker."""
-    if data[:2] != b"\xff\xd8" or data.rfind(b"\xff\xd9") <= data.rfind(b"\xff\xda"):
-        return None
-    at = 2
-    for _ in range(_MAX_MARKERS):
-        if at + 9 > len(data) or data[at] != 0xFF:
-            return None
-        kind = data[at + 1]
-        if 0xC0 <= kind <= 0xCF and kind not in (0xC4, 0xC8, 0xCC):  # start of frame, of whatever coding
-            height, width = struct.unpack_from(">HH", data, at + 5)
-            return width, height
-        # Fill bytes and markers without content have no length.
-        at += (
-            1 if kind == 0xFF else 2 if kind == 0x01 or 0xD0 <= kind <= 0xD8 else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-        )
-    return None
 
 
 def _check_size(ref: VideoRef, width: int, height: int) -> None:
