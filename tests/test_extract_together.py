@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +19,8 @@ from localmotion.perception.extract import _results, extract_folder
 from localmotion.video.workers import Lost
 from localmotion.video.write import write_video
 from perception_scenes import SIDE, scene
+from waiting import jump_when_hanging
+from worker_acts import act_on_all
 
 RECIPE = Recipe(percept_size=SIDE, tracks=12, segment_frames=8)
 SMALL = Recipe(size=32, percept_size=32, tracks=4, redraw_rounds=1, segment_frames=8)
@@ -173,22 +172,14 @@ def test_what_fails_together_is_done_alone_and_the_error_names_the_video(tmp_pat
     assert store_bytes(tmp_path / "one") == store_bytes(tmp_path / "bad")
 
 
-def act(items: Sequence[str]) -> list[str]:
-    for item in items:
-        if item == "dies":
-            os.kill(os.getpid(), signal.SIGSEGV)
-        if item == "hangs":
-            time.sleep(100)
-    return [item.upper() for item in items]
-
-
-def test_a_worker_that_dies_or_hangs_costs_one_video_of_its_group() -> None:
-    items: list[Any] = ["a", "dies", "b", "hangs"]
-    found = dict(_results(act, items, 1, 1.0, 2))  # type: ignore[arg-type]
+def test_a_worker_that_dies_or_hangs_costs_one_video_of_its_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hangs = f"hang {jump_when_hanging(monkeypatch, tmp_path)}"
+    items: list[Any] = ["a", "segfault", "b", hangs]
+    found = dict(_results(act_on_all, items, 1, 1.0, 2))  # type: ignore[arg-type]
     assert {items[i]: value for i, value in found.items() if not isinstance(value, Lost)} == {x: x.upper() for x in "ab"}
     assert {items[i]: value.reason for i, value in found.items() if isinstance(value, Lost)} == {
-        "dies": "decoder_crash",
-        "hangs": "decoder_timeout",
+        "segfault": "decoder_crash",
+        hangs: "decoder_timeout",
     }
 
 

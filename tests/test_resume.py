@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +33,7 @@ from localmotion.training.pretrain import pretrain
 from localmotion.training.trees import leaves_of, with_leaves
 from localmotion.training.update import Updater
 from method_batches import CPU, make, make_batch
+from waiting import holds, wait_until
 
 PRETRAINING = [name for name in methods.names() if methods.get(name).can_pretrain]
 
@@ -213,11 +213,9 @@ def test_a_signal_saves_and_says_so_in_the_exit_code(number: int, code: int, tmp
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
     )
     try:
-        metrics, until = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 90
-        while time.monotonic() < until and not (metrics.exists() and '"train"' in metrics.read_text()):
-            time.sleep(0.1)
+        wait_until(lambda: holds(tmp_path / "run" / "metrics.jsonl", '"train"'), process)
         os.kill(process.pid, number)
-        _, said = process.communicate(timeout=60)
+        _, said = process.communicate()
     finally:
         process.kill()
     assert process.returncode == code

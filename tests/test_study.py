@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ import pytest
 from localmotion.cli import main
 from localmotion.errors import ConfigError
 from localmotion.training.study import RunsFailedError, load_study, run_study, slug, state
+from waiting import holds, wait_until
 
 STUDY = """
 name: tiny
@@ -126,13 +126,9 @@ def test_an_interrupted_study_lets_its_runs_save(number: int, code: int, ctrl_c:
     )
     run = out / "runs" / "DreamerV2-toy_dot-0"
     try:
-        until = time.monotonic() + 90
-        while time.monotonic() < until and not (
-            (run / "metrics.jsonl").exists() and "eval" in (run / "metrics.jsonl").read_text()
-        ):
-            time.sleep(0.2)
+        wait_until(lambda: holds(run / "metrics.jsonl", "eval"), process)
         os.kill(process.pid, number)
-        assert process.wait(60) == code
+        assert process.wait() == code
     finally:
         process.kill()
     assert state(run) == "interrupted"
