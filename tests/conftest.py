@@ -76,11 +76,10 @@ def pytest_testnodedown(node: Any) -> None:
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     slowest = sorted(_tests.items(), key=lambda item: -item[1])[:SLOWEST]
-    if len(_tests) > SLOWEST:
-        whole = sum(os.times()[:2]) + sum(_workers) if _workers else cpu_seconds()
-        terminalreporter.section(f"{SLOWEST} slowest of {len(_tests)} tests, CPU seconds; all, with imports: {whole:.0f}")
-        for name, seconds in slowest:
-            terminalreporter.write_line(f"{seconds:7.2f}  {name}")
+    whole = sum(os.times()[:2]) + sum(_workers) if _workers else cpu_seconds()
+    terminalreporter.section(f"{len(slowest)} slowest of {len(_tests)} tests, CPU seconds; all, with imports: {whole:.0f}")
+    for name, seconds in slowest:
+        terminalreporter.write_line(f"{seconds:7.2f}  {name}")
 
 
 # --------------------------------------------------------------------------------------------------------------- data
