@@ -15,8 +15,9 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import settings
 
+import property_examples
 from localmotion.perception.base import Recipe
 from localmotion.perception.extract import extract_folder
 from localmotion.video.write import write_video
@@ -24,12 +25,7 @@ from localmotion.video.write import write_video
 torch.set_num_threads(1)
 cv2.setNumThreads(1)
 
-# Property tests. `make test` draws the same examples every time; `make test-slow` draws new ones, many more (property_examples.py).
-# No deadline and no health check looks at the clock: a busy machine is not a fault.
-CLOCKLESS: dict[str, Any] = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
-settings.register_profile("quick", max_examples=100, derandomize=True, database=None, **CLOCKLESS)
-settings.register_profile("long", max_examples=2000, print_blob=True, **CLOCKLESS)
-settings.load_profile("quick")
+settings.load_profile(property_examples.QUICK)
 
 
 # ----------------------------------------------------------------------------------------- CPU seconds of every test
