@@ -31,11 +31,11 @@ types: setup
 	$(BIN)/mypy
 
 unit: setup
-	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
 
 # What takes minutes, and the property tests on many new examples.
 test-slow: setup
-	$(BIN)/python -m pytest -m "slow or hypothesis" --hypothesis-profile long
+	$(BIN)/python -m pytest -n 2 -m "slow or hypothesis" --hypothesis-profile long
 
 # What depends most on the versions of Python and of the packages, on another Python in an environment of its own:
 # make test-other PYTHON=python3.12 VENV=.venv312

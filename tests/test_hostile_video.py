@@ -54,7 +54,7 @@ def test_four_files_of_every_family_keep_every_promise(tmp_path: Path, capsys: p
     sources = make_sources(tmp_path / "sources", 0, 64, clips=1)
     assert len({source.path.suffix for source in sources}) == 6
     plan = list(enumerate([*FAMILIES] * 4))
-    found = run_part(plan, 0, sources, tmp_path / "part", Limits(), both=True)
+    found = run_part(plan, 0, sources, tmp_path / "part", Limits(seconds=1800), both=True)
     assert {name: cases for name, cases in found.broken.items() if cases} == {}
     families = [entry.family for entry in found.entries.values()]
     assert {name: families.count(name) >= 4 for name in FAMILIES} == dict.fromkeys(FAMILIES, True)
