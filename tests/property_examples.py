@@ -10,7 +10,7 @@ from typing import Any
 from hypothesis import HealthCheck, settings
 
 QUICK, LONG = "quick", "long"  # profiles, --hypothesis-profile
-_USUAL, _MANY = 100, 2000
+_USUAL, _MANY = 100, 5000
 _CLOCKLESS: dict[str, Any] = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile(QUICK, max_examples=_USUAL, derandomize=True, database=None, **_CLOCKLESS)
 settings.register_profile(LONG, max_examples=_MANY, print_blob=True, **_CLOCKLESS)

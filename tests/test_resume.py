@@ -91,14 +91,9 @@ def in_pieces(train: Any, run: RunConfig, path: Path) -> int:
             return stopped
 
 
+FLAGS = {"precision": "fp32", "device": "cpu", "threads": 1, "recipe": {"percept_size": 64}}
 # Episodes of 20 agent steps: several of them, and the ends of all clocks, within a hundred steps.
-FLAGS = {
-    "precision": "fp32",
-    "device": "cpu",
-    "threads": 1,
-    "recipe": {"percept_size": 64, "tracks": 8},
-    "env_options": {"time_limit": 20},
-}
+SHORT = {**FLAGS, "recipe": {"percept_size": 64, "tracks": 8}, "env_options": {"time_limit": 20}}
 
 
 @pytest.fixture
@@ -111,7 +106,7 @@ def no_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_online_run_in_pieces_is_the_whole_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped within prefill, warm-up, episodes and evaluations, at places that have nothing to do with its clocks."""
     few = ("env_steps=70", "prefill=25", "warmup_updates=4", "online.eval_every=25", "online.save_every=25")
-    run = compose(name, "train", preset="debug", env="toy:dot", flags=FLAGS, settings=few)
+    run = compose(name, "train", preset="debug", env="toy:dot", flags=SHORT, settings=few)
     whole = finetune(run, tmp_path / "whole")
     # An evaluation is made anew after a stop, so a piece must be longer than one: 20 looks, the last of the run 40.
     Stops(monkeypatch, 9, 47, 53)
@@ -132,7 +127,7 @@ def test_a_killed_online_run_goes_on_from_its_checkpoint(name: str, tmp_path: Pa
         "online.save_every=12",
         "eval_episodes=1",
     )
-    run = compose(name, "train", preset="debug", env="toy:dot", flags=FLAGS, settings=few)
+    run = compose(name, "train", preset="debug", env="toy:dot", flags=SHORT, settings=few)
     whole = finetune(run, tmp_path / "whole")
     Stops(monkeypatch, 61, 65, 69, 100_000, kind=Killed)
     assert in_pieces(finetune, run, tmp_path / "pieces") >= 2
@@ -142,15 +137,15 @@ def test_a_killed_online_run_goes_on_from_its_checkpoint(name: str, tmp_path: Pa
 def test_a_run_killed_before_it_could_say_finished_is_not_evaluated_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    few = ("env_steps=40", "prefill=15", "warmup_updates=1", "online.eval_every=100000", "eval_episodes=1")
-    run = compose("dreamer_v2", "train", preset="debug", env="toy:dot", flags=FLAGS, settings=few)
+    few = ("env_steps=90", "prefill=40", "warmup_updates=1", "online.eval_every=100000", "eval_episodes=1")
+    run = compose("dreamer_v2", "train", preset="debug", env="toy:dot", flags=SHORT, settings=few)
     whole = finetune(run, tmp_path / "whole")
     before = lines(whole)
     finetune(run, whole)
     assert lines(whole) == before
-    longer = replace(run, online=replace(run.online, env_steps=55))
+    longer = replace(run, online=replace(run.online, env_steps=130))
     finetune(longer, whole)
-    assert [row["agent_step"] for row in lines(whole) if row["kind"] == "eval" and row["final"]] == [40, 55]
+    assert [row["agent_step"] for row in lines(whole) if row["kind"] == "eval" and row["final"]] == [90, 130]
 
 
 @pytest.mark.parametrize("name", PRETRAINING)
@@ -176,7 +171,7 @@ def test_a_replay_kept_elsewhere_learns_the_same(no_evaluation: None, tmp_path: 
         "replay_capacity=60",
         "replay_storage=memory",
     )
-    run = compose("drp", "train", preset="debug", env="toy:dot", flags=FLAGS, settings=few)
+    run = compose("drp", "train", preset="debug", env="toy:dot", flags=SHORT, settings=few)
     whole = finetune(run, tmp_path / "whole")
     for storage in ("disk", "device"):
         elsewhere = replace(run, online=replace(run.online, replay_storage=storage))
@@ -193,7 +188,7 @@ def test_an_episode_of_a_simulator_is_played_again_exactly(
 ) -> None:
     """Physics, looks drawn at the reset, streaming perception and the policy's attention over time come back from seed and actions."""
     few = ("action_repeat=10", "env_steps=300", "prefill=100", "warmup_updates=1", "online.eval_every=100000")
-    run = compose("drp", "train", preset="debug", env=env, flags={**FLAGS, "env_options": {"time_limit": 200}}, settings=few)
+    run = compose("drp", "train", preset="debug", env=env, flags={**SHORT, "env_options": {"time_limit": 200}}, settings=few)
     whole = finetune(run, tmp_path / "whole")
     Stops(monkeypatch, 16, 1000)  # the policy has acted for six of the twenty agent steps of the first episode
     assert in_pieces(finetune, run, tmp_path / "pieces") == 1
@@ -326,7 +321,7 @@ def test_the_best_weights_are_those_of_the_best_evaluation(tmp_path: Path, monke
     monkeypatch.setattr(training, "MethodPolicy", Spy)
     monkeypatch.setattr(training, "evaluate", scripted)
     few = ("env_steps=200", "prefill=60", "online.eval_every=50")
-    run = compose("dreamer_v2", "train", preset="debug", env="toy:dot", flags={**FLAGS, "env_options": {}}, settings=few)
+    run = compose("dreamer_v2", "train", preset="debug", env="toy:dot", flags=FLAGS, settings=few)
     with pytest.raises(CheckpointError, match="no best checkpoint yet"):
         load_run(finetune_nothing(run, tmp_path / "empty"), which="best")
     out = finetune(run, tmp_path / "run")
@@ -369,7 +364,7 @@ def test_trees_come_back_from_their_leaves(tree: Any) -> None:
 def test_a_run_goes_on_in_the_precision_it_began_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Measured once: another day's measurement must not make it another run."""
     few = ("env_steps=100", "prefill=40", "warmup_updates=2", "online.eval_every=100000", "online.save_every=30")
-    flags = {**FLAGS, "precision": "auto", "env_options": {}}
+    flags = {**FLAGS, "precision": "auto"}
     run = compose("dreamer_v2", "train", preset="debug", env="toy:dot", flags=flags, settings=few)
     monkeypatch.setattr("localmotion.compute.bf16_speedup", lambda: (2e12, 1e12))
     Stops(monkeypatch, 80, 100_000)
