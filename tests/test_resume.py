@@ -138,7 +138,7 @@ def test_a_run_killed_before_it_could_say_finished_is_not_evaluated_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     few = ("env_steps=90", "prefill=40", "warmup_updates=1", "online.eval_every=100000", "eval_episodes=1")
-    run = compose("dreamer_v2", "train", preset="debug", env="toy:dot", flags=SHORT, settings=few)
+    run = compose("dreamer_v2", "train", preset="debug", env="toy:dot", flags=FLAGS, settings=few)
     whole = finetune(run, tmp_path / "whole")
     before = lines(whole)
     finetune(run, whole)
