@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RUN_DIR ?= demo_run
 export MUJOCO_GL ?= egl
 
-.PHONY: setup demo test lint types unit test-slow bench fuzz soak clean
+.PHONY: setup demo test lint types unit test-slow test-other bench fuzz soak clean
 
 setup: $(VENV)/.ready
 
@@ -31,10 +31,17 @@ types: setup
 	$(BIN)/mypy
 
 unit: setup
-	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
 
+# What takes minutes, and the property tests on many new examples.
 test-slow: setup
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n 2 -m "slow or hypothesis" --hypothesis-profile long
+
+# What depends most on the versions of Python and of the packages, on another Python in an environment of its own:
+# make test-other PYTHON=python3.12 VENV=.venv312
+OTHER := $(addprefix tests/test_,video_*.py hostile_video.py extract_*.py files*.py config.py perception*.py envs_toy.py replay.py runs.py)
+test-other: setup
+	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu" $(wildcard $(OTHER))
 
 # R2DREAMER=PATH to a checkout of NM512/r2dreamer, DREAMERV3=PATH to one of danijar/dreamerv3, to be timed beside DreamerV3.
 bench: setup
@@ -54,4 +61,4 @@ soak: setup
 	$(BIN)/python -m soak.memory --hours $(HOURS) --out $(SOAK_DIR)
 
 clean:
-	rm -rf $(VENV) $(RUN_DIR) $(FUZZ_DIR) $(SOAK_DIR)
+	rm -rf $(VENV) .venv312 $(RUN_DIR) $(FUZZ_DIR) $(SOAK_DIR)

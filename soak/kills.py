@@ -73,13 +73,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--length", type=int, default=120, help="updates of pre-training; fine-tuning takes 4 agent steps for each"
     )
+    parser.add_argument("--videos", type=int, default=12, help="clips to extract")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     args = parser.parse_args(argv)
     shutil.rmtree(args.out / "work", ignore_errors=True)
     work = args.out / "work"
     work.mkdir(parents=True)
     rng = np.random.default_rng(args.seed)
-    make_videos(work / "videos", args.seed)
+    make_videos(work / "videos", args.seed, args.videos)
     summary: dict[str, Any] = {}
     for name, stage in stages(work, args.length).items():
         if STAGES.index(name) > max(map(STAGES.index, args.stages)):
@@ -197,7 +198,7 @@ def stages(work: Path, length: int) -> dict[str, Stage]:
         return ["pretrain", "--data", str(store), "--run", str(out), *few, *clocks, *EXACT]
 
     def finetune(out: Path) -> list[str]:
-        clocks = ["--env_steps", str(4 * length), "--prefill", "60", "--online.save_every", "20", "--online.log_every", "3"]
+        clocks = ["--env_steps", str(4 * length), "--prefill", "40", "--online.save_every", "20", "--online.log_every", "3"]
         few = ["--method", "drp", "--preset", "debug", "--env", "toy:dot", "--online.eval_every", "120", "--eval_episodes", "1"]
         kept = ["--replay_capacity", "180", "--replay_storage", "disk" if out.name[-1] in "02468" else "memory"]
         return ["finetune", "--checkpoint", str(pre), "--run", str(out), *few, *clocks, *kept, *EXACT]
@@ -209,7 +210,7 @@ def stages(work: Path, length: int) -> dict[str, Stage]:
     }
 
 
-def make_videos(folder: Path, seed: int, count: int = 12) -> None:
+def make_videos(folder: Path, seed: int, count: int) -> None:
     """Short clips of a textured square that moves over a textured ground."""
     folder.mkdir()
     rng = np.random.default_rng(seed)

@@ -1,20 +1,84 @@
-"""Shared small data: made once, by the product itself."""
+"""What all tests share: one thread, examples of property tests, CPU seconds of each test, small data made by the product itself."""
 
 from __future__ import annotations
 
+import os
+from collections import defaultdict
+from collections.abc import Generator
 from pathlib import Path
+from typing import Any
+
+# Before torch is loaded, here and in every process that a test starts: several threads on shared cores wait for each other.
+os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 
 import cv2
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 
+import property_examples
 from localmotion.perception.base import Recipe
 from localmotion.perception.extract import extract_folder
 from localmotion.video.write import write_video
 
 torch.set_num_threads(1)
 cv2.setNumThreads(1)
+
+settings.load_profile(property_examples.QUICK)
+
+
+# ----------------------------------------------------------------------------------------- CPU seconds of every test
+
+SLOWEST = 15  # tests named at the end of a run
+_marks: list[float] = []
+_tests: defaultdict[str, float] = defaultdict(float)
+_workers: list[float] = []
+
+
+def cpu_seconds() -> float:
+    """User and system time of this process and of its children that have ended."""
+    return sum(os.times()[:4])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol() -> Generator[None, object, object]:
+    _marks[:] = [cpu_seconds()]
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, Any, Any]:
+    """Each report, of a test's setup, call and teardown, carries the seconds since the report before."""
+    report = yield
+    _marks.append(cpu_seconds())
+    report.cpu_seconds = _marks[-1] - _marks[-2]
+    return report
+
+
+def pytest_runtest_logreport(report: Any) -> None:
+    _tests[report.nodeid] += getattr(report, "cpu_seconds", 0.0)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):  # a worker of pytest-xdist tells the process that started it
+        session.config.workeroutput["cpu_seconds"] = cpu_seconds()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    _workers.append(getattr(node, "workeroutput", {}).get("cpu_seconds", 0.0))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    slowest = sorted(_tests.items(), key=lambda item: -item[1])[:SLOWEST]
+    whole = sum(os.times()[:2]) + sum(_workers) if _workers else cpu_seconds()
+    terminalreporter.section(f"{len(slowest)} slowest of {len(_tests)} tests, CPU seconds; all, with imports: {whole:.0f}")
+    for name, seconds in slowest:
+        terminalreporter.write_line(f"{seconds:7.2f}  {name}")
+
+
+# --------------------------------------------------------------------------------------------------------------- data
 
 
 def moving_squares(seed: int, frames: int = 30, side: int = 96) -> np.ndarray:

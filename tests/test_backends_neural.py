@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from localmotion.errors import ConfigError, LocalmotionError, MissingExtraError
@@ -19,6 +19,7 @@ from localmotion.perception import _neural
 from localmotion.perception.base import FlowBackend
 from localmotion.perception.grounded_sam import GroundedSam
 from localmotion.perception.sea_raft import Raft, SeaRaft
+from property_examples import examples
 
 torch.set_num_threads(1)
 
@@ -114,7 +115,7 @@ def test_sea_raft_gives_pixels_of_the_frames_and_takes_blue_first(ptlflow, heigh
     assert isinstance(backend, FlowBackend)
 
 
-@settings(max_examples=25, deadline=None)
+@examples(25)
 @given(st.integers(16, 200), st.integers(16, 200), st.integers(128, 200))
 def test_any_size_is_scaled_back_in_each_direction(height, width, min_side):
     backend = object.__new__(SeaRaft)

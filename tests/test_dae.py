@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
@@ -23,6 +23,7 @@ from localmotion.models.dae import (
     mae_loss,
     random_mask,
 )
+from property_examples import examples
 
 SMALL = DAEConfig(keypoints=3, patch=4, blocks=2, dim=16, heads=2, max_length=32)
 LITERAL = dataclasses.replace(SMALL, heads=1, attention_norm="none")
@@ -309,7 +310,7 @@ def test_masked_content_never_reaches_the_reconstruction() -> None:
     torch.testing.assert_close(model.reconstruct(motion, masked, episode), model.reconstruct(other, masked, episode))
 
 
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(st.integers(0, 10_000), st.sampled_from([0.3, 0.5, 0.7]))
 def test_mask_has_the_right_share_and_only_visible_tokens(seed: int, ratio: float) -> None:
     g = torch.Generator().manual_seed(seed)
@@ -320,7 +321,7 @@ def test_mask_has_the_right_share_and_only_visible_tokens(seed: int, ratio: floa
     assert torch.equal(masked.flatten(1).sum(1).float(), expected)
 
 
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(st.integers(0, 10_000), st.sampled_from([1, 4, 5, 16]))
 def test_crop_equals_a_loop_with_zero_padding(seed: int, patch: int) -> None:
     g = torch.Generator().manual_seed(seed)

@@ -320,13 +320,17 @@ def test_world_model_learns_a_batch() -> None:
     variance = float((image.flatten(0, 1).float() / 255).var(0).sum())
     for _ in range(80):
         metrics = updater.online(batch)
+        if float(metrics["loss/recon"]) < 0.3 * variance and float(metrics["loss/reward"]) < 1.0:
+            break
     assert float(metrics["loss/recon"]) < 0.3 * variance
     assert float(metrics["loss/reward"]) < 1.0  # from ln 255 = 5.5
 
 
 def test_a_run_trains_evaluates_and_resumes_to_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped right after its first checkpoint, as after kill -9: moments, range of returns and slow critic go on where they were."""
-    run = compose("dreamer_v3", "train", preset="debug", env="toy:dot", flags={"precision": "fp32", "device": "cpu"})
+    flags = {"precision": "fp32", "device": "cpu", "threads": 1}
+    few = ("env_steps=210", "prefill=60")
+    run = compose("dreamer_v3", "train", preset="debug", env="toy:dot", flags=flags, settings=few)
     whole = training.finetune(run, tmp_path / "whole")
     rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["final"] is True

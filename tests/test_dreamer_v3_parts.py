@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -19,6 +19,7 @@ from localmotion.models.observations import ImageDecoder, ImageEncoder, UpConv, 
 from localmotion.models.policies import BoundedNormal, OneHotPolicy
 from localmotion.models.rssm_block import BlockRSSM, State, kl_losses
 from localmotion.models.values import ReturnRange, TwoHot, bootstrapped_return, follow, symexp, symexp_bins, symlog
+from property_examples import examples
 
 # 1. Numbers of any scale ------------------------------------------------------------------------------------------------------
 
@@ -53,7 +54,7 @@ def numpy_two_hot(logits: np.ndarray, target: float, bins: np.ndarray) -> float:
     return float(-(vector * log_probs).sum())
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(st.floats(-6e8, 6e8, width=32), st.integers(0, 3))
 def test_two_hot_loss_and_its_gradient(target: float, seed: int) -> None:
     bins = symexp_bins(255)

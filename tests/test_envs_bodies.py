@@ -6,11 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from localmotion.envs.bodies import BODIES, Studio, choose_bodies, pattern, render_videos, smooth_actions
 from localmotion.errors import ConfigError
+from property_examples import examples
 
 
 def test_the_tasks_body_is_left_out() -> None:
@@ -98,7 +99,7 @@ def test_bodies_are_environments() -> None:
     assert all(TASKS[task][0] == body for body, task in BODIES.items())
 
 
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(seed=st.integers(0, 10**6), steps=st.integers(2, 200), dims=st.integers(1, 12), per_frame=st.integers(1, 5))
 def test_actions_are_smooth_and_in_range(seed: int, steps: int, dims: int, per_frame: int) -> None:
     actions = smooth_actions(np.random.default_rng(seed), steps, dims, per_frame)
@@ -108,7 +109,7 @@ def test_actions_are_smooth_and_in_range(seed: int, steps: int, dims: int, per_f
     assert np.abs(np.diff(actions, axis=0)).max() <= 2 * 0.9 * 2 * np.pi / (8 * per_frame) + 1e-9
 
 
-@settings(max_examples=15, deadline=None)
+@examples(15)
 @given(seed=st.integers(0, 10**6), side=st.sampled_from([32, 96, 300]), low=st.floats(0.1, 0.5))
 def test_patterns_keep_their_brightness(seed: int, side: int, low: float) -> None:
     picture = pattern(np.random.default_rng(seed), side, (low, low + 0.4))

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from localmotion.config import compose
@@ -28,6 +28,7 @@ from localmotion.envs.backgrounds import (
 from localmotion.envs.base import PixelEnv
 from localmotion.envs.camera_walk import from_sphere, looking, to_sphere
 from localmotion.errors import ConfigError, EnvError
+from property_examples import examples
 from test_envs_dmcr import actions, digest
 
 Make = Callable[..., PixelEnv]
@@ -94,7 +95,7 @@ def test_a_fresh_process_sees_the_same() -> None:
         "import sys; sys.path.insert(0, sys.argv[1]); from test_envs_distracting import KINDS, digest\n"
         "for kind in (0, 3, 4): print(digest(*KINDS[kind]))"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(Path(__file__).parent)], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code, str(Path(__file__).parent)], capture_output=True, text=True)
     assert done.stdout.split() == [digest(*kind) for kind in wanted], done.stderr
 
 
@@ -189,7 +190,7 @@ def test_sphere_coordinates_round_trip(vector: tuple[float, float, float]) -> No
 
 
 @given(st.tuples(*[st.floats(-3, 3)] * 3), st.booleans())
-@settings(max_examples=40)
+@examples(40)
 def test_cameras_look_where_they_should(eye: tuple[float, float, float], level: bool) -> None:
     if np.hypot(*eye[:2]) < 0.05:
         return  # straight above or below: level has no answer
@@ -206,7 +207,7 @@ def test_cameras_look_where_they_should(eye: tuple[float, float, float], level: 
 
 
 @given(st.integers(0, 2**31 - 1))
-@settings(max_examples=25, deadline=None)
+@examples(25)
 def test_playback_moves_by_one_and_bounces(seed: int) -> None:
     playback = Playback(ProceduralBackgrounds("all", None, 16), np.random.default_rng(seed))
     shown = [playback.index]

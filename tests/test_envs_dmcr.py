@@ -223,7 +223,7 @@ def test_a_fresh_process_sees_the_same() -> None:
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); from test_envs_dmcr import digest; print(digest('dmcr:hopper_stand', {}))"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(Path(__file__).parent)], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code, str(Path(__file__).parent)], capture_output=True, text=True)
     assert done.stdout.strip() == digest("dmcr:hopper_stand", {}), done.stderr
 
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from localmotion.envs.gl import choose_gl
 from localmotion.envs.meshes import merge_vertices, simplified
+from property_examples import examples
 
 choose_gl()
 import mujoco  # noqa: E402
 
 
-@settings(max_examples=50, deadline=None)
+@examples(50)
 @given(seed=st.integers(0, 10**6), count=st.integers(4, 60), cell=st.floats(0.01, 0.8), levels=st.integers(0, 3))
 def test_vertices_stay_within_a_cell_and_faces_stay_whole(seed: int, count: int, cell: float, levels: int) -> None:
     rng = np.random.default_rng(seed)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from localmotion.envs import make_env, toy
 from localmotion.envs.base import area_average
 from localmotion.envs.toy import BlockEnv, DotEnv
 from localmotion.errors import EnvError
+from property_examples import examples
 
 ACTION = np.array([0.7, -0.4], np.float32)
 
@@ -49,7 +50,7 @@ def test_optimal_and_random_returns_are_as_documented(env: DotEnv, random: float
     assert means["optimal"] == pytest.approx(optimal, abs=0.5)
 
 
-@settings(max_examples=50, deadline=None)
+@examples(50)
 @given(
     kind=st.sampled_from([DotEnv, BlockEnv]),
     seed=st.integers(0, 1000),
@@ -64,7 +65,7 @@ def test_no_policy_beats_the_optimal_one_in_a_step(kind: type[DotEnv], seed: int
     assert other.step(np.array(action, np.float32))[1] <= best + 1e-6
 
 
-@settings(max_examples=25, deadline=None)
+@examples(25)
 @given(seed=st.integers(0, 1000), actions=st.lists(st.tuples(*[st.floats(-1, 1, width=32)] * 2), min_size=1, max_size=6))
 def test_true_motion_moves_the_patch_of_one_picture_onto_the_next(seed: int, actions: list[tuple[float, float]]) -> None:
     env = DotEnv()

@@ -8,13 +8,14 @@ import cv2
 import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from localmotion.envs import make_env
 from localmotion.envs.toy import MIXING, DotEnv, LayeredEnv, MovingBackgroundEnv, PairsEnv, make_toy, optimal_action
 from localmotion.envs.truth import motion_truth, pixel_grid
 from localmotion.errors import ConfigError, EnvError
+from property_examples import examples
 
 NAMES = [
     "toy:block",
@@ -74,7 +75,7 @@ def test_a_seed_gives_the_same_episode_whatever_went_before(name: str) -> None:
         np.testing.assert_array_equal(a, b)
 
 
-@settings(max_examples=15, deadline=None)
+@examples(15)
 @given(seed=st.integers(0, 10_000), action=st.tuples(*[st.floats(-1, 1, width=32)] * 2))
 def test_dot_flow_is_its_true_motion_on_the_patch_and_zero_elsewhere(seed: int, action: tuple[float, float]) -> None:
     env = DotEnv(size=32, percept_size=64)
@@ -88,7 +89,7 @@ def test_dot_flow_is_its_true_motion_on_the_patch_and_zero_elsewhere(seed: int, 
     assert not valid[~before & env.true_mask()].any()
 
 
-@settings(max_examples=10, deadline=None)
+@examples(10)
 @given(seed=st.integers(0, 10_000))
 @pytest.mark.parametrize("name", NAMES)
 def test_the_later_picture_warped_back_is_the_earlier_one(name: str, seed: int) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -108,12 +107,12 @@ def test_a_worker_that_dies_before_a_reset_is_replaced_unseen(four: VectorEnv) -
 
 
 def test_a_hanging_worker_counts_as_dead() -> None:
-    env = VectorEnv("toy:dot", 2, workers=2, size=16, timeout=0.5)
+    env = VectorEnv("toy:dot", 2, workers=2, size=16)
     env.reset(seed=0)
     os.kill(env._workers[1].process.pid or 0, signal.SIGSTOP)
-    began = time.monotonic()
-    *_, info = env.step(actions(0, 2))
-    assert time.monotonic() - began < 10
+    env.step_async(actions(0, 2))
+    env._workers[1].deadline = 0.0  # the time limit of this worker alone has passed, however busy the machine is
+    *_, info = env.step_wait()
     np.testing.assert_array_equal(info["crashed"], [False, True])
     env.close()
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import time
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +21,8 @@ from localmotion.video.listing import VideoRef
 from localmotion.video.workers import Lost
 from localmotion.video.write import write_video
 from perception_scenes import SIDE, scene
+from waiting import jump_when_hanging
+from worker_acts import act_on_tasks
 
 RECIPE = Recipe(percept_size=SIDE, tracks=12, segment_frames=8)
 SMALL = Recipe(size=32, percept_size=32, tracks=4, redraw_rounds=1, segment_frames=8)
@@ -175,23 +174,14 @@ def test_what_fails_together_is_done_alone_and_the_error_names_the_video(tmp_pat
     assert store_bytes(tmp_path / "one") == store_bytes(tmp_path / "bad")
 
 
-def act(tasks: Sequence[Task]) -> Generator[list[Any], None, list[Any]]:
-    for task in tasks:
-        if task.ref.id == "dies":
-            os.kill(os.getpid(), signal.SIGSEGV)
-        if task.ref.id == "hangs":
-            time.sleep(100)
-    yield []
-    return [VideoDone(task.ref.id, frames=7) for task in tasks]
-
-
-def test_a_worker_that_dies_or_hangs_costs_one_video_of_its_group() -> None:
-    tasks = [Task(VideoRef(name, Path(name), "file")) for name in ("a", "dies", "b", "hangs")]
-    found = {task.ref.id: message for task, message in _results(act, tasks, 1, 1.0, 2)}
+def test_a_worker_that_dies_or_hangs_costs_one_video_of_its_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hangs = f"hang {jump_when_hanging(monkeypatch, tmp_path)}"
+    tasks = [Task(VideoRef(name, Path(name), "file")) for name in ("a", "segfault", "b", hangs)]
+    found = {task.ref.id: message for task, message in _results(act_on_tasks, tasks, 1, 1.0, 2)}
     assert {name: value.frames for name, value in found.items() if isinstance(value, VideoDone)} == {"a": 7, "b": 7}
     assert {name: value.reason for name, value in found.items() if isinstance(value, Lost)} == {
-        "dies": "decoder_crash",
-        "hangs": "decoder_timeout",
+        "segfault": "decoder_crash",
+        hangs: "decoder_timeout",
     }
 
 

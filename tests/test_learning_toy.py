@@ -1,13 +1,14 @@
 """Every method that acts learns a control task from pixels, the whole way: environment, perception, replay, updates, policy, evaluation.
 
-The task is the easiest there is (`toy:block`), the models are tiny, a run takes a minute or two on one core.
-Random actions have 15 of 49.
+The task is the easiest there is (`toy:block`), random actions have 15 of 49. `make test` has two methods learn it from 32-pixel pictures
+with 300 updates of few sequences; `make test-slow` all of them from 64-pixel pictures, a minute or two each.
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,7 +17,7 @@ from localmotion.config import compose
 from localmotion.envs.toy import BLOCK_OPTIMAL, BLOCK_RANDOM
 from localmotion.training.finetune import finetune
 
-BUDGETS = (1750, 2750, 4000)  # env steps; the run goes on to the next if the policy is not there yet
+BUDGETS = (1750, 2750, 4000)  # env steps, one update for every five; the run goes on to the next if the policy is not there yet
 COMMON = (
     "prefill=500",
     "warmup_updates=50",
@@ -48,18 +49,23 @@ OWN = {
 }
 
 
-@pytest.mark.parametrize("name", methods.names())
-def test_a_method_learns_the_block(name: str, tmp_path: Path) -> None:
+# What makes an update cheap.
+QUICK_BUDGETS = (1500, 1750, 2250, 3000, 4000)
+QUICK = ("online.batch_size=8", "online.lr=3e-3", "model.world.depth=8")
+
+
+def learn(name: str, out: Path, side: int, budgets: tuple[int, ...], *more: str) -> None:
     """From random weights to 90 % of the optimum, mean of ten episodes of starts not trained on. Most seeds need the first budget only.
 
     One fixed budget would test luck: a seed that learns in it learns later when any sum of the same numbers is taken in another order.
     """
-    flags = {"precision": "fp32", "device": "cpu", "threads": 1, "recipe": {"percept_size": 64}}
+    settings = {text.partition("=")[0].rpartition(".")[2]: text for text in (*OWN.get(name, DREAMERS), *more)}
+    flags: dict[str, Any] = {"precision": "fp32", "device": "cpu", "threads": 1, "recipe": {"size": side, "percept_size": side}}
     reached = []
-    for budget in BUDGETS:
-        own = (*OWN.get(name, DREAMERS), f"env_steps={budget}")
-        finetune(compose(name, "train", preset="debug", env="toy:block", flags=flags, settings=own), tmp_path / "run")
-        lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    for budget in budgets:
+        own = (*settings.values(), f"env_steps={budget}")
+        finetune(compose(name, "train", preset="debug", env="toy:block", flags=flags, settings=own), out)
+        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         final = [line for line in lines if line["kind"] == "eval"][-1]
         assert (final["episodes"], final["env_step"]) == (10, budget)
         reached.append(final["return_mean"])
@@ -68,3 +74,14 @@ def test_a_method_learns_the_block(name: str, tmp_path: Path) -> None:
     assert reached[-1] > 0.9 * BLOCK_OPTIMAL, reached
     assert lines[0]["random"]
     assert lines[0]["return"] < 2.5 * BLOCK_RANDOM
+
+
+@pytest.mark.parametrize("name", ["dreamer_v2", "drp"])
+def test_a_method_learns_the_block_from_few_updates(name: str, tmp_path: Path) -> None:
+    learn(name, tmp_path / "run", 32, QUICK_BUDGETS, *QUICK)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", methods.names())
+def test_a_method_learns_the_block(name: str, tmp_path: Path) -> None:
+    learn(name, tmp_path / "run", 64, BUDGETS)

@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 import pytest
 import safetensors.numpy
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from localmotion.errors import ConfigError, LocalmotionError, StoreError, VideoError
@@ -25,6 +25,7 @@ from localmotion.video.spool import Spool
 from localmotion.video.store import Clip, ClipStore
 from localmotion.video.write import write_video
 from perception_scenes import SIDE, scene, share_on, texture
+from property_examples import examples
 
 
 def test_flow_is_in_pixels_x_then_y() -> None:
@@ -196,7 +197,7 @@ def test_lost_slots_get_a_new_identity() -> None:
     assert slots.visible.all()
 
 
-@settings(max_examples=20, deadline=None)
+@examples(20)
 @given(st.lists(st.floats(0, 30), min_size=8, max_size=60))
 def test_magnitude_quantiles_are_close(values: list[float]) -> None:
     flow = np.repeat(np.array([[v, 0.0] for v in values], np.float32), Magnitudes.every, 0)
@@ -279,7 +280,7 @@ def test_recipe_and_backend_names_are_checked() -> None:
         StreamingExtractor(Recipe(), 0).reset(np.zeros((64, 64, 3), np.uint8))
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(st.integers(0, 2**32 - 1), st.sampled_from([1, 2, 3, 4]), st.integers(-9, 5))
 def test_shrunk_flow_is_rounded_as_numpy_rounds(seed: int, ratio: int, power: int) -> None:
     """Sums in the order of rows, then float16: the bytes of clip stores rest on it. Also of values float16 has few bits for, or none."""

@@ -7,7 +7,7 @@ import json
 import cv2
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -18,13 +18,14 @@ from localmotion.perception.points import SPREAD, CutDetector, Slots, draw_point
 from localmotion.perception.saliency import MotionSaliency, residual_flow
 from localmotion.perception.stream import StreamingExtractor
 from perception_scenes import SIDE, scene, texture
+from property_examples import examples
 
 
 def grey_of(frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.asarray(cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY), np.uint8)
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 32), st.integers(0, 60), st.integers(0, 32))
 def test_every_draw_is_whole(seed: int, count: int, pixels: int, others: int) -> None:
     """Whatever the weight: the number asked for, no pixel twice, only pixels of weight while there are enough."""
@@ -44,7 +45,7 @@ def test_every_draw_is_whole(seed: int, count: int, pixels: int, others: int) ->
     assert len(np.unique(pixel, axis=0)) >= count - 1
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 32), st.integers(0, 32), st.floats(0, 0.99))
 def test_draws_are_those_of_gumbel_noise(seed: int, count: int, others: int, empty: float) -> None:
     """The order of drawing, and the generator's state, that stores extracted earlier rest on; and how points are spread."""

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from localmotion.config import OnlineConfig
@@ -19,6 +19,7 @@ from localmotion.perception.companding import KNEE, Companding
 from localmotion.replay import Replay, Storage
 from localmotion.training import storage as place
 from localmotion.training.storage import available_memory, choose_storage, records_needed
+from property_examples import examples
 
 SPEC: dict[str, tuple[tuple[int, ...], str]] = {
     "image": ((2, 2, 3), "uint8"),
@@ -41,7 +42,7 @@ def fill(replay: Replay, lengths: list[int], first: int = 0) -> None:
             replay.add(record, last=t == length - 1)
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(st.lists(st.integers(5, 30), min_size=1, max_size=6), st.booleans(), st.integers(0, 1000))
 def test_windows_never_cross_episodes(lengths: list[int], ends: bool, seed: int) -> None:
     replay = Replay(SPEC, capacity=10_000, length=5, prioritize_ends=ends, seed=seed)
@@ -152,7 +153,7 @@ def moving(rng: np.random.Generator, t: int) -> dict[str, Any]:
     }
 
 
-@settings(max_examples=25, deadline=None)
+@examples(25)
 @given(
     lengths=st.lists(st.integers(2, 20), min_size=2, max_size=12),
     capacity=st.integers(20, 60),

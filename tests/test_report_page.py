@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
 from localmotion.errors import CheckpointError
@@ -24,6 +24,7 @@ from localmotion.report.page import Code, Fold, Notice, Picture, Row, Section, S
 from localmotion.report.pictures import png
 from localmotion.report.results import differing_settings
 from localmotion.report.rundir import load_run
+from property_examples import examples
 from report_runs import moving_clip, online_run, pretrain_run, write_lines, write_mp4
 
 VOID = {"meta", "img", "source", "br"}
@@ -93,7 +94,6 @@ def every_block(text: str) -> list[page.Block]:
 
 
 @given(st.text(st.characters(exclude_categories=[]), min_size=1, max_size=40))
-@settings(deadline=None)
 def test_any_text_is_escaped_everywhere(text: str) -> None:
     made = page.build_page(text, [Section(text, every_block(text))], subtitle=text, footer=text)
     made.encode("utf-8")
@@ -363,7 +363,7 @@ line = st.fixed_dictionaries(
 
 
 @given(st.lists(line, max_size=25), st.sampled_from(["pretrain", "train"]), st.dictionaries(field, junk, max_size=3))
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(15, HealthCheck.function_scoped_fixture)
 def test_no_metrics_file_breaks_the_report(
     tmp_path: Path, lines: list[dict[str, Any]], stage: str, floor: dict[str, Any]
 ) -> None:

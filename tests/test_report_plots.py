@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 import matplotlib as mpl
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.image import imread
 from numpy.typing import NDArray
@@ -56,7 +56,6 @@ def test_flow_colours_golden() -> None:
 
 
 @given(finite, finite, st.floats(1.01, 3))
-@settings(deadline=None)
 def test_longer_flow_is_never_paler_and_direction_alone_decides_the_hue(x: float, y: float, factor: float) -> None:
     short, long = pictures.flow_to_rgb(np.array([[x, y], [x * factor, y * factor]]), 4.0).astype(int)
     assert (long <= short).all()
@@ -77,7 +76,6 @@ def test_flow_to_rgb_keeps_leading_shape_and_refuses_others() -> None:
 
 
 @given(st.integers(1, 60), st.integers(0, 60), st.integers(4, 14))
-@settings(deadline=None)
 def test_strips_show_the_last_observed_and_the_last_imagined_frame(frames: int, context: int, columns: int) -> None:
     context = min(context, frames)
     times = pictures.strip_times(frames, context, columns)
@@ -252,7 +250,6 @@ def test_a_seed_that_stopped_early_makes_the_mean_dashed() -> None:
 
 
 @given(st.lists(st.one_of(st.floats(-10, 10), st.just(math.nan)), min_size=1, max_size=400), st.integers(1, 50))
-@settings(deadline=None)
 def test_thinning_keeps_the_mean_and_the_gaps(values: list[float], points: int) -> None:
     x, y = plots.thin(np.arange(len(values)), values, points)
     assert len(x) == len(y) == min(len(values), max(points, min(len(values), points)))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from localmotion.errors import CheckpointError, LocalmotionError
@@ -105,7 +105,6 @@ def test_wall_time_adds_up_over_sessions(tmp_path: Path) -> None:
 
 
 @given(st.lists(st.integers(0, 30), max_size=40))
-@settings(deadline=None)
 def test_superseding_keeps_the_newest_value_of_a_strictly_rising_line(steps: list[int]) -> None:
     xs = np.array(steps, dtype=np.float64)
     keep = superseded_by_none(xs)

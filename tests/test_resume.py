@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from localmotion import methods
+from localmotion.cli import main
 from localmotion.compute import choose
 from localmotion.config import RunConfig, compose
 from localmotion.errors import CheckpointError
@@ -34,6 +33,7 @@ from localmotion.training.pretrain import pretrain
 from localmotion.training.trees import leaves_of, with_leaves
 from localmotion.training.update import Updater
 from method_batches import CPU, make, make_batch
+from waiting import holds, wait_until
 
 PRETRAINING = [name for name in methods.names() if methods.get(name).can_pretrain]
 
@@ -92,16 +92,24 @@ def in_pieces(train: Any, run: RunConfig, path: Path) -> int:
 
 
 FLAGS = {"precision": "fp32", "device": "cpu", "threads": 1, "recipe": {"percept_size": 64}}
+# Episodes of 20 agent steps: several of them, and the ends of all clocks, within a hundred steps.
+SHORT = {**FLAGS, "recipe": {"percept_size": 64, "tracks": 8}, "env_options": {"time_limit": 20}}
+
+
+@pytest.fixture
+def no_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs end without their ten episodes of evaluation, which take longer than the learning here."""
+    monkeypatch.setattr(training, "evaluate", lambda *_, **__: rollout.Rollout([0.0], [1]))
 
 
 @pytest.mark.parametrize("name", methods.names())
 def test_an_online_run_in_pieces_is_the_whole_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped within prefill, warm-up, episodes and evaluations, at places that have nothing to do with its clocks."""
-    few = ("env_steps=170", "prefill=60", "warmup_updates=4", "online.eval_every=60", "online.save_every=60")
-    run = compose(name, "train", preset="debug", env="toy:dot", flags=FLAGS, settings=few)
+    few = ("env_steps=70", "prefill=25", "warmup_updates=4", "online.eval_every=25", "online.save_every=25")
+    run = compose(name, "train", preset="debug", env="toy:dot", flags=SHORT, settings=few)
     whole = finetune(run, tmp_path / "whole")
-    # An evaluation is made anew after a stop, so a piece must be longer than one: 50 looks, the last of the run 100.
-    Stops(monkeypatch, 23, 117, 131)
+    # An evaluation is made anew after a stop, so a piece must be longer than one: 20 looks, the last of the run 40.
+    Stops(monkeypatch, 9, 47, 53)
     assert in_pieces(finetune, run, tmp_path / "pieces") >= 4
     assert_same(whole, tmp_path / "pieces")
     kept = [checkpoint.read_state(checkpoint.best(path)) for path in (whole, tmp_path / "pieces")]
@@ -112,16 +120,16 @@ def test_an_online_run_in_pieces_is_the_whole_run(name: str, tmp_path: Path, mon
 def test_a_killed_online_run_goes_on_from_its_checkpoint(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was done after the newest checkpoint is done again, the same: steps, episodes in the replay, lines of metrics."""
     few = (
-        "env_steps=170",
-        "prefill=60",
+        "env_steps=70",
+        "prefill=25",
         "warmup_updates=4",
         "online.eval_every=100000",
-        "online.save_every=30",
+        "online.save_every=12",
         "eval_episodes=1",
     )
-    run = compose(name, "train", preset="debug", env="toy:dot", flags=FLAGS, settings=few)
+    run = compose(name, "train", preset="debug", env="toy:dot", flags=SHORT, settings=few)
     whole = finetune(run, tmp_path / "whole")
-    Stops(monkeypatch, 150, 160, 170, 100_000, kind=Killed)
+    Stops(monkeypatch, 61, 65, 69, 100_000, kind=Killed)
     assert in_pieces(finetune, run, tmp_path / "pieces") >= 2
     assert_same(whole, tmp_path / "pieces")
 
@@ -152,37 +160,37 @@ def test_a_killed_pretraining_goes_on_from_its_checkpoint(
     assert_same(whole, tmp_path / "pieces")
 
 
-@pytest.mark.parametrize("storage", ["disk", "device"])
-def test_a_replay_kept_elsewhere_learns_the_same(
-    storage: Literal["disk", "device"], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_replay_kept_elsewhere_learns_the_same(no_evaluation: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("localmotion.training.finetune.device_memory", lambda device: 10**9)  # as if the CPU were a GPU
     few = (
-        "env_steps=230",
-        "prefill=60",
+        "env_steps=95",
+        "prefill=25",
         "warmup_updates=4",
         "online.eval_every=10000",
-        "online.save_every=60",
-        "replay_capacity=150",
+        "online.save_every=25",
+        "replay_capacity=60",
         "replay_storage=memory",
     )
-    run = compose("drp", "train", preset="debug", env="toy:dot", flags=FLAGS, settings=few)
+    run = compose("drp", "train", preset="debug", env="toy:dot", flags=SHORT, settings=few)
     whole = finetune(run, tmp_path / "whole")
-    run = replace(run, online=replace(run.online, replay_storage=storage))
-    Stops(monkeypatch, 131)
-    assert in_pieces(finetune, run, tmp_path / "pieces") >= 2
-    assert_same(whole, tmp_path / "pieces")
-    kept = [sorted(path.name for path in (tmp_path / name / "replay").iterdir()) for name in ("whole", "pieces")]
-    assert kept[0][-1] == kept[1][-1]
+    for storage in ("disk", "device"):
+        elsewhere = replace(run, online=replace(run.online, replay_storage=storage))
+        Stops(monkeypatch, 37)
+        assert in_pieces(finetune, elsewhere, tmp_path / storage) >= 2
+        assert_same(whole, tmp_path / storage)
+        kept = [sorted(path.name for path in (tmp_path / name / "replay").iterdir()) for name in ("whole", storage)]
+        assert kept[0][-1] == kept[1][-1]
 
 
 @pytest.mark.parametrize("env", ["dmcr:walker_run", "metaworld:reach"])
-def test_an_episode_of_a_simulator_is_played_again_exactly(env: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_episode_of_a_simulator_is_played_again_exactly(
+    env: str, no_evaluation: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Physics, looks drawn at the reset, streaming perception and the policy's attention over time come back from seed and actions."""
-    few = ("action_repeat=10", "env_steps=1400", "prefill=500", "warmup_updates=1", "online.eval_every=100000", "train_every=20")
-    run = compose("drp", "train", preset="debug", env=env, flags=FLAGS, settings=few)
+    few = ("action_repeat=10", "env_steps=300", "prefill=100", "warmup_updates=1", "online.eval_every=100000")
+    run = compose("drp", "train", preset="debug", env=env, flags={**SHORT, "env_options": {"time_limit": 200}}, settings=few)
     whole = finetune(run, tmp_path / "whole")
-    Stops(monkeypatch, 37, 1000)
+    Stops(monkeypatch, 16, 1000)  # the policy has acted for six of the twenty agent steps of the first episode
     assert in_pieces(finetune, run, tmp_path / "pieces") == 1
     assert_same(whole, tmp_path / "pieces")
 
@@ -197,44 +205,65 @@ def test_pretraining_in_pieces_is_the_whole_run(name: str, store: Path, tmp_path
     assert_same(whole, tmp_path / "pieces")
 
 
-COMMAND = [
-    *(sys.executable, "-m", "localmotion", "train", "--method", "dreamer_v2", "--preset", "debug", "--env", "toy:dot"),
-    *("--threads", "1", "--precision", "fp32", "--env_steps", "100000", "--online.save_every", "100"),
-]
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 138), (signal.SIGINT, 130)])
-def test_a_signal_saves_and_says_so_in_the_exit_code(number: int, code: int, tmp_path: Path) -> None:
-    process = subprocess.Popen(
-        [*COMMAND, "--run", str(tmp_path / "run")],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
-    )
-    try:
-        metrics, until = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 90
-        while time.monotonic() < until and not (metrics.exists() and '"train"' in metrics.read_text()):
-            time.sleep(0.1)
-        os.kill(process.pid, number)
-        _, said = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == code
-    assert "the same command goes on" in said
-    status = json.loads((tmp_path / "run" / "status.json").read_text())
-    assert status["state"] == "interrupted"
-    state = checkpoint.read_state(checkpoint.newest(tmp_path / "run"))
-    assert state["agent_step"] == status["agent_step"]
-    assert state["playing"]["learning"]
-
-
 @pytest.fixture
 def ctrl_c() -> Iterator[None]:
     """Python's own handling of SIGINT, which a shell's background job has not."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+COMMAND = [
+    *("train", "--method", "dreamer_v2", "--preset", "debug", "--env", "toy:dot"),
+    *("--threads", "1", "--precision", "fp32", "--env_steps", "100000", "--online.save_every", "100"),
+]
+
+
+def assert_saved(run: Path, said: str) -> None:
+    assert "the same command goes on" in said
+    status = json.loads((run / "status.json").read_text())
+    assert status["state"] == "interrupted"
+    state = checkpoint.read_state(checkpoint.newest(run))
+    assert state["agent_step"] == status["agent_step"]
+    assert state["playing"]["learning"]
+
+
+def test_a_signal_to_the_process_saves_and_is_its_exit_code(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "localmotion", *COMMAND, "--run", str(tmp_path / "run")],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
+    )
+    try:
+        wait_until(lambda: holds(tmp_path / "run" / "metrics.jsonl", '"train"'), process)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate()
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert_saved(tmp_path / "run", said)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 138), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_says_so_in_the_exit_code(
+    number: int, code: int, ctrl_c: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same in this process, which raises the signal as soon as it has learned."""
+    looks, look = [], StopRequest.check
+
+    def raised(request: StopRequest) -> None:
+        looks.append(holds(tmp_path / "run" / "metrics.jsonl", '"train"'))
+        if looks[-2:] == [False, True]:
+            signal.raise_signal(number)
+        look(request)
+
+    monkeypatch.setattr(StopRequest, "check", raised)
+    with pytest.raises(SystemExit) as left:
+        main([*COMMAND, "--run", str(tmp_path / "run")])
+    assert left.value.code == code
+    assert_saved(tmp_path / "run", capsys.readouterr().err)
 
 
 def test_an_ignored_signal_stays_ignored(ctrl_c: None) -> None:

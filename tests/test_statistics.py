@@ -7,12 +7,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from localmotion.evaluation import embedding, metrics, statistics
 from localmotion.evaluation.statistics import Curve, aggregate_curves, bootstrap_interval, final_scores, iqm
+from property_examples import examples
 
 torch.set_num_threads(1)
 
@@ -60,7 +61,7 @@ def test_ssim_of_constant_pictures_is_the_luminance_term() -> None:
 
 
 @given(st.integers(0, 10_000))
-@settings(max_examples=15, deadline=None)
+@examples(15)
 def test_metrics_are_symmetric_bounded_and_perfect_on_equal_pictures(seed: int) -> None:
     a, b = pictures(seed, 3, 12, 12)
     assert metrics.ssim(a, b).item() == pytest.approx(metrics.ssim(b, a).item(), abs=1e-12)
@@ -118,7 +119,6 @@ def test_statistics_golden_values() -> None:
 
 
 @given(scores, st.floats(0.1, 10), st.floats(-100, 100))
-@settings(deadline=None)
 def test_location_and_spread_are_equivariant(values: list[float], scale: float, shift: float) -> None:
     x = np.array(values)
     for centre in (statistics.mean, iqm):
@@ -129,7 +129,6 @@ def test_location_and_spread_are_equivariant(values: list[float], scale: float, 
 
 
 @given(scores)
-@settings(deadline=None)
 def test_iqm_ignores_how_far_an_outlier_lies(values: list[float]) -> None:
     x = np.array([*values, 2e3, 2e3, 2e3])
     far = x.copy()
@@ -139,7 +138,7 @@ def test_iqm_ignores_how_far_an_outlier_lies(values: list[float]) -> None:
 
 
 @given(st.lists(scores, min_size=1, max_size=4), st.integers(0, 1000))
-@settings(max_examples=30, deadline=None)
+@examples(30)
 def test_bootstrap_interval_is_seeded_and_inside_the_data(groups: list[list[float]], seed: int) -> None:
     first = bootstrap_interval(groups, resamples=200, seed=seed)
     assert first == bootstrap_interval(groups, resamples=200, seed=seed)
@@ -199,7 +198,6 @@ curves = st.lists(st.tuples(st.integers(0, 1000), st.floats(-100, 100)), min_siz
 
 
 @given(st.lists(curves, min_size=1, max_size=5))
-@settings(deadline=None)
 def test_band_lies_between_its_seeds_and_covers_no_more_than_they_do(seeds: list[Curve]) -> None:
     band = aggregate_curves(seeds)
     for row, seed in zip(band.values, seeds, strict=True):

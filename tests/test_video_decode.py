@@ -11,9 +11,10 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
+import property_examples
 from localmotion.errors import VideoError
 from localmotion.video import decode, iter_frames, probe, video_ref
 from localmotion.video.libav import LENIENT_METADATA
@@ -110,7 +111,7 @@ def test_variable_frame_rate_and_pixel_aspect_are_told(tmp_path: Path) -> None:
     assert probe(video_ref(path)).pixel_aspect == pytest.approx(4 / 3)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@property_examples.examples(25, HealthCheck.function_scoped_fixture)
 @given(start=st.integers(0, T + 3), stride=st.integers(1, 8), limit=st.none() | st.integers(1, T + 3))
 def test_start_stride_and_limit_are_slices(square: Path, start: int, stride: int, limit: int | None) -> None:
     want = decode(video_ref(square), 16)[start::stride][:limit]
@@ -274,7 +275,7 @@ def test_damage_inside_a_file_is_noticed(tmp_path: Path) -> None:
     assert len(decode(video_ref(path), 16, max_frames=5)) == 5
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@property_examples.examples(100, HealthCheck.function_scoped_fixture)
 @given(data=st.data())
 def test_random_damage_gives_frames_or_a_video_error(square: Path, tmp_path: Path, data: st.DataObject) -> None:
     content = bytearray(square.read_bytes())
@@ -299,6 +300,20 @@ def test_edit_lists_are_not_taken_for_truncation(tmp_path: Path) -> None:
 def test_same_stream_in_another_container_decodes_equally(square: Path, tmp_path: Path) -> None:
     other = remux(square, tmp_path / "square.mkv")
     np.testing.assert_array_equal(decode(video_ref(other), 32), decode(video_ref(square), 32))
+
+
+def test_damage_to_the_display_matrix_gives_frames_or_a_video_error(square: Path, tmp_path: Path) -> None:
+    """Random damage rarely meets these 36 bytes, and what it makes of them is a reason of its own."""
+    whole = square.read_bytes()
+    matrix = whole.index(b"tkhd") + 44  # 4 bytes of the name, 4 of version and flags, 36 of times, identity, layer and volume
+    path, found = tmp_path / "damaged.mp4", set()
+    for position in range(matrix, matrix + 36):
+        content = bytearray(whole)
+        content[position] ^= 0x41
+        path.write_bytes(content)
+        found.add(outcome(path))
+    assert "odd_rotation" in found
+    assert {reason for reason in found if isinstance(reason, str)} <= {"odd_rotation", "truncated", "unreadable"}
 
 
 # ------------------------------------------------------------------------------------------------------- frame folders

@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from localmotion.errors import StoreError
 from localmotion.video import Clip, ClipStore, ClipStoreWriter
 from localmotion.video import store as store_module
+from property_examples import examples
 
 SIZE, TRACKS = 8, 3
 RECIPE = {"size": SIZE, "flow": "dis", "options": {"a": 1}}
@@ -112,7 +113,7 @@ class KillError(Exception):
     """Stands for the death of the process."""
 
 
-@settings(max_examples=25, deadline=None)
+@examples(25)
 @given(order=st.permutations(range(3)), kills=st.lists(st.integers(0, 25), max_size=4))
 def test_any_order_and_any_interruption_gives_the_same_bytes(
     reference: Path, tmp_path_factory: pytest.TempPathFactory, order: list[int], kills: list[int]
