@@ -60,9 +60,8 @@ def info(args: argparse.Namespace) -> None:
 
 def scan(args: argparse.Namespace) -> None:
     """`localmotion scan`"""
-    import os
-
     from localmotion.console import progress, say
+    from localmotion.machine import cores
     from localmotion.video.scan import scan as scan_videos
 
     with progress("scan", 1, "videos") as advance:
@@ -70,7 +69,7 @@ def scan(args: argparse.Namespace) -> None:
             args.videos,
             min_frames=args.min_frames,
             list_file=args.list_file,
-            workers=args.workers if args.workers is not None else (os.cpu_count() or 1),
+            workers=args.workers if args.workers is not None else cores(),
             progress=advance,
             **_limits(args),
         )
@@ -83,9 +82,8 @@ def scan(args: argparse.Namespace) -> None:
 
 def extract(args: argparse.Namespace) -> None:
     """`localmotion extract`"""
-    import os
-
     from localmotion.console import progress, say
+    from localmotion.machine import cores
     from localmotion.perception.extract import extract_folder
 
     with progress("extract", 1, "videos") as advance:
@@ -95,7 +93,7 @@ def extract(args: argparse.Namespace) -> None:
             _recipe_of(args),
             list_file=args.list_file,
             min_frames=args.min_frames,
-            workers=args.workers if args.workers is not None else (os.cpu_count() or 1),
+            workers=args.workers if args.workers is not None else cores(),
             progress=advance,
             together=args.together,
             **_limits(args),

@@ -43,6 +43,7 @@ from localmotion.config import Stage, compose
 from localmotion.console import say
 from localmotion.errors import ConfigError, LocalmotionError, unknown_name
 from localmotion.files import check_tree, one_line, read_bytes, read_json
+from localmotion.machine import cores
 from localmotion.training.interrupt import StopRequest
 
 _STUDY = {"name", "preset", "settings", "tasks", "seeds", "pretrain", "variants"}
@@ -139,7 +140,7 @@ def run_study(path: Path, out: Path, *, jobs: int = 0) -> None:
     todo = load_study(path)
     out.mkdir(parents=True, exist_ok=True)
     _same_study(path, out, todo)
-    jobs = jobs or os.cpu_count() or 1
+    jobs = jobs or cores()
     done = {job.name for job in todo if state(out / "runs" / job.name) == "finished"}
     waiting = [job for job in todo if job.name not in done]
     say(f"{len(todo)} runs in {out}: {len(done)} finished, {len(waiting)} to do, {jobs} at a time")
@@ -194,7 +195,7 @@ def slug(text: str) -> str:
 def _start(job: Job, out: Path, jobs: int) -> subprocess.Popen[bytes]:
     arguments = job.arguments(out)
     if jobs > 1 and not any(text.startswith("threads=") for text in job.settings):
-        arguments += ["--set", f"threads={max((os.cpu_count() or 1) // jobs, 1)}"]
+        arguments += ["--set", f"threads={max(cores() // jobs, 1)}"]
     # A session of its own: Ctrl-C reaches it through us, once.
     with (out / "console" / f"{job.name}.log").open("ab") as log:
         return subprocess.Popen([sys.executable, "-m", "localmotion", *arguments], stdout=log, stderr=log, start_new_session=True)
