@@ -1,9 +1,13 @@
 # Two commands: `make demo` runs the main job end to end, `make test` lints, type-checks and tests. Both set up their own environment.
 PYTHON ?= python3.11
 VENV ?= .venv
+TORCH ?= 2.13.0
 BIN := $(VENV)/bin
 RUN_DIR ?= demo_run
 export MUJOCO_GL ?= egl
+ifdef TORCH_INDEX
+export TORCH_INDEX
+endif
 
 .PHONY: setup demo test lint types unit test-slow test-other bench fuzz soak clean
 
@@ -13,8 +17,8 @@ $(VENV)/.ready: pyproject.toml
 	@command -v $(PYTHON) >/dev/null 2>&1 || { echo "error: $(PYTHON) not found; install Python 3.11 or say make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	@# The CPU wheel of torch is asked for by its exact version first, so that no CUDA build is pulled on machines without a GPU index.
-	$(BIN)/python -m pip install --quiet torch==2.13.0
+	@# First, so that the next line finds a torch that fits: a CPU build where there is no NVIDIA GPU. TORCH_INDEX=URL sets the index.
+	$(BIN)/python tools/install_torch.py $(TORCH)
 	$(BIN)/python -m pip install --quiet -e ".[dev]"
 	touch $@
 

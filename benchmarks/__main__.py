@@ -12,15 +12,22 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.goals import against_goals
+from localmotion.machine import cores
 
-PARTS = ("machine", "update", "gpu", "floor", "peers", "acting", "env", "visuals", "extract", "replay", "loop", "many", "scaling")
+PARTS = (
+    *("machine", "threads", "update", "gpu", "floor", "peers", "acting"),
+    *("env", "visuals", "extract", "replay", "loop", "many", "scaling"),
+)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser("python -m benchmarks", description="Times are of this machine; compare ratios of one run.")
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"what to measure: {', '.join(PARTS)}; all if none is named")
     parser.add_argument(
-        "--threads", type=int, default=0, help="threads of torch; with 1 an update's seconds are the process's own"
+        "--threads",
+        type=int,
+        default=0,
+        help="threads of torch, 0 for one a core; with 1 an update's seconds are the process's own",
     )
     parser.add_argument(
         "--r2dreamer", default="", metavar="PATH", help="checkout of NM512/r2dreamer to be timed beside DreamerV3"
@@ -37,10 +44,9 @@ def main() -> None:
     given = parser.parse_args()
     if unknown := [part for part in given.parts if part not in PARTS]:
         parser.error(f"unknown benchmark {unknown[0]!r}; known: {', '.join(PARTS)}")
-    if given.threads:
-        import torch  # not above: workers of extraction import this file, and torch takes five times as long as all they need
+    import torch  # not above: workers of extraction import this file, and torch takes five times as long as all they need
 
-        torch.set_num_threads(given.threads)
+    torch.set_num_threads(given.threads or min(torch.get_num_threads(), cores()))
     paths: dict[str, object] = {"r2dreamer_path": given.r2dreamer, "dreamerv3_path": given.dreamerv3}
     options = dict.fromkeys(("peers", "gpu"), paths)
     options["scaling"] = {"picture": given.out.with_suffix(".scaling.png")}

@@ -2,7 +2,7 @@
 
 The floor of an update is the sum over its products and convolutions of the time each takes by itself, warm, in the layout in which the
 update calls it. What an update takes beyond it is elementwise work, copies, Python and waiting. A `peak floor` is all FLOPs at the
-rate of one product of two 1024 x 1024 matrices, which some of an update's products exceed.
+rate of one product of two 1024 x 1024 matrices of the precision that runs, which some of an update's products exceed.
 """
 
 from __future__ import annotations
@@ -68,14 +68,19 @@ CASES: tuple[tuple[str, ...], ...] = (
 
 def run(cases: tuple[tuple[str, ...], ...] = CASES) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
-    top = peak(torch.bfloat16)
     for method, stage, preset, *settings in cases:
         updater, batch = setup(method, stage, preset, *settings)
         step = updater.pretrain if stage == "pretrain" else updater.online
         seconds, kinds, others = measure(lambda step=step, batch=batch: step(batch))  # type: ignore[misc]
+        bf16 = updater.compute.bf16
+        top = peak(torch.bfloat16 if bf16 else torch.float32)
         floor = sum(kind["alone ms"] for kind in kinds) / 1e3
         flops = sum(kind["GFLOP"] for kind in kinds)
-        common = {"case": f"{method} {stage} {preset}", "threads": torch.get_num_threads()}
+        common = {
+            "case": f"{method} {stage} {preset}",
+            "threads": torch.get_num_threads(),
+            "precision": "bf16" if bf16 else "fp32",
+        }
         for kind in kinds:
             rows.append(
                 {

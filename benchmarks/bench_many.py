@@ -7,7 +7,6 @@ time and as CUDA graphs.
 from __future__ import annotations
 
 import multiprocessing
-import os
 import time
 from itertools import product
 from multiprocessing.connection import Connection
@@ -15,6 +14,7 @@ from multiprocessing.connection import Connection
 import torch
 
 from localmotion.compute import keep_buffers
+from localmotion.machine import cores
 
 CASE = ("drp", "finetune", "small")
 
@@ -26,7 +26,7 @@ def _serve(pipe: Connection, threads: int, updates: int, device: str, graph: boo
 
     torch.set_num_threads(threads)
     keep_buffers()
-    updater, batch = setup(*CASE, f"device={device}", "precision=bf16")
+    updater, batch = setup(*CASE, f"device={device}", f"precision={'auto' if device == 'cpu' else 'bf16'}")
     updater.graph = Replayed(CudaGraph()) if graph else None
     batch = {key: value.to(device) for key, value in batch.items()}
     for _ in range(WARMUP + 1 if graph else 2):
@@ -62,12 +62,12 @@ def together(processes: int, threads: int, updates: int, device: str, graph: boo
 
 def run(updates: int = 12) -> list[dict[str, object]]:
     """Rates on the wall clock, so with other work on the machine they say little."""
-    gpu, cores = torch.cuda.is_available(), os.cpu_count() or 1
-    counts = (1, 2, 4, 8) if gpu else tuple(n for n in (1, 2, 4, 8) if n <= cores)
+    gpu, count_of_cores = torch.cuda.is_available(), cores()
+    counts = (1, 2, 4, 8) if gpu else tuple(n for n in (1, 2, 4, 8) if n <= count_of_cores)
     rows: list[dict[str, object]] = []
     first = 0.0
     for graph, count in product((False, True) if gpu else (False,), counts):
-        threads = 1 if gpu else max(cores // count, 1)
+        threads = 1 if gpu else max(count_of_cores // count, 1)
         rate = together(count, threads, 10 * updates if gpu else updates, "cuda" if gpu else "cpu", graph)
         first = first or rate
         how = ("GPU, CUDA graphs" if graph else "GPU, eager") if gpu else f"CPU, {threads} thread(s) each"

@@ -15,7 +15,6 @@ machine does hits all alike. Only `wall` is what a clock on the wall says.
 from __future__ import annotations
 
 import math
-import os
 import resource
 import shutil
 import tempfile
@@ -34,6 +33,7 @@ from benchmarks.recorder import Recorder
 from localmotion.compute import choose
 from localmotion.config import compose
 from localmotion.envs.bodies import render_videos
+from localmotion.machine import cores
 from localmotion.methods.drp import DRP
 from localmotion.models.dae import MaskedMotion, atomic_actions
 from localmotion.perception.base import Recipe
@@ -206,7 +206,8 @@ def flops_of(step: Step) -> float:
 def update_curves(rounds: int) -> list[Curve]:
     """Updates of DRP and its motion encoder along `AXES`."""
     found = []
-    precision = "bf16" if choose(compose(*BASE[:2], preset=BASE[2], env="dmc:walker_walk")).bf16 else "fp32"  # type: ignore[arg-type]
+    base = compose(*BASE[:2], preset=BASE[2], env="dmc:walker_walk", settings=[f"threads={torch.get_num_threads()}"])  # type: ignore[arg-type]
+    precision = "bf16" if choose(base).bf16 else "fp32"
     for axis in AXES:
         measured = steps_along(axis, (*BASE, f"precision={precision}"))
         flops = {what: [flops_of(step) for step in steps] for what, steps in measured.items()}
@@ -246,7 +247,7 @@ def extraction_curves(folder: Path, rounds: int) -> list[Curve]:
     found.append(Curve("pixels a frame", "extraction, flow's finest scale 1", pixels, seconds[4:], (0, 1), why))
     seconds = in_turn([extract(64, frames) for frames in lengths], rounds)
     found.append(Curve("frames a clip", "extraction", lengths, seconds, (1, 1), "frame after frame, points drawn anew every 25"))
-    counts = [n for n in (1, 2, 4, 8) if n == 1 or n <= (os.cpu_count() or 1)]
+    counts = [n for n in (1, 2, 4, 8) if n == 1 or n <= cores()]
     if len(counts) > 1:
         times = [shared(workers) for workers in counts]
         why = "videos are shared out; 0 where other work has the cores"

@@ -1,4 +1,4 @@
-"""Seconds per update, split by part, with FLOPs counted and the share of the machine's measured bf16 peak."""
+"""Seconds per update, split by part, with FLOPs counted and the share of the measured peak of the machine in the precision that ran."""
 
 from __future__ import annotations
 
@@ -39,8 +39,9 @@ def fake_batch(run: RunConfig, size: int = 64, tracks: int = 32) -> dict[str, to
 def setup(
     method: str, stage: str, preset: str, *settings: str, env: str = "dmc:walker_walk"
 ) -> tuple[Updater, dict[str, torch.Tensor]]:
-    """A method ready for updates, and a batch. ``settings`` as on the command line: name=value."""
-    run = compose(method, stage, preset=preset, env=env if stage != "pretrain" else "", settings=settings)  # type: ignore[arg-type]
+    """A method ready for updates, and a batch. ``settings`` as on the command line: name=value. Threads are those torch has now."""
+    fixed = (f"threads={torch.get_num_threads()}", *settings)
+    run = compose(method, stage, preset=preset, env=env if stage != "pretrain" else "", settings=fixed)  # type: ignore[arg-type]
     compute = choose(run)
     torch.manual_seed(0)
     model = methods.get(method)(run.model, image_size=64, action_dim=None if stage == "pretrain" else ACTIONS).to(compute.device)
@@ -94,7 +95,6 @@ def run(
     repeats: int = 8,
 ) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
-    top = peak(torch.bfloat16)
     for method, stage, preset in cases:
         updater, batch = setup(method, stage, preset)
         step = updater.pretrain if stage == "pretrain" else updater.online
@@ -108,6 +108,7 @@ def run(
         seconds = sorted(times)[len(times) // 2]
         parts = [time_parts(updater, batch, stage) for _ in range(3)]
         split = {f"{key} ms": 1e3 * min(part[key] for part in parts) for key in parts[0]}
+        top = peak(torch.bfloat16 if updater.compute.bf16 else torch.float32)
         rows.append(
             {
                 "case": f"{method} {stage} {preset}",
@@ -116,7 +117,7 @@ def run(
                 "update ms": 1e3 * seconds,
                 "GFLOP": flops / 1e9,
                 "GFLOP/s": flops / seconds / 1e9,
-                "of bf16 peak": flops / seconds / top,
+                "of its peak": flops / seconds / top,
                 "MB at most": allocations(lambda step=step, batch=batch: step(batch)).peak / 1e6,  # type: ignore[misc]
                 **split,
             }

@@ -38,7 +38,12 @@ def _floors(case: str) -> Callable[[Sequence[Row]], Any]:
 
 
 def _peer(name: str) -> Callable[[Sequence[Row]], Any]:
-    return lambda rows: one(rows, "ratio", precision="bf16", peer=name)
+    """Of the precision that is faster here, as a run would choose it."""
+
+    def find(rows: Sequence[Row]) -> Any:
+        return one(sorted((row for row in rows if "peer" in row), key=lambda row: row["ours s"]), "ratio", peer=name)
+
+    return find
 
 
 def _extract(percept: int) -> Callable[[Sequence[Row]], Any]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import signal
 import subprocess
@@ -32,6 +31,7 @@ from rich.table import Table
 
 import localmotion
 from localmotion.errors import LocalmotionError
+from localmotion.machine import cores
 from soak.part import PROMISES, RECIPE, Limits, run_part, scratch
 from soak.sources import Source, make_sources
 
@@ -224,7 +224,7 @@ def versions() -> dict[str, str]:
     return {
         "localmotion": localmotion.__version__,
         "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.release()} {platform.machine()}, {os.cpu_count()} cores",
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}, {cores()} cores",
         "av": av.__version__,
         **libraries,
         "opencv": cv2.__version__,

@@ -15,13 +15,14 @@ FILES = sorted(ROOT.rglob("*.py"))
 # What each room may import from; `config`, `errors`, `console` and `compute` are below everything but the rooms they name here.
 MAY_IMPORT = {
     "errors": set(),
+    "machine": set(),
     "console": set(),
     "files": {"errors"},
     "video": {"errors", "files"},
     "perception": {"errors", "video", "models"},  # draw.py crops patches exactly as the model does
-    "envs": {"errors", "video"},  # bodies.py writes mp4 files
+    "envs": {"errors", "files", "machine", "video"},  # bodies.py writes mp4 files
     "config": {"errors", "methods"},  # the registry, for composing
-    "compute": {"errors", "config"},
+    "compute": {"errors", "config", "files", "machine"},
     "models": {"errors", "config"},
     "methods": {"errors", "config", "models"},
     "replay": {"errors"},
@@ -29,6 +30,7 @@ MAY_IMPORT = {
     "training": {
         "errors",
         "files",
+        "machine",
         "config",
         "compute",
         "console",

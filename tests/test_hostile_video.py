@@ -24,6 +24,7 @@ from soak.sources import make_sources
 from soak.structure import png
 
 from localmotion.errors import VideoError
+from localmotion.machine import cores
 from localmotion.perception.base import Recipe
 from localmotion.perception.extract import extract_folder, in_this_process
 from localmotion.video import ClipStore, decode, find_videos, iter_frames, probe, video_ref
@@ -226,8 +227,8 @@ def test_the_command_line_decodes_in_workers_and_takes_the_limits(tmp_path: Path
                 main([*command, *wrong])
             assert left.value.code == 2
     found = [(given["workers"], given["timeout"], given["memory"]) for given in seen]
-    cores = os.cpu_count() or 1
-    assert found == [(cores, TIME_LIMIT, MEMORY_LIMIT), (0, 5.0, 2**29), (cores, TIME_LIMIT, None)] * 2
+    count = cores()
+    assert found == [(count, TIME_LIMIT, MEMORY_LIMIT), (0, 5.0, 2**29), (count, TIME_LIMIT, None)] * 2
 
 
 # ---------------------------------------------------------------------------------------------------------- claimed sizes

@@ -61,9 +61,8 @@ def info(args: argparse.Namespace) -> None:
 
 def scan(args: argparse.Namespace) -> None:
     """`localmotion scan`"""
-    import os
-
     from localmotion.console import progress, say
+    from localmotion.machine import cores
     from localmotion.video.scan import scan as scan_videos
 
     if args.manifest:
@@ -73,7 +72,7 @@ def scan(args: argparse.Namespace) -> None:
             args.videos,
             min_frames=args.min_frames,
             list_file=args.list_file,
-            workers=args.workers if args.workers is not None else (os.cpu_count() or 1),
+            workers=args.workers if args.workers is not None else cores(),
             progress=advance,
             **_limits(args),
         )
@@ -88,9 +87,8 @@ def scan(args: argparse.Namespace) -> None:
 
 def extract(args: argparse.Namespace) -> None:
     """`localmotion extract`"""
-    import os
-
     from localmotion.console import progress, say
+    from localmotion.machine import cores
     from localmotion.perception.extract import extract_folder
 
     with progress("extract", 1, "videos") as advance:
@@ -102,7 +100,7 @@ def extract(args: argparse.Namespace) -> None:
             min_frames=args.min_frames,
             max_frames=args.max_frames,
             max_clips=args.max_clips,
-            workers=args.workers if args.workers is not None else (os.cpu_count() or 1),
+            workers=args.workers if args.workers is not None else cores(),
             progress=advance,
             together=args.together,
             **_limits(args),

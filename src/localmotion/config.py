@@ -186,7 +186,8 @@ class RunConfig:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto measures at start whether bf16 autocast is faster here."""
     threads: int = 0
-    """CPU threads of torch; 0 leaves torch's own choice."""
+    """CPU threads of torch; 0: as many as cores are free, looked at again during a CPU run (docs/performance.md). Runs that must repeat bit
+    for bit set it."""
     deterministic: bool = False
     """On a GPU: only kernels that give the same bits every time, slower, an error where there is none. A CPU run is so anyway."""
     cuda_graph: bool = False

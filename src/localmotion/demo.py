@@ -6,13 +6,13 @@ give; each is printed before it runs, and running the demo again continues where
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 
 from localmotion.config import RunConfig, Stage, compose
 from localmotion.console import progress, say
 from localmotion.errors import LocalmotionError
+from localmotion.machine import cores
 from localmotion.perception.base import Recipe
 
 TASK = "dmc:cheetah_run"
@@ -57,7 +57,7 @@ def demo(root: Path, *, videos: Path | None = None, task: str = TASK) -> Path:
     store_path = root / "store"
     say(f"2. localmotion extract {source} --out {store_path}")
     with progress("extract", 1, "videos") as advance:
-        summary = extract_folder(source, store_path, RECIPE, workers=os.cpu_count() or 1, progress=advance)
+        summary = extract_folder(source, store_path, RECIPE, workers=cores(), progress=advance)
     for line in summary.lines():
         say(line)
     store = ClipStore(store_path)

@@ -7,8 +7,8 @@ import os
 
 import torch
 
-from localmotion import methods
-from localmotion.compute import bf16_speedup
+from localmotion import machine, methods
+from localmotion.compute import bf16_speedup, devices
 from localmotion.errors import LocalmotionError
 from localmotion.perception import backends
 from localmotion.training.rundir import versions
@@ -29,16 +29,23 @@ def report_lines() -> list[str]:
         lines.append(
             f"{'device':24s} {torch.cuda.get_device_name()}, {torch.cuda.get_device_properties(0).total_memory / 1e9:.0f} GB"
         )
+    lines.append(f"{'devices':24s} {', '.join(devices())}")
     fast, slow = bf16_speedup()
     verdict = "bf16" if fast > 1.3 * slow else "fp32"
-    lines.append(f"{'cpu':24s} {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads")
+    free, whole = machine.measure_free_cores(), os.cpu_count() or 1
+    of = f" of {whole}" if whole != machine.cores() else ""
+    lines.append(
+        f"{'cpu':24s} {machine.cores()}{of} cores, {free:.1f} free now; torch's own choice is {torch.get_num_threads()} thread(s)"
+    )
+    lines.append(f"{'waiting threads':24s} {machine.waiting()}")
     lines.append(f"{'precision (measured)':24s} {verdict}: bf16 {fast / 1e9:.0f}, fp32 {slow / 1e9:.0f} GFLOP/s a thread")
     try:
-        from localmotion.envs.gl import choose_gl
+        from localmotion.envs.gl import choose_gl, load_triton
 
         gl = choose_gl()
         kind = "software" if gl.software else "hardware"
         lines.append(f"{'GL (rendered and seen)':24s} {gl.backend}: {gl.renderer} ({kind})")
+        lines.append(f"{'triton (before GL)':24s} {load_triton()}")
     except LocalmotionError as error:
         lines.append(f"{'GL':24s} {error}")
     lines += [f"{'pictures of dmcr':24s} {_pictures()}", f"{'videos of distracting':24s} {_backgrounds()}"]

@@ -2,11 +2,15 @@
 
 A broken driver can hang, crash or draw black. So a backend is first made to draw a small coloured scene in a subprocess, under a time
 limit, and the picture is looked at. Only then is ``MUJOCO_GL`` set, which MuJoCo reads once, when its own OpenGL parts are imported.
+
+Every environment that draws calls `choose_gl` before its first OpenGL context, so `load_triton` is called there too.
 """
 
 from __future__ import annotations
 
 import atexit
+import importlib
+import importlib.util
 import json
 import os
 import platform
@@ -18,6 +22,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from localmotion.errors import EnvError
+from localmotion.files import one_line
 
 MENDS = {
     "egl": "EGL needs a GPU driver with EGL, or Mesa: apt-get install libegl1 libgl1-mesa-dri libopengl0",
@@ -83,6 +88,52 @@ def _close_all() -> None:
     _CONTEXTS.clear()
 
 
+_TRITON: str | None = None  # what `load_triton` found
+
+
+def load_triton() -> str:
+    """Load triton, where it is installed, before this process makes its first OpenGL context. Later calls return the same answer.
+
+    CUDA builds of torch install triton, and torch's optimisers import it, on a CPU too. Mesa's OpenGL drivers load their own LLVM with its
+    symbols open to all libraries loaded after it. Triton's LLVM, if it comes after, calls into Mesa's, of another version, and the process
+    dies of a segmentation fault. In the other order each keeps its own. Loading takes 0.1 s and 110 MB, most of it shared with the file.
+
+    Returns:
+        "not installed", its version, or why it cannot be loaded; training goes on without it.
+
+    Raises:
+        EnvError: triton is installed and another part of this program has loaded Mesa's driver already.
+    """
+    global _TRITON
+    if _TRITON is None:
+        _TRITON = _load_triton()
+    return _TRITON
+
+
+def _load_triton() -> str:
+    if "triton" not in sys.modules:
+        if importlib.util.find_spec("triton") is None:
+            return "not installed"
+        if "libLLVM" in _mapped():
+            raise EnvError(
+                "this program loaded an OpenGL driver before triton, so torch's first optimiser would crash; import triton at its start"
+            )
+    try:
+        module = importlib.import_module("triton")
+    except Exception as error:  # of any type: it is another's code, and it is needed only where torch compiles
+        return f"cannot be loaded: {type(error).__name__}: {one_line(error, 200)}"
+    return str(getattr(module, "__version__", "of unknown version"))
+
+
+def _mapped() -> str:
+    """The files mapped into this process, "" where the system does not say."""
+    try:
+        with open("/proc/self/maps") as file:
+            return file.read()
+    except OSError:
+        return ""
+
+
 def _candidates() -> list[str]:
     """Backends worth trying, best first: what ``MUJOCO_GL`` says, else what an earlier import already fixed, else all."""
     wanted = os.environ.get("MUJOCO_GL", "").lower().strip()
@@ -111,11 +162,12 @@ def choose_gl(timeout: float = 60.0) -> GLInfo:
         timeout: seconds one backend may take to import MuJoCo and draw.
 
     Raises:
-        EnvError: no backend draws; the message has each one's cause and the packages to install.
+        EnvError: no backend draws; the message has each one's cause and the packages to install. Also what `load_triton` raises.
     """
     global _INFO
     if _INFO is not None:
         return _INFO
+    load_triton()
     # Pictures of 64 pixels are too small for Mesa's rasteriser threads: handing the work over costs a third of a DMC frame on an idle
     # machine, and several times the frame where the cores are busy with learning. Zero draws in the calling thread, the same picture.
     os.environ.setdefault("LP_NUM_THREADS", "0")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
-import os
 import signal
 import time
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
 from localmotion.errors import ConfigError, EnvError
+from localmotion.machine import cores
 
 _FLAGS = ("reward", "terminated", "truncated", "env_steps", "success")
 
@@ -70,7 +70,7 @@ class VectorEnv(gymnasium.vector.VectorEnv):
             raise ConfigError(f"count={count}, workers={workers}: both must be at least 1")
         self.name, self.num_envs, self.seed = name, count, seed
         self._restarts, self._timeout, self._settings = restarts, timeout, settings
-        workers = min(count, workers or len(os.sched_getaffinity(0)))
+        workers = min(count, workers or cores())
         self._slots = [tuple(int(i) for i in part) for part in np.array_split(np.arange(count), workers)]
         self._context = multiprocessing.get_context("spawn")
         self._lives = [0] * workers

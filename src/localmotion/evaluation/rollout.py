@@ -266,7 +266,7 @@ class MethodPolicy:
         if first:
             self.carry = self.method.initial_carry(len(records))
         batch = to_batch(records, first=first, device=self.compute.device)
-        with self.compute.acting(), uncompiled(self.method):
+        with self.compute.acting(len(records)), uncompiled(self.method):
             action, self.carry = self.method.act(batch, self.carry, explore=self.explore, window=self.window)
         result: NDArray[np.float32] = action.float().clamp(-1, 1).cpu().numpy()
         return result

@@ -311,6 +311,9 @@ class _Learner:
         self.method.train()
         metrics = self.updater.online(batch)
         self.spent["update"] += time.perf_counter() - began
+        if line := self.compute.look_again():
+            self.out.log("threads", **self.counters(), threads=torch.get_num_threads())
+            say(line)
         if self.ahead:
             began = time.perf_counter()
             self.replay.prepare(self.run.online.batch_size, partial(to_device, compute=self.compute))

@@ -76,6 +76,9 @@ def _pretrain(run: RunConfig, path: Path, cls: type[Method]) -> Path:
                 metrics = updater.pretrain(batch)
                 spent["update"] += time.perf_counter() - began
                 done = update + 1
+                if line := compute.look_again():
+                    out.log("threads", update=done, threads=torch.get_num_threads())
+                    say(line)
                 if done % settings.log_every == 0 or done == settings.updates:
                     values = {**to_floats(metrics), "skipped": updater.check()}
                     count = settings.log_every

@@ -44,6 +44,7 @@ from localmotion.console import say
 from localmotion.envs import check_env
 from localmotion.errors import ConfigError, LocalmotionError, unknown_name
 from localmotion.files import check_tree, links_trusted, one_line, read_bytes, read_json
+from localmotion.machine import cores
 from localmotion.training.checks import check_learns, check_length
 from localmotion.training.interrupt import StopRequest
 from localmotion.training.rundir import claimed
@@ -151,7 +152,7 @@ def run_study(path: Path, out: Path, *, jobs: int = 0) -> None:
 
 def _run_study(path: Path, out: Path, todo: Sequence[Job], jobs: int) -> None:
     _same_study(path, out, todo)
-    jobs = jobs or os.cpu_count() or 1
+    jobs = jobs or cores()
     done = {job.name for job in todo if state(out / "runs" / job.name) == "finished"}
     waiting = [job for job in todo if job.name not in done]
     say(f"{len(todo)} runs in {out}: {len(done)} finished, {len(waiting)} to do, {jobs} at a time")
@@ -206,7 +207,7 @@ def slug(text: str) -> str:
 def _start(job: Job, out: Path, jobs: int) -> subprocess.Popen[bytes]:
     arguments = job.arguments(out)
     if jobs > 1 and not any(text.startswith("threads=") for text in job.settings):
-        arguments += ["--set", f"threads={max((os.cpu_count() or 1) // jobs, 1)}"]
+        arguments += ["--set", f"threads={max(cores() // jobs, 1)}"]
     if links_trusted():
         arguments += ["--follow-links"]
     # A session of its own: Ctrl-C reaches it through us, once.

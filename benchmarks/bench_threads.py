@@ -1,0 +1,92 @@
+"""What threads of torch cost on a quiet and on a busy machine: DRP `small`, world-model update and policy step.
+
+Each row is a process of its own, because OpenMP reads how its threads wait when torch is loaded. "Beside" counts processes that compute
+and that this benchmark starts; what else runs on the machine is not known to it, so for the quiet rows the machine has to be quiet.
+
+    python -m benchmarks threads
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from itertools import product
+
+import numpy as np
+import torch
+
+from benchmarks.bench_update import ACTIONS, setup, time_parts
+from localmotion.evaluation.rollout import to_batch
+from localmotion.machine import WAITING, cores, measure_free_cores
+
+WAYS = {"spinning (libgomp's default)": {"GOMP_SPINCOUNT": "300000"}, "passive (ours)": {"OMP_WAIT_POLICY": "passive"}}
+BUSY = "while True: sum(range(1000))"
+
+
+@contextlib.contextmanager
+def beside(processes: int) -> Iterator[None]:
+    """Within, so many processes compute."""
+    running = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(processes)]
+    try:
+        yield
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+
+
+def measure(threads: int, updates: int, steps: int) -> dict[str, float]:
+    """Median and slowest seconds of a world-model update and of a policy step, all with ``threads`` threads."""
+    torch.set_num_threads(threads)
+    updater, batch = setup("drp", "finetune", "small", f"threads={threads}")
+    parts = [time_parts(updater, batch, "finetune") for _ in range(updates + 1)][1:]
+    learned = [part["forward"] + part["backward"] + part["optimiser"] for part in parts]
+    method = updater.method.eval()
+    record = {key: batch[key][0, 1].numpy() for key in batch if key not in ("is_first", "reward", "is_terminal")}
+    record["action"] = np.zeros(ACTIONS, np.float32)
+    carry, acted = method.initial_carry(1), []
+    with torch.inference_mode():
+        for step in range(steps):
+            began = time.perf_counter()
+            given = to_batch([record], first=step == 0, device=updater.compute.device)
+            _, carry = method.act(given, carry, explore=True, window=32)  # not in `Compute.acting`, which takes one thread
+            acted.append(time.perf_counter() - began)
+    names = ("update", "update, slowest", "act", "act, slowest")
+    values = (np.median(learned), np.max(learned), np.median(acted), np.max(acted))
+    return {name: float(value) for name, value in zip(names, values, strict=True)}
+
+
+def run(updates: int = 5, steps: int = 100) -> list[dict[str, object]]:
+    """A row for each load, number of threads and way to wait."""
+    rows: list[dict[str, object]] = []
+    clean = {name: value for name, value in os.environ.items() if name not in WAITING}
+    counts = sorted({1, cores()})
+    for others, threads, (way, variables) in product((0, 1, cores()), counts, WAYS.items()):
+        if threads == 1 and way != "passive (ours)":
+            continue  # nobody waits
+        with beside(others):
+            free = measure_free_cores()
+            command = [sys.executable, "-m", "benchmarks.bench_threads", str(threads), str(updates), str(steps)]
+            done = subprocess.run(command, env={**clean, **variables}, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)}: {done.stderr[-2000:]}")
+        found = json.loads(done.stdout.splitlines()[-1])
+        rows.append(
+            {
+                "processes beside": others,
+                "cores free": round(free, 1),
+                "threads": threads,
+                "waiting": way if threads > 1 else "-",
+                **{f"{name} ms": 1e3 * seconds for name, seconds in found.items()},
+            }
+        )
+    return rows
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(*(int(text) for text in sys.argv[1:]))))

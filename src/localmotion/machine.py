@@ -1,0 +1,186 @@
+"""What the machine gives this process: its cores, how many of them are free, and what must be set before torch is loaded.
+
+Nothing here imports torch. Linux is measured in full; elsewhere the cores count as free.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path("/")
+WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+"""Variables by which a user says how OpenMP's threads wait."""
+
+
+def wait_passively() -> None:
+    """Let threads of torch sleep while they wait for each other, if torch is not loaded yet and the user chose nothing.
+
+    OpenMP's threads spin at the end of each parallel part. When another process holds one of the cores, the others spin for as long as
+    that process runs, and an update takes up to ten times as long. The OpenMP library reads the variable when torch is loaded, so a program
+    that imports torch before localmotion sets ``OMP_WAIT_POLICY=passive`` itself. Child processes inherit the setting.
+    """
+    if "torch" not in sys.modules and not any(name in os.environ for name in WAITING):
+        os.environ["OMP_WAIT_POLICY"] = "passive"
+
+
+def waiting() -> str:
+    """How OpenMP's threads wait in this process, as far as its environment says."""
+    given = [f"{name}={os.environ[name]}" for name in WAITING if name in os.environ]
+    return ", ".join(given) or "spinning: torch was loaded first; set OMP_WAIT_POLICY=passive"
+
+
+def cores(root: Path = ROOT) -> int:
+    """CPU cores that this process may use, at least 1.
+
+    The least of: the cores of its affinity (taskset, cpusets, Slurm), the CPU quota of its control groups (containers, systemd) rounded up,
+    and ``SLURM_CPUS_PER_TASK`` where Slurm limits no affinity.
+
+    Args:
+        root: folder in which ``proc`` and ``sys`` are looked up.
+    """
+    count, whole = len(_cpus()), os.cpu_count() or 1
+    slurm = os.environ.get("SLURM_CPUS_PER_TASK", "")
+    if count == whole and slurm.isdecimal() and "SLURM_JOB_ID" in os.environ:
+        count = min(count, int(slurm))
+    group = _tightest(root)
+    if group:
+        count = min(count, math.ceil(group.quota - 1e-6))
+    return max(count, 1)
+
+
+def _cpus() -> list[int]:
+    """Numbers of the CPUs that the scheduler may give to this process."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    counted: Callable[[], int | None] = getattr(os, "process_cpu_count", os.cpu_count)  # Python 3.13 has the first
+    return list(range(counted() or 1))
+
+
+# -- control groups -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Group:
+    """A control group with a CPU quota: cores a second, and the file that counts what its processes used, in ``unit`` seconds."""
+
+    quota: float
+    usage: Path
+    unit: float
+
+
+def _read(path: Path) -> str:
+    """Text of a small system file, "" where it cannot be read."""
+    try:
+        return path.read_text()
+    except (OSError, ValueError):  # a directory, not there, not allowed, not text
+        return ""
+
+
+def _groups(root: Path) -> Iterator[_Group]:
+    """Control groups that limit this process, of version 1 and 2."""
+    for line in _read(root / "proc/self/cgroup").splitlines():
+        _, _, rest = line.partition(":")
+        names, _, path = rest.partition(":")
+        if names and "cpu" not in names.split(","):
+            continue
+        mounts = ("cpu", "cpu,cpuacct", "cpuacct,cpu") if names else ("", "unified")
+        for mount in mounts:
+            top = root / "sys/fs/cgroup" / mount
+            parts = [part for part in path.split("/") if part not in ("", "..")]
+            # A container may see its path on the host, with its own group mounted at the top: folders that are not there are passed over.
+            for depth in range(len(parts), -1, -1):
+                folder = top.joinpath(*parts[:depth])
+                found = _quota_v1(folder) if names else _quota_v2(folder)
+                if found is not None:
+                    yield found
+
+
+def _quota_v2(folder: Path) -> _Group | None:
+    words = _read(folder / "cpu.max").split()
+    if len(words) == 2 and all(word.isdecimal() for word in words) and int(words[1]):
+        return _Group(int(words[0]) / int(words[1]), folder / "cpu.stat", 1e-6)
+    return None
+
+
+def _quota_v1(folder: Path) -> _Group | None:
+    quota, period = (_read(folder / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period"))
+    if quota.isdecimal() and period.isdecimal() and int(period):  # -1: no quota
+        return _Group(int(quota) / int(period), folder / "cpuacct.usage", 1e-9)
+    return None
+
+
+def _tightest(root: Path) -> _Group | None:
+    return min(_groups(root), key=lambda group: group.quota, default=None)
+
+
+def _used(group: _Group) -> float | None:
+    """CPU seconds of all processes of a group, None where they are not counted."""
+    for line in _read(group.usage).splitlines():
+        words = line.split()
+        if len(words) == 1 or words[0] == "usage_usec":
+            return int(words[-1]) * group.unit
+    return None
+
+
+# -- free cores ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Load:
+    """CPU seconds up to one moment, see `load`."""
+
+    wall: float
+    own: float
+    """Of this process."""
+    busy: float
+    """Of all processes on the CPUs that this process may use."""
+    group: float | None
+    """Of all processes that share its tightest CPU quota."""
+
+
+def load(root: Path = ROOT) -> Load | None:
+    """The load counters of now; None where the system does not count. Processes of low priority count as idle: they give way."""
+    ours = {f"cpu{number}" for number in _cpus()}
+    seen, busy = 0, 0.0
+    for line in _read(root / "proc/stat").splitlines():
+        name, *rest = line.split()
+        if name in ours and len(rest) >= 8:
+            user, nice, system, _, _, irq, softirq, steal = (int(word) for word in rest[:8])
+            busy += user + system + irq + softirq + steal
+            busy += nice if os.nice(0) > 0 else 0  # this process is one of them
+            seen += 1
+    if seen < len(ours):
+        return None
+    group = _tightest(root)
+    ticks = os.sysconf("SC_CLK_TCK")
+    return Load(time.monotonic(), time.process_time(), busy / ticks, _used(group) if group else None)
+
+
+def free_cores(before: Load, after: Load, root: Path = ROOT) -> float:
+    """Cores that other processes left to this one between two moments, on average: 0 up to `cores`.
+
+    What this process used itself counts as free.
+    """
+    wall = max(after.wall - before.wall, 1e-9)
+    own = after.own - before.own
+    free = len(_cpus()) - max(after.busy - before.busy - own, 0.0) / wall
+    group = _tightest(root)
+    if group and before.group is not None and after.group is not None:
+        free = min(free, group.quota - max(after.group - before.group - own, 0.0) / wall)
+    return min(max(free, 0.0), float(cores(root)))
+
+
+def measure_free_cores(seconds: float = 0.3) -> float:
+    """Cores that are free now, measured while this process sleeps for ``seconds``. `cores` where that cannot be measured."""
+    before = load()
+    if before is None:
+        return float(cores())
+    time.sleep(seconds)
+    after = load()
+    return free_cores(before, after) if after else float(cores())
