@@ -99,6 +99,7 @@ class DRP(Method):
     PRESETS = presets(
         own={
             "small": {"dae": {"keypoints": 16, "blocks": 2, "dim": 64}},
+            "tiny": {"dae": {"keypoints": 8, "patch": 8, "blocks": 1, "dim": 32, "heads": 2}},
             "debug": {"dae": {"keypoints": 4, "patch": 8, "blocks": 2, "dim": 16, "heads": 2}},
         }
     )
