@@ -146,6 +146,9 @@ class WorldModelConfig:
     """Layers of each head."""
     kl_balance: float = 0.8
     """Share of the KL that trains the prior."""
+    image_weight: float = 1.0
+    """Weight of the image losses, which are sums over a picture's values. Pictures of 32 pixels have a quarter of the values of the
+    paper's 64: 4 keeps the balance with the KL, without which the latent stays empty."""
 
 
 @dataclass(frozen=True)

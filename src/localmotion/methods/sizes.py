@@ -25,11 +25,12 @@ WORLD: dict[str, dict[str, Any]] = {
     },
     "tiny": {
         "stem": "unshuffle",
-        "norm": "none",
+        "norm": "batch",
         "depth": 16,
         "context_dropout": 0.0,
         "context_side": 4,
         "context_copy": True,
+        "image_weight": 16.0,
         "deter": 128,
         "hidden": 128,
         "stoch": 8,
