@@ -41,7 +41,7 @@ from localmotion.perception.companding import Companding
 from localmotion.perception.extract import extract_folder, extract_one
 from localmotion.replay import Replay
 from localmotion.training.update import Updater
-from localmotion.video.listing import find_videos
+from localmotion.video.listing import usable_videos
 
 Step = Callable[[], object]
 BASE = ("drp", "finetune", "small", "online.batch_size=4")
@@ -223,7 +223,7 @@ def extraction_curves(folder: Path, rounds: int) -> list[Curve]:
     """Extraction of videos rendered here, decoding included, along pixels a frame, frames a clip, and workers."""
     videos = folder / "videos"
     render_videos(videos, clips=4, frames=100, size=256, seed=0, bodies=("cheetah", "hopper", "finger", "fish"))
-    one = find_videos(videos)[0]
+    one = usable_videos(videos)[0]
     for file in list(videos.iterdir()):  # enough work for the start of a worker, which is its own, to be small beside it
         for copy in range(3):
             shutil.copy(file, file.with_stem(f"{file.stem}_{copy}"))

@@ -24,11 +24,13 @@ from numpy.typing import NDArray
 from localmotion.perception.base import Recipe
 from localmotion.perception.extract import extract_folder
 from localmotion.video import ClipStore, VideoRef, decode, find_videos
+from localmotion.video.libav import LENIENT_METADATA
 from localmotion.video.scan import scan
 from localmotion.video.workers import Lost, map_isolated
 from soak.mutations import make
 from soak.sources import Source, digest
 
+_SCALING = 0x20 | 0x2000 | 0x4000 | 0x40000 | 0x80000  # area, full chroma, accurate and the same on every machine: swscale.h
 RECIPE = Recipe(size=64, percept_size=64, tracks=4, redraw_rounds=0)
 MIN_FRAMES = 8
 PROMISES = (
@@ -147,19 +149,21 @@ def alone(item: tuple[VideoRef, str], size: int) -> str:
 
 def _plain(path: Path, size: int, held: int = 0, look: bool = False) -> str | None:
     """Digest of all frames by av alone, with so many decoded ones held, and the data beside each looked at or not; None when they
-    are to be turned to be shown."""
+    are to be turned to be shown, deinterlaced or mapped from HDR."""
     frames: list[NDArray[np.uint8]] = []
     recent: deque[Any] = deque(maxlen=held)
     reformatter = VideoReformatter()
-    with av.open(str(path.absolute()), metadata_errors="replace") as container:
+    with av.open(str(path.absolute()), **LENIENT_METADATA) as container:
         stream = next(s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic)
         stream.codec_context.thread_count = 1
         for frame in container.decode(stream):
             if look or not frames:
-                turned = [bytes(x) for x in frame.side_data if x.type.name == "DISPLAYMATRIX"]
-                if turned and struct.unpack("=9i", turned[0])[:5] != (1 << 16, 0, 0, 0, 1 << 16):
+                turned = frame.side_data.get("DISPLAYMATRIX")
+                if turned and struct.unpack("=9i", bytes(turned))[:5] != (1 << 16, 0, 0, 0, 1 << 16):
                     return None
-            small = reformatter.reformat(frame, size, size, "rgb24", interpolation="AREA", threads=1)
+            if frame.interlaced_frame or frame.color_trc in (16, 18):  # these the library changes
+                return None
+            small = reformatter.reformat(frame, size, size, "gbrp", interpolation=_SCALING, threads=1)
             frames.append(np.asarray(small.to_ndarray(), np.uint8))
             recent.append(frame)
     return digest(np.stack(frames))
@@ -223,15 +227,15 @@ def _examine(findings: Findings, root: Path, store: Path, limits: Limits, both: 
         if entry is not None:
             entry.extracted, entry.detail = rejection["reason"], rejection["detail"]
         _check_text(findings, [f"{rejection['reason']}: {rejection['detail']}"])
-    for name in clips.ids:
+    for name in clips.videos:
         if name in entries:
             entries[name].extracted = ""
-    unexpected = (set(ids) | set(clips.ids)) - entries.keys()
+    unexpected = (set(ids) | set(clips.videos)) - entries.keys()
     findings.check(PROMISES[0], not unexpected, f"listed but never made: {sorted(unexpected)[:3]!r}")
     for entry in entries.values():
         _check_entry(findings, entry, limits)
     _check_frames(findings, clips, root, limits, beat)
-    cut_short = {name for number, name in enumerate(clips.ids) if clips.clip(number).info.get("cut_short")}
+    cut_short = _cut_short(clips)
     for entry in entries.values():
         _check_agreement(findings, entry, entry.id in cut_short)
 
@@ -256,12 +260,15 @@ def _check_entry(findings: Findings, entry: Entry, limits: Limits) -> None:
 
 
 def _check_frames(findings: Findings, clips: ClipStore, root: Path, limits: Limits, beat: Callable[[], None]) -> None:
-    """Every clip of the store against its file decoded by other means, in the opposite order, so that nothing left over from
-    the video before could be the same both times."""
+    """The clips of every video of the store against its file decoded by other means, in the opposite order, so that nothing left over
+    from the video before could be the same both times."""
     refs = {ref.id: ref for ref in find_videos(root)}
-    stored = {(clip := clips.clip(number)).id: clip for number in range(len(clips))}
+    stored: dict[str, list[int]] = {}
+    for number, name in enumerate(clips.videos):
+        stored.setdefault(name, []).append(number)
+    cut_short = _cut_short(clips)
     order = [*stored][::-1]
-    items = [(refs[name], digest(stored[name].frames)) for name in order]
+    items = [(refs[name], digest(np.concatenate([clips.clip(number).frames for number in stored[name]]))) for name in order]
     found: dict[str, str | Lost] = {}
     for position, value in map_isolated(partial(alone, size=RECIPE.size), items, 1, limits.seconds):
         found[order[position]] = value
@@ -271,7 +278,7 @@ def _check_frames(findings: Findings, clips: ClipStore, root: Path, limits: Limi
         if want == "undefined":
             why = "damage that the codec cannot tell, with remains of older pictures in its place"
             findings.differences[why] = findings.differences.get(why, 0) + 1
-        elif not stored[name].info.get("cut_short"):
+        elif name not in cut_short:
             other = want if isinstance(want, Lost) else f"other frames ({have[:8]}, not {want[:8]})"
             told = f"{name!r} ({entry.kind} of {entry.source}): {other}"
             findings.check("stored frames are those of the file decoded alone", have == want, told)
@@ -280,6 +287,11 @@ def _check_frames(findings: Findings, clips: ClipStore, root: Path, limits: Limi
             holds = entry.extracted == "" and found.get(entry.id) == entry.accept and entry.scanned in ("", *ONLY_SCAN)
             told = f"{entry.id!r} ({entry.kind} of {entry.source}): scan {entry.scanned!r}, extract {entry.extracted!r} {entry.detail}"
             findings.check("undamaged files come out as they went in", holds, told)
+
+
+def _cut_short(clips: ClipStore) -> set[str]:
+    """Videos with frames that are in no clip."""
+    return {name for name, info in zip(clips.videos, clips.infos, strict=True) if info.get("cut_short")}
 
 
 def _check_agreement(findings: Findings, entry: Entry, cut_short: bool) -> None:

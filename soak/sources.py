@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localmotion.errors import LocalmotionError, VideoError
-from localmotion.video import decode, find_videos, video_ref
+from localmotion.video import decode, video_ref
+from localmotion.video.listing import usable_videos
 
 SIDE, FRAMES = 96, 24
 """The sources' longer side in pixels and their length: small, so that thousands of files are quick and cost little disk."""
@@ -101,7 +102,7 @@ def rendered(number: int, seed: int) -> NDArray[np.uint8]:
 
 def real(folder: Path, count: int, seed: int) -> Iterator[tuple[Path, NDArray[np.uint8]]]:
     """Files of `folder`, drawn by `seed`, with their first frames made small: (path, (FRAMES, h, w, 3))."""
-    refs = [ref for ref in find_videos(folder) if ref.kind == "file"]
+    refs = [ref for ref in usable_videos(folder) if ref.kind == "file"]
     found = 0
     for number in np.random.default_rng(seed).permutation(len(refs)):
         try:

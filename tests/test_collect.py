@@ -118,6 +118,8 @@ def test_errors_name_the_mend(tmp_path: Path) -> None:
         collect("toy:dot", tmp_path, episodes=0)
     with pytest.raises(ConfigError, match="action_repeat instead"):
         collect("toy:dot", tmp_path, recipe=Recipe(frame_stride=2))
+    with pytest.raises(ConfigError, match="fps=15: a collected video has every agent step"):
+        collect("toy:dot", tmp_path, recipe=Recipe(fps=15))
     collect("toy:dot", tmp_path / "x", episodes=1, steps=2, seed=1, size=32)
     with pytest.raises(ConfigError, match="was collected with seed 1, now 2; give a new folder"):
         collect("toy:dot", tmp_path / "x", episodes=1, steps=2, seed=2, size=32)

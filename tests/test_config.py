@@ -90,6 +90,17 @@ def test_every_setting_is_documented(name: str) -> None:
     assert not bare
 
 
+@pytest.mark.parametrize("name", ["batch_size", "length", "lr", "log_every", "eval_every", "save_every"])
+def test_a_short_name_that_both_stages_have_means_the_runs_own(name: str) -> None:
+    value = 7 if name != "lr" else 0.5
+    for stage, part in (("pretrain", "pretrain"), ("train", "online"), ("finetune", "online")):
+        before = compose("drp", stage, preset="small")
+        changed = [key for key, now in leaves(assign(before, f"{name}={value}")) if now != dict(leaves(before))[key]]
+        assert changed == [f"{part}.{name}"]
+    with pytest.raises(ConfigError, match=r"pretrain\.(lr|lr_decay)|online\.lr"):
+        assign(compose("drp", "pretrain"), "pretrain.lrr=1")
+
+
 def test_short_names_and_types() -> None:
     config = compose("drp", "pretrain", preset="paper", settings=["keypoints=8", "pretrain.lr=1e-3", "joint_gradient=false"])
     assert (config.model.dae.keypoints, config.pretrain.lr, config.model.joint_gradient) == (8, 1e-3, False)
@@ -99,7 +110,7 @@ def test_short_names_and_types() -> None:
     ("text", "message"),
     [
         ("keypiont=8", "keypoints"),
-        ("lr=1", "ambiguous"),
+        ("depths=1", "depth"),
         ("keypoints=many", "expected int"),
         ("keypoints=2.5", "expected int"),
         ("adapter=conv", "attention"),

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
 
 import pytest
 
-from localmotion.envs import list_envs, make_env
+from localmotion.envs import SETTINGS, check_env, list_envs, make_env
 from localmotion.errors import ConfigError
 
 
@@ -70,6 +71,35 @@ def test_wrong_names_say_which_are_near(name: str, said: str) -> None:
 def test_impossible_settings_are_errors(settings: dict[str, object], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         make_env("toy:dot", **settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("env", "options", "said"),
+    [
+        *(("dmc:walker_walk", {name: 1}, rf"option {name}=1 of dmc:walker_walk: it is set by") for name in SETTINGS),
+        ("toy:dot", {"camera": 0}, "toy has no cameras"),
+        ("toy:dot", {"wind": 1}, "toy has no options but time_limit"),
+        ("metaworld:reach", {"time_limit": 2.5}, "whole number of env steps"),
+        ("metaworld:reach", {"time_limit": True}, "whole number of env steps"),
+        ("metaworld:reach", {"camera": [1]}, "a name or a number"),
+        ("distracting:walker_walk", {"dificulty": "easy"}, "did you mean difficulty"),
+        ("toy:dto", {}, "toy:dot"),
+    ],
+)
+def test_options_of_a_run_are_checked_without_making_anything(env: str, options: dict[str, object], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        check_env(env, options)
+
+
+def test_camera_and_time_limit_are_options_of_a_run() -> None:
+    for env in ("dmc:walker_walk", "dmcr:walker_walk", "distracting:walker_walk", "diswm:walker_walk", "metaworld:reach"):
+        check_env(env, {"camera": 1, "time_limit": 100})
+        check_env(env, {"camera": "corner"})
+    check_env("toy:dot", {"time_limit": 7})
+    check_env("dmcr:walker_walk", {"visual_seed": 3})
+    # Every argument of the door is an option of a run, or names the setting that stands for it
+    arguments = {name for name, kind in inspect.signature(make_env).parameters.items() if kind.kind is not kind.VAR_KEYWORD}
+    assert arguments == {*SETTINGS, "camera", "time_limit"}
 
 
 def test_unknown_suite_of_a_list() -> None:

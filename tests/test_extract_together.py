@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from localmotion.perception import Recipe, _neural, extract
 from localmotion.perception.base import ClipMotion, works_on_gpu
 from localmotion.perception.clips import ClipExtractor
 from localmotion.perception.extract import _results, extract_folder
+from localmotion.perception.unfinished import Task, VideoDone
+from localmotion.video.listing import VideoRef
 from localmotion.video.workers import Lost
 from localmotion.video.write import write_video
 from perception_scenes import SIDE, scene
@@ -173,20 +175,21 @@ def test_what_fails_together_is_done_alone_and_the_error_names_the_video(tmp_pat
     assert store_bytes(tmp_path / "one") == store_bytes(tmp_path / "bad")
 
 
-def act(items: Sequence[str]) -> list[str]:
-    for item in items:
-        if item == "dies":
+def act(tasks: Sequence[Task]) -> Generator[list[Any], None, list[Any]]:
+    for task in tasks:
+        if task.ref.id == "dies":
             os.kill(os.getpid(), signal.SIGSEGV)
-        if item == "hangs":
+        if task.ref.id == "hangs":
             time.sleep(100)
-    return [item.upper() for item in items]
+    yield []
+    return [VideoDone(task.ref.id, frames=7) for task in tasks]
 
 
 def test_a_worker_that_dies_or_hangs_costs_one_video_of_its_group() -> None:
-    items: list[Any] = ["a", "dies", "b", "hangs"]
-    found = dict(_results(act, items, 1, 1.0, 2))  # type: ignore[arg-type]
-    assert {items[i]: value for i, value in found.items() if not isinstance(value, Lost)} == {x: x.upper() for x in "ab"}
-    assert {items[i]: value.reason for i, value in found.items() if isinstance(value, Lost)} == {
+    tasks = [Task(VideoRef(name, Path(name), "file")) for name in ("a", "dies", "b", "hangs")]
+    found = {task.ref.id: message for task, message in _results(act, tasks, 1, 1.0, 2)}
+    assert {name: value.frames for name, value in found.items() if isinstance(value, VideoDone)} == {"a": 7, "b": 7}
+    assert {name: value.reason for name, value in found.items() if isinstance(value, Lost)} == {
         "dies": "decoder_crash",
         "hangs": "decoder_timeout",
     }

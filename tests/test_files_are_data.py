@@ -26,7 +26,8 @@ import numpy as np
 import pytest
 import torch
 
-from localmotion import methods
+from localmotion import files, methods
+from localmotion.cli import main
 from localmotion.config import RunConfig, compose, from_dict, to_dict
 from localmotion.envs import make_env
 from localmotion.errors import CheckpointError, ConfigError, LocalmotionError, StoreError
@@ -409,8 +410,15 @@ def test_environments_and_backends_are_registry_names(copied: Callable[[str], Pa
     for name in ("os:system", "os.system", "toy:../dot"):
         refused(ConfigError, "environment", lambda name=name: make_env(name))
     run = copied("online")
-    change(run / "config.json", env_options={"seed": 1})
-    refused(ConfigError, "option of 'toy:dot'", lambda: load_run(run, device="cpu"))
+    for options, said in (
+        ({"seed": 1}, "option seed=1 of toy:dot: it is set by --seed"),
+        ({"name": "dmc:walker_walk"}, "option name="),
+        ({"videos": "/etc"}, "no options but time_limit"),
+        ({"time_limit": "x" * 10**6}, "option time_limit=.* whole number"),
+        ({"x" * 10**6: 1}, "option x"),
+    ):
+        change(run / "config.json", env_options=options)
+        refused(ConfigError, said, lambda: load_run(run, device="cpu"))
 
 
 @pytest.mark.parametrize(
@@ -655,6 +663,41 @@ def test_a_store_reads_no_file_outside_of_it(name: str, copied: Callable[[str], 
     (store / name).rename(tmp_path / "away")
     (store / name).symlink_to(tmp_path / "away")
     refused(StoreError, "is a link to a place outside", lambda: ClipStore(store))
+
+
+@pytest.mark.parametrize("name", ["shards", "shards/00001", "shards/00000/frames.u8", "shards/00000/shard.json"])
+def test_links_of_a_store_are_followed_when_asked_for(name: str, copied: Callable[[str], Path], tmp_path: Path) -> None:
+    store = copied("store")
+    want = ClipStore(store).clip(3).frames.copy()
+    (store / name).rename(tmp_path / "away")
+    (store / name).symlink_to(tmp_path / "away")
+    command = ["inspect", str(store), "--out", str(tmp_path / "p.png")]
+    with pytest.raises(SystemExit):
+        main(command)
+    main([*command, "--follow-links"])
+    ClipStore(store).verify()
+    np.testing.assert_array_equal(ClipStore(store).clip(3).frames, want)
+    writer = ClipStoreWriter.open(store, 64, RECIPE.to_json(), RECIPE.hash(), 4, 2)
+    assert len(writer.done_ids()) == 6
+    with pytest.raises(SystemExit):  # for one command, not for the process
+        main(command)
+    refused(StoreError, "is a link to a place outside.*--follow-links", lambda: ClipStore(store))
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "media", "metrics.jsonl"])
+def test_links_of_a_run_are_followed_when_asked_for(
+    name: str, copied: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = copied("pre")
+    config = from_dict(json.loads((run / "config.json").read_text()))
+    (run / name).rename(tmp_path / "away")
+    (run / name).symlink_to(tmp_path / "away")
+    refused(CheckpointError, "is a link to a place outside.*--follow-links", lambda: RunDir(run, config))
+    monkeypatch.setattr(files, "_trusted", False)
+    files.trust_links()
+    assert RunDir(run, config).metrics_path.exists()
+    assert load_run(run, device="cpu")[0].method == "drp"
+    report([run], tmp_path / "r.html")
 
 
 def edit_shard(store: Path, edit: Callable[[dict[str, Any]], Any]) -> None:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,9 +27,10 @@ from soak.structure import png
 
 from localmotion.errors import VideoError
 from localmotion.perception.base import Recipe
-from localmotion.perception.extract import extract_folder
+from localmotion.perception.extract import extract_folder, in_this_process
 from localmotion.video import ClipStore, decode, find_videos, iter_frames, probe, video_ref
 from localmotion.video.listing import MAX_DEPTH, shown
+from localmotion.video.pictures import jpeg_size, png_size
 from localmotion.video.scan import scan
 from localmotion.video.workers import MEMORY_LIMIT, TIME_LIMIT, Lost, limited_memory, map_isolated
 from video_files import encode, moving_square, save_pictures, set_display_matrix
@@ -201,16 +202,19 @@ def test_the_time_limit_reaches_the_workers_and_what_is_lost_is_told(tmp_path: P
         function: Callable[[object], object], items: list[object], workers: int, timeout: float
     ) -> Iterator[tuple[int, object]]:
         limits.append(timeout)
-        yield 1, Lost("decoder_timeout", f"decoding took more than {timeout:g} seconds")
-        yield 0, function(items[0])
+        items = list(items)
+        if items:
+            yield 1, Lost("decoder_timeout", f"decoding took more than {timeout:g} seconds")
+            result = function(items[0])
+            yield 0, list(in_this_process(result)) if isinstance(result, Generator) else result
 
     monkeypatch.setattr("localmotion.video.scan.map_isolated", hung)
-    monkeypatch.setattr("localmotion.perception.extract.map_isolated", hung)
+    monkeypatch.setattr("localmotion.perception.extract.stream_isolated", hung)
     told = ("decoder_timeout", "decoding took more than 7 seconds")
     found = {v.id: (v.reason, v.detail) for v in scan(tmp_path, timeout=7, memory=None).videos}
     assert found == {"good.mp4": ("", ""), "long.mp4": told}
     summary = extract_folder(tmp_path, tmp_path / ".store", FAST, timeout=7, memory=None)
-    assert (summary.clips, summary.rejected, limits) == (1, {"decoder_timeout": 1}, [7, 7])
+    assert (summary.clips, summary.rejected, limits) == (1, {"decoder_timeout": 1}, [7, 7, 7])
     assert [(entry["id"], entry["reason"], entry["detail"]) for entry in ClipStore(tmp_path / ".store").rejected] == [
         ("long.mp4", *told)
     ]
@@ -513,13 +517,13 @@ def test_a_png_with_any_byte_changed_is_never_taken_for_whole(data: st.DataObjec
     import cv2
 
     content = bytearray(cv2.imencode(".png", moving_square(1)[0])[1].tobytes())
-    assert DECODE._png_size(bytes(content)) == (64, 48)
+    assert png_size(bytes(content)) == (64, 48)
     content[data.draw(st.integers(8, len(content) - 1))] ^= data.draw(st.integers(1, 255))
-    assert DECODE._png_size(bytes(content)) is None
+    assert png_size(bytes(content)) is None
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.binary(max_size=300), st.sampled_from([b"", b"\xff\xd8", b"\xff\xd8\xff\xe0", b"\x89PNG\r\n\x1a\n"]))
 def test_picture_headers_of_any_bytes_are_read_without_errors(noise: bytes, head: bytes) -> None:
-    for size in (DECODE._png_size(head + noise), DECODE._jpeg_size(head + noise + b"\xff\xd9")):
+    for size in (png_size(head + noise), jpeg_size(head + noise + b"\xff\xd9")):
         assert size is None or all(0 <= side < 2**32 for side in size)

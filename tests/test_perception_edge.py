@@ -183,11 +183,11 @@ def test_a_mismatch_of_motion_is_told() -> None:
 SMALL = Recipe(size=32, percept_size=32, tracks=4, redraw_rounds=1)
 
 
-def test_long_videos_are_cut_short_and_strides_kept(tmp_path: Path) -> None:
+def test_limited_videos_are_cut_short_and_strides_kept(tmp_path: Path) -> None:
     frames, _ = scene(frames=40, velocity=(1.0, 0.5))
     write_video(tmp_path / "in" / "long.mp4", frames, fps=12)
     write_video(tmp_path / "in" / "short.mp4", frames[:10], fps=12)
-    summary = extract_folder(tmp_path / "in", tmp_path / "a", SMALL, min_frames=5, max_frames=30)
+    summary = extract_folder(tmp_path / "in", tmp_path / "a", SMALL, min_frames=5, max_frames=30, max_clips=1)
     store = ClipStore(tmp_path / "a")
     assert dict(zip(store.ids, store.lengths.tolist(), strict=True)) == {"long.mp4": 30, "short.mp4": 10}
     assert [info["cut_short"] for info in store.infos] == [True, False]
@@ -226,7 +226,7 @@ def test_workers_give_the_same_bytes_and_errors_stay_one_line(tmp_path: Path) ->
     extract_folder(tmp_path / "in", tmp_path / "one", SMALL, min_frames=5, shard_clips=2)
     extract_folder(tmp_path / "in", tmp_path / "two", SMALL, min_frames=5, shard_clips=2, workers=2)
     files = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*") if path.is_file())
-    assert len(files) == 2 * 7 + 2
+    assert len(files) == 2 * 8 + 2
     for file in files:
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes(), file
     options = {"cotracker3": {"accept_licence": True, "source": "local", "repository": str(tmp_path)}}

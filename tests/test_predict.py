@@ -107,7 +107,7 @@ def test_the_command_draws_and_writes_scores(runs: dict[str, Path], store: Path,
 
 
 def test_what_cannot_be_compared_is_refused(runs: dict[str, Path], store: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="at least one"):
+    with pytest.raises(ConfigError, match="checkpoints=0 must be at least 1"):
         predict([], store)
     # A run that says it saw every second frame cannot share windows with one that saw all.
     other = tmp_path / "other"
@@ -136,6 +136,6 @@ def test_runs_on_larger_pictures_go_all_the_way(method: str, store: Path, tmp_pa
     with pytest.raises(ConfigError, match="clips of side 64, but pre was pre-trained on 128"):
         predict([pre], store, split="all")
     flags = {"precision": "fp32", "device": "cpu", "checkpoint": str(pre), "threads": 1}
-    few = ("env_steps=130", "online.eval_every=1000")
+    few = ("env_steps=110", "prefill=60", "online.eval_every=1000")
     fine = finetune(compose(method, "finetune", preset="debug", env="toy:dot", flags=flags, settings=few), tmp_path / "fine")
     assert len(evaluate_run(fine, episodes=1)["returns"]) == 1

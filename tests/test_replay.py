@@ -1,4 +1,4 @@
-"""Replay: windows stay inside episodes, ends are prioritised as specified, saving is exact."""
+"""Replay: windows stay inside episodes, shorter episodes follow one another, ends are prioritised as specified, saving is exact."""
 
 from __future__ import annotations
 
@@ -63,9 +63,28 @@ def test_prioritised_ends_have_the_specified_probability() -> None:
     assert last == pytest.approx(51 / 502, abs=0.008)
 
 
-def test_short_episodes_are_dropped_and_counted_and_capacity_evicts_oldest() -> None:
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(2, 12), min_size=1, max_size=6), st.booleans(), st.integers(0, 1000))
+def test_a_sequence_is_filled_with_pieces_of_episodes(lengths: list[int], ends: bool, seed: int) -> None:
+    """Whole short episodes, then what fits of another; each piece begins as a window does."""
+    replay = Replay(SPEC, capacity=10_000, length=9, prioritize_ends=ends, seed=seed)
+    fill(replay, lengths)
+    batch = replay.sample(8)
+    for reward, action, first in zip(batch["reward"], batch["action"][:, 0:, 0], batch["is_first"], strict=True):
+        starts = first.nonzero().flatten().tolist()
+        assert starts[0] == 0
+        for begin, end in itertools.pairwise([*starts, 9]):
+            piece = reward[begin:end].int().tolist()
+            episode, time = divmod(piece[0], 1000)
+            assert piece == list(range(piece[0], piece[0] + end - begin))
+            assert time + len(piece) <= lengths[episode]
+            assert len(piece) == min(lengths[episode], 9 - begin)  # no room is left, and no short episode is cut before its end
+            assert action[begin:end].tolist() == [0.0, *range(time + 1, time + len(piece))]
+
+
+def test_an_episode_of_a_reset_alone_is_dropped_and_counted_and_capacity_evicts_oldest() -> None:
     replay = Replay(SPEC, capacity=25, length=5)
-    fill(replay, [4, 10, 10, 10])
+    fill(replay, [1, 10, 10, 10])
     assert replay.dropped == 1
     assert len(replay) == 20
     assert [episode.serial for episode in replay.episodes] == [1, 2]
@@ -145,7 +164,7 @@ def test_all_storages_give_the_same_batches(
     lengths: list[int], capacity: int, prepared: list[bool], ends: bool, seed: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """Between episodes that come and go, with batches made ahead or not, and where a run was stopped and goes on."""
-    settings: dict[str, Any] = {"capacity": capacity, "length": 3, "seed": seed, "prioritize_ends": ends, "rows": capacity}
+    settings: dict[str, Any] = {"capacity": capacity, "length": 6, "seed": seed, "prioritize_ends": ends, "rows": capacity}
 
     def make(kind: Storage) -> Replay:
         return Replay(MOTION, **settings, coders={"flow": Companding(4)}, folder=tmp_path_factory.mktemp("r"), storage=kind)
@@ -219,6 +238,9 @@ def test_a_replay_on_the_device_is_sampled_without_waiting_for_it(tmp_path: Path
     batch = replay.sample(4)
     assert {value.device.type for value in batch.values()} == {"meta"}
     assert batch["flow"].shape == (4, 3, 4, 4, 2)
+    for t in range(2):
+        replay.add(moving(rng, t), last=t == 1)
+    assert replay.sample(16)["is_first"].device.type == "meta"
 
 
 def test_a_ring_holds_no_more_than_its_rows(tmp_path: Path) -> None:
@@ -326,9 +348,9 @@ def test_a_full_disk_costs_nothing_that_was_saved(storage: Storage, tmp_path: Pa
     assert len(again) == 10
 
 
-def test_an_episode_that_was_cut_is_kept_if_it_is_long_enough() -> None:
+def test_an_episode_that_was_cut_is_kept_if_it_is_more_than_a_reset() -> None:
     replay = Replay(SPEC, capacity=1000, length=5)
-    fill(replay, [7, 3])
+    fill(replay, [7, 1])
     for t in range(6):
         replay.add({"image": np.zeros((2, 2, 3), np.uint8), "action": np.zeros(1), "reward": t, "is_terminal": False}, last=False)
     replay.cut()
@@ -397,10 +419,13 @@ def test_a_replay_lies_on_the_gpu_where_it_takes_half_of_it_or_less(tmp_path: Pa
     assert place.device_memory(torch.device("cpu")) is None
 
 
-@given(st.integers(2, 60), st.lists(st.integers(1, 200), min_size=1, max_size=30))
-def test_no_run_holds_more_records_than_were_announced(length: int, episodes: list[int]) -> None:
-    held = sum(steps + 1 for steps in episodes if steps + 1 >= length)
-    assert held <= records_needed(OnlineConfig(length=length), sum(episodes))
+@given(st.integers(2, 60), st.integers(1, 200), st.integers(1, 2000))
+def test_no_run_holds_more_records_than_were_announced(length: int, limit: int, budget: int) -> None:
+    """Of episodes that end by their time limit."""
+    held = budget + -(-budget // limit)
+    assert held <= records_needed(OnlineConfig(length=length), budget, limit)
+    if limit >= length - 1:
+        assert records_needed(OnlineConfig(length=length), budget, limit) <= records_needed(OnlineConfig(length=length), budget)
 
 
 def test_available_memory_is_measured() -> None:

@@ -129,7 +129,7 @@ def test_a_killed_online_run_goes_on_from_its_checkpoint(name: str, tmp_path: Pa
 def test_a_run_killed_before_it_could_say_finished_is_not_evaluated_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    few = ("env_steps=90", "prefill=60", "warmup_updates=1", "online.eval_every=100000", "eval_episodes=1")
+    few = ("env_steps=90", "prefill=40", "warmup_updates=1", "online.eval_every=100000", "eval_episodes=1")
     run = compose("dreamer_v2", "train", preset="debug", env="toy:dot", flags=FLAGS, settings=few)
     whole = finetune(run, tmp_path / "whole")
     before = lines(whole)
@@ -334,7 +334,7 @@ def test_trees_come_back_from_their_leaves(tree: Any) -> None:
 
 def test_a_run_goes_on_in_the_precision_it_began_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Measured once: another day's measurement must not make it another run."""
-    few = ("env_steps=100", "prefill=60", "warmup_updates=2", "online.eval_every=100000", "online.save_every=30")
+    few = ("env_steps=100", "prefill=40", "warmup_updates=2", "online.eval_every=100000", "online.save_every=30")
     flags = {**FLAGS, "precision": "auto"}
     run = compose("dreamer_v2", "train", preset="debug", env="toy:dot", flags=flags, settings=few)
     monkeypatch.setattr("localmotion.compute.bf16_speedup", lambda: (2e12, 1e12))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import os
+import tomllib
 from fractions import Fraction
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from hypothesis import strategies as st
 
 from localmotion.errors import VideoError
 from localmotion.video import decode, iter_frames, probe, video_ref
+from localmotion.video.libav import LENIENT_METADATA
 from video_files import encode, encode_sound, moving_square, remux, save_pictures, set_display_matrix
 
 T = 30
@@ -24,9 +27,9 @@ def square(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return encode(tmp_path_factory.mktemp("square") / "square.mp4", moving_square(T))
 
 
-def reason_of(path: Path) -> VideoError:
+def reason_of(path: Path, size: int | None = 32) -> VideoError:
     with pytest.raises(VideoError) as caught:
-        decode(video_ref(path), 32)
+        decode(video_ref(path), size)
     assert caught.value.path == str(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -134,6 +137,60 @@ def test_an_abandoned_iterator_closes_its_file(square: Path) -> None:
     assert len(os.listdir("/proc/self/fd")) == before
 
 
+# ------------------------------------------------------------------------------------------------------------ versions
+
+
+def test_metadata_in_another_encoding_is_no_reason_to_refuse_a_video(square: Path, tmp_path: Path) -> None:
+    named = tmp_path / "named.mkv"
+    with av.open(str(square)) as read, av.open(str(named), "w") as write:
+        write.metadata["title"] = "caf#"
+        stream = write.add_stream_from_template(read.streams.video[0])
+        for packet in read.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                write.mux(packet)
+    data = named.read_bytes()
+    assert data.count(b"caf#") == 1
+    named.write_bytes(data.replace(b"caf#", b"caf\xe9"))  # Latin-1
+    np.testing.assert_array_equal(decode(video_ref(named), 16), decode(video_ref(square), 16))
+    assert probe(video_ref(named)).frames == T
+
+
+def test_arguments_given_to_pyav_exist_in_the_installed_one() -> None:
+    """PyAV is compiled: its stubs are what has the names of arguments."""
+    root = Path(av.__file__).parent
+    stubs = {"open": root / "container" / "core.pyi", "reformat": root / "video" / "reformatter.pyi"}
+    source = Path(__file__).parent.parent
+    known = {
+        name: {
+            argument.arg
+            for node in ast.walk(ast.parse(stub.read_text()))
+            if isinstance(node, ast.FunctionDef) and node.name == name
+            for argument in (*node.args.args, *node.args.kwonlyargs)
+        }
+        for name, stub in stubs.items()
+    }
+    used: dict[str, set[str]] = {name: set() for name in stubs}
+    for path in [*(source / "src").rglob("*.py"), *(source / "soak").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute) or node.func.attr not in stubs:
+                continue
+            if node.func.attr == "reformat" or getattr(node.func.value, "id", "") == "av":
+                used[node.func.attr] |= {keyword.arg for keyword in node.keywords if keyword.arg}
+    used["open"] |= LENIENT_METADATA.keys()
+    assert used["open"] >= {"options"}
+    assert used["reformat"] >= {"interpolation", "threads"}
+    assert {name: used[name] - known[name] for name in used} == {"open": set(), "reformat": set()}
+
+
+def test_the_declared_versions_of_pyav_are_those_whose_calls_were_tried() -> None:
+    """A new major took arguments away and changed what iterating over side data gives."""
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
+    (declared,) = [name for name in project["dependencies"] if name.startswith("av")]
+    assert declared == "av>=17.1,<20"
+    assert 17 <= int(av.__version__.partition(".")[0]) < 20
+
+
 # -------------------------------------------------------------------------------------------------------------- faults
 
 
@@ -225,7 +282,7 @@ def test_random_damage_gives_frames_or_a_video_error(square: Path, tmp_path: Pat
         content[position] ^= data.draw(st.integers(1, 255))
     path = tmp_path / "damaged.mp4"
     path.write_bytes(content)
-    known = ("truncated", "unreadable", "no_video_stream", "too_small", "too_large", "too_short")
+    known = ("truncated", "unreadable", "no_video_stream", "too_small", "too_large", "too_short", "odd_rotation")
     assert isinstance(result := outcome(path), int) or result in known
 
 
@@ -278,9 +335,16 @@ def test_two_series_in_one_folder_are_not_mixed(tmp_path: Path) -> None:
     assert reason_of(tmp_path / "frames").reason == "mixed_frames"
 
 
-def test_pictures_of_changing_size_become_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("size", [None, 32, 64])
+def test_pictures_of_several_sizes_are_not_squashed_into_one(tmp_path: Path, size: int | None) -> None:
     folder = save_pictures(tmp_path / "frames", moving_square(2), "{}.png")
     save_pictures(folder, moving_square(2, 128, 96), "{}.png", first=3)
-    assert decode(video_ref(folder), None).shape == (4, 48, 64, 3)
+    error = reason_of(folder, size=size)
+    assert error.reason == "mixed_sizes"
+    assert "3.png has 128x96 pixels, the pictures before it 64x48" in error.detail
+    assert len(decode(video_ref(folder), size, max_frames=2)) == 2
+
+
+def test_pictures_that_are_too_small_are_refused(tmp_path: Path) -> None:
     save_pictures(tmp_path / "tiny", moving_square(2, 15, 40), "{}.png")
     assert reason_of(tmp_path / "tiny").reason == "too_small"

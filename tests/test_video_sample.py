@@ -179,7 +179,7 @@ def test_what_cannot_be_drawn_is_told(store: ClipStore, tmp_path: Path) -> None:
         sampler(store, split="heldout", heldout_fraction=0.0)
     writer = ClipStoreWriter.open(tmp_path / "empty", S, {}, "abc", N)
     writer.write_shard(0, [], [{"id": "x.mp4", "reason": "static"}])
-    with pytest.raises(StoreError, match=r"holds no clip \(1 rejected\)"):
+    with pytest.raises(StoreError, match=r"holds no clips; all 1 videos were rejected \(1 static: x.mp4\)"):
         sampler(ClipStore(tmp_path / "empty"))
     wrong: list[dict[str, Any]] = [{"length": 0}, {"batch": 0}, {"seed": -1}, {"split": "test"}, {"heldout_fraction": 1}]
     for options in wrong:

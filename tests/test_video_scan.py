@@ -152,6 +152,63 @@ def test_an_empty_report_has_a_table() -> None:
     assert report.summary()["frames_min_median_max"] == []
 
 
+def test_a_folder_without_anything_usable_is_an_error_behind_table_and_manifest(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from localmotion.cli import main
+
+    good = encode(tmp_path / "good.mp4", moving_square(30))
+    (tmp_path / "in/folder.mp4").mkdir(parents=True)
+    (tmp_path / "in/text.mp4").write_text("no video")
+    (tmp_path / "in/cut.mp4").write_bytes(good.read_bytes()[:-300])
+    (tmp_path / "in/films.zip").write_bytes(b"PK")
+    command = ["scan", str(tmp_path / "in"), "--workers", "0", "--manifest", str(tmp_path / "manifest.jsonl")]
+    with pytest.raises(SystemExit) as left:
+        main(command)
+    assert left.value.code == 2
+    out, err = capsys.readouterr()
+    assert "0 of 4 videos usable, 0 frames" in out
+    assert "\n4 rejected\n" in out
+    error = " ".join(err.split("error: ")[1].split())
+    assert "none of 4 videos is usable" in error
+    assert "unsupported_container" in error
+    assert "cut.mp4" in error
+    lines = [json.loads(line) for line in (tmp_path / "manifest.jsonl").read_text().splitlines()]
+    assert {line["id"]: line["reason"] for line in lines} == {
+        "cut.mp4": "unreadable",
+        "films.zip": "unsupported_container",
+        "folder.mp4": "unreadable",
+        "text.mp4": "unreadable",
+    }
+    shutil.copy(good, tmp_path / "in/good.mp4")
+    main(command)
+    out, err = capsys.readouterr()
+    assert "1 of 5 videos usable" in out
+    assert "\n4 rejected\n" in out
+    assert "films.zip (is an archive" in " ".join(out.split())
+    assert "error" not in err
+
+
+def test_faults_and_warnings_of_the_listing_are_in_the_report(tmp_path: Path) -> None:
+    frames = moving_square(31, 96, 64)
+    save_pictures(tmp_path / "frames", frames)
+    (tmp_path / "frames/000007.jpg").unlink()
+    encode(tmp_path / "frames/preview.mp4", frames)
+    save_pictures(tmp_path / "sizes", moving_square(20, seed=1))
+    save_pictures(tmp_path / "sizes", moving_square(20, 96, 64), first=21)
+    (tmp_path / "list.txt").write_text("frames 31 1\nsizes 40 2\nnowhere 3 3\n")
+    found = scan(tmp_path, workers=0).videos
+    assert {v.id: v.reason for v in found} == {"frames": "", "frames/preview.mp4": "shadowed", "sizes": "mixed_sizes"}
+    assert found[0].warnings == ("skipped_numbers: in 1 places, first behind 000006.jpg",)
+    listed = scan(tmp_path, workers=0, list_file=tmp_path / "list.txt").videos
+    assert {v.id: (v.reason, v.label) for v in listed} == {
+        "frames": ("", 1),
+        "nowhere": ("missing", 3),
+        "sizes": ("mixed_sizes", 2),
+    }
+    assert listed[0].warnings[1] == "list_mismatch: the list says 31 frames, the folder has 30"
+
+
 # ------------------------------------------------------------------------------------------------------------- workers
 
 

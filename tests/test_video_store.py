@@ -7,6 +7,7 @@ import json
 import os
 import resource
 import shutil
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -222,7 +223,7 @@ def test_real_write_limits_and_lack_of_space_are_told(tmp_path: Path, monkeypatc
 
 def test_leftovers_of_dead_processes_go_and_others_stay(tmp_path: Path) -> None:
     open_writer(tmp_path)
-    host = store_module.socket.gethostname()
+    host = socket.gethostname()
     names = {f"00000.partial-{host}-4194999": False, "00000.partial-elsewhere-1": True, f"00000.partial-{host}-1": True}
     for name in names:
         (tmp_path / "shards" / name).mkdir()

@@ -18,6 +18,12 @@ CODECS = {
     ".webm": "libvpx-vp9",
     ".avi": "mpeg4",
     ".gif": "gif",
+    **dict.fromkeys((".m4v", ".3gp", ".ts", ".mts", ".m2ts"), "libx264"),
+    **dict.fromkeys((".mpg", ".mpeg", ".vob"), "mpeg2video"),
+    ".wmv": "wmv2",
+    ".flv": "flv",
+    ".ogv": "libvpx",
+    ".mjpeg": "mjpeg",
 }
 
 
@@ -45,10 +51,11 @@ def encode(
 ) -> Path:
     """Encode by suffix of `path`; `times` are the frames' times in tenths of a second."""
     codec = codec or CODECS[path.suffix.lower()]
-    with av.open(str(path), "w", options=muxer or {}) as container:
-        stream = container.add_stream(codec, rate=10, options=options or {})
+    kind = {".mts": "mpegts", ".ogv": "ogg"}.get(path.suffix.lower())
+    with av.open(str(path), "w", format=kind, options=muxer or {}) as container:
+        stream = container.add_stream(codec, rate=25 if codec == "mpeg2video" else 10, options=options or {})
         stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = pix_fmt or ("rgb8" if codec == "gif" else "yuv420p")
+        stream.pix_fmt = pix_fmt or {"gif": "rgb8", "mjpeg": "yuvj420p"}.get(codec, "yuv420p")
         stream.codec_context.thread_count = 1
         if pixel_aspect is not None:
             stream.codec_context.sample_aspect_ratio = pixel_aspect

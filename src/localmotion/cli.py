@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 from localmotion import __version__, commands
 from localmotion.errors import ConfigError, LocalmotionError, unknown_name
+from localmotion.files import trust_links
 
 
 class _Parser(argparse.ArgumentParser):
@@ -34,6 +35,9 @@ def _parser() -> _Parser:
 
     def add(name: str, text: str, call: Callable[..., Any]) -> _Parser:
         sub: _Parser = group.add_parser(name, help=text, description=text, add_help=name not in TRAINING)
+        sub.add_argument(
+            "--follow-links", action="store_true", help="accept links that lead out of stores and runs, if they are your own"
+        )
         sub.set_defaults(call=call)
         return sub
 
@@ -50,6 +54,8 @@ def _parser() -> _Parser:
     )
     _videos(sub)
     sub.add_argument("--out", type=Path, required=True, help="the clip store, a directory")
+    sub.add_argument("--max-frames", type=int, default=300, help="frames of a clip; a longer video becomes several (default 300)")
+    sub.add_argument("--max-clips", type=int, help="clips taken of one video at most, from its beginning; default: all of it")
     sub.add_argument(
         "--together",
         type=int,
@@ -179,7 +185,12 @@ TRAINING = {
 
 def _videos(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("videos", type=Path, help="folder of mp4/webm/mkv/avi/mov/gif files or of frame folders")
-    sub.add_argument("--list", type=Path, dest="list_file", help="list file in SSV2's layout: id frames label a line")
+    sub.add_argument(
+        "--list",
+        type=Path,
+        dest="list_file",
+        help="use these videos only: ids a line, `id n_frames class_id`, CSV or JSON, say SSV2's lists",
+    )
     sub.add_argument("--min-frames", type=int, default=25, help="shorter videos are rejected (paper: 25)")
     sub.add_argument(
         "--workers",
@@ -187,7 +198,10 @@ def _videos(sub: argparse.ArgumentParser) -> None:
         help="processes that decode; default: one a core. 0: decode in this process, without the two limits",
     )
     sub.add_argument(
-        "--timeout", type=float, default=600.0, help="seconds one video may take before it is rejected (default 600)"
+        "--timeout",
+        type=float,
+        default=600.0,
+        help="seconds a video, for extract one clip of it, may take before it is rejected (default 600)",
     )
     sub.add_argument(
         "--memory",
@@ -228,6 +242,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             known = [s for a in _parser()._subparsers._group_actions[0].choices[args.command]._actions for s in a.option_strings]  # type: ignore[union-attr,index]
             raise unknown_name(f"option of {args.command}", rest[0], known)
         args.rest = rest
+        trust_links(args.follow_links)
         args.call(args)
     except LocalmotionError as error:
         errors.print(f"error: {error}", markup=False, style="red")

@@ -6,7 +6,8 @@ import argparse
 import json
 from typing import TYPE_CHECKING, Any
 
-from localmotion.errors import ConfigError
+from localmotion.errors import ConfigError, LocalmotionError
+from localmotion.files import check_output
 
 if TYPE_CHECKING:
     from localmotion.perception.base import Recipe
@@ -65,6 +66,8 @@ def scan(args: argparse.Namespace) -> None:
     from localmotion.console import progress, say
     from localmotion.video.scan import scan as scan_videos
 
+    if args.manifest:
+        check_output(args.manifest, ConfigError)
     with progress("scan", 1, "videos") as advance:
         found = scan_videos(
             args.videos,
@@ -79,6 +82,8 @@ def scan(args: argparse.Namespace) -> None:
     if args.manifest:
         found.save(args.manifest)
         say(f"manifest: {args.manifest}")
+    if (message := found.nothing_usable()) is not None:
+        raise LocalmotionError(message)
 
 
 def extract(args: argparse.Namespace) -> None:
@@ -95,6 +100,8 @@ def extract(args: argparse.Namespace) -> None:
             _recipe_of(args),
             list_file=args.list_file,
             min_frames=args.min_frames,
+            max_frames=args.max_frames,
+            max_clips=args.max_clips,
             workers=args.workers if args.workers is not None else (os.cpu_count() or 1),
             progress=advance,
             together=args.together,
@@ -110,6 +117,7 @@ def inspect(args: argparse.Namespace) -> None:
     from localmotion.perception.draw import inspect as draw
     from localmotion.video.store import ClipStore
 
+    check_output(args.out, ConfigError, suffixes=(".png", ".mp4"))
     clip = int(args.clip) if args.clip and args.clip.isdigit() else args.clip
     draw(ClipStore(args.store), args.out, clip)
     say(f"wrote {args.out}")
@@ -208,16 +216,19 @@ def predict(args: argparse.Namespace) -> None:
     from localmotion.evaluation.predict import predict as run_prediction
     from localmotion.report.pictures import save_strips
 
+    scores = args.out.with_suffix(".json")
+    check_output(args.out, ConfigError, suffixes=(".png",))
+    check_output(scores, ConfigError)
     options = {name: getattr(args, name) for name in ("clips", "windows", "split", "seed", "device")}
     with progress("predict", 1, "windows") as advance:
         found = run_prediction(args.checkpoint, args.data, **options, progress=advance)
     for reason in found.rejected:
         say(f"left out, {reason}")
     save_strips(found.pictures, args.out, context=found.context)
-    args.out.with_suffix(".json").write_text(json.dumps({"windows": found.windows, "scores": found.scores}, indent=1) + "\n")
+    scores.write_text(json.dumps({"windows": found.windows, "scores": found.scores}, indent=1) + "\n")
     for kind, title in (("psnr", "PSNR, dB"), ("ssim", "SSIM")):
         show_table(f"{title}: mean of {found.windows} windows, by frames ahead", *found.table(kind), width=120)
-    say(f"strips: {args.out}, scores: {args.out.with_suffix('.json')}")
+    say(f"strips: {args.out}, scores: {scores}")
 
 
 def probe(args: argparse.Namespace) -> None:
@@ -226,6 +237,8 @@ def probe(args: argparse.Namespace) -> None:
     from localmotion.evaluation.probes import probe as measure
     from localmotion.evaluation.probes import save_probes
 
+    if args.out:
+        check_output(args.out, ConfigError, suffixes=(".json",))
     with progress("probe", 1, "codes") as advance:
         rows = measure(
             args.runs,
@@ -261,6 +274,10 @@ def perception_report(args: argparse.Namespace) -> None:
     chosen = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     given: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in chosen.items()}
     settings = ReportSettings(**given)
+    if args.out:
+        check_output(args.out, ConfigError, suffixes=(".json",))
+    if args.draw:
+        check_output(args.draw, ConfigError, folder=True)
     with progress("perception", 1, "parts") as advance:
         result = measure(settings, advance)
     for title, columns, rows in tables(result):
@@ -281,6 +298,7 @@ def report(args: argparse.Namespace) -> None:
     from localmotion.console import say
     from localmotion.report.collect import report as make_report
 
+    check_output(args.out, ConfigError, suffixes=(".html", ".htm"))
     say(f"report: {make_report(args.runs, args.out)}")
 
 
@@ -312,4 +330,5 @@ def demo(args: argparse.Namespace) -> None:
     """`localmotion demo`"""
     from localmotion.demo import demo as run_demo
 
+    check_output(args.run, ConfigError, folder=True)
     run_demo(args.run, videos=args.videos)

@@ -43,6 +43,10 @@ class Compute:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16 and self.device.type != "cpu")
 
 
+PLAIN = Compute(torch.device("cpu"), False, 0, "cpu, fp32")
+"""The CPU as it is, for work that is no run's."""
+
+
 def bf16_speedup(size: int = 512, rounds: int = 12) -> tuple[float, float]:
     """(bf16 FLOP/s, fp32 FLOP/s) of one thread of this CPU.
 

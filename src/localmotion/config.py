@@ -62,7 +62,8 @@ class OnlineConfig:
     length: int = 50
     """Trajectory segment length T, agent steps."""
     prefill: int = 5_000
-    """Random exploration before learning, environment steps. Paper: 5000 Meta-World, 1000 DMC."""
+    """Random exploration before learning, environment steps. Paper: 5000 Meta-World, 1000 DMC. Learning begins with the next episode; a
+    random episode that would last to the end of the run ends where the prefill does."""
     warmup_updates: int = 100
     """Updates on the prefill data before acting with the policy (IPV 2.3)."""
     freeze_updates: int = 100
@@ -207,7 +208,8 @@ class RunConfig:
     observed: Literal["pixels", "vectors", "both"] = "pixels"
     """What the agent is shown: pictures, the suite's own low-dimensional observation, or both (methods that can: dreamer_v3)."""
     env_options: dict[str, Any] = field(default_factory=dict)
-    """The suite's own options, e.g. {difficulty: easy} of distracting; `localmotion.envs.list_options` has their names."""
+    """Options of the environment, e.g. {difficulty: easy} of distracting: `time_limit` (env steps), `camera` where the suite has cameras,
+    and the suite's own; `localmotion.envs.list_options` has their names."""
     data: str = ""
     """Clip store (pre-training)."""
     checkpoint: str = ""
@@ -335,6 +337,8 @@ def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def assign(config: Any, text: str) -> Any:
     """Apply one ``name=value`` (as given to --set). A short name is enough where it is unique.
 
+    One that both sources of data have, `batch_size` say, means that of the run's own stage: pretrain.batch_size or online.batch_size.
+
     Raises ConfigError for a name that is unknown or ambiguous, or a value of the wrong type.
     """
     name, sign, raw = text.partition("=")
@@ -344,6 +348,9 @@ def assign(config: Any, text: str) -> Any:
     names = [dotted for dotted, _ in leaves(config)]
     if name not in names:
         found = [dotted for dotted in names if dotted.rsplit(".", 1)[-1] == name]
+        if len(found) > 1:
+            other = "online." if config.stage == "pretrain" else "pretrain."
+            found = [dotted for dotted in found if not dotted.startswith(other)]
         if len(found) > 1:
             raise ConfigError(f"setting {name!r} is ambiguous: {', '.join(found)}")
         if not found:
@@ -421,7 +428,7 @@ def compose(
 
 
 # Counts of the training loops that may be zero; all others are at least 1.
-_MAY_BE_ZERO = {"updates", "env_steps", "prefill", "warmup_updates", "freeze_updates", "seed", "threads", "action_repeat"}
+_MAY_BE_ZERO = {"env_steps", "prefill", "warmup_updates", "freeze_updates", "seed", "threads", "action_repeat"}
 
 
 def _check_ranges(config: RunConfig) -> None:

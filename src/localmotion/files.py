@@ -7,10 +7,12 @@ pipe would make the reader wait for ever), that is no JSON object, or that is ne
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import socket
 import stat
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -67,13 +69,13 @@ def read_bytes(path: Path, limit: int) -> bytes:
         return file.read(limit + 1)[:limit]
 
 
-def parse_json(text: str | bytes) -> Any:
-    """A JSON value. Raises ValueError for anything that is not one, or that is nested too deep."""
+def parse_json(text: str | bytes, values: int = MAX_VALUES) -> Any:
+    """A JSON value. Raises ValueError for anything that is not one, that is nested too deep, or that holds more than ``values`` values."""
     try:
         value = json.loads(text)
     except RecursionError as error:
         raise ValueError(f"is nested deeper than {MAX_DEPTH} levels") from error
-    check_tree(value)
+    check_tree(value, values=values)
     return value
 
 
@@ -111,14 +113,68 @@ def links_out_of(root: Path) -> Iterator[Path]:
                 folders.append(entry.path)
 
 
-def refuse_links(root: Path, error: type[LocalmotionError], *, folders: bool = True) -> None:
-    """Raise ``error`` for a symbolic link below ``root`` that leads out of it; without ``folders`` links to folders are let be.
+_trusted = False  # whether links out of stores and runs are followed; set by `trust_links`
 
-    A folder from somebody else must not make us show one of the user's files, or write into one, under a name of its own.
+
+def trust_links(trusted: bool = True) -> None:
+    """Let `refuse_links` accept every link, in this process: for stores and runs of one's own that lie partly elsewhere.
+
+    Clusters and git-annex put links to other disks in the place of large files. The command line sets it with ``--follow-links``.
     """
+    global _trusted
+    _trusted = trusted
+
+
+def links_trusted() -> bool:
+    """Whether `trust_links` is on, for those who start further processes of this program."""
+    return _trusted
+
+
+def refuse_links(root: Path, error: type[LocalmotionError], *, folders: bool = True) -> None:
+    """Raise ``error`` for a symbolic link below ``root`` that leads out of it; without ``folders`` links to folders are accepted.
+
+    A folder from somebody else must not make us show one of the user's files, or write into one, under a name of its own. Does nothing
+    after `trust_links`.
+    """
+    if _trusted:
+        return
     for path in links_out_of(root):
         if folders or not path.is_dir():
-            raise error(f"{path}: is a link to a place outside of {root}; put the file itself there")
+            raise error(
+                f"{path}: is a link to a place outside of {root}; put the file itself there, "
+                "or give --follow-links if the links are your own"
+            )
+
+
+def check_output(path: Path, error: type[LocalmotionError], *, folder: bool = False, suffixes: tuple[str, ...] = ()) -> None:
+    """Raise ``error`` with one line unless ``path`` can be written: before the work whose result goes there.
+
+    A file in the nearest folder that exists is really made, because permission bits do not bind every user; it is removed again.
+
+    Args:
+        path: a file, or with ``folder`` a directory; both may exist, and their folders need not.
+        suffixes: endings that the file's name may have, lower case; empty for any.
+    """
+    if suffixes and path.suffix.lower() not in suffixes:
+        raise error(f"{path}: must end in {' or '.join(suffixes)}")
+    if os.path.isdir(path) and not folder:
+        raise error(f"{path}: is a folder; give the name of a file")
+    place = path if folder else path.parent
+    found = next(p for p in (place, *place.parents) if os.path.lexists(p) or p == p.parent)  # the nearest that exists
+    if not os.path.isdir(found):
+        what = "is not a folder" if os.path.exists(found) else "is a link that leads nowhere"
+        raise error(f"{path}: {what}; choose another place" if found == path else f"{path}: {found} {what}; choose another place")
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            os.lstat(path)  # a name that is too long, say
+        with tempfile.TemporaryFile(dir=found):
+            pass
+        if os.path.exists(path) and not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except (OSError, ValueError) as cause:  # ValueError: a null byte in the name
+        raise error(
+            f"{path}: cannot be written ({one_line(getattr(cause, 'strerror', None) or cause)}); choose another place"
+        ) from cause
 
 
 class Lock:
@@ -130,8 +186,13 @@ class Lock:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        self.taken = _flock(self.handle)
+        # Not through a link: it may lead to somebody's file, which would be emptied.
+        self.handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o666)
+        if not stat.S_ISREG(os.fstat(self.handle).st_mode):
+            os.close(self.handle)
+            raise OSError(errno.EINVAL, "is not a regular file")
+        # A file that its holder has removed since it was opened is nobody's lock.
+        self.taken = _flock(self.handle) and os.fstat(self.handle).st_nlink > 0
         if self.taken:
             os.ftruncate(self.handle, 0)
             os.pwrite(self.handle, f"{socket.gethostname()} {os.getpid()}\n".encode(), 0)
@@ -150,8 +211,14 @@ class Lock:
 
 @contextlib.contextmanager
 def locked(path: Path, refusal: str, kind: type[LocalmotionError]) -> Iterator[None]:
-    """Hold the lock ``path`` within. Raises ``kind`` with "``refusal`` (process PID on HOST)" where another process holds it."""
-    lock = Lock(path)
+    """Hold the lock ``path`` within.
+
+    Raises ``kind`` with "``refusal`` (process PID on HOST)" where another process holds it, and where the file cannot be opened.
+    """
+    try:
+        lock = Lock(path)
+    except OSError as error:
+        raise kind(f"{path}: cannot be opened as a lock ({one_line(error.strerror or error)}); remove it") from error
     try:
         if not lock.taken:
             raise kind(f"{refusal} ({lock.holder()})")

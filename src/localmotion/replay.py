@@ -1,8 +1,11 @@
 """Replay: transitions in, training sequences out.
 
 Time convention (docs/decisions/0001): a record holds what led to its frame. An episode of n agent steps has n + 1 records; record 0 is
-the reset, with is_first, a zero action, zero reward and no motion. Only complete episodes are sampled (IPV 2.6), a sequence
-never crosses an episode, and `is_first` is forced at its start so that every sequence begins from the zero state.
+the reset, with is_first, a zero action, zero reward and no motion. Only complete episodes are sampled (IPV 2.6).
+
+A training sequence has T records. It is a window of one episode, or, where an episode is shorter than T, several pieces of episodes one
+after another (docs/decisions/0011): each piece is a whole episode or the window of one that fills the rest. `is_first` is forced at the
+start of every piece, so that each begins from the zero state and nothing is learned across two of them.
 
 A complete episode is one safetensors file, written once and whole, so a checkpoint costs what is new. Its arrays are also held in
 memory, or, where they would not fit (``storage="disk"``), read from the file a window at a time: by position, into the batch. A memory
@@ -57,6 +60,23 @@ class Episode:
     row: int = 0
 
 
+SHORTEST = 2
+"""Records of the shortest episode that is kept: a reset and one agent step."""
+
+
+class _Piece(NamedTuple):
+    """Records of one episode within a training sequence."""
+
+    row: int
+    """Which sequence of the batch."""
+    at: int
+    """Position of its first record in that sequence."""
+    episode: Episode
+    start: int
+    """Its first record in the episode."""
+    length: int
+
+
 class _Ready(NamedTuple):
     """A batch that was made before it was asked for."""
 
@@ -98,12 +118,9 @@ class Arena:
         self.next = (first + count) % self.records
         return first
 
-    def windows(self, rows: list[int], length: int) -> dict[str, Tensor]:
-        """Batch (B, T, ...) of the ``length`` records from each of ``rows`` on."""
-        index = (torch.tensor(rows)[:, None] + torch.arange(length)) % self.records
-        # From memory that is not pinned the host would wait for the copy, and so for all that is queued before it.
-        index = index.pin_memory() if self.device.type == "cuda" else index
-        index = index.to(self.device, non_blocking=True)
+    def gather(self, rows: NDArray[np.int64]) -> dict[str, Tensor]:
+        """Batch (B, T, ...) of the records in ``rows`` (B, T), counted on past the ring's end."""
+        index = _sent(rows % self.records, self.device)
         return {key: held[index] for key, held in self.held.items()}
 
 
@@ -170,7 +187,7 @@ class Replay:
         self.tables = {key: torch.from_numpy(c.table).to(device) for key, c in self.coders.items()} if self.arena else {}
 
     def add(self, record: Record, *, last: bool) -> None:
-        """Append one record to the open episode; ``last`` closes it. Episodes shorter than T records are dropped (counted).
+        """Append one record to the open episode; ``last`` closes it. An episode of a reset alone is dropped (counted in ``dropped``).
 
         Raises LocalmotionError for a key, shape or non-finite value that does not fit, CheckpointError when an episode cannot be filed.
         """
@@ -187,7 +204,7 @@ class Replay:
             self._close()
 
     def _close(self) -> None:
-        if len(self.open) < self.length:
+        if len(self.open) < SHORTEST:
             self.dropped += 1
         else:
             arrays = {key: np.stack([r[key] for r in self.open]) for key in self.spec}
@@ -199,7 +216,7 @@ class Replay:
         self.open = []
 
     def cut(self) -> None:
-        """End the open episode where it is, as a time limit would: what it holds is kept if it is long enough."""
+        """End the open episode where it is, as a time limit would: what it holds is kept if that is more than a reset."""
         if self.open:
             self._close()
 
@@ -217,10 +234,9 @@ class Replay:
         return self.records
 
     def sample(self, batch_size: int) -> dict[str, Tensor]:
-        """A batch of sequences (B, T, ...): uniform episode, then a window within it.
+        """A batch of sequences (B, T, ...): uniform episode, then a window within it; after a shorter episode more of the same.
 
-        Raises LocalmotionError while no complete episode of at least T records is stored, CheckpointError for an episode file that is gone
-        or damaged.
+        Raises LocalmotionError while no complete episode is stored, CheckpointError for an episode file that is gone or damaged.
         """
         if self._ready:
             ready, self._ready = self._ready, None
@@ -241,39 +257,43 @@ class Replay:
 
     def _sample(self, batch_size: int) -> dict[str, Tensor]:
         if not self.episodes:
-            raise LocalmotionError(
-                f"replay holds no complete episode of at least {self.length} records yet; raise online.prefill or lower online.length"
-            )
-        windows = []
-        for index in self.rng.integers(len(self.episodes), size=batch_size):
-            episode = self.episodes[index]
-            spare = episode.length - self.length
-            if self.prioritize_ends:
-                windows.append((episode, min(int(self.rng.integers(spare + self.length + 1)), spare)))
-            else:
-                windows.append((episode, int(self.rng.integers(spare + 1))))
-        batch = self._from_device(windows) if self.arena else self._from_host(windows)
+            raise LocalmotionError("replay holds no complete episode yet; raise online.prefill")
+        pieces = []
+        for row, index in enumerate(self.rng.integers(len(self.episodes), size=batch_size)):
+            pieces.append(self._cut(row, 0, self.episodes[index]))
+            while (at := pieces[-1].at + pieces[-1].length) < self.length:
+                pieces.append(self._cut(row, at, self.episodes[self.rng.integers(len(self.episodes))]))
+        batch = self._from_device(pieces, batch_size) if self.arena else self._from_host(pieces, batch_size)
+        # What led to the first frame of a piece lies before it: unknown, like at a reset.
+        starts = tuple(_sent(np.array(x), batch["action"].device) for x in ([p.row for p in pieces], [p.at for p in pieces]))
         batch["is_first"] = torch.zeros_like(batch["is_terminal"])
-        batch["is_first"][:, 0] = True
-        # What led to the first frame of a window lies before it: unknown, like at a reset.
-        batch["action"][:, 0] = 0
-        if "visible" in batch:
-            batch["visible"][:, 0] = False
-            batch["flow"][:, 0] = 0
+        for key, value in {"is_first": True, "action": 0, "visible": False, "flow": 0}.items():
+            if key in batch:
+                batch[key][starts] = value
         return batch
 
-    def _from_host(self, windows: list[tuple[Episode, int]]) -> dict[str, Tensor]:
-        """Windows (episode, first record) from memory or files."""
-        out = {key: np.empty((len(windows), self.length, *shape), dtype) for key, (shape, dtype) in self.stored.items()}
-        for row, (episode, start) in enumerate(windows):
-            self._read(episode, start, {key: target[row] for key, target in out.items()})
+    def _cut(self, row: int, at: int, episode: Episode) -> _Piece:
+        """A piece of the episode for position ``at`` of a sequence: all of it, or a window where it holds more than there is room for."""
+        length = min(self.length - at, episode.length)
+        spare = episode.length - length
+        start = int(self.rng.integers(spare + (length if self.prioritize_ends else 0) + 1))
+        return _Piece(row, at, episode, min(start, spare), length)
+
+    def _from_host(self, pieces: list[_Piece], count: int) -> dict[str, Tensor]:
+        """``count`` sequences from memory or files."""
+        out = {key: np.empty((count, self.length, *shape), dtype) for key, (shape, dtype) in self.stored.items()}
+        for row, at, episode, start, length in pieces:
+            self._read(episode, start, {key: target[row, at : at + length] for key, target in out.items()})
         out |= {key: coder.decode(out[key]) for key, coder in self.coders.items()}
         return {key: torch.from_numpy(value) for key, value in out.items()}
 
-    def _from_device(self, windows: list[tuple[Episode, int]]) -> dict[str, Tensor]:
+    def _from_device(self, pieces: list[_Piece], count: int) -> dict[str, Tensor]:
         """The same from the arena."""
         assert self.arena
-        batch = self.arena.windows([episode.row + start for episode, start in windows], self.length)
+        rows = np.empty((count, self.length), np.int64)
+        for row, at, episode, start, length in pieces:
+            rows[row, at : at + length] = np.arange(length) + episode.row + start
+        batch = self.arena.gather(rows)
         for key, table in self.tables.items():
             codes = batch[key].view(torch.uint8)
             batch[key] = table.index_select(0, codes.reshape(-1).int()).view(codes.shape)
@@ -396,10 +416,17 @@ class Replay:
             offsets = {key: begin + int(found[key]["data_offsets"][0]) for key in self.stored}
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path}: lacks {error} of this run's records; start a new run") from error
-        if not all(fits) or length < self.length:
+        if not all(fits) or length < SHORTEST:
             wrong = next((key for key, fit in zip(self.stored, fits, strict=True) if not fit), "reward")
             raise CheckpointError(f"{path}: array {wrong!r} does not fit this run's settings; start a new run")
         return Episode(int(path.stem.split("_")[1]), length, None, offsets)
+
+
+def _sent(index: NDArray[np.int64], device: torch.device) -> Tensor:
+    """Indices on a device, without waiting for it."""
+    found = torch.from_numpy(index)
+    # From memory that is not pinned the host would wait for the copy, and so for all that is queued before it.
+    return found.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else found.to(device)
 
 
 def _header(path: Path) -> tuple[dict[str, Any], int]:

@@ -26,7 +26,7 @@ from localmotion.evaluation.perception_scores import FlowScore, MaskScore
 from localmotion.evaluation.perception_warps import load_pictures, warp_pair
 from localmotion.perception.base import make_backend
 from localmotion.video.decode import iter_frames
-from localmotion.video.listing import find_videos
+from localmotion.video.listing import usable_videos
 
 SIDE, STORED, FRAMES, EPISODES, GATE = 128, 64, 16, (3, 4), 3.0
 FLOWS: dict[str, dict[str, Any]] = {
@@ -114,7 +114,7 @@ def brightness(settings: dict[str, Any]) -> dict[str, float]:
 
 def photometric(videos: Path, stride: int) -> dict[str, float]:
     """Mean absolute difference of real frames and their warped successors, by flow; "still" without warping."""
-    refs = find_videos(videos)
+    refs = usable_videos(videos)
     chosen = [refs[int(k)] for k in np.linspace(0, len(refs) - 1, 20)]
     clips = [list(itertools.islice(iter_frames(ref, SIDE, stride), 6)) for ref in chosen]
     pairs = [pair for clip in clips for pair in itertools.pairwise(clip)]

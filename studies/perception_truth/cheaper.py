@@ -26,7 +26,7 @@ from localmotion.evaluation.perception_scores import FlowScore, MaskScore
 from localmotion.evaluation.perception_warps import WARPS, load_pictures, warp_pair
 from localmotion.perception.base import make_backend
 from localmotion.video.decode import iter_frames
-from localmotion.video.listing import find_videos
+from localmotion.video.listing import usable_videos
 
 STORED, FRAMES, EPISODES, ROUNDS = 64, 9, (5, 6), 3
 ENVS = (
@@ -111,7 +111,7 @@ def warps(side: int, backends: dict[str, Any]) -> dict[str, Any]:
 
 def real(side: int, backends: dict[str, Any], videos: Path) -> dict[str, Any]:
     """Grey levels by which real frames differ after warping, and milliseconds of a pair, by variant."""
-    refs = find_videos(videos)
+    refs = usable_videos(videos)
     chosen = [refs[int(k)] for k in np.linspace(0, len(refs) - 1, 20)]
     grid = pixel_grid(side).reshape(side, side, 2).astype(np.float32)
     out: dict[str, Any] = {}

@@ -6,7 +6,7 @@ MuJoCo is imported only when an environment that needs it is made.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from localmotion.errors import ConfigError, unknown_name
@@ -14,7 +14,7 @@ from localmotion.errors import ConfigError, unknown_name
 if TYPE_CHECKING:
     from localmotion.envs.base import Observed, PixelEnv
 
-__all__ = ["list_envs", "list_options", "make_env"]
+__all__ = ["check_env", "list_envs", "list_options", "make_env"]
 
 
 def _dmc() -> tuple[list[str], Callable[..., PixelEnv]]:
@@ -77,6 +77,9 @@ _SUITES: dict[str, Callable[[], tuple[list[str], Callable[..., PixelEnv]]]] = {
 }
 
 
+_WITHOUT_CAMERAS = {"toy"}
+
+
 def list_envs(suite: str | None = None) -> list[str]:
     """Full names of all environments, or of one suite's. Raises ConfigError for an unknown suite."""
     if suite is not None and suite not in _SUITES:
@@ -118,17 +121,8 @@ def make_env(
         ConfigError: a name that does not exist (the nearest ones are named), an option the suite lacks, or a setting out of range.
         EnvError: no OpenGL can draw here; the message says what to install.
     """
-    suite, colon, task = name.partition(":")
-    if not colon:
-        near = [full for full in list_envs() if full.partition(":")[2].removesuffix("-v3") == name.removesuffix("-v3")]
-        hint = f"; did you mean {' or '.join(near)}?" if near else ", as in dmc:walker_walk, metaworld:reach or toy:dot"
-        raise ConfigError(f"environment {name!r} has no suite before its name{hint}")
-    if suite not in _SUITES:
-        raise unknown_name("environment suite", suite, _SUITES)
-    tasks, factory = _SUITES[suite]()
-    if task.removesuffix("-v3") not in tasks:
-        raise unknown_name("environment", name, [f"{suite}:{known}" for known in tasks])
-    _check_options(suite, factory, options)
+    task, factory = _found(name)
+    _check_options(name, factory, options)
     if not 1 <= supersample <= 4 or supersample * (percept_size or size) > 1024:
         raise ConfigError(f"supersample={supersample} of {name} must be 1..4, and pictures are drawn at no more than 1024 pixels")
     env = factory(
@@ -147,6 +141,53 @@ def make_env(
     return env
 
 
+SETTINGS = {
+    "name": "--env",
+    "seed": "--seed",
+    "quality": "--quality",
+    "action_repeat": "--action_repeat",
+    "supersample": "--supersample",
+    "observed": "--observed",
+    "size": "the recipe of the clip store (extract --size)",
+    "percept_size": "the recipe of the clip store (extract --percept-size)",
+}
+"""Arguments of `make_env` that are no options of a run, and where a run sets them."""
+
+
+def check_env(name: str, options: Mapping[str, Any]) -> None:
+    """Raise ConfigError for an environment that does not exist or an option that it cannot have; nothing is made.
+
+    Options are those of the suite (`list_options`), ``time_limit`` (env steps) and, where the suite has cameras, ``camera`` (name or
+    number). One check for a run that begins, one that is read, and a study.
+    """
+    _, factory = _found(name)
+    own, suite = dict(options), name.partition(":")[0]
+    if "time_limit" in own:
+        limit = own.pop("time_limit")
+        if type(limit) is not int or not 1 <= limit < 2**31:
+            raise ConfigError(f"option time_limit={limit!r:.60} of {name}: must be a whole number of env steps, 1 or more")
+    if "camera" in own and suite not in _WITHOUT_CAMERAS:
+        camera = own.pop("camera")
+        if type(camera) not in (int, str):
+            raise ConfigError(f"option camera={camera!r:.60} of {name}: must be a name or a number")
+    _check_options(name, factory, own)
+
+
+def _found(name: str) -> tuple[str, Callable[..., PixelEnv]]:
+    """Task and maker of an environment. Raises ConfigError for a name that does not exist."""
+    suite, colon, task = name.partition(":")
+    if not colon:
+        near = [full for full in list_envs() if full.partition(":")[2].removesuffix("-v3") == name.removesuffix("-v3")]
+        hint = f"; did you mean {' or '.join(near)}?" if near else ", as in dmc:walker_walk, metaworld:reach or toy:dot"
+        raise ConfigError(f"environment {name!r} has no suite before its name{hint}")
+    if suite not in _SUITES:
+        raise unknown_name("environment suite", suite, _SUITES)
+    tasks, factory = _SUITES[suite]()
+    if task.removesuffix("-v3") not in tasks:
+        raise unknown_name("environment", name, [f"{suite}:{known}" for known in tasks])
+    return task, factory
+
+
 def list_options(suite: str) -> list[str]:
     """Names of a suite's own options, those of `make_env` that only it takes. Raises ConfigError for an unknown suite."""
     if suite not in _SUITES:
@@ -162,10 +203,18 @@ def _options_of(factory: Callable[..., PixelEnv]) -> list[str]:
     return [given.name for given in kinds if given.kind is given.KEYWORD_ONLY and given.name not in common]
 
 
-def _check_options(suite: str, factory: Callable[..., PixelEnv], options: dict[str, Any]) -> None:
-    known = _options_of(factory)
+def _check_options(env: str, factory: Callable[..., PixelEnv], options: Mapping[str, Any]) -> None:
+    """Raise ConfigError for what is none of the suite's own options."""
+    suite, known = env.partition(":")[0], _options_of(factory)
+    common = ["time_limit"] if suite in _WITHOUT_CAMERAS else ["time_limit", "camera"]
     for name in options:
+        if name in SETTINGS:
+            raise ConfigError(f"option {name}={options[name]!r:.60} of {env}: it is set by {SETTINGS[name]}")
+        if name == "camera":
+            raise ConfigError(f"option camera={options[name]!r:.60} of {env}: {suite} has no cameras; leave it out")
         if not known:
-            raise ConfigError(f"option {name}={options[name]!r}: {suite} has no options of its own; leave it out")
+            raise ConfigError(
+                f"option {name:.60}={options[name]!r:.60} of {env}: {suite} has no options but {' and '.join(common)}; leave it out"
+            )
         if name not in known:
-            raise unknown_name(f"option of {suite}", name, known)
+            raise unknown_name(f"option of {env!r:.60}", name[:60], [*known, *common])

@@ -100,16 +100,16 @@ class VideoBackgrounds:
     """Videos of a folder, decoded when first shown and kept in memory at the size they are drawn with."""
 
     def __init__(self, folder: Path, split: str, limit: int | None, side: int) -> None:
-        from localmotion.video import find_videos
+        from localmotion.video.listing import usable_videos
 
         if not folder.is_dir():
             raise ConfigError(f"background videos: {folder} is not a folder; give a folder of videos, or leave it out")
         parts = {name: folder / name for name in ("train", "val") if (folder / name).is_dir()}
         if len(parts) == 2:
             where = [parts[split]] if split != "all" else [parts["train"], parts["val"]]
-            found = [ref for part in where for ref in find_videos(part)]
+            found = [ref for part in where for ref in usable_videos(part)]
         else:
-            everything = find_videos(folder)
+            everything = usable_videos(folder)
             held_out = {"train": (0, 1), "val": (2,), "all": (0, 1, 2)}[split]
             found = [ref for number, ref in enumerate(everything) if number % 3 in held_out]
         self._videos = found[:limit]

@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from localmotion.envs import make_env
+from localmotion.compute import PLAIN
+from localmotion.config import RunConfig
+from localmotion.envs import check_env, make_env
 from localmotion.errors import ConfigError, LocalmotionError
-from localmotion.evaluation.load import load_run
+from localmotion.evaluation.load import at_least, load_run
 from localmotion.evaluation.rollout import MethodPolicy, Observer, Policy, episode_seed, make_observer
+from localmotion.files import check_output
 from localmotion.perception.base import Recipe
 from localmotion.video.store import Clip, ClipStoreWriter, write_error
 from localmotion.video.write import write_video
@@ -81,13 +85,13 @@ def collect(
         ConfigError: unknown policy or environment, an expert where there is none, numbers out of range, a folder of other settings.
         CheckpointError, EnvError, LocalmotionError: what loading, simulating and writing raise.
     """
-    for name, value, least in (("episodes", episodes, 1), ("steps", steps, 0), ("noise", noise, 0)):
-        if value < least:
-            raise ConfigError(f"{name}={value} must be at least {least}")
-    if recipe is not None and recipe.frame_stride != 1:
-        raise ConfigError(
-            f"frame_stride={recipe.frame_stride}: a collected video has every agent step; use action_repeat instead"
-        )
+    at_least(episodes=(episodes, 1), steps=(steps, 0), noise=(noise, 0), seed=(seed, 0))
+    check_output(out, ConfigError, folder=True)
+    for name, plain in (("frame_stride", 1), ("fps", 0)):
+        if recipe is not None and getattr(recipe, name) != plain:
+            raise ConfigError(
+                f"{name}={getattr(recipe, name):g}: a collected video has every agent step; use action_repeat instead"
+            )
     if steps and recipe is not None and steps < 2:
         raise ConfigError(f"steps={steps} is too short for motion; at least 2")
     side = recipe.percept_size if recipe else size
@@ -129,6 +133,7 @@ class _Player:
     def __init__(self, env: str, policy: str, side: int, settings: dict[str, Any]) -> None:
         self.policy, self.side = policy, side
         self.act: Policy | None = None
+        self.compute = PLAIN
         if policy in POLICIES:
             self.observer = Observer(make_env(env, size=side, **settings), None)
             if policy == "expert" and not hasattr(self.observer.env, "expert_action"):
@@ -139,13 +144,12 @@ class _Player:
                 raise ConfigError(f"{policy}: is a pre-training run and has no policy; give a fine-tuned or trained run")
             if run.env != env:
                 raise ConfigError(f"{policy}: was trained in {run.env}, not in {env}")
-            if settings.get("action_repeat"):
-                run = replace(run, action_repeat=settings["action_repeat"])
+            run = _changed(run, settings)
             if run.observed == "vectors":
                 run = replace(run, observed="both")  # it sees what it saw; the pictures are for the collection
             recipe = Recipe.from_json(run.recipe) if run.recipe and method.wants_motion else None
             self.observer = make_observer(run, recipe, size=method.image_size)
-            self.act = MethodPolicy(method, compute, explore=True, window=run.online.length)
+            self.act, self.compute = MethodPolicy(method, compute, explore=True, window=run.online.length), compute
         else:
             raise ConfigError(f"policy {policy!r}: is neither a run directory nor one of {', '.join(POLICIES)}")
         self.env = self.observer.env
@@ -155,13 +159,17 @@ class _Player:
         self, seed: int, number: int, steps: int, noise: float
     ) -> tuple[dict[str, Any], NDArray[np.uint8], NDArray[np.float32], NDArray[np.float32] | None]:
         """One episode: its entry in collection.json, pictures (T, S, S, 3), actions (T, A), velocities (T, n) if there are any."""
-        import torch
+        begin = episode_seed(seed, "collect", number)
+        with self.compute.own_randomness():
+            torch.manual_seed(begin)
+            return self._play(begin, steps, noise)
 
+    def _play(
+        self, begin: int, steps: int, noise: float
+    ) -> tuple[dict[str, Any], NDArray[np.uint8], NDArray[np.float32], NDArray[np.float32] | None]:
         from localmotion.envs.bodies import smooth_actions
 
-        begin = episode_seed(seed, "collect", number)
         rng = np.random.default_rng(begin)
-        torch.manual_seed(begin)
         dim = self.observer.action_dim
         info: dict[str, Any] = {}
         record, done = self.observer.reset(begin), False
@@ -201,6 +209,14 @@ class _Player:
             return picture
         shown: NDArray[np.uint8] = self.env.render_frame(self.side)  # type: ignore[attr-defined]
         return shown
+
+
+def _changed(run: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
+    """The run with the settings of `make_env` that were given; what is left out stays as in training. Raises ConfigError."""
+    given = {name: value for name, value in settings.items() if value not in (None, "auto")}
+    own = {name: given.pop(name) for name in ("action_repeat", "quality", "supersample") if name in given}
+    check_env(run.env, given)
+    return replace(run, **own, env_options={**run.env_options, **given})
 
 
 class _Files:

@@ -7,14 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from localmotion.errors import CheckpointError
-from localmotion.evaluation.load import Which, load_run
-from localmotion.evaluation.rollout import MethodPolicy, Observer, evaluate, make_observer, random_policy
-from localmotion.files import read_json
+from localmotion.errors import CheckpointError, ConfigError
+from localmotion.evaluation.load import Which, at_least, load_run
+from localmotion.evaluation.rollout import MethodPolicy, Observer, episode_seed, evaluate, make_observer, random_policy
+from localmotion.files import check_output, read_json
 from localmotion.perception.base import Recipe
+from localmotion.training import checkpoint
 from localmotion.training.rundir import write_json
 from localmotion.video.write import write_video
+
+VIDEOS = (".mp4",)
+"""Kinds of film that are written."""
 
 
 def evaluate_run(
@@ -28,13 +33,21 @@ def evaluate_run(
     which: Which = "newest",
 ) -> dict[str, Any]:
     """Play ``episodes`` evaluation episodes of a run's environment; ``policy`` is "agent" or "random" (the floor).
-    ``which`` weights: the newest, or those of the best evaluation during training.
+    ``which`` weights: the newest, or those of the best evaluation during training. ``video``: a film of the first episode, .mp4.
 
-    Returns the fields of an "eval" line. Raises CheckpointError for a pre-training run.
+    Everything random follows from ``seed`` (default: the run's), and the caller's generators are left as they were: on a CPU the same call
+    gives the same numbers. Five episodes are played at a time and share their generator, so the first five returns of ten are those of
+    five, but not those of three.
+
+    Returns the fields of an "eval" line. Raises CheckpointError for a pre-training run, ConfigError for numbers out of range and for a film
+    that cannot be written.
     """
-    run, method, compute = load_run(path, device=device, which=which)
-    if run.stage == "pretrain":
+    at_least(episodes=(episodes, 1), seed=(seed or 0, 0))
+    if video is not None:
+        check_output(video, ConfigError, suffixes=VIDEOS)
+    if checkpoint.read_config(path).stage == "pretrain":
         raise CheckpointError(f"{path}: is a pre-training run and has no actor; fine-tune it first")
+    run, method, compute = load_run(path, device=device, which=which)
     recipe = Recipe.from_json(run.recipe) if run.recipe and method.wants_motion else None
     base = run.seed if seed is None else seed
 
@@ -46,11 +59,14 @@ def evaluate_run(
     counter = iter(range(10**9))
 
     def policy_for() -> Any:
+        group = next(counter)
         if policy == "random":
-            return random_policy(dim, base * 1000 + next(counter))
+            return random_policy(dim, base * 1000 + group)
+        torch.manual_seed(episode_seed(base, "policy", group))
         return MethodPolicy(method, compute, explore=False, window=run.online.length)
 
-    result = evaluate(policy_for, make, seed=base, episodes=episodes, observers=observers, keep_frames=video is not None)
+    with compute.own_randomness():
+        result = evaluate(policy_for, make, seed=base, episodes=episodes, observers=observers, keep_frames=video is not None)
     if video is not None and result.frames is not None:
         write_video(video, result.frames, fps=25)
     return {**result.summary(), "env": run.env, "policy": policy, "seed": base}

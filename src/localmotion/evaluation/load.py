@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from localmotion import methods
 from localmotion.compute import Compute, choose
 from localmotion.config import RunConfig
-from localmotion.envs import list_options
-from localmotion.errors import CheckpointError, ConfigError, LocalmotionError, unknown_name
+from localmotion.envs import check_env
+from localmotion.errors import CheckpointError, ConfigError, LocalmotionError
 from localmotion.evaluation.rollout import stored_recipe
 from localmotion.files import one_line
 from localmotion.methods.base import Method
@@ -25,14 +25,24 @@ from localmotion.training.rundir import read_environment
 Which = Literal["newest", "best"]
 
 
+def at_least(**given: tuple[float, float]) -> None:
+    """Raise ConfigError for an argument ``name=(value, least)`` below its least value."""
+    for name, (value, least) in given.items():
+        if value < least:
+            raise ConfigError(f"{name}={value} must be at least {least}")
+
+
 def load_run(path: Path, *, device: str = "auto", threads: int = 0, which: Which = "newest") -> tuple[RunConfig, Method, Compute]:
     """Settings, method (evaluation mode) with its newest weights or those of its best evaluation, and where it computes.
+
+    Torch's generator is left as it was.
 
     Raises CheckpointError when the run is missing, incomplete, damaged, or claims a model that its weights do not make; ConfigError when
     its settings or its recipe do not fit this version.
     """
     run = replace(checkpoint.read_config(path), device=device, threads=threads)
-    _check_options(run, path)
+    if run.stage != "pretrain":
+        _check_env(run, path)
     recipe = stored_recipe(run, path)
     if run.stage != "pretrain" and methods.get(run.method).wants_motion and not recipe:
         raise CheckpointError(f"{path / 'config.json'}: has no recipe, so its motion cannot be perceived; restore it")
@@ -44,18 +54,19 @@ def load_run(path: Path, *, device: str = "auto", threads: int = 0, which: Which
         action_dim = int(checkpoint.read_state(found)["action_dim"])
     size = (recipe or Recipe()).size
     _check_model(run, size, action_dim, weights, found)
-    compute = choose(run, read_environment(path))
-    method = methods.get(run.method)(run.model, image_size=size, action_dim=action_dim)
+    with torch.random.fork_rng(devices=[]):  # measuring and building draw numbers
+        compute = choose(run, read_environment(path))
+        method = methods.get(run.method)(run.model, image_size=size, action_dim=action_dim)
     checkpoint.load_weights(method, weights, str(found))
     return run, method.to(compute.device).eval(), compute
 
 
-def _check_options(run: RunConfig, path: Path) -> None:
-    """Raise ConfigError for options of the environment that are none of its suite's (some other argument of `make_env`, say)."""
-    if run.env_options:
-        known = list_options(run.env.partition(":")[0])
-        if wrong := [name for name in run.env_options if name not in known]:
-            raise ConfigError(f"{path / 'config.json'}: {unknown_name(f'option of {run.env!r:.60}', wrong[0][:60], known)}")
+def _check_env(run: RunConfig, path: Path) -> None:
+    """Raise ConfigError for an environment or options that a run could not have begun with."""
+    try:
+        check_env(run.env, run.env_options)
+    except ConfigError as error:
+        raise ConfigError(f"{path / 'config.json'}: {one_line(error)}") from error
 
 
 def _check_model(run: RunConfig, size: int, action_dim: int | None, weights: Mapping[str, Tensor], found: Path) -> None:

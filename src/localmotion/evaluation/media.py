@@ -27,7 +27,8 @@ def motion_media(run_dir: Path, data: Path, *, windows: int = 192, seed: int = 0
     codes, shift, magnitudes = [], [], []
     for index in range(-(-windows // 32)):
         batch = {k: v.to(compute.device) for k, v in sampler.batch(index).items()}
-        with torch.no_grad(), compute.autocast():
+        with torch.no_grad(), compute.own_randomness(), compute.autocast():
+            torch.manual_seed(seed + index)  # some codes are sampled
             code = method.motion_code(batch)
         if code is None:
             return

@@ -15,7 +15,7 @@ from localmotion.errors import unknown_name
 from localmotion.evaluation.perception_scores import FlowScore, TrackScore
 from localmotion.perception.points import draw_points, texture_weight
 from localmotion.video.decode import iter_frames
-from localmotion.video.listing import find_videos
+from localmotion.video.listing import usable_videos
 
 WARPS: dict[str, tuple[str, float]] = {
     "shift 0.05": ("shift", 0.05),
@@ -40,7 +40,7 @@ def load_pictures(path: Path | None, count: int = PICTURES, side: int = 384) -> 
     """
     if path is None:
         return [_procedural(seed, side) for seed in range(count)]
-    refs = find_videos(path)
+    refs = usable_videos(path)
     if len(refs) >= count:
         chosen = [refs[int(k)] for k in np.linspace(0, len(refs) - 1, count).round()]
         found = [next(iter_frames(ref, None)) for ref in chosen]

@@ -15,12 +15,12 @@ from localmotion.compute import Compute
 from localmotion.config import RunConfig
 from localmotion.errors import ConfigError, LocalmotionError, VideoError
 from localmotion.evaluation.heldout import CONTEXT_FRAMES, open_loop_errors, predicts
-from localmotion.evaluation.load import load_run
+from localmotion.evaluation.load import at_least, load_run
 from localmotion.evaluation.rollout import stored_recipe
 from localmotion.methods.base import Method
 from localmotion.perception.base import Recipe
 from localmotion.perception.extract import extract_one
-from localmotion.video.listing import find_videos
+from localmotion.video.listing import usable_videos
 from localmotion.video.sample import Split, WindowSampler
 from localmotion.video.store import Clip, ClipStore, ClipStoreWriter
 
@@ -90,8 +90,7 @@ def predict(
     the future; IPV and APV: prior. Raises CheckpointError, StoreError or VideoError; ConfigError when a run cannot predict from video
     alone.
     """
-    if not checkpoints or clips < 1 or windows < 1:
-        raise ConfigError(f"predict wants at least one checkpoint, clip and window, got {len(checkpoints)}, {clips}, {windows}")
+    at_least(checkpoints=(len(checkpoints), 1), clips=(clips, 1), windows=(windows, 1), seed=(seed, 0))
     runs = _load(checkpoints, device)
     length = min(each.run.pretrain.length for each in runs)
     with tempfile.TemporaryDirectory(prefix="localmotion-") as scratch:
@@ -133,8 +132,8 @@ def _predict(
         for begin in range(0, len(chosen[0]), AT_ONCE):
             part = slice(begin, begin + AT_ONCE)
             batch = {k: v.to(each.compute.device) for k, v in sampler.windows(chosen[0][part], chosen[1][part]).items()}
-            torch.manual_seed(seed + begin)
-            with each.compute.autocast():
+            with each.compute.own_randomness(), each.compute.autocast():
+                torch.manual_seed(seed + begin)
                 scores, drawn = open_loop_errors(each.method, batch)
             for name, value in scores.items():
                 kind, row = name.split("/")
@@ -201,7 +200,7 @@ def _extracted(
     progress: Callable[[int, int | None, str], object] | None,
 ) -> tuple[dict[str, ClipStore], list[str]]:
     """Clips of ``count`` of the videos in ``data``, drawn at random, by each recipe; and why others were left out."""
-    refs = find_videos(data)
+    refs = usable_videos(data)
     refs = [refs[i] for i in np.random.default_rng(seed).permutation(len(refs))]
     stores: dict[str, ClipStore] = {}
     reasons: dict[str, str] = {}

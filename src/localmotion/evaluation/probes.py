@@ -25,9 +25,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from localmotion import methods
-from localmotion.compute import Compute
+from localmotion.compute import PLAIN, Compute
 from localmotion.errors import ConfigError
-from localmotion.evaluation.load import load_run
+from localmotion.evaluation.load import at_least, load_run
 from localmotion.methods.base import Batch, Method
 from localmotion.video.sample import WindowSampler
 from localmotion.video.store import ClipStore
@@ -37,7 +37,6 @@ LAMBDAS = tuple(10.0**k for k in range(-4, 5))
 """Ridge penalties tried, times the number of samples; chosen on a tenth of the fitted episodes."""
 SKIP = 4  # first positions of a window: too little history for a code that looks back
 TARGETS = ("velocities", "actions")
-PLAIN = Compute(torch.device("cpu"), False, 0, "cpu, fp32")
 
 
 @dataclass(frozen=True)
@@ -241,6 +240,7 @@ def _best(
     return kept
 
 
+@torch.random.fork_rng(devices=[])  # the networks of the probes are seeded, and the caller's generator is left as it was
 def probe(
     runs: Sequence[Path],
     collections: Sequence[Path],
@@ -259,7 +259,8 @@ def probe(
     ``threads`` of torch (0: its own choice): the small networks are many tiny products, for which threads mostly wait for each other.
     Raises ConfigError for a run whose method has no motion code, and for collections without targets or with too few clips.
     """
-    sources: list[tuple[str, Method | None, Any]] = [("flow, 8x8 grid", None, None)]
+    at_least(length=(length, SKIP + 1), threads=(threads, 0))
+    sources: list[tuple[str, Method | None, Compute]] = [("flow, 8x8 grid", None, PLAIN)]
     compute = PLAIN
     if threads:
         torch.set_num_threads(threads)
@@ -278,7 +279,9 @@ def probe(
     for path in collections:
         data = _Data(path, length)
         for name, model, place in sources:
-            code = data.code(grid_flow if model is None else _code_of(model, place))
+            with place.own_randomness():
+                torch.manual_seed(0)  # some codes are sampled
+                code = data.code(grid_flow if model is None else _code_of(model, place))
             rows.append({**_row(data, name, code.shape[1]), **_scores(code, data.episodes)})
             if progress:
                 progress(len(rows), total, name)

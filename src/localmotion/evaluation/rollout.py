@@ -32,7 +32,7 @@ def episode_seed(seed: int, stream: str, episode: int) -> int:
 
     Training and evaluation never share random numbers, and a resumed run meets the same episodes.
     """
-    mixed = np.random.SeedSequence([seed, {"train": 0, "eval": 1, "prefill": 2, "collect": 3}[stream], episode])
+    mixed = np.random.SeedSequence([seed, {"train": 0, "eval": 1, "prefill": 2, "collect": 3, "policy": 4}[stream], episode])
     return int(mixed.generate_state(1)[0] >> 1)
 
 
@@ -179,7 +179,7 @@ def stored_recipe(run: RunConfig, path: Path) -> Recipe | None:
 
 def streaming_recipe(recipe: Recipe) -> Recipe:
     """The recipe of a clip store as the streaming side uses it: no look-ahead, every environment frame."""
-    return replace(recipe, redraw_rounds=0, frame_stride=1)
+    return replace(recipe, redraw_rounds=0, frame_stride=1, fps=0.0)
 
 
 def to_batch(records: Sequence[dict[str, Any]], *, first: bool, device: torch.device) -> dict[str, Tensor]:

@@ -28,7 +28,7 @@ from localmotion.errors import ConfigError
 from localmotion.methods.base import Batch, Group, Method
 from localmotion.methods.sizes import presets
 from localmotion.models.actor_critic import ActorCritic
-from localmotion.models.bonus import IntrinsicBonus
+from localmotion.models.bonus import WINDOW, IntrinsicBonus
 from localmotion.models.heads import MLP
 from localmotion.models.image import ImageModel
 from localmotion.models.rssm import RSSM, RSSMState, kl_loss
@@ -98,6 +98,10 @@ class APV(Method):
         self.bonus = IntrinsicBonus(feat)
         self.behaviour = ActorCritic.configured(feat, action_dim, world, config.behaviour)
 
+    @classmethod
+    def lengths(cls, config: Any, stage: str) -> tuple[int, int | None]:
+        return (2 if stage == "pretrain" else WINDOW), None
+
     # 1. Pre-training on videos ------------------------------------------------------------------------------------------------
 
     def pretrain_losses(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -121,7 +125,7 @@ class APV(Method):
         state, prior = self.dynamics.observe(self._observed(embed, phi), batch["action"], is_first)
         feat = self.dynamics.feat(state)  # (B, T, F)
         kl, metrics = kl_loss(state.logits, prior, balance=balance, free=free)
-        bonus = self.bonus(phi.detach().float())  # (B, T - 4): where a window of 5 fits
+        bonus = self.bonus(phi.detach().float(), is_first)  # (B, T - 4): where a window of 5 fits
         target = batch["reward"][:, : bonus.shape[1]] + config.intrinsic_weight * bonus
         reward = self.reward(feat[:, : bonus.shape[1]]).squeeze(-1).float()
         losses = {

@@ -5,6 +5,9 @@ Batches follow the house time convention (docs/decisions/0001), legend B sequenc
     image (B,T,S,S,3) uint8      is_first (B,T) bool         vector (B,T,V) float32           (where the run observes vectors)
     action (B,T,A) float32       reward (B,T) float32       is_terminal (B,T) bool            (online only)
     flow (B,T,S,S,2) float16     tracks (B,T,N,2) float32   visible (B,T,N) bool   track_id (B,T,N) int32   (wants_motion only)
+
+`is_first` is true at the start of every sequence, and online also within one where an episode shorter than T ended (docs/decisions/0011):
+nothing may be carried, averaged or bootstrapped across it. Action and motion are zero there.
 """
 
 from __future__ import annotations
@@ -66,6 +69,11 @@ class Method(nn.Module):
         self.image_size = image_size
         self.compiled = False
         """Whether parts of it are compiled (`training.compiled`)."""
+
+    @classmethod
+    def lengths(cls, config: Any, stage: str) -> tuple[int, int | None]:
+        """Shortest and longest sequence T (None: any) that the losses of a stage can take, with the method's settings."""
+        return 2, None
 
     # Learning ---------------------------------------------------------------------------------------------------------------
 

@@ -354,7 +354,7 @@ class DreamerV3(Method):
     def _replay_value(self, feat: Tensor, batch: Batch, imagined: Tensor) -> Tensor:
         """Critic on replayed trajectories: features (B, K, F) with gradient into the world model, imagined returns (B, K) to bootstrap."""
         config, count = self.config, feat.shape[1]
-        # What follows is of another episode. A window of our replay never contains that; batches made elsewhere may.
+        # What follows is of another episode: short ones stand one after another in a sequence (docs/decisions/0011)
         last = F.pad(batch["is_first"][:, 1:], (0, 1))[:, -count:].float()
         terminal, reward = batch["is_terminal"][:, -count:].float(), batch["reward"][:, -count:]
         columns = (last.t(), terminal.t(), reward.t(), imagined.t())

@@ -35,7 +35,7 @@ from localmotion.methods.base import Batch, Group, Method
 from localmotion.methods.sizes import presets
 from localmotion.models.actor_critic import ActorCritic
 from localmotion.models.adapters import make_adapter
-from localmotion.models.bonus import IntrinsicBonus
+from localmotion.models.bonus import WINDOW, IntrinsicBonus
 from localmotion.models.dae import DAECache, DAEConfig, MaskedMotion, Motion, atomic_actions, random_mask
 from localmotion.models.global_flow import GlobalFlow
 from localmotion.models.heads import MLP
@@ -133,6 +133,10 @@ class DRP(Method):
         self.bonus = IntrinsicBonus(feat)
         self.behaviour = ActorCritic.configured(feat, action_dim, world, config.behaviour)
 
+    @classmethod
+    def lengths(cls, config: DRPConfig, stage: str) -> tuple[int, int | None]:
+        return (2 if stage == "pretrain" else WINDOW), None if config.motion_encoder == "global" else config.dae.max_length
+
     # 1. Pre-training on videos (Algorithm 1) ----------------------------------------------------------------------------------
 
     def pretrain_losses(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -178,7 +182,7 @@ class DRP(Method):
         kl, metrics = kl_loss(state.logits, prior, balance=config.world.kl_balance, free=config.free_nats)
         latent_image, image = self.image.losses([latent_feat, feat], context, truth)  # from z (8) and s (9), one call
         # Rewards: the representative head learns r on all T, the behavioural one r + lambda r_int where a bonus window fits
-        bonus = self.bonus(latent_feat.detach().float())  # (B, T - 4)
+        bonus = self.bonus(latent_feat.detach().float(), is_first)  # (B, T - 4)
         target = batch["reward"][:, : bonus.shape[1]] + config.intrinsic_weight * bonus
         behavioural = self.reward(feat).squeeze(-1).float()
         representative = self.reward_representative(feat).squeeze(-1).float()

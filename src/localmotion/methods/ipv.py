@@ -32,7 +32,7 @@ from localmotion.errors import ConfigError
 from localmotion.methods.base import Batch, Group, Method
 from localmotion.methods.sizes import presets
 from localmotion.models.actor_critic import ActorCritic
-from localmotion.models.bonus import IntrinsicBonus
+from localmotion.models.bonus import WINDOW, IntrinsicBonus
 from localmotion.models.heads import MLP
 from localmotion.models.image import ImageModel
 from localmotion.models.rssm import RSSM, RSSMState, kl_loss
@@ -107,6 +107,10 @@ class IPV(Method):
         self.bonus = IntrinsicBonus(feat)
         self.behaviour = ActorCritic.configured(feat, action_dim, world, config.behaviour)
 
+    @classmethod
+    def lengths(cls, config: Any, stage: str) -> tuple[int, int | None]:
+        return (2 if stage == "pretrain" else WINDOW), None
+
     # 1. Pre-training on videos ------------------------------------------------------------------------------------------------
 
     def pretrain_losses(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -132,7 +136,7 @@ class IPV(Method):
         kl, metrics = kl_loss(state.logits, prior, balance=balance, free=free)
         (image,) = self.image.losses([feat], context, truth)
         # The representative head learns r on all T, the behavioural one r + lambda r_int where a bonus window fits
-        bonus = self.bonus(phi.detach().float())  # (B, T - 4)
+        bonus = self.bonus(phi.detach().float(), is_first)  # (B, T - 4)
         target = batch["reward"][:, : bonus.shape[1]] + config.intrinsic_weight * bonus
         behavioural = self.reward(feat).squeeze(-1).float()
         representative = self.reward_representative(feat).squeeze(-1).float()

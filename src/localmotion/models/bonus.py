@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+WINDOW = 5
+"""Positions whose mean feature is compared: the least that a sequence must have."""
+
 
 class IntrinsicBonus(nn.Module):
     """k-nearest-neighbour novelty of mean-pooled windows under a fixed random projection, normalised by a running mean."""
@@ -14,7 +17,7 @@ class IntrinsicBonus(nn.Module):
     mean: Tensor
     projection: Tensor
 
-    def __init__(self, feat_dim: int, *, window: int = 5, width: int = 128, size: int = 4096, neighbours: int = 16) -> None:
+    def __init__(self, feat_dim: int, *, window: int = WINDOW, width: int = 128, size: int = 4096, neighbours: int = 16) -> None:
         super().__init__()
         self.window, self.neighbours = window, neighbours
         self.register_buffer("projection", torch.randn(feat_dim, width) / width)
@@ -23,12 +26,21 @@ class IntrinsicBonus(nn.Module):
         self.register_buffer("mean", torch.ones(()))
 
     @torch.no_grad()
-    def forward(self, feat: Tensor) -> Tensor:
-        """Bonus (B, T - window + 1) of features (B, T, F); pushes the windows into the queue first (IPV 2.4, step 3)."""
-        batch, time, _ = feat.shape
+    def forward(self, feat: Tensor, is_first: Tensor | None = None) -> Tensor:
+        """Bonus (B, T - window + 1) of features (B, T, F); pushes the windows into the queue first (IPV 2.4, step 3).
+
+        Where ``is_first`` (B, T) starts another episode within a window, the window's mean is over what lies before.
+        """
+        batch, time, width = feat.shape
         sums = feat.float().cumsum(1)
-        sums = torch.cat([torch.zeros_like(sums[:, :1]), sums], 1)
-        means = (sums[:, self.window :] - sums[:, : -self.window]) / self.window
+        sums = torch.cat([torch.zeros_like(sums[:, :1]), sums], 1)  # (B, T + 1, F)
+        if is_first is None:
+            means = (sums[:, self.window :] - sums[:, : -self.window]) / self.window
+        else:
+            same = (~is_first[:, 1:]).unfold(1, self.window - 1, 1)  # (B, T - window + 1, window - 1)
+            members = 1 + same.to(torch.uint8).cumprod(-1).sum(-1, keepdim=True)  # (B, T - window + 1, 1)
+            end = torch.arange(time - self.window + 1, device=feat.device)[:, None] + members
+            means = (sums.gather(1, end.expand(-1, -1, width)) - sums[:, : -self.window]) / members
         with torch.autocast(feat.device.type, enabled=False):  # nearby windows differ by less than bf16 resolves
             points = means.flatten(0, 1) @ self.projection  # (N, width)
         count = min(len(points), len(self.queue))

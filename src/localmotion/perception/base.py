@@ -24,7 +24,7 @@ from localmotion.errors import ConfigError, unknown_name
 Frame = NDArray[np.uint8]  # (H, W, 3) RGB
 Flow = NDArray[np.float32]  # (H, W, 2) x, y in pixels
 Points = NDArray[np.float32]  # (N, 2) x, y in pixels
-ALGORITHM = 2  # newest version of the embedded algorithms, see `Recipe.algorithm`
+ALGORITHM = 3  # newest version of the embedded algorithms, see `Recipe.algorithm`
 
 
 @runtime_checkable
@@ -99,6 +99,9 @@ class ManyTrack(TrackBackend, Protocol):
         ...
 
 
+_LATER = {"fps": 0.0}  # settings that stores without `algorithm` or of algorithm 2 were written before, and what they meant
+
+
 @dataclass(frozen=True)
 class Recipe:
     """Everything that decides the bytes of a clip store; the streaming side of fine-tuning uses the same one."""
@@ -118,7 +121,7 @@ class Recipe:
     segment_frames: int = 25
     """Points are drawn anew every so many frames (paper: once per 25-frame clip)."""
     frame_stride: int = 1
-    """Keep every n-th decoded frame. Changes what the model sees as one time step."""
+    """Keep every n-th frame (with fps: of those at that rate). Changes what the model sees as one time step."""
     flow_span: int = 1
     """Flow over n stored frames (from t+1-n to t+1) instead of one: a lever for very slow motion."""
     redraw_rounds: int = 2
@@ -132,9 +135,15 @@ class Recipe:
     backend_options: dict[str, Any] = field(default_factory=dict)
     """Options of the backends, by backend name, e.g. {"sea_raft": {"checkpoint": "things"}}."""
     algorithm: int = ALGORITHM
-    """Version of the embedded algorithms. 1: foreground by flow alone; 2: and by change of the picture. Old runs keep theirs."""
+    """Version of the embedded algorithms. 1: foreground by flow alone; 2: and by change of the picture; 3: and decoding with chroma at full
+    width, deinterlaced, HDR mapped to standard range. Old runs keep theirs."""
+    fps: float = 0.0
+    """Frames per second to which videos are resampled by the times of their frames, so that one time step is the same time in all; 0: as
+    recorded."""
 
     def __post_init__(self) -> None:
+        if type(self.fps) is int:  # 30 and 30.0 are the same recipe
+            object.__setattr__(self, "fps", float(self.fps))
         checks = {
             "size": 8 <= self.size <= 1024,
             "percept_size": self.percept_size >= self.size and self.percept_size % self.size == 0,
@@ -144,6 +153,7 @@ class Recipe:
             "flow_span": self.flow_span >= 1,
             "redraw_rounds": self.redraw_rounds >= 0,
             "min_motion": self.min_motion >= 0,
+            "fps": self.fps == 0 or 0.01 <= self.fps <= 1000,
             "algorithm": 1 <= self.algorithm <= ALGORITHM,
         }
         for name, good in checks.items():
@@ -156,8 +166,15 @@ class Recipe:
         """percept_size / size."""
         return self.percept_size // self.size
 
+    @property
+    def legacy_decoding(self) -> bool:
+        """Whether videos are decoded as before algorithm 3, see `localmotion.video.iter_frames`."""
+        return self.algorithm < 3
+
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """The settings. Those that came after the first stores are left out at their default, so that these keep their hash."""
+        values = asdict(self)
+        return {key: value for key, value in values.items() if (key, value) not in _LATER.items()}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Recipe:
@@ -165,7 +182,10 @@ class Recipe:
         for key in values:
             if key not in known:
                 raise unknown_name("recipe setting", key, known)
-        if set(values) == known - {"algorithm"}:  # written whole, before there was a number; a user's few settings mean today's
+        if set(values) == known - {
+            "algorithm",
+            *_LATER,
+        }:  # written whole, before there was a number; a user's few settings mean today's
             values = {**values, "algorithm": 1}
         return cls(**values)
 

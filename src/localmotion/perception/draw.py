@@ -31,8 +31,7 @@ def flow_colours(flow: NDArray[np.floating], top: float) -> NDArray[np.uint8]:
 
 
 def _pick(store: ClipStore, clip: str | int | None) -> int:
-    if not len(store):
-        raise StoreError(f"{store.path}: holds no clip to draw")
+    store.require_clips()
     if clip is None:
         # A typical lively clip rather than the wildest one.
         motion = np.array([info.get("flow", {}).get("p90", 0.0) for info in store.infos])

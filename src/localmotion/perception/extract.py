@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
-import os
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,15 +15,30 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from localmotion.errors import ConfigError, LocalmotionError, StoreError, VideoError
+from localmotion.errors import ConfigError, LocalmotionError, VideoError
 from localmotion.perception.base import ClipMotion, Recipe, works_on_gpu
 from localmotion.perception.clips import ClipExtractor
-from localmotion.perception.stream import Magnitudes
+from localmotion.perception.summary import ExtractSummary, flow_distribution
+from localmotion.perception.unfinished import Refused, Shards, Task, VideoDone, make_plan
+from localmotion.video.claims import shared_work
 from localmotion.video.decode import iter_frames, memory_fault
-from localmotion.video.listing import VideoRef, find_videos
+from localmotion.video.history import SPAN, Limits, clip_id
+from localmotion.video.history import content as content_of
+from localmotion.video.listing import VideoRef, find_videos, shown
 from localmotion.video.spool import Spool
-from localmotion.video.store import Clip, ClipStore, ClipStoreWriter
-from localmotion.video.workers import MEMORY_LIMIT, TIME_LIMIT, Lost, limited_memory, map_isolated
+from localmotion.video.store import Clip, ClipStoreWriter
+from localmotion.video.timing import Decoding
+from localmotion.video.workers import (
+    MEMORY_LIMIT,
+    TIME_LIMIT,
+    Lost,
+    Results,
+    held_memory,
+    limited_memory,
+    stream_isolated,
+)
+
+__all__ = ["ExtractSummary", "clip_of", "extract_folder", "extract_many", "extract_one", "flow_distribution"]
 
 TOGETHER = 16
 """Videos that a worker takes at once where a network on a GPU looks at them."""
@@ -33,103 +46,165 @@ TOGETHER_FRAMES = 600
 """Frames after which it looks before it takes more: their flow at 128 px is 80 MB, and more pairs fill no GPU any better."""
 
 
-@dataclass
-class ExtractSummary:
-    """What an extraction did."""
-
-    store: Path
-    clips: int = 0
-    frames: int = 0
-    new: int = 0
-    seconds: float = 0.0
-    rejected: dict[str, int] = field(default_factory=dict)
-    flow: dict[str, float] = field(default_factory=dict)
-
-    def lines(self) -> list[str]:
-        """For people."""
-        rate = f", {self.new} new in {self.seconds:.0f} s ({self.new / self.seconds:.1f} clips/s)" if self.new else ""
-        out = [f"{self.clips} clips, {self.frames:,} frames in {self.store}{rate}"]
-        out += [f"  rejected {number}: {reason}" for reason, number in sorted(self.rejected.items())]
-        if not self.flow:
-            return out
-        values = ", ".join(f"{key} {value:.3f}" for key, value in self.flow.items())
-        return [*out, f"flow magnitude in pixels of a stored frame: {values}"]
-
-
 _EXTRACTORS: dict[str, ClipExtractor] = {}  # one per process and recipe: backends are costly to build
 
 
 @dataclass(frozen=True)
-class _Refused:
-    """An error that concerns the recipe or the machine, not one video: it ends the extraction."""
+class _Span:
+    """Frames ``start`` to ``stop`` of a video, (T, percept_size, percept_size, 3)."""
 
-    message: str
+    ref: VideoRef
+    start: int
+    frames: NDArray[np.uint8]
+    info: dict[str, Any]
+    """What `Decoding.take` found about them."""
+    last: bool = False
+    """No clip of the video follows."""
+    left_out: int = 0
+    more: bool = False
+
+    @property
+    def stop(self) -> int:
+        return self.start + len(self.frames)
+
+
+class _TooShortError(VideoError):
+    def __init__(self, ref: VideoRef, frames: int, least: int) -> None:
+        super().__init__(ref.path, "too_short", f"has {frames} frames, {least} are needed")
+        self.frames = frames
+
+
+Message = Clip | VideoDone | Refused
 
 
 def extract_one(
     ref: VideoRef, recipe: Recipe, min_frames: int, max_frames: int, memory: int | None = None
-) -> Clip | dict[str, str] | _Refused:
-    """One video: a clip, or why it is rejected. ``memory``: bytes that decoding may take beside the frames that are kept."""
-    return extract_many([ref], recipe, min_frames, max_frames, memory)[0]
+) -> Clip | dict[str, str] | Refused:
+    """The first clip of one video, or why it is rejected. ``memory``: bytes that decoding may take beside the frames that are kept."""
+    for message in in_this_process(extract_many([Task(ref)], recipe, Limits(min_frames, max_frames, 1), memory)):
+        if not isinstance(message, VideoDone):
+            return message
+        if message.rejected:
+            return message.rejected
+    raise AssertionError("neither a clip nor a reason")
 
 
-def extract_many(
-    refs: Sequence[VideoRef], recipe: Recipe, min_frames: int, max_frames: int, memory: int | None = None
-) -> list[Clip | dict[str, str] | _Refused]:
-    """As `extract_one` for each video; networks look at many of them at once (`ClipExtractor.extract_many`)."""
+def in_this_process(results: Results[list[Message]]) -> Iterator[Message]:
+    """The messages of `extract_many`, one by one."""
+    while True:
+        try:
+            yield from next(results)
+        except StopIteration as end:
+            yield from end.value
+            return
+
+
+def extract_many(tasks: Sequence[Task], recipe: Recipe, limits: Limits, memory: int | None = None) -> Results[list[Message]]:
+    """Clips of each video, a VideoDone behind those of each; networks look at many videos at once (`ClipExtractor.extract_many`).
+
+    A generator, since a film may have any number of clips: in memory are `TOGETHER_FRAMES` frames and the clips made of them. ``memory``:
+    bytes that decoding one video may take beside the frames of two clips.
+    """
     cv2.setNumThreads(1)
     key = recipe.hash()
-    results: dict[str, Clip | dict[str, str] | _Refused] = {}
-    waiting: list[tuple[VideoRef, NDArray[np.uint8], bool]] = []
-
-    def look() -> None:
-        for (ref, frames, cut_short), motion in zip(waiting, _motions(_EXTRACTORS[key], waiting), strict=True):
-            if isinstance(motion, _Refused):
-                results[ref.id] = motion
-            else:
-                results[ref.id] = _clip(frames, motion, recipe, ref.id, ref.label, {"cut_short": cut_short})
-        waiting.clear()
-
     try:
         if key not in _EXTRACTORS:
             _EXTRACTORS[key] = ClipExtractor(recipe)
     except LocalmotionError as error:
-        return [_Refused(str(error)) for _ in refs]
-    for ref in refs:
+        return [Refused(str(error))]
+    waiting: list[_Span | VideoDone] = []
+
+    def look() -> list[Message]:
+        motions = iter(_motions(_EXTRACTORS[key], [span for span in waiting if isinstance(span, _Span)]))
+        found: list[Message] = []
+        for item in waiting:
+            if isinstance(item, VideoDone):
+                found.append(item)
+            else:
+                motion = next(motions)
+                found.append(motion if isinstance(motion, Refused) else _clip_of_span(item, motion, recipe))
+        waiting.clear()
+        return found
+
+    for task in tasks:
+        ref = task.ref
+        content = content_of(ref) if task.record else None
+        done = VideoDone(ref.id, content=content)
         try:
-            with limited_memory(memory and memory + 3 * 3 * max_frames * recipe.percept_size**2):
-                waiting.append((ref, *_decoded(ref, recipe, min_frames, max_frames)))
+            for number, span in enumerate(_spans(ref, recipe, limits, memory)):
+                if sum(len(item.frames) for item in waiting if isinstance(item, _Span)) >= TOGETHER_FRAMES:
+                    yield look()
+                if number >= task.kept:
+                    waiting.append(span)
+                if len(tasks) == 1 and not span.last:
+                    yield look()  # nothing of a clip that is there: a sign of life
+                done = VideoDone(ref.id, None, span.stop + span.left_out, span.left_out, span.more, content)
         except VideoError as error:
-            results[ref.id] = {"id": ref.id, "reason": error.reason, "detail": error.detail}
+            waiting[:] = [item for item in waiting if isinstance(item, VideoDone) or item.ref.id != ref.id]
+            rejected = {"id": ref.id, "reason": error.reason, "detail": error.detail}
+            done = VideoDone(ref.id, rejected, error.frames if isinstance(error, _TooShortError) else 0, content=content)
         except LocalmotionError as error:
-            results[ref.id] = _Refused(str(error))
-        if sum(len(frames) for _, frames, _ in waiting) >= TOGETHER_FRAMES:
-            look()
-    look()
-    return [results[ref.id] for ref in refs]
+            return [*look(), Refused(str(error))]
+        waiting.append(done)
+    return look()
 
 
-def _motions(extractor: ClipExtractor, videos: list[tuple[VideoRef, NDArray[np.uint8], bool]]) -> Sequence[ClipMotion | _Refused]:
+def _motions(extractor: ClipExtractor, spans: list[_Span]) -> Sequence[ClipMotion | Refused]:
     """Motion of all; where that fails, of each alone, so that what fits a GPU only by itself is done and the error names its video."""
+    if not spans:
+        return []
     try:
-        return extractor.extract_many([(frames, ref.id) for ref, frames, _ in videos])
+        return extractor.extract_many([(span.frames, clip_id(span.ref.id, span.start, span.stop)) for span in spans])
     except LocalmotionError as error:
-        if len(videos) > 1:
-            return [motion for video in videos for motion in _motions(extractor, [video])]
-        return [_Refused(f"{videos[0][0].path}: {error}")]
+        if len(spans) > 1:
+            return [motion for span in spans for motion in _motions(extractor, [span])]
+        return [Refused(f"{spans[0].ref.path}: {error}")]
 
 
-def _decoded(ref: VideoRef, recipe: Recipe, min_frames: int, max_frames: int) -> tuple[NDArray[np.uint8], bool]:
-    """Frames (T, percept_size, percept_size, 3) of one video, and whether there would be more."""
-    stream = iter_frames(ref, recipe.percept_size, recipe.frame_stride)
+def _spans(ref: VideoRef, recipe: Recipe, limits: Limits, memory: int | None) -> Iterator[_Span]:
+    """The spans of one video as `Limits.spans` cuts it. The last one knows what is left out behind it, so each waits for the next."""
+    found = Decoding()
+    stream = iter_frames(
+        ref, recipe.percept_size, recipe.frame_stride, fps=recipe.fps, legacy=recipe.legacy_decoding, found=found
+    )
+    allowance = 3 * 3 * limits.max_frames * recipe.percept_size**2
+    last: _Span | None = None
+    start = grown = 0
+    for _ in itertools.count() if limits.max_clips is None else range(limits.max_clips):
+        held = held_memory() if memory else 0
+        with limited_memory(memory and max(memory - grown, 0) + allowance):
+            frames = _decoded(ref, stream, limits)
+        grown += held_memory() - held - frames.nbytes if memory else 0  # what the decoder keeps counts against the next span too
+        if len(frames) < limits.least:
+            if last is None:
+                raise _TooShortError(ref, len(frames), limits.min_frames)
+            yield replace(last, last=True, left_out=len(frames))
+            return
+        if last is not None:
+            yield last
+        last = _Span(ref, start, frames, found.take())
+        start = last.stop
+        if len(frames) < limits.max_frames:
+            yield replace(last, last=True)
+            return
+    assert last is not None
+    yield replace(last, last=True, more=_goes_on(stream))
+
+
+def _decoded(ref: VideoRef, stream: Iterator[NDArray[np.uint8]], limits: Limits) -> NDArray[np.uint8]:
+    """The next frames of a video, (T, percept_size, percept_size, 3), T at most ``max_frames``."""
     try:
-        decoded = list(itertools.islice(stream, max_frames))
-        if len(decoded) < max(min_frames, 2):
-            raise VideoError(ref.path, "too_short", f"has {len(decoded)} frames, {min_frames} are needed")
-        cut_short = len(decoded) == max_frames and _goes_on(stream)
-        return np.stack(decoded), cut_short
+        decoded = list(itertools.islice(stream, limits.max_frames))
+        return np.stack(decoded) if decoded else np.zeros((0, 0, 0, 3), np.uint8)
     except MemoryError as error:
         raise memory_fault(ref.path) from error
+
+
+def _clip_of_span(span: _Span, motion: ClipMotion, recipe: Recipe) -> Clip:
+    source = {"video": span.ref.id, "start": span.start, "stop": span.stop}
+    name = clip_id(span.ref.id, span.start, span.stop)
+    clip = _clip(span.frames, motion, recipe, name, span.ref.label, span.info | {"cut_short": span.more or span.left_out > 0})
+    return replace(clip, source=source)
 
 
 def clip_of(frames: NDArray[np.uint8], clip_id: str, extractor: ClipExtractor, *, label: int | str | None = None) -> Clip:
@@ -166,6 +241,7 @@ def extract_folder(
     list_file: Path | None = None,
     min_frames: int = 25,
     max_frames: int = 300,
+    max_clips: int | None = None,
     workers: int = 1,
     shard_clips: int = 32,
     progress: Callable[[int, int | None, str], Any] | None = None,
@@ -175,122 +251,129 @@ def extract_folder(
 ) -> ExtractSummary:
     """Extract every video below ``videos`` into the store ``out``, going on where an earlier call stopped.
 
-    Shards are a pure function of the sorted video list, so the same input and recipe give the same bytes whatever the number of
-    workers. Memory is bounded by the videos in work and one shard: of a video longer than ``max_frames`` stored frames the rest is left
-    out, and its info says so. A rejected video leaves its reason in the store. Videos are decoded in ``workers`` processes of their
-    own: a decoder that dies, takes more than ``timeout`` seconds, or wants more than ``memory`` bytes (None: no limit; what perception
-    itself takes is not counted) costs its own video alone. ``workers=0`` does all in this process, without those limits: for videos
-    whose source is known. An interruption of any kind loses at most the videos in work.
+    A video becomes clips of ``max_frames`` stored frames each, one behind the other; a rest shorter than ``min_frames`` is left out and
+    counted. ``max_clips`` limits the clips of one video (None: all of it); what lies behind them is not read. A video that is damaged
+    anywhere before is rejected as a whole and leaves its reason in the store.
+
+    The store remembers size and time of each video and the limits. A later call extracts again what has changed, what other limits would
+    cut in another way, and what was rejected for time or memory; the new clips replace the old ones. Clips of videos that are gone stay,
+    and the summary names them. Several processes, also of several machines, may extract one folder into one store: each claims one shard
+    after the other. A second process with other videos or limits is refused.
+
+    Shards of ``shard_clips`` videos are a pure function of the sorted video list, so the same input and recipe give the same bytes whatever
+    the number of workers and processes. Memory is bounded by the clips in work, however long a video. Videos are decoded in ``workers``
+    processes of their own: a decoder that dies, takes more than ``timeout`` seconds for a clip, or wants more than ``memory`` bytes (None:
+    no limit; what perception itself takes is not counted) costs its own video alone. ``workers=0`` does all in this process, without those
+    limits: for videos whose source is known. An interruption of any kind loses at most the clips in work.
 
     ``together``: videos that a worker takes at once, so that networks look at many of them in one batch (None: 16 where a backend works
     on a GPU, fewer where that would leave workers without any, else 1). A network may round differently in another batch; with the
     embedded backends the bytes stay the same.
 
-    Raises VideoError for a missing or empty folder, StoreError for a store of another recipe or a full disk, ConfigError for impossible
-    limits, LocalmotionError when a backend cannot be built or used.
+    Raises VideoError for a missing or empty folder and where no video is usable, StoreError for a store of another recipe or clip length, a
+    store in which another process does something else, or a full disk, ConfigError for impossible limits, LocalmotionError when a backend
+    cannot be built or used.
     """
     if together is not None and together < 1:
         raise ConfigError(f"together={together}: a worker takes at least one video")
+    if max_clips is not None and max_clips < 1:
+        raise ConfigError(f"max_clips={max_clips}: at least one clip of a video")
     if not 2 <= max(min_frames, 2) <= max_frames:
         raise ConfigError(f"min_frames {min_frames} and max_frames {max_frames}: at least 2 frames, and no more than max_frames")
-    refs = {ref.id: ref for ref in find_videos(videos, list_file)}
+    began = time.monotonic()
+    limits = Limits(min_frames, max_frames, max_clips)
+    refs = {ref.id: ref for ref in _unambiguous(find_videos(videos, list_file))}
     writer = ClipStoreWriter.open(out, recipe.size, recipe.to_json(), recipe.hash(), recipe.tracks, shard_clips)
-    spool = Spool(out)
-    pending = writer.pending(refs)
-    kept = {name for _, names in pending for name in names if spool.get(name) is not None}
-    todo = [(index, name) for index, names in pending for name in names if name not in kept]
-    left = {index: set(names) - kept for index, names in pending}
-    members = dict(pending)
-
-    def finish(index: int) -> None:
-        """Write a shard all of whose videos are done."""
-        results = [spool.get(name) for name in members[index]]
-        if (
-            any(x is None for x in results) and index not in writer.indices()
-        ):  # unless another process was faster and has cleared up
-            raise StoreError(f"{spool.path}: finished videos have gone; run the same extract again to make them anew")
-        clips = [x for x in results if isinstance(x, Clip)]
-        writer.write_shard(index, clips, [x for x in results if isinstance(x, dict)])
-        spool.drop(members[index])
-
-    began, done, total = time.monotonic(), len(refs) - len(todo), len(refs)
-    new = 0
-    limit = memory if workers > 0 else None
-    call = partial(extract_many, recipe=recipe, min_frames=min_frames, max_frames=max_frames, memory=limit)
-    if progress:
-        progress(done, total, "")
-    for index, names in left.items():
-        if not names:
-            finish(index)
-    size = together or (max(1, min(TOGETHER, len(todo) // max(workers, 1))) if works_on_gpu(recipe) else 1)
-    with contextlib.closing(_results(call, [refs[name] for _, name in todo], workers, timeout, size)) as results:
-        for position, result in results:
-            index, name = todo[position]
-            if isinstance(result, _Refused):
-                raise LocalmotionError(result.message)
-            if isinstance(result, Lost):
-                result = {"id": name, "reason": result.reason, "detail": result.detail}
-            new += isinstance(result, Clip)
-            spool.put(name, result)
-            left[index].discard(name)
-            if not left[index]:
-                finish(index)
-            done += 1
-            if progress:
-                progress(done, total, "")
-    spool.clear()
-    return _summary(out, new, time.monotonic() - began)
-
-
-def _results(
-    call: Callable[[Sequence[VideoRef]], list[Any]], refs: list[VideoRef], workers: int, timeout: float, together: int
-) -> Generator[tuple[int, Any]]:
-    """(position, result) of each video, in the order in which they come."""
-    groups = [list(range(start, min(start + together, len(refs)))) for start in range(0, len(refs), together)]
-    if workers <= 0:
-        for group in groups:
-            yield from zip(group, call([refs[i] for i in group]), strict=True)
-        return
-    alone: list[list[int]] = []
-    for number, answer in map_isolated(call, [[refs[i] for i in group] for group in groups], workers, timeout * together):
-        if not isinstance(answer, Lost):
-            yield from zip(groups[number], answer, strict=True)
-        elif together == 1:
-            yield groups[number][0], answer
-        else:  # whose fault it was shows when each has a worker to itself
-            alone += [[i] for i in groups[number]]
-    if alone:
-        for number, answer in map_isolated(call, [[refs[i] for i in group] for group in alone], workers, timeout):
-            yield alone[number][0], answer if isinstance(answer, Lost) else answer[0]
-
-
-def _summary(out: Path, new: int, seconds: float) -> ExtractSummary:
-    """Counts and the flow distribution of the whole store; the latter is also written beside store.json."""
-    summary = ExtractSummary(out, new=new, seconds=seconds)
-    try:
-        store = ClipStore(out)
-    except StoreError:
-        if any((out / "shards").glob("*/shard.json")):
-            raise
-        return summary
-    summary.clips, summary.frames = len(store), int(store.lengths.sum())
-    for entry in store.rejected:
-        summary.rejected[entry["reason"]] = summary.rejected.get(entry["reason"], 0) + 1
-    if len(store):
-        summary.flow = {key: round(value, 6) for key, value in flow_distribution(store).items()}
-        temporary = out / "flow.json.tmp"
-        temporary.write_text(json.dumps(summary.flow, indent=1, sort_keys=True) + "\n")
-        os.replace(temporary, out / "flow.json")
+    terms = {"videos": str(Path(videos).resolve()), "list": str(list_file and Path(list_file).resolve()), **limits.to_json()}
+    summary = ExtractSummary(out)
+    with shared_work(out, terms, lambda: make_plan(writer, refs, limits)) as work:
+        shards = Shards(writer, Spool(out), work, refs, limits)
+        planned = sum(len(names) for _, names in work.plan["shards"])
+        size = together or (max(1, min(TOGETHER, planned // max(workers, 1))) if works_on_gpu(recipe) else 1)
+        done, total = len(refs) - planned, len(refs)
+        if progress:
+            progress(done, total, "")
+        call = partial(extract_many, recipe=recipe, limits=limits, memory=memory if workers > 0 else None)
+        with contextlib.closing(_results(call, shards.tasks(), workers, timeout, size)) as results:
+            for task, message in results:
+                if isinstance(message, Refused):
+                    raise LocalmotionError(message.message)
+                if isinstance(message, Clip):
+                    summary.new += 1
+                    shards.keep(task, message)
+                    continue
+                if isinstance(message, Lost):
+                    rejected = {"id": task.ref.id, "reason": message.reason, "detail": message.detail}
+                    message = VideoDone(task.ref.id, rejected)
+                shards.finish_video(task, message)
+                done += 1
+                if progress:
+                    progress(min(done, total), total, "")
+        summary.again = {name: why for name, why in work.plan["again"].items() if name in refs}
+        summary.elsewhere = [index for index, _ in work.plan["shards"] if not writer.has(index)]
+        work.finished = not summary.elsewhere
+        summary.seconds = time.monotonic() - began
+        summary.fill(writer, refs)
+    if not summary.usable and not summary.elsewhere:
+        raise VideoError(
+            videos, "unusable", f"none of {len(refs)} videos is usable: {summary.why_rejected()}; see localmotion scan"
+        )
     return summary
 
 
-def flow_distribution(store: ClipStore, fields: int = 4096) -> dict[str, float]:
-    """Mean and quantiles of flow magnitude (pixels of `size`) over at most ``fields`` fields spread evenly over the store."""
-    lengths = store.lengths - 1  # the last field of a clip is no motion
-    ends = np.cumsum(lengths)
-    magnitudes = Magnitudes()
-    for number in np.unique(np.linspace(0, int(ends[-1]) - 1, fields).round().astype(np.int64)):
-        clip = int(np.searchsorted(ends, number, side="right"))
-        at = int(number - (ends[clip] - lengths[clip]))
-        magnitudes.add(store.window("flow", clip, at, at + 1))
-    return magnitudes.quantiles()
+def _unambiguous(refs: Iterable[VideoRef]) -> Iterator[VideoRef]:
+    """The videos, those refused whose names are those of parts of another one."""
+    refs = list(refs)
+    names = {ref.id for ref in refs}
+    for ref in refs:
+        part = SPAN.fullmatch(ref.id)
+        if part and part[1] in names:
+            ref = replace(ref, fault=("bad_name", f"has the name of a part of {shown(part[1])}; rename it"))
+        yield ref
+
+
+def _results(
+    call: Callable[[Sequence[Task]], Results[list[Message]]], tasks: Iterable[Task], workers: int, timeout: float, together: int
+) -> Generator[tuple[Task, Message | Lost]]:
+    """(task, message) of each video, in the order in which they come."""
+    taken: list[list[Task]] = []
+
+    def groups() -> Iterator[list[Task]]:
+        source = iter(tasks)
+        while group := list(itertools.islice(source, together)):
+            taken.append(group)
+            yield group
+
+    def of(group: list[Task], message: Message) -> Task:
+        name = (
+            message.source["video"]
+            if isinstance(message, Clip)
+            else message.id
+            if isinstance(message, VideoDone)
+            else group[0].ref.id
+        )
+        return next(task for task in group if task.ref.id == name)
+
+    if workers <= 0:
+        for group in groups():
+            for message in in_this_process(call(group)):
+                yield of(group, message), message
+        return
+    alone: list[Task] = []
+    for number, answer in stream_isolated(call, groups(), workers, timeout * together):
+        group = taken[number]
+        if not isinstance(answer, Lost):
+            for message in answer:
+                task = of(group, message)
+                if isinstance(message, VideoDone):
+                    group.remove(task)
+                yield task, message
+        elif together == 1:
+            yield group[0], answer
+        else:  # whose fault it was shows when each has a worker to itself
+            alone += group
+    for number, answer in stream_isolated(call, [[task] for task in alone], workers, timeout):
+        if isinstance(answer, Lost):
+            yield alone[number], answer
+        else:
+            yield from ((alone[number], message) for message in answer)

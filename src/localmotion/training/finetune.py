@@ -19,6 +19,7 @@ from localmotion import methods
 from localmotion.compute import choose
 from localmotion.config import RunConfig
 from localmotion.console import progress, say
+from localmotion.envs import check_env
 from localmotion.errors import ConfigError, EnvError, SimulationError
 from localmotion.evaluation.rollout import (
     MethodPolicy,
@@ -37,10 +38,11 @@ from localmotion.perception.base import Recipe
 from localmotion.perception.companding import Companding
 from localmotion.replay import Replay
 from localmotion.training import checkpoint, graphs
+from localmotion.training.checks import check_learns, check_length, never_learned
 from localmotion.training.faults import dump
 from localmotion.training.interrupt import Interrupted, StopRequest
 from localmotion.training.pretrain import to_device
-from localmotion.training.rundir import RunDir, read_environment
+from localmotion.training.rundir import RunDir, claimed, read_environment
 from localmotion.training.storage import choose_storage, device_memory, records_needed
 from localmotion.training.transfer import load_pretrained
 from localmotion.training.trees import leaves_of, with_leaves
@@ -52,7 +54,11 @@ FAULTS = 3
 
 
 def finetune(run: RunConfig, path: Path) -> Path:
-    """Learn ``run.env`` with ``run.method`` in the run directory ``path``; continues where a run of the same settings stopped."""
+    """Learn ``run.env`` with ``run.method`` in the run directory ``path``; continues where a run of the same settings stopped.
+
+    Raises LocalmotionError with the cause and the fix, also at the end of a run in which no update was made; when a signal asks it to stop,
+    it saves and raises Interrupted.
+    """
     cls = methods.get(run.method)
     if not run.env:
         raise ConfigError(f"{run.stage}: say which --env, e.g. dmc:walker_walk or metaworld:reach")
@@ -62,6 +68,13 @@ def finetune(run: RunConfig, path: Path) -> Path:
         raise ConfigError(f"load={run.load} needs --checkpoint, the pre-trained run to load from")
     if run.checkpoint and not cls.can_pretrain:
         raise ConfigError(f"method {run.method} has no pre-training stage; use localmotion train without --checkpoint")
+    check_env(run.env, run.env_options)
+    check_length(cls, run)
+    with claimed(path):
+        return _finetune(run, path, cls)
+
+
+def _finetune(run: RunConfig, path: Path, cls: type[Method]) -> Path:
     perception = streaming_recipe(stored_recipe(run, path) or Recipe())
     recipe = perception if cls.wants_motion else None
     if recipe:
@@ -70,6 +83,7 @@ def finetune(run: RunConfig, path: Path) -> Path:
     if run.observed != "pixels":
         run = _shown(run, observer)
     repeat = int(observer.env.describe()["action_repeat"])  # type: ignore[attr-defined]
+    check_learns(run, repeat)
     compute = choose(run, read_environment(path))
     torch.manual_seed(run.seed)
     method = cls(run.model, image_size=perception.size, action_dim=observer.action_dim).to(compute.device)
@@ -141,10 +155,12 @@ class _Learner:
         self.updater, self.repeat, self.stop = updater, repeat, stop
         self.compute = updater.compute
         online = run.online
+        limit: int = observer.env.describe()["time_limit"]  # type: ignore[attr-defined]
+        self.longest = -(-limit // repeat)  # agent steps of an episode that its time limit ends
         recipe = observer.recipe if online.replay_flow == "int8" else None
         self.replay = Replay(
             observer.spec(),
-            capacity=online.replay_capacity,
+            capacity=records_needed(online, self.budget, self.longest),
             length=online.length,
             prioritize_ends=online.prioritize_ends,
             seed=run.seed,
@@ -153,8 +169,8 @@ class _Learner:
         )
         device, size = self.compute.device, self.replay.bytes_per_record
         free = device_memory(device)
-        storage, self.replay_note = choose_storage(online, self.budget, size, out.path / "replay", free)
-        self.replay.place(storage, records_needed(online, self.budget), device)
+        storage, self.replay_note = choose_storage(online, self.budget, size, out.path / "replay", free, self.longest)
+        self.replay.place(storage, max(self.replay.capacity, self.longest + 1), device)
         self.ahead = free is not None and storage != "device"  # make the next batch while the device is at work
         self.agent_step = self.episode = self.last_save = self.next_eval = 0
         self.playing: _Playing | None = None
@@ -190,6 +206,9 @@ class _Learner:
                 except SimulationError as error:
                     self._broken(error)
                 advance(self.agent_step)
+            if not self.updater.update:
+                self.save()
+                raise never_learned(self.run)
             if self.final != self.agent_step:  # else only the word "finished" was missing
                 self._evaluate(final=True)
         self._keep_flow()
@@ -224,7 +243,7 @@ class _Learner:
         self.spent["act"] += time.perf_counter() - began
         done = self._advance(playing, action)
         self.agent_step += 1
-        done = done or self.agent_step >= self.budget
+        done = done or self.agent_step >= self.budget or self._prefilled(playing)
         self.replay.add(playing.record, last=done)
         if playing.learning and self.agent_step % online.train_every == 0:
             self._update()
@@ -238,6 +257,15 @@ class _Learner:
             if playing.learning and self.agent_step - self.last_save >= online.save_every:
                 self.save()
 
+    def _prefilled(self, playing: _Playing) -> bool:
+        """Whether a random episode ends here: the prefill is over, and it would last to the end of the run, so nothing would be learned."""
+        began = self.agent_step - len(playing.actions)
+        return (
+            not playing.learning
+            and began + self.longest >= self.budget
+            and self.agent_step * self.repeat >= self.run.online.prefill
+        )
+
     def _broken(self, error: SimulationError) -> None:
         """The environment failed: its episode ends there, as by a time limit, and a fresh environment begins the next one.
 
@@ -247,7 +275,7 @@ class _Learner:
         self.replay.cut()
         self.playing = None
         self.episode += 1
-        self.out.log("fault", **self.counters(), error=str(error))
+        self.out.log("fault", **self.counters(), error=str(error), dropped=self.replay.dropped)
         if self.faults >= FAULTS:
             raise EnvError(
                 f"{error} ({self.faults} failures without a complete episode between them; saved at this point)"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from localmotion.errors import ConfigError, StoreError
 from localmotion.evaluation.heldout import CONTEXT_FRAMES, open_loop_errors, reconstruction_errors
 from localmotion.methods.base import Method
 from localmotion.training import checkpoint, graphs
+from localmotion.training.checks import check_length
 from localmotion.training.faults import dump
 from localmotion.training.interrupt import Interrupted, StopRequest
-from localmotion.training.rundir import RunDir, read_environment
+from localmotion.training.rundir import RunDir, claimed, read_environment
 from localmotion.training.update import DivergedError, Updater, to_floats
 from localmotion.video.sample import WindowSampler
 from localmotion.video.store import ClipStore
@@ -33,6 +35,12 @@ def pretrain(run: RunConfig, path: Path) -> Path:
     cls = methods.get(run.method)
     if not cls.can_pretrain:
         raise ConfigError(f"method {run.method} has no pre-training stage; use localmotion train")
+    check_length(cls, run)
+    with claimed(path):
+        return _pretrain(run, path, cls)
+
+
+def _pretrain(run: RunConfig, path: Path, cls: type[Method]) -> Path:
     store = ClipStore(Path(run.data))
     settings = run.pretrain
     train = WindowSampler(
@@ -57,11 +65,12 @@ def pretrain(run: RunConfig, path: Path) -> Path:
     out.status("running", update=start)
     clock, spent = time.perf_counter(), {"data": 0.0, "update": 0.0}
     try:
-        with StopRequest() as stop, progress("pretrain", settings.updates, "updates", start) as advance:
+        with closing(train), StopRequest() as stop, progress("pretrain", settings.updates, "updates", start) as advance:
+            train.load_state_dict({"index": start})
             for update in range(start, settings.updates):
                 stop.check()
                 began = time.perf_counter()
-                batch = to_device(train.batch(update), compute)
+                batch = to_device(next(train), compute)  # batch `update`; the next one is read meanwhile
                 spent["data"] += time.perf_counter() - began
                 began = time.perf_counter()
                 metrics = updater.pretrain(batch)
@@ -104,7 +113,7 @@ def pretrain(run: RunConfig, path: Path) -> Path:
     except BaseException as error:
         out.status("failed", update=updater.update, error=str(error))
         raise
-    out.status("finished", update=settings.updates)
+    out.status("finished", update=updater.update)
     return path
 
 

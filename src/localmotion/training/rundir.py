@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
 import shlex
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from localmotion.config import RunConfig, from_dict, leaves, to_dict
 from localmotion.errors import CheckpointError, ConfigError, unknown_name
-from localmotion.files import one_line, read_json, refuse_links
+from localmotion.files import check_output, locked, one_line, read_json, refuse_links
 from localmotion.perception.base import KINDS, Recipe, backends
 from localmotion.perception.cotracker import CODE
 
@@ -79,7 +81,7 @@ def check_recipe(values: Any, where: Path | str) -> Recipe:
     Raises ConfigError for unknown names, wrong types and ranges, and for options of a backend that choose whose code runs: a repository or
     folder other than the pinned one counts only when `TRUSTED` names it, because a file may have come from somebody else.
     """
-    plain = Recipe().to_json()
+    plain = asdict(Recipe())
     try:
         if not isinstance(values, dict):
             raise ConfigError("a recipe is a mapping of settings")
@@ -112,6 +114,35 @@ def _check_code(recipe: Recipe) -> None:
         )
 
 
+LOCK = ".lock"
+"""Held by the process that writes in the run directory."""
+
+
+@contextlib.contextmanager
+def claimed(path: Path, what: str = "run") -> Iterator[None]:
+    """Keep the directory ``path`` of a run (or a study), which is made, for this process within.
+
+    Where it was not there and nothing was written in it, it is removed again.
+
+    Raises CheckpointError where another process has it, or where nothing can be written.
+    """
+    check_output(path, CheckpointError, folder=True)
+    made = not path.exists()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be made ({error.strerror or error}); choose another place") from error
+    refusal = f"{path}: this {what} is running already; wait for it, or choose another place"
+    with locked(path / LOCK, refusal, CheckpointError):
+        try:
+            yield
+        finally:
+            if made and [entry.name for entry in path.iterdir()] == [LOCK]:
+                with contextlib.suppress(OSError):
+                    (path / LOCK).unlink()
+                    path.rmdir()
+
+
 class RunDir:
     """Creates a run directory, or reopens one of the same settings to continue it.
 
@@ -126,7 +157,7 @@ class RunDir:
             check_recipe(run.recipe, path)
         if path.exists() and not path.is_dir():
             raise CheckpointError(f"{path}: is a file; choose another --run")
-        if path.exists() and any(path.iterdir()):
+        if path.exists() and any(entry.name != LOCK for entry in path.iterdir()):
             if not (path / "config.json").exists():
                 raise CheckpointError(f"{path}: not empty and not a run (no config.json); choose another --run")
             refuse_links(path, CheckpointError)

@@ -40,20 +40,32 @@ def device_memory(device: torch.device) -> int | None:
     return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else None
 
 
-def records_needed(online: OnlineConfig, budget: int) -> int:
-    """Most records that a run of ``budget`` agent steps can hold: an episode has one record more than steps, and at least `length`."""
-    return min(online.replay_capacity, budget + budget // max(online.length - 1, 1) + 1)
+def records_needed(online: OnlineConfig, budget: int, episode: int | None = None) -> int:
+    """Records that the replay of a run of ``budget`` agent steps holds: an episode has one record more than steps.
+
+    ``episode``: agent steps of an episode that its time limit ends; None where that is unknown. Where episodes end much earlier by
+    themselves, there are more records than this, and the oldest episodes leave, as they do when `replay_capacity` is reached.
+    """
+    shortest = max(min(online.length - 1, episode or budget), 1)
+    return min(online.replay_capacity, budget + budget // shortest + 1)
 
 
 def choose_storage(
-    online: OnlineConfig, budget: int, bytes_per_record: int, folder: Path, on_device: int | None = None
+    online: OnlineConfig,
+    budget: int,
+    bytes_per_record: int,
+    folder: Path,
+    on_device: int | None = None,
+    episode: int | None = None,
 ) -> tuple[Storage, str]:
-    """Where to sample from, and what was decided in words. ``on_device``: `device_memory` of the device that learns.
+    """Where to sample from, and what was decided in words.
+
+    ``on_device``: `device_memory` of the device that learns; ``episode``: see `records_needed`.
 
     In every way each complete episode is filed in ``folder`` sooner or later, so the disk must hold the replay in any case, and what left
     it since the last two checkpoints. Raises ConfigError naming the capacity that would fit.
     """
-    records = records_needed(online, budget)
+    records = records_needed(online, budget, episode)
     need = records * bytes_per_record
     evicted = 2 * online.save_every if records == online.replay_capacity else 0
     filed = sum(path.stat().st_size for path in folder.glob("episode_*.safetensors")) if folder.exists() else 0

@@ -41,9 +41,12 @@ import yaml
 from localmotion import methods
 from localmotion.config import Stage, compose
 from localmotion.console import say
+from localmotion.envs import check_env
 from localmotion.errors import ConfigError, LocalmotionError, unknown_name
-from localmotion.files import check_tree, one_line, read_bytes, read_json
+from localmotion.files import check_tree, links_trusted, one_line, read_bytes, read_json
+from localmotion.training.checks import check_learns, check_length
 from localmotion.training.interrupt import StopRequest
+from localmotion.training.rundir import claimed
 
 _STUDY = {"name", "preset", "settings", "tasks", "seeds", "pretrain", "variants"}
 _VARIANT = {"method", "preset", "settings", "checkpoint", "sweep", "tasks", "seeds"}
@@ -123,7 +126,11 @@ def load_study(path: Path) -> list[Job]:
     every = [*sources.values(), *jobs]
     for job in every:
         try:
-            compose(job.method, job.stage, preset=job.preset, env=_value(job, "env"), settings=list(job.settings))
+            run = compose(job.method, job.stage, preset=job.preset, env=_value(job, "env"), settings=list(job.settings))
+            check_length(methods.get(run.method), run)
+            if run.stage != "pretrain":
+                check_env(run.env, run.env_options)
+                check_learns(run, run.action_repeat or 1)
         except ConfigError as error:
             raise ConfigError(f"{path}: {job.name}: {error}") from error
     if twice := next((name for name, count in Counter(job.name for job in every).items() if count > 1), None):
@@ -134,10 +141,15 @@ def load_study(path: Path) -> list[Job]:
 def run_study(path: Path, out: Path, *, jobs: int = 0) -> None:
     """Run what is left of the study, ``jobs`` processes at a time (0: one a core), below ``out``/runs.
 
-    Raises ConfigError as `load_study` does, and for another study in ``out``; RunsFailedError at the end, naming the runs that failed.
+    Raises ConfigError as `load_study` does, and for another study in ``out``; CheckpointError where one is running there already, or
+    nothing can be written; RunsFailedError at the end, naming the runs that failed.
     """
     todo = load_study(path)
-    out.mkdir(parents=True, exist_ok=True)
+    with claimed(out, "study"):
+        _run_study(path, out, todo, jobs)
+
+
+def _run_study(path: Path, out: Path, todo: Sequence[Job], jobs: int) -> None:
     _same_study(path, out, todo)
     jobs = jobs or os.cpu_count() or 1
     done = {job.name for job in todo if state(out / "runs" / job.name) == "finished"}
@@ -195,6 +207,8 @@ def _start(job: Job, out: Path, jobs: int) -> subprocess.Popen[bytes]:
     arguments = job.arguments(out)
     if jobs > 1 and not any(text.startswith("threads=") for text in job.settings):
         arguments += ["--set", f"threads={max((os.cpu_count() or 1) // jobs, 1)}"]
+    if links_trusted():
+        arguments += ["--follow-links"]
     # A session of its own: Ctrl-C reaches it through us, once.
     with (out / "console" / f"{job.name}.log").open("ab") as log:
         return subprocess.Popen([sys.executable, "-m", "localmotion", *arguments], stdout=log, stderr=log, start_new_session=True)

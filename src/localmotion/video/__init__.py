@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from localmotion.video.decode import VideoInfo, decode, iter_frames, probe, video_ref
 from localmotion.video.listing import VideoRef, find_videos
 from localmotion.video.store import Clip, ClipStore, ClipStoreWriter
+from localmotion.video.timing import Decoding
 from localmotion.video.write import write_video
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ __all__ = [
     "Clip",
     "ClipStore",
     "ClipStoreWriter",
+    "Decoding",
     "VideoInfo",
     "VideoRef",
     "WindowSampler",

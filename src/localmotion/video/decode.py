@@ -1,8 +1,7 @@
 """Decode a video file or a frame folder to square uint8 RGB frames.
 
-One libswscale converter per clip does colour conversion and resizing in one pass (area averaging, aspect squashed to
-the square as IPV 1.1 does), with one thread: the fastest of the ways measured, since clips rather than frames are
-what runs in parallel.
+Colour conversion and resizing are one pass (area averaging, aspect squashed to the square as IPV 1.1 does), with one
+thread: the fastest of the ways measured, since clips rather than frames are what runs in parallel.
 
 Nothing is patched up in silence: a file that ends early or holds damaged frames raises VideoError at that frame. Only
 local files in the containers listed in `_FORMATS` are opened, so a playlist renamed to .mp4 cannot make the decoder
@@ -14,23 +13,27 @@ from __future__ import annotations
 import errno
 import os
 import stat
-import struct
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
+from math import nan
 from pathlib import Path
 from typing import Any, Literal
 
 import av
 import cv2
 import numpy as np
-from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
 from localmotion.errors import VideoError
+from localmotion.video import streams
+from localmotion.video.colour import Converter, hdr_of
+from localmotion.video.container import check_complete, quarter_turns
+from localmotion.video.libav import ERRORS, LENIENT_METADATA, fault, listening, memory_fault, words
 from localmotion.video.listing import VideoRef, frame_files, shown
+from localmotion.video.pictures import picture_size
+from localmotion.video.timing import Decoding, Picture, deinterlaced, resampled
 
 MIN_SIDE = 16
 """Sides below this many pixels are refused ("too_small"): no motion can be seen in them."""
@@ -40,7 +43,7 @@ of memory. The decoder is told too, so that a stream cannot grow later."""
 MAX_PICTURE_BYTES = 2**29
 """Files of frame folders above this size are refused ("too_large"): `MAX_PIXELS` of four 16-bit channels, not packed."""
 
-_FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif"
+_FORMATS = f"mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,{streams.FORMATS}"
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,10 @@ class VideoInfo:
     """Width of a pixel over its height; 1.0 when square or unknown."""
     mirrored: bool = False
     """Decoded pictures are swapped left for right, before `rotation`, to be shown."""
+    interlaced: bool = False
+    """The first picture holds two moments, one in every other line."""
+    hdr: str = ""
+    """"pq" or "hlg" for pictures of high dynamic range."""
 
 
 def probe(ref: VideoRef) -> VideoInfo:
@@ -92,7 +99,7 @@ def probe(ref: VideoRef) -> VideoInfo:
             raise VideoError(ref.path, "unreadable", "no frame could be decoded; the file is damaged or its codec is unknown")
         context = stream.codec_context
         _check_size(ref, first.width, first.height)
-        turns, mirrored = _turns(ref.path, first)
+        turns, mirrored = quarter_turns(ref.path, first)
         width, height = (first.width, first.height) if turns % 2 == 0 else (first.height, first.width)
         known = sorted(time for time in times if time == time)
         gaps = [b - a for a, b in pairwise(known)]
@@ -105,34 +112,76 @@ def probe(ref: VideoRef) -> VideoInfo:
             duration = known[-1] - known[0] + median
         bits = max((component.bits for component in first.format.components), default=8)
         aspect = float(stream.sample_aspect_ratio or context.sample_aspect_ratio or 1)
-        name = first.format.name
-        return VideoInfo(len(times), width, height, fps, context.name, name, 90 * turns, duration, vfr, bits, aspect, mirrored)
+        return VideoInfo(
+            len(times),
+            width,
+            height,
+            fps,
+            context.name,
+            first.format.name,
+            90 * turns,
+            duration,
+            vfr,
+            bits,
+            aspect,
+            mirrored,
+            interlaced=first.interlaced_frame,
+            hdr=hdr_of(first),
+        )
 
 
 def iter_frames(
-    ref: VideoRef, size: int | None, stride: int = 1, *, start: int = 0, max_frames: int | None = None
+    ref: VideoRef,
+    size: int | None,
+    stride: int = 1,
+    *,
+    start: int = 0,
+    max_frames: int | None = None,
+    fps: float = 0.0,
+    legacy: bool = False,
+    found: Decoding | None = None,
 ) -> Iterator[NDArray[np.uint8]]:
     """Yield frames `start, start + stride, ...` as uint8 RGB (size, size, 3), or (H, W, 3) as shown when `size` is
     None.
 
+    With `fps` above 0 the frames counted by `start` and `stride` are those shown at the times 0, 1 / fps, 2 / fps, ...:
+    the recorded ones nearest to these times, some left out or repeated. Pictures of a frame folder have no times; they
+    are taken to be at `fps` already. `found` is filled with what was found about the frames yielded.
+
+    Interlaced pictures are deinterlaced, HDR (PQ and HLG) is mapped to standard range. `legacy` does neither, and leaves
+    chroma at half the width of the frame: as recipes of algorithm 1 and 2 do.
+
     Memory is bounded by a few frames, however long the video. `max_frames` limits the frames yielded; damage behind
     the last one is not looked at. With `size` None every frame has the shape of the first. Raises VideoError as
     `probe` does, and "truncated" at the point where the data end before the container says so, or where a frame
-    cannot be decoded whole.
+    cannot be decoded whole; with `fps` also "odd_times", where times are missing, go back or jump.
     """
-    if stride < 1 or start < 0 or (max_frames is not None and max_frames < 1) or (size is not None and size < 1):
-        raise ValueError(f"stride {stride}, start {start}, max_frames {max_frames}, size {size}: out of range")
+    if stride < 1 or start < 0 or (max_frames is not None and max_frames < 1) or (size is not None and size < 1) or not fps >= 0:
+        raise ValueError(f"stride {stride}, start {start}, max_frames {max_frames}, size {size}, fps {fps}: out of range")
     ref.check()
-    source = _folder_frames if ref.kind == "frames" else _file_frames
-    yield from source(ref, size, stride, start, max_frames)
+    found = found or Decoding()
+    found.rate = fps / stride
+    if ref.kind == "frames":
+        for frame in _folder_frames(ref, size, stride, start, max_frames):
+            found.add(nan)
+            yield frame
+    else:
+        yield from _file_frames(ref, size, stride, start, max_frames, fps, legacy, found)
 
 
 def decode(
-    ref: VideoRef, size: int | None, *, stride: int = 1, start: int = 0, max_frames: int | None = None
+    ref: VideoRef,
+    size: int | None,
+    *,
+    stride: int = 1,
+    start: int = 0,
+    max_frames: int | None = None,
+    fps: float = 0.0,
+    legacy: bool = False,
 ) -> NDArray[np.uint8]:
     """Whole clip as uint8 RGB (T, size, size, 3); `iter_frames` stacked. Raises VideoError, "too_short" when no frame
     is left."""
-    frames = list(iter_frames(ref, size, stride, start=start, max_frames=max_frames))
+    frames = list(iter_frames(ref, size, stride, start=start, max_frames=max_frames, fps=fps, legacy=legacy))
     if not frames:
         raise VideoError(ref.path, "too_short", f"has no frame at or behind frame {start}")
     return np.stack(frames)
@@ -159,10 +208,10 @@ def _open(path: Path) -> Iterator[tuple[Any, Any]]:
     options = {"protocol_whitelist": "file", "format_whitelist": _FORMATS, **limits}
     try:
         # An absolute path cannot be taken for a URL. Metadata in an odd encoding is no reason to refuse a video.
-        with _listening("matroska,webm") as complaints:  # opening reads ahead
-            container = av.open(str(path.absolute()), options=options, metadata_errors="replace")
-    except (av.error.FFmpegError, OSError, ValueError) as error:
-        raise _fault(path, "unreadable", f"is not a readable video ({_words(error)}); copy or encode it again", error) from error
+        with listening("matroska,webm") as complaints:  # opening reads ahead
+            container = av.open(str(path.absolute()), options=options, **LENIENT_METADATA)
+    except ERRORS as error:
+        raise fault(path, "unreadable", f"is not a readable video ({words(error)}); copy or encode it again", error) from error
     with container:
         if complaints:
             raise VideoError(path, "truncated", f"is damaged ({complaints[0]})")
@@ -188,185 +237,88 @@ def _packets(path: Path, container: Any, stream: Any) -> Iterator[Any]:
     breaks."""
     count = 0
     demuxer = container.demux(stream)
-    names = [name for name in ("matroska,webm",) if name == container.format.name]
+    kind = container.format.name
+    names = [kind] if kind in ("matroska,webm", *streams.FORMATS.split(",")) else []
     while True:
         try:
-            with _listening(*names) as complaints:
+            with listening(*names) as complaints:
                 packet = next(demuxer)
         except StopIteration:
+            streams.check_stream(path, kind)
             return
         except (av.error.FFmpegError, OSError) as error:
-            raise _fault(path, "truncated", f"data break off behind {count} packets ({_words(error)})", error) from error
+            raise fault(path, "truncated", f"data break off behind {count} packets ({words(error)})", error) from error
         if complaints:
             raise VideoError(path, "truncated", f"is damaged behind {count} packets ({complaints[0]})")
+        streams.check_packet(path, kind, packet, count)
         count += 1
         yield packet
 
 
 def _decode_packet(path: Path, packet: Any, done: int) -> list[Any]:
     try:
-        with _listening("ffv1" if packet.stream.codec_context.name == "ffv1" else "") as complaints:
+        with listening("ffv1" if packet.stream.codec_context.name == "ffv1" else "") as complaints:
             frames = packet.decode()
     except av.error.EOFError:
         return []
-    except (av.error.FFmpegError, OSError, ValueError) as error:
+    except ERRORS as error:
         reason = "truncated" if done else "unreadable"
-        raise _fault(path, reason, f"cannot be decoded behind frame {done} ({_words(error)})", error) from error
+        raise fault(path, reason, f"cannot be decoded behind frame {done} ({words(error)})", error) from error
     if complaints:
         raise VideoError(path, "truncated", f"frame {done} is damaged ({complaints[0]})")
     return list(frames)
 
 
-@contextmanager
-def _listening(*names: str) -> Iterator[list[str]]:
-    """What these parts of libav log as errors meanwhile: those that tell damage to the log alone, and go on as if nothing were.
-
-    The Matroska demuxer looks for the next place that makes sense, and the frames between are gone. FFV1 finds damage by its
-    checksums, leaves what lay in the buffer in its place, and hands the frame out as good. Others log errors over pictures that are
-    fine, so theirs do not count.
-    """
-    told: list[str] = []
-    if not any(names):
-        yield told
-        return
-    level, skip = av.logging.get_level(), av.logging.get_skip_repeated()
-    av.logging.set_level(av.logging.ERROR)
-    av.logging.set_skip_repeated(False)  # else what one file said twice comes out when the next one says something
-    try:
-        with av.logging.Capture() as lines:
-            try:
-                yield told
-            finally:
-                told += [" ".join(text.split()) for _, name, text in lines if name in names]
-    finally:
-        av.logging.set_level(level)
-        av.logging.set_skip_repeated(skip)
+def _pictures(ref: VideoRef, container: Any, stream: Any) -> Iterator[Picture]:
+    """All decoded pictures of a file, whole ones only; VideoError where there is none, or where the next is damaged."""
+    done = packets = 0
+    for packet in _packets(ref.path, container, stream):
+        if packet.size or packet.dts is not None:
+            packets += 1
+        for frame in _decode_packet(ref.path, packet, done):
+            if frame.is_corrupt:
+                raise VideoError(ref.path, "truncated", f"frame {done} is damaged")
+            _check_size(ref, frame.width, frame.height)
+            known = frame.pts is not None and frame.time_base
+            yield Picture(frame, float(frame.pts * frame.time_base) if known else nan, frame.interlaced_frame)
+            done += 1
+    if done == 0:
+        raise VideoError(ref.path, "unreadable", "no frame could be decoded; the file is damaged or its codec is unknown")
+    check_complete(ref.path, container, stream, packets)
 
 
-def _file_frames(ref: VideoRef, size: int | None, stride: int, start: int, max_frames: int | None) -> Iterator[NDArray[np.uint8]]:
-    reformatter = VideoReformatter()
-    done = yielded = packets = turns = 0
-    mirrored = False
-    shape: tuple[int, int] = (size or 0, size or 0)
+def _file_frames(
+    ref: VideoRef, size: int | None, stride: int, start: int, max_frames: int | None, fps: float, legacy: bool, found: Decoding
+) -> Iterator[NDArray[np.uint8]]:
+    converter = Converter(ref.path, legacy=legacy)
+    yielded = 0
+    shown: Any = None  # the picture yielded last, and its pixels
+    pixels = np.zeros((0, 0, 3), np.uint8)
     with _open(ref.path) as (container, stream):
-        for packet in _packets(ref.path, container, stream):
-            if packet.size or packet.dts is not None:
-                packets += 1
-            for frame in _decode_packet(ref.path, packet, done):
-                if frame.is_corrupt:
-                    raise VideoError(ref.path, "truncated", f"frame {done} is damaged")
-                _check_size(ref, frame.width, frame.height)
-                if done == 0:
-                    turns, mirrored = _turns(ref.path, frame)
-                    shape = shape if size else (frame.width, frame.height)
-                if done >= start and (done - start) % stride == 0:
-                    pixels = _pixels(ref.path, reformatter, frame, shape)
-                    pixels = pixels[:, ::-1] if mirrored else pixels
-                    yield np.ascontiguousarray(np.rot90(pixels, turns))
-                    yielded += 1
-                    if yielded == max_frames:
-                        return
-                done += 1
-        if done == 0:
-            raise VideoError(ref.path, "unreadable", "no frame could be decoded; the file is damaged or its codec is unknown")
-        _check_complete(ref.path, container, stream, packets)
-
-
-def _pixels(path: Path, reformatter: VideoReformatter, frame: Any, shape: tuple[int, int]) -> NDArray[np.uint8]:
-    """One decoded frame as RGB of `shape` (width, height)."""
-    try:
-        small = reformatter.reformat(frame, *shape, "rgb24", interpolation="AREA", threads=1)
-    except (av.error.FFmpegError, OSError, ValueError) as error:
-        detail = f"pictures of format {frame.format.name} cannot be converted to RGB ({_words(error)})"
-        raise _fault(path, "unreadable", detail, error) from error
-    return np.asarray(small.to_ndarray(), np.uint8)
-
-
-def _turns(path: Path, frame: Any) -> tuple[int, bool]:
-    """How a decoded picture is to be shown: quarter turns counter-clockwise, after swapping left for right where True.
-
-    The display matrix puts a point (x, y) at (ax + cy, bx + dy); scales are left out (they are the pixel aspect's).
-    Raises VideoError "odd_rotation" for a matrix that is none of the eight.
-    """
-    data = next((bytes(item) for item in frame.side_data if item.type.name == "DISPLAYMATRIX"), None)
-    if data is None:
-        return 0, False
-    a, b, _, c, d, *_ = struct.unpack("=9i", data)
-    right, down = complex(a, b), complex(c, d)  # where the picture's two directions go
-    if right and down:
-        right, down = right / abs(right), down / abs(down)
-        turns = round(np.angle(down / 1j) / (np.pi / 2))  # clockwise, as y points down
-        mirrored = (right.conjugate() * down).imag < 0
-        straight = 1j**turns
-        if abs(down / 1j - straight) < 0.02 and abs(right * (-1 if mirrored else 1) - straight) < 0.02:
-            return -turns % 4, mirrored
-    detail = f"is to be shown under the display matrix ({a}, {b}; {c}, {d}), which is no quarter turn; encode it again"
-    raise VideoError(path, "odd_rotation", detail)
-
-
-def _check_complete(path: Path, container: Any, stream: Any, packets: int) -> None:
-    """Raise "truncated" when the data end before what the container promises: decoders do not mind an early end."""
-    kind = container.format.name
-    if "mov" in kind:
-        # The index, not stream.frames: an edit list may leave samples out on purpose.
-        expected = len(stream.index_entries)
-        if packets < expected:
-            raise VideoError(path, "truncated", f"data end behind {packets} of {expected} frames")
-        return
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        if kind == "gif":
-            file.seek(max(0, size - 16))
-            if not file.read().rstrip(b"\0\r\n ").endswith(b"\x3b"):  # every GIF closes with this byte
-                raise VideoError(path, "truncated", f"ends without its closing byte behind frame {packets}")
-            return
-        head = file.read(4096)
-        file.seek(max(0, size - 1024))
-        tail = file.read()
-    # Matroska's demuxer complains of zeros itself; raw pictures of black are zeros.
-    if head[:4] == b"RIFF" and not any(tail) and stream.codec_context.name != "rawvideo":
-        detail = f"ends in {len(tail)} or more zero bytes, as a copy does that was not finished"
-        raise VideoError(path, "truncated", f"{detail}, behind {packets} frames")
-    promised = _riff_end(head) if head[:4] == b"RIFF" else _matroska_end(head)
-    if promised is not None and size < promised:
-        raise VideoError(path, "truncated", f"has {size} of {promised} bytes, data end behind {packets} frames")
-
-
-def _riff_end(head: bytes) -> int | None:
-    """Size that an AVI file says it has (its first gigabytes, where it has several parts); None when left open."""
-    return int.from_bytes(head[4:8], "little") + 8 if any(head[4:8]) else None
-
-
-def _matroska_end(head: bytes) -> int | None:
-    """Where the segment of a Matroska or WebM file ends by its own account (RFC 8794); None when left open."""
-
-    def number(at: int) -> tuple[int | None, int]:
-        """The variable-size integer at `at` and where it ends: as many leading zero bits as further bytes."""
-        width = 9 - head[at].bit_length() if at < len(head) else 9
-        raw = int.from_bytes(head[at : at + width], "big") & ((1 << 7 * width) - 1)
-        return (None if width > 8 or raw == (1 << 7 * width) - 1 else raw), at + width
-
-    if head[:4] != b"\x1a\x45\xdf\xa3":
-        return None
-    size, at = number(4)
-    if size is None or head[at + size : at + size + 4] != b"\x18\x53\x80\x67":
-        return None
-    length, start = number(at + size + 4)
-    return None if length is None else start + length
-
-
-def _words(error: BaseException) -> str:
-    return str(getattr(error, "strerror", None) or error).split("\n")[0]
-
-
-def memory_fault(path: Path) -> VideoError:
-    """The error for a video whose decoding was refused memory."""
-    return VideoError(path, "decoder_memory", "decoding wants more memory than it may have; raise the limit or encode it smaller")
-
-
-def _fault(path: Path, reason: str, detail: str, error: BaseException) -> VideoError:
-    """A VideoError for what libav says; lack of memory has a reason of its own."""
-    return memory_fault(path) if getattr(error, "errno", None) == errno.ENOMEM else VideoError(path, reason, detail)
+        found.tick = float(stream.time_base)
+        pictures = _pictures(ref, container, stream)
+        first = next(pictures)  # there is one, or an error
+        turns, mirrored = quarter_turns(ref.path, first.frame)
+        shape = (size, size) if size else (first.frame.width, first.frame.height)
+        pictures = chain([first], pictures)
+        if not legacy:
+            pictures = deinterlaced(pictures, ref.path)
+        if fps:
+            rate = stream.average_rate or stream.guessed_rate
+            pictures = resampled(pictures, fps, ref.path, float(rate) if rate else None, found.tick)
+        for number, (frame, seconds, interlaced) in enumerate(pictures):
+            if number < start or (number - start) % stride:
+                continue
+            again = frame is shown
+            if not again:
+                pixels = converter.rgb(frame, *shape)
+                pixels = np.ascontiguousarray(np.rot90(pixels[:, ::-1] if mirrored else pixels, turns))
+            shown = frame if fps else None  # else none comes twice, and the decoder may have its memory back
+            found.add(seconds, repeated=again, interlaced=interlaced and not legacy, hdr=hdr_of(frame))
+            yield pixels.copy() if fps else pixels
+            yielded += 1
+            if yielded == max_frames:
+                return
 
 
 # ------------------------------------------------------------------------------------------------------- frame folders
@@ -377,9 +329,15 @@ def _folder_frames(
 ) -> Iterator[NDArray[np.uint8]]:
     files = frame_files(ref.path)[start::stride][:max_frames]
     shape: tuple[int, int] | None = (size, size) if size else None
+    first: tuple[int, ...] | None = None
     for number, file in enumerate(files):
         image = _read_image(file, number, ref)
         shape = shape or (image.shape[1], image.shape[0])
+        first = first or image.shape
+        if image.shape != first:
+            (height, width), (usual_height, usual_width) = image.shape[:2], first[:2]
+            what = f"{shown(file.name)} has {width}x{height} pixels, the pictures before it {usual_width}x{usual_height}"
+            raise VideoError(ref.path, "mixed_sizes", f"{what}; keep pictures of one size in a folder")
         if image.shape[1::-1] != shape:
             image = cv2.resize(image, shape, interpolation=cv2.INTER_AREA)
         yield np.ascontiguousarray(image[..., ::-1])
@@ -395,17 +353,19 @@ def _read_image(file: Path, number: int, ref: VideoRef) -> NDArray[np.uint8]:
     except OSError as error:
         wrong = "too_large" if error.errno == errno.EFBIG else reason
         raise VideoError(ref.path, wrong, f"cannot read {name}: {error.strerror}") from error
-    size = _png_size(data) if data[:8] == _PNG else _jpeg_size(data)
+    try:
+        size = picture_size(data, file.suffix.lower())
+    except ValueError as error:
+        raise VideoError(ref.path, reason, f"{name} {error}") from error
+    _check_size(ref, *size)
     image = None
-    if size is not None:
-        _check_size(ref, *size)
-        try:
-            image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
-        except cv2.error as error:
-            if error.code == cv2.Error.StsNoMem:
-                raise memory_fault(ref.path) from error
+    try:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+    except cv2.error as error:
+        if error.code == cv2.Error.StsNoMem:
+            raise memory_fault(ref.path) from error
     if image is None:
-        raise VideoError(ref.path, reason, f"{name} is not a whole JPEG or PNG picture")
+        raise VideoError(ref.path, reason, f"{name} cannot be decoded; it is damaged or of a kind that is not read")
     return np.asarray(image, np.uint8)
 
 
@@ -419,48 +379,6 @@ def _read_regular(file: Path) -> bytes:
         if status.st_size > MAX_PICTURE_BYTES:
             raise OSError(errno.EFBIG, f"has {status.st_size} bytes, more than {MAX_PICTURE_BYTES}")
         return stream.read(status.st_size)
-
-
-_PNG = b"\x89PNG\r\n\x1a\n"
-_MAX_MARKERS = 2**17  # parts of a picture file that are looked at: as many as `MAX_PICTURE_BYTES` hold of the usual 8 KiB, twice
-
-
-def _png_size(data: bytes) -> tuple[int, int] | None:
-    """Width and height of a PNG picture; None unless every chunk up to the closing one is there with its right checksum."""
-    at = 8
-    size: tuple[int, int] | None = None
-    for _ in range(_MAX_MARKERS):
-        if at + 12 > len(data):
-            return None
-        length, kind = struct.unpack_from(">I4s", data, at)
-        end = at + 8 + length
-        if end + 4 > len(data) or zlib.crc32(memoryview(data)[at + 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
-            return None
-        if kind == b"IHDR" and length >= 8:
-            size = struct.unpack_from(">II", data, at + 8)
-        if kind == b"IEND":
-            return size
-        at = end + 4
-    return None
-
-
-def _jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """Width and height of a JPEG picture; None when it is none, or its data end before the closing marker."""
-    if data[:2] != b"\xff\xd8" or data.rfind(b"\xff\xd9") <= data.rfind(b"\xff\xda"):
-        return None
-    at = 2
-    for _ in range(_MAX_MARKERS):
-        if at + 9 > len(data) or data[at] != 0xFF:
-            return None
-        kind = data[at + 1]
-        if 0xC0 <= kind <= 0xCF and kind not in (0xC4, 0xC8, 0xCC):  # start of frame, of whatever coding
-            height, width = struct.unpack_from(">HH", data, at + 5)
-            return width, height
-        # Fill bytes and markers without content have no length.
-        at += (
-            1 if kind == 0xFF else 2 if kind == 0x01 or 0xD0 <= kind <= 0xD8 else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-        )
-    return None
 
 
 def _check_size(ref: VideoRef, width: int, height: int) -> None:

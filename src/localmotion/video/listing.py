@@ -6,66 +6,61 @@ an id does not change when another file appears.
 
 from __future__ import annotations
 
+import codecs
 import os
-import re
 from collections import deque
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 from localmotion.errors import VideoError
+from localmotion.video.lists import select
+from localmotion.video.refs import (
+    ARCHIVES,
+    IMAGE_SUFFIXES,
+    OTHER_IMAGES,
+    OTHER_VIDEOS,
+    UNFINISHED,
+    VIDEO_SUFFIXES,
+    VideoRef,
+    shown,
+)
+from localmotion.video.series import arrange
 
-VIDEO_SUFFIXES = frozenset({".mp4", ".webm", ".mkv", ".avi", ".mov", ".gif"})
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png"})
+__all__ = ["IMAGE_SUFFIXES", "MAX_DEPTH", "VIDEO_SUFFIXES", "VideoRef", "find_videos", "frame_files", "shown", "usable_videos"]
+
 MAX_DEPTH = 64
 """Folders nested deeper than this below the root are refused ("unreadable"): no collection is, and the walk must end."""
+SERIES = 25
+"""Pictures from which on a series beside one video is taken for the data and the video for its preview; below, the pictures are
+taken for stills of the video. As many as a clip needs by default."""
 
-_NUMBERED = re.compile(r"^(.*?)(\d+)(\.[A-Za-z]+)", re.DOTALL)
 _PSEUDO = (Path("/proc"), Path("/sys"))  # a link there would list the machine's own state, without end
-
-
-@dataclass(frozen=True)
-class VideoRef:
-    """One video that may be decoded. `path` is a file (kind "file") or a folder of numbered pictures (kind
-    "frames")."""
-
-    id: str
-    """Relative POSIX path below the searched root, extension included; stable and unique."""
-    path: Path
-    kind: Literal["file", "frames"]
-    label: int | str | None = None
-    """Class of the video from the list file; None without one."""
-    frames_hint: int | None = None
-    """Number of frames the list file or the folder's content promises; never trusted, only compared."""
-    fault: tuple[str, str] | None = None
-    """Reason code and detail when the listing already shows that it cannot be used; decoding it raises VideoError with them."""
-
-    def check(self) -> None:
-        """Raise VideoError when there is a `fault`."""
-        if self.fault is not None:
-            raise VideoError(self.path, *self.fault)
-
-
-def shown(text: str) -> str:
-    """`text` on one line and in characters that every terminal and UTF-8 file takes: the rest as escapes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+_SOURCE_CODE = (".ts", ".mts")  # TypeScript, too
 
 
 def find_videos(root: Path, list_file: Path | None = None) -> list[VideoRef]:
     """All videos below `root`, sorted by id; with `list_file`, exactly the listed ones, with label and promised length.
 
-    A list file has one video a line, `id n_frames class_id` separated by white space (Something-Something V2 in IPV's
-    layout, IPV 1.1). An id names a file (with or without its extension, with or without its folders) or a frame
-    folder. Symbolic links are followed, also those that lead out of `root`, each real folder once (never into /proc
-    and /sys); names that begin with a dot are skipped. `root` may also be a single video file.
+    For list files see `localmotion.video.lists`. Symbolic links are followed, also those that lead out of `root`, each
+    real folder once (never into /proc and /sys); names that begin with a dot are skipped. `root` may also be a single
+    video file.
 
-    What cannot be used is listed all the same, with `fault` where the listing knows why, so that it is rejected with
-    a reason and never vanishes: folders that cannot be listed or are nested deeper than `MAX_DEPTH`, names that are
-    not UTF-8 ("bad_name"), folders with the name of a video file.
+    Every file that looks like a video or a picture is either used or listed with `fault`, so that it is rejected with a
+    reason and never vanishes:
+
+    - series of pictures: "mixed_frames" (several in one folder), "duplicate_numbers", "gap" (see `series.GAP`);
+    - pictures in no series, one entry a folder: "single_picture", "loose_pictures"; "unsupported_picture" for other formats;
+    - a series and videos in the same folder: "shadowed" for what is taken to show the same again. Beside one video a series
+      of `SERIES` pictures or more is used and the video is shadowed, a shorter one is shadowed itself; beside several
+      videos the series is. A list file that names the shadowed one has it used;
+    - "unsupported_container" for archives and other containers, "unfinished" for parts of a download;
+    - "unreadable" for folders that cannot be listed, are nested deeper than `MAX_DEPTH`, or have the name of a video file
+      and hold none; "bad_name" for names that are not UTF-8; "missing" for what a list names and is not there.
 
     Raises VideoError: "missing" (no such folder or list), "empty" (nothing that looks like a video), "bad_list" (a
-    line that does not parse, is ambiguous or doubled, or names videos that do not exist).
+    list that does not parse, has an ambiguous or doubled line, or of which nothing exists).
     """
     root = Path(root)
     if not root.exists():
@@ -75,66 +70,64 @@ def find_videos(root: Path, list_file: Path | None = None) -> list[VideoRef]:
             raise VideoError(root, "empty", f"not a video file; known are {_known(VIDEO_SUFFIXES)}")
         refs = [VideoRef(root.name, root, "file")]
     else:
-        refs = sorted(_walk(root), key=lambda ref: ref.id)
+        refs = _walk(root)
     if not refs:
         kinds = f"{_known(VIDEO_SUFFIXES)} file and no folder of numbered {_known(IMAGE_SUFFIXES)} pictures"
         raise VideoError(root, "empty", f"no video found: no {kinds}")
-    return refs if list_file is None else _select(root, refs, Path(list_file))
+    return refs if list_file is None else select(root, refs, Path(list_file))
+
+
+def usable_videos(root: Path) -> list[VideoRef]:
+    """`find_videos` without those that the listing rejects. Raises VideoError as it does, and the first fault when none is left."""
+    refs = find_videos(root)
+    good = [ref for ref in refs if ref.fault is None]
+    if not good:
+        refs[0].check()
+    return good
 
 
 def frame_files(folder: Path) -> list[Path]:
     """The numbered pictures of a frame folder in the order of their numbers.
 
-    Raises VideoError "mixed_frames" when the folder holds more than one numbered series (say rgb_001.png beside
-    depth_001.png), because any choice between them would be a guess; "unreadable" when the folder cannot be listed or
-    holds no series.
+    Raises VideoError with the faults of a series that `find_videos` lists ("mixed_frames", "duplicate_numbers", "gap"), because any
+    choice or order would be a guess; "unreadable" when the folder cannot be listed or holds no series.
     """
     try:
-        names = os.listdir(folder)
+        with os.scandir(folder) as listing:
+            arranged = arrange(entry.name for entry in listing if not _is_folder(entry))
     except OSError as error:
         raise VideoError(folder, "unreadable", f"cannot list the frame folder: {error.strerror}") from error
-    series = _series(names)
-    if not series:
+    if arranged.fault:
+        raise VideoError(folder, *arranged.fault)
+    if not arranged.files:
         raise VideoError(folder, "unreadable", "holds no series of at least two numbered pictures")
-    if len(series) > 1:
-        some = shown(", ".join(f"{prefix}N{suffix}" for prefix, suffix in sorted(series)[:3]))
-        raise VideoError(folder, "mixed_frames", f"holds {len(series)} series of pictures ({some}); keep one in a folder")
-    return [folder / name for _, name in sorted(next(iter(series.values())))]
+    return [folder / name for name in arranged.files]
 
 
-def _series(names: Iterable[str]) -> dict[tuple[str, str], list[tuple[int, str]]]:
-    """Numbered pictures grouped by what surrounds the number; groups of at least two."""
-    groups: dict[tuple[str, str], list[tuple[int, str]]] = {}
-    for name in names:
-        match = _NUMBERED.fullmatch(name)
-        if match is None or name.startswith(".") or match[3].lower() not in IMAGE_SUFFIXES:
-            continue
-        suffix = match[3].lower().replace(".jpeg", ".jpg")
-        groups.setdefault((match[1], suffix), []).append((int(match[2]), name))
-    return {key: members for key, members in groups.items() if len(members) >= 2}
-
-
-def _walk(root: Path) -> Iterable[VideoRef]:
-    """Videos below `root`. Links to folders wait until every real folder is seen, so a real path wins over a linked
+def _walk(root: Path) -> list[VideoRef]:
+    """Entries below `root`, sorted. Links to folders wait until every real folder is seen, so a real path wins over a linked
     one."""
     seen: set[tuple[int, int]] = set()
     queue = deque([root])
+    found: list[VideoRef] = []
     while queue:
-        found: list[VideoRef] = []
         _visit(queue.popleft(), root, seen, queue, found)
-        yield from found
+    # Pictures in the root itself have its name for an id, which a folder in it may have, too.
+    below = {ref.id for ref in found if ref.path != root}
+    found = [replace(ref, id=f"./{ref.id}") if ref.path == root and ref.id in below else ref for ref in found]
+    return sorted(found, key=lambda ref: ref.id)
 
 
 def _visit(
     folder: Path, root: Path, seen: set[tuple[int, int]], links: deque[Path], found: list[VideoRef], depth: int = 0
-) -> bool:
-    """Collect the videos of a folder and those below it into `found`; True when there are any."""
+) -> None:
+    """Collect the entries of a folder and those below it into `found`."""
     try:
         status = os.stat(folder)
         if any(place in (real := folder.resolve()).parents or place == real for place in _PSEUDO):
             raise OSError(0, "is not of a disk but of the system's own files")
         if (status.st_dev, status.st_ino) in seen:
-            return False
+            return
         if depth > MAX_DEPTH:
             raise OSError(0, f"nested deeper than {MAX_DEPTH} folders")
         seen.add((status.st_dev, status.st_ino))
@@ -145,9 +138,10 @@ def _visit(
         if folder == root:
             raise VideoError(folder, "unreadable", detail) from error
         found.append(_ref(folder, root, "frames", ("unreadable", detail)))
-        return False  # what else the folder above holds may still be used
-    any_video = False
+        return  # what else the folder above holds may still be used
+    videos: list[Path] = []
     pictures: list[str] = []
+    others: list[str] = []
     for entry in entries:
         if entry.name.startswith("."):
             continue
@@ -158,19 +152,77 @@ def _visit(
                 links.append(path)
                 continue
             before = len(found)
-            any_video |= _visit(path, root, seen, links, found, depth + 1)
+            _visit(path, root, seen, links, found, depth + 1)
             if suffix in VIDEO_SUFFIXES and len(found) == before:
                 fault = "unreadable", "is a folder, and without videos or numbered pictures; rename or remove it"
                 found.append(_ref(path, root, "file", fault))
         elif suffix in VIDEO_SUFFIXES:
-            found.append(_ref(path, root, "file"))
-            any_video = True
+            if not (suffix in _SOURCE_CODE and _is_text(entry)):
+                videos.append(path)
         elif suffix in IMAGE_SUFFIXES:
             pictures.append(entry.name)
-    series = {} if any_video else _series(pictures)
-    if series:
-        found.append(_ref(folder, root, "frames", hint=max(len(group) for group in series.values())))
-    return any_video or bool(series)
+        elif suffix in OTHER_IMAGES:
+            others.append(entry.name)
+        elif (unused := _unused(entry.name)) is not None:
+            found.append(_ref(path, root, "file", unused))
+    found += _entries(folder, root, videos, pictures)
+    if others:
+        kinds = _known({os.path.splitext(name)[1].lower() for name in others})
+        detail = f"{len(others)} of {kinds}, which are not read; convert to PNG or JPEG"
+        found.append(_ref(folder / others[0], root, "file", ("unsupported_picture", detail)))
+
+
+def _entries(folder: Path, root: Path, videos: Sequence[Path], pictures: Sequence[str]) -> Iterable[VideoRef]:
+    """Entries for the videos and the pictures of one folder: which of them are used, and which show the same again."""
+    arranged = arrange(pictures)
+    fault, shadow = arranged.fault, None
+    if arranged.files and fault is None and videos:
+        if len(videos) == 1 and arranged.count >= SERIES:
+            what = f"lies beside a series of {arranged.count} pictures and is taken for its preview"
+            shadow = "shadowed", f"{what}; move it to a folder of its own, or name it in a list, to use it"
+        else:
+            where = f"beside {shown(videos[0].name)}" + (f" and {len(videos) - 1} more videos" if len(videos) > 1 else "")
+            what = f"{arranged.count} pictures {where} are taken for stills of it"
+            fault = "shadowed", f"{what}; move them to a folder of their own, or name the folder in a list, to use them"
+    for video in videos:
+        yield _ref(video, root, "file", shadow)
+    if arranged.count:
+        yield _ref(folder, root, "frames", fault, arranged.count, arranged.warning)
+    if arranged.loose:
+        first = folder / arranged.loose[0]
+        if len(arranged.loose) == 1:
+            alone = "single_picture", "is one picture, in no series of numbered ones; a video needs at least two"
+        else:
+            some = shown(", ".join(arranged.loose[:3]))
+            what = f"{len(arranged.loose)} pictures are in no series of numbered ones ({some})"
+            alone = "loose_pictures", f"{what}; number them in the order of time, or remove them"
+        yield _ref(first, root, "file", alone)
+
+
+def _unused(name: str) -> tuple[str, str] | None:
+    """Why a file that may hold videos is not used; None for a file that is nothing of the kind."""
+    stem, suffix = os.path.splitext(name.lower())
+    inner = os.path.splitext(stem)[1]
+    if suffix in OTHER_VIDEOS:
+        return "unsupported_container", f"{suffix} files are not read; convert it to .mp4, say with ffmpeg"
+    if suffix in ARCHIVES and (suffix not in (".gz", ".bz2", ".xz", ".zst") or inner in VIDEO_SUFFIXES | {".tar"}):
+        return "unsupported_container", "is an archive, which is not looked into; unpack it"
+    if suffix in UNFINISHED and inner in VIDEO_SUFFIXES:
+        return "unfinished", "is a download that was not finished; finish or remove it"
+    return None
+
+
+def _is_text(entry: os.DirEntry[str]) -> bool:
+    """Whether a file begins as source code does, and no stream of pictures: readable text without zeros."""
+    try:
+        if not entry.is_file():
+            return False
+        with open(entry.path, "rb") as file:
+            start = file.read(4096)
+        codecs.getincrementaldecoder("utf-8")().decode(start)
+    except (OSError, UnicodeDecodeError):
+        return False
+    return bool(start) and b"\0" not in start
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -181,59 +233,19 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _ref(
-    path: Path, root: Path, kind: Literal["file", "frames"], fault: tuple[str, str] | None = None, hint: int | None = None
+    path: Path,
+    root: Path,
+    kind: Literal["file", "frames"],
+    fault: tuple[str, str] | None = None,
+    hint: int | None = None,
+    warning: str = "",
 ) -> VideoRef:
     name = relative if (relative := path.relative_to(root).as_posix()) != "." else path.resolve().name
     try:
         name.encode()
     except UnicodeEncodeError:  # bytes that are no text, as Python keeps them: no page, console or list could show them
         fault = "bad_name", f"the name {shown(name)} is not UTF-8; rename it"
-    return VideoRef(name, path, kind, frames_hint=hint, fault=fault)
-
-
-def _select(root: Path, refs: list[VideoRef], list_file: Path) -> list[VideoRef]:
-    """The videos a list file names, with label and promised length, sorted by id."""
-    try:
-        lines = list_file.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise VideoError(list_file, "missing", f"cannot read the list of videos: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise VideoError(list_file, "bad_list", "is not a text file; expected lines of `id n_frames class_id`") from error
-    names: dict[str, list[VideoRef]] = {}
-    for ref in refs:
-        spellings = {ref.id, ref.path.name}
-        if ref.kind == "file":
-            spellings |= {str(Path(ref.id).with_suffix("").as_posix()), ref.path.stem}
-        for name in spellings:
-            names.setdefault(name, []).append(ref)
-    chosen: dict[str, VideoRef] = {}
-    missing: list[str] = []
-    total = 0
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        total += 1
-        parts = line.rsplit(None, 2)
-        if len(parts) != 3 or not re.fullmatch(r"[0-9]{1,18}", parts[1]):
-            raise VideoError(list_file, "bad_list", f"line {number} is not `id n_frames class_id`: {line.strip()[:80]!r}")
-        name, label = parts[0].strip(), int(parts[2]) if re.fullmatch(r"-?[0-9]{1,18}", parts[2]) else parts[2]
-        matches = names.get(name, [])
-        if not matches:
-            missing.append(name)
-        elif len(matches) > 1:
-            both = f"{matches[0].id} and {matches[1].id}"
-            detail = f"line {number}: {name!r} fits {both}; write the id with folder and extension"
-            raise VideoError(list_file, "bad_list", detail)
-        elif matches[0].id in chosen:
-            raise VideoError(list_file, "bad_list", f"line {number}: {name!r} is listed twice; remove one of the lines")
-        else:
-            chosen[matches[0].id] = replace(matches[0], label=label, frames_hint=int(parts[1]))
-    if missing:
-        detail = f"{len(missing)} of {total} listed videos are not below {root}, first {missing[0]!r}"
-        raise VideoError(list_file, "bad_list", f"{detail}; correct the list or the folder")
-    if not chosen:
-        raise VideoError(list_file, "empty", "lists no video; expected lines of `id n_frames class_id`")
-    return [chosen[name] for name in sorted(chosen)]
+    return VideoRef(name, path, kind, frames_hint=hint, fault=fault, warning=warning)
 
 
 def _known(suffixes: Iterable[str]) -> str:

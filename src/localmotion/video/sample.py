@@ -1,6 +1,6 @@
 """Windows of fixed length drawn from a clip store, as torch batches: an infinite stream whose position is one number.
 
-A video is drawn uniformly among those long enough, then a start uniformly among all valid ones (IPV 1.1). Batch
+A clip is drawn uniformly among those long enough, then a start uniformly among all valid ones (IPV 1.1). Batch
 `index` of seed `seed` is a pure function of both and of the store, so a resumed run sees what the uninterrupted one
 would have seen.
 
@@ -26,9 +26,10 @@ Batch = dict[str, torch.Tensor]
 Split = Literal["train", "heldout", "all"]
 
 
-def is_heldout(clip_id: str, fraction: float) -> bool:
-    """Whether a clip belongs to the held-out part: decided by a hash of its id alone, so it never changes sides."""
-    digest = hashlib.blake2b(clip_id.encode("utf-8", "surrogateescape"), digest_size=8, person=b"lm-heldout").digest()
+def is_heldout(video: str, fraction: float) -> bool:
+    """Whether the clips of a video belong to the held-out part: decided by a hash of the video's id alone, so that all of them are on
+    one side and never change it."""
+    digest = hashlib.blake2b(video.encode("utf-8", "surrogateescape"), digest_size=8, person=b"lm-heldout").digest()
     return int.from_bytes(digest, "big") / 2**64 < fraction
 
 
@@ -171,9 +172,8 @@ class WindowSampler:
 
 def _clips_of(store: ClipStore, length: int, split: Split, fraction: float) -> NDArray[np.int64]:
     """Indices of the clips of a split that have `length` frames. Raises StoreError when there are none."""
-    if not len(store):
-        raise StoreError(f"{store.path}: holds no clip ({len(store.rejected)} rejected); extract usable videos first")
-    held = np.asarray([is_heldout(clip_id, fraction) for clip_id in store.ids])
+    store.require_clips()
+    held = np.asarray([is_heldout(video, fraction) for video in store.videos])
     chosen = np.ones_like(held) if split == "all" else held == (split == "heldout")
     if not chosen.any():
         raise StoreError(f"{store.path}: none of {len(store)} clips is in the {split} part; use split='all' or more clips")

@@ -46,12 +46,12 @@ class VideoReport:
     id: str
     usable: bool
     reason: str = ""
-    """Reason code when not usable: those of VideoError, and too_short, static, duplicate, decoder_crash,
-    decoder_timeout, decoder_memory."""
+    """Reason code when not usable: those of `find_videos` and `probe`, and too_short, mixed_sizes, static, duplicate,
+    decoder_crash, decoder_timeout, decoder_memory."""
     detail: str = ""
     warnings: tuple[str, ...] = ()
-    """`code: detail` each: rotation, mirrored, vfr, high_bit_depth, odd_size, pixel_aspect, scene_cut, repeated_frames,
-    list_mismatch."""
+    """`code: detail` each: rotation, mirrored, interlaced, hdr, vfr, high_bit_depth, odd_size, pixel_aspect, scene_cut, repeated_frames,
+    list_mismatch, skipped_numbers."""
     kind: str = "file"
     label: int | str | None = None
     bytes: int = 0
@@ -96,18 +96,30 @@ class ScanReport:
 
     def table(self, examples: int = 3) -> list[str]:
         """Printable lines: totals, then one line a reason and a warning with its count and the first few videos."""
+        rejected = self.rejected
         found = self.summary()
         lines = [f"{found['usable']} of {found['videos']} videos usable, {found['frames']} frames"]
         if found["frames_min_median_max"]:
             lines[0] += " ({} to {} a video, median {})".format(*(found["frames_min_median_max"][i] for i in (0, 2, 1)))
+        if rejected:
+            lines.append(f"{len(rejected)} rejected")
         for reason, count in found["rejected"].items():
-            which = [f"{shown(v.id)} ({v.detail})" for v in self.rejected if v.reason == reason][:examples]
+            which = [f"{shown(v.id)} ({v.detail})" for v in rejected if v.reason == reason][:examples]
             lines.append(f"  rejected  {reason:<18}{count:>6}  {'; '.join(which)}{' ...' if count > examples else ''}")
         for code, count in found["warnings"].items():
             texts = [(v.id, w.partition(": ")) for v in self.usable for w in v.warnings]
             which = [f"{shown(name)} ({text[2]})" for name, text in texts if text[0] == code][:examples]
             lines.append(f"  warning   {code:<18}{count:>6}  {'; '.join(which)}{' ...' if count > examples else ''}")
         return lines
+
+    def nothing_usable(self) -> str | None:
+        """One line for a folder none of whose videos can be used: how many, the reasons, the first video; None for any other."""
+        rejected = self.rejected
+        if not rejected or len(rejected) < len(self.videos):
+            return None
+        reasons = ", ".join(f"{count} {reason}" for reason, count in self.summary()["rejected"].items())
+        first = rejected[0]
+        return f"{self.root}: none of {len(rejected)} videos is usable ({reasons}); the first: {shown(first.id)}: {first.detail}"
 
     def save(self, path: str | Path) -> None:
         """Write one JSON line a video to `path` and the summary beside it (`x.jsonl` -> `x.summary.json`), each
@@ -223,16 +235,22 @@ def _encoding_warnings(ref: VideoRef, info: VideoInfo) -> Iterator[str]:
         yield f"rotation: shown turned by {info.rotation} degrees"
     if info.mirrored:
         yield "mirrored: shown with left and right swapped"
+    if info.interlaced:
+        yield "interlaced: a picture holds two moments; deinterlaced"
+    if info.hdr:
+        yield f"hdr: {info.hdr.upper()}, mapped to standard range"
     if info.vfr:
-        yield "vfr: variable frame rate; pictures are used as if equally spaced"
+        yield "vfr: variable frame rate; pictures are used as if equally spaced, unless an fps is given"
     if info.bits > 8:
         yield f"high_bit_depth: {info.bits} bits, reduced to 8"
     if info.width % 2 or info.height % 2:
         yield f"odd_size: {info.width}x{info.height}"
     if abs(info.pixel_aspect - 1) > 0.01:
         yield f"pixel_aspect: pixels of {info.pixel_aspect:.3f}:1"
-    if ref.kind == "file" and ref.frames_hint not in (None, info.frames):
-        yield f"list_mismatch: the list says {ref.frames_hint} frames, the file has {info.frames}"
+    if ref.warning:
+        yield ref.warning
+    if ref.frames_hint not in (None, info.frames):
+        yield f"list_mismatch: the list says {ref.frames_hint} frames, the {'file' if ref.kind == 'file' else 'folder'} has {info.frames}"
 
 
 def _examine_all(

@@ -1,4 +1,4 @@
-"""Finished videos of shards that are not complete yet, a file each: an interruption costs only the videos in work.
+"""Finished clips of shards that are not complete yet, a file each: an interruption costs only the clips in work.
 
 They lie in ``STORE/unfinished`` under a hash of their id, written whole or not at all, and leave when their shard is written.
 """
@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import socket
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,29 +17,33 @@ from typing import Any
 
 import numpy as np
 
-from localmotion.video.store import Clip, write_error
+from localmotion.video.shards import Clip, write_error
 
 _ARRAYS = ("frames", "flow", "tracks", "visible", "track_id")
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, EOFError, MemoryError, zipfile.BadZipFile)
 Result = Clip | dict[str, Any]
 
 
 class Spool:
-    """Results by video id: clips, or dicts that say why a video was rejected."""
+    """Results by id: clips, or dicts that say e.g. why a video was rejected.
+
+    A ``stamp`` (JSON-able) says from what a result was made; a result of another stamp is none.
+    """
 
     def __init__(self, store: Path) -> None:
         self.path = store / "unfinished"
 
-    def put(self, name: str, result: Result) -> None:
+    def put(self, name: str, result: Result, stamp: Any = None) -> None:
         """Keep a result. Raises StoreError when the disk is full or cannot be written to."""
         final = self._file(name)
-        partial = final.with_suffix(f".partial-{os.getpid()}")
+        partial = final.with_suffix(f".partial-{socket.gethostname()}-{os.getpid()}")
         arrays: dict[str, Any] = {}
         if isinstance(result, Clip):
             arrays = {key: getattr(result, key) for key in _ARRAYS}
             rest = {f.name: getattr(result, f.name) for f in dataclasses.fields(Clip) if f.name not in _ARRAYS}
-            text = json.dumps({"id": name, "clip": rest})
+            text = json.dumps({"id": name, "stamp": stamp, "clip": rest})
         else:
-            text = json.dumps({"id": name, "rejected": result})
+            text = json.dumps({"id": name, "stamp": stamp, "rejected": result})
         try:
             self.path.mkdir(exist_ok=True)
             with partial.open("wb") as file:
@@ -49,32 +54,41 @@ class Spool:
         finally:
             partial.unlink(missing_ok=True)
 
-    def get(self, name: str) -> Result | None:
-        """The result kept for a video; None when there is none or it cannot be read (it is then made again)."""
+    def has(self, name: str, stamp: Any = None) -> bool:
+        """Whether a result of this stamp (None: of any) is there; its arrays are not read."""
         try:
             with np.load(self._file(name), allow_pickle=False) as found:
                 text = json.loads(str(found["text"]))
-                if text["id"] != name:
+                return bool(text["id"] == name and stamp in (None, text.get("stamp")))
+        except _UNREADABLE:
+            return False
+
+    def get(self, name: str, stamp: Any = None) -> Result | None:
+        """The result kept for an id; None when there is none of this stamp (None: of any) or it cannot be read (it is then made again)."""
+        try:
+            with np.load(self._file(name), allow_pickle=False) as found:
+                text = json.loads(str(found["text"]))
+                if text["id"] != name or stamp not in (None, text.get("stamp")):
                     return None
                 if "rejected" in text:
                     return dict(text["rejected"])
                 return Clip(**text["clip"], **{key: found[key] for key in _ARRAYS})
-        except (OSError, ValueError, KeyError, TypeError, EOFError, MemoryError, zipfile.BadZipFile):
+        except _UNREADABLE:
             return None
 
     def drop(self, names: Iterable[str]) -> None:
-        """Forget these videos, and the folder with the last of them."""
+        """Forget these, and the folder with the last of them."""
         for name in names:
             self._file(name).unlink(missing_ok=True)
         if self.path.is_dir() and not any(self.path.iterdir()):
             self.path.rmdir()
 
     def clear(self) -> None:
-        """Forget everything, leftovers of processes that died included."""
-        if self.path.is_dir():
-            for file in self.path.iterdir():
+        """Forget everything, leftovers of processes that died included; what processes at work share stays."""
+        for pattern in ("*.npz", "*.partial-*"):
+            for file in self.path.glob(pattern):
                 file.unlink(missing_ok=True)
-            self.path.rmdir()
+        self.drop([])
 
     def _file(self, name: str) -> Path:
         return self.path / f"{hashlib.sha256(os.fsencode(name)).hexdigest()[:32]}.npz"

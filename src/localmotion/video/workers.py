@@ -12,9 +12,10 @@ import multiprocessing
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
@@ -23,6 +24,7 @@ from localmotion.errors import LocalmotionError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+Results = Generator[Result, None, Result]
 
 
 TIME_LIMIT = 600.0
@@ -56,8 +58,7 @@ def limited_memory(growth: int | None) -> Iterator[None]:
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    held = next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmData:"))
-    bounds = [held * 1024 + growth, *(limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY)]
+    bounds = [held_memory() + growth, *(limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY)]
     resource.setrlimit(resource.RLIMIT_DATA, (min(bounds), hard))
     try:
         yield
@@ -65,22 +66,33 @@ def limited_memory(growth: int | None) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
+def held_memory() -> int:
+    """Bytes of private writable memory of this process; 0 where the system does not say."""
+    if sys.platform != "linux":
+        return 0
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmData:"))
+
+
 class _Worker(Generic[Item]):
     """One child process and what it works on."""
 
-    def __init__(self, context: Any, function: Callable[[Item], Any]) -> None:
+    def __init__(self, context: Any, function: Callable[[Item], Results[Any]], first: tuple[int, Item]) -> None:
+        self.next: tuple[int, Item] | None = first
+        """What it is given when it is ready."""
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, function), daemon=True)
         self.process.start()
         theirs.close()
         self.ready = False
-        self.task: int | None = None
+        self.task: tuple[int, Item] | None = None
         self.since = 0.0
 
-    def give(self, task: int, item: Item) -> None:
-        self.task, self.since = task, time.monotonic()
-        with contextlib.suppress(ConnectionError):  # a worker that died just now is noticed where its answer is awaited
-            self.pipe.send(item)
+    def give(self, task: tuple[int, Item] | None) -> None:
+        self.task, self.next, self.since = task, None, time.monotonic()
+        if task is not None:
+            with contextlib.suppress(ConnectionError):  # a worker that died just now is noticed where its answer is awaited
+                self.pipe.send(task[1])
 
     def stop(self) -> int | None:
         """Kill the child if it still lives; its exit code."""
@@ -91,22 +103,47 @@ class _Worker(Generic[Item]):
 
 
 def map_isolated(
-    function: Callable[[Item], Result], items: Sequence[Item], workers: int, timeout: float = TIME_LIMIT
+    function: Callable[[Item], Result], items: Iterable[Item], workers: int, timeout: float = TIME_LIMIT
 ) -> Iterator[tuple[int, Result | Lost]]:
     """Yield (index of the item, result) in the order in which results come, from `workers` spawned processes.
 
-    `function` must be importable (module level) and so must be the main module. An item whose worker dies yields Lost
-    "decoder_crash"; one that takes more than `timeout` seconds Lost "decoder_timeout"; one that runs out of memory
-    (MemoryError, or SIGKILL as the system sends it when memory is short) Lost "decoder_memory". Any other exception
-    raised by `function` is a defect of it and is raised here as RuntimeError; LocalmotionError when workers cannot
-    start at all.
+    `function` must be importable (module level) and so must be the main module. Items are taken from their iterable
+    when a worker is free. An item whose worker dies yields Lost "decoder_crash"; one that takes more than `timeout`
+    seconds Lost "decoder_timeout"; one that runs out of memory (MemoryError, or SIGKILL as the system sends it when
+    memory is short) Lost "decoder_memory". Any other exception raised by `function` is a defect of it and is raised
+    here as RuntimeError; LocalmotionError when workers cannot start at all.
     """
+    yield from _run(partial(_one, function), items, workers, timeout)
+
+
+def stream_isolated(
+    function: Callable[[Item], Results[Result]], items: Iterable[Item], workers: int, timeout: float = TIME_LIMIT
+) -> Iterator[tuple[int, Result | Lost]]:
+    """As `map_isolated` for a `function` that is a generator: what it yields, and at last what it returns, are results.
+
+    Each comes when it is made, so that neither process holds them all, and `timeout` is for each. Lost may follow
+    results of its item.
+    """
+    yield from _run(function, items, workers, timeout)
+
+
+def _one(function: Callable[[Item], Result], item: Item) -> Results[Result]:
+    return function(item)
+    yield  # a generator that yields nothing
+
+
+def _run(
+    function: Callable[[Item], Results[Any]], items: Iterable[Item], workers: int, timeout: float
+) -> Iterator[tuple[int, Any]]:
     context = multiprocessing.get_context("spawn")
-    pool = [_Worker(context, function) for _ in range(min(workers, len(items)))]
-    waiting = iter(range(len(items)))
-    open_tasks = len(items)
+    waiting = enumerate(items)
+    pool: list[_Worker[Item]] = []
     try:
-        while open_tasks:
+        for _ in range(workers):
+            if (first := next(waiting, None)) is None:
+                break
+            pool.append(_Worker(context, function, first))
+        while any(worker.task or worker.next for worker in pool):
             pipes: dict[Any, _Worker[Item]] = {worker.pipe: worker for worker in pool}
             for pipe in wait(list(pipes), timeout=min(1.0, timeout / 4)):
                 worker = pipes[pipe]
@@ -121,38 +158,38 @@ def map_isolated(
                             "`if __name__ == '__main__':`, or use workers=0, which decodes in the calling process"
                         )
                         raise LocalmotionError(message) from error
-                    pool[pool.index(worker)] = _Worker(context, function)
+                    pool.remove(worker)
+                    if (following := next(waiting, None)) is not None:
+                        pool.append(_Worker(context, function, following))
                     if task is not None:
-                        open_tasks -= 1
-                        yield task, _lost(code)
+                        yield task[0], _lost(code)
                     continue
                 if kind == "memory":
                     value = Lost("decoder_memory", value)
                 if kind == "error":
-                    raise RuntimeError(f"worker failed on {items[task or 0]!r}:\n{value}")
-                worker.ready, worker.task = True, None
-                following = next(waiting, None)
-                if following is not None:
-                    worker.give(following, items[following])
+                    raise RuntimeError(f"worker failed on {task and task[1]!r}:\n{value}")
+                if kind == "part":
+                    worker.since = time.monotonic()
+                else:
+                    worker.ready = True
+                    worker.give(worker.next or next(waiting, None))
                 if task is not None:
-                    open_tasks -= 1
-                    yield task, value
-            for number, worker in enumerate(pool):
+                    yield task[0], value
+            for worker in list(pool):
                 if worker.task is not None and time.monotonic() - worker.since > timeout:
                     task = worker.task
                     worker.stop()
-                    pool[number] = _Worker(context, function)
-                    open_tasks -= 1
-                    yield task, Lost("decoder_timeout", f"decoding took more than {timeout:g} seconds")
+                    pool.remove(worker)
+                    if (following := next(waiting, None)) is not None:
+                        pool.append(_Worker(context, function, following))
+                    yield task[0], Lost("decoder_timeout", f"decoding took more than {timeout:g} seconds")
     finally:
         for worker in pool:
             worker.stop()
 
 
-def _serve(pipe: Connection, function: Callable[[Any], Any]) -> None:
+def _serve(pipe: Connection, function: Callable[[Any], Results[Any]]) -> None:
     """Life of a worker: say "ready", then answer items until the pipe closes. Interrupts are the parent's business."""
-    import traceback
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     pipe.send(("ready", None))
     while True:
@@ -160,18 +197,30 @@ def _serve(pipe: Connection, function: Callable[[Any], Any]) -> None:
             item = pipe.recv()
         except EOFError:
             return
+        for answer in _answers(function, item):
+            try:
+                pipe.send(answer)
+            except ConnectionError:  # the parent has died: nobody reads it
+                return
+
+
+def _answers(function: Callable[[Item], Results[Any]], item: Item) -> Iterator[tuple[str, Any]]:
+    """What a worker says of an item: any number of parts, then one answer of another kind."""
+    import traceback
+
+    results = function(item)
+    while True:
         try:
-            answer = ("result", function(item))
+            answer = ("part", next(results))
+        except StopIteration as end:
+            answer = ("last", end.value)
         except MemoryError as error:
-            answer = (
-                "memory",
-                f"wants more memory than there is ({str(error).splitlines()[0] if str(error) else 'no more to be had'})",
-            )
+            cause = str(error).splitlines()[0] if str(error) else "no more to be had"
+            answer = ("memory", f"wants more memory than there is ({cause})")
         except Exception:  # whatever it is, the parent raises it with this traceback: a worker must not die of its item
             answer = ("error", traceback.format_exc())
-        try:
-            pipe.send(answer)
-        except ConnectionError:  # the parent has died: nobody to tell
+        yield answer
+        if answer[0] != "part":
             return
 
 

@@ -15,6 +15,9 @@ from numpy.typing import NDArray
 
 from localmotion.errors import LocalmotionError
 
+_TAGS = {"colorspace": "smpte170m", "color_range": "tv", "chroma_sample_location": "center"}
+"""How libswscale makes YUV of RGB. Without these tags decoders guess: chroma half a pixel to the left, and some players BT.709."""
+
 
 def write_video(path: str | Path, frames: NDArray[np.uint8] | Iterable[NDArray[np.uint8]], fps: float, *, crf: int = 20) -> None:
     """Write (T, H, W, 3) uint8 RGB frames (an array, or frames one by one) as an mp4 at `fps` frames per second.
@@ -53,7 +56,7 @@ def write_video(path: str | Path, frames: NDArray[np.uint8] | Iterable[NDArray[n
 def _stream(container: Any, width: int, height: int, fps: float, crf: int) -> Any:
     even = width % 2 == 0 and height % 2 == 0
     codec = next((name for name in ("libx264", "libopenh264") if name in av.codecs_available), "mpeg4")
-    options = {"crf": str(crf), "preset": "fast"} if codec == "libx264" else {}
+    options = {"crf": str(crf), "preset": "fast", **_TAGS} if codec == "libx264" else {}
     stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), options=options)
     stream.width, stream.height = width, height
     stream.pix_fmt = "yuv420p" if even or codec != "libx264" else "yuv444p"

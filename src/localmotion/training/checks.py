@@ -1,0 +1,49 @@
+"""Settings of an online run that cannot lead to an update: refused before the run starts."""
+
+from __future__ import annotations
+
+from localmotion.config import RunConfig
+from localmotion.errors import ConfigError, LocalmotionError
+from localmotion.methods.base import Method
+
+
+def check_length(method: type[Method], run: RunConfig) -> None:
+    """Raise ConfigError for a sequence length that the method's losses cannot take."""
+    part = "pretrain" if run.stage == "pretrain" else "online"
+    length = run.pretrain.length if run.stage == "pretrain" else run.online.length
+    low, high = method.lengths(run.model, run.stage)
+    if length < low or (high is not None and length > high):
+        least_most = f"at least {low}" if high is None else f"{low} to {high}"
+        raise ConfigError(f"{part}.length={length}: {run.method} learns from sequences of {least_most} positions")
+
+
+def check_learns(run: RunConfig, repeat: int = 1) -> None:
+    """Raise ConfigError for settings with which an online run could never make an update; ``repeat``: env steps per agent step."""
+    online = run.online
+    steps = -(-online.env_steps // repeat)  # agent steps
+    if online.replay_capacity < online.length:
+        raise ConfigError(
+            f"online.replay_capacity={online.replay_capacity} is less than one sequence, online.length={online.length};"
+            " raise the capacity"
+        )
+    if online.prefill >= online.env_steps:
+        raise ConfigError(
+            f"online.prefill={online.prefill} env steps of random exploration leave nothing of online.env_steps={online.env_steps}"
+            " to learn in; lower prefill or raise env_steps"
+        )
+    last = steps // online.train_every * online.train_every  # agent step of the last update that is due while acting
+    if not online.warmup_updates and last * repeat <= online.prefill:
+        raise ConfigError(
+            f"online.train_every={online.train_every}: no update falls between prefill={online.prefill} and"
+            f" env_steps={online.env_steps}; lower train_every or raise env_steps"
+        )
+
+
+def never_learned(run: RunConfig) -> LocalmotionError:
+    """The error of a run that ended without an update."""
+    online = run.online
+    return LocalmotionError(
+        f"{run.env}: no update was made in {online.env_steps:,} env steps; learning begins with the first episode that starts after"
+        f" online.prefill={online.prefill:,} env steps, then one update every {online.train_every} agent steps; raise online.env_steps"
+        " (the same command goes on), or start a new run with a lower prefill or shorter episodes"
+    )

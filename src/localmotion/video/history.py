@@ -1,0 +1,143 @@
+"""What a store remembers of the videos it was made from, and which of them must be done again."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import stat
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from localmotion.files import read_bytes
+from localmotion.video.listing import IMAGE_SUFFIXES, VideoRef
+from localmotion.video.writer import Known
+
+MACHINE = ("decoder_timeout", "decoder_memory")
+"""Reasons of rejection that the machine may have been the cause of: such videos are tried again by every extraction."""
+_SAMPLE = 1 << 24  # bytes from each end of a file that tell whether it was only copied: enough for every index of frames
+_PICTURE = 1 << 16  # bytes from the beginning of each picture
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How videos are cut into clips, in kept frames."""
+
+    min_frames: int
+    max_frames: int
+    max_clips: int | None = None
+    """Clips taken of one video at most; None for all."""
+
+    @property
+    def least(self) -> int:
+        """Fewest frames of a clip."""
+        return max(self.min_frames, 2)
+
+    def spans(self, frames: int) -> list[tuple[int, int]]:
+        """(start, stop) of the clips of a video of so many frames: `max_frames` each, a rest below `min_frames` left out."""
+        starts = list(range(0, frames, self.max_frames))[: self.max_clips]
+        spans = [(start, min(start + self.max_frames, frames)) for start in starts]
+        return [(start, stop) for start, stop in spans if stop - start >= self.least]
+
+    def to_json(self) -> dict[str, int | None]:
+        return asdict(self)
+
+
+def clip_id(video: str, start: int, stop: int) -> str:
+    """Id of a clip of a video: the video's own for the one at its beginning."""
+    return video if start == 0 else f"{video}#{start:06d}-{stop:06d}"
+
+
+SPAN = re.compile(r"(.+)#[0-9]{6,}-[0-9]{6,}", re.DOTALL)
+"""Ids that `clip_id` makes; a video of such a name beside the video it names would be taken for a part of that one."""
+
+
+def size_and_time(ref: VideoRef) -> dict[str, int | None]:
+    """`bytes` and `mtime_ns` of a video; of a frame folder the sum and the newest of its pictures. None where it cannot be reached."""
+    try:
+        found = [path.stat() for path in _files(ref)]
+        if not found or not all(stat.S_ISREG(status.st_mode) for status in found):
+            raise OSError("is no regular file")
+        return {"bytes": sum(s.st_size for s in found), "mtime_ns": max(s.st_mtime_ns for s in found)}
+    except (OSError, ValueError):
+        return {"bytes": None, "mtime_ns": None}
+
+
+def content(ref: VideoRef) -> str | None:
+    """Hash of the first and last 16 MiB of a file, or of the beginning of each picture; None where it cannot be read.
+
+    It tells a video that was copied or touched from one that was changed without a change of its size.
+    """
+    digest = hashlib.sha256()
+    try:
+        for path in _files(ref):
+            size = path.stat().st_size
+            if ref.kind == "frames":
+                digest.update(f"{path.name}:{size}:".encode("utf-8", "surrogateescape"))
+                digest.update(read_bytes(path, size)[:_PICTURE] if size <= _PICTURE else _ends(path, _PICTURE, 0))
+            else:
+                digest.update(_ends(path, _SAMPLE, _SAMPLE if size > _SAMPLE else 0))
+    except (OSError, ValueError):
+        return None
+    return digest.hexdigest()[:32]
+
+
+def outdated(known: Known, ref: VideoRef, limits: Limits) -> str:
+    """Why a video must be done again: "changed", "limits" or "machine"; empty when the store holds what it would give now.
+
+    What an earlier version stored without a record of its video is taken as it is, but for what the machine may have been the cause of
+    and for videos that are long enough now.
+    """
+    if known.reason in MACHINE:
+        return "machine"
+    record = known.record
+    if record is None:
+        frames = re.match(r"has (\d{1,9}) frames", known.detail) if known.reason == "too_short" else None
+        return "limits" if frames and limits.spans(int(frames[1])) else ""
+    if ref.fault is not None:
+        return "" if known.reason == ref.fault[0] else "changed"
+    if record.get("fault") or _changed(record, ref, known.reason == "unreadable"):
+        return "changed"
+    before = Limits(record["min_frames"], record["max_frames"], record["max_clips"])
+    if known.reason not in ("", "too_short"):
+        return "limits" if before.max_clips != limits.max_clips else ""
+    if record["more"] and (limits.max_clips is None or limits.max_clips > known.clips):
+        return "limits"
+    return "limits" if before.spans(record["frames"]) != limits.spans(record["frames"]) else ""
+
+
+def check_record(record: dict[str, Any]) -> bool:
+    """Whether a line of `videos.jsonl` is one that this version understands."""
+    numbers = all(type(record.get(key)) is int and record[key] >= 0 for key in ("frames", "min_frames", "max_frames", "left_out"))
+    optional = all(type(record.get(key)) in (int, type(None)) for key in ("bytes", "mtime_ns", "max_clips"))
+    kinds = type(record.get("more")) is bool and type(record.get("content")) in (str, type(None))
+    return numbers and optional and kinds and record["max_frames"] > 0
+
+
+def _changed(record: dict[str, Any], ref: VideoRef, unreadable: bool) -> bool:
+    now = size_and_time(ref)
+    if record["bytes"] != now["bytes"]:
+        return True
+    closed = unreadable and record["content"] is None  # it may be open now, with neither size nor time changed
+    if record["mtime_ns"] == now["mtime_ns"] and not closed:
+        return False
+    return record["content"] != content(ref)  # only copied or touched?
+
+
+def _files(ref: VideoRef) -> list[Path]:
+    if ref.kind == "file":
+        return [ref.path]
+    names = sorted(os.listdir(ref.path))
+    return [ref.path / name for name in names if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES]
+
+
+def _ends(path: Path, head: int, tail: int) -> bytes:
+    """The first and last bytes of a regular file."""
+    with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)), "rb") as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("is not a regular file")
+        first = file.read(head)
+        file.seek(max(status.st_size - tail, len(first)))
+        return first + file.read(tail)

@@ -1,0 +1,273 @@
+"""Write a clip store, shard by shard."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from localmotion.errors import StoreError
+from localmotion.video.shards import (
+    FORMAT,
+    VERSION,
+    Clip,
+    alive,
+    array_specs,
+    arrays_json,
+    check_id,
+    dump,
+    other_recipe,
+    read_header,
+    read_rejected,
+    read_shard,
+    read_videos,
+    shard_indices,
+    sync,
+    sync_folder,
+    video_of,
+    write,
+    write_atomic,
+    write_error,
+)
+
+
+@dataclass(frozen=True)
+class Known:
+    """What a store holds of one video."""
+
+    shard: int
+    reason: str
+    """Why it was rejected; empty for a video that was stored."""
+    detail: str
+    clips: int
+    cut_short: bool
+    """Frames behind its last clip are in no clip."""
+    label: int | str | None
+    record: dict[str, Any] | None
+    """Its entry in `videos.jsonl`; None in stores of earlier versions."""
+
+
+def _runs(names: Sequence[str], length: int) -> Iterator[list[str]]:
+    for start in range(0, len(names), length):
+        yield list(names[start : start + length])
+
+
+class ClipStoreWriter:
+    """Writes a clip store shard by shard. Make it with `open`; several processes may hold one on the same folder."""
+
+    def __init__(self, path: Path, size: int, tracks: int, shard_clips: int) -> None:
+        self.path, self.size, self.tracks, self.shard_clips = path, size, tracks, shard_clips
+        self.specs = array_specs(size, tracks)
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        size: int,
+        recipe: dict[str, Any],
+        recipe_hash: str,
+        tracks: int,
+        shard_clips: int = 64,
+    ) -> ClipStoreWriter:
+        """Create a store, or open one for continuation; leftovers of interrupted shards are removed.
+
+        Raises StoreError when the folder holds something else, or a store of another recipe, size or number of tracks
+        (both are named), or cannot be written.
+        """
+        path = Path(path)
+        if size < 1 or tracks < 1 or shard_clips < 1:
+            raise StoreError(f"{path}: size {size}, tracks {tracks} and shard_clips {shard_clips} must be at least 1")
+        header = {
+            "format": FORMAT,
+            "version": VERSION,
+            "size": size,
+            "tracks": tracks,
+            "shard_clips": shard_clips,
+            "recipe": recipe,
+            "recipe_hash": recipe_hash,
+            "arrays": arrays_json(size, tracks),
+        }
+        text = dump(header, indent=1)
+        try:
+            if (path / "store.json").exists():
+                have = read_header(path)
+                for key in ("recipe_hash", "recipe", "size", "tracks", "shard_clips"):
+                    if have[key] != json.loads(text)[key]:
+                        raise StoreError(other_recipe(path, key, have, json.loads(text)))
+            else:
+                if path.exists() and not all(".partial-" in entry.name for entry in path.iterdir()):
+                    raise StoreError(f"{path}: is not empty and no clip store; give a new or empty folder")
+                path.mkdir(parents=True, exist_ok=True)
+                write_atomic(path / "store.json", text)
+            (path / "shards").mkdir(exist_ok=True)
+            writer = cls(path, size, tracks, shard_clips)
+            writer._remove_leftovers()
+        except OSError as error:
+            raise write_error(path, "the store", error) from error
+        return writer
+
+    def done_ids(self) -> set[str]:
+        """Ids of all videos in whole shards, stored and rejected ones."""
+        return set(self.known())
+
+    def known(self) -> dict[str, Known]:
+        """What the store holds of each video, by id: the newest entry of it."""
+        known: dict[str, Known] = {}
+        for index in shard_indices(self.path):
+            records = {record["id"]: record for record in read_videos(self.path, index)}
+            for entry in read_shard(self.path, index, self.specs)["clips"]:
+                video, last = video_of(entry), bool(entry["info"].get("cut_short"))
+                before = known.get(video)
+                clips = before.clips if before and before.shard == index and not before.reason else 0
+                known[video] = Known(index, "", "", clips + 1, last, entry["label"], records.get(video))
+            for entry in read_rejected(self.path, index):
+                reason, detail = str(entry.get("reason") or "unknown"), str(entry.get("detail", ""))
+                known[entry["id"]] = Known(index, reason, detail, 0, False, None, records.get(entry["id"]))
+        return known
+
+    def indices(self) -> list[int]:
+        """Numbers of the shards that are there."""
+        return shard_indices(self.path)
+
+    def has(self, index: int) -> bool:
+        """Whether a shard is there."""
+        return (self.path / "shards" / f"{index:05d}").exists()
+
+    def pending(self, ids: Iterable[str], again: Mapping[str, int] | None = None) -> list[tuple[int, list[str]]]:
+        """What is left to do: (shard index, ids) pairs, `shard_clips` ids each, in the order of the sorted ids.
+
+        Ids not yet done are cut into runs of `shard_clips` and given the free indices in ascending order. For an
+        unchanged list of ids this is the same assignment whatever was finished before, in whatever order; ids added
+        later go to further shards. `again` are ids to be done once more, with the shard that holds them now: they go to
+        shards of their own, of higher numbers, which replace those entries. A number that stays free below another one
+        gets no ids: a store has no gaps. Hand every pair to `write_shard` with each id either among the clips or among
+        the rejected.
+        """
+        again = dict(again or {})
+        rest = sorted(set(ids) - self.done_ids() - set(again))
+        taken = set(shard_indices(self.path))
+        numbers = (index for index in itertools.count() if index not in taken)
+        plan = {next(numbers): run for run in _runs(rest, self.shard_clips)}
+        for run in _runs(sorted(again), self.shard_clips):
+            newest = max(again[name] for name in run)
+            index = next(numbers)
+            while index < newest:
+                plan[index] = []
+                index = next(numbers)
+            plan[index] = run
+        top = max([*taken, *plan], default=-1)
+        return sorted((plan | {index: [] for index in range(top) if index not in taken and index not in plan}).items())
+
+    def write_shard(
+        self,
+        index: int,
+        clips: Iterable[Clip],
+        rejected: Sequence[dict[str, Any]] = (),
+        videos: Sequence[dict[str, Any]] = (),
+        replaces: Iterable[str] = (),
+    ) -> None:
+        """Write one shard whole or not at all; a shard already there (another process was faster) is kept.
+
+        `clips` are stored sorted by id if they are a list or tuple; other iterables are taken one clip at a time, in
+        their order, so that one clip is in memory. Each entry of `rejected` is a JSON-able dict with at least "id" and
+        "reason", each of `videos` one with "id" (see `videos.jsonl`); both are stored sorted by id. `replaces` are
+        videos whose entries in shards of lower numbers no longer count. Raises StoreError for a clip of wrong shape or
+        type or with a value that is not finite, and when the disk is full; earlier shards stay as they are.
+        """
+        if isinstance(clips, list | tuple):
+            clips = sorted(clips, key=lambda clip: clip.id)
+        final = self.path / "shards" / f"{index:05d}"
+        partial = final.with_name(f"{final.name}.partial-{socket.gethostname()}-{os.getpid()}")
+        if final.exists():
+            return
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            shard: dict[str, Any] = {"clips": [], "files": {}} | ({"replaces": sorted(replaces)} if replaces else {})
+            self._write_clips(partial, clips, shard)
+            self._check_ids(index, shard["clips"], rejected)
+            for name, entries in {"rejected.jsonl": rejected, "videos.jsonl": videos}.items():
+                if entries or name == "rejected.jsonl":
+                    write(
+                        partial / name,
+                        "".join(dump(entry) + "\n" for entry in sorted(entries, key=lambda entry: str(entry["id"]))),
+                    )
+            write(partial / "shard.json", dump(shard, indent=1))
+            sync_folder(partial)
+            try:
+                os.rename(partial, final)
+            except OSError as error:
+                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                    raise
+            sync_folder(final.parent)
+        except OSError as error:
+            raise write_error(self.path, f"shard {index:05d}", error) from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+    def _write_clips(self, folder: Path, clips: Iterable[Clip], shard: dict[str, Any]) -> None:
+        """Write the arrays of the clips, and into `shard` what its index says of them."""
+        bytes_a_frame = sum(spec.frame_bytes for spec in self.specs.values())
+        digests = {name: hashlib.sha256() for name in self.specs}
+        offset = 0
+        with ExitStack() as stack:
+            files = {name: stack.enter_context((folder / spec.file).open("wb")) for name, spec in self.specs.items()}
+            for clip in clips:
+                self._check(clip)
+                if shutil.disk_usage(self.path).free < len(clip.frames) * bytes_a_frame:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                for name, spec in self.specs.items():
+                    block = np.ascontiguousarray(getattr(clip, name), spec.dtype).data
+                    files[name].write(block)
+                    digests[name].update(block)
+                entry = {"id": clip.id, "label": clip.label, "offset": offset, "frames": len(clip.frames)}
+                shard["clips"].append(entry | {"source": clip.source, "info": clip.info})
+                offset += len(clip.frames)
+            for name, spec in self.specs.items():
+                sync(files[name])
+                shard["files"][spec.file] = {"bytes": offset * spec.frame_bytes, "sha256": digests[name].hexdigest()}
+
+    def _check_ids(self, index: int, clips: Sequence[dict[str, Any]], rejected: Sequence[dict[str, Any]]) -> None:
+        refused = [str(entry["id"]) for entry in rejected]
+        for name in refused:
+            check_id(name)
+        stored, videos = [entry["id"] for entry in clips], {video_of(entry) for entry in clips}
+        if len(set(stored)) != len(stored) or len(set(refused)) != len(refused) or videos & set(refused):
+            raise StoreError(f"{self.path}: shard {index:05d} was given an id twice; ids must be unique")
+
+    def _check(self, clip: Clip) -> None:
+        check_id(clip.id)
+        frames = len(clip.frames)
+        kinds = {"frames": "u1", "flow": "f2", "tracks": "f4", "visible": "b1", "track_id": "i4"}
+        for name, spec in self.specs.items():
+            array: NDArray[Any] = getattr(clip, name)
+            if frames < 1 or array.shape != (frames, *spec.shape) or array.dtype != np.dtype(kinds[name]):
+                want = f"({max(frames, 1)}, {', '.join(map(str, spec.shape))}) {np.dtype(kinds[name])}"
+                raise StoreError(f"{self.path}: clip {clip.id}: {name} is {array.shape} {array.dtype}, not {want}")
+        for name in ("flow", "tracks"):
+            if not np.isfinite(getattr(clip, name)).all():
+                raise StoreError(f"{self.path}: clip {clip.id}: {name} holds values that are not finite")
+        if clip.flow[-1].any():
+            raise StoreError(f"{self.path}: clip {clip.id}: the flow of the last frame is not zero")
+
+    def _remove_leftovers(self) -> None:
+        """Drop what dead processes of this machine left half-written; processes of other machines may be alive."""
+        for leftover in [*self.path.glob("*.partial-*"), *(self.path / "shards").glob("*.partial-*")]:
+            host, _, pid = leftover.name.partition(".partial-")[2].rpartition("-")
+            if host == socket.gethostname() and pid.isdigit() and not alive(int(pid)):
+                if leftover.is_dir():
+                    shutil.rmtree(leftover, ignore_errors=True)
+                else:
+                    leftover.unlink(missing_ok=True)
