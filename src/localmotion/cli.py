@@ -71,7 +71,7 @@ def _parser() -> _Parser:
     for name, text in TRAINING.items():
         sub = add(name, text, commands.train)
         sub.add_argument("--method", help="registry name of the method, e.g. drp")
-        sub.add_argument("--preset", default="small", help="paper, small or debug")
+        sub.add_argument("--preset", default="small", help="paper, small, tiny or debug")
         sub.add_argument("--run", type=Path, help="run directory; an existing one of the same settings is continued")
         sub.add_argument(
             "--set",

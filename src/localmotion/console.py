@@ -35,13 +35,36 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
     (console if console.is_terminal else Console(width=width, highlight=False)).print(table, markup=False)
 
 
+FORECAST = 5.0
+"""Seconds of work after which `progress` says how long the whole will take."""
+
+
+def duration(seconds: float) -> str:
+    """A span of time as people say it: 40 s, 3 minutes, 2.5 hours."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
+
+
 @contextmanager
-def progress(label: str, total: int, unit: str, start: int = 0, every: float = 30.0) -> Iterator[Advance]:
+def progress(label: str, total: int, unit: str, start: int = 0, every: float = 30.0, forecast: bool = True) -> Iterator[Advance]:
     """Show progress of ``total`` units; the yielded callback takes how many are done and a short note.
 
-    On a terminal a bar; otherwise a line with rate and ETA at most every ``every`` seconds.
+    On a terminal a bar; otherwise a line with rate and ETA at most every ``every`` seconds. With ``forecast`` one more line says after
+    `FORECAST` seconds how long the work takes on this machine, for work whose units take about the same time.
     """
     began = time.monotonic()
+    base: tuple[int, float] | None = None  # what was done when the first report came: work that goes on has done some before
+    waiting = forecast
+
+    def foresee(done: int, total: int, now: float) -> None:
+        nonlocal base, waiting
+        base = base or (done, now)
+        if waiting and now - base[1] >= FORECAST and base[0] < done < total:
+            waiting = False
+            each = (now - base[1]) / (done - base[0])
+            say(f"{label}: about {duration(each * (total - done))} more on this machine ({each:.3g} s for each of the {unit})")
+
     if sys.stdout.isatty():
         bar = Progress(
             TextColumn("{task.description}"),
@@ -55,9 +78,14 @@ def progress(label: str, total: int, unit: str, start: int = 0, every: float = 3
         )
         with bar:
             task = bar.add_task(label, total=total, completed=start, rate="", note="")
+            whole = total
 
             def advance(done: int, total: int | None = None, note: str = "") -> None:
-                rate = (done - start) / max(time.monotonic() - began, 1e-6)
+                nonlocal whole
+                whole = total or whole
+                now = time.monotonic()
+                foresee(done, whole, now)
+                rate = (done - start) / max(now - began, 1e-6)
                 bar.update(task, completed=done, total=total, rate=f"{rate:.2f} {unit}/s", note=note)
 
             yield advance
@@ -70,6 +98,7 @@ def progress(label: str, total: int, unit: str, start: int = 0, every: float = 3
         nonlocal last, end
         end = total or end
         now = time.monotonic()
+        foresee(done, end, now)
         if now - last < every and done < end:
             return
         last = now

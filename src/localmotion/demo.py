@@ -17,7 +17,10 @@ from localmotion.perception.base import Recipe
 
 TASK = "dmc:cheetah_run"
 BODIES = ("walker", "hopper", "finger", "reacher", "acrobot", "fish", "swimmer", "pendulum")
-RECIPE = Recipe(percept_size=64)  # a quarter of the cost of 128 px; rendered bodies move by whole pixels
+PRESET = "tiny"
+RECIPE = Recipe(
+    size=32, percept_size=64
+)  # what `tiny` sees; rendered bodies move by whole pixels, so 64 px are enough to perceive
 PRETRAIN = ("updates=500", "pretrain.log_every=25", "pretrain.eval_every=250", "pretrain.save_every=250", "eval_batches=4")
 # Four env steps an agent step, PlaNet's choice for this task: twice the experience for the same number of updates.
 FINETUNE = (
@@ -31,7 +34,7 @@ FINETUNE = (
 
 
 def _settings(stage: Stage, extra: tuple[str, ...], **flags: str) -> RunConfig:
-    return compose("drp", stage, preset="small", env=flags.get("env", ""), flags=flags, settings=extra)
+    return compose("drp", stage, preset=PRESET, env=flags.get("env", ""), flags=flags, settings=extra)
 
 
 def demo(root: Path, *, videos: Path | None = None, task: str = TASK) -> Path:
@@ -55,7 +58,7 @@ def demo(root: Path, *, videos: Path | None = None, task: str = TASK) -> Path:
             render_videos(source, clips=64, frames=60, size=128, seed=0, bodies=BODIES, exclude=(task,), progress=advance)
         (source / "COMPLETE").write_text("")
     store_path = root / "store"
-    say(f"2. localmotion extract {source} --out {store_path}")
+    say(f"2. localmotion extract {source} --out {store_path} --size {RECIPE.size} --percept-size {RECIPE.percept_size}")
     with progress("extract", 1, "videos") as advance:
         summary = extract_folder(source, store_path, RECIPE, workers=cores(), progress=advance)
     for line in summary.lines():
@@ -63,12 +66,14 @@ def demo(root: Path, *, videos: Path | None = None, task: str = TASK) -> Path:
     store = ClipStore(store_path)
     if not len(store):
         raise LocalmotionError(f"{source}: no usable video of at least 25 frames; localmotion scan {source} says why")
+    inspect(store, root / "atomic_actions.png", None)
+    say(f"the first picture: {(root / 'atomic_actions.png').resolve()} shows a clip, its points and its flow")
     pre, fine = root / "pretrain", root / "finetune"
-    say(f"3. localmotion pretrain --method drp --data {store_path} --preset small --run {pre}")
+    say(f"3. localmotion pretrain --method drp --data {store_path} --preset {PRESET} --run {pre}")
     pretrain(_settings("pretrain", PRETRAIN, data=str(store_path)), pre)
     inspect(store, pre / "media" / "atomic_example.png", None)
     motion_media(pre, store_path)
-    say(f"4. localmotion finetune --method drp --checkpoint {pre} --env {task} --preset small --run {fine}")
+    say(f"4. localmotion finetune --method drp --checkpoint {pre} --env {task} --preset {PRESET} --run {fine}")
     finetune(_settings("finetune", FINETUNE, env=task, checkpoint=str(pre)), fine)
     # An agent of this budget is not steady. Which weights are best its evaluations tell, how good they are episodes of other seeds.
     say(f"5. localmotion evaluate {fine} --which best --episodes 10 --seed 1")

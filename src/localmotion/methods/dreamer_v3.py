@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from localmotion.config import RunConfig
 from localmotion.errors import ConfigError
 from localmotion.methods.base import Batch, Group, Method
-from localmotion.methods.sizes import ONLINE
+from localmotion.methods.sizes import ONLINE, RECIPE
 from localmotion.models.blocks import NormMLP
 from localmotion.models.observations import ObservationModel
 from localmotion.models.policies import BoundedNormal, OneHotPolicy
@@ -180,6 +180,21 @@ class DreamerV3(Method):
                 "warmup": 100,
             },
             "online": {**ONLINE["small"], "lr": 3e-4},
+        },
+        "tiny": {
+            "model": {
+                "deter": 256,
+                "hidden": 64,
+                "stoch": 8,
+                "classes": 8,
+                "depth": 8,
+                "units": 64,
+                "stem": "blocks",
+                "imag_length": 10,
+                "warmup": 100,
+            },
+            "online": {**ONLINE["tiny"], "lr": 5e-4},
+            "recipe": dict(RECIPE["tiny"]),
         },
         "debug": {
             "model": {

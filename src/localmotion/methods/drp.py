@@ -99,6 +99,7 @@ class DRP(Method):
     PRESETS = presets(
         own={
             "small": {"dae": {"keypoints": 16, "blocks": 2, "dim": 64}},
+            "tiny": {"dae": {"keypoints": 8, "patch": 8, "blocks": 1, "dim": 32, "heads": 2}},
             "debug": {"dae": {"keypoints": 4, "patch": 8, "blocks": 2, "dim": 16, "heads": 2}},
         }
     )
@@ -206,12 +207,12 @@ class DRP(Method):
         if mae and config.recompose_weight:
             mae["recompose"] = config.recompose_weight
         if stage == "pretrain":
-            return {**mae, "image": 1.0, "kl": config.beta_z}
+            return {**mae, "image": self.config.world.image_weight, "kl": config.beta_z}
         return {
             **mae,
-            "latent_image": 1.0,
+            "latent_image": self.config.world.image_weight,
             "latent_kl": config.beta_z,
-            "image": 1.0,
+            "image": self.config.world.image_weight,
             "kl": config.beta_s,
             "reward": 1.0,
             "reward_representative": config.beta_r,

@@ -161,9 +161,9 @@ class IPV(Method):
     def loss_scales(self, stage: str) -> dict[str, float]:
         config = self.config
         if stage == "pretrain":
-            return {"image": 1.0, "kl": config.beta_z}
+            return {"image": self.config.world.image_weight, "kl": config.beta_z}
         return {
-            "image": 1.0,
+            "image": self.config.world.image_weight,
             "kl": config.beta_s,
             "latent_kl": config.beta_z_finetune,
             "reward": 1.0,

@@ -1,6 +1,6 @@
-"""The sizes that the `small` and `debug` presets of every method share, so that a comparison on two CPU cores differs in the method alone.
+"""Sizes that the `small`, `tiny` and `debug` presets of every method share: a comparison on two CPU cores then differs in the method alone.
 
-`small` is chosen by measurement (docs/performance.md, METHODS.md), `debug` runs in seconds. A method adds what is its own.
+`small` and `tiny` are chosen by measurement (docs/performance.md, METHODS.md), `debug` runs in seconds. A method adds what is its own.
 """
 
 from __future__ import annotations
@@ -23,6 +23,21 @@ WORLD: dict[str, dict[str, Any]] = {
         "units": 200,
         "layers": 3,
     },
+    "tiny": {
+        "stem": "unshuffle",
+        "norm": "batch",
+        "depth": 16,
+        "context_dropout": 0.0,
+        "context_side": 4,
+        "context_copy": True,
+        "image_weight": 16.0,
+        "deter": 128,
+        "hidden": 128,
+        "stoch": 8,
+        "classes": 8,
+        "units": 96,
+        "layers": 2,
+    },
     "debug": {
         "stem": "unshuffle",
         "norm": "none",
@@ -39,10 +54,18 @@ WORLD: dict[str, dict[str, Any]] = {
 }
 """`WorldModelConfig` of the method with the most in it; a method without context or with another encoder says so on top."""
 
-BEHAVIOUR: dict[str, dict[str, Any]] = {"small": {"slow_critic_every": 20}, "debug": {"horizon": 5}}
+BEHAVIOUR: dict[str, dict[str, Any]] = {
+    "small": {"slow_critic_every": 20},
+    "tiny": {"slow_critic_every": 20, "horizon": 10},
+    "debug": {"horizon": 5},
+}
+
+RECIPE: dict[str, dict[str, Any]] = {"tiny": {"size": 32, "percept_size": 64}}
+"""Perception of a run that begins without clips: `tiny` sees 32-pixel pictures. With a checkpoint its clips decide."""
 
 PRETRAIN: dict[str, dict[str, Any]] = {
     "small": {"updates": 8_000, "lr": 1e-3, "lr_decay": 0.25, "eval_every": 2_000, "save_every": 1_000},
+    "tiny": {"updates": 2_000, "batch_size": 8, "lr": 1e-3, "lr_decay": 0.25, "eval_every": 500, "save_every": 500},
     "debug": {
         "updates": 20,
         "batch_size": 2,
@@ -66,6 +89,19 @@ ONLINE: dict[str, dict[str, Any]] = {
         "lr": 1e-3,
         "actor_lr": 8e-5,
         "critic_lr": 2e-4,
+    },
+    "tiny": {
+        "env_steps": 40_000,
+        "batch_size": 8,
+        "length": 16,
+        "prefill": 2_500,
+        "eval_every": 2_500,
+        "eval_episodes": 4,
+        "save_every": 2_500,
+        "replay_capacity": 100_000,
+        "lr": 1e-3,
+        "actor_lr": 2e-4,
+        "critic_lr": 4e-4,
     },
     "debug": {
         "env_steps": 400,
@@ -95,13 +131,13 @@ def presets(
 
     Args:
         paper: what `paper` changes in the defaults (nothing, unless several methods share a setting whose default is another's).
-        world: `WorldModelConfig` values of `small` and `debug` that differ from the shared ones.
+        world: `WorldModelConfig` values of `small`, `tiny` and `debug` that differ from the shared ones.
         own: per preset, settings of the method's own parts, beside `world` and `behaviour`.
         pretrain: whether the method has that stage.
-        online: `OnlineConfig` values of `small` and `debug` that differ from the shared ones.
+        online: `OnlineConfig` values of `small`, `tiny` and `debug` that differ from the shared ones.
     """
     out: dict[str, dict[str, Any]] = {"paper": dict(paper or {})}
-    for name in ("small", "debug"):
+    for name in ("small", "tiny", "debug"):
         out[name] = {
             "model": {
                 **((own or {}).get(name, {})),
@@ -110,5 +146,6 @@ def presets(
             },
             **({"pretrain": dict(PRETRAIN[name])} if pretrain else {}),
             "online": {**ONLINE[name], **(online or {})},
+            "recipe": dict(RECIPE.get(name, {})),
         }
     return out

@@ -40,11 +40,15 @@ def from_patches(x: Tensor, side: int) -> Tensor:
 
 
 def shapes(stem: str, depth: int, image_size: int) -> tuple[list[int], int]:
-    """Widths of the stages and side of the coarsest map. Raises ConfigError for a side that the reference refuses (under 3, over 16)."""
+    """Widths of the stages and side of the coarsest map. Raises ConfigError for a side that the reference refuses (under 3, over 16).
+
+    Stem "blocks", which is not the reference's, takes pictures of 32 pixels too.
+    """
     skip = 2 if stem == "blocks" else 0
+    least = 2 if stem == "blocks" else 3
     side = image_size // 2 ** len(MULTIPLIERS)
-    if image_size % 2 ** len(MULTIPLIERS) or not 3 <= side <= 16:
-        raise ConfigError(f"image_size={image_size}: dreamer_v3 takes multiples of 16 from 48 to 256")
+    if image_size % 2 ** len(MULTIPLIERS) or not least <= side <= 16:
+        raise ConfigError(f"image_size={image_size}: dreamer_v3 with stem={stem} takes multiples of 16 from {16 * least} to 256")
     return [depth * m for m in MULTIPLIERS[skip:]], side
 
 

@@ -58,9 +58,11 @@ def _colours(count: int) -> NDArray[np.float64]:
 
 
 def inspect(
-    store: ClipStore, out: Path, clip: str | int | None = None, *, frames: int = 6, points: int = 16, patch: int = 16
+    store: ClipStore, out: Path, clip: str | int | None = None, *, frames: int = 6, points: int = 16, patch: int | None = None
 ) -> Path:
     """Draw one clip (id, number, or None for a lively one) into ``out``: .png contact sheet or .mp4 film.
+
+    ``patch`` is the side of the flow patches in pixels; None takes a quarter of the frame's side, as the paper does (16 of 64).
 
     Raises StoreError for a clip that is not there or another file ending.
     """
@@ -69,7 +71,7 @@ def inspect(
     if out.suffix == ".mp4":
         write_video(out, _film(chosen, points), fps=12)
     elif out.suffix == ".png":
-        _sheet(store, chosen, frames, points, patch).savefig(out, dpi=110, facecolor="white")
+        _sheet(store, chosen, frames, points, patch or store.size // 4).savefig(out, dpi=110, facecolor="white")
     else:
         raise StoreError(f"{out}: inspect writes .png or .mp4")
     return out
