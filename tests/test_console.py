@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 
 from localmotion import console
+from localmotion.config import OnlineConfig
+from localmotion.training import pace
 
 
 def test_duration() -> None:
@@ -32,3 +34,18 @@ def test_it_says_once_how_long_the_work_takes(monkeypatch: pytest.MonkeyPatch) -
 def test_what_was_done_before_does_not_count_as_fast(monkeypatch: pytest.MonkeyPatch) -> None:
     said = lines(monkeypatch, [(1, 90), (11, 95)])
     assert said == ["work: about 10 s more on this machine (2 s for each of the parts)"]
+
+
+def test_a_run_says_once_how_long_the_rest_takes_with_its_evaluations(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(pace.time, "perf_counter", lambda: clock[0])
+    rest = pace.Pace(1000, OnlineConfig(eval_every=500, eval_episodes=5))
+    said = []
+    for step in range(200, 400):
+        said.append(rest.forecast(step, 30.0))
+        clock[0] += 0.1
+    # 750 steps of 0.1 s; 1.5 evaluations of 30 s, and the last one of ten episodes: two of them
+    assert [text for text in said if text] == [
+        "about 3 minutes more on this machine: 0.1 s for an agent step, 30 s for an evaluation"
+    ]
+    assert said[50]

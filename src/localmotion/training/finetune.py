@@ -18,7 +18,7 @@ from torch import Tensor
 from localmotion import methods
 from localmotion.compute import choose
 from localmotion.config import RunConfig
-from localmotion.console import duration, progress, say
+from localmotion.console import progress, say
 from localmotion.envs import check_env
 from localmotion.errors import ConfigError, EnvError, SimulationError
 from localmotion.evaluation.rollout import (
@@ -41,6 +41,7 @@ from localmotion.training import checkpoint, graphs
 from localmotion.training.checks import check_learns, check_length, never_learned
 from localmotion.training.faults import dump
 from localmotion.training.interrupt import Interrupted, StopRequest
+from localmotion.training.pace import Pace
 from localmotion.training.pretrain import to_device
 from localmotion.training.rundir import RunDir, claimed, read_environment
 from localmotion.training.storage import choose_storage, device_memory, records_needed
@@ -49,7 +50,6 @@ from localmotion.training.trees import leaves_of, with_leaves
 from localmotion.training.update import DivergedError, Updater, to_floats
 from localmotion.video.write import write_video
 
-PACE = 50  # agent steps of learning after which a run says how long the rest takes
 FAULTS = 3
 """Failures of the environment without a complete episode between them after which a run stops."""
 
@@ -182,7 +182,7 @@ class _Learner:
         self.spent = {"update": 0.0, "act": 0.0, "replay": 0.0, "eval": 0.0}
         self.spent_before: dict[str, float] = {}
         self.clock = time.perf_counter()
-        self.pace: tuple[int, float] | None = None  # agent step and time, without evaluations, at which learning began
+        self.pace = Pace(self.budget, online)
 
     @property
     def budget(self) -> int:
@@ -251,8 +251,8 @@ class _Learner:
         self.replay.add(playing.record, last=done)
         if playing.learning and self.agent_step % online.train_every == 0:
             self._update()
-        if playing.learning:
-            self._foresee()
+        if playing.learning and (text := self.pace.forecast(self.agent_step, self.spent["eval"])):
+            say(text)
         if done:
             self.playing = None
             self.episode += 1
@@ -262,20 +262,6 @@ class _Learner:
             self.out.log("episode", **self.counters(), **{"return": playing.total}, length=length, random=random, **extra)
             if playing.learning and self.agent_step - self.last_save >= online.save_every:
                 self.save()
-
-    def _foresee(self) -> None:
-        """Say once, `PACE` agent steps after learning began, how long the rest takes on this machine, evaluations included."""
-        now = time.perf_counter() - self.spent["eval"]
-        self.pace = self.pace or (self.agent_step, now)
-        if self.agent_step - self.pace[0] == PACE and (left := self.budget - self.agent_step) > 0:
-            online, each = self.run.online, (now - self.pace[1]) / PACE
-            evaluations = (
-                left / online.eval_every + max(10, online.eval_episodes) / online.eval_episodes
-            )  # in the first one's time
-            rest = duration(left * each + evaluations * self.spent["eval"])
-            say(
-                f"about {rest} more on this machine: {each:.3g} s for an agent step, {self.spent['eval']:.3g} s for an evaluation"
-            )
 
     def _prefilled(self, playing: _Playing) -> bool:
         """Whether a random episode ends here: the prefill is over, and it would last to the end of the run, so nothing would be learned."""
