@@ -17,10 +17,8 @@ from localmotion.perception.base import Recipe
 
 TASK = "dmc:cheetah_run"
 BODIES = ("walker", "hopper", "finger", "reacher", "acrobot", "fish", "swimmer", "pendulum")
-PRESET = "tiny"
-RECIPE = Recipe(
-    size=32, percept_size=64
-)  # what `tiny` sees; rendered bodies move by whole pixels, so 64 px are enough to perceive
+PRESET = "small"
+RECIPE = Recipe(percept_size=64)  # a quarter of the cost of 128 px; rendered bodies move by whole pixels
 PRETRAIN = ("updates=500", "pretrain.log_every=25", "pretrain.eval_every=250", "pretrain.save_every=250", "eval_batches=4")
 # Four env steps an agent step, PlaNet's choice for this task: twice the experience for the same number of updates.
 FINETUNE = (
@@ -58,7 +56,7 @@ def demo(root: Path, *, videos: Path | None = None, task: str = TASK) -> Path:
             render_videos(source, clips=64, frames=60, size=128, seed=0, bodies=BODIES, exclude=(task,), progress=advance)
         (source / "COMPLETE").write_text("")
     store_path = root / "store"
-    say(f"2. localmotion extract {source} --out {store_path} --size {RECIPE.size} --percept-size {RECIPE.percept_size}")
+    say(f"2. localmotion extract {source} --out {store_path} --percept-size {RECIPE.percept_size}")
     with progress("extract", 1, "videos") as advance:
         summary = extract_folder(source, store_path, RECIPE, workers=cores(), progress=advance)
     for line in summary.lines():
