@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Iterator
@@ -122,6 +123,23 @@ def real(folder: Path, count: int, seed: int) -> Iterator[tuple[Path, NDArray[np
     )
 
 
+@contextlib.contextmanager
+def usual_scheduling() -> Iterator[None]:
+    """Afterwards all threads of this process are scheduled as usual.
+
+    SVT-AV1 gives the thread that opens its encoder the highest real-time priority when it runs as root, and leaves it so. Threads of torch
+    that inherit it and wait for each other then keep every other process off the cores.
+    """
+    try:
+        yield
+    finally:
+        if hasattr(os, "sched_setscheduler"):
+            for thread in os.listdir("/proc/self/task"):
+                with contextlib.suppress(ProcessLookupError):  # it has ended
+                    os.sched_setscheduler(int(thread), os.SCHED_OTHER, os.sched_param(0))
+
+
+@usual_scheduling()
 def encode(path: Path, frames: NDArray[np.uint8], form: Format, times: list[int] | None = None) -> Path:
     """Encode (T, H, W, 3) uint8; `times` are the frames' times in 1/30 s. Raises av's errors where the codec is not there."""
     with av.open(str(path), "w", options={**dict(form.muxer), "fflags": "+bitexact"}) as container:

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from soak.fuzz_video import show, summarise
 from soak.mutations import FAMILIES, make
 from soak.part import PROMISES, Entry, Findings, Limits, _check_agreement, _check_entry, run_part
-from soak.sources import make_sources
+from soak.sources import FORMATS, make_sources
+from soak.sources import encode as encode_source
 from soak.structure import png
 
 from localmotion.errors import VideoError
@@ -511,3 +512,11 @@ def test_a_png_with_any_byte_changed_is_never_taken_for_whole(data: st.DataObjec
 def test_picture_headers_of_any_bytes_are_read_without_errors(noise: bytes, head: bytes) -> None:
     for size in (png_size(head + noise), jpeg_size(head + noise + b"\xff\xd9")):
         assert size is None or all(0 <= side < 2**32 for side in size)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getscheduler"), reason="this system has no scheduling policies")
+def test_an_encoder_leaves_no_real_time_priority_behind(tmp_path: Path) -> None:
+    form = next(form for form in FORMATS if form.codec == "libsvtav1")
+    encode_source(tmp_path / "x.mkv", moving_square(4), form)
+    policies = {os.sched_getscheduler(int(thread)) for thread in os.listdir("/proc/self/task")}
+    assert policies == {os.SCHED_OTHER}
