@@ -61,8 +61,8 @@ def measure(threads: int, updates: int, steps: int) -> dict[str, float]:
     return {name: float(value) for name, value in zip(names, values, strict=True)}
 
 
-def run(updates: int = 5, steps: int = 100) -> list[dict[str, object]]:
-    """A row for each load, number of threads and way to wait."""
+def run(updates: int = 3, steps: int = 60) -> list[dict[str, object]]:
+    """A row for each load, number of threads and way to wait; printed as they come, because on a busy machine they take minutes each."""
     rows: list[dict[str, object]] = []
     clean = {name: value for name, value in os.environ.items() if name not in WAITING}
     counts = sorted({1, cores()})
@@ -85,6 +85,7 @@ def run(updates: int = 5, steps: int = 100) -> list[dict[str, object]]:
                 **{f"{name} ms": 1e3 * seconds for name, seconds in found.items()},
             }
         )
+        print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     return rows
 
 

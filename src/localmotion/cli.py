@@ -132,7 +132,7 @@ def _parser() -> _Parser:
     sub.add_argument("--no-ceilings", action="store_true", help="leave out the networks trained on the targets themselves")
     sub.add_argument("--out", type=Path, help="write the numbers here, .json")
     sub.add_argument("--device", default="auto")
-    sub.add_argument("--threads", type=int, default=1, help="CPU threads of torch (default 1; 0: torch's own choice)")
+    sub.add_argument("--threads", type=int, default=1, help="CPU threads of torch (default 1; 0: one a free core)")
 
     sub = add(
         "perception-report",
