@@ -64,7 +64,7 @@ def test_prioritised_ends_have_the_specified_probability() -> None:
     assert last == pytest.approx(51 / 502, abs=0.008)
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(st.lists(st.integers(2, 12), min_size=1, max_size=6), st.booleans(), st.integers(0, 1000))
 def test_a_sequence_is_filled_with_pieces_of_episodes(lengths: list[int], ends: bool, seed: int) -> None:
     """Whole short episodes, then what fits of another; each piece begins as a window does."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
 from localmotion.errors import VideoError
@@ -18,6 +18,7 @@ from localmotion.perception.extract import extract_folder
 from localmotion.video import ClipStore, VideoRef, find_videos
 from localmotion.video.scan import scan
 from localmotion.video.store import check_id
+from property_examples import examples
 from video_files import encode, moving_square, save_pictures
 
 
@@ -279,7 +280,7 @@ def test_text_that_only_begins_like_json_is_text(tmp_path: Path) -> None:
     assert isinstance(find_videos(tmp_path / "in")[0], VideoRef)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(150, HealthCheck.function_scoped_fixture)
 @given(
     st.one_of(
         st.binary(max_size=200),

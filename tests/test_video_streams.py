@@ -7,12 +7,13 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from localmotion.errors import VideoError
 from localmotion.video import decode, probe, video_ref
 from localmotion.video.pictures import bmp_size, tiff_size, webp_size
+from property_examples import examples
 from video_files import encode, moving_square, save_pictures
 
 T = 12
@@ -135,7 +136,7 @@ def test_claimed_sizes_of_other_pictures_are_refused_before_they_are_decoded(tmp
     assert reason_of(tmp_path / "tiff").reason == "too_large"
 
 
-@settings(max_examples=150, deadline=None)
+@examples(150)
 @given(st.binary(max_size=200), st.sampled_from([b"", b"BM", b"II*\0\x08\0\0\0", b"MM\0*\0\0\0\x08", b"RIFF\x80\0\0\0WEBP"]))
 def test_headers_of_any_bytes_are_read_without_other_errors(noise: bytes, head: bytes) -> None:
     for read in (bmp_size, tiff_size, webp_size):

@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 import pytest
 from av.filter import Graph
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -25,6 +25,7 @@ from localmotion.training.rundir import check_recipe
 from localmotion.video import ClipStore, ClipStoreWriter, Decoding, decode, iter_frames, probe, timing, video_ref
 from localmotion.video.scan import scan
 from localmotion.video.timing import Picture, resampled
+from property_examples import examples
 from video_files import encode, moving_square, save_pictures
 
 SMALL = {"size": 32, "percept_size": 32, "tracks": 4, "redraw_rounds": 0}
@@ -222,7 +223,7 @@ def test_times_that_jump_or_go_back_are_refused_and_missing_ones_made_up() -> No
     assert [p.frame for p in resampled(iter(pictures([3.0])), 5, Path("x"), None, 0.001)] == [0]
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(gaps=st.lists(st.floats(0.001, 0.5), min_size=1, max_size=20), fps=st.floats(1, 60), start=st.floats(-5, 5))
 def test_each_time_gets_the_nearest_picture(gaps: list[float], fps: float, start: float) -> None:
     times = np.cumsum([start, *gaps])
