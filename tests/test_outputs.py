@@ -112,9 +112,7 @@ def test_a_folder_that_cannot_be_written_is_found_out_by_writing(tmp_path: Path,
 
 # --- one process a run --------------------------------------------------------------------------------------------------
 
-HOLD = (
-    "import sys, time; from localmotion.files import Lock; Lock(__import__('pathlib').Path(sys.argv[1])); print(); time.sleep(600)"
-)
+HOLD = "import sys, time; from localmotion.files import Lock; Lock(__import__('pathlib').Path(sys.argv[1])); print(); time.sleep(600)"
 
 
 @pytest.mark.parametrize("stage", ["train", "pretrain", "study"])
