@@ -67,7 +67,7 @@ def files(out: Path) -> dict[str, bytes]:
 
 
 class Other:
-    """A second process; it stops after each video until it is told to go on."""
+    """A second process; it stops after each video and waits for the word to go on."""
 
     def __init__(self, videos: Path, out: Path) -> None:
         command = [sys.executable, "-c", OTHER, str(videos), str(out)]

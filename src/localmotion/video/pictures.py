@@ -17,7 +17,7 @@ _MAX_MARKERS = 2**17  # parts of a picture file that are looked at: as many as t
 
 def picture_size(data: bytes, suffix: str) -> tuple[int, int]:
     """Width and height of a picture. `suffix`: of its file, in lower case; the format must be its own, except that PNG and JPEG
-    are told apart by content.
+    are distinguished by content.
 
     Raises ValueError with what is wrong: not whole, another format, several pictures in one, or a kind that is not read.
     """
