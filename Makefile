@@ -23,7 +23,7 @@ $(VENV)/.ready: pyproject.toml
 	touch $@
 
 demo: setup
-	$(BIN)/localmotion demo --run $(RUN_DIR) $(if $(VIDEOS),--videos "$(VIDEOS)")
+	$(BIN)/localmotion demo --run $(RUN_DIR) $(if $(VIDEOS),--videos "$(VIDEOS)") $(if $(SEED),--seed $(SEED))
 
 test: lint types unit
 
