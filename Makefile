@@ -9,7 +9,7 @@ ifdef TORCH_INDEX
 export TORCH_INDEX
 endif
 
-.PHONY: setup demo test lint types unit test-slow test-other bench fuzz soak clean
+.PHONY: setup demo test lint types unit test-slow test-other mutants bench fuzz soak clean
 
 setup: $(VENV)/.ready
 
@@ -46,6 +46,10 @@ test-slow: setup
 OTHER := $(addprefix tests/test_,video_*.py hostile_video.py extract_*.py files*.py config.py perception*.py envs_toy.py replay.py runs.py)
 test-other: setup
 	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu" $(wildcard $(OTHER))
+
+# Wrong edits that the tests must notice, within an hour on two cores: tests/README.md. MUTANTS="--only PATTERN -j 4" for some.
+mutants: setup
+	$(BIN)/python tools/mutants.py $(MUTANTS)
 
 # R2DREAMER=PATH to a checkout of NM512/r2dreamer, DREAMERV3=PATH to one of danijar/dreamerv3, to be timed beside DreamerV3.
 bench: setup
