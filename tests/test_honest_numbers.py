@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,7 @@ def test_a_probe_is_fitted_scaled_and_chosen_without_the_tested_episodes(kind: s
     clean, answer = scored(monkeypatch, PROBES[kind], x, y, data)
     choosing = [predicted for predicted, _ in clean if len(predicted) != tested]
     assert len(choosing) == (len(probes.LAMBDAS) if kind == "ridge" else 10)
+    assert {len(predicted) for predicted in choosing} == {int(probes._folds(data)[1].sum())}
     assert answer in [probes.r_squared(p, t) for p, t in clean if len(p) == tested]
 
     bad_y = y.copy()
@@ -103,6 +105,9 @@ def test_a_probe_is_fitted_scaled_and_chosen_without_the_tested_episodes(kind: s
     bad_x[data.tested] = 255 if kind == "idm" else 1e4
     poisoned, _ = scored(monkeypatch, PROBES[kind], bad_x, y, data)
     assert all(same(p, q) for p, q in zip([p for p, _ in poisoned if len(p) != tested], choosing, strict=True))
+    # The tested codes are now all alike, so their predictions are: nothing is drawn while testing.
+    for predicted in (p for p, _ in poisoned if len(p) == tested):
+        np.testing.assert_allclose(predicted, np.broadcast_to(predicted[:1], predicted.shape), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", PROBES)
@@ -145,8 +150,11 @@ def test_random_labels_are_not_found(kind: str) -> None:
         assert PROBES[kind](x, labels, data) < 0.06
 
 
-def test_episodes_not_frames_are_split() -> None:
+@pytest.mark.parametrize("first", range(0, COUNT, 3))
+def test_episodes_not_frames_are_split(first: int) -> None:
+    """Each episode is fitted, chosen with or tested, whichever are tested."""
     data = made_episodes()
+    data = replace(data, tested=(data.episode - first) % COUNT < 5)
     fit, check = probes._folds(data)
     sides = [set(data.episode[rows].tolist()) for rows in (fit, check, data.tested)]
     assert all(sides)
