@@ -239,6 +239,72 @@ def test_an_untrained_network_stands_beside_the_trained_one(monkeypatch: pytest.
     assert all(not bool((parameter == 0.5).all()) for parameter in fresh)
 
 
+def test_ceilings_see_the_frame_before_and_the_frame_and_the_true_velocities(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two batches of windows; frame t of clip c has the grey value 20 c + t, and its targets say which frame they are of."""
+    length, clips, starts = 7, np.array([0, 1, 2]), np.array([0, 2, 4])
+    skip = probes.SKIP
+    frames = np.concatenate([20 * c + np.arange(s + skip, s + length) for c, s in zip(clips, starts, strict=True)]).astype(
+        np.float32
+    )
+    targets = {"velocities": np.stack([frames, -frames], 1), "actions": frames[:, None] / 2}
+    before = targets["velocities"] - np.array([1, -1], np.float32)
+
+    class Data:
+        batch_size = 2
+        episodes = Episodes("made", np.repeat(clips, length - skip), targets, before, np.repeat(clips, length - skip) > 1)
+
+        class sampler:  # noqa: N801
+            class store:  # noqa: N801
+                size = 8
+
+            @staticmethod
+            def windows(clip: Any, start: Any) -> dict[str, torch.Tensor]:
+                grey = torch.from_numpy(20 * clip + start)[:, None] + torch.arange(length)
+                return {"image": grey.to(torch.uint8)[..., None, None, None].expand(-1, -1, 8, 8, 3).contiguous()}
+
+    data: Any = Data()
+    data.clips, data.starts = clips, starts
+    asked: dict[str, Any] = {}
+
+    def seen(kind: str) -> Any:
+        return lambda x, y, episodes, **options: asked.setdefault(f"{kind} {y.shape[1]}", (x, y)) and 0.123456
+
+    monkeypatch.setattr(probes, "idm", seen("idm"))
+    monkeypatch.setattr(probes, "mlp", seen("mlp"))
+    rows = probes._ceilings(data, CPU)
+    assert sorted(asked) == ["idm 1", "idm 2", "mlp 1"]
+    for kind, name in (("idm 2", "velocities"), ("idm 1", "actions")):
+        pictures, target = asked[kind]
+        assert pictures.shape == (9, 2, 8, 8, 3)
+        assert (pictures == pictures[:, :, :1, :1, :1]).all()
+        np.testing.assert_array_equal(pictures[:, 1, 0, 0, 0], frames)
+        np.testing.assert_array_equal(pictures[:, 0, 0, 0, 0], frames - 1)
+        np.testing.assert_array_equal(target, targets[name])
+    known, target = asked["mlp 1"]
+    np.testing.assert_array_equal(known, np.stack([frames - 1, 1 - frames, frames, -frames], 1))
+    np.testing.assert_array_equal(target, targets["actions"])
+    shared = {"data": "made", "frames": 9}
+    assert rows == [
+        {**shared, "code": "idm, trained on the target", "width": 0, "mlp velocities": 0.1235, "mlp actions": 0.1235},
+        {**shared, "code": "true velocities, before and after", "width": 4, "mlp actions": 0.1235},
+    ]
+
+
+@pytest.mark.parametrize("fit", [probes.ridge, lambda x, y, data: probes.mlp(x, y, data, updates=30)], ids=["ridge", "mlp"])
+def test_a_probe_does_not_mind_the_scale_of_a_code(fit: Any) -> None:
+    episode = np.repeat(np.arange(20), 10)
+    data = Episodes("made", episode, {}, None, episode > 15)
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(200, 6)).astype(np.float32)
+    y = (x[:, :2] + 0.3 * rng.normal(size=(200, 2))).astype(np.float32)
+    scale = np.array([1e-3, 1e3, 1, 1, 1, 1], np.float32)
+    found = fit(x, y, data)
+    assert 0.3 < found < 1
+    assert fit(x * scale + 2 * scale, y, data) == pytest.approx(found, abs=0.01)
+    still = np.concatenate([x, np.full((200, 1), 3.0, np.float32)], 1)  # a dimension that does not vary says nothing
+    assert probes.ridge(still, y, data) == pytest.approx(probes.ridge(x, y, data), abs=1e-4)
+
+
 # -------------------------------------------------------------------------------------------------------------- tables
 
 
