@@ -182,7 +182,7 @@ def test_the_random_floor_plays_the_runs_own_environment(repeat: int, tmp_path: 
     assert evaluation.random_floor(tmp_path, episodes=5) == written  # measured already, on more episodes
 
 
-def test_best_weights_are_evaluated_when_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_best_weights_are_not_scored_on_the_episodes_that_chose_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = compose("dreamer_v2", "train", preset="debug", env="toy:dot", flags={"device": "cpu", "seed": 4})
     asked: list[Any] = []
 
@@ -194,9 +194,10 @@ def test_best_weights_are_evaluated_when_asked_for(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(evaluation.checkpoint, "read_config", lambda path: run)
     seeds: list[int] = []
     monkeypatch.setattr(evaluation, "evaluate", lambda policy, make, *, seed, **rest: seeds.append(seed) or evaluation_rollout())
-    assert evaluation.evaluate_run(tmp_path, which="best", policy="random")["seed"] == 4
-    assert evaluation.evaluate_run(tmp_path, seed=9, policy="random")["seed"] == 9
-    assert (asked, seeds) == (["best", "newest"], [4, 9])
+    for which, seed, expected in (("newest", None, 4), ("best", None, 5), ("newest", 9, 9), ("best", 4, 4)):
+        assert evaluation.evaluate_run(tmp_path, which=which, seed=seed, policy="random")["seed"] == expected  # type: ignore[arg-type]
+    assert asked == ["newest", "best", "newest", "best"]
+    assert seeds == [4, 5, 9, 4]
 
 
 def evaluation_rollout() -> Any:
@@ -373,6 +374,27 @@ def test_the_page_shows_the_numbers_that_the_run_wrote(tmp_path: Path) -> None:
     assert tiles[0][0] == f"{line['mae/ratio_best']:.2f}"
     assert tiles[1][0] == f"{line['psnr/motion']:.1f} dB"
     assert f"{line['psnr/zero_motion']:.1f}" in tiles[1][1]
+
+
+def test_runs_are_grouped_by_task_and_origin_and_the_best_group_heads_the_page(tmp_path: Path) -> None:
+    from localmotion.report import results
+
+    kinds = [("dmc:walker_walk", ""), ("dmc:walker_walk", "pre"), ("dmc:cheetah_run", ""), ("dmc:walker_walk", "pre")]
+    runs = []
+    for number, (env, checkpoint) in enumerate(kinds):
+        path = report_runs.online_run(tmp_path / f"r{number}", seed=number, env=env, checkpoint=checkpoint, media=False)
+        value = 100.0 * (1 + number)
+        report_runs.write_lines(path / "metrics.jsonl", [{"kind": "eval", "env_step": 0, "return_mean": value, "episodes": 1}])
+        runs.append(load_run(path))
+    gathered = results.Gathered(runs)
+    assert [(group.env, group.label, [run.seed for run in group.runs]) for group in gathered.groups] == [
+        ("dmc:walker_walk", "drp, from scratch", [0]),
+        ("dmc:walker_walk", "drp, pre-trained", [1, 3]),
+        ("dmc:cheetah_run", "drp, from scratch", [2]),
+    ]
+    _, tiles = results.results(gathered, "dmc:walker_walk", gathered.groups[:2])
+    assert tiles[0][0] == "300 ± 100"
+    assert "drp, pre-trained; drp, from scratch 100;" in tiles[0][1]
 
 
 def test_without_a_measured_floor_the_random_episodes_count_and_no_others(tmp_path: Path) -> None:
