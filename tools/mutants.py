@@ -384,9 +384,10 @@ def main(arguments: list[str] | None = None) -> int:
     tried = sorted((m for m in mutants if m.tests), key=lambda m: (m.tests, m.file))
     results = Results(root / RESULTS, options.fresh)
     found: dict[Mutant, str] = {}
+    marks = {mutant: key(root, mutant) for mutant in tried}  # now, as the copies are made now: the user may go on editing
     for mutant in tried:
-        if (mark := key(root, mutant)) in results.known:
-            found[mutant] = results.known[mark]["result"]
+        if marks[mutant] in results.known:
+            found[mutant] = results.known[marks[mutant]]["result"]
     left = [mutant for mutant in tried if mutant not in found]
     print(f"{len(mutants)} wrong edits: {len(found)} known from before, {len(left)} to try.", flush=True)
 
