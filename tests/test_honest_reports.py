@@ -17,6 +17,7 @@ from localmotion.config import RunConfig, compose
 from localmotion.envs import make_env
 from localmotion.evaluation import evaluate as evaluation
 from localmotion.evaluation import metrics, probes, statistics
+from localmotion.evaluation.predict import _spread
 from localmotion.evaluation.probes import Episodes
 from localmotion.evaluation.rollout import episode_seed, run_episodes
 from localmotion.evaluation.statistics import Curve, bootstrap_interval, final_scores, iqm, summarise
@@ -198,6 +199,29 @@ def test_best_weights_are_not_scored_on_the_episodes_that_chose_them(tmp_path: P
         assert evaluation.evaluate_run(tmp_path, which=which, seed=seed, policy="random")["seed"] == expected  # type: ignore[arg-type]
     assert asked == ["newest", "best", "newest", "best"]
     assert seeds == [4, 5, 9, 4]
+
+
+def test_the_agent_is_evaluated_without_exploring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = compose("dreamer_v2", "train", preset="debug", env="toy:dot", flags={"device": "cpu"})
+    method = type("NoMethod", (), {"wants_motion": False, "image_size": 64})()
+    made: list[dict[str, Any]] = []
+    monkeypatch.setattr(evaluation, "load_run", lambda path, **options: (run, method, CPU))
+    monkeypatch.setattr(evaluation.checkpoint, "read_config", lambda path: run)
+    monkeypatch.setattr(evaluation, "MethodPolicy", lambda agent, compute, **options: made.append(options))
+    monkeypatch.setattr(evaluation, "evaluate", lambda policy, make, **rest: policy() or evaluation_rollout())
+    assert evaluation.evaluate_run(tmp_path)["policy"] == "agent"
+    assert made == [{"explore": False, "window": run.online.length}]
+
+
+def test_predicted_windows_are_spread_over_clips_and_none_comes_twice() -> None:
+    sampler: Any = type("Sampler", (), {"clips": np.array([3, 5, 6]), "starts": np.array([4, 2, 1])})()
+    for seed in range(4):
+        clips, starts = _spread(sampler, 99, seed)
+        places = list(zip(clips.tolist(), starts.tolist(), strict=True))
+        assert sorted(places) == [(3, 0), (3, 1), (3, 2), (3, 3), (5, 0), (5, 1), (6, 0)]
+        assert {clip for clip, _ in places[:3]} == {3, 5, 6}
+        few, _ = _spread(sampler, 3, seed)
+        assert few.tolist() == clips[:3].tolist()
 
 
 def evaluation_rollout() -> Any:
