@@ -181,6 +181,9 @@ def test_the_random_floor_plays_the_runs_own_environment(repeat: int, tmp_path: 
     assert result["return_mean"] == pytest.approx(np.mean(returns), abs=1e-4)
     assert (result["policy"], result["episodes"], result["env"]) == ("random", 7, "toy:dot")
     assert evaluation.random_floor(tmp_path, episodes=5) == written  # measured already, on more episodes
+    if repeat == 3:
+        assert evaluation.random_floor(tmp_path, episodes=8)["returns"][:5] == written["returns"][:5]
+        assert json.loads((tmp_path / "random.json").read_text())["episodes"] == 8  # measured on too few: again
 
 
 def test_best_weights_are_not_scored_on_the_episodes_that_chose_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
