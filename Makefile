@@ -76,4 +76,4 @@ soak: setup
 	$(BIN)/python -m soak.memory --hours $(HOURS) --out $(SOAK_DIR)
 
 clean:
-	rm -rf $(VENV) .venv312 $(RUN_DIR) $(FUZZ_DIR) $(SOAK_DIR)
+	rm -rf mutants $(VENV) .venv312 $(RUN_DIR) $(FUZZ_DIR) $(SOAK_DIR)
