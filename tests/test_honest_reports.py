@@ -52,6 +52,10 @@ def test_the_interval_is_the_quantiles_of_all_resamples() -> None:
         assert (found.low, found.high) == (pytest.approx(low, abs=1.5), pytest.approx(high, abs=1.5))
         assert found.level == level
         assert found.point == pytest.approx(scipy.stats.trim_mean(scores, 0.25))
+    # Of two scores half of all resamples are mixed: 0, 1/2 and 1 with probabilities 1/4, 1/2 and 1/4.
+    for level, ends in ((0.4, (0.5, 0.5)), (0.6, (0.0, 1.0))):
+        found = bootstrap_interval([[0.0, 1.0]], statistics.mean, level=level)
+        assert (found.low, found.high) == ends
     other = scipy.stats.bootstrap((scores,), iqm, n_resamples=5000, method="percentile", random_state=0).confidence_interval
     found = bootstrap_interval([scores])
     assert (found.low, found.high) == (pytest.approx(other.low, abs=1.5), pytest.approx(other.high, abs=1.5))
@@ -82,6 +86,8 @@ def test_a_summary_holds_the_scores_and_their_statistics() -> None:
     assert found.interval is not None
     assert found.interval.point == found.iqm
     assert summarise(scores) == summarise(scores, level=0.95, seed=0)
+    many = np.random.default_rng(1).normal(size=11)  # enough for the seed to show
+    assert summarise(many, seed=3).interval == bootstrap_interval([many], iqm, seed=3) != bootstrap_interval([many], iqm, seed=4)
     two, one = summarise([1.0, 3.0]), summarise([4.0])
     assert two.interval == bootstrap_interval([[1.0, 3.0]])
     assert one == statistics.Summary((4.0,), 4.0, 0.0, 4.0, None)
