@@ -105,11 +105,11 @@ class Picture:
         noise = draw(frames, cells)
         to_query, to_key, to_value = weights["attention.in_proj_weight"].chunk(3)
         query_bias, key_bias, value_bias = weights["attention.in_proj_bias"].chunk(3)
-        picked, heads = [], 4
-        scores, values = [], []
+        heads, scores, values = 4, [], []
         for frame in range(frames):
             tokens = context[frame // each].flatten(1).T + weights["key_position"]
-            chosen = tokens[sorted(range(cells), key=lambda cell: -float(noise[frame, cell]))[:keep]]  # noqa: B023
+            order = sorted((-float(number), cell) for cell, number in enumerate(noise[frame]))
+            chosen = tokens[[cell for _, cell in order[:keep]]]
             query = (x[frame].flatten(1).T + weights["query_position"]) @ to_query.T + query_bias
             key, value = chosen @ to_key.T + key_bias, chosen @ to_value.T + value_bias
             score = [

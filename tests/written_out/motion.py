@@ -1,7 +1,7 @@
 """DRP's motion encoder written out: Atomic Actions, Dual-Attention Encoder, masked decoder, and the global code of its ablation.
 
-Written from arXiv 2607.00808 (4.2, section 9, Eqs. 5 and 13-19) and from what each weight means, in float64, with no function of the product.
-Attention is computed for each query over the list of keys that it may see: nothing is masked.
+Written from arXiv 2607.00808 (4.2, section 9, Eqs. 5 and 13-19) and from what each weight means, in float64, with no function of the
+product. Attention is computed for each query over the list of keys that it may see: nothing is masked.
 
 Weights are a dict of names without the module's prefix. B sequences, T positions, K parts, P patch side, d token width.
 """
@@ -157,7 +157,7 @@ def sight(motion: Motion, seen: Tensor, *, causal: bool) -> tuple[Queries, Queri
 
 def encode(weights: Weights, motion: Motion, seen: Tensor, dae: Any) -> Tensor:
     """Rows (B,T,1+K,d): [MAT] and the parts' local motion representations, from the ``seen`` tokens alone."""
-    batch, time, parts = seen.shape
+    batch, time = seen.shape[:2]
     when = weights["time_embed"][:time]
     token = linear(weights, "patch_proj", motion.patch.flatten(3)) + two_layers(weights, "coord_embed", motion.where)
     token = token + when[None, :, None]
