@@ -127,59 +127,76 @@ def at(tokens: Index) -> tuple[Tensor, ...]:
     return tuple(torch.tensor(tokens).unbind(1))
 
 
-def block(weights: Weights, z: Tensor, within: Queries, along: Queries, heads: int) -> Tensor:
+def block(weights: Weights, z: Tensor, sight: tuple[Queries, Queries], dae: Any) -> Tensor:
     """One block on z (B,T,R,d): within each frame (Eq. 17), then along time for each row (Eq. 18), then the MLP (Eq. 19)."""
-    z = attention(weights, "intra", z, heads, within)
-    z = attention(weights, "inter", z, heads, along)
+    within, along = sight
+    if dae.intra:
+        z = attention(weights, "intra", z, dae.heads, within)
+    if dae.inter:
+        z = attention(weights, "inter", z, dae.heads, along)
     return z + two_layers(weights, "mlp", layer_norm(weights, "mlp_norm", z))
 
 
-def sight(motion: Motion, seen: Tensor, *, causal: bool) -> tuple[Queries, Queries]:
-    """Who sees whom, within frames and along time. Row 0 is [MAT], row k + 1 is part k; only ``seen`` parts are seen by others.
+def sight(motion: Motion, seen: Tensor, dae: Any, *, causal: bool) -> tuple[Queries, Queries]:
+    """Who sees whom, within frames and along time. The first M rows are [MAT], then come the parts; only ``seen`` parts are seen by others.
 
-    Along time a part sees the earlier positions (all, unless ``causal``) of the same episode and the same track, and itself.
+    Along time a part sees the earlier positions (all, unless ``causal``) of the same episode and the same track, and itself. [MAT] sees
+    those of the same episode, or itself alone without ``mat_inter``.
     """
     batch, time, parts = seen.shape
+    mats = dae.mats
     there, track, episode = seen.tolist(), motion.track.tolist(), motion.episode.tolist()
     within, along = [], []
     for b, t in itertools.product(range(batch), range(time)):
-        keys = [(b, t, 0)] + [(b, t, k + 1) for k in range(parts) if there[b][t][k]]
-        within.append(([(b, t, row) for row in range(parts + 1)], keys))
-        for row in range(parts + 1):
+        keys = [(b, t, row) for row in range(mats)] + [(b, t, mats + k) for k in range(parts) if there[b][t][k]]
+        within.append(([(b, t, row) for row in range(mats + parts)], keys))
+        for row in range(mats + parts):
             keys = []
             for when in range(t + 1 if causal else time):
-                k, same = row - 1, episode[b][when] == episode[b][t]
-                if when == t or (same and (row == 0 or (there[b][when][k] and track[b][when][k] == track[b][t][k]))):
+                k, same = row - mats, episode[b][when] == episode[b][t]
+                meets = dae.mat_inter if row < mats else there[b][when][k] and track[b][when][k] == track[b][t][k]
+                if when == t or (same and meets):
                     keys.append((b, when, row))
             along.append(([(b, t, row)], keys))
     return within, along
 
 
 def encode(weights: Weights, motion: Motion, seen: Tensor, dae: Any) -> Tensor:
-    """Rows (B,T,1+K,d): [MAT] and the parts' local motion representations, from the ``seen`` tokens alone."""
+    """Rows (B,T,M+K,d): [MAT] and the parts' local motion representations, from the ``seen`` tokens alone."""
     batch, time = seen.shape[:2]
     when = weights["time_embed"][:time]
-    token = linear(weights, "patch_proj", motion.patch.flatten(3)) + two_layers(weights, "coord_embed", motion.where)
-    token = token + when[None, :, None]
-    mat = (weights["mat"] + when)[None, :, None].expand(batch, time, 1, dae.dim)
-    z = torch.cat([mat, token], 2)
+    token = linear(weights, "patch_proj", motion.patch.flatten(3))
+    if dae.coord:
+        token = token + two_layers(weights, "coord_embed", motion.where)
+    if dae.temporal:
+        token = token + when[None, :, None]
+    mats = []
+    for index, mat in enumerate(weights["mat"].view(dae.mats, dae.dim)):
+        row = mat.expand(time, dae.dim)
+        if dae.mats_placed:  # the centres of the cells of a square grid, from left to right, then down
+            side = math.isqrt(dae.mats)
+            centre = [(2 * cell + 1) / side - 1 for cell in (index % side, index // side)]
+            row = row + two_layers(weights, "coord_embed", torch.tensor(centre, dtype=torch.float64))
+        mats.append(row + when if dae.temporal and dae.mat_temporal else row)
+    z = torch.cat([torch.stack(mats, 1).expand(batch, time, dae.mats, dae.dim), token], 2)
     for index in range(dae.blocks):
-        z = block(under(weights, f"blocks.{index}"), z, *sight(motion, seen, causal=True), dae.heads)
+        z = block(under(weights, f"blocks.{index}"), z, sight(motion, seen, dae, causal=True), dae)
     return layer_norm(weights, "out_norm", z)
 
 
 def rebuild(weights: Weights, encoder: Weights, rows: Tensor, motion: Motion, hidden: Tensor, dae: Any) -> Tensor:
     """Patches (B,T,K,P,P,2): hidden tokens become the mask token with their place and time, the others are as encoded."""
-    mask = weights["mask_token"] + two_layers(encoder, "coord_embed", motion.where)
-    mask = mask + encoder["time_embed"][: hidden.shape[1]][None, :, None]
+    batch, time, parts = hidden.shape
+    mask = weights["mask_token"].expand(batch, time, parts, dae.dim)
+    if dae.coord:
+        mask = mask + two_layers(encoder, "coord_embed", motion.where)
+    if dae.temporal:
+        mask = mask + encoder["time_embed"][:time][None, :, None]
     known = linear(weights, "embed", rows)
-    parts = torch.stack(
-        [torch.where(hidden[:, :, k, None], mask[:, :, k], known[:, :, k + 1]) for k in range(hidden.shape[2])], 2
-    )
-    z = torch.cat([known[:, :, :1], parts], 2)
+    z = torch.cat([known[:, :, : dae.mats], torch.where(hidden[..., None], mask, known[:, :, dae.mats :])], 2)
     for index in range(dae.decoder_blocks):
-        z = block(under(weights, f"blocks.{index}"), z, *sight(motion, motion.seen, causal=dae.decoder_causal), dae.heads)
-    return linear(weights, "out", layer_norm(weights, "norm", z[:, :, 1:])).view_as(motion.patch)
+        z = block(under(weights, f"blocks.{index}"), z, sight(motion, motion.seen, dae, causal=dae.decoder_causal), dae)
+    return linear(weights, "out", layer_norm(weights, "norm", z[:, :, dae.mats :])).view_as(motion.patch)
 
 
 def patch_error(rebuilt: Tensor, truth: Tensor, chosen: Tensor) -> Tensor:
@@ -194,7 +211,7 @@ def recompose(
     """a^agg (B,T,d) of all visible tokens, the loss of Eq. 5 and, with ``from_code``, the loss of rebuilding from a^agg alone."""
     motion = atomic_actions(batch, dae)
     encoder = under(weights, "encoder")
-    agg = encode(encoder, motion, motion.seen, dae)[:, :, 0]
+    agg = encode(encoder, motion, motion.seen, dae)[:, :, : dae.mats].flatten(2)
     if "project.weight" in encoder:
         agg = linear(encoder, "project", agg)
     hidden = hidden_set(motion.seen, noise, dae.mask_ratio)
@@ -224,9 +241,13 @@ def resampled(x: Tensor, size: int) -> Tensor:
 
 
 def global_code(weights: Weights, flow: Tensor, dae: Any) -> Tensor:
-    """One code (B,T,d) of the whole field (B,T,S,S,2), brought to 64 pixels, through four convolutions."""
+    """One code (B,T,d) of the whole field (B,T,S,S,2) at 64 pixels, by means or straight lines, through four convolutions."""
     x = flow.double().flatten(0, 1).permute(0, 3, 1, 2).clamp(-dae.flow_clip, dae.flow_clip) / dae.flow_scale
-    x = resampled(resampled(x, 64).transpose(2, 3), 64).transpose(2, 3)
+    share = x.shape[-1] // 64
+    if share > 1:
+        x = x.unflatten(3, (64, share)).mean(4).unflatten(2, (64, share)).mean(3)
+    elif not share:
+        x = resampled(resampled(x, 64).transpose(2, 3), 64).transpose(2, 3)
     for index in range(4):
         weight = weights[f"convolutions.{index}.weight"]
         windows = x.unfold(2, 4, 2).unfold(3, 4, 2)  # (N, C, h, w, 4, 4)
