@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from localmotion.config import WorldModelConfig
@@ -21,25 +20,16 @@ from localmotion.models.dae import DAEConfig, MaskedMotion, Motion, atomic_actio
 from localmotion.models.global_flow import GlobalFlow
 from localmotion.models.image import ImageModel, image_losses
 from written_out import context, motion, stacked
+from written_out.product import Draws, in_float64, shaken
 
 SIDE, PARTS = 16, 3
 
 
 @pytest.fixture(autouse=True)
-def precise(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The product in float64: what it makes by `float()` and by default."""
-    monkeypatch.setattr(Tensor, "float", Tensor.double)
-    torch.set_default_dtype(torch.float64)
+def precise() -> Iterator[None]:
     torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-def shaken(module: nn.Module) -> Any:
-    """The module with weights of which none is zero or one by its initialisation."""
-    for parameter in module.parameters():
-        parameter.data.add_(0.1 * torch.randn(parameter.shape))
-    return module
+    with in_float64():
+        yield
 
 
 def motion_batch(batch: int = 2, time: int = 5, side: int = SIDE, parts: int = PARTS) -> dict[str, Tensor]:
@@ -237,51 +227,19 @@ WORLDS: dict[str, dict[str, Any]] = {
 }
 
 
-class Draws:
-    """Records what the product draws, then gives the same numbers to the written-out side in the same order."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.kept: list[Tensor] = []
-        for name in ("rand", "randint"):
-            monkeypatch.setattr(torch, name, self._recorded(getattr(torch, name)))
-        monkeypatch.setattr(functional, "dropout", self._dropout)
-
-    def _recorded(self, draw: Any) -> Any:
-        def drawn(*args: Any, **kwargs: Any) -> Tensor:
-            self.kept.append(draw(*args, **kwargs))
-            return self.kept[-1]
-
-        return drawn
-
-    def _dropout(self, x: Tensor, rate: float) -> Tensor:
-        return x * (torch.rand(x.shape) >= rate) / (1 - rate)
-
-    def uniform(self, *shape: int) -> Tensor:
-        first = self.kept.pop(0)
-        assert first.shape == shape
-        return first.double()
-
-    def pick(self, time: int, count: int) -> list[int]:
-        first = self.kept.pop(0)
-        assert first.shape == (count,)
-        assert set(first.tolist()) <= set(range(time))
-        return [int(frame) for frame in first]
-
-
 @pytest.mark.parametrize("erase", [False, True])
 @pytest.mark.parametrize("name", WORLDS)
-def test_embedding_context_and_losses_of_pictures_are_the_written_out_ones(
-    name: str, erase: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_embedding_context_and_losses_of_pictures_are_the_written_out_ones(name: str, erase: bool) -> None:
     world = WorldModelConfig(depth=4, deter=5, stoch=2, classes=3, **WORLDS[name])
     model = shaken(ImageModel(world, image_size=16))
     batch = {"image": torch.randint(0, 256, (2, 3, 16, 16, 3), dtype=torch.uint8)}
     feats = [torch.randn(2, 3, 11) for _ in range(2)]
     before = {key: value.clone() for key, value in model.named_buffers()}
-    draws = Draws(monkeypatch)
-    truth = model.pixels(batch["image"])
-    embed, around = model.encode(truth, batch["image"], erase=erase)
-    losses = model.losses(feats, around, truth)
+    draws = Draws()
+    with draws.recorded():
+        truth = model.pixels(batch["image"])
+        embed, around = model.encode(truth, batch["image"], erase=erase)
+        losses = model.losses(feats, around, truth)
     written = context.Picture({**dict(model.named_parameters()), **before}, world, 16, prefix="")
     code, known, seen = context.observe(written, batch, draws.uniform, draws.pick, erase=erase)
     wanted = torch.stack(written.losses(feats, known, seen, draws.uniform))

@@ -66,7 +66,7 @@ class Picture:
 
     def __init__(self, weights: Weights, world: Any, image_size: int, prefix: str = "image") -> None:
         self.weights, self.world, self.side, self.prefix = weights, world, image_size, prefix
-        self.norm = Norm()
+        self.norm, self.erased = Norm(), 0
         self.copies = world.context and world.context_copy
 
     @property
@@ -226,6 +226,7 @@ def observe(
     pictures = [image[b, frame[b]] for b in range(len(image))]
     if erase:
         noise = draw(len(image), 6).tolist()
-        pictures = [erased(picture, u) for picture, u in zip(pictures, noise, strict=True)]
+        whole, pictures = pictures, [erased(picture, u) for picture, u in zip(pictures, noise, strict=True)]
+        model.erased += sum(not torch.equal(*pair) for pair in zip(whole, pictures, strict=True))
     seen = pixels(torch.stack(pictures), model.world)
     return embed, Context(frame, seen, model.encode("context_encoder", seen)[1]), truth
