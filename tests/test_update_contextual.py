@@ -18,7 +18,7 @@ from localmotion import methods
 from localmotion.config import RunConfig, Stage, compose
 from localmotion.training.update import Updater
 from method_batches import ACTIONS, CPU
-from written_out import core, stages
+from written_out import dynamics, stages
 from written_out.product import Draws, in_float64, shaken
 
 SMALL = (
@@ -157,7 +157,7 @@ class Written:
         self.case, self.run, self.count = case, run, 0
         self.state = {name: value.clone() for name, value in method.state_dict().items()}
         self.learned = {name for name, parameter in method.named_parameters() if parameter.requires_grad}
-        self.optimisers: dict[str, core.Adam] = {}
+        self.optimisers: dict[str, dynamics.Adam] = {}
 
     def update(self, batch: dict[str, Tensor], draws: Draws) -> tuple[dict[str, Tensor], dict[str, float], Any]:
         """Losses and gradient norms; the state becomes what the update leaves behind."""
@@ -177,7 +177,7 @@ class Written:
         losses = dict(world.losses)
         if world.start is not None:
             weights = self.leaves()  # imagination is in the world model as it is now
-            behaviour = core.behaviour(weights, world.start, run.model, ACTIONS, draws.uniform)
+            behaviour = dynamics.behaviour(weights, world.start, run.model, ACTIONS, draws.uniform)
             for name, loss in behaviour.items():
                 norms[name] = self.step(name, groups[name], weights, loss)
             losses |= behaviour
@@ -200,7 +200,7 @@ class Written:
         found = torch.autograd.grad(loss, [weights[key] for key in mine], retain_graph=True, allow_unused=True)
         gradients = {key: gradient for key, gradient in zip(mine, found, strict=True) if gradient is not None}
         rate = group.rate if self.count >= group.frozen else 0.0
-        norm, stepped = self.optimisers.setdefault(name, core.Adam(self.run.optim)).step(weights, gradients, rate)
+        norm, stepped = self.optimisers.setdefault(name, dynamics.Adam(self.run.optim)).step(weights, gradients, rate)
         self.state |= stepped
         return norm
 

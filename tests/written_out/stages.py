@@ -15,7 +15,7 @@ from torch import Tensor
 
 from written_out import motion
 from written_out.context import Draw, Picture, observe
-from written_out.core import Dynamics, divergence, feature, head, kl
+from written_out.dynamics import Dynamics, divergence, feature, head, kl
 from written_out.motion import Weights, under
 from written_out.stacked import adapt, bonus
 
