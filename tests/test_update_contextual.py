@@ -48,6 +48,8 @@ WEIGHTS = (
     "model.intrinsic_weight=0.6",
     "model.world.context_dropout=0.1",
     "online.freeze_updates=0",
+    "online.actor_lr=2e-4",
+    "online.critic_lr=5e-4",
 )
 PAPER = (
     "model.world.stem=conv",
@@ -229,3 +231,12 @@ def test_an_update_is_the_written_out_one(name: str) -> None:
             torch.testing.assert_close(state[key], value, rtol=1e-7, atol=1e-8, msg=lambda text, key=key: f"{key}: {text}")
         if run.stage == "finetune" and run.model.context_erasing:
             assert stacked.picture.erased
+
+
+@pytest.mark.parametrize("name", ["ipv finetune", "drp finetune"])
+def test_imagination_starts_from_states_of_s_without_their_past(name: str) -> None:
+    """A start that kept its graph would hold the world model's whole backward pass in memory until the actor's step is done."""
+    case = CASES[name]
+    _, method = made(case)
+    _, _, start = method.world_model_losses(batch_of(case.side, 0))
+    assert not any(part.requires_grad for part in start)
