@@ -1,7 +1,6 @@
 """Whole updates of IPV and DRP against the same updates written out: losses, gradients, rates, stepped weights, and what else changes.
 
-Each case runs the product's own update on a tiny batch with weights of which none is zero, and then the written-out one with the same
-weights, batch and random numbers. Both compute in float64.
+Each case takes a tiny batch and weights of which none is zero. The cases differ in the settings that change what is computed.
 """
 
 from __future__ import annotations
@@ -16,10 +15,10 @@ from torch import Tensor
 
 from localmotion import methods
 from localmotion.config import RunConfig, Stage, compose
-from localmotion.training.update import Updater
-from method_batches import ACTIONS, CPU
-from written_out import dynamics, stages
-from written_out.product import Draws, in_float64, shaken
+from method_batches import ACTIONS
+from written_out import stages
+from written_out.compare import check_update
+from written_out.product import in_float64, shaken
 
 SMALL = (
     "model.world.depth=4",
@@ -152,85 +151,13 @@ def made(case: Case) -> tuple[RunConfig, Any]:
     return run, method
 
 
-class Written:
-    """The written-out update; it keeps weights, buffers and the optimisers' moments from one update to the next."""
-
-    def __init__(self, case: Case, run: RunConfig, method: Any) -> None:
-        self.case, self.run, self.count = case, run, 0
-        self.state = {name: value.clone() for name, value in method.state_dict().items()}
-        self.learned = {name for name, parameter in method.named_parameters() if parameter.requires_grad}
-        self.optimisers: dict[str, dynamics.Adam] = {}
-
-    def update(self, batch: dict[str, Tensor], draws: Draws) -> tuple[dict[str, Tensor], dict[str, float], Any]:
-        """Losses and gradient norms; the state becomes what the update leaves behind."""
-        run, case, norms = self.run, self.case, {}
-        weights = self.leaves()
-        stacked = {"ipv": stages.IPV, "drp": stages.DRP}[case.method](weights, batch, run, draws.uniform, draws.pick, case.side)
-        world = stacked.pretrain() if case.stage == "pretrain" else stacked.finetune()
-        total = torch.stack([world.losses[name] * world.scales[name] for name in world.losses]).sum()
-        if case.stage == "pretrain":
-            left = min(1.0, (run.pretrain.updates - self.count) / max(run.pretrain.lr_decay * run.pretrain.updates, 1e-9))
-            groups = {"model": stages.Learns(("",), run.pretrain.lr * left)}
-        else:
-            groups = stacked.groups(case.loaded)
-        for name, group in groups.items():
-            if name not in ("actor", "critic"):
-                norms[name] = self.step(name, group, weights, total)
-        losses = dict(world.losses)
-        if world.start is not None:
-            weights = self.leaves()  # imagination is in the world model as it is now
-            behaviour = dynamics.behaviour(weights, world.start, run.model, ACTIONS, draws.uniform)
-            for name, loss in behaviour.items():
-                norms[name] = self.step(name, groups[name], weights, loss)
-            losses |= behaviour
-        self.state |= stacked.buffers | stacked.picture.statistics
-        self.count += 1
-        for name in [name for name in self.state if name.endswith("num_batches_tracked")]:
-            self.state[name] += 1
-        if world.start is not None:
-            self.state["behaviour.updates"] += 1
-            if self.count % run.model.behaviour.slow_critic_every == 0:
-                for name in [name for name in self.state if name.startswith("behaviour.slow_critic.")]:
-                    self.state[name] = self.state[name.replace("slow_critic", "critic")].clone()
-        return losses, norms, stacked
-
-    def leaves(self) -> dict[str, Tensor]:
-        return {name: value.detach().clone().requires_grad_(name in self.learned) for name, value in self.state.items()}
-
-    def step(self, name: str, group: stages.Learns, weights: dict[str, Tensor], loss: Tensor) -> float:
-        mine = [key for key in weights if key in self.learned and key.startswith(group.prefixes)]
-        found = torch.autograd.grad(loss, [weights[key] for key in mine], retain_graph=True, allow_unused=True)
-        gradients = {key: gradient for key, gradient in zip(mine, found, strict=True) if gradient is not None}
-        rate = group.rate if self.count >= group.frozen else 0.0
-        norm, stepped = self.optimisers.setdefault(name, dynamics.Adam(self.run.optim)).step(weights, gradients, rate)
-        self.state |= stepped
-        return norm
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_an_update_is_the_written_out_one(name: str) -> None:
     case = CASES[name]
     run, method = made(case)
-    updater, written = Updater(method, run, CPU, pretrained=case.loaded), Written(case, run, method)
-    for number in range(case.updates):
-        batch, draws = batch_of(case.side, number), Draws()
-        with draws.recorded():
-            found = updater.pretrain(batch) if case.stage == "pretrain" else updater.online(batch)
-        losses, norms, stacked = written.update(batch, draws)
-        assert not draws.kept
-        assert {key for key in found if key.startswith("loss/")} == {f"loss/{key}" for key in losses}
-        assert {key for key in found if key.startswith("grad/")} == {f"grad/{key}" for key in norms}
-        wanted = {f"loss/{key}": float(loss.detach()) for key, loss in losses.items()}
-        wanted |= {f"grad/{key}": norm for key, norm in norms.items()}
-        wanted |= {key: float(value) for key, value in stacked.metrics.items() if key in found}
-        for key, value in wanted.items():
-            assert float(found[key]) == pytest.approx(value, rel=1e-6, abs=1e-9), key
-        state = method.state_dict()
-        assert state.keys() == written.state.keys()
-        for key, value in written.state.items():
-            torch.testing.assert_close(state[key], value, rtol=1e-7, atol=1e-8, msg=lambda text, key=key: f"{key}: {text}")
-        if run.stage == "finetune" and run.model.context_erasing:
-            assert stacked.picture.erased
+    batches = [batch_of(case.side, number) for number in range(case.updates)]
+    last = check_update(method, run, {"ipv": stages.IPV, "drp": stages.DRP}[case.method], batches, loaded=case.loaded)
+    assert bool(last.picture.erased) == getattr(run.model, "context_erasing", False)  # the numbers erase something
 
 
 @pytest.mark.parametrize("name", ["ipv finetune", "drp finetune"])

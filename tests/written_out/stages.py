@@ -7,48 +7,36 @@ their names, with the numbers that the update drew. B sequences, T positions.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from written_out import motion
-from written_out.context import Draw, Picture, observe
+from written_out.compare import Learns, World
+from written_out.context import Picture, observe
 from written_out.dynamics import Dynamics, divergence, feature, head, kl
 from written_out.motion import Weights, under
+from written_out.product import Draws
 from written_out.stacked import adapt, bonus
-
-
-@dataclass
-class World:
-    """What a world model's losses are made of."""
-
-    losses: dict[str, Tensor]
-    scales: dict[str, float]
-    start: tuple[Tensor, Tensor] | None = None
-    """Latents (B*T, S, C) and states (B*T, D) of s, from which imagination starts."""
-
-
-@dataclass
-class Learns:
-    """One optimiser: the weights whose names begin so, their rate, and for how many first updates the rate is zero."""
-
-    prefixes: tuple[str, ...]
-    rate: float
-    frozen: int = 0
 
 
 class Stacked:
     """One method's losses with its settings (``run``)."""
 
-    def __init__(self, weights: Weights, batch: Mapping[str, Tensor], run: Any, draw: Draw, pick: Any, image_size: int) -> None:
-        self.weights, self.batch, self.run, self.draw, self.pick = weights, batch, run, draw, pick
+    REPORTED = ("latent", "dynamics")
+    """The dynamics models whose KL is reported in fine-tuning."""
+
+    def __init__(self, weights: Weights, batch: Mapping[str, Tensor], run: Any, draws: Draws) -> None:
+        self.weights, self.batch, self.run, self.draw, self.pick = weights, batch, run, draws.uniform, draws.pick
         self.model, self.world = run.model, run.model.world
-        self.picture = Picture(under(weights, "image"), self.world, image_size)
+        self.picture = Picture(under(weights, "image"), self.world, batch["image"].shape[2])
         self.buffers: dict[str, Tensor] = {}
-        """Buffers as the losses leave them behind."""
         self.metrics: dict[str, Tensor] = {}
+
+    def changed(self) -> dict[str, Tensor]:
+        """The bonus's queue and the running statistics of the pictures' norms."""
+        return self.buffers | self.picture.statistics
 
     def dynamics(self, name: str, embed: Tensor, action: Tensor, free: float) -> tuple[Tensor, Tensor, Tensor]:
         """Latents (B,T,S,C), deterministic states (B,T,D) and the KL of the posterior to the prior of one dynamics model."""
@@ -56,7 +44,8 @@ class Stacked:
         noise = self.draw(first.shape[1], first.shape[0], world.stoch, world.classes)
         rssm = Dynamics(under(self.weights, name), world)
         post, stoch, deter, prior = rssm.observe(embed, action, first, noise)
-        self.metrics[f"{name}/kl"] = divergence(post, prior).detach()
+        if self.run.stage == "pretrain" or name in self.REPORTED:
+            self.metrics[f"{name}/kl"] = divergence(post, prior).detach()
         return stoch, deter, kl(post, prior, world.kl_balance, free)
 
     def rewards(self, feat: Tensor, phi: Tensor) -> dict[str, Tensor]:
@@ -134,6 +123,8 @@ def actor_and_critic(run: Any) -> dict[str, Learns]:
 
 
 class DRP(Stacked):
+    REPORTED = ("dynamics",)
+
     def motion(self) -> tuple[Tensor, dict[str, Tensor], dict[str, float]]:
         """a^agg, the losses of the motion encoder and their weights."""
         model, weights = self.model, under(self.weights, "motion")
