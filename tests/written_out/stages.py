@@ -1,6 +1,7 @@
-"""Whole updates of IPV and DRP written out: the losses of pre-training and fine-tuning, their weights, and who learns at which rate.
+"""Whole updates written out: the losses of pre-training and fine-tuning, their weights, and who learns at which rate.
 
-IPV is arXiv 2305.18499, DRP is arXiv 2607.00808 (Algorithms 1 and 2, Eqs. 1-9). Everything is computed in float64 from a dict of weights by
+IPV is arXiv 2305.18499, APV arXiv 2203.13880, DreamerV2 arXiv 2010.02193 with the settings of IPV's baseline, DRP arXiv 2607.00808
+(Algorithms 1 and 2, Eqs. 1-9). Everything is computed in float64 from a dict of weights by
 their names, with the numbers that the update drew. B sequences, T positions.
 """
 
@@ -48,19 +49,20 @@ class Stacked:
             self.metrics[f"{name}/kl"] = divergence(post, prior).detach()
         return stoch, deter, kl(post, prior, world.kl_balance, free)
 
-    def rewards(self, feat: Tensor, phi: Tensor) -> dict[str, Tensor]:
+    def rewards(
+        self, feat: Tensor, phi: Tensor, heads: tuple[str, ...] = ("reward", "reward_representative")
+    ) -> dict[str, Tensor]:
         """The representative head learns r at every position, the behavioural one r + lambda r_int where a window of five begins."""
         reward = self.batch["reward"].double()
         novel, after = bonus(under(self.weights, "bonus"), phi.detach(), self.batch["is_first"])
         self.buffers |= {f"bonus.{name}": value for name, value in after.items()}
         target = reward[:, : novel.shape[1]] + self.model.intrinsic_weight * novel
-        behavioural = head(under(self.weights, "reward.net"), feat).squeeze(-1)[:, : novel.shape[1]]
-        representative = head(under(self.weights, "reward_representative.net"), feat).squeeze(-1)
         self.metrics["bonus/mean"] = novel.mean()
-        return {
-            "reward": 0.5 * (behavioural - target).square().mean(),
-            "reward_representative": 0.5 * (representative - reward).square().mean(),
-        }
+        targets, losses = {"reward": target, "reward_representative": reward}, {}
+        for name in heads:
+            value = head(under(self.weights, f"{name}.net"), feat).squeeze(-1)
+            losses[name] = 0.5 * (value[:, : targets[name].shape[1]] - targets[name]).square().mean()
+        return losses
 
 
 class IPV(Stacked):
@@ -76,7 +78,8 @@ class IPV(Stacked):
 
     def finetune(self) -> World:
         model = self.model
-        embed, around, truth = observe(self.picture, self.batch, self.draw, self.pick, erase=model.context_erasing)
+        erase = getattr(model, "context_erasing", False)
+        embed, around, truth = observe(self.picture, self.batch, self.draw, self.pick, erase=erase)
         stoch, deter, z_kl = self.dynamics("latent", embed, self.no_action(), model.free_nats)
         phi = feature(stoch, deter)
         seen = torch.cat([embed, phi], -1) if model.embed_input else phi
@@ -88,9 +91,10 @@ class IPV(Stacked):
             "image": self.world.image_weight,
             "kl": model.beta_s,
             "latent_kl": model.beta_z_finetune,
-            "reward": 1.0,
-            "reward_representative": model.beta_r,
+            "reward": self.world.reward_weight,
         }
+        if "reward_representative" in losses:
+            scales["reward_representative"] = model.beta_r * self.world.reward_weight
         return World(losses, scales, (stoch.detach().flatten(0, 1), deter.detach().flatten(0, 1)))
 
     def groups(self, pretrained: bool) -> dict[str, Learns]:
@@ -108,6 +112,35 @@ class IPV(Stacked):
             "model": Learns(tuple(new), online.lr),
             **actor_and_critic(self.run),
         }
+
+
+class APV(IPV):
+    """IPV's two models without a context frame and with one reward head."""
+
+    def rewards(self, feat: Tensor, phi: Tensor, heads: tuple[str, ...] = ("reward",)) -> dict[str, Tensor]:
+        """The head learns r + lambda r_int where a window of five begins."""
+        return super().rewards(feat, phi, heads)
+
+
+class DreamerV2(Stacked):
+    """One model that is given the actions and observes the pictures."""
+
+    def pretrain(self) -> World:
+        raise NotImplementedError
+
+    def finetune(self) -> World:
+        model, world = self.model, self.world
+        embed, around, truth = observe(self.picture, self.batch, self.draw, self.pick, erase=False)
+        stoch, deter, s_kl = self.dynamics("dynamics", embed, self.batch["action"].double(), model.free_nats)
+        feat = feature(stoch, deter)
+        (image,) = self.picture.losses([feat], around, truth, self.draw)
+        error = head(under(self.weights, "reward.net"), feat).squeeze(-1) - self.batch["reward"].double()
+        losses = {"image": image, "kl": s_kl, "reward": 0.5 * error.square().mean()}
+        scales = {"image": world.image_weight, "kl": model.beta, "reward": world.reward_weight}
+        return World(losses, scales, (stoch.detach().flatten(0, 1), deter.detach().flatten(0, 1)))
+
+    def groups(self, pretrained: bool) -> dict[str, Learns]:
+        return {"model": Learns(("image.", "dynamics.", "reward."), self.run.online.lr), **actor_and_critic(self.run)}
 
 
 def loads(run: Any) -> set[str]:
@@ -159,8 +192,9 @@ class DRP(Stacked):
         latent_image, image = self.picture.losses([z, s], around, truth, self.draw)
         losses |= {"latent_image": latent_image, "latent_kl": z_kl, "image": image, "kl": s_kl, **self.rewards(s, z)}
         weight = world.image_weight
-        scales |= {"latent_image": weight, "latent_kl": model.beta_z, "image": weight, "kl": model.beta_s}
-        scales |= {"reward": 1.0, "reward_representative": model.beta_r}
+        beta_z = model.beta_z if model.beta_z_finetune is None else model.beta_z_finetune
+        scales |= {"latent_image": weight, "latent_kl": beta_z, "image": weight, "kl": model.beta_s}
+        scales |= {"reward": world.reward_weight, "reward_representative": model.beta_r * world.reward_weight}
         return World(losses, scales, (stoch.detach().flatten(0, 1), deter.detach().flatten(0, 1)))
 
     def groups(self, pretrained: bool) -> dict[str, Learns]:

@@ -1,4 +1,4 @@
-"""Whole updates of IPV and DRP against the same updates written out: losses, gradients, rates, stepped weights, and what else changes.
+"""Whole updates of DreamerV2, APV, IPV and DRP against the same written out: losses, gradients, rates, weights, and what else changes.
 
 Each case takes a tiny batch and weights of which none is zero. The cases differ in the settings that change what is computed.
 """
@@ -29,6 +29,7 @@ SMALL = (
     "model.behaviour.horizon=3",
     "model.behaviour.entropy=0.3",
     "model.world.image_weight=0.8",
+    "model.world.reward_weight=1.7",
     "model.world.kl_balance=0.7",
     "optim.weight_decay=0.01",
 )
@@ -41,15 +42,9 @@ DAE = (
     "model.dae.flow_scale=0.7",
     "model.dae.mask_ratio=0.4",
 )
-WEIGHTS = (
-    "model.beta_s=0.7",
-    "model.beta_r=0.3",
-    "model.intrinsic_weight=0.6",
-    "model.world.context_dropout=0.1",
-    "online.freeze_updates=0",
-    "online.actor_lr=2e-4",
-    "online.critic_lr=5e-4",
-)
+BONUS = ("model.beta_s=0.7", "model.intrinsic_weight=0.6")
+RATES = ("online.actor_lr=2e-4", "online.critic_lr=5e-4")
+WEIGHTS = (*BONUS, *RATES, "model.beta_r=0.3", "model.world.context_dropout=0.1", "online.freeze_updates=0")
 PAPER = (
     "model.world.stem=conv",
     "model.world.norm=batch",
@@ -86,6 +81,21 @@ CASES = {
     "ipv finetune, pictures loaded": Case("ipv", "finetune", (*FINE, "online.freeze_updates=1"), load="image"),
     "ipv finetune, dynamics loaded": Case("ipv", "finetune", (*FINE, "online.freeze_updates=1"), load="latent"),
     "ipv finetune, nothing loaded": Case("ipv", "finetune", (*FINE, "online.pretrained_lr_factor=0.3"), loaded=False),
+    "apv pretrain": Case("apv", "pretrain", (*SMALL, "model.beta_z=0.4"), updates=2),
+    "apv pretrain, the paper's pictures": Case("apv", "pretrain", (*SMALL, *PAPER)),
+    "apv finetune": Case(
+        "apv", "finetune", (*SMALL, *BONUS, *RATES, "model.beta_z_finetune=0.4", "online.freeze_updates=1"), updates=2
+    ),
+    "apv finetune, on DMC": Case(
+        "apv", "finetune", (*SMALL, *BONUS, *RATES, "model.embed_input=true", "model.free_nats=0.3", "model.action_pad=2")
+    ),
+    "apv finetune, dynamics loaded": Case(
+        "apv", "finetune", (*SMALL, *BONUS, *RATES, "online.freeze_updates=1", "online.pretrained_lr_factor=0.3"), load="latent"
+    ),
+    "dreamer_v2": Case(
+        "dreamer_v2", "train", (*SMALL, *RATES, "model.beta=0.7", "model.behaviour.slow_critic_every=2"), updates=3, loaded=False
+    ),
+    "dreamer_v2, free nats": Case("dreamer_v2", "train", (*SMALL, *PAPER, "model.free_nats=1.5", "optim.clip=0.5"), loaded=False),
     "drp pretrain": Case("drp", "pretrain", (*SMALL, *DAE, "model.beta_z=0.4", "model.world.context_dropout=0.1")),
     "drp pretrain, apart": Case("drp", "pretrain", (*SMALL, *DAE, "model.joint_gradient=false", "model.recompose_weight=0.4")),
     "drp pretrain, global flow": Case("drp", "pretrain", (*SMALL, "model.dae.dim=8", "model.motion_encoder=global"), side=32),
@@ -95,6 +105,7 @@ CASES = {
         (*FINE, *DAE, "model.beta_z=0.4", "online.freeze_updates=1", "model.behaviour.slow_critic_every=2"),
         updates=2,
     ),
+    "drp finetune, the latent dynamics' own weight": Case("drp", "finetune", (*FINE, *DAE, "model.beta_z_finetune=0.2")),
     "drp finetune, on DMC": Case(
         "drp", "finetune", (*FINE, *DAE, "model.embed_input=true", "model.free_nats=0.3", "model.adapter=mlp")
     ),
@@ -108,6 +119,9 @@ CASES = {
     "drp finetune, pictures loaded": Case("drp", "finetune", (*FINE, *DAE, "online.freeze_updates=1"), load="image"),
     "drp finetune, nothing loaded": Case("drp", "finetune", (*FINE, *DAE, "model.adapter=linear"), loaded=False),
 }
+
+
+WRITTEN_OUT = {"apv": stages.APV, "dreamer_v2": stages.DreamerV2, "drp": stages.DRP, "ipv": stages.IPV}
 
 
 @pytest.fixture(autouse=True)
@@ -144,7 +158,7 @@ def made(case: Case) -> tuple[RunConfig, Any]:
     torch.manual_seed(3)
     actions = None if case.stage == "pretrain" else ACTIONS
     method = shaken(methods.get(case.method)(run.model, image_size=case.side, action_dim=actions)).double()
-    if actions:  # a bonus that has seen something
+    if hasattr(method, "bonus"):  # a bonus that has seen something
         method.bonus.queue[:30] = 0.1 * torch.randn(30, 128)
         method.bonus.filled.fill_(30)
         method.bonus.mean.fill_(0.7)
@@ -156,7 +170,7 @@ def test_an_update_is_the_written_out_one(name: str) -> None:
     case = CASES[name]
     run, method = made(case)
     batches = [batch_of(case.side, number) for number in range(case.updates)]
-    last = check_update(method, run, {"ipv": stages.IPV, "drp": stages.DRP}[case.method], batches, loaded=case.loaded)
+    last = check_update(method, run, WRITTEN_OUT[case.method], batches, loaded=case.loaded)
     assert bool(last.picture.erased) == getattr(run.model, "context_erasing", False)  # the numbers erase something
 
 
