@@ -105,7 +105,25 @@ ELSEWHERE = {
 
 def record(path: Path, *settings: str) -> dict[str, Any]:
     """What a run of DreamerV2 does whose updates are counted and not computed."""
-    seen: dict[str, Any] = {"shape": set(), "drawn": hashlib.sha256(), "episodes": set(), "saved": []}
+    seen: dict[str, Any] = {
+        "shape": set(),
+        "drawn": hashlib.sha256(),
+        "episodes": set(),
+        "saved": [],
+        "judged": set(),
+        "played": set(),
+        "made": [],
+    }
+
+    class Policy(rollout.MethodPolicy):
+        def __init__(self, *args: Any, explore: bool, **kwargs: Any) -> None:
+            super().__init__(*args, explore=explore, **kwargs)
+            self.explore = explore
+            seen["made"].append(explore)
+
+        def __call__(self, *args: Any) -> Any:
+            seen["played"].add(self.explore)
+            return super().__call__(*args)
 
     def online(self: Updater, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         seen["shape"].add(tuple(batch["reward"].shape))
@@ -113,8 +131,10 @@ def record(path: Path, *settings: str) -> dict[str, Any]:
         self.update += 1
         return {}
 
-    def evaluate(*args: Any, episodes: int, **kwargs: Any) -> Any:
+    def evaluate(policy_for: Any, *args: Any, episodes: int, **kwargs: Any) -> Any:
         seen["episodes"].add(episodes)
+        policy_for()
+        seen["judged"].add(seen["made"][-1])
         return rollout.Rollout([0.0] * episodes, [0.0] * episodes, [1] * episodes)
 
     save = loop._Learner.save
@@ -127,6 +147,7 @@ def record(path: Path, *settings: str) -> dict[str, Any]:
     with (
         mock.patch.object(Updater, "online", online),
         mock.patch.object(loop, "evaluate", evaluate),
+        mock.patch.object(loop, "MethodPolicy", Policy),
         mock.patch.object(loop._Learner, "save", saved),
     ):
         loop.finetune(run, path)
@@ -139,6 +160,7 @@ def record(path: Path, *settings: str) -> dict[str, Any]:
         "episodes": seen["episodes"],
         "logged": [row["update"] for row in rows if row["kind"] == "train"],
         "saved": seen["saved"],
+        "explores": (seen["played"], seen["judged"]),
     }
 
 
@@ -166,3 +188,7 @@ def test_the_loop_keeps_its_clocks(plain: dict[str, Any]) -> None:
     assert plain["updates"] == 2 + 128 // 4
     assert plain["shape"] == {(2, 8)}
     assert plain["evaluated"] == [64, 128, 192]
+
+
+def test_a_run_explores_while_it_collects_and_not_while_it_is_judged(plain: dict[str, Any]) -> None:
+    assert plain["explores"] == ({True}, {False})

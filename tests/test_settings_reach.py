@@ -72,12 +72,12 @@ def changed(run: RunConfig, name: str, value: Any) -> RunConfig:
 
 
 @contextmanager
-def same_noise() -> Iterator[None]:
+def same_noise(seed: int = 7) -> Iterator[None]:
     """Random numbers are a function of their shape alone: one draw more in one place changes no draw in another."""
 
     def fixed(draw: Any) -> Any:
         def drawn(*args: Any, **kwargs: Any) -> Tensor:
-            return draw(*args, **{**kwargs, "generator": torch.Generator().manual_seed(7)})
+            return draw(*args, **{**kwargs, "generator": torch.Generator().manual_seed(seed)})
 
         return drawn
 
