@@ -76,8 +76,8 @@ def test_a_point_that_leaves_the_picture_is_lost_and_stays_lost(direction: tuple
     assert np.abs(tracks - true)[visible].max() < 1.5
     safe = ((true >= 8) & (true <= side - 9)).all(-1).all(0)
     assert visible[:, safe].mean() > 0.9
-    lost = ~visible
-    assert np.array_equal(tracks[1:][lost[1:] & lost[:-1]], tracks[:-1][lost[1:] & lost[:-1]])  # it waits where it was lost
+    lost = ~visible[1:]
+    assert np.array_equal(tracks[1:][lost], tracks[:-1][lost])  # it waits where it was seen last
 
 
 def test_the_slow_critics_clock_goes_on_after_a_resume() -> None:
@@ -118,3 +118,12 @@ def test_every_generator_goes_on_where_it_was() -> None:
         assert again == went_on
     finally:
         checkpoint.set_rng_state(saved)
+
+
+@pytest.mark.parametrize(("size", "filmed"), [(32, 128), (64, 64), (96, 96)])
+def test_a_film_of_an_agent_with_small_pictures_is_drawn_larger(size: int, filmed: int) -> None:
+    observer = rollout.Observer(make_env("toy:dot", size=size, time_limit=3), None)
+    frames = rollout.run_episodes([observer], [0], rollout.random_policy(observer.action_dim, 0), keep_frames=True).frames
+    assert frames is not None
+    assert frames.shape == (4, filmed, filmed, 3)
+    assert len(np.unique(frames)) > 1
