@@ -24,7 +24,8 @@ def known() -> dict[tuple[str, Stage], Any]:
     """Each method with weights that let every input through, in evaluation mode."""
     found = {}
     for name, stage in STAGES:
-        run, _ = make(name, stage)
+        # A decoder that copies asks how the feature differs from the context frame's: then every picture knows of every observed frame.
+        run, _ = make(name, stage, *(["context_copy=false"] if name in ("drp", "ipv") else []))
         method = found[name, stage] = build(run).eval()
         with torch.no_grad():
             for weight in (value for key, value in method.named_parameters() if ".post" in key and key.endswith("weight")):

@@ -188,6 +188,7 @@ def test_the_loop_keeps_its_clocks(plain: dict[str, Any]) -> None:
     assert plain["updates"] == 2 + 128 // 4
     assert plain["shape"] == {(2, 8)}
     assert plain["evaluated"] == [64, 128, 192]
+    assert plain["episodes"] == {1, 10}  # the last evaluation plays at least ten
 
 
 def test_a_run_explores_while_it_collects_and_not_while_it_is_judged(plain: dict[str, Any]) -> None:
