@@ -27,6 +27,30 @@ def settings(**model: Any) -> dict[str, Any]:
 CASES = [
     Case(DreamerV2, "train", dreamer_v2.train, **settings(beta=0.7)),
     Case(DreamerV2, "train", dreamer_v2.train, **settings(beta=0.7, free_nats=50.0), label="free-nats"),
+    Case(
+        DreamerV2,
+        "train",
+        dreamer_v2.train,
+        **settings(world={**WORLD, "encoder": "resnet", "stem": "unshuffle"}),
+        updates=1,
+        label="residual",
+    ),
+    Case(
+        DreamerV2,
+        "train",
+        dreamer_v2.train,
+        **settings(world={**WORLD, "encoder": "resnet", "depth": 2}),
+        updates=1,
+        label="residual-paper",
+    ),
+    Case(
+        DreamerV2,
+        "train",
+        dreamer_v2.train,
+        **settings(world={**WORLD, "encoder": "resnet", "norm": "none", "depth": 2}),
+        updates=1,
+        label="residual-plain",
+    ),
 ]
 
 

@@ -228,7 +228,10 @@ class TruncatedNormal(NamedTuple):
 
 
 def lambda_returns(reward: Tensor, value: Tensor, gamma: float, lambda_: float) -> Tensor:
-    """DreamerV2 Eq. 4: G_i = r_i + gamma [(1 - lambda) v_{i+1} + lambda G_{i+1}], G_H = v_H. (H+1, N) twice -> (H+1, N), the last is v_H."""
+    """DreamerV2 Eq. 4: G_i = r_i + gamma [(1 - lambda) v_{i+1} + lambda G_{i+1}], G_H = v_H.
+
+    Rewards and values (H+1, N) -> (H+1, N), the last of which is v_H.
+    """
     returns = [value[-1]]
     for i in reversed(range(len(reward) - 1)):
         returns.insert(0, reward[i] + gamma * ((1 - lambda_) * value[i + 1] + lambda_ * returns[0]))

@@ -16,10 +16,9 @@ def train(state: Any, batch: Mapping[str, Tensor], noise: Any, run: Any) -> dict
     world, sizes = model.world, core.Sizes(model.world.stoch, model.world.classes, model.world.deter)
 
     w = core.leaves(state)
-    truth = images.pixels(batch["image"])
-    embed = images.cnn_encoder(w, "image.encoder.", truth).unflatten(0, batch["is_first"].shape)
+    embed, truth = images.encode(state, w, batch["image"], world)
     post, prior = core.observe(w, "dynamics.", embed, batch["action"], batch["is_first"], sizes, noise)
-    decoded = images.cnn_decoder(w, "image.decoder.", post.feat.flatten(0, 1))
+    decoded = images.decode(state, w, post.feat, world)
     kl, kl_metrics = core.balanced_kl(post.logits, prior, world.kl_balance, model.free_nats)
     reward = core.mlp(w, "reward.", post.feat, world.layers)[..., 0]
     losses = {
