@@ -292,7 +292,46 @@ def copy_slow_critic(state: Any, every: int) -> None:
             state.weights[name] = state.weights[name.replace("slow_critic", "critic")].clone()
 
 
-# 5. Optimisation --------------------------------------------------------------------------------------------------------------
+# 5. Intrinsic bonus -----------------------------------------------------------------------------------------------------------
+
+WINDOW, NEIGHBOURS = 5, 16
+
+
+def intrinsic_bonus(state: Any, phi: Tensor, is_first: Tensor, prefix: str = "bonus.") -> Tensor:
+    """APV Eq. 5: how far a window's mean feature is from its nearest neighbours. phi (B, T, F) -> (B, T - 4), without gradient.
+
+    A window is five positions, shorter where another episode begins in it. Its mean goes through a fixed random projection and joins the
+    queue of all seen, newest first; the bonus is the mean distance to the 16 nearest of the queue (itself among them; what is not there yet
+    counts as 0), divided by the running mean of its size, into which the batch goes first with a share of 0.01.
+    """
+    batch, time, _ = phi.shape
+    means = []
+    for b in range(batch):
+        for t in range(time - WINDOW + 1):
+            end = t + 1
+            while end < t + WINDOW and not is_first[b, end]:
+                end += 1
+            means.append(phi[b, t:end].detach().mean(0))
+    points = torch.stack(means) @ state.weights[f"{prefix}projection"]
+    seen = int(state.weights[f"{prefix}filled"])
+    size = len(state.weights[f"{prefix}queue"])
+    queue = torch.cat([points, state.weights[f"{prefix}queue"]])[:size]
+    filled = min(size, seen + len(points))
+    raw = []
+    for point in points:
+        distances = torch.sqrt(((queue[:filled] - point) ** 2).sum(1))
+        raw.append(distances.sort().values[:NEIGHBOURS].sum() / NEIGHBOURS)
+    found = torch.stack(raw)
+    mean = 0.99 * state.weights[f"{prefix}mean"] + 0.01 * found.abs().mean()
+    state.weights |= {
+        f"{prefix}queue": queue,
+        f"{prefix}filled": torch.tensor(filled),
+        f"{prefix}mean": mean,
+    }
+    return (found / (mean + 1e-8)).reshape(batch, -1)
+
+
+# 6. Optimisation --------------------------------------------------------------------------------------------------------------
 
 
 def leaves(state: Any) -> dict[str, Tensor]:
