@@ -20,7 +20,7 @@ from localmotion.models.dae import DAEConfig, MaskedMotion, Motion, atomic_actio
 from localmotion.models.global_flow import GlobalFlow
 from localmotion.models.image import ImageModel, image_losses
 from update_check import Noise, Written, _InDouble
-from written_out import context, images, motion, stacked
+from written_out import adapters, context, core, images, motion
 
 SIDE, PARTS = 16, 3
 
@@ -205,7 +205,7 @@ def test_the_global_code_is_the_written_out_one(side: int) -> None:
 @pytest.mark.parametrize("kind", ["attention", "mlp", "linear"])
 def test_an_adapter_is_the_written_out_one(kind: str) -> None:
     model, feat = shaken(make_adapter(kind, deter=16, stoch=3, classes=4, out_dim=7)), torch.randn(2, 3, 28)
-    found, wanted = model(feat), stacked.adapt(named(model), kind, feat, stoch=3, classes=4)
+    found, wanted = model(feat), adapters.adapt(named(model), kind, feat, stoch=3, classes=4)
     torch.testing.assert_close(found, wanted)
     weigh = torch.randn(found.shape)
     gradients_agree(model, (weigh * found).sum(), (weigh * wanted).sum())
@@ -219,12 +219,12 @@ def test_the_bonus_is_the_written_out_one(filled: int) -> None:
     model.mean.fill_(0.7)
     is_first = motion_batch(time=8)["is_first"]
     for _ in range(2):  # the second one finds the first one's windows
-        feat, before = torch.randn(2, 8, 6), {name: value.clone() for name, value in model.named_buffers()}
-        found = model(feat, is_first)
-        wanted, after = stacked.bonus(before, feat, is_first)
+        feat = torch.randn(2, 8, 6)
+        state = Written({f"bonus.{name}": value.clone() for name, value in model.named_buffers()})
+        found, wanted = model(feat, is_first), core.intrinsic_bonus(state, feat, is_first)
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
-        for name, value in after.items():
-            torch.testing.assert_close(getattr(model, name), value, rtol=1e-5, atol=1e-6)
+        for name, value in model.named_buffers():
+            torch.testing.assert_close(value, state.weights[f"bonus.{name}"], rtol=1e-5, atol=1e-6)
 
 
 # Pictures and their context --------------------------------------------------------------------------------------------------------

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from written_out import context, core, motion
+from written_out.adapters import adapt
 from written_out.ipv import learn_all, learn_online, loaded, reward_losses, sizes
 from written_out.motion import under
-from written_out.stacked import adapt
 
 
 def deconstruct(

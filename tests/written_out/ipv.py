@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from written_out import context, core
-from written_out.stacked import bonus
 
 
 def loaded(run: Any) -> set[str]:
@@ -65,9 +64,7 @@ def reward_losses(
     state: Any, w: core.Weights, feat: Tensor, phi: Tensor, batch: Mapping[str, Tensor], run: Any
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The representative head learns r at every position, the behavioural one r + lambda r_int where a window of five begins."""
-    buffers = {name.removeprefix("bonus."): value for name, value in state.weights.items() if name.startswith("bonus.")}
-    novel, after = bonus(buffers, phi.detach(), batch["is_first"])
-    state.weights |= {f"bonus.{name}": value for name, value in after.items()}
+    novel = core.intrinsic_bonus(state, phi, batch["is_first"])
     layers, count = run.model.world.layers, novel.shape[1]
     target = batch["reward"][:, :count] + run.model.intrinsic_weight * novel
     behavioural = core.mlp(w, "reward.", feat[:, :count], layers)[..., 0]
