@@ -193,6 +193,8 @@ class Case:
     updates: int = 3
     pretrained: bool | None = None
     """Whether weights were loaded; None: where the stage is fine-tuning."""
+    deferred: bool = False
+    """Whether the update decides on the device, as on a GPU."""
     tolerance: float = 1e-9
     """Of differences, relative to the largest value of each tensor."""
     label: str = ""
@@ -258,7 +260,7 @@ def _check_update(case: Case) -> None:
         case.prepare(method)
     method.train()
     pretrained = case.stage == "finetune" if case.pretrained is None else case.pretrained
-    updater = Updater(method, run, CPU, pretrained=pretrained)
+    updater = Updater(method, run, CPU, pretrained=pretrained, deferred=case.deferred)
     state = Written({name: value.detach().clone() for name, value in _tensors(method).items()})
     shared, ours_noise, theirs_noise = torch.get_rng_state(), Noise(), Noise()
     for update in range(case.updates):

@@ -11,11 +11,19 @@ from torch import Tensor
 from written_out import core, images
 
 
+def _check_columns(w: core.Weights, prefix: str, pad: int, sizes: core.Sizes) -> None:
+    """The first layer reads the latent and ``pad`` columns of actions, so that pre-trained weights fit any robot."""
+    assert w[f"{prefix}img_in.weight"].shape[1] == sizes.stoch * sizes.classes + pad, (
+        f"{prefix}img_in: not padded to {pad} columns"
+    )
+
+
 def pretrain(state: Any, batch: Mapping[str, Tensor], noise: Any, run: Any) -> dict[str, Tensor]:
     """Eq. 2: -ln p(o_t | z_t) + beta_z KL[q(z_t | z_{t-1}, o_t) || p(z_t | z_{t-1})], no actions; one group of weights."""
     model, world = run.model, run.model.world
     sizes = core.Sizes(world.stoch, world.classes, world.deter)
     w = core.leaves(state)
+    _check_columns(w, "latent.", model.action_pad, sizes)
     embed, truth = images.encode(state, w, batch["image"], world)
     post, prior = core.observe(w, "latent.", embed, None, batch["is_first"], sizes, noise)
     kl, metrics = core.balanced_kl(post.logits, prior, world.kl_balance, 0.0)
@@ -37,6 +45,8 @@ def online(state: Any, batch: Mapping[str, Tensor], noise: Any, run: Any) -> dic
     sizes = core.Sizes(world.stoch, world.classes, world.deter)
 
     w = core.leaves(state)
+    for prefix in ("latent.", "dynamics."):
+        _check_columns(w, prefix, model.action_pad, sizes)
     embed, truth = images.encode(state, w, batch["image"], world)
     latent, latent_prior = core.observe(w, "latent.", embed, None, batch["is_first"], sizes, noise)
     phi = latent.feat

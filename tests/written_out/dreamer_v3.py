@@ -345,7 +345,7 @@ def _step(state: Any, w: Weights, loss: Tensor, lr: float, clip: float) -> Tenso
         weight, norm = state.weights[name], torch.sqrt((gradient**2).sum())
         squares = squares + norm**2
         most = clip * max(1e-3, float(torch.sqrt((weight**2).sum())))
-        g = gradient * min(1.0, most / float(norm))
+        g = gradient * min(1.0, most / max(float(norm), 1e-30))
         state.steps[name] += 1
         t, zero = state.steps[name], torch.zeros_like(g)
         state.square[name] = 0.999 * state.square.get(name, zero) + 0.001 * g**2
