@@ -74,7 +74,7 @@ def v3(**model: Any) -> dict[str, Any]:
     }
 
 
-ROUGH = 1e-7  # of distances that the product takes in the form |x|^2 - 2xy + |y|^2
+ROUGH = 1e-6  # of distances that the product takes in the form |x|^2 - 2xy + |y|^2
 APV_MODEL = {"beta_z": 0.7, "beta_z_finetune": 0.4, "beta_s": 0.6, "action_pad": 5}
 
 
