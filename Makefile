@@ -23,7 +23,7 @@ $(VENV)/.ready: pyproject.toml
 	touch $@
 
 demo: setup
-	$(BIN)/localmotion demo --run $(RUN_DIR) $(if $(VIDEOS),--videos "$(VIDEOS)")
+	$(BIN)/localmotion demo --run $(RUN_DIR) $(if $(VIDEOS),--videos "$(VIDEOS)") $(if $(SEED),--seed $(SEED))
 
 test: lint types unit
 
@@ -35,7 +35,7 @@ types: setup
 	$(BIN)/mypy
 
 unit: setup
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu"
 
 # What takes minutes, and the property tests on many new examples.
 test-slow: setup

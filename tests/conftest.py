@@ -28,6 +28,18 @@ cv2.setNumThreads(1)
 settings.load_profile(property_examples.QUICK)
 
 
+# ----------------------------------------------------------------------------------------- the longest files begin first
+
+LONGEST = ("test_learning_toy.py", "test_study.py", "test_methods.py", "test_kills.py", "test_runs.py", "test_predict.py")
+"""A file runs on one worker. A long one that begins last leaves the other worker idle."""
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(LONGEST)))  # stable: the rest keeps its order
+
+
 # ----------------------------------------------------------------------------------------- CPU seconds of every test
 
 SLOWEST = 15  # tests named at the end of a run

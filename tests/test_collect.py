@@ -11,12 +11,13 @@ import pytest
 
 from localmotion.cli import main
 from localmotion.envs import make_env
-from localmotion.errors import ConfigError
+from localmotion.errors import CheckpointError, ConfigError
 from localmotion.evaluation import collect as module
 from localmotion.evaluation.collect import collect
 from localmotion.evaluation.rollout import episode_seed
 from localmotion.perception.base import Recipe
 from localmotion.perception.extract import extract_folder
+from localmotion.training.rundir import claimed
 from localmotion.video.store import ClipStore
 
 SMALL = Recipe(size=32, percept_size=32, tracks=8)
@@ -123,6 +124,14 @@ def test_errors_name_the_mend(tmp_path: Path) -> None:
     collect("toy:dot", tmp_path / "x", episodes=1, steps=2, seed=1, size=32)
     with pytest.raises(ConfigError, match="was collected with seed 1, now 2; give a new folder"):
         collect("toy:dot", tmp_path / "x", episodes=1, steps=2, seed=2, size=32)
+
+
+@pytest.mark.parametrize("recipe", [None, SMALL])
+def test_a_second_process_on_one_collection_is_refused(tmp_path: Path, recipe: Recipe | None) -> None:
+    collect("toy:dot", tmp_path, episodes=1, size=32, recipe=recipe, time_limit=12)
+    with claimed(tmp_path), pytest.raises(CheckpointError, match="this collection is running already"):
+        collect("toy:dot", tmp_path, episodes=2, size=32, recipe=recipe, time_limit=12)
+    assert collect("toy:dot", tmp_path, episodes=2, size=32, recipe=recipe, time_limit=12).new == 1
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
 from localmotion.video import decode, probe, video_ref, write_video
-from localmotion.video.colour import tone_mapped
+from localmotion.video.colour import BACKDROP, Converter, tone_mapped
 from localmotion.video.scan import scan
 from video_files import encode
 
@@ -182,3 +182,50 @@ def test_bright_light_is_compressed_and_never_cut(transfer: str) -> None:
     white = shown[np.abs(grey - 203).argmin(), 1]
     assert 240 < white < 252
     assert shown[-1, 1] > white
+
+
+def test_what_is_drawn_by_transparency_alone_moves(tmp_path: Path) -> None:
+    """A white sheet with a hole that walks: its colours never change."""
+    frames = np.full((30, 48, 64, 4), 255, np.uint8)
+    for t, frame in enumerate(frames):
+        frame[10:30, t : t + 20, 3] = 0
+    path = tmp_path / "hole.mov"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("png", rate=10, width=64, height=48)
+        stream.pix_fmt = "rgba"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgba")))
+        container.mux(stream.encode())
+    # (T, side, side, 3): the hole shows the grey behind it, the rest stays white.
+    have = decode(video_ref(path), 64)
+    assert have[0, 30, 10].tolist() == [BACKDROP] * 3
+    assert have[0, 60, 10].tolist() == [255] * 3
+    assert have[20, 30, 10].tolist() == [255] * 3
+    assert decode(video_ref(path), 64, legacy=True).min() == 255
+    assert [video.id for video in scan(tmp_path).usable] == ["hole.mov"]
+
+
+@pytest.mark.parametrize("alpha", [0, 1, 100, 254, 255])
+def test_transparency_mixes_with_the_grey_behind(tmp_path: Path, alpha: int) -> None:
+    frame = np.zeros((16, 16, 4), np.uint8)
+    frame[..., :] = (200, 10, 60, alpha)
+    have = Converter(tmp_path).rgb(av.VideoFrame.from_ndarray(frame, format="rgba"), 8, 8)
+    want = np.array([200, 10, 60]) * alpha / 255 + BACKDROP * (1 - alpha / 255)
+    assert np.abs(have - want).max() <= 0.5
+
+
+@pytest.mark.parametrize("suffix", [".png", ".webp"])
+@pytest.mark.parametrize("colours", [1, 3])
+def test_transparent_pictures_of_a_folder_stand_before_the_same_grey(tmp_path: Path, suffix: str, colours: int) -> None:
+    pixels = np.full((48, 48, 4), 40, np.uint8)
+    pixels[..., 2] = 40 if colours == 1 else 240  # OpenCV's order: blue, green, red, alpha
+    pixels[..., 3] = 255
+    pixels[:24, :, 3] = 51
+    quality = [cv2.IMWRITE_WEBP_QUALITY, 101] if suffix == ".webp" else []  # 101: without loss
+    for number in range(2):
+        assert cv2.imwrite(str(tmp_path / f"{number}{suffix}"), pixels, quality)
+    have = decode(video_ref(tmp_path), 48)[0]
+    assert have[40, 5].tolist() == [240 if colours == 3 else 40, 40, 40]
+    want = [round(0.2 * c + 0.8 * BACKDROP) for c in (240 if colours == 3 else 40, 40, 40)]
+    assert np.abs(have[5, 5].astype(int) - want).max() <= 1
+    assert decode(video_ref(tmp_path), 48, legacy=True)[0, 5, 5].tolist() == [240 if colours == 3 else 40, 40, 40]

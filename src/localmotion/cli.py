@@ -173,6 +173,7 @@ def _parser() -> _Parser:
     sub = add("demo", "The whole chain on this machine, from videos to a report. Needs no data and no network.", commands.demo)
     sub.add_argument("--run", type=Path, default=Path("demo_run"), help="where everything goes")
     sub.add_argument("--videos", type=Path, help="your own folder of videos instead of rendered ones")
+    sub.add_argument("--seed", type=int, default=0, help="of the rendered videos, both trainings and the last evaluation")
     return parser
 
 

@@ -329,4 +329,4 @@ def demo(args: argparse.Namespace) -> None:
     from localmotion.demo import demo as run_demo
 
     check_output(args.run, ConfigError, folder=True)
-    run_demo(args.run, videos=args.videos)
+    run_demo(args.run, videos=args.videos, seed=args.seed)

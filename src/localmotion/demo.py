@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 from localmotion.config import RunConfig, Stage, compose
 from localmotion.console import progress, say
@@ -17,25 +18,25 @@ from localmotion.perception.base import Recipe
 
 TASK = "dmc:cheetah_run"
 BODIES = ("walker", "hopper", "finger", "reacher", "acrobot", "fish", "swimmer", "pendulum")
-PRESET = "small"
-RECIPE = Recipe(percept_size=64)  # a quarter of the cost of 128 px; rendered bodies move by whole pixels
+PRESET = "tiny"
+RECIPE = Recipe(size=32, percept_size=64)  # as the preset's
 PRETRAIN = ("updates=500", "pretrain.log_every=25", "pretrain.eval_every=250", "pretrain.save_every=250", "eval_batches=4")
 # Four env steps an agent step, PlaNet's choice for this task: twice the experience for the same number of updates.
 FINETUNE = (
     "action_repeat=4",
     "env_steps=21000",
     "prefill=3000",
-    "online.eval_every=1500",
+    "online.eval_every=750",
     "online.save_every=1500",
     "online.log_every=50",
 )
 
 
-def _settings(stage: Stage, extra: tuple[str, ...], **flags: str) -> RunConfig:
+def _settings(stage: Stage, extra: tuple[str, ...], **flags: Any) -> RunConfig:
     return compose("drp", stage, preset=PRESET, env=flags.get("env", ""), flags=flags, settings=extra)
 
 
-def demo(root: Path, *, videos: Path | None = None, task: str = TASK) -> Path:
+def demo(root: Path, *, videos: Path | None = None, task: str = TASK, seed: int = 0) -> Path:
     """Run the whole chain under ``root`` and return the report's path. ``videos``: a folder of the user's own."""
     from localmotion.envs.bodies import render_videos
     from localmotion.evaluation.evaluate import evaluate_run, random_floor
@@ -53,10 +54,10 @@ def demo(root: Path, *, videos: Path | None = None, task: str = TASK) -> Path:
     if videos is None and not (source / "COMPLETE").exists():
         say(f"1. source videos of {len(BODIES)} bodies, none of them the task's: {source}")
         with progress("render", 64, "clips") as advance:
-            render_videos(source, clips=64, frames=60, size=128, seed=0, bodies=BODIES, exclude=(task,), progress=advance)
+            render_videos(source, clips=64, frames=60, size=128, seed=seed, bodies=BODIES, exclude=(task,), progress=advance)
         (source / "COMPLETE").write_text("")
     store_path = root / "store"
-    say(f"2. localmotion extract {source} --out {store_path} --percept-size {RECIPE.percept_size}")
+    say(f"2. localmotion extract {source} --out {store_path} --size {RECIPE.size} --percept-size {RECIPE.percept_size}")
     with progress("extract", 1, "videos") as advance:
         summary = extract_folder(source, store_path, RECIPE, workers=cores(), progress=advance)
     for line in summary.lines():
@@ -67,15 +68,15 @@ def demo(root: Path, *, videos: Path | None = None, task: str = TASK) -> Path:
     inspect(store, root / "atomic_actions.png", None)
     say(f"the first picture: {(root / 'atomic_actions.png').resolve()} shows a clip, its points and its flow")
     pre, fine = root / "pretrain", root / "finetune"
-    say(f"3. localmotion pretrain --method drp --data {store_path} --preset {PRESET} --run {pre}")
-    pretrain(_settings("pretrain", PRETRAIN, data=str(store_path)), pre)
+    say(f"3. localmotion pretrain --method drp --data {store_path} --preset {PRESET} --seed {seed} --run {pre}")
+    pretrain(_settings("pretrain", PRETRAIN, data=str(store_path), seed=seed), pre)
     inspect(store, pre / "media" / "atomic_example.png", None)
     motion_media(pre, store_path)
-    say(f"4. localmotion finetune --method drp --checkpoint {pre} --env {task} --preset {PRESET} --run {fine}")
-    finetune(_settings("finetune", FINETUNE, env=task, checkpoint=str(pre)), fine)
+    say(f"4. localmotion finetune --method drp --checkpoint {pre} --env {task} --preset {PRESET} --seed {seed} --run {fine}")
+    finetune(_settings("finetune", FINETUNE, env=task, checkpoint=str(pre), seed=seed), fine)
     # An agent of this budget is not steady. Which weights are best its evaluations tell, how good they are episodes of other seeds.
-    say(f"5. localmotion evaluate {fine} --which best --episodes 10 --seed 1")
-    score = evaluate_run(fine, episodes=10, seed=1, video=fine / "media" / "eval_best.mp4", which="best")
+    say(f"5. localmotion evaluate {fine} --which best --episodes 10 --seed {seed + 1}")
+    score = evaluate_run(fine, episodes=10, seed=seed + 1, video=fine / "media" / "eval_best.mp4", which="best")
     floor = random_floor(fine)
     for name, result in (("fine-tuned agent, weights of its best evaluation", score), ("random policy", floor)):
         say(f"{name}: return {result['return_mean']:.1f} +- {result['return_std']:.1f} over {result['episodes']} episodes")

@@ -177,6 +177,10 @@ def check_output(path: Path, error: type[LocalmotionError], *, folder: bool = Fa
         ) from cause
 
 
+LOCK = ".lock"
+"""Held by the process that writes in a run directory, a study or a collection."""
+
+
 class Lock:
     """A file that one process at a time holds: `taken` is True for the one that does.
 

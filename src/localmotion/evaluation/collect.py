@@ -25,6 +25,7 @@ from localmotion.evaluation.load import at_least, load_run
 from localmotion.evaluation.rollout import MethodPolicy, Observer, Policy, episode_seed, make_observer
 from localmotion.files import check_output
 from localmotion.perception.base import Recipe
+from localmotion.training.rundir import claimed
 from localmotion.video.store import Clip, ClipStoreWriter, write_error
 from localmotion.video.write import write_video
 
@@ -83,7 +84,8 @@ def collect(
 
     Raises:
         ConfigError: unknown policy or environment, an expert where there is none, numbers out of range, a folder of other settings.
-        CheckpointError, EnvError, LocalmotionError: what loading, simulating and writing raise.
+        CheckpointError, EnvError, LocalmotionError: what loading, simulating and writing raise; CheckpointError too where another
+            process collects into ``out``.
     """
     at_least(episodes=(episodes, 1), steps=(steps, 0), noise=(noise, 0), seed=(seed, 0))
     check_output(out, ConfigError, folder=True)
@@ -106,23 +108,24 @@ def collect(
         "recipe": recipe.to_json() if recipe else None,
     }
     header["env"].pop("gl", None)
-    kept = _open(out, header)
-    names = [f"{env.replace(':', '_')}-{label}-{seed}-{number:06d}" for number in range(episodes)]
-    sink = _Store(out, recipe, names) if recipe else _Files(out, player.fps)
-    result = Collected(out)
-    for number, name in enumerate(names):
-        if name not in kept or not sink.has(name):
-            entry, pictures, actions, velocities = player.play(seed, number, steps, noise)
-            _save_array(out / "actions" / f"{name}.npy", actions)
-            if velocities is not None:
-                _save_array(out / "velocities" / f"{name}.npy", velocities)
-            kept[name] = {"id": name, **entry}
-            sink.put(name, pictures)
-            _save(out, header, kept)
-            result.new += 1
-        if progress:
-            progress(number + 1, episodes, "")
-    sink.close()
+    with claimed(out, "collection"):
+        kept = _open(out, header)
+        names = [f"{env.replace(':', '_')}-{label}-{seed}-{number:06d}" for number in range(episodes)]
+        sink = _Store(out, recipe, names) if recipe else _Files(out, player.fps)
+        result = Collected(out)
+        for number, name in enumerate(names):
+            if name not in kept or not sink.has(name):
+                entry, pictures, actions, velocities = player.play(seed, number, steps, noise)
+                _save_array(out / "actions" / f"{name}.npy", actions)
+                if velocities is not None:
+                    _save_array(out / "velocities" / f"{name}.npy", velocities)
+                kept[name] = {"id": name, **entry}
+                sink.put(name, pictures)
+                _save(out, header, kept)
+                result.new += 1
+            if progress:
+                progress(number + 1, episodes, "")
+        sink.close()
     result.episodes = [kept[name] for name in names]
     return result
 

@@ -146,10 +146,15 @@ class APV(Method):
         return self.behaviour.losses(start, self.dynamics, lambda feat: self.reward(feat).squeeze(-1))
 
     def loss_scales(self, stage: str) -> dict[str, float]:
-        config = self.config
+        config, world = self.config, self.config.world
         if stage == "pretrain":
-            return {"image": self.config.world.image_weight, "kl": config.beta_z}
-        return {"image": self.config.world.image_weight, "kl": config.beta_s, "latent_kl": config.beta_z_finetune, "reward": 1.0}
+            return {"image": world.image_weight, "kl": config.beta_z}
+        return {
+            "image": world.image_weight,
+            "kl": config.beta_s,
+            "latent_kl": config.beta_z_finetune,
+            "reward": world.reward_weight,
+        }
 
     def groups(self, run: RunConfig, pretrained: bool) -> list[Group]:
         if run.stage == "pretrain":

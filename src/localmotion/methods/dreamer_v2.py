@@ -87,7 +87,8 @@ class DreamerV2(Method):
         return self.behaviour.losses(start, self.dynamics, lambda feat: self.reward(feat).squeeze(-1))
 
     def loss_scales(self, stage: str) -> dict[str, float]:
-        return {"image": self.config.world.image_weight, "kl": self.config.beta, "reward": 1.0}
+        world = self.config.world
+        return {"image": world.image_weight, "kl": self.config.beta, "reward": world.reward_weight}
 
     def groups(self, run: RunConfig, pretrained: bool) -> list[Group]:
         model = [p for module in (self.image, self.dynamics, self.reward) for p in module.parameters()]

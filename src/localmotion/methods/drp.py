@@ -63,6 +63,8 @@ class DRPConfig:
     only what helps to draw the next frame (studies/probes)."""
     beta_z: float = 1.0
     """KL weight beta_z of the latent dynamics (Table 5)."""
+    beta_z_finetune: float | None = None
+    """The same in fine-tuning; None: `beta_z`, the paper has one for both. IPV's released code takes 0 here."""
     beta_s: float = 1.0
     """Action-conditional KL weight beta_s (Table 5)."""
     beta_r: float = 1.0
@@ -202,20 +204,20 @@ class DRP(Method):
         return self.behaviour.losses(start, self.dynamics, lambda feat: self.reward(feat).squeeze(-1))
 
     def loss_scales(self, stage: str) -> dict[str, float]:
-        config = self.config
+        config, world = self.config, self.config.world
         mae = {} if isinstance(self.motion, GlobalFlow) else {"mae": 1.0}
         if mae and config.recompose_weight:
             mae["recompose"] = config.recompose_weight
         if stage == "pretrain":
-            return {**mae, "image": self.config.world.image_weight, "kl": config.beta_z}
+            return {**mae, "image": world.image_weight, "kl": config.beta_z}
         return {
             **mae,
-            "latent_image": self.config.world.image_weight,
-            "latent_kl": config.beta_z,
-            "image": self.config.world.image_weight,
+            "latent_image": world.image_weight,
+            "latent_kl": config.beta_z if config.beta_z_finetune is None else config.beta_z_finetune,
+            "image": world.image_weight,
             "kl": config.beta_s,
-            "reward": 1.0,
-            "reward_representative": config.beta_r,
+            "reward": world.reward_weight,
+            "reward_representative": config.beta_r * world.reward_weight,
         }
 
     def groups(self, run: RunConfig, pretrained: bool) -> list[Group]:

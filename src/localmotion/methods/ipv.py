@@ -159,15 +159,15 @@ class IPV(Method):
         return self.behaviour.losses(start, self.dynamics, lambda feat: self.reward(feat).squeeze(-1))
 
     def loss_scales(self, stage: str) -> dict[str, float]:
-        config = self.config
+        config, world = self.config, self.config.world
         if stage == "pretrain":
-            return {"image": self.config.world.image_weight, "kl": config.beta_z}
+            return {"image": world.image_weight, "kl": config.beta_z}
         return {
-            "image": self.config.world.image_weight,
+            "image": world.image_weight,
             "kl": config.beta_s,
             "latent_kl": config.beta_z_finetune,
-            "reward": 1.0,
-            "reward_representative": config.beta_r,
+            "reward": world.reward_weight,
+            "reward_representative": config.beta_r * world.reward_weight,
         }
 
     def groups(self, run: RunConfig, pretrained: bool) -> list[Group]:

@@ -29,8 +29,9 @@ WORLD: dict[str, dict[str, Any]] = {
         "depth": 16,
         "context_dropout": 0.0,
         "context_side": 4,
-        "context_copy": True,
+        "context_copy": False,
         "image_weight": 16.0,
+        "reward_weight": 100.0,
         "deter": 128,
         "hidden": 128,
         "stoch": 8,
@@ -56,7 +57,7 @@ WORLD: dict[str, dict[str, Any]] = {
 
 BEHAVIOUR: dict[str, dict[str, Any]] = {
     "small": {"slow_critic_every": 20},
-    "tiny": {"slow_critic_every": 20, "horizon": 10},
+    "tiny": {"slow_critic_every": 20},
     "debug": {"horizon": 5},
 }
 
@@ -92,8 +93,9 @@ ONLINE: dict[str, dict[str, Any]] = {
     },
     "tiny": {
         "env_steps": 40_000,
-        "batch_size": 8,
-        "length": 16,
+        "batch_size": 4,
+        "length": 32,
+        "train_every": 2,
         "prefill": 2_500,
         "eval_every": 2_500,
         "eval_episodes": 4,

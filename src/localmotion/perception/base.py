@@ -136,7 +136,7 @@ class Recipe:
     """Options of the backends, by backend name, e.g. {"sea_raft": {"checkpoint": "things"}}."""
     algorithm: int = ALGORITHM
     """Version of the embedded algorithms. 1: foreground by flow alone; 2: and by change of the picture; 3: and decoding with chroma at full
-    width, deinterlaced, HDR mapped to standard range. Old runs keep theirs."""
+    width, deinterlaced, HDR mapped to standard range, transparent pictures before grey. Old runs keep theirs."""
     fps: float = 0.0
     """Frames per second to which videos are resampled by the times of their frames, so that one time step is the same time in all; 0: as
     recorded."""

@@ -17,7 +17,7 @@ from typing import Any
 
 from localmotion.config import RunConfig, from_dict, leaves, to_dict
 from localmotion.errors import CheckpointError, ConfigError, unknown_name
-from localmotion.files import check_output, locked, one_line, read_json, refuse_links
+from localmotion.files import LOCK, check_output, locked, one_line, read_json, refuse_links
 from localmotion.perception.base import KINDS, Recipe, backends
 from localmotion.perception.cotracker import CODE
 
@@ -112,10 +112,6 @@ def _check_code(recipe: Recipe) -> None:
         raise ConfigError(
             f"its recipe runs the code of {repository!r:.120} (cotracker3); if you trust it, set {TRUSTED} to exactly this"
         )
-
-
-LOCK = ".lock"
-"""Held by the process that writes in the run directory."""
 
 
 @contextlib.contextmanager

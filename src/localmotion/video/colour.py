@@ -12,6 +12,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+from av import VideoFrame
 from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
@@ -24,6 +25,8 @@ _HDR = {16: "pq", 18: "hlg"}  # transfer characteristics of ITU-T H.273
 _UNSPECIFIED, _BT2020 = 2, 9  # colour primaries and matrices of H.273
 WHITE = 203.0
 """Luminance of diffuse white in HDR video, cd/m² (ITU-R BT.2408)."""
+BACKDROP = 128
+"""Grey behind pictures that are transparent in places."""
 KNEE = 0.8
 """Share of diffuse white up to which tone mapping keeps light as it is; what is brighter is compressed into the rest."""
 _TO_BT709 = np.array(  # linear RGB of BT.2020 to that of BT.709 (ITU-R BT.2407)
@@ -40,8 +43,8 @@ def hdr_of(frame: Any) -> str:
 class Converter:
     """Turns the decoded pictures of one video into uint8 RGB.
 
-    ``legacy``: as recipes of algorithm 1 and 2 do. Chroma then has half the width of the result, and the codes of HDR
-    video count as brightness.
+    ``legacy``: as recipes of algorithm 1 and 2 do. Chroma then has half the width of the result, the codes of HDR video count
+    as brightness, and transparency is ignored.
     """
 
     def __init__(self, path: Path, *, legacy: bool = False) -> None:
@@ -53,6 +56,8 @@ class Converter:
         try:
             if self._legacy:
                 return np.asarray(self._scaled(frame, width, height, "rgb24", _AREA).to_ndarray(), np.uint8)
+            if any(component.is_alpha for component in frame.format.components):
+                frame = self._opaque(frame)
             transfer = hdr_of(frame)
             if not transfer:  # the colours of rgb24 in half the time: libswscale makes full chroma with vectors for planes only
                 planes = self._scaled(frame, width, height, "gbrp", _FLAGS).planes
@@ -70,8 +75,25 @@ class Converter:
             detail = f"pictures of format {frame.format.name} cannot be converted to RGB ({words(error)})"
             raise fault(self._path, "unreadable", detail, error) from error
 
+    def _opaque(self, frame: Any) -> Any:
+        """The picture in front of `BACKDROP`. What moves may be drawn by transparency alone."""
+        pixels = self._scaled(frame, frame.width, frame.height, "rgba", _FLAGS).to_ndarray()
+        return VideoFrame.from_ndarray(opaque(pixels), format="rgb24")
+
     def _scaled(self, frame: Any, width: int, height: int, form: str, flags: int) -> Any:
         return self._reformatter.reformat(frame, width, height, form, interpolation=flags, threads=1)
+
+
+def opaque(pixels: NDArray[np.uint8] | NDArray[np.uint16]) -> NDArray[np.uint8]:
+    """Colours (H, W, 3) uint8 of a picture in front of `BACKDROP`.
+
+    ``pixels``: (H, W, C) of 8 or 16 bits: grey and alpha (C = 2) or three colours and alpha (C = 4), in any order of colours.
+    """
+    if pixels.dtype == np.uint16:
+        pixels = (pixels >> 8).astype(np.uint8)
+    colour, alpha = np.split(pixels.astype(np.uint32), [pixels.shape[-1] - 1], -1)
+    mixed = (colour * alpha + BACKDROP * (255 - alpha) + 127) // 255
+    return np.broadcast_to(mixed, (*mixed.shape[:2], 3)).astype(np.uint8)
 
 
 def tone_mapped(codes: NDArray[np.uint16], transfer: str, *, wide: bool = True) -> NDArray[np.uint8]:

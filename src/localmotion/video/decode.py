@@ -28,11 +28,11 @@ from numpy.typing import NDArray
 
 from localmotion.errors import VideoError
 from localmotion.video import streams
-from localmotion.video.colour import Converter, hdr_of
+from localmotion.video.colour import Converter, hdr_of, opaque
 from localmotion.video.container import check_complete, quarter_turns
 from localmotion.video.libav import ERRORS, LENIENT_METADATA, fault, listening, memory_fault, words
 from localmotion.video.listing import VideoRef, frame_files, shown
-from localmotion.video.pictures import picture_size
+from localmotion.video.pictures import has_alpha, picture_size
 from localmotion.video.timing import Decoding, Picture, deinterlaced, resampled
 
 MIN_SIDE = 16
@@ -162,7 +162,7 @@ def iter_frames(
     found = found or Decoding()
     found.rate = fps / stride
     if ref.kind == "frames":
-        for frame in _folder_frames(ref, size, stride, start, max_frames):
+        for frame in _folder_frames(ref, size, stride, start, max_frames, legacy):
             found.add(nan)
             yield frame
     else:
@@ -325,13 +325,13 @@ def _file_frames(
 
 
 def _folder_frames(
-    ref: VideoRef, size: int | None, stride: int, start: int, max_frames: int | None
+    ref: VideoRef, size: int | None, stride: int, start: int, max_frames: int | None, legacy: bool
 ) -> Iterator[NDArray[np.uint8]]:
     files = frame_files(ref.path)[start::stride][:max_frames]
     shape: tuple[int, int] | None = (size, size) if size else None
     first: tuple[int, ...] | None = None
     for number, file in enumerate(files):
-        image = _read_image(file, number, ref)
+        image = _read_image(file, number, ref, legacy)
         shape = shape or (image.shape[1], image.shape[0])
         first = first or image.shape
         if image.shape != first:
@@ -343,7 +343,7 @@ def _folder_frames(
         yield np.ascontiguousarray(image[..., ::-1])
 
 
-def _read_image(file: Path, number: int, ref: VideoRef) -> NDArray[np.uint8]:
+def _read_image(file: Path, number: int, ref: VideoRef, legacy: bool = False) -> NDArray[np.uint8]:
     """One picture, uint8 BGR. Its size and wholeness are checked first, because the decoder allocates what the header
     says and fills what a cut-off picture lacks with grey."""
     reason: Literal["truncated", "unreadable"] = "truncated" if number else "unreadable"
@@ -360,7 +360,10 @@ def _read_image(file: Path, number: int, ref: VideoRef) -> NDArray[np.uint8]:
     _check_size(ref, *size)
     image = None
     try:
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+        transparent = not legacy and has_alpha(data)
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED if transparent else cv2.IMREAD_COLOR)
+        if image is not None and transparent:
+            image = opaque(image)
     except cv2.error as error:
         if error.code == cv2.Error.StsNoMem:
             raise memory_fault(ref.path) from error

@@ -53,6 +53,15 @@ def png_size(data: bytes) -> tuple[int, int] | None:
     return None
 
 
+def has_alpha(data: bytes) -> bool:
+    """Whether a PNG or WebP picture says in its header that it has an alpha channel."""
+    if data[:8] == PNG:
+        return data[25:26] in (b"\x04", b"\x06")  # colour types of the PNG specification: grey and alpha, RGB and alpha
+    if data[8:16] == b"WEBPVP8X":
+        return len(data) > 20 and bool(data[20] & 0x10)
+    return data[8:16] == b"WEBPVP8L" and len(data) > 24 and bool(data[24] & 0x10)
+
+
 def jpeg_size(data: bytes) -> tuple[int, int] | None:
     """Width and height of a JPEG picture; None when it is none, or its data end before the closing marker."""
     if data[:2] != b"\xff\xd8" or data.rfind(b"\xff\xd9") <= data.rfind(b"\xff\xda"):

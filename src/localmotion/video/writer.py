@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localmotion.errors import StoreError
+from localmotion.files import LOCK
 from localmotion.video.shards import (
     FORMAT,
     VERSION,
@@ -107,7 +108,7 @@ class ClipStoreWriter:
                     if have[key] != json.loads(text)[key]:
                         raise StoreError(other_recipe(path, key, have, json.loads(text)))
             else:
-                if path.exists() and not all(".partial-" in entry.name for entry in path.iterdir()):
+                if path.exists() and not all(entry.name == LOCK or ".partial-" in entry.name for entry in path.iterdir()):
                     raise StoreError(f"{path}: is not empty and no clip store; give a new or empty folder")
                 path.mkdir(parents=True, exist_ok=True)
                 write_atomic(path / "store.json", text)
