@@ -9,7 +9,7 @@ ifdef TORCH_INDEX
 export TORCH_INDEX
 endif
 
-.PHONY: setup demo test lint types unit test-slow test-other bench fuzz soak clean
+.PHONY: setup demo test lint types unit test-slow test-other mutants mutants-tool bench fuzz soak clean
 
 setup: $(VENV)/.ready
 
@@ -47,6 +47,17 @@ OTHER := $(addprefix tests/test_,video_*.py hostile_video.py extract_*.py files*
 test-other: setup
 	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu" $(wildcard $(OTHER))
 
+# Wrong edits that the tests must notice, within an hour on two cores: tests/README.md. MUTANTS="--only PATTERN -j 4" for some.
+mutants: setup
+	$(BIN)/python tools/mutants.py $(MUTANTS)
+
+# Every small edit that mutmut can think of in models/, replay.py, statistics and probes: hours. TOOL="'*7'" tries every tenth of them,
+# TOOL="'localmotion.replay*'" those of one module. An interrupted run goes on; what survived is listed at the end.
+mutants-tool: setup
+	$(BIN)/python -m pip install --quiet -e ".[mutation]"
+	$(BIN)/mutmut run --max-children 2 $(TOOL)
+	$(BIN)/mutmut results
+
 # R2DREAMER=PATH to a checkout of NM512/r2dreamer, DREAMERV3=PATH to one of danijar/dreamerv3, to be timed beside DreamerV3.
 bench: setup
 	$(BIN)/python -m benchmarks $(if $(R2DREAMER),--r2dreamer "$(R2DREAMER)") $(if $(DREAMERV3),--dreamerv3 "$(DREAMERV3)")
@@ -65,4 +76,4 @@ soak: setup
 	$(BIN)/python -m soak.memory --hours $(HOURS) --out $(SOAK_DIR)
 
 clean:
-	rm -rf $(VENV) .venv312 $(RUN_DIR) $(FUZZ_DIR) $(SOAK_DIR)
+	rm -rf mutants $(VENV) .venv312 $(RUN_DIR) $(FUZZ_DIR) $(SOAK_DIR)

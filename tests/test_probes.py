@@ -6,11 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from localmotion.cli import main
 from localmotion.envs import make_env
 from localmotion.errors import ConfigError
-from localmotion.evaluation.probes import Episodes, _Data, idm, mlp, probe, r_squared, ridge
+from localmotion.evaluation.probes import Episodes, _Data, grid_flow, idm, mlp, probe, r_squared, ridge
 
 
 def episodes(count: int = 20, frames: int = 40) -> Episodes:
@@ -99,7 +100,16 @@ def test_collect_then_probe_by_command(tmp_path: Path, capsys: pytest.CaptureFix
     np.testing.assert_array_equal(actions[:4], kept[4:8])  # the first window's positions 4 to 7
     assert data.episodes.before is not None
     np.testing.assert_array_equal(data.episodes.before[1], data.episodes.targets["velocities"][0])
-    assert len(np.unique(data.episodes.episode[data.episodes.tested])) == 2
+    tested, others = (set(data.episodes.episode[rows].tolist()) for rows in (data.episodes.tested, ~data.episodes.tested))
+    assert len(tested) == 2
+    assert not tested & others
+    # The rows of codes are those of the targets: frames 4 to 7 of the first window, 8 to 11 of the second.
+    frames = data.code(lambda batch: (batch["start"][:, None] + torch.arange(8))[..., None])[:, 0]
+    assert frames[:8].tolist() == [4, 5, 6, 7, 8, 9, 10, 11]
+    np.testing.assert_array_equal(actions[:8], kept[4:12])
+    signed = grid_flow({"flow": torch.full((1, 2, 16, 16, 2), -1.5)})
+    assert signed.shape == (1, 2, 128)
+    assert (signed == -1.5).all()
     (store / "actions" / f"{data.sampler.store.ids[3]}.npy").unlink()
     with pytest.raises(ConfigError, match="some clips lack"):
         probe([], [store], length=8)

@@ -58,6 +58,9 @@ def test_the_grid_is_what_the_file_says(tmp_path: Path) -> None:
     assert "online.env_steps=160" in arguments
     assert 'label="DRP w/o dyn."' in arguments
     assert "entropy=0.01" in jobs[3].settings
+    assert any(text.startswith("load=") and "motion,image" in text for text in jobs[4].settings)
+    assert all(f"seed={job.name[-1]}" in job.settings for job in jobs[1:])
+    assert all("online.env_steps=160" in job.settings for job in jobs)
 
 
 @pytest.mark.parametrize(

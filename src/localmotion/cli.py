@@ -90,7 +90,9 @@ def _parser() -> _Parser:
     sub = add("evaluate", "Play evaluation episodes with a trained agent.", commands.evaluate)
     sub.add_argument("run", type=Path, help="run directory")
     sub.add_argument("--episodes", type=int, default=10, help="episodes (paper: 10)")
-    sub.add_argument("--seed", type=int, help="seed of the evaluation episodes; default: the run's")
+    sub.add_argument(
+        "--seed", type=int, help="seed of the evaluation episodes; default: the run's, for --which best the next one"
+    )
     sub.add_argument("--video", type=Path, help="film of the first episode, .mp4")
     sub.add_argument("--policy", choices=("agent", "random"), default="agent", help="random gives the floor")
     sub.add_argument(

@@ -57,6 +57,8 @@ class Norm:
         variance = centred.square().mean((0, 2, 3))
         for key, now in (("running_mean", mean), ("running_var", variance * count / (count - 1))):
             self.statistics[f"{prefix}.{name}.{key}"] = 0.9 * weights[f"{name}.{key}"] + 0.1 * now.detach()
+        batches = f"{name}.num_batches_tracked"
+        self.statistics[f"{prefix}.{batches}"] = weights[batches] + 1
         out = centred / (variance + 1e-5).sqrt()[:, None, None]
         return out * weights[f"{name}.weight"][:, None, None] + weights[f"{name}.bias"][:, None, None]
 

@@ -1,54 +1,43 @@
-"""Whole updates of IPV and DRP written out: the losses of pre-training and fine-tuning, their weights, and who learns at which rate.
+"""Whole updates written out: the losses of pre-training and fine-tuning, their weights, and who learns at which rate.
 
-IPV is arXiv 2305.18499, DRP is arXiv 2607.00808 (Algorithms 1 and 2, Eqs. 1-9). Everything is computed in float64 from a dict of weights by
+IPV is arXiv 2305.18499, APV arXiv 2203.13880, DreamerV2 arXiv 2010.02193 with the settings of IPV's baseline, DRP arXiv 2607.00808
+(Algorithms 1 and 2, Eqs. 1-9). Everything is computed in float64 from a dict of weights by
 their names, with the numbers that the update drew. B sequences, T positions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from written_out import motion
-from written_out.context import Draw, Picture, observe
+from written_out.compare import Learns, World
+from written_out.context import Picture, observe
 from written_out.dynamics import Dynamics, divergence, feature, head, kl
 from written_out.motion import Weights, under
+from written_out.product import Draws
 from written_out.stacked import adapt, bonus
-
-
-@dataclass
-class World:
-    """What a world model's losses are made of."""
-
-    losses: dict[str, Tensor]
-    scales: dict[str, float]
-    start: tuple[Tensor, Tensor] | None = None
-    """Latents (B*T, S, C) and states (B*T, D) of s, from which imagination starts."""
-
-
-@dataclass
-class Learns:
-    """One optimiser: the weights whose names begin so, their rate, and for how many first updates the rate is zero."""
-
-    prefixes: tuple[str, ...]
-    rate: float
-    frozen: int = 0
 
 
 class Stacked:
     """One method's losses with its settings (``run``)."""
 
-    def __init__(self, weights: Weights, batch: Mapping[str, Tensor], run: Any, draw: Draw, pick: Any, image_size: int) -> None:
-        self.weights, self.batch, self.run, self.draw, self.pick = weights, batch, run, draw, pick
+    REPORTED = ("latent", "dynamics")
+    """The dynamics models whose KL is reported in fine-tuning."""
+
+    def __init__(self, weights: Weights, batch: Mapping[str, Tensor], run: Any, draws: Draws) -> None:
+        self.weights, self.batch, self.run, self.draw, self.pick = weights, batch, run, draws.uniform, draws.pick
         self.model, self.world = run.model, run.model.world
-        self.picture = Picture(under(weights, "image"), self.world, image_size)
+        self.picture = Picture(under(weights, "image"), self.world, batch["image"].shape[2])
         self.buffers: dict[str, Tensor] = {}
-        """Buffers as the losses leave them behind."""
         self.metrics: dict[str, Tensor] = {}
+
+    def changed(self) -> dict[str, Tensor]:
+        """The bonus's queue and the running statistics of the pictures' norms."""
+        return self.buffers | self.picture.statistics
 
     def dynamics(self, name: str, embed: Tensor, action: Tensor, free: float) -> tuple[Tensor, Tensor, Tensor]:
         """Latents (B,T,S,C), deterministic states (B,T,D) and the KL of the posterior to the prior of one dynamics model."""
@@ -56,22 +45,24 @@ class Stacked:
         noise = self.draw(first.shape[1], first.shape[0], world.stoch, world.classes)
         rssm = Dynamics(under(self.weights, name), world)
         post, stoch, deter, prior = rssm.observe(embed, action, first, noise)
-        self.metrics[f"{name}/kl"] = divergence(post, prior).detach()
+        if self.run.stage == "pretrain" or name in self.REPORTED:
+            self.metrics[f"{name}/kl"] = divergence(post, prior).detach()
         return stoch, deter, kl(post, prior, world.kl_balance, free)
 
-    def rewards(self, feat: Tensor, phi: Tensor) -> dict[str, Tensor]:
+    def rewards(
+        self, feat: Tensor, phi: Tensor, heads: tuple[str, ...] = ("reward", "reward_representative")
+    ) -> dict[str, Tensor]:
         """The representative head learns r at every position, the behavioural one r + lambda r_int where a window of five begins."""
         reward = self.batch["reward"].double()
         novel, after = bonus(under(self.weights, "bonus"), phi.detach(), self.batch["is_first"])
         self.buffers |= {f"bonus.{name}": value for name, value in after.items()}
         target = reward[:, : novel.shape[1]] + self.model.intrinsic_weight * novel
-        behavioural = head(under(self.weights, "reward.net"), feat).squeeze(-1)[:, : novel.shape[1]]
-        representative = head(under(self.weights, "reward_representative.net"), feat).squeeze(-1)
         self.metrics["bonus/mean"] = novel.mean()
-        return {
-            "reward": 0.5 * (behavioural - target).square().mean(),
-            "reward_representative": 0.5 * (representative - reward).square().mean(),
-        }
+        targets, losses = {"reward": target, "reward_representative": reward}, {}
+        for name in heads:
+            value = head(under(self.weights, f"{name}.net"), feat).squeeze(-1)
+            losses[name] = 0.5 * (value[:, : targets[name].shape[1]] - targets[name]).square().mean()
+        return losses
 
 
 class IPV(Stacked):
@@ -87,7 +78,8 @@ class IPV(Stacked):
 
     def finetune(self) -> World:
         model = self.model
-        embed, around, truth = observe(self.picture, self.batch, self.draw, self.pick, erase=model.context_erasing)
+        erase = getattr(model, "context_erasing", False)
+        embed, around, truth = observe(self.picture, self.batch, self.draw, self.pick, erase=erase)
         stoch, deter, z_kl = self.dynamics("latent", embed, self.no_action(), model.free_nats)
         phi = feature(stoch, deter)
         seen = torch.cat([embed, phi], -1) if model.embed_input else phi
@@ -99,9 +91,10 @@ class IPV(Stacked):
             "image": self.world.image_weight,
             "kl": model.beta_s,
             "latent_kl": model.beta_z_finetune,
-            "reward": 1.0,
-            "reward_representative": model.beta_r,
+            "reward": self.world.reward_weight,
         }
+        if "reward_representative" in losses:
+            scales["reward_representative"] = model.beta_r * self.world.reward_weight
         return World(losses, scales, (stoch.detach().flatten(0, 1), deter.detach().flatten(0, 1)))
 
     def groups(self, pretrained: bool) -> dict[str, Learns]:
@@ -121,6 +114,35 @@ class IPV(Stacked):
         }
 
 
+class APV(IPV):
+    """IPV's two models without a context frame and with one reward head."""
+
+    def rewards(self, feat: Tensor, phi: Tensor, heads: tuple[str, ...] = ("reward",)) -> dict[str, Tensor]:
+        """The head learns r + lambda r_int where a window of five begins."""
+        return super().rewards(feat, phi, heads)
+
+
+class DreamerV2(Stacked):
+    """One model that is given the actions and observes the pictures."""
+
+    def pretrain(self) -> World:
+        raise NotImplementedError
+
+    def finetune(self) -> World:
+        model, world = self.model, self.world
+        embed, around, truth = observe(self.picture, self.batch, self.draw, self.pick, erase=False)
+        stoch, deter, s_kl = self.dynamics("dynamics", embed, self.batch["action"].double(), model.free_nats)
+        feat = feature(stoch, deter)
+        (image,) = self.picture.losses([feat], around, truth, self.draw)
+        error = head(under(self.weights, "reward.net"), feat).squeeze(-1) - self.batch["reward"].double()
+        losses = {"image": image, "kl": s_kl, "reward": 0.5 * error.square().mean()}
+        scales = {"image": world.image_weight, "kl": model.beta, "reward": world.reward_weight}
+        return World(losses, scales, (stoch.detach().flatten(0, 1), deter.detach().flatten(0, 1)))
+
+    def groups(self, pretrained: bool) -> dict[str, Learns]:
+        return {"model": Learns(("image.", "dynamics.", "reward."), self.run.online.lr), **actor_and_critic(self.run)}
+
+
 def loads(run: Any) -> set[str]:
     """What a checkpoint gives: the parts that are named, all of them where none is."""
     return set(run.load.split(",")) if run.load else {"motion", "image", "latent"}
@@ -134,6 +156,8 @@ def actor_and_critic(run: Any) -> dict[str, Learns]:
 
 
 class DRP(Stacked):
+    REPORTED = ("dynamics",)
+
     def motion(self) -> tuple[Tensor, dict[str, Tensor], dict[str, float]]:
         """a^agg, the losses of the motion encoder and their weights."""
         model, weights = self.model, under(self.weights, "motion")
@@ -168,8 +192,9 @@ class DRP(Stacked):
         latent_image, image = self.picture.losses([z, s], around, truth, self.draw)
         losses |= {"latent_image": latent_image, "latent_kl": z_kl, "image": image, "kl": s_kl, **self.rewards(s, z)}
         weight = world.image_weight
-        scales |= {"latent_image": weight, "latent_kl": model.beta_z, "image": weight, "kl": model.beta_s}
-        scales |= {"reward": 1.0, "reward_representative": model.beta_r}
+        beta_z = model.beta_z if model.beta_z_finetune is None else model.beta_z_finetune
+        scales |= {"latent_image": weight, "latent_kl": beta_z, "image": weight, "kl": model.beta_s}
+        scales |= {"reward": world.reward_weight, "reward_representative": model.beta_r * world.reward_weight}
         return World(losses, scales, (stoch.detach().flatten(0, 1), deter.detach().flatten(0, 1)))
 
     def groups(self, pretrained: bool) -> dict[str, Learns]:

@@ -35,7 +35,8 @@ def evaluate_run(
     """Play ``episodes`` evaluation episodes of a run's environment; ``policy`` is "agent" or "random" (the floor).
     ``which`` weights: the newest, or those of the best evaluation during training. ``video``: a film of the first episode, .mp4.
 
-    Everything random follows from ``seed`` (default: the run's), and the caller's generators are left as they were: on a CPU the same call
+    Everything random follows from ``seed`` (default: the run's, or the next one for the best weights, because training chose those on the
+    episodes of the run's seed), and the caller's generators are left as they were: on a CPU the same call
     gives the same numbers. Five episodes are played at a time and share their generator, so the first five returns of ten are those of
     five, but not those of three.
 
@@ -49,7 +50,7 @@ def evaluate_run(
         raise CheckpointError(f"{path}: is a pre-training run and has no actor; fine-tune it first")
     run, method, compute = load_run(path, device=device, which=which)
     recipe = Recipe.from_json(run.recipe) if run.recipe and method.wants_motion else None
-    base = run.seed if seed is None else seed
+    base = run.seed + (which == "best") if seed is None else seed
 
     def make() -> Observer:
         return make_observer(run, recipe if policy == "agent" else None, size=method.image_size)

@@ -247,10 +247,17 @@ def run_episodes(observers: Sequence[Observer], seeds: Sequence[int], policy: Po
     )
 
 
+SMALLEST_FILM = 64
+"""Pixels a side from which people can tell what a picture shows."""
+
+
 def _picture(observer: Observer, record: dict[str, Any]) -> NDArray[np.uint8]:
-    """What a film shows of a record; an agent that sees vectors is filmed all the same."""
-    picture: NDArray[np.uint8] = record["image"] if "image" in record else observer.env.render_frame(64)  # type: ignore[attr-defined]
-    return picture
+    """What a film shows of a record: what the agent saw. If that is small or no picture, the scene is drawn for the film."""
+    seen: NDArray[np.uint8] | None = record.get("image")
+    if seen is not None and len(seen) >= SMALLEST_FILM:
+        return seen
+    drawn: NDArray[np.uint8] = observer.env.render_frame(2 * SMALLEST_FILM)  # type: ignore[attr-defined]
+    return drawn
 
 
 class MethodPolicy:

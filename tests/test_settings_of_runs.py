@@ -1,0 +1,195 @@
+"""Settings of a run reach the optimisers and the loop: each is changed by itself, and what the run then does is compared."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from localmotion.config import OnlineConfig, compose
+from localmotion.evaluation import rollout
+from localmotion.training import finetune as loop
+from localmotion.training.update import Updater
+from method_batches import make
+from test_settings_reach import UNCLIPPED, build, changed, difference, doing, stepped
+
+# --- rates and optimisers -----------------------------------------------------------------------------------------------
+
+# What the setting changes: all of it, and nothing else that `doing` sees.
+RATES: list[tuple[str, str, Any, str]] = [
+    ("finetune", "online.lr", 5e-4, "rate.motion rate.encoder rate.model"),
+    ("finetune", "online.actor_lr", 5e-4, "rate.actor"),
+    ("finetune", "online.critic_lr", 5e-4, "rate.critic"),
+    ("finetune", "online.pretrained_lr_factor", 0.5, "rate.motion"),
+    ("finetune", "online.freeze_updates", 7, "rate.motion rate.encoder"),
+    ("pretrain", "pretrain.lr", 5e-4, "rate.model"),
+]
+
+
+@pytest.mark.parametrize(("stage", "setting", "value", "reached"), RATES)
+def test_a_rate_reaches_its_groups_and_no_other(stage: Any, setting: str, value: Any, reached: str) -> None:
+    run, _ = make("drp", stage, "model.dae.blocks=1", "model.behaviour.horizon=2")
+    method = build(run)
+    assert difference(doing(run, method), doing(changed(run, setting, value), method)) == set(reached.split())
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"), [("optim.eps", 1e-2), ("optim.clip", 1e-3), ("optim.weight_decay", 0.5), ("online.freeze_updates", 7)]
+)
+def test_a_setting_of_the_optimisers_changes_their_steps(setting: str, value: float) -> None:
+    run, _ = make("drp", "finetune", UNCLIPPED, "model.dae.blocks=1", "model.behaviour.horizon=2")
+    found = difference(stepped(run), stepped(changed(run, setting, value)))
+    learned = {
+        "step.motion",
+        "step.latent",
+        "step.image.encoder",
+        "step.dynamics",
+        "step.behaviour.actor",
+        "step.behaviour.critic",
+    }
+    frozen = {"step.motion", "step.latent", "step.image.encoder"}
+    assert found >= (frozen if setting == "online.freeze_updates" else learned)
+
+
+@pytest.mark.parametrize(("setting", "value"), [("pretrain.lr_decay", 0.9), ("pretrain.updates", 1000)])
+def test_the_rate_of_pretraining_falls_as_set(setting: str, value: float) -> None:
+    run, _ = make("drp", "pretrain", "pretrain.updates=100", "pretrain.lr_decay=0.5")
+    late = stepped(run, at=80)
+    assert "step.latent" in difference(late, stepped(changed(run, setting, value), at=80))
+    assert not difference(stepped(run, at=20), stepped(changed(run, "pretrain.lr_decay", 0.6), at=20))  # not before the decay
+
+
+# --- the loop -----------------------------------------------------------------------------------------------------------
+
+BASE = (
+    "env_options={time_limit: 16}",
+    "env_steps=192",
+    "prefill=64",
+    "batch_size=2",
+    "online.length=8",
+    "train_every=4",
+    "warmup_updates=2",
+    "online.eval_every=64",
+    "eval_episodes=1",
+    "online.log_every=5",
+    "online.save_every=64",
+    "replay_capacity=1000",
+)
+LOOP: dict[str, tuple[Any, str]] = {
+    "env_steps": (256, "updates"),
+    "batch_size": (3, "shape"),
+    "length": (6, "shape"),
+    "prefill": (96, "updates"),
+    "warmup_updates": (5, "updates"),
+    "train_every": (2, "updates"),
+    "replay_capacity": (70, "drawn"),
+    "prioritize_ends": (True, "drawn"),
+    "eval_every": (32, "evaluated"),
+    "eval_episodes": (2, "episodes"),
+    "log_every": (3, "logged"),
+    "save_every": (32, "saved"),
+}
+"""Settings of the loop: another value, and what it changes."""
+ELSEWHERE = {
+    **dict.fromkeys(("lr", "actor_lr", "critic_lr", "pretrained_lr_factor", "freeze_updates"), "RATES above"),
+    "replay_storage": "gives the same batches: test_replay.py",
+    "replay_flow": "precision of stored flow: test_replay.py",
+}
+
+
+def record(path: Path, *settings: str) -> dict[str, Any]:
+    """What a run of DreamerV2 does whose updates are counted and not computed."""
+    seen: dict[str, Any] = {
+        "shape": set(),
+        "drawn": hashlib.sha256(),
+        "episodes": set(),
+        "saved": [],
+        "judged": set(),
+        "played": set(),
+        "made": [],
+    }
+
+    class Policy(rollout.MethodPolicy):
+        def __init__(self, *args: Any, explore: bool, **kwargs: Any) -> None:
+            super().__init__(*args, explore=explore, **kwargs)
+            self.explore = explore
+            seen["made"].append(explore)
+
+        def __call__(self, *args: Any) -> Any:
+            seen["played"].add(self.explore)
+            return super().__call__(*args)
+
+    def online(self: Updater, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        seen["shape"].add(tuple(batch["reward"].shape))
+        seen["drawn"].update(batch["image"].numpy().tobytes())
+        self.update += 1
+        return {}
+
+    def evaluate(policy_for: Any, *args: Any, episodes: int, **kwargs: Any) -> Any:
+        seen["episodes"].add(episodes)
+        policy_for()
+        seen["judged"].add(seen["made"][-1])
+        return rollout.Rollout([0.0] * episodes, [0.0] * episodes, [1] * episodes)
+
+    save = loop._Learner.save
+
+    def saved(self: Any, *args: Any, **kwargs: Any) -> Any:
+        seen["saved"].append(self.agent_step)
+        return save(self, *args, **kwargs)
+
+    run = compose("dreamer_v2", "train", preset="debug", env="toy:dot", flags={"threads": 1}, settings=(*BASE, *settings))
+    with (
+        mock.patch.object(Updater, "online", online),
+        mock.patch.object(loop, "evaluate", evaluate),
+        mock.patch.object(loop, "MethodPolicy", Policy),
+        mock.patch.object(loop._Learner, "save", saved),
+    ):
+        loop.finetune(run, path)
+    rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    return {
+        "updates": [row["update"] for row in rows][-1],
+        "shape": seen["shape"],
+        "drawn": seen["drawn"].hexdigest(),
+        "evaluated": [row["agent_step"] for row in rows if row["kind"] == "eval"],
+        "episodes": seen["episodes"],
+        "logged": [row["update"] for row in rows if row["kind"] == "train"],
+        "saved": seen["saved"],
+        "explores": (seen["played"], seen["judged"]),
+    }
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return record(tmp_path_factory.mktemp("plain") / "run")
+
+
+def test_every_setting_of_the_loop_is_looked_at() -> None:
+    assert {item.name for item in dataclasses.fields(OnlineConfig)} == LOOP.keys() | ELSEWHERE.keys()
+
+
+@pytest.mark.parametrize("setting", LOOP)
+def test_a_setting_of_the_loop_changes_what_it_is_for(tmp_path: Path, plain: dict[str, Any], setting: str) -> None:
+    value, reached = LOOP[setting]
+    found = record(tmp_path / "run", f"online.{setting}={str(value).lower()}")
+    assert found[reached] != plain[reached]
+    beside = {"updates", "drawn", "logged", "saved", "evaluated", "shape", "episodes"} - {reached}
+    if setting in ("eval_every", "eval_episodes", "log_every", "save_every"):  # clocks that learning does not hear
+        assert {key: found[key] for key in beside} == {key: plain[key] for key in beside}
+
+
+def test_the_loop_keeps_its_clocks(plain: dict[str, Any]) -> None:
+    """64 agent steps of prefill, 2 updates to warm up, then one for every fourth of the 128 that are left."""
+    assert plain["updates"] == 2 + 128 // 4
+    assert plain["shape"] == {(2, 8)}
+    assert plain["evaluated"] == [64, 128, 192]
+    assert plain["episodes"] == {1, 10}  # the last evaluation plays at least ten
+
+
+def test_a_run_explores_while_it_collects_and_not_while_it_is_judged(plain: dict[str, Any]) -> None:
+    assert plain["explores"] == ({True}, {False})

@@ -1,0 +1,335 @@
+"""Every setting reaches what it is for, and nothing else: each is changed by itself, and what a method or a run then does is compared.
+
+A method is looked at through its sizes, losses, weights of losses, optimisers, steps, actions, predictions and codes. A setting that
+changes none of them fails; so does one that changes another part than `REACH` declares.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+from localmotion import methods
+from localmotion.config import BehaviourConfig, RunConfig, Stage, leaves, update
+from localmotion.training.update import Updater
+from method_batches import ACTIONS, CASES, CPU, make, make_batch
+
+STAGES: list[tuple[str, Stage]] = [(name, stage) for name, stage in CASES if (stage == "train") != methods.get(name).can_pretrain]
+"""Of methods that pre-train fine-tuning stands for training from scratch too: only rates differ."""
+
+# --- another value of each setting ------------------------------------------------------------------------------------
+
+OTHER: dict[str, Any] = {
+    "model.behaviour.slow_critic_every": 1,
+    "model.behaviour.entropy": 0.5,
+    "model.world.context_dropout": 0.5,
+    "model.free_nats": 1000.0,
+    "model.beta_z_finetune": 0.5,
+    "model.kl_free": 1000.0,
+    "model.hidden": 48,
+    "model.imag_last": 3,
+    "model.scales.rep": 1.0,
+}
+
+
+def other(config: Any, name: str) -> Any:
+    """Another legal value of the setting ``name`` (dotted)."""
+    holder = config
+    *path, last = name.split(".")
+    for part in path:
+        holder = getattr(holder, part)
+    value, hint = getattr(holder, last), get_type_hints(type(holder))[last]
+    if name in OTHER:
+        return OTHER[name]
+    if get_origin(hint) is Literal:
+        return next(choice for choice in get_args(hint) if choice != value)
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int):
+        return 2 * value or 1
+    if isinstance(value, float):
+        return value / 2 or 0.5
+    raise AssertionError(f"{name}={value!r}: no other value is known; name one in OTHER")
+
+
+def changed(run: RunConfig, name: str, value: Any) -> RunConfig:
+    nested: Any = value
+    for part in reversed(name.split(".")):
+        nested = {part: nested}
+    return update(run, nested)
+
+
+# --- what a method does -----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def same_noise(seed: int = 7) -> Iterator[None]:
+    """Random numbers are a function of their shape alone: one draw more in one place changes no draw in another."""
+
+    def fixed(draw: Any) -> Any:
+        def drawn(*args: Any, **kwargs: Any) -> Tensor:
+            return draw(*args, **{**kwargs, "generator": torch.Generator().manual_seed(seed)})
+
+        return drawn
+
+    names = ("rand", "randn", "randint")
+    with mock.patch.multiple(torch, **{name: fixed(getattr(torch, name)) for name in names}):
+        torch.manual_seed(0)  # dropout
+        yield
+
+
+def build(run: RunConfig) -> Any:
+    """The method, no weight of which is zero: layers that begin at zero hide what lies behind them."""
+    torch.manual_seed(0)
+    method = methods.get(run.method)(run.model, image_size=64, action_dim=None if run.stage == "pretrain" else ACTIONS)
+    with torch.no_grad():
+        for parameter in method.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return method
+
+
+def batch() -> dict[str, Tensor]:
+    out = make_batch(2, 5, tracks=8)
+    out["flow"] = out["flow"] * 8  # beyond `flow_clip` in places
+    out["vector"] = torch.randn(2, 5, 5, generator=torch.Generator().manual_seed(1))
+    return out
+
+
+Doing = dict[str, Any]
+
+
+def by_module(values: dict[str, Any], what: str) -> Doing:
+    """Values of weights gathered by the module that they are of."""
+    out: Doing = {}
+    for name, value in values.items():
+        parts = name.split(".")
+        out.setdefault(f"{what}.{'.'.join(parts[: 2 if parts[0] in ('behaviour', 'image') else 1])}", {})[name] = value
+    return out
+
+
+def sizes(method: Any) -> Doing:
+    return by_module({name: tuple(value.shape) for name, value in method.state_dict().items()}, "size")
+
+
+def doing(run: RunConfig, method: Any) -> Doing:
+    """What a method computes and how it is to be stepped, by part."""
+    data, stage, out = batch(), run.stage, {}
+    method.train()
+    with torch.no_grad(), same_noise():
+        if stage == "pretrain":
+            losses = method.pretrain_losses(data)[0]
+        else:
+            losses, _, start = method.world_model_losses(data)
+            if not method.joint_update:
+                losses = losses | method.behaviour_losses(start)[0]
+    out |= {f"loss.{name}": float(value) for name, value in losses.items()}
+    out |= {f"weight.{name}": value for name, value in method.loss_scales(stage).items()}
+    for group in method.groups(run, True):
+        out[f"rate.{group.name}"] = (group.lr, group.freeze_updates, group.warmup, group.agc, len(group.parameters))
+    method.eval()
+    with torch.no_grad(), same_noise():
+        out |= {f"predicted.{row}": picture for row, picture in method.open_loop(data, 3).items()}
+    with torch.no_grad(), same_noise():
+        out["code"] = method.motion_code(data)
+    if stage != "pretrain":
+        for explore in (False, True):
+            carry, actions = method.initial_carry(2), []
+            with torch.no_grad(), same_noise():
+                for t in range(3):
+                    seen = {key: value[:, t : t + 1] for key, value in data.items() if key not in ("reward", "is_terminal")}
+                    action, carry = method.act(seen, carry, explore=explore, window=2)
+                    actions.append(action)
+            out["exploring" if explore else "acting"] = torch.stack(actions)
+    return out
+
+
+def stepped(run: RunConfig, at: int = 3) -> Doing:
+    """Weights after update number ``at`` of a run that began from a checkpoint, by module."""
+    method = build(run)
+    updater = Updater(method, run, CPU, pretrained=True)
+    updater.update = at
+    with same_noise():
+        (updater.pretrain if run.stage == "pretrain" else updater.online)(batch())
+    return by_module(method.state_dict(), "step")
+
+
+def equal(one: Any, two: Any) -> bool:
+    if isinstance(one, dict):
+        return one.keys() == two.keys() and all(equal(value, two[key]) for key, value in one.items())
+    if isinstance(one, Tensor):
+        return torch.equal(one, two)
+    if isinstance(one, float):
+        return math.isclose(one, two, rel_tol=1e-6)  # terms in another order
+    return bool(one == two)
+
+
+def difference(one: Doing, two: Doing) -> set[str]:
+    return {key for key in one.keys() | two.keys() if key not in one or key not in two or not equal(one[key], two[key])}
+
+
+# --- what each setting of a method is for -----------------------------------------------------------------------------
+
+# Names of parts with * as in file names; "!" stands before what the setting has to change, the others it may change.
+FREE = "!code !loss.mae !loss.recompose !loss.*kl !predicted.* loss.* acting exploring"  # the code of motion: all that is read from it
+HEADS = "!size.reward* !size.behaviour.actor !size.behaviour.*critic"
+STATE = "!size.image.decoder !size.latent !size.dynamics !size.adapter !size.bonus " + HEADS
+RETURNS = "!loss.actor !loss.critic"
+V3_RETURNS = "!loss.policy !loss.value !loss.repval"
+V3_STATE = "!size.dynamics !size.observations !size.reward !size.cont !size.actor !size.critic !size.slow_critic"
+UPSTREAM = "!step.image.encoder step.motion !step.latent !step.dynamics !step.adapter step.behaviour.actor step.behaviour.critic"
+REACH: dict[str, str] = {
+    "motion_encoder": "!size.motion",
+    "dae.patch": "!size.motion",
+    "dae.mask_ratio": "!loss.mae",
+    "dae.blocks": "!size.motion",
+    "dae.dim": "!size.motion !size.latent",
+    "dae.attention_norm": "!size.motion",
+    "dae.mlp_ratio": "!size.motion",
+    "dae.decoder_blocks": "!size.motion",
+    "dae.decoder_causal": "!loss.mae",
+    "dae.max_length": "!size.motion",
+    "dae.agg_dim": "!size.motion !size.latent",
+    "dae.mats": "!size.motion !size.latent",
+    "dae.*": FREE,
+    "world.encoder": "!size.image.encoder !size.image.decoder size.image.context_encoder size.latent size.dynamics",
+    "world.context": "!size.image.decoder size.image.context_encoder",
+    "world.stem": "!size.image.* size.latent size.dynamics",
+    "world.norm": "!size.image.*",
+    "world.depth": "!size.image.* size.latent size.dynamics",
+    "world.context_mask": "!loss.*image !predicted.*",
+    "world.context_dropout": "!loss.*image",
+    "world.context_side": "!size.image.decoder",
+    "world.context_copy": "!size.image.decoder",
+    "world.deter": STATE,
+    "world.hidden": "!size.latent !size.dynamics",
+    "world.stoch": STATE,
+    "world.classes": STATE,
+    "world.units": HEADS,
+    "world.layers": HEADS,
+    "world.kl_balance": UPSTREAM,
+    "world.image_weight": "!weight.*image !step.image.encoder !step.image.decoder !step.latent step.*",
+    "world.reward_weight": "!weight.reward* !step.reward* " + UPSTREAM,
+    "behaviour.horizon": RETURNS,
+    "behaviour.discount": RETURNS,
+    "behaviour.lambda_": RETURNS,
+    "behaviour.entropy": "!loss.actor",
+    "behaviour.slow_critic_every": "!step.behaviour.slow_critic",
+    "adapter": "!size.adapter",
+    "embed_input": "!size.dynamics",
+    "action_pad": "!size.latent !size.dynamics",
+    "joint_gradient": "!step.motion",
+    "recompose_weight": "!weight.recompose !step.motion",
+    "beta": "!weight.kl " + UPSTREAM,
+    "finetune beta_z": "!weight.latent_kl !step.image.encoder !step.latent step.motion",
+    "beta_z": "!weight.kl !step.image.encoder !step.latent step.motion",
+    "beta_z_finetune": "!weight.latent_kl !step.image.encoder !step.latent step.motion",
+    "beta_s": "!weight.kl " + UPSTREAM,
+    "beta_r": "!weight.reward_representative !step.reward_representative " + UPSTREAM,
+    "intrinsic_weight": "!loss.reward",
+    "free_nats": "!loss.kl loss.latent_kl",
+    "context_erasing": "!loss.*image",
+    # DreamerV3
+    "size": "!size.dynamics",
+    "deter": V3_STATE,
+    "hidden": "!size.dynamics",
+    "classes": V3_STATE,
+    "depth": "!size.observations !size.dynamics",
+    "units": V3_STATE,
+    "stoch": V3_STATE,
+    "blocks": "!size.observations !size.dynamics",
+    "stem": "!size.observations",
+    "pixels": "!size.observations !size.dynamics",
+    "vector_dim": "!size.observations",
+    "discrete": "!size.actor",
+    "unimix": "!loss.dyn !loss.rep",
+    "kl_free": "!loss.dyn !loss.rep",
+    "horizon": "!loss.cont !loss.repval",
+    "contdisc": "!loss.cont " + V3_RETURNS,
+    "imag_length": V3_RETURNS,
+    "imag_last": V3_RETURNS,
+    "lambda_": V3_RETURNS,
+    "entropy": "!loss.policy",
+    "slow_reg": "!loss.value !loss.repval",
+    "slow_rate": "!step.slow_critic",
+    "evaluate_mode": "!acting",
+    "agc": "!rate.model !step.dynamics step.*",
+    "warmup": "!rate.model !step.dynamics step.*",
+    "scales.dyn": "!weight.dyn !step.dynamics step.observations",
+    "scales.rep": "!weight.rep !step.dynamics !step.observations",
+    "scales.recon": "!weight.recon !step.dynamics !step.observations",
+    "scales.reward": "!weight.reward !step.dynamics !step.observations step.reward",
+    "scales.cont": "!weight.cont !step.dynamics !step.observations step.cont",
+    "scales.policy": "!weight.policy step.actor",
+    "scales.value": "!weight.value !step.critic step.slow_critic",
+    "scales.repval": "!weight.repval !step.dynamics !step.observations !step.critic step.slow_critic",
+}
+
+# Settings of a method that a stage does not have, with the reason. There they must change nothing at all.
+ACTING_ONLY = "pre-training has no actor, critic, reward or second model"
+IDLE: dict[tuple[str, str], str] = {
+    **{("pretrain", f"world.{name}"): ACTING_ONLY for name in ("units", "layers", "reward_weight")},
+    **{("pretrain", f"behaviour.{item.name}"): ACTING_ONLY for item in dataclasses.fields(BehaviourConfig)},
+    **{
+        ("pretrain", name): ACTING_ONLY
+        for name in ("adapter", "embed_input", "beta_s", "beta_r", "beta_z_finetune", "intrinsic_weight", "free_nats")
+    },
+    ("pretrain", "context_erasing"): "only fine-tuning erases (IPV)",
+    ("finetune", "beta_z"): "fine-tuning has a weight of its own, beta_z_finetune",
+}
+
+BASES: dict[str, tuple[str, ...]] = {
+    "drp": ("recompose_weight=0.5", "model.dae.blocks=1", "model.behaviour.horizon=3", "layers=1"),
+    "dreamer_v3": ("size=size1m", "model.hidden=null", "vector_dim=5", "imag_length=2"),
+}
+BASE = ("model.behaviour.horizon=3", "layers=1")
+UNCLIPPED = "optim.clip=1e12"  # one norm for a whole group would let each gradient change every step
+NEEDS: dict[str, tuple[str, ...]] = {f"world.context_{part}": ("context=true",) for part in ("mask", "dropout", "side", "copy")}
+"""What has to be on for a setting to do anything."""
+
+
+def matching(names: Iterable[str], patterns: Iterable[str]) -> set[str]:
+    return {name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)}
+
+
+def declaration(stage: Stage, setting: str) -> str:
+    """The first row of `REACH` that is of a setting, or of a setting in a stage."""
+    return next((REACH[row] for row in REACH if any(fnmatchcase(key, row) for key in (f"{stage} {setting}", setting))), "")
+
+
+@pytest.mark.parametrize(("name", "stage"), STAGES)
+def test_every_setting_of_a_method_reaches_what_it_is_for_and_nothing_else(name: str, stage: Stage) -> None:
+    known: dict[tuple[str, ...], tuple[RunConfig, Doing, Doing, Doing]] = {}
+    wrong = {}
+    for setting, _ in leaves(make(name, stage)[0].model):
+        needs = NEEDS.get(setting, ())
+        if needs not in known:
+            run, _ = make(name, stage, *BASES.get(name, BASE), UNCLIPPED, *needs)
+            base = build(run)
+            known[needs] = run, sizes(base), doing(run, base), stepped(run)
+        run, size, now, step = known[needs]
+        again = changed(run, f"model.{setting}", other(run, f"model.{setting}"))
+        method = build(again)
+        found = difference(size, sizes(method))
+        if not found:
+            found = difference(now, doing(again, method))
+            if all(part.startswith(("weight", "rate")) for part in found):
+                found |= difference(step, stepped(again))
+        idle = (stage, setting) in IDLE and (setting != "beta_z" or getattr(run.model, "beta_z_finetune", None) is not None)
+        declared = [] if idle else declaration(stage, setting).split()
+        must = [part[1:] for part in declared if part.startswith("!")]
+        may = [part.removeprefix("!") for part in declared]
+        missed, beyond = matching({**size, **now, **step}, must) - found, found - matching(found, may)
+        if missed or beyond or bool(found) == idle:
+            wrong[setting] = (
+                f"leaves {sorted(missed)} as it was and changes {sorted(beyond)} too; all it changes: {sorted(found)}"
+            )
+    assert not wrong, "\n".join(f"{setting} {what}" for setting, what in wrong.items())
