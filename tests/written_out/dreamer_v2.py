@@ -1,0 +1,48 @@
+"""DreamerV2's update, written out from arXiv 2010.02193 with the settings that IPV's experiments give it for continuous control."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from written_out import core, images
+
+
+def train(state: Any, batch: Mapping[str, Tensor], noise: Any, run: Any) -> dict[str, Tensor]:
+    """World model (Eq. 2), then actor and critic in imagination (Eqs. 3-6) with the updated model, then the slow critic."""
+    model, online = run.model, run.online
+    world, sizes = model.world, core.Sizes(model.world.stoch, model.world.classes, model.world.deter)
+
+    w = core.leaves(state)
+    embed, truth = images.encode(state, w, batch["image"], world)
+    post, prior = core.observe(w, "dynamics.", embed, batch["action"], batch["is_first"], sizes, noise)
+    decoded = images.decode(state, w, post.feat, world)
+    kl, kl_metrics = core.balanced_kl(post.logits, prior, world.kl_balance, model.free_nats)
+    reward = core.mlp(w, "reward.", post.feat, world.layers)[..., 0]
+    losses = {
+        "image": images.image_loss(decoded, truth),
+        "kl": kl,
+        "reward": (0.5 * (reward - batch["reward"]) ** 2).mean(),
+    }
+    total = world.image_weight * losses["image"] + model.beta * losses["kl"] + losses["reward"]
+    names = core.named(state, "image.", "dynamics.", "reward.")
+    norms = {"model": core.adam_step(state, w, total, names, lr=online.lr, optim=run.optim)}
+
+    w = core.leaves(state)
+    behaviour, metrics = core.behaviour_losses(
+        w,
+        core.flatten(post),
+        lambda feat: core.mlp(w, "reward.", feat, world.layers)[..., 0],
+        model.behaviour,
+        layers=world.layers,
+        sizes=sizes,
+        noise=noise,
+    )
+    for name, lr in (("actor", online.actor_lr), ("critic", online.critic_lr)):
+        names = core.named(state, f"behaviour.{name}.")
+        norms[name] = core.adam_step(state, w, behaviour[name], names, lr=lr, optim=run.optim)
+    core.copy_slow_critic(state, model.behaviour.slow_critic_every)
+    metrics |= {f"dynamics/{key}": value for key, value in kl_metrics.items()}
+    return core.report({**losses, **behaviour}, metrics, norms)
