@@ -23,6 +23,7 @@ WORLD = {
     "units": 5,
     "layers": 2,
     "image_weight": 0.3,
+    "reward_weight": 1.6,
     "kl_balance": 0.7,
 }
 BEHAVIOUR = {"horizon": 4, "discount": 0.9, "lambda_": 0.8, "entropy": 0.3, "slow_critic_every": 2}
@@ -36,6 +37,12 @@ def settings(**model: Any) -> dict[str, Any]:
         "model": {"world": WORLD, "behaviour": BEHAVIOUR, **model},
         "run": {"online": RATES, "pretrain": {"lr": 4e-3, "lr_decay": 0.6, "updates": 4}, "optim": OPTIM},
     }
+
+
+def loads(part: str, **model: Any) -> dict[str, Any]:
+    """The same where a part of what was pre-trained is loaded."""
+    arguments = settings(**model)
+    return {**arguments, "run": {**arguments["run"], "load": part}}
 
 
 def half_filled(method: Any) -> None:
@@ -60,7 +67,17 @@ V3_SIZES = {
     "imag_length": 3,
     "horizon": 20,
 }
-V3 = {**V3_SIZES, "lambda_": 0.8, "entropy": 0.3, "slow_reg": 0.6, "slow_rate": 0.1, "unimix": 0.03, "kl_free": 0.5, "warmup": 2}
+V3 = {
+    **V3_SIZES,
+    "lambda_": 0.8,
+    "entropy": 0.3,
+    "slow_reg": 0.6,
+    "slow_rate": 0.1,
+    "unimix": 0.03,
+    "kl_free": 0.5,
+    "warmup": 2,
+    "agc": 0.02,
+}
 V3_SCALES = {"dyn": 0.9, "rep": 0.2, "recon": 0.05, "reward": 1.1, "cont": 1.2, "policy": 1.3, "value": 1.4, "repval": 0.4}
 
 
@@ -106,6 +123,18 @@ CASES = [
     ),
     Case(APV, "pretrain", apv.pretrain, **settings(**APV_MODEL)),
     Case(APV, "finetune", apv.online, **settings(**APV_MODEL, intrinsic_weight=0.8), prepare=half_filled, tolerance=ROUGH),
+    *(
+        Case(
+            APV,
+            "finetune",
+            apv.online,
+            **loads(part, **APV_MODEL),
+            updates=1,
+            tolerance=ROUGH,
+            label=f"{part}-loaded",
+        )
+        for part in ("image", "latent")
+    ),
     Case(
         APV,
         "train",
@@ -120,7 +149,7 @@ CASES = [
         DreamerV3,
         "train",
         dreamer_v3.train,
-        **v3(vector_dim=0, imag_last=3, contdisc=False),
+        **{**v3(vector_dim=0, imag_last=3, contdisc=False), "prepare": None},  # returns range over less than 1
         updates=1,
         label="pool",
     ),

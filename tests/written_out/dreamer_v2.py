@@ -26,7 +26,7 @@ def train(state: Any, batch: Mapping[str, Tensor], noise: Any, run: Any) -> dict
         "kl": kl,
         "reward": (0.5 * (reward - batch["reward"]) ** 2).mean(),
     }
-    total = world.image_weight * losses["image"] + model.beta * losses["kl"] + losses["reward"]
+    total = world.image_weight * losses["image"] + model.beta * losses["kl"] + world.reward_weight * losses["reward"]
     names = core.named(state, "image.", "dynamics.", "reward.")
     norms = {"model": core.adam_step(state, w, total, names, lr=online.lr, optim=run.optim)}
 
