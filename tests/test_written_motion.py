@@ -19,17 +19,27 @@ from localmotion.models.bonus import IntrinsicBonus
 from localmotion.models.dae import DAEConfig, MaskedMotion, Motion, atomic_actions, crop_patches, random_mask
 from localmotion.models.global_flow import GlobalFlow
 from localmotion.models.image import ImageModel, image_losses
-from written_out import context, motion, stacked
-from written_out.product import Draws, in_float64, shaken
+from update_check import Noise, Written, _InDouble
+from written_out import adapters, context, core, images, motion
 
 SIDE, PARTS = 16, 3
 
 
 @pytest.fixture(autouse=True)
-def precise() -> Iterator[None]:
+def precise(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The product in float64: what it makes by `float()` and by default."""
+    monkeypatch.setattr(Tensor, "float", Tensor.double)
+    torch.set_default_dtype(torch.float64)
     torch.manual_seed(0)
-    with in_float64():
-        yield
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def shaken(module: nn.Module) -> Any:
+    """The module with weights of which none stays zero or one by its initialisation."""
+    for parameter in module.parameters():
+        parameter.data.add_(0.1 * torch.randn(parameter.shape))
+    return module
 
 
 def motion_batch(batch: int = 2, time: int = 5, side: int = SIDE, parts: int = PARTS) -> dict[str, Tensor]:
@@ -195,7 +205,7 @@ def test_the_global_code_is_the_written_out_one(side: int) -> None:
 @pytest.mark.parametrize("kind", ["attention", "mlp", "linear"])
 def test_an_adapter_is_the_written_out_one(kind: str) -> None:
     model, feat = shaken(make_adapter(kind, deter=16, stoch=3, classes=4, out_dim=7)), torch.randn(2, 3, 28)
-    found, wanted = model(feat), stacked.adapt(named(model), kind, feat, stoch=3, classes=4)
+    found, wanted = model(feat), adapters.adapt(named(model), kind, feat, stoch=3, classes=4)
     torch.testing.assert_close(found, wanted)
     weigh = torch.randn(found.shape)
     gradients_agree(model, (weigh * found).sum(), (weigh * wanted).sum())
@@ -209,12 +219,12 @@ def test_the_bonus_is_the_written_out_one(filled: int) -> None:
     model.mean.fill_(0.7)
     is_first = motion_batch(time=8)["is_first"]
     for _ in range(2):  # the second one finds the first one's windows
-        feat, before = torch.randn(2, 8, 6), {name: value.clone() for name, value in model.named_buffers()}
-        found = model(feat, is_first)
-        wanted, after = stacked.bonus(before, feat, is_first)
+        feat = torch.randn(2, 8, 6)
+        state = Written({f"bonus.{name}": value.clone() for name, value in model.named_buffers()})
+        found, wanted = model(feat, is_first), core.intrinsic_bonus(state, feat, is_first)
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
-        for name, value in after.items():
-            torch.testing.assert_close(getattr(model, name), value, rtol=1e-5, atol=1e-6)
+        for name, value in model.named_buffers():
+            torch.testing.assert_close(value, state.weights[f"bonus.{name}"], rtol=1e-5, atol=1e-6)
 
 
 # Pictures and their context --------------------------------------------------------------------------------------------------------
@@ -232,18 +242,16 @@ WORLDS: dict[str, dict[str, Any]] = {
 def test_embedding_context_and_losses_of_pictures_are_the_written_out_ones(name: str, erase: bool) -> None:
     world = WorldModelConfig(depth=4, deter=5, stoch=2, classes=3, **WORLDS[name])
     model = shaken(ImageModel(world, image_size=16))
-    batch = {"image": torch.randint(0, 256, (2, 3, 16, 16, 3), dtype=torch.uint8)}
-    feats = [torch.randn(2, 3, 11) for _ in range(2)]
-    before = {key: value.clone() for key, value in model.named_buffers()}
-    draws = Draws()
-    with draws.recorded():
+    batch = {"image": torch.randint(0, 256, (3, 3, 16, 16, 3), dtype=torch.uint8)}
+    feats = [torch.randn(3, 3, 11) for _ in range(2)]
+    state = Written({f"image.{key}": value.detach().clone() for key, value in named(model).items()})
+    with _InDouble(Noise()):
         truth = model.pixels(batch["image"])
         embed, around = model.encode(truth, batch["image"], erase=erase)
         losses = model.losses(feats, around, truth)
-    written = context.Picture({**dict(model.named_parameters()), **before}, world, 16, prefix="")
-    code, known, seen = context.observe(written, batch, draws.uniform, draws.pick, erase=erase)
-    wanted = torch.stack(written.losses(feats, known, seen, draws.uniform))
-    assert not draws.kept
+    w, noise = {f"image.{key}": value for key, value in named(model).items()}, Noise()
+    code, known, seen = context.observe(state, w, batch, world, noise, erase=erase)
+    wanted = torch.stack(context.losses(state, w, feats, known, seen, world, noise))
     torch.testing.assert_close(embed, code)
     torch.testing.assert_close(losses, wanted)
     if known is None:
@@ -252,10 +260,12 @@ def test_embedding_context_and_losses_of_pictures_are_the_written_out_ones(name:
         assert around is not None
         assert around.frame.tolist() == known.frame
         torch.testing.assert_close(around.pixels, known.pixels)
-    for key, value in written.statistics.items():
-        torch.testing.assert_close(dict(model.named_buffers())[key[1:]], value, msg=key)
-    weigh = torch.randn(embed.shape)
-    share = torch.tensor([1.0, 0.6])
+        plain = truth.unflatten(0, (3, 3))[torch.arange(3), around.frame]
+        changed = [not torch.equal(*pair) for pair in zip(around.pixels, plain, strict=True)]
+        assert set(changed) == ({False, True} if erase else {False})  # the noise erases some and some not
+    for key, value in model.named_buffers():
+        torch.testing.assert_close(value, state.weights[f"image.{key}"], msg=key)
+    weigh, share = torch.randn(embed.shape), torch.tensor([1.0, 0.6])
     gradients_agree(model, losses @ share + (weigh * embed).sum(), wanted @ share + (weigh * code).sum())
 
 
@@ -289,7 +299,6 @@ def test_copying_adds_the_share_of_the_context_picture() -> None:
 
 def test_pixel_blocks_go_there_and_back() -> None:
     image = torch.randint(0, 256, (2, 16, 16, 3), dtype=torch.uint8)
-    world = WorldModelConfig(stem="unshuffle")
     blocks = encoders.to_blocks(image).double() / 255 - 0.5
-    torch.testing.assert_close(blocks, context.pixels(image, world))
-    torch.testing.assert_close(encoders.from_blocks(blocks), context.pixels(image, WorldModelConfig()))
+    torch.testing.assert_close(blocks, images.pixels(image[:, None], unshuffle=True))
+    torch.testing.assert_close(encoders.from_blocks(blocks), images.pixels(image[:, None]))

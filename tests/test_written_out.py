@@ -23,7 +23,7 @@ WORLD = {
     "units": 5,
     "layers": 2,
     "image_weight": 0.3,
-    "reward_weight": 1.6,
+    "reward_weight": 1.7,
     "kl_balance": 0.7,
 }
 BEHAVIOUR = {"horizon": 4, "discount": 0.9, "lambda_": 0.8, "entropy": 0.3, "slow_critic_every": 2}
@@ -31,11 +31,11 @@ RATES = {"lr": 3e-3, "actor_lr": 2e-3, "critic_lr": 1e-3, "pretrained_lr_factor"
 OPTIM = {"clip": 1.0, "weight_decay": 1e-2, "eps": 1e-3}
 
 
-def settings(**model: Any) -> dict[str, Any]:
+def settings(run: dict[str, Any] | None = None, **model: Any) -> dict[str, Any]:
     """Arguments of a case of the DreamerV2 family: no two numbers alike, so that none can stand in for another."""
     return {
         "model": {"world": WORLD, "behaviour": BEHAVIOUR, **model},
-        "run": {"online": RATES, "pretrain": {"lr": 4e-3, "lr_decay": 0.6, "updates": 4}, "optim": OPTIM},
+        "run": {"online": RATES, "pretrain": {"lr": 4e-3, "lr_decay": 0.6, "updates": 4}, "optim": OPTIM, **(run or {})},
     }
 
 
@@ -143,6 +143,15 @@ CASES = [
         updates=1,
         tolerance=ROUGH,
         label="free-nats",
+    ),
+    Case(
+        APV,
+        "finetune",
+        apv.online,
+        **settings({"load": "image"}, **APV_MODEL, intrinsic_weight=0.8),
+        updates=2,
+        tolerance=ROUGH,
+        label="image-loaded",
     ),
     Case(DreamerV3, "train", dreamer_v3.train, **v3(stem="blocks", kl_free=1.1)),
     Case(

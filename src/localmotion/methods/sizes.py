@@ -29,7 +29,7 @@ WORLD: dict[str, dict[str, Any]] = {
         "depth": 16,
         "context_dropout": 0.0,
         "context_side": 4,
-        "context_copy": False,
+        "context_copy": True,
         "image_weight": 16.0,
         "reward_weight": 100.0,
         "deter": 128,
