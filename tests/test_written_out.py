@@ -61,7 +61,17 @@ V3_SIZES = {
     "imag_length": 3,
     "horizon": 20,
 }
-V3 = {**V3_SIZES, "lambda_": 0.8, "entropy": 0.3, "slow_reg": 0.6, "slow_rate": 0.1, "unimix": 0.03, "kl_free": 0.5, "warmup": 2}
+V3 = {
+    **V3_SIZES,
+    "lambda_": 0.8,
+    "entropy": 0.3,
+    "slow_reg": 0.6,
+    "slow_rate": 0.1,
+    "unimix": 0.03,
+    "kl_free": 0.5,
+    "warmup": 2,
+    "agc": 0.02,
+}
 V3_SCALES = {"dyn": 0.9, "rep": 0.2, "recon": 0.05, "reward": 1.1, "cont": 1.2, "policy": 1.3, "value": 1.4, "repval": 0.4}
 
 
@@ -109,6 +119,15 @@ CASES = [
     Case(APV, "finetune", apv.online, **settings(**APV_MODEL, intrinsic_weight=0.8), prepare=half_filled, tolerance=ROUGH),
     Case(
         APV,
+        "finetune",
+        apv.online,
+        **settings({"load": "latent"}, **APV_MODEL),
+        updates=1,
+        tolerance=ROUGH,
+        label="latent-loaded",
+    ),
+    Case(
+        APV,
         "train",
         apv.online,
         **settings(**APV_MODEL, intrinsic_weight=0.8, embed_input=True, free_nats=0.19),
@@ -130,7 +149,7 @@ CASES = [
         DreamerV3,
         "train",
         dreamer_v3.train,
-        **v3(vector_dim=0, imag_last=3, contdisc=False),
+        **{**v3(vector_dim=0, imag_last=3, contdisc=False), "prepare": None},  # returns range over less than 1
         updates=1,
         label="pool",
     ),

@@ -129,17 +129,19 @@ def fill_(method: Method) -> None:
 def make_batch(
     *, batch: int = 2, time: int = 6, actions: int = 2, side: int = 64, tracks: int = 4, vector: int = 3
 ) -> dict[str, Tensor]:
-    """All keys of a batch. A second episode begins within the last sequence, and the first one ends at its last position."""
+    """All keys of a batch. A second episode begins within the last sequence, and the first one ends at its last position.
+
+    Where an episode begins there are actions too: they are of another episode, and an update must not read them.
+    """
     state = np.random.RandomState(7)
     is_first = torch.zeros(batch, time, dtype=torch.bool)
     is_first[:, 0] = is_first[-1, time // 2] = True
     is_terminal = torch.zeros(batch, time, dtype=torch.bool)
     is_terminal[0, -1] = True
-    keep = (~is_first).double().unsqueeze(-1)
     visible = torch.from_numpy(state.random_sample((batch, time, tracks)) < 0.8) & ~is_first.unsqueeze(-1)
     return {
         "image": torch.from_numpy(state.randint(0, 256, (batch, time, side, side, 3)).astype(np.uint8)),
-        "action": torch.from_numpy(state.uniform(-1, 1, (batch, time, actions))) * keep,
+        "action": torch.from_numpy(state.uniform(-1.5, 1.5, (batch, time, actions))),
         "reward": torch.from_numpy(state.standard_normal((batch, time))),
         "is_first": is_first,
         "is_terminal": is_terminal,

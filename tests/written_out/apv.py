@@ -66,15 +66,16 @@ def online(state: Any, batch: Mapping[str, Tensor], noise: Any, run: Any) -> dic
     }
     total = world.image_weight * losses["image"] + model.beta_s * kl + model.beta_z_finetune * latent_kl
     total = total + world.reward_weight * losses["reward"]
-    tuned = run.stage == "finetune"
-    held = ["image.encoder."]
+    loaded = set((run.load or "image,latent").split(","))
+    first = ["image.encoder."]
     new = ["image.decoder.", "dynamics.", "reward."]
-    (held if "latent" in (run.load or "image,latent") else new).append("latent.")
-    rate = online.lr * (online.pretrained_lr_factor if tuned else 1.0)
-    if tuned and state.update < online.freeze_updates:
+    (first if "latent" in loaded else new).append("latent.")
+    held = run.stage == "finetune" and "image" in loaded
+    rate = online.lr * (online.pretrained_lr_factor if held else 1.0)
+    if held and state.update < online.freeze_updates:
         rate = 0.0
     norms = {
-        "encoder": core.adam_step(state, w, total, core.named(state, *held), lr=rate, optim=run.optim),
+        "encoder": core.adam_step(state, w, total, core.named(state, *first), lr=rate, optim=run.optim),
         "model": core.adam_step(state, w, total, core.named(state, *new), lr=online.lr, optim=run.optim),
     }
 

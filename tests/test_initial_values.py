@@ -1,0 +1,69 @@
+"""What weights and buffers are before the first update: the update checks fill them by rule, so only these tests see how they begin."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from localmotion.models.heads import MLP
+from localmotion.models.rssm import RSSM
+from method_batches import make
+
+
+@torch.no_grad()
+def test_dreamer_v3_predicts_nothing_at_first() -> None:
+    """Reward and critic start at exactly zero (arXiv 2301.04104), so early returns are not noise; the policy is nearly indifferent."""
+    _, model = make("dreamer_v3", "train")
+    model.eval()
+    feat = torch.randn(64, model.dynamics.feat_dim)
+    for head in (model.reward, model.critic, model.slow_critic):
+        assert not any(p.any() for p in head[-1].parameters())
+    policy = model.policy(feat)
+    assert float(policy.mean.abs().max()) < 0.1
+    torch.testing.assert_close(
+        policy.std, torch.full_like(policy.std, 0.9 * torch.sigmoid(torch.tensor(2.0)) + 0.1), rtol=0.03, atol=0
+    )
+    assert float(model.actor[-1].weight.abs().max()) > 0
+    assert float(model.cont[-1].weight.std()) > 0.05  # the only head that is not scaled down
+    assert float(model.return_range.low) == float(model.return_range.high) == 0
+
+
+@pytest.mark.parametrize("name", ["dreamer_v2", "apv", "ipv", "drp", "dreamer_v3"])
+def test_the_slow_critic_begins_as_a_copy_of_the_critic(name: str) -> None:
+    _, method = make(name, "train")
+    critics = method if name == "dreamer_v3" else method.behaviour
+    fast = critics.critic.state_dict()
+    assert any(bool(value.any()) for value in fast.values())
+    for key, value in critics.slow_critic.state_dict().items():
+        assert torch.equal(value, fast[key])
+        assert value.data_ptr() != fast[key].data_ptr()
+    assert not any(p.requires_grad for p in critics.slow_critic.parameters())
+
+
+def test_heads_and_latents_begin_xavier_uniform_without_bias() -> None:
+    """Uniform in +-sqrt(6 / (in + out)): a deviation of sqrt(2 / (in + out))."""
+    torch.manual_seed(0)
+    heads = MLP(120, 40, units=100, layers=2)
+    dynamics = RSSM(embed_dim=50, action_dim=3, deter=40, hidden=60, stoch=8, classes=8)
+    layers = [layer for layer in heads.net if isinstance(layer, nn.Linear)]
+    layers += [getattr(dynamics, name) for name in ("img_in", "prior_in", "prior_out", "post_in", "post_out")]
+    for layer in layers:
+        weight, bound = layer.weight.detach(), math.sqrt(6 / (layer.in_features + layer.out_features))
+        assert 0.97 * bound < float(weight.abs().max()) <= bound
+        assert float(weight.std()) == pytest.approx(bound / math.sqrt(3), rel=0.05)
+        assert not layer.bias.any()
+
+
+def test_the_bonus_begins_with_an_empty_queue_and_a_mean_of_one() -> None:
+    """A fixed projection of deviation 1/128; the running mean starts at 1, so that early bonuses are not blown up."""
+    for name in ("apv", "ipv", "drp"):
+        _, method = make(name, "train")
+        bonus = method.bonus
+        assert float(bonus.mean) == 1
+        assert int(bonus.filled) == 0
+        assert not bonus.queue.any()
+        assert bonus.queue.shape == (4096, 128)
+        assert float(bonus.projection.std()) == pytest.approx(1 / 128, rel=0.05)
