@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+import method_batches
+import test_written_updates
 from localmotion.methods.apv import APV
 from localmotion.methods.dreamer_v2 import DreamerV2
 from localmotion.methods.dreamer_v3 import DreamerV3
@@ -163,6 +165,14 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_updates_are_what_the_papers_equations_give(case: Case) -> None:
     check_update(case)
+
+
+def test_every_method_and_stage_is_written_out() -> None:
+    """Training from scratch is fine-tuning at other rates: one of the two is enough."""
+    written = {(case.method.name, case.stage) for case in (*CASES, *test_written_updates.CASES)}
+    for name, stage in method_batches.CASES:
+        alike = ("pretrain",) if stage == "pretrain" else ("train", "finetune")
+        assert any((name, other) in written for other in alike), (name, stage)
 
 
 def test_a_wrong_update_is_reported_with_what_differs() -> None:

@@ -24,9 +24,10 @@ WORLD = {
     "context_copy": True,
     "context_side": 8,
     "image_weight": 0.3,
+    "reward_weight": 1.7,
     "kl_balance": 0.7,
 }
-PAPER = {**PLAIN, "context_side": 4, "image_weight": 0.3, "kl_balance": 0.7}
+PAPER = {**PLAIN, "context_side": 4, "image_weight": 0.3, "reward_weight": 0.6, "kl_balance": 0.7}
 """The paper's residual networks: convolutions on pixels, batch normalisation, no copying."""
 BEHAVIOUR = {"horizon": 3, "discount": 0.9, "lambda_": 0.8, "entropy": 0.3, "slow_critic_every": 2}
 DAE = {"patch": 4, "keypoints": 3, "dim": 8, "heads": 2, "blocks": 1, "flow_clip": 1.5, "flow_scale": 0.7, "mask_ratio": 0.4}
@@ -95,6 +96,7 @@ CASES = [
     case(DRP, "finetune", updates=2),
     case(DRP, "finetune", "dmc", embed_input=True, free_nats=50.0, adapter="mlp"),
     case(DRP, "finetune", "erasing-recompose", context_erasing=True, recompose_weight=0.35, clip=1.0),
+    case(DRP, "finetune", "own-weight-of-z", beta_z_finetune=0.25),
     case(DRP, "finetune", "global", motion_encoder="global", side=32),
     case(DRP, "finetune", "apart-motion-loaded", joint_gradient=False, load="motion"),
     case(DRP, "finetune", "pictures-loaded", load="image"),
