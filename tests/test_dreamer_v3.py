@@ -275,6 +275,7 @@ def test_open_loop_sees_no_future_picture() -> None:
     [
         ({"pixels": False}, "vector_dim"),
         ({"deter": 30}, "blocks"),
+        ({"imag_last": 1}, "imag_last"),
         ({"depth": 3, "deter": 32, "blocks": 8}, "depth"),
     ],
 )

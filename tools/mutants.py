@@ -303,8 +303,10 @@ def files_of(tests: Iterable[str]) -> tuple[str, ...]:
 
 
 def key(root: Path, mutant: Mutant) -> str:
-    """A result holds as long as the edit, its file and its tests are as they were."""
-    texts = [(root / file).read_bytes() for file in (mutant.file, *files_of(mutant.tests))]
+    """A result holds as long as the edit, its file, its tests and what tests share are as they were."""
+    shared = [path for path in sorted((root / "tests").rglob("*.py")) if not path.name.startswith("test_")]
+    own = [root / file for file in (mutant.file, *files_of(mutant.tests))]
+    texts = [path.read_bytes() for path in (*own, *shared)]
     return digest(mutant.old, mutant.new, *mutant.tests, *texts)
 
 
@@ -415,9 +417,7 @@ def main(arguments: list[str] | None = None) -> int:
                 if result == BROKEN:
                     print(f"pytest did not get to run the tests:\n{done.tail}", flush=True)
                 else:
-                    results.add(
-                        key(root, done.job.mutant), what=done.job.mutant.name, result=result, seconds=round(done.seconds, 1)
-                    )
+                    results.add(marks[done.job.mutant], what=done.job.mutant.name, result=result, seconds=round(done.seconds, 1))
 
     counts = Counter(found.values())
     equivalent = len(mutants) - len(tried)

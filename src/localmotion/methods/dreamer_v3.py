@@ -222,6 +222,10 @@ class DreamerV3(Method):
         width = width._replace(**{k: v for k in width._fields if (v := getattr(config, k)) is not None})
         if width.deter % config.blocks:
             raise ConfigError(f"model.deter={width.deter} must be a multiple of model.blocks={config.blocks}")
+        if config.imag_last == 1:
+            raise ConfigError(
+                "model.imag_last=1 leaves no return for the replay value loss (repval); use at least 2, or 0 for all"
+            )
         self.observations = ObservationModel(
             deter=width.deter,
             latent=config.stoch * width.classes,
