@@ -192,7 +192,8 @@ def start(tree: Path, tests: Iterable[str], log: Path) -> int:
         import pytest
 
         loaded = "ignore::pytest.PytestAssertRewriteWarning"  # plugins that were loaded before
-        code = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-W", loaded, f"--basetemp={tree.parent / 'tmp'}", *tests]))
+        where = f"--basetemp={tree.parent / 'tmp'}"
+        code = int(pytest.main(["-x", "-q", "-m", "not gpu", "-p", "no:cacheprovider", "-W", loaded, where, *tests]))
     except BaseException:
         traceback.print_exc()
     finally:
