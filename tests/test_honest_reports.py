@@ -132,11 +132,11 @@ class Counts:
     def reset(self, seed: int) -> dict[str, Any]:
         self.seeds.append(seed)
         self.time = 0
-        return {"image": np.zeros((4, 4, 3), np.uint8), "reward": 1000.0}
+        return {"image": np.zeros((64, 64, 3), np.uint8), "reward": 1000.0}
 
     def step(self, action: Any) -> tuple[dict[str, Any], bool, dict[str, Any]]:
         self.time += 1
-        record = {"image": np.full((4, 4, 3), self.time, np.uint8), "reward": self.scale * self.time * float(action[0])}
+        record = {"image": np.full((64, 64, 3), self.time, np.uint8), "reward": self.scale * self.time * float(action[0])}
         return record, self.time == self.length, {"success": float(self.time == 2 and self.scale > 1)}
 
 
