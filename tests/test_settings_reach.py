@@ -117,7 +117,12 @@ def by_module(values: dict[str, Any], what: str) -> Doing:
 
 
 def sizes(method: Any) -> Doing:
-    return by_module({name: tuple(value.shape) for name, value in method.state_dict().items()}, "size")
+    """Shapes of weights by module, and what no weight shows: how many latents a state has, and of how many classes each is."""
+    out = by_module({name: tuple(value.shape) for name, value in method.state_dict().items()}, "size")
+    for name, module in method.named_children():
+        if hasattr(module, "initial"):
+            out[f"size.{name}.latents"], out[f"size.{name}.classes"] = module.initial(1).stoch.shape[-2:]
+    return out
 
 
 def doing(run: RunConfig, method: Any) -> Doing:
@@ -211,8 +216,8 @@ REACH: dict[str, str] = {
     "world.context_copy": "!size.image.decoder",
     "world.deter": STATE,
     "world.hidden": "!size.latent !size.dynamics",
-    "world.stoch": STATE,
-    "world.classes": STATE,
+    "world.stoch": STATE + " !size.*.latents",
+    "world.classes": STATE + " !size.*.classes",
     "world.units": HEADS,
     "world.layers": HEADS,
     "world.kl_balance": UPSTREAM,
@@ -241,10 +246,10 @@ REACH: dict[str, str] = {
     "size": "!size.dynamics",
     "deter": V3_STATE,
     "hidden": "!size.dynamics",
-    "classes": V3_STATE,
+    "classes": V3_STATE + " !size.*.classes",
     "depth": "!size.observations !size.dynamics",
     "units": V3_STATE,
-    "stoch": V3_STATE,
+    "stoch": V3_STATE + " !size.*.latents",
     "blocks": "!size.observations !size.dynamics",
     "stem": "!size.observations",
     "pixels": "!size.observations !size.dynamics",
@@ -333,3 +338,23 @@ def test_every_setting_of_a_method_reaches_what_it_is_for_and_nothing_else(name:
                 f"leaves {sorted(missed)} as it was and changes {sorted(beyond)} too; all it changes: {sorted(found)}"
             )
     assert not wrong, "\n".join(f"{setting} {what}" for setting, what in wrong.items())
+
+
+@pytest.mark.parametrize(("name", "stage"), [case for case in STAGES if case[0] != "dreamer_v3"])
+def test_the_balance_reaches_each_kl_by_itself(name: str, stage: Stage) -> None:
+    """It changes gradients alone. Those of one KL would hide those of another in a step, so each KL is followed back by itself."""
+    slopes: dict[float, list[Tensor]] = {}
+    kls = ("kl",) if stage == "pretrain" or name == "dreamer_v2" else ("kl", "latent_kl")
+    for balance in (0.8, 0.4):
+        run, _ = make(name, stage, *BASES.get(name, BASE), f"kl_balance={balance}")
+        method = build(run)
+        slopes[balance] = []
+        for kl in kls:
+            with same_noise():
+                losses = (method.pretrain_losses if stage == "pretrain" else method.world_model_losses)(batch())[0]
+            method.zero_grad()
+            losses[kl].backward()
+            slopes[balance].append(torch.cat([p.grad.flatten() for p in method.parameters() if p.grad is not None]))
+        assert {key for key in losses if key.endswith("kl")} == set(kls)
+    same = [kl for kl, one, two in zip(kls, *slopes.values(), strict=True) if torch.allclose(one, two, rtol=1e-3)]
+    assert not same
