@@ -1,4 +1,4 @@
-"""Which points are kept, lost and drawn again, and what is stored of them: rules written out, with backends that do as they are told."""
+"""Rules for points: which are kept, lost and redrawn, and what a clip stores of them. Tracker and segmenter are stubs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SIDE, COUNT = 32, 12
 RECIPE = Recipe(size=16, percept_size=SIDE, tracks=COUNT, min_motion=0.3)
 
 
-class Told:
+class Stub:
     """A tracker and a segmenter that answer what the test has set."""
 
     name, licence, uses_motion, causal = "told", "none", True, True
@@ -56,7 +56,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[NDArray[np.float32], An
 
 def test_slots_are_kept_lost_and_drawn_again_by_the_rules(drawn: Any) -> None:
     """Forty steps of slots that are followed, lost, hidden before and idle, beside the same rules slot by slot."""
-    rng, told = np.random.default_rng(5), Told()
+    rng, told = np.random.default_rng(5), Stub()
     slots = Slots(RECIPE, told, told, np.random.default_rng(1))
     frames = texture(3, SIDE)[None] + np.arange(41, dtype=np.uint8)[:, None, None, None] % 7
     grey = frames[..., 0].copy()

@@ -14,12 +14,13 @@ from localmotion.config import RunConfig, Stage, compose
 from localmotion.console import progress, say
 from localmotion.errors import LocalmotionError
 from localmotion.machine import cores
+from localmotion.methods import sizes
 from localmotion.perception.base import Recipe
 
 TASK = "dmc:cheetah_run"
 BODIES = ("walker", "hopper", "finger", "reacher", "acrobot", "fish", "swimmer", "pendulum")
 PRESET = "tiny"
-RECIPE = Recipe(size=32, percept_size=64)  # as the preset's
+RECIPE = Recipe(**sizes.RECIPE[PRESET])
 PRETRAIN = ("updates=1000", "pretrain.log_every=50", "pretrain.eval_every=500", "pretrain.save_every=500", "eval_batches=4")
 # Four env steps an agent step, PlaNet's choice for this task: twice the experience for the same number of updates.
 FINETUNE = (
@@ -74,7 +75,7 @@ def demo(root: Path, *, videos: Path | None = None, task: str = TASK, seed: int 
     motion_media(pre, store_path)
     say(f"4. localmotion finetune --method drp --checkpoint {pre} --env {task} --preset {PRESET} --seed {seed} --run {fine}")
     finetune(_settings("finetune", FINETUNE, env=task, checkpoint=str(pre), seed=seed), fine)
-    # An agent of this budget is not steady. Which weights are best its evaluations tell, how good they are episodes of other seeds.
+    # An agent of this budget is not steady. Its evaluations choose the best weights; episodes of another seed measure them.
     say(f"5. localmotion evaluate {fine} --which best --episodes 10 --seed {seed + 1}")
     score = evaluate_run(fine, episodes=10, seed=seed + 1, video=fine / "media" / "eval_best.mp4", which="best")
     floor = random_floor(fine)

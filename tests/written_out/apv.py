@@ -41,7 +41,7 @@ def online(state: Any, batch: Mapping[str, Tensor], noise: Any, run: Any) -> dic
     action-conditioned model observes [z, h] of the action-free one, after the embedding with ``embed_input``.
     """
     model, online = run.model, run.online
-    world, behaviour_settings = model.world, model.behaviour
+    world = model.world
     sizes = core.Sizes(world.stoch, world.classes, world.deter)
 
     w = core.leaves(state)
@@ -79,20 +79,8 @@ def online(state: Any, batch: Mapping[str, Tensor], noise: Any, run: Any) -> dic
         "model": core.adam_step(state, w, total, core.named(state, *new), lr=online.lr, optim=run.optim),
     }
 
-    w = core.leaves(state)
-    behaviour, imagined = core.behaviour_losses(
-        w,
-        core.flatten(post),
-        lambda feat: core.mlp(w, "reward.", feat, world.layers)[..., 0],
-        behaviour_settings,
-        layers=world.layers,
-        sizes=sizes,
-        noise=noise,
-    )
-    for name, lr in (("actor", online.actor_lr), ("critic", online.critic_lr)):
-        names = core.named(state, f"behaviour.{name}.")
-        norms[name] = core.adam_step(state, w, behaviour[name], names, lr=lr, optim=run.optim)
-    core.copy_slow_critic(state, behaviour_settings.slow_critic_every)
+    behaviour, imagined, more = core.behaviour_update(state, post, run, sizes, noise)
+    norms |= more
     told = {f"dynamics/{key}": value for key, value in metrics.items()}
     told |= {f"latent/{key}": value for key, value in latent_metrics.items()} | {"bonus/mean": bonus.mean()}
     return core.report({**losses, **behaviour}, {**told, **imagined}, norms)

@@ -381,3 +381,27 @@ def report(losses: Mapping[str, Tensor], metrics: Mapping[str, Tensor], norms: M
         **{name: value.detach() for name, value in metrics.items()},
         **{f"grad/{name}": value for name, value in norms.items()},
     }
+
+
+def behaviour_update(
+    state: Any, start: State, run: Any, sizes: Sizes, noise: Any
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """The second half of an online update: imagination with the world model as it is now, actor, critic, slow critic.
+
+    Returns losses, metrics and gradient norms. ``start``: states (B, T, ...) of the model that the actions drive.
+    """
+    w, layers, behaviour = leaves(state), run.model.world.layers, run.model.behaviour
+    losses, metrics = behaviour_losses(
+        w,
+        flatten(start),
+        lambda feat: mlp(w, "reward.", feat, layers)[..., 0],
+        behaviour,
+        layers=layers,
+        sizes=sizes,
+        noise=noise,
+    )
+    norms = {}
+    for name, lr in (("actor", run.online.actor_lr), ("critic", run.online.critic_lr)):
+        norms[name] = adam_step(state, w, losses[name], named(state, f"behaviour.{name}."), lr=lr, optim=run.optim)
+    copy_slow_critic(state, behaviour.slow_critic_every)
+    return losses, metrics, norms

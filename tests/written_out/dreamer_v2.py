@@ -30,19 +30,7 @@ def train(state: Any, batch: Mapping[str, Tensor], noise: Any, run: Any) -> dict
     names = core.named(state, "image.", "dynamics.", "reward.")
     norms = {"model": core.adam_step(state, w, total, names, lr=online.lr, optim=run.optim)}
 
-    w = core.leaves(state)
-    behaviour, metrics = core.behaviour_losses(
-        w,
-        core.flatten(post),
-        lambda feat: core.mlp(w, "reward.", feat, world.layers)[..., 0],
-        model.behaviour,
-        layers=world.layers,
-        sizes=sizes,
-        noise=noise,
-    )
-    for name, lr in (("actor", online.actor_lr), ("critic", online.critic_lr)):
-        names = core.named(state, f"behaviour.{name}.")
-        norms[name] = core.adam_step(state, w, behaviour[name], names, lr=lr, optim=run.optim)
-    core.copy_slow_critic(state, model.behaviour.slow_critic_every)
+    behaviour, metrics, more = core.behaviour_update(state, post, run, sizes, noise)
+    norms |= more
     metrics |= {f"dynamics/{key}": value for key, value in kl_metrics.items()}
     return core.report({**losses, **behaviour}, metrics, norms)

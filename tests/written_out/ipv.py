@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -100,18 +100,10 @@ def learn_online(
     noise: Any,
 ) -> dict[str, Tensor]:
     """World model (each group: prefixes, rate, frozen updates), then imagination over s with the behavioural head, actor, critic."""
-    online, layers = run.online, run.model.world.layers
     whole, norms = total(losses, scales), {}
     for name, (prefixes, rate, frozen) in groups.items():
         lr = rate if state.update >= frozen else 0.0
         norms[name] = core.adam_step(state, w, whole, core.named(state, *prefixes), lr=lr, optim=run.optim)
-    w = core.leaves(state)
-    reward: Callable[[Tensor], Tensor] = lambda feat: core.mlp(w, "reward.", feat, layers)[..., 0]  # noqa: E731
-    behaviour, imagined = core.behaviour_losses(
-        w, core.flatten(start), reward, run.model.behaviour, layers=layers, sizes=sizes(run), noise=noise
-    )
-    for name, lr in (("actor", online.actor_lr), ("critic", online.critic_lr)):
-        names = core.named(state, f"behaviour.{name}.")
-        norms[name] = core.adam_step(state, w, behaviour[name], names, lr=lr, optim=run.optim)
-    core.copy_slow_critic(state, run.model.behaviour.slow_critic_every)
+    behaviour, imagined, more = core.behaviour_update(state, start, run, sizes(run), noise)
+    norms |= more
     return core.report({**losses, **behaviour}, {**metrics, **imagined}, norms)

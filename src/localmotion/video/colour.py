@@ -85,15 +85,10 @@ class Converter:
 
 
 def opaque(pixels: NDArray[np.uint8] | NDArray[np.uint16]) -> NDArray[np.uint8]:
-    """Colours (H, W, 3) uint8 of a picture in front of `BACKDROP`.
-
-    ``pixels``: (H, W, C) of 8 or 16 bits: grey and alpha (C = 2) or three colours and alpha (C = 4), in any order of colours.
-    """
-    if pixels.dtype == np.uint16:
-        pixels = (pixels >> 8).astype(np.uint8)
-    colour, alpha = np.split(pixels.astype(np.uint32), [pixels.shape[-1] - 1], -1)
-    mixed = (colour * alpha + BACKDROP * (255 - alpha) + 127) // 255
-    return np.broadcast_to(mixed, (*mixed.shape[:2], 3)).astype(np.uint8)
+    """Colours (H, W, 3) uint8 of a picture (H, W, 4) of 8 or 16 bits in front of `BACKDROP`: three colours in any order, then alpha."""
+    codes = pixels if pixels.dtype == np.uint8 else pixels >> 8
+    colour, alpha = codes[..., :3].astype(np.uint16), codes[..., 3:].astype(np.uint16)
+    return ((colour * alpha + BACKDROP * (255 - alpha) + 127) // 255).astype(np.uint8)
 
 
 def tone_mapped(codes: NDArray[np.uint16], transfer: str, *, wide: bool = True) -> NDArray[np.uint8]:
