@@ -1,4 +1,4 @@
-"""What threads of torch cost on a quiet and on a busy machine: DRP `small`, world-model update and policy step.
+"""What threads of torch cost on a quiet and on a busy machine: DRP `small` and `tiny`, world-model update and policy step.
 
 Each row is a process of its own, because OpenMP reads how its threads wait when torch is loaded. "Beside" counts processes that compute
 and that this benchmark starts; what else runs on the machine is not known to it, so for the quiet rows the machine has to be quiet.
@@ -22,9 +22,14 @@ import torch
 
 from benchmarks.bench_update import ACTIONS, setup, time_parts
 from localmotion.evaluation.rollout import to_batch
-from localmotion.machine import WAITING, cores, measure_free_cores
+from localmotion.machine import SPINS, WAITING, cores, measure_free_cores
 
-WAYS = {"spinning (libgomp's default)": {"GOMP_SPINCOUNT": "300000"}, "passive (ours)": {"OMP_WAIT_POLICY": "passive"}}
+OURS = "short spin (ours)"
+WAYS = {
+    "spinning (libgomp's default)": {"GOMP_SPINCOUNT": "300000"},
+    "sleeping": {"OMP_WAIT_POLICY": "passive"},
+    OURS: {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": SPINS},
+}
 BUSY = "while True: sum(range(1000))"
 
 
@@ -42,8 +47,15 @@ def beside(processes: int) -> Iterator[None]:
 
 def measure(threads: int, updates: int, steps: int) -> dict[str, float]:
     """Median and slowest seconds of a world-model update and of a policy step, all with ``threads`` threads."""
+    found = {}
+    for preset in ("small", "tiny"):
+        found |= {f"{preset} {name}": seconds for name, seconds in _measure(preset, threads, updates, steps).items()}
+    return found
+
+
+def _measure(preset: str, threads: int, updates: int, steps: int) -> dict[str, float]:
     torch.set_num_threads(threads)
-    updater, batch = setup("drp", "finetune", "small", f"threads={threads}")
+    updater, batch = setup("drp", "finetune", preset, f"threads={threads}", "precision=fp32")
     parts = [time_parts(updater, batch, "finetune") for _ in range(updates + 1)][1:]
     learned = [part["forward"] + part["backward"] + part["optimiser"] for part in parts]
     method = updater.method.eval()
@@ -67,7 +79,7 @@ def run(updates: int = 3, steps: int = 60) -> list[dict[str, object]]:
     clean = {name: value for name, value in os.environ.items() if name not in WAITING}
     counts = sorted({1, cores()})
     for others, threads, (way, variables) in product((0, 1, cores()), counts, WAYS.items()):
-        if threads == 1 and way != "passive (ours)":
+        if threads == 1 and way != OURS:
             continue  # nobody waits
         with beside(others):
             free = measure_free_cores()

@@ -11,6 +11,7 @@ from benchmarks.recorder import Recorder, allocations
 from localmotion import methods
 from localmotion.compute import choose
 from localmotion.config import RunConfig, compose
+from localmotion.methods import sizes
 from localmotion.training.update import Updater
 
 ACTIONS = 6
@@ -44,8 +45,11 @@ def setup(
     run = compose(method, stage, preset=preset, env=env if stage != "pretrain" else "", settings=fixed)  # type: ignore[arg-type]
     compute = choose(run)
     torch.manual_seed(0)
-    model = methods.get(method)(run.model, image_size=64, action_dim=None if stage == "pretrain" else ACTIONS).to(compute.device)
-    return Updater(model, run, compute, pretrained=stage == "finetune"), fake_batch(run)
+    size = int(sizes.RECIPE.get(preset, {}).get("size", 64))
+    model = methods.get(method)(run.model, image_size=size, action_dim=None if stage == "pretrain" else ACTIONS).to(
+        compute.device
+    )
+    return Updater(model, run, compute, pretrained=stage == "finetune"), fake_batch(run, size)
 
 
 def count_flops(updater: Updater, batch: dict[str, torch.Tensor], stage: str) -> float:
@@ -89,6 +93,8 @@ def run(
     cases: tuple[tuple[str, str, str], ...] = (
         ("drp", "pretrain", "small"),
         ("drp", "finetune", "small"),
+        ("drp", "pretrain", "tiny"),
+        ("drp", "finetune", "tiny"),
         ("dreamer_v2", "train", "small"),
         ("dreamer_v3", "train", "small"),
     ),

@@ -18,21 +18,27 @@ WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 """Variables by which a user says how OpenMP's threads wait."""
 
 
+SPINS = "1000"
+"""Rounds that a waiting thread of libgomp spins before it sleeps: some 15 to 50 microseconds (docs/performance.md)."""
+
+
 def wait_passively() -> None:
-    """Let threads of torch sleep while they wait for each other, if torch is not loaded yet and the user chose nothing.
+    """Let threads of torch sleep soon while they wait for each other, if torch is not loaded yet and the user chose nothing.
 
     OpenMP's threads spin at the end of each parallel part. When another process holds one of the cores, the others spin for as long as
-    that process runs, and an update takes up to ten times as long. The OpenMP library reads the variable when torch is loaded, so a program
-    that imports torch before localmotion sets ``OMP_WAIT_POLICY=passive`` itself. Child processes inherit the setting.
+    that process runs, and an update takes up to ten times as long. Threads that sleep at once are no cure: small models reach the end of a
+    parallel part every few microseconds, and waking a thread takes longer than the part. So threads spin for a moment and then sleep.
+    The OpenMP library reads the variables when torch is loaded, so a program that imports torch before localmotion sets them itself. Child
+    processes inherit them. Only libgomp, which the wheels of torch for Linux ship, knows the second one; others sleep at once.
     """
     if "torch" not in sys.modules and not any(name in os.environ for name in WAITING):
-        os.environ["OMP_WAIT_POLICY"] = "passive"
+        os.environ |= {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": SPINS}
 
 
 def waiting() -> str:
     """How OpenMP's threads wait in this process, as far as its environment says."""
     given = [f"{name}={os.environ[name]}" for name in WAITING if name in os.environ]
-    return ", ".join(given) or "spinning: torch was loaded first; set OMP_WAIT_POLICY=passive"
+    return ", ".join(given) or f"spinning: torch was loaded first; set OMP_WAIT_POLICY=passive GOMP_SPINCOUNT={SPINS}"
 
 
 def cores(root: Path = ROOT) -> int:
