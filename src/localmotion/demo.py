@@ -25,7 +25,7 @@ PRETRAIN = ("updates=1000", "pretrain.log_every=50", "pretrain.eval_every=500", 
 # Four env steps an agent step, PlaNet's choice for this task: twice the experience for the same number of updates.
 FINETUNE = (
     "action_repeat=4",
-    "env_steps=21000",
+    "env_steps=18000",
     "prefill=3000",
     "online.eval_every=750",
     "online.save_every=1500",

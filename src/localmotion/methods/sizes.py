@@ -64,6 +64,9 @@ BEHAVIOUR: dict[str, dict[str, Any]] = {
 RECIPE: dict[str, dict[str, Any]] = {"tiny": {"size": 32, "percept_size": 64}}
 """Perception of a run that begins without clips: `tiny` sees 32-pixel pictures. With a checkpoint its clips decide."""
 
+RUN: dict[str, dict[str, Any]] = {"tiny": {"precision": "fp32"}}
+"""Settings of the run. Products this small gain nothing by bf16, and casting costs 8 % of an update (docs/performance.md)."""
+
 PRETRAIN: dict[str, dict[str, Any]] = {
     "small": {"updates": 8_000, "lr": 1e-3, "lr_decay": 0.25, "eval_every": 2_000, "save_every": 1_000},
     "tiny": {"updates": 2_000, "batch_size": 8, "lr": 1e-3, "lr_decay": 0.25, "eval_every": 500, "save_every": 500},
@@ -141,6 +144,7 @@ def presets(
     out: dict[str, dict[str, Any]] = {"paper": dict(paper or {})}
     for name in ("small", "tiny", "debug"):
         out[name] = {
+            **RUN.get(name, {}),
             "model": {
                 **((own or {}).get(name, {})),
                 "world": {**WORLD[name], **(world or {})},
