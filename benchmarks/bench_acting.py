@@ -11,9 +11,9 @@ import torch
 
 from benchmarks.bench_machine import clock
 from benchmarks.bench_update import ACTIONS, setup
-from localmotion.evaluation.rollout import MethodPolicy
-from localmotion.perception.base import Recipe
+from localmotion.acting.policy import MethodPolicy
 from localmotion.perception.stream import StreamingExtractor
+from localmotion.recipe import Recipe
 
 EDGES_MS = (0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 15.0, 20.0, 50.0, float("inf"))
 """Of the latency histogram."""

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from benchmarks.bench_machine import best
 from localmotion.envs.bodies import render_videos
-from localmotion.perception.base import Recipe
 from localmotion.perception.extract import extract_folder
+from localmotion.recipe import Recipe
 from localmotion.video.sample import WindowSampler
 from localmotion.video.store import ClipStore
 

@@ -25,9 +25,9 @@ from benchmarks.peers import NEEDS, SETTINGS, dreamerv3, r2dreamer
 from benchmarks.recorder import Recorder
 from localmotion.compute import Compute
 from localmotion.errors import MissingExtraError
-from localmotion.perception.base import Recipe
 from localmotion.perception.clips import ClipExtractor
 from localmotion.perception.companding import Companding
+from localmotion.recipe import Recipe
 from localmotion.replay import Replay, Storage
 from localmotion.training.graphs import CudaGraph, Replayed
 from localmotion.training.pretrain import to_device

@@ -31,15 +31,15 @@ from soak.replay import SPEC
 from benchmarks.bench_update import setup
 from benchmarks.recorder import Recorder
 from localmotion.compute import choose
-from localmotion.config import compose
 from localmotion.envs.bodies import render_videos
 from localmotion.machine import cores
 from localmotion.methods.drp import DRP
 from localmotion.models.dae import MaskedMotion, atomic_actions
-from localmotion.perception.base import Recipe
 from localmotion.perception.companding import Companding
 from localmotion.perception.extract import extract_folder, extract_one
+from localmotion.recipe import Recipe
 from localmotion.replay import Replay
+from localmotion.runs.settings import compose
 from localmotion.training.update import Updater
 from localmotion.video.listing import usable_videos
 

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from benchmarks.bench_update import ACTIONS, setup, time_parts
-from localmotion.evaluation.rollout import to_batch
+from localmotion.acting.policy import to_batch
 from localmotion.machine import SPINS, WAITING, cores, measure_free_cores
 
 OURS = "short spin (ours)"

@@ -10,8 +10,9 @@ from benchmarks.bench_machine import peak
 from benchmarks.recorder import Recorder, allocations
 from localmotion import methods
 from localmotion.compute import choose
-from localmotion.config import RunConfig, compose
+from localmotion.config import RunConfig
 from localmotion.methods import sizes
+from localmotion.runs.settings import compose
 from localmotion.training.update import Updater
 
 ACTIONS = 6

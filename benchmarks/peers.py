@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from benchmarks.bench_update import ACTIONS, fake_batch
-from localmotion.config import compose
+from localmotion.runs.settings import compose
 
 BATCH, LENGTH = 16, 64
 SETTINGS = ("size=size12m", f"online.batch_size={BATCH}", f"online.length={LENGTH}")

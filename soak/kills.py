@@ -31,8 +31,8 @@ import localmotion.perception.extract
 import localmotion.training.finetune
 import localmotion.training.pretrain  # noqa: F401
 from localmotion.cli import main as localmotion_main
-from localmotion.training import checkpoint
-from localmotion.training.rundir import versions
+from localmotion.runs import checkpoint
+from localmotion.runs.rundir import versions
 from localmotion.video.store import ClipStore
 from localmotion.video.write import write_video
 

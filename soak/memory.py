@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from localmotion.training.rundir import versions
+from localmotion.runs.rundir import versions
 
 MOST = 20.0
 """MB an hour."""

@@ -21,8 +21,8 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
-from localmotion.perception.base import Recipe
 from localmotion.perception.extract import extract_folder
+from localmotion.recipe import Recipe
 from localmotion.video import ClipStore, VideoRef, decode, find_videos
 from localmotion.video.libav import LENIENT_METADATA
 from localmotion.video.scan import scan

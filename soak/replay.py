@@ -22,7 +22,7 @@ import numpy as np
 
 from localmotion.perception.companding import Companding
 from localmotion.replay import Replay
-from localmotion.training.rundir import versions
+from localmotion.runs.rundir import versions
 from soak.memory import proc_status
 
 SPEC: dict[str, tuple[tuple[int, ...], str]] = {

@@ -18,8 +18,8 @@ import torch
 from hypothesis import settings
 
 import property_examples
-from localmotion.perception.base import Recipe
 from localmotion.perception.extract import extract_folder
+from localmotion.recipe import Recipe
 from localmotion.video.write import write_video
 
 torch.set_num_threads(1)

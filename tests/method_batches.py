@@ -9,7 +9,8 @@ from torch import Tensor
 
 from localmotion import methods
 from localmotion.compute import Compute
-from localmotion.config import RunConfig, Stage, compose
+from localmotion.config import RunConfig, Stage
+from localmotion.runs.settings import compose
 
 CPU = Compute(torch.device("cpu"), False, 1, "test")
 CASES: list[tuple[str, Stage]] = [

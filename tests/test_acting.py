@@ -11,12 +11,14 @@ import pytest
 import torch
 
 from localmotion import methods
+from localmotion.acting.episodes import run_episodes
+from localmotion.acting.observer import Observer
+from localmotion.acting.policy import MethodPolicy, random_policy
 from localmotion.compute import PLAIN
 from localmotion.envs import make_env
-from localmotion.evaluation import rollout
 from localmotion.models.actor_critic import ActorCritic
 from localmotion.perception.lk import LKTracks
-from localmotion.training import checkpoint
+from localmotion.runs import checkpoint
 from method_batches import make, make_batch
 from test_settings_reach import build, same_noise
 
@@ -50,10 +52,10 @@ def test_the_policy_that_acts_passes_on_whether_it_explores() -> None:
         return torch.zeros(1, 2), carry
 
     method.act = act
-    observer = rollout.Observer(make_env("toy:dot", size=64), None)
+    observer = Observer(make_env("toy:dot", size=64), None)
     first = observer.reset(0)
     for explore in (True, False):
-        policy = rollout.MethodPolicy(method, PLAIN, explore=explore, window=9)
+        policy = MethodPolicy(method, PLAIN, explore=explore, window=9)
         policy([first], True)
     assert asked == [(True, 9), (False, 9)]
 
@@ -122,8 +124,8 @@ def test_every_generator_goes_on_where_it_was() -> None:
 
 @pytest.mark.parametrize(("size", "filmed"), [(32, 128), (64, 64), (96, 96)])
 def test_a_film_of_an_agent_with_small_pictures_is_drawn_larger(size: int, filmed: int) -> None:
-    observer = rollout.Observer(make_env("toy:dot", size=size, time_limit=3), None)
-    frames = rollout.run_episodes([observer], [0], rollout.random_policy(observer.action_dim, 0), keep_frames=True).frames
+    observer = Observer(make_env("toy:dot", size=size, time_limit=3), None)
+    frames = run_episodes([observer], [0], random_policy(observer.action_dim, 0), keep_frames=True).frames
     assert frames is not None
     assert frames.shape == (4, filmed, filmed, 3)
     assert len(np.unique(frames)) > 1

@@ -12,12 +12,13 @@ import pytest
 import torch
 
 from localmotion import methods
+from localmotion.acting.observer import make_observer
+from localmotion.acting.policy import random_policy
 from localmotion.cli import main
 from localmotion.compute import Compute
-from localmotion.config import compose
 from localmotion.errors import ConfigError
-from localmotion.evaluation.rollout import make_observer, random_policy
 from localmotion.replay import Replay
+from localmotion.runs.settings import compose
 from localmotion.training.update import Updater
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "add_a_method.py"

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from localmotion import methods
-from localmotion.config import compose, leaves
+from localmotion.config import leaves
 from localmotion.methods.base import total
+from localmotion.runs.settings import compose
 from localmotion.training.update import Updater
 from method_batches import CPU, make, make_batch
 

@@ -9,15 +9,15 @@ import av
 import numpy as np
 import pytest
 
+from localmotion.acting.episodes import episode_seed
 from localmotion.cli import main
 from localmotion.envs import make_env
 from localmotion.errors import CheckpointError, ConfigError
-from localmotion.evaluation import collect as module
-from localmotion.evaluation.collect import collect
-from localmotion.evaluation.rollout import episode_seed
-from localmotion.perception.base import Recipe
 from localmotion.perception.extract import extract_folder
-from localmotion.training.rundir import claimed
+from localmotion.recipe import Recipe
+from localmotion.recording import collect as module
+from localmotion.recording.collect import collect
+from localmotion.runs.rundir import claimed
 from localmotion.video.store import ClipStore
 
 SMALL = Recipe(size=32, percept_size=32, tracks=8)

@@ -10,9 +10,9 @@ import pytest
 import torch
 import torch._dynamo
 
+from localmotion.acting.policy import MethodPolicy
 from localmotion.config import Stage
 from localmotion.errors import LocalmotionError
-from localmotion.evaluation.rollout import MethodPolicy
 from localmotion.models.dae import DualAttentionBlock
 from localmotion.training import compiled
 from localmotion.training.update import Updater

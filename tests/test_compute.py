@@ -14,8 +14,8 @@ from benchmarks.goals import against_goals
 
 from localmotion import compute, machine
 from localmotion.compute import Compute, Threads, choose, devices, find_device
-from localmotion.config import compose
 from localmotion.errors import ConfigError
+from localmotion.runs.settings import compose
 from localmotion.training.finetune import finetune
 from localmotion.training.pretrain import pretrain
 

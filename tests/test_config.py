@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from localmotion import methods
-from localmotion.config import PRESETS, all_docs, assign, compose, from_dict, leaves, to_dict, update
+from localmotion.config import PRESETS, all_docs, assign, leaves, to_dict, update
 from localmotion.errors import ConfigError
+from localmotion.runs.settings import compose, from_dict
 
 # Table 5 of arXiv 2607.00808, row by row: (where it lives here, value).
 TABLE_5_PRETRAIN = {
@@ -145,7 +146,7 @@ def test_update_changes_exactly_what_is_named(keypoints: int, ratio: float) -> N
 
 def test_a_run_of_an_older_version_goes_on_and_one_of_other_settings_does_not(tmp_path: Path) -> None:
     """A setting that the saved configuration does not know counts as its default; dict-valued settings are compared whole."""
-    from localmotion.training.rundir import RunDir
+    from localmotion.runs.rundir import RunDir
 
     run = compose("drp", "train", preset="debug", env="toy:dot")
     RunDir(tmp_path / "run", run)

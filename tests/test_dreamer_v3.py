@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import dreamer_v3_parity as parity
 from localmotion import methods
 from localmotion.compute import Compute
-from localmotion.config import compose, update
+from localmotion.config import update
 from localmotion.errors import ConfigError
 from localmotion.evaluation.evaluate import evaluate_run
 from localmotion.methods.base import total
@@ -24,7 +24,8 @@ from localmotion.methods.dreamer_v3 import SIZES, DreamerV3, DreamerV3Config
 from localmotion.models.blocks import NormMLP
 from localmotion.models.rssm_block import State
 from localmotion.models.values import TwoHot, symexp_bins
-from localmotion.training import checkpoint
+from localmotion.runs import checkpoint
+from localmotion.runs.settings import compose
 from localmotion.training import finetune as training
 from localmotion.training.optimizers import LaProp, clip_adaptive_
 from localmotion.training.update import Updater

@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from localmotion.config import RunConfig, compose
+from localmotion.config import RunConfig
 from localmotion.errors import ConfigError
 from localmotion.evaluation.heldout import open_loop_errors, reconstruction_errors, trivial_reconstructions
 from localmotion.methods.base import check_scales, total
 from localmotion.methods.drp import DRP
 from localmotion.models.dae import Motion, atomic_actions, mae_loss, random_mask
+from localmotion.runs.settings import compose
 from localmotion.training.update import Updater
 from method_batches import ACTIONS, CPU, make_batch
 

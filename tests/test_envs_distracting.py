@@ -14,7 +14,6 @@ from gymnasium.utils.env_checker import check_env
 from hypothesis import given
 from hypothesis import strategies as st
 
-from localmotion.config import compose
 from localmotion.envs import list_envs, list_options, make_env
 from localmotion.envs.backgrounds import (
     ActionShift,
@@ -28,6 +27,7 @@ from localmotion.envs.backgrounds import (
 from localmotion.envs.base import PixelEnv
 from localmotion.envs.camera_walk import from_sphere, looking, to_sphere
 from localmotion.errors import ConfigError, EnvError
+from localmotion.runs.settings import compose
 from property_examples import examples
 from test_envs_dmcr import actions, digest
 
@@ -499,7 +499,7 @@ def test_suites_and_options_are_listed() -> None:
 
 
 def test_options_reach_a_run() -> None:
-    from localmotion.evaluation.rollout import make_observer
+    from localmotion.acting.observer import make_observer
 
     text = "env_options={difficulty: medium, distractions: [colour]}"
     run = compose("drp", "finetune", env="distracting:walker_run", preset="debug", settings=[text])

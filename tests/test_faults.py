@@ -14,15 +14,17 @@ import torch
 from torch import Tensor
 
 from localmotion import methods
+from localmotion.acting.observer import make_observer
 from localmotion.cli import main
-from localmotion.config import RunConfig, compose
+from localmotion.config import RunConfig
 from localmotion.envs.base import PixelEnv
 from localmotion.errors import CheckpointError, EnvError, LocalmotionError, SimulationError
-from localmotion.evaluation.rollout import make_observer
 from localmotion.methods.dreamer_v2 import DreamerV2
 from localmotion.methods.drp import DRP
-from localmotion.training import checkpoint, optimizers
+from localmotion.runs import checkpoint
+from localmotion.runs.settings import compose
 from localmotion.training import finetune as finetuning
+from localmotion.training import optimizers
 from localmotion.training.finetune import FAULTS, finetune
 from localmotion.training.pretrain import pretrain
 from localmotion.training.update import BAD_LIMIT, DivergedError, Updater

@@ -28,18 +28,20 @@ import torch
 
 from localmotion import files, methods
 from localmotion.cli import main
-from localmotion.config import RunConfig, compose, from_dict, to_dict
+from localmotion.config import RunConfig, to_dict
 from localmotion.envs import make_env
 from localmotion.errors import CheckpointError, ConfigError, LocalmotionError, StoreError
-from localmotion.evaluation.load import load_run
 from localmotion.evaluation.predict import predict
 from localmotion.files import MAX_DEPTH, check_tree, parse_json
 from localmotion.perception._neural import read_state_dict
-from localmotion.perception.base import Recipe
+from localmotion.perception.trust import TRUSTED
+from localmotion.recipe import Recipe
 from localmotion.report import media
-from localmotion.report.collect import report
-from localmotion.training import checkpoint
-from localmotion.training.rundir import TRUSTED, RunDir, check_recipe
+from localmotion.report.build import report
+from localmotion.runs import checkpoint
+from localmotion.runs.load import load_run
+from localmotion.runs.rundir import RunDir
+from localmotion.runs.settings import compose, from_dict, recipe_of, with_recipe
 from localmotion.training.study import load_study, state
 from localmotion.training.transfer import load_pretrained
 from localmotion.video.sample import WindowSampler
@@ -63,7 +65,7 @@ class Trap:
 def saved_run(path: Path, stage: str, method: str = "drp") -> Path:
     """A debug run with one checkpoint, as the training loops leave it."""
     run = compose(method, stage, preset="debug", env="" if stage == "pretrain" else "toy:dot", settings=("precision=fp32",))  # type: ignore[arg-type]
-    run = replace(run, pretrain=replace(run.pretrain, length=8), recipe={} if stage == "pretrain" else RECIPE.to_json())
+    run = replace(run, pretrain=replace(run.pretrain, length=8), recipe=None if stage == "pretrain" else RECIPE)
     model = methods.get(method)(run.model, image_size=64, action_dim=None if stage == "pretrain" else 2)
     out = RunDir(path, run)
     out.environment({"recipe": RECIPE.to_json()})
@@ -405,7 +407,7 @@ def test_environments_and_backends_are_registry_names(copied: Callable[[str], Pa
         refused(
             ConfigError,
             f"unknown {key} backend 'os.system'",
-            lambda key=key: check_recipe({**RECIPE.to_json(), key: "os.system"}, "x"),
+            lambda key=key: recipe_of({**RECIPE.to_json(), key: "os.system"}, "x"),
         )
     for name in ("os:system", "os.system", "toy:../dot"):
         refused(ConfigError, "environment", lambda name=name: make_env(name))
@@ -436,21 +438,25 @@ def test_a_recipe_out_of_a_file_runs_no_foreign_code(
     refused(ConfigError, r"config\.json: (its recipe runs the code|backend_options)", lambda: load_run(online, device="cpu"))
     change(pre / "environment.json", recipe=recipe)
     refused(ConfigError, r"environment\.json: (its recipe runs the code|backend_options)", lambda: load_run(pre, device="cpu"))
-    # Fine-tuning from such a run: before the first frame, in the new run's directory and where the weights are taken.
-    run = compose("drp", "finetune", preset="debug", env="toy:dot", flags={"checkpoint": str(pre), "recipe": recipe})
-    refused(ConfigError, "runs the code|backend_options", lambda: RunDir(tmp_path / "new", run))
-    model = methods.get("drp")(run.model, image_size=64, action_dim=2)
-    refused(ConfigError, "runs the code|backend_options", lambda: load_pretrained(model, run))
+    # Fine-tuning from such a run, and by such settings: before the first frame
+    run = compose("drp", "finetune", preset="debug", env="toy:dot", flags={"checkpoint": str(pre)})
+    refused(ConfigError, r"environment\.json: (its recipe|backend_options)", lambda: with_recipe(run, tmp_path / "new"))
+    flags = {"checkpoint": str(pre), "recipe": recipe}
+    refused(
+        ConfigError,
+        "runs the code|backend_options",
+        lambda: compose("drp", "finetune", preset="debug", env="toy:dot", flags=flags),
+    )
 
 
 def test_what_the_user_trusts_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = {**RECIPE.to_json(), "track": "cotracker3", "backend_options": FOREIGN}
     monkeypatch.setenv(TRUSTED, "/somewhere/else, /somewhere/evil")
-    assert check_recipe(recipe, "here").backend_options == FOREIGN
+    assert recipe_of(recipe, "here").backend_options == FOREIGN
     monkeypatch.setenv(TRUSTED, "/somewhere")
-    refused(ConfigError, "exactly this", lambda: check_recipe(recipe, "here"))
+    refused(ConfigError, "exactly this", lambda: recipe_of(recipe, "here"))
     monkeypatch.delenv(TRUSTED)
-    assert check_recipe({**recipe, "backend_options": {"cotracker3": {"window": 4}}}, "here").track == "cotracker3"
+    assert recipe_of({**recipe, "backend_options": {"cotracker3": {"window": 4}}}, "here").track == "cotracker3"
 
 
 @pytest.mark.parametrize(
@@ -466,7 +472,7 @@ def test_what_the_user_trusts_is_followed(monkeypatch: pytest.MonkeyPatch) -> No
     ],
 )
 def test_recipes_are_checked(change: dict[str, Any]) -> None:
-    refused(ConfigError, "^here: ", lambda: check_recipe({**RECIPE.to_json(), **change}, "here"))
+    refused(ConfigError, "^here: ", lambda: recipe_of({**RECIPE.to_json(), **change}, "here"))
 
 
 # -- JSON, YAML and tables ----------------------------------------------------------------------------------------------
@@ -526,7 +532,7 @@ def test_long_and_odd_lines_of_metrics_are_left_out(copied: Callable[[str], Path
         '{"kind": "eval", "env_step": 9, "return_mean": 7.5}',
     ]
     (run / "metrics.jsonl").write_text("\n".join(rows) + "\n")
-    from localmotion.report.rundir import load_run as read_run
+    from localmotion.runs.read import read_run
 
     found = read_run(run)
     assert found.bad_lines == 2

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from localmotion.compute import Compute, choose
-from localmotion.config import Stage, compose
+from localmotion.config import Stage
 from localmotion.errors import ConfigError, LocalmotionError
+from localmotion.runs.settings import compose
 from localmotion.training import graphs, optimizers
 from localmotion.training.graphs import CudaGraph, Replayed
 from localmotion.training.update import Updater

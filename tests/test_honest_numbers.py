@@ -18,13 +18,13 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from localmotion.config import compose
 from localmotion.evaluation import probes
 from localmotion.evaluation.heldout import open_loop_errors, reconstruction_errors, trivial_reconstructions
 from localmotion.evaluation.probes import Episodes, idm, mlp, ridge
 from localmotion.methods.base import Method
 from localmotion.methods.ipv import IPV
 from localmotion.models.dae import Motion
+from localmotion.runs.settings import compose
 from localmotion.training import pretrain as pretraining
 from localmotion.training.update import Updater
 from localmotion.video.sample import WindowSampler, is_heldout

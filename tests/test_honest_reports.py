@@ -13,16 +13,17 @@ import scipy.stats
 import torch
 
 import report_runs
-from localmotion.config import RunConfig, compose
+from localmotion.acting.episodes import episode_seed, run_episodes
+from localmotion.config import RunConfig
 from localmotion.envs import make_env
 from localmotion.evaluation import evaluate as evaluation
 from localmotion.evaluation import metrics, probes, statistics
 from localmotion.evaluation.predict import _spread
 from localmotion.evaluation.probes import Episodes
-from localmotion.evaluation.rollout import episode_seed, run_episodes
 from localmotion.evaluation.statistics import Curve, bootstrap_interval, final_scores, iqm, summarise
-from localmotion.report.rundir import load_run
 from localmotion.report.table import write_table
+from localmotion.runs.read import read_run
+from localmotion.runs.settings import compose
 from method_batches import CPU
 
 # ---------------------------------------------------------------------------------------------------------- statistics
@@ -234,7 +235,7 @@ def test_predicted_windows_are_spread_over_clips_and_none_comes_twice() -> None:
 
 
 def evaluation_rollout() -> Any:
-    from localmotion.evaluation.rollout import Rollout
+    from localmotion.acting.episodes import Rollout
 
     return Rollout([1.0], [1], [])
 
@@ -385,10 +386,10 @@ def test_success_is_shown_in_per_cent_where_it_was_measured(tmp_path: Path) -> N
 
 
 def test_the_page_shows_the_numbers_that_the_run_wrote(tmp_path: Path) -> None:
-    from localmotion.report import collect, results
+    from localmotion.report import build, results
 
     ends = [100.0, 300.0, 440.0]
-    runs = [load_run(planted(tmp_path / f"r{seed}", seed, [995.0, end])) for seed, end in enumerate(ends)]
+    runs = [read_run(planted(tmp_path / f"r{seed}", seed, [995.0, end])) for seed, end in enumerate(ends)]
     gathered = results.Gathered(runs)
     (group,) = gathered.groups
     assert results.random_score(runs, "return_mean") == 38
@@ -400,10 +401,10 @@ def test_the_page_shows_the_numbers_that_the_run_wrote(tmp_path: Path) -> None:
     assert tiles[0][0] == "280 ± 140"
     assert "random policy 38.0" in tiles[0][1]
 
-    pre = load_run(report_runs.pretrain_run(tmp_path / "pre", media=False))
+    pre = read_run(report_runs.pretrain_run(tmp_path / "pre", media=False))
     line = pre.lines["heldout"][-1]
     assert line["mae/ratio_best"] == line["mae/model"] / 0.48
-    _, tiles = collect._heldout(results.Gathered([pre]))
+    _, tiles = build._heldout(results.Gathered([pre]))
     assert tiles[0][0] == f"{line['mae/ratio_best']:.2f}"
     assert tiles[1][0] == f"{line['psnr/motion']:.1f} dB"
     assert f"{line['psnr/zero_motion']:.1f}" in tiles[1][1]
@@ -418,7 +419,7 @@ def test_runs_are_grouped_by_task_and_origin_and_the_best_group_heads_the_page(t
         path = report_runs.online_run(tmp_path / f"r{number}", seed=number, env=env, checkpoint=checkpoint, media=False)
         value = 100.0 * (1 + number)
         report_runs.write_lines(path / "metrics.jsonl", [{"kind": "eval", "env_step": 0, "return_mean": value, "episodes": 1}])
-        runs.append(load_run(path))
+        runs.append(read_run(path))
     gathered = results.Gathered(runs)
     assert [(group.env, group.label, [run.seed for run in group.runs]) for group in gathered.groups] == [
         ("dmc:walker_walk", "drp, from scratch", [0]),
@@ -438,6 +439,6 @@ def test_without_a_measured_floor_the_random_episodes_count_and_no_others(tmp_pa
     lines = [{"kind": "episode", "env_step": 10 * n, "return": value, "random": random} for n, (value, random) in
              enumerate([(10.0, True), (20.0, True), (900.0, False), (800.0, None)])]  # fmt: skip
     report_runs.write_lines(path / "metrics.jsonl", lines)
-    runs = [load_run(path)]
+    runs = [read_run(path)]
     assert results.random_score(runs, "return_mean") == 15
     assert results.random_score(runs, "success_rate") is None

@@ -26,8 +26,8 @@ from soak.structure import png
 
 from localmotion.errors import VideoError
 from localmotion.machine import cores
-from localmotion.perception.base import Recipe
 from localmotion.perception.extract import extract_folder, in_this_process
+from localmotion.recipe import Recipe
 from localmotion.video import ClipStore, decode, find_videos, iter_frames, probe, video_ref
 from localmotion.video.listing import MAX_DEPTH, shown
 from localmotion.video.pictures import jpeg_size, png_size

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from localmotion import methods
-from localmotion.config import WorldModelConfig, compose, leaves
+from localmotion.config import WorldModelConfig, leaves
 from localmotion.methods.base import total
 from localmotion.models.decoders import ContextAttention
+from localmotion.runs.settings import compose
 from localmotion.training.update import Updater
 from method_batches import CPU, make, make_batch
 

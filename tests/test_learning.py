@@ -7,14 +7,15 @@ import torch
 from torch import Tensor
 
 from localmotion import methods
+from localmotion.acting.observer import make_observer
+from localmotion.acting.policy import random_policy
 from localmotion.compute import Compute
-from localmotion.config import compose
-from localmotion.evaluation.rollout import make_observer, random_policy
 from localmotion.methods.base import total
 from localmotion.models.actor_critic import ActorCritic
 from localmotion.models.rssm import RSSMState
-from localmotion.perception.base import Recipe
+from localmotion.recipe import Recipe
 from localmotion.replay import Replay
+from localmotion.runs.settings import compose
 from localmotion.training.update import Updater
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from localmotion import methods
-from localmotion.config import compose
 from localmotion.envs.toy import BLOCK_OPTIMAL, BLOCK_RANDOM
+from localmotion.runs.settings import compose
 from localmotion.training.finetune import finetune
 
 BUDGETS = (1750, 2750, 4000)  # env steps, one update for every five; the run goes on to the next if the policy is not there yet

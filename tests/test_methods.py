@@ -16,13 +16,14 @@ from torch import Tensor
 from localmotion import methods
 from localmotion.cli import main
 from localmotion.compute import Compute
-from localmotion.config import PRESETS, Stage, compose
-from localmotion.evaluation.load import load_run
+from localmotion.config import PRESETS, Stage
 from localmotion.methods.base import check_scales, total
 from localmotion.models import distributions, policies
-from localmotion.perception.base import Recipe
-from localmotion.training import checkpoint
-from localmotion.training.rundir import RunDir
+from localmotion.recipe import Recipe
+from localmotion.runs import checkpoint
+from localmotion.runs.load import load_run
+from localmotion.runs.rundir import RunDir
+from localmotion.runs.settings import compose
 from localmotion.training.update import Updater
 from method_batches import ACTIONS, CPU, make, make_batch
 
@@ -301,7 +302,7 @@ def test_a_saved_run_goes_on_as_if_it_had_not_stopped(name: str, stage: Stage, t
     """Weights, optimiser and random state through the disk, then one more update: bit by bit the same."""
     batches = [make_batch(seed=seed) for seed in range(3)]
     run, method = make(name, stage)
-    out = RunDir(tmp_path / "run", replace(run, recipe=Recipe().to_json()))
+    out = RunDir(tmp_path / "run", replace(run, recipe=Recipe()))
     updater = Updater(method, run, CPU)
     step = "pretrain" if stage == "pretrain" else "online"
     for batch in batches[:2]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from localmotion.config import WorldModelConfig, compose
+from localmotion.config import WorldModelConfig
 from localmotion.models.adapters import make_adapter
 from localmotion.models.bonus import IntrinsicBonus
 from localmotion.models.decoders import CNNDecoder, ContextAttention, ResNetDecoder
@@ -18,6 +18,7 @@ from localmotion.models.heads import MLP
 from localmotion.models.image import ImageModel
 from localmotion.models.returns import lambda_return
 from localmotion.models.rssm import RSSM, RSSMState, kl_loss
+from localmotion.runs.settings import compose
 
 
 def count(module: nn.Module) -> int:

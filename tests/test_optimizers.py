@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from localmotion import methods
 from localmotion.compute import Compute
-from localmotion.config import OptimConfig, compose
+from localmotion.config import OptimConfig
 from localmotion.errors import ConfigError
 from localmotion.methods.base import Group
-from localmotion.training import checkpoint, optimizers
+from localmotion.runs import checkpoint
+from localmotion.runs.settings import compose
+from localmotion.training import optimizers
 from localmotion.training.optimizers import LaProp, clip_adaptive_
 from localmotion.training.update import Updater
 

@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 
 from localmotion.cli import main
-from localmotion.config import compose
 from localmotion.errors import CheckpointError, ConfigError, LocalmotionError
 from localmotion.evaluation.evaluate import evaluate_run
 from localmotion.files import LOCK, Lock, check_output, locked
-from localmotion.report.collect import report
+from localmotion.report.build import report
+from localmotion.runs.rundir import RunDir, claimed
+from localmotion.runs.settings import compose
 from localmotion.training.finetune import finetune
 from localmotion.training.pretrain import pretrain
-from localmotion.training.rundir import RunDir, claimed
 from localmotion.training.study import run_study
 
 TRAIN = ["train", "--method", "dreamer_v2", "--preset", "debug", "--env", "toy:dot", "--device", "cpu", "--threads", "1"]

@@ -14,7 +14,8 @@ import pytest
 from localmotion.cli import main
 from localmotion.envs import make_env
 from localmotion.errors import ConfigError, LocalmotionError
-from localmotion.evaluation.perception_report import (
+from localmotion.perception.stream import shrink_flow
+from localmotion.perception_eval.report import (
     POLICIES,
     ReportSettings,
     build_tools,
@@ -25,9 +26,8 @@ from localmotion.evaluation.perception_report import (
     score_env,
     tables,
 )
-from localmotion.evaluation.perception_scores import FlowScore, MaskScore, SlotScore, TrackScore, stored
-from localmotion.evaluation.perception_warps import WARPS, load_pictures, score_warps, warp_pair
-from localmotion.perception.stream import shrink_flow
+from localmotion.perception_eval.scores import FlowScore, MaskScore, SlotScore, TrackScore, stored
+from localmotion.perception_eval.warps import WARPS, load_pictures, score_warps, warp_pair
 from localmotion.video.write import write_video
 
 
@@ -188,7 +188,7 @@ def test_backends_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
             return made
         raise LocalmotionError(f"{name} is not installed")
 
-    monkeypatch.setattr("localmotion.evaluation.perception_report.make_backend", make)
+    monkeypatch.setattr("localmotion.perception_eval.report.make_backend", make)
     tools, skipped = build_tools(("all",))
     assert list(tools["flow"]) == ["dis"]
     assert any(line.startswith("sea_raft: sea_raft is not installed") for line in skipped)

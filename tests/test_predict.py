@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from localmotion.cli import main
-from localmotion.config import compose
 from localmotion.errors import ConfigError, VideoError
 from localmotion.evaluation.evaluate import evaluate_run
 from localmotion.evaluation.predict import predict
-from localmotion.perception.base import Recipe
 from localmotion.perception.extract import extract_folder
+from localmotion.recipe import Recipe
+from localmotion.runs.settings import compose
 from localmotion.training.finetune import finetune
 from localmotion.training.pretrain import pretrain
 from video_files import encode, moving_square

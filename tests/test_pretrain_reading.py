@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from localmotion.config import compose
+from localmotion.runs.settings import compose
 from localmotion.training.pretrain import pretrain
 from localmotion.video import WindowSampler
 

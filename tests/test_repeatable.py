@@ -12,17 +12,18 @@ import pytest
 import torch
 
 from localmotion import methods
-from localmotion.config import compose, to_dict
+from localmotion.config import to_dict
 from localmotion.errors import CheckpointError, ConfigError
-from localmotion.evaluation.collect import collect
 from localmotion.evaluation.evaluate import evaluate_run
-from localmotion.evaluation.load import load_run
-from localmotion.evaluation.media import motion_media
+from localmotion.evaluation.motion_media import motion_media
 from localmotion.evaluation.predict import predict
 from localmotion.evaluation.probes import probe
-from localmotion.perception.base import Recipe
-from localmotion.training import checkpoint
-from localmotion.training.rundir import RunDir, write_json
+from localmotion.recipe import Recipe
+from localmotion.recording.collect import collect
+from localmotion.runs import checkpoint
+from localmotion.runs.load import load_run
+from localmotion.runs.rundir import RunDir, write_json
+from localmotion.runs.settings import compose
 from method_batches import make_batch
 
 RECIPE = Recipe(percept_size=64, redraw_rounds=1, tracks=8)
@@ -34,7 +35,7 @@ def untrained(name: str, stage: Any, path: Path) -> Path:
     cls = methods.get(name)
     run = compose(name, stage, preset="debug", env="" if stage == "pretrain" else "toy:dot", settings=("precision=fp32",))
     if stage != "pretrain":
-        run = replace(run, recipe=RECIPE.to_json() if cls.wants_motion else {}, env_options={"time_limit": TIME_LIMIT})
+        run = replace(run, recipe=RECIPE if cls.wants_motion else None, env_options={"time_limit": TIME_LIMIT})
     RunDir(path, run)
     with torch.random.fork_rng():
         torch.manual_seed(0)

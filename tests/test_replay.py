@@ -298,9 +298,9 @@ def test_flow_codes_are_those_of_the_formula() -> None:
 
 
 def test_a_million_drp_transitions_take_less_than_25_gigabytes() -> None:
+    from localmotion.acting.observer import Observer
     from localmotion.envs import make_env
-    from localmotion.evaluation.rollout import Observer
-    from localmotion.perception.base import Recipe
+    from localmotion.recipe import Recipe
 
     spec = Observer(make_env("toy:dot"), Recipe(percept_size=64)).spec()
     replay = Replay(spec, capacity=1_000_000, length=50, coders={"flow": Companding(64)})

@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 
 from localmotion.errors import CheckpointError
 from localmotion.report import media, page
-from localmotion.report.collect import duration, report, seconds_per_update
+from localmotion.report.build import duration, report, seconds_per_update
 from localmotion.report.page import Code, Fold, Notice, Picture, Row, Section, Settings, Table, Text, Tiles, Video
-from localmotion.report.pictures import png
 from localmotion.report.results import differing_settings
-from localmotion.report.rundir import load_run
+from localmotion.report.strips import png
+from localmotion.runs.read import read_run
 from property_examples import examples
 from report_runs import moving_clip, online_run, pretrain_run, write_lines, write_mp4
 
@@ -187,7 +187,7 @@ def test_a_full_report_shows_everything(tmp_path: Path) -> None:
     assert "drp, pre-trained 2 50K 20" in said
     assert "random policy – – – 38.0" in said
     # The held-out ratio is model over the best trivial predictor (nearest time, 0.48).
-    line = load_run(runs[0]).last("heldout")
+    line = read_run(runs[0]).last("heldout")
     assert line is not None
     assert f"{line['mae/model'] / 0.48:.2f}" in said
     assert not list(tmp_path.glob("**/*.tmp"))
@@ -297,9 +297,9 @@ def test_seeds_that_differ_in_more_than_their_seed_are_named(tmp_path: Path) -> 
         online_run(tmp_path / "a", seed=0, media=False, device="cpu"),
         online_run(tmp_path / "b", seed=1, media=False, device="cuda", env_steps=40_000),
     ]
-    assert differing_settings([load_run(r) for r in runs]) == []  # seed, device and length of the run may differ
+    assert differing_settings([read_run(r) for r in runs]) == []  # seed, device and length of the run may differ
     runs.append(online_run(tmp_path / "c", seed=1, media=False, optim={"clip": 7}))
-    assert differing_settings([load_run(r) for r in runs]) == ["optim.clip"]
+    assert differing_settings([read_run(r) for r in runs]) == ["optim.clip"]
     said = read(report(runs, tmp_path / "r.html")).said()
     assert "differ in 1 setting beside the seed: optim.clip." in said
     assert "several runs have the same seed" in said
@@ -376,10 +376,10 @@ def test_no_metrics_file_breaks_the_report(
 
 
 def test_seconds_per_update_from_sums_and_from_means(tmp_path: Path) -> None:
-    online = seconds_per_update(load_run(online_run(tmp_path / "a", media=False)))
+    online = seconds_per_update(read_run(online_run(tmp_path / "a", media=False)))
     assert online["update"] == pytest.approx(0.30)
     assert online["other"] == pytest.approx(0.53 - 0.30 - 0.05 - 0.08 - 0.04 - 0.01 - 0.03)
-    before = seconds_per_update(load_run(pretrain_run(tmp_path / "p", media=False)))
+    before = seconds_per_update(read_run(pretrain_run(tmp_path / "p", media=False)))
     assert before == pytest.approx({"update": 0.36, "data": 0.04})
     assert [duration(s) for s in (4.2, 90, 5400)] == ["4 s", "1.5 min", "1.5 h"]
 

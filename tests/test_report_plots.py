@@ -18,7 +18,7 @@ from matplotlib.image import imread
 from numpy.typing import NDArray
 
 from localmotion.evaluation.statistics import Curve, summarise
-from localmotion.report import pictures, plots, style
+from localmotion.report import plots, strips, style
 from report_runs import moving_clip
 
 finite = st.floats(-5, 5)
@@ -45,19 +45,19 @@ def count(data: bytes, colour: tuple[int, int, int]) -> int:
 def test_flow_colours_golden() -> None:
     yellow = 2 * math.pi * 15 / 55
     flow = [[0, 0], [2, 0], [9, 0], [1, 0], [2 * math.cos(yellow), 2 * math.sin(yellow)], [-2, 0], [math.nan, 1]]
-    found = pictures.flow_to_rgb(np.array(flow, dtype=np.float32), 2.0)
+    found = strips.flow_to_rgb(np.array(flow, dtype=np.float32), 2.0)
     assert found.dtype == np.uint8
     assert found[0].tolist() == [255, 255, 255]
     assert found[1].tolist() == found[2].tolist() == [255, 0, 0]  # right; longer than the maximum looks the same
     assert found[3].tolist() == [255, 128, 128]  # half the maximum: half way to white
     assert found[4].tolist() == [255, 255, 0]
     assert found[5].tolist() == [0, round(255 * (1 - 2.5 / 11)), 255]  # left: 2.5 of 11 steps from cyan to blue
-    assert found[6].tolist() == list(pictures.HIDDEN)
+    assert found[6].tolist() == list(strips.HIDDEN)
 
 
 @given(finite, finite, st.floats(1.01, 3))
 def test_longer_flow_is_never_paler_and_direction_alone_decides_the_hue(x: float, y: float, factor: float) -> None:
-    short, long = pictures.flow_to_rgb(np.array([[x, y], [x * factor, y * factor]]), 4.0).astype(int)
+    short, long = strips.flow_to_rgb(np.array([[x, y], [x * factor, y * factor]]), 4.0).astype(int)
     assert (long <= short).all()
     strength = [min(math.hypot(x, y) * f / 4, 1) for f in (1, factor)]
     if strength[0] > 0.05:
@@ -65,11 +65,11 @@ def test_longer_flow_is_never_paler_and_direction_alone_decides_the_hue(x: float
 
 
 def test_flow_to_rgb_keeps_leading_shape_and_refuses_others() -> None:
-    assert pictures.flow_to_rgb(np.zeros((2, 3, 4, 2)), 1).shape == (2, 3, 4, 3)
+    assert strips.flow_to_rgb(np.zeros((2, 3, 4, 2)), 1).shape == (2, 3, 4, 3)
     with pytest.raises(ValueError, match=r"\(\.\.\., 2\)"):
-        pictures.flow_to_rgb(np.zeros((4, 3)), 1)
+        strips.flow_to_rgb(np.zeros((4, 3)), 1)
     with pytest.raises(ValueError, match="positive"):
-        pictures.flow_to_rgb(np.zeros((4, 2)), 0)
+        strips.flow_to_rgb(np.zeros((4, 2)), 0)
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------
@@ -78,7 +78,7 @@ def test_flow_to_rgb_keeps_leading_shape_and_refuses_others() -> None:
 @given(st.integers(1, 60), st.integers(0, 60), st.integers(4, 14))
 def test_strips_show_the_last_observed_and_the_last_imagined_frame(frames: int, context: int, columns: int) -> None:
     context = min(context, frames)
-    times = pictures.strip_times(frames, context, columns)
+    times = strips.strip_times(frames, context, columns)
     assert times == sorted(set(times))
     assert 1 <= len(times) <= columns
     assert times[0] >= 0
@@ -91,31 +91,31 @@ def test_strips_show_the_last_observed_and_the_last_imagined_frame(frames: int, 
 def test_strip_frames_are_framed_green_then_red_and_perfect_prediction_is_exact() -> None:
     truth = moving_clip(8, 16)[None]
     wrong = moving_clip(8, 16, drift=0.05)[None]
-    both = pictures.prediction_strips(truth, {"prediction": truth, "zero motion": wrong}, context=3)
-    green, red = count(both, pictures.OBSERVED), count(both, pictures.IMAGINED)
+    both = strips.prediction_strips(truth, {"prediction": truth, "zero motion": wrong}, context=3)
+    green, red = count(both, strips.OBSERVED), count(both, strips.IMAGINED)
     assert green > 1000
     assert red / green == pytest.approx(5 / 3, rel=0.05)  # 3 observed and 5 imagined frames, equally framed
     # The error of the perfect prediction is black, the other one's is not: less black than with two perfect ones.
-    perfect = pictures.prediction_strips(truth, {"prediction": truth, "zero motion": truth}, context=3)
+    perfect = strips.prediction_strips(truth, {"prediction": truth, "zero motion": truth}, context=3)
     black = (0, 0, 4)  # the darkest colour of the error map
     assert count(perfect, black) > count(both, black) > 0.4 * count(perfect, black)
-    assert pixels(pictures.prediction_strips(truth, {"p": wrong}, context=3, transparent=True))[0, 0, 3] == 0
+    assert pixels(strips.prediction_strips(truth, {"p": wrong}, context=3, transparent=True))[0, 0, 3] == 0
     assert pixels(both)[0, 0].tolist() == [255, 255, 255, 255]
 
 
 @pytest.mark.parametrize("context", [0, 8])
 def test_strips_of_all_imagined_or_all_observed_frames(context: int) -> None:
     clip = moving_clip(8, 16)[None]
-    data = pictures.prediction_strips(clip, {"prediction": clip}, context=context)
-    colours = (pictures.OBSERVED, pictures.IMAGINED)
+    data = strips.prediction_strips(clip, {"prediction": clip}, context=context)
+    colours = (strips.OBSERVED, strips.IMAGINED)
     assert [count(data, c) > 0 for c in colours] == [context > 0, context < 8]
 
 
 def test_saved_strips_name_the_rows_and_make_the_folder(tmp_path: Path) -> None:
     clip = moving_clip(8, 16)[None]
-    out = pictures.save_strips({"truth": clip, "motion": clip, "last_frame": clip}, tmp_path / "new" / "strips.png", context=3)
+    out = strips.save_strips({"truth": clip, "motion": clip, "last_frame": clip}, tmp_path / "new" / "strips.png", context=3)
     rows = {"prediction": clip, "last frame, copied": clip}
-    assert out.read_bytes() == pictures.prediction_strips(clip, rows, context=3)
+    assert out.read_bytes() == strips.prediction_strips(clip, rows, context=3)
 
 
 def test_strips_refuse_what_is_no_video() -> None:
@@ -129,7 +129,7 @@ def test_strips_refuse_what_is_no_video() -> None:
         (clip, {"p": clip}, 9, "context"),
     ):
         with pytest.raises(ValueError, match=message):
-            pictures.prediction_strips(truth, predictions, context=context)
+            strips.prediction_strips(truth, predictions, context=context)
 
 
 def patches(number: int) -> NDArray[np.float32]:
@@ -140,22 +140,22 @@ def test_masked_patches_are_hidden_in_grey_and_the_row_goes_when_all_are_hidden(
     truth = patches(4)
     seen = truth.copy()
     seen[0], seen[1] = 0, np.nan  # both ways to say "hidden"
-    some = pictures.masked_reconstruction(truth, seen, truth)
+    some = strips.masked_reconstruction(truth, seen, truth)
     seen[2] = np.nan
-    more = pictures.masked_reconstruction(truth, seen, truth)
-    assert count(more, pictures.HIDDEN) / count(some, pictures.HIDDEN) == pytest.approx(1.5, rel=0.05)
-    none = pictures.masked_reconstruction(truth, np.zeros_like(truth), truth)
-    assert count(none, pictures.HIDDEN) < 0.1 * count(some, pictures.HIDDEN)
+    more = strips.masked_reconstruction(truth, seen, truth)
+    assert count(more, strips.HIDDEN) / count(some, strips.HIDDEN) == pytest.approx(1.5, rel=0.05)
+    none = strips.masked_reconstruction(truth, np.zeros_like(truth), truth)
+    assert count(none, strips.HIDDEN) < 0.1 * count(some, strips.HIDDEN)
     assert pixels(none).shape[0] < pixels(some).shape[0]
 
 
 def test_masked_reconstruction_edges() -> None:
     still = np.zeros((2, 6, 6, 2), dtype=np.float32)
-    assert pictures.masked_reconstruction(still, still, still).startswith(b"\x89PNG")
+    assert strips.masked_reconstruction(still, still, still).startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="patches"):
-        pictures.masked_reconstruction(patches(2), patches(3), patches(2))
+        strips.masked_reconstruction(patches(2), patches(3), patches(2))
     with pytest.raises(ValueError, match="finite"):
-        pictures.masked_reconstruction(patches(2), patches(2), patches(2) * np.nan)
+        strips.masked_reconstruction(patches(2), patches(2), patches(2) * np.nan)
 
 
 # --- charts -----------------------------------------------------------------------------------------------------------
@@ -198,7 +198,7 @@ def test_charts_are_reproducible_and_leave_matplotlib_as_it_was() -> None:
 
 
 def test_pyplot_is_never_imported() -> None:
-    code = "import sys, localmotion.report.collect; sys.exit('matplotlib.pyplot' in sys.modules)"
+    code = "import sys, localmotion.report.build; sys.exit('matplotlib.pyplot' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -232,7 +232,7 @@ def test_colours_read_on_their_ground() -> None:
     for text in (style.INK, style.MUTED):
         assert contrast(text, style.GROUND) >= 4.5
         assert contrast(dark[text], dark[style.GROUND]) >= 4.5
-    assert min(contrast(pictures.GREY, g) for g in (style.GROUND, dark[style.GROUND])) >= 3.5
+    assert min(contrast(strips.GREY, g) for g in (style.GROUND, dark[style.GROUND])) >= 3.5
 
 
 def test_the_band_is_drawn_only_for_several_seeds() -> None:

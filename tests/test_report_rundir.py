@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 
 from localmotion.errors import CheckpointError, LocalmotionError
 from localmotion.report.results import group_runs
-from localmotion.report.rundir import load_run, superseded_by_none
+from localmotion.runs.read import read_run, superseded_by_none
 from report_runs import online_run, pretrain_run, write_lines
 
 
 def test_a_whole_run_is_read_without_a_notice(tmp_path: Path) -> None:
-    run = load_run(online_run(tmp_path / "r", seed=3, checkpoint="pre", media=False))
+    run = read_run(online_run(tmp_path / "r", seed=3, checkpoint="pre", media=False))
     assert (run.method, run.stage, run.preset, run.env, run.seed) == ("drp", "finetune", "small", "dmc:walker_walk", 3)
     assert (run.state, run.checkpoint, run.name) == ("finished", "pre", "r")
     assert run.setting("deter") == 256  # nested under model
@@ -39,7 +39,7 @@ def test_a_torn_last_line_is_counted_and_left_out(tmp_path: Path, cut: int) -> N
     path = pretrain_run(tmp_path / "r", media=False)
     whole = (path / "metrics.jsonl").read_bytes()
     (path / "metrics.jsonl").write_bytes(whole[:-cut] if cut > 1 else whole[:-2])
-    run = load_run(path)
+    run = read_run(path)
     assert run.bad_lines == 1
     assert sum(len(lines) for lines in run.lines.values()) == whole.count(b"\n") - 1
     assert "1 unreadable line," in " ".join(run.notices)
@@ -51,7 +51,7 @@ def test_a_line_torn_inside_a_character_and_lines_of_other_kinds(tmp_path: Path)
     good = json.dumps({"kind": "train", "update": 1, "note": "ü"}, ensure_ascii=False).encode()
     rows = [good, b"[1, 2]", b'{"update": 3}', b"", b'{"kind": 5}', b"[" * 100_000, good[:-3]]
     (path / "metrics.jsonl").write_bytes(b"\n".join(rows))
-    run = load_run(path)
+    run = read_run(path)
     assert run.bad_lines == 5
     assert len(run.lines["train"]) == 1
     assert any("config.json is missing" in n for n in run.notices)
@@ -62,7 +62,7 @@ def test_damaged_json_becomes_a_sentence(tmp_path: Path) -> None:
     (path / "config.json").write_text("{")
     (path / "status.json").write_text("[]")
     (path / "environment.json").unlink()
-    run = load_run(path)
+    run = read_run(path)
     assert (run.method, run.state, run.seed) == ("unknown method", "unknown", None)
     text = " ".join(run.notices)
     assert "config.json cannot be read" in text
@@ -72,9 +72,9 @@ def test_damaged_json_becomes_a_sentence(tmp_path: Path) -> None:
 
 def test_what_is_no_run_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"absent: no such run directory"):
-        load_run(tmp_path / "absent")
+        read_run(tmp_path / "absent")
     with pytest.raises(LocalmotionError, match="neither config"):
-        load_run(tmp_path)
+        read_run(tmp_path)
 
 
 def test_a_resumed_run_supersedes_what_it_wrote_before(tmp_path: Path) -> None:
@@ -91,17 +91,17 @@ def test_a_resumed_run_supersedes_what_it_wrote_before(tmp_path: Path) -> None:
         {"kind": "eval", "env_step": math.nan, "return_mean": 1.0},
     ]
     write_lines(path / "metrics.jsonl", lines)
-    steps, values = load_run(path).series("eval", "return_mean")
+    steps, values = read_run(path).series("eval", "return_mean")
     assert steps.tolist() == [0, 10, 20, 25]
     assert values.tolist() == [1, 2, 5, 7]
-    assert [x.tolist() for x in load_run(path).series("eval", "absent")] == [[], []]
+    assert [x.tolist() for x in read_run(path).series("eval", "absent")] == [[], []]
 
 
 def test_wall_time_adds_up_over_sessions(tmp_path: Path) -> None:
     path = tmp_path / "r"
     path.mkdir()
     write_lines(path / "metrics.jsonl", [{"kind": "train", "wall": w} for w in (5, 60, 100, 4, 50)])
-    assert load_run(path).wall_seconds() == 150
+    assert read_run(path).wall_seconds() == 150
 
 
 @given(st.lists(st.integers(0, 30), max_size=40))
@@ -126,7 +126,7 @@ def test_runs_are_grouped_by_env_method_and_origin(tmp_path: Path) -> None:
         online_run(tmp_path / "d", seed=0, env="metaworld:reach", media=False),
         pretrain_run(tmp_path / "p", media=False),
     ]
-    groups = group_runs([load_run(r) for r in runs])
+    groups = group_runs([read_run(r) for r in runs])
     assert [(g.env, g.label, [r.name for r in g.runs]) for g in groups] == [
         ("dmc:walker_walk", "drp, pre-trained", ["a0", "a1"]),
         ("dmc:walker_walk", "drp, from scratch", ["b"]),

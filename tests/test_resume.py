@@ -19,13 +19,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from localmotion import methods
+from localmotion.acting.episodes import Rollout
+from localmotion.acting.policy import MethodPolicy
 from localmotion.cli import main
 from localmotion.compute import choose
-from localmotion.config import RunConfig, compose
+from localmotion.config import RunConfig
 from localmotion.errors import CheckpointError
-from localmotion.evaluation import rollout
-from localmotion.evaluation.load import load_run
-from localmotion.training import checkpoint
+from localmotion.runs import checkpoint
+from localmotion.runs.load import load_run
+from localmotion.runs.settings import compose
 from localmotion.training import finetune as training
 from localmotion.training.finetune import finetune
 from localmotion.training.interrupt import Interrupted, StopRequest
@@ -99,7 +101,7 @@ SHORT = {**FLAGS, "recipe": {"percept_size": 64, "tracks": 8}, "env_options": {"
 @pytest.fixture
 def no_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs end without their ten episodes of evaluation, which take longer than the learning here."""
-    monkeypatch.setattr(training, "evaluate", lambda *_, **__: rollout.Rollout([0.0], [1]))
+    monkeypatch.setattr(training, "evaluate", lambda *_, **__: Rollout([0.0], [1]))
 
 
 @pytest.mark.parametrize("name", methods.names())
@@ -308,15 +310,15 @@ def test_the_best_weights_are_those_of_the_best_evaluation(tmp_path: Path, monke
     scores = iter([1.0, 3.0, 2.0])
     seen: list[dict[str, Tensor]] = []
 
-    class Spy(rollout.MethodPolicy):
+    class Spy(MethodPolicy):
         def __init__(self, method: Any, compute: Any, *, explore: bool, window: int) -> None:
             super().__init__(method, compute, explore=explore, window=window)
             if not explore:
                 seen.append({k: v.clone() for k, v in method.state_dict().items()})
 
-    def scripted(policy_for: Any, make: Any, **settings: Any) -> rollout.Rollout:
+    def scripted(policy_for: Any, make: Any, **settings: Any) -> Rollout:
         policy_for()
-        return rollout.Rollout([next(scores)], [1])
+        return Rollout([next(scores)], [1])
 
     monkeypatch.setattr(training, "MethodPolicy", Spy)
     monkeypatch.setattr(training, "evaluate", scripted)
@@ -335,7 +337,7 @@ def test_the_best_weights_are_those_of_the_best_evaluation(tmp_path: Path, monke
 
 def finetune_nothing(run: RunConfig, path: Path) -> Path:
     """A run directory that has only begun."""
-    from localmotion.training.rundir import RunDir
+    from localmotion.runs.rundir import RunDir
 
     RunDir(path, run)
     return path

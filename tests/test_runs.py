@@ -14,13 +14,14 @@ import torch
 from localmotion import methods
 from localmotion.cli import main
 from localmotion.compute import Compute
-from localmotion.config import RunConfig, compose
+from localmotion.config import RunConfig
 from localmotion.errors import CheckpointError, ConfigError
 from localmotion.evaluation.evaluate import evaluate_run, random_floor
-from localmotion.evaluation.media import motion_media
+from localmotion.evaluation.motion_media import motion_media
 from localmotion.evaluation.predict import predict
-from localmotion.report.collect import report
-from localmotion.training import checkpoint
+from localmotion.report.build import report
+from localmotion.runs import checkpoint
+from localmotion.runs.settings import compose
 from localmotion.training.finetune import finetune
 from localmotion.training.pretrain import pretrain
 from localmotion.training.update import Updater
@@ -261,16 +262,16 @@ def test_pretraining_rate_falls_at_the_end_only(deferred: bool) -> None:
 
 def test_a_run_goes_on_with_the_recipe_it_began_with(tmp_path: Path) -> None:
     """Also with one of before the foreground's gate, whatever today's default or its checkpoint's is."""
-    from localmotion.evaluation.rollout import stored_recipe
     from localmotion.perception import Recipe
+    from localmotion.runs.settings import with_recipe
 
     run = compose("drp", "finetune", preset="debug", env="toy:dot", flags={"checkpoint": str(tmp_path / "pre")})
     old = {key: value for key, value in Recipe(tracks=7).to_json().items() if key != "algorithm"}
     (tmp_path / "pre").mkdir()
     (tmp_path / "pre" / "environment.json").write_text(json.dumps({"recipe": Recipe(tracks=9).to_json()}))
-    assert stored_recipe(run, tmp_path / "run") == Recipe(tracks=9)
+    assert with_recipe(run, tmp_path / "run").recipe == Recipe(tracks=9)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text(json.dumps({"recipe": old}))
-    found = stored_recipe(run, tmp_path / "run")
+    found = with_recipe(run, tmp_path / "run").recipe
     assert found
     assert (found.tracks, found.algorithm) == (7, 1)

@@ -12,8 +12,10 @@ from unittest import mock
 import pytest
 import torch
 
-from localmotion.config import OnlineConfig, compose
-from localmotion.evaluation import rollout
+from localmotion.acting.episodes import Rollout
+from localmotion.acting.policy import MethodPolicy
+from localmotion.config import OnlineConfig
+from localmotion.runs.settings import compose
 from localmotion.training import finetune as loop
 from localmotion.training.update import Updater
 from method_batches import make
@@ -115,7 +117,7 @@ def record(path: Path, *settings: str) -> dict[str, Any]:
         "made": [],
     }
 
-    class Policy(rollout.MethodPolicy):
+    class Policy(MethodPolicy):
         def __init__(self, *args: Any, explore: bool, **kwargs: Any) -> None:
             super().__init__(*args, explore=explore, **kwargs)
             self.explore = explore
@@ -135,7 +137,7 @@ def record(path: Path, *settings: str) -> dict[str, Any]:
         seen["episodes"].add(episodes)
         policy_for()
         seen["judged"].add(seen["made"][-1])
-        return rollout.Rollout([0.0] * episodes, [0.0] * episodes, [1] * episodes)
+        return Rollout([0.0] * episodes, [0.0] * episodes, [1] * episodes)
 
     save = loop._Learner.save
 

@@ -11,10 +11,11 @@ import torch
 
 from localmotion import methods
 from localmotion.cli import main
-from localmotion.config import RunConfig, compose
+from localmotion.config import RunConfig
 from localmotion.errors import ConfigError
 from localmotion.models.bonus import IntrinsicBonus
-from localmotion.training import checkpoint
+from localmotion.runs import checkpoint
+from localmotion.runs.settings import compose
 from localmotion.training.finetune import finetune
 from localmotion.training.interrupt import Interrupted, StopRequest
 from localmotion.training.study import load_study

@@ -10,8 +10,8 @@ import torch
 
 from localmotion.cli import main
 from localmotion.errors import CheckpointError, ConfigError
-from localmotion.training import checkpoint
-from localmotion.training.rundir import RunDir
+from localmotion.runs import checkpoint
+from localmotion.runs.rundir import RunDir
 from localmotion.training.transfer import load_pretrained
 from localmotion.training.update import Updater
 from method_batches import CPU, make, make_batch

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from localmotion.config import compose
 from localmotion.envs import make_env
 from localmotion.envs.base import PixelEnv
 from localmotion.errors import ConfigError
-from localmotion.evaluation.collect import collect
 from localmotion.evaluation.evaluate import evaluate_run
-from localmotion.evaluation.load import load_run
+from localmotion.recording.collect import collect
+from localmotion.runs.load import load_run
+from localmotion.runs.settings import compose
 from localmotion.training.finetune import finetune
 
 

@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
 from localmotion.errors import VideoError
-from localmotion.perception.base import Recipe
 from localmotion.perception.extract import extract_folder
+from localmotion.recipe import Recipe
 from localmotion.video import ClipStore, VideoRef, find_videos
 from localmotion.video.scan import scan
 from localmotion.video.store import check_id

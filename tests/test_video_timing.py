@@ -21,7 +21,7 @@ from localmotion.cli import main
 from localmotion.errors import ConfigError, StoreError, VideoError
 from localmotion.perception import Recipe
 from localmotion.perception.extract import extract_folder, extract_one
-from localmotion.training.rundir import check_recipe
+from localmotion.runs.settings import recipe_of
 from localmotion.video import ClipStore, ClipStoreWriter, Decoding, decode, iter_frames, probe, timing, video_ref
 from localmotion.video.scan import scan
 from localmotion.video.timing import Picture, resampled
@@ -247,15 +247,15 @@ def test_recipes_of_before_read_as_they_were_meant_and_keep_their_hash() -> None
     assert (recipe.fps, recipe.algorithm, recipe.legacy_decoding) == (0, 2, True)
     assert recipe.to_json() == old
     assert recipe.hash() == "b985b18afce3"  # of a store made before there was an fps
-    assert check_recipe(old, "here") == recipe
+    assert recipe_of(old, "here") == recipe
     del old["algorithm"]
     assert Recipe.from_json(old).algorithm == 1
     assert not Recipe().legacy_decoding
     assert Recipe(fps=30).hash() == Recipe(fps=30.0).hash() != Recipe().hash()
     for fps in (0, 12.5):
-        assert check_recipe(Recipe(fps=fps).to_json(), "here") == Recipe(fps=fps)
+        assert recipe_of(Recipe(fps=fps).to_json(), "here") == Recipe(fps=fps)
     with pytest.raises(ConfigError, match="fps"):
-        check_recipe({**Recipe().to_json(), "fps": "15"}, "here")
+        recipe_of({**Recipe().to_json(), "fps": "15"}, "here")
 
 
 def test_a_store_of_before_goes_on_with_its_own_recipe_and_refuses_another(tmp_path: Path) -> None:

@@ -218,7 +218,7 @@ def _recipe(sub: argparse.ArgumentParser, without: tuple[str, ...] = ()) -> None
     from dataclasses import fields
 
     from localmotion.config import field_docs
-    from localmotion.perception.base import Recipe
+    from localmotion.recipe import Recipe
 
     docs = field_docs(Recipe)
     for item in fields(Recipe):

@@ -10,14 +10,14 @@ from localmotion.errors import ConfigError, LocalmotionError
 from localmotion.files import check_output
 
 if TYPE_CHECKING:
-    from localmotion.perception.base import Recipe
+    from localmotion.recipe import Recipe
 
 
 def _recipe_of(args: argparse.Namespace) -> Recipe:
     """The recipe that the flags of `_recipe` describe."""
     from dataclasses import fields
 
-    from localmotion.perception.base import Recipe
+    from localmotion.recipe import Recipe
 
     given: dict[str, Any] = {f.name: getattr(args, f"recipe_{f.name}", None) for f in fields(Recipe)}
     given = {name: value for name, value in given.items() if value is not None}
@@ -124,7 +124,7 @@ def inspect(args: argparse.Namespace) -> None:
 def train(args: argparse.Namespace) -> None:
     """`localmotion pretrain | finetune | train`"""
     from localmotion import methods
-    from localmotion.config import compose
+    from localmotion.runs.settings import compose
 
     if not args.method:
         if not args.help:
@@ -171,7 +171,7 @@ def _show_settings(command: str, run: Any) -> None:
 def study(args: argparse.Namespace) -> None:
     """`localmotion study`"""
     from localmotion.console import say
-    from localmotion.report.collect import report
+    from localmotion.report.build import report
     from localmotion.report.table import write_table
     from localmotion.training.study import RunsFailedError, run_study
 
@@ -212,7 +212,7 @@ def predict(args: argparse.Namespace) -> None:
     """`localmotion predict`"""
     from localmotion.console import progress, say, show_table
     from localmotion.evaluation.predict import predict as run_prediction
-    from localmotion.report.pictures import save_strips
+    from localmotion.report.strips import save_strips
 
     scores = args.out.with_suffix(".json")
     check_output(args.out, ConfigError, suffixes=(".png",))
@@ -264,8 +264,8 @@ def perception_report(args: argparse.Namespace) -> None:
     import cv2
 
     from localmotion.console import progress, say, show_table
-    from localmotion.evaluation.perception_report import ReportSettings, draw_report, save_report, tables
-    from localmotion.evaluation.perception_report import perception_report as measure
+    from localmotion.perception_eval.report import ReportSettings, draw_report, save_report, tables
+    from localmotion.perception_eval.report import perception_report as measure
 
     cv2.setNumThreads(1)  # the times a pair are those of one core
     names = ("envs", "percepts", "qualities", "supersample", "backends", "policy", "episodes", "frames", "seed", "pictures")
@@ -294,7 +294,7 @@ def perception_report(args: argparse.Namespace) -> None:
 def report(args: argparse.Namespace) -> None:
     """`localmotion report`"""
     from localmotion.console import say
-    from localmotion.report.collect import report as make_report
+    from localmotion.report.build import report as make_report
 
     check_output(args.out, ConfigError, suffixes=(".html", ".htm"))
     say(f"report: {make_report(args.runs, args.out)}")
@@ -303,7 +303,7 @@ def report(args: argparse.Namespace) -> None:
 def collect(args: argparse.Namespace) -> None:
     """`localmotion collect`"""
     from localmotion.console import progress, say
-    from localmotion.evaluation.collect import collect as record
+    from localmotion.recording.collect import collect as record
 
     settings = {"quality": args.quality, "action_repeat": args.action_repeat}
     with progress("collect", args.episodes, "videos") as advance:

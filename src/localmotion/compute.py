@@ -6,7 +6,7 @@ import ctypes
 import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,6 +103,11 @@ class Compute:
         finally:
             if alone:
                 torch.set_num_threads(threads)
+
+
+def uncompiled(module: torch.nn.Module) -> AbstractContextManager[Any]:
+    """Within, a method's parts run as they are, also if `training.compiled` has compiled them: acting has shapes of its own."""
+    return torch.compiler.set_stance("force_eager") if getattr(module, "compiled", False) else nullcontext()
 
 
 PLAIN = Compute(torch.device("cpu"), False, 0, "cpu, fp32")

@@ -20,6 +20,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from localmotion.errors import ConfigError, unknown_name
+from localmotion.recipe import Recipe, read_recipe
 
 Stage = Literal["pretrain", "finetune", "train"]
 PRESETS = ("paper", "small", "tiny", "debug")
@@ -221,8 +222,8 @@ class RunConfig:
     load: str = ""
     """Parts to take from the checkpoint, e.g. image,latent; empty for all that the method transfers, from a run of the method itself.
     Naming them is the ablation without the others, and lets the checkpoint be of another method of the same sizes."""
-    recipe: dict[str, Any] = field(default_factory=dict)
-    """Perception recipe of the streaming side; taken from the checkpoint's clip store."""
+    recipe: Recipe | None = None
+    """Perception recipe of the streaming side; None: that of the checkpoint's clip store, or the default one."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     online: OnlineConfig = field(default_factory=OnlineConfig)
@@ -261,7 +262,10 @@ SUITES["toy"] = {
 
 def to_dict(config: Any) -> dict[str, Any]:
     """A configuration as nested JSON-able dicts."""
-    return dataclasses.asdict(config)
+    out = dataclasses.asdict(config)
+    if isinstance(config, RunConfig):
+        out["recipe"] = config.recipe.to_json() if config.recipe else {}
+    return out
 
 
 def update(config: Any, values: Mapping[str, Any], where: str = "", ignore_unknown: bool = False) -> Any:
@@ -274,7 +278,9 @@ def update(config: Any, values: Mapping[str, Any], where: str = "", ignore_unkno
                 continue
             raise unknown_name("setting", f"{where}{key}"[:80], [f"{where}{name}" for name in hints])
         current = getattr(config, key)
-        if dataclasses.is_dataclass(current) and isinstance(value, Mapping):
+        if hints[key] == Recipe | None:
+            changes[key] = read_recipe(value, current)
+        elif dataclasses.is_dataclass(current) and isinstance(value, Mapping):
             changes[key] = update(current, value, f"{where}{key}.", ignore_unknown)
         else:
             changes[key] = _coerce(f"{where}{key}", value, hints[key])
@@ -329,10 +335,10 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
 
 
 def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """All (dotted name, value) pairs of a nested configuration."""
+    """All (dotted name, value) pairs of a nested configuration; a recipe counts as one value."""
     for item in dataclasses.fields(config):
         value = getattr(config, item.name)
-        if dataclasses.is_dataclass(value):
+        if dataclasses.is_dataclass(value) and not isinstance(value, Recipe):
             yield from leaves(value, f"{prefix}{item.name}.")
         else:
             yield f"{prefix}{item.name}", value
@@ -391,76 +397,6 @@ def all_docs(config: Any, prefix: str = "") -> dict[str, str]:
     docs = {f"{prefix}{key}": text for key, text in field_docs(type(config)).items()}
     for item in dataclasses.fields(config):
         value = getattr(config, item.name)
-        if dataclasses.is_dataclass(value):
+        if dataclasses.is_dataclass(value) and not isinstance(value, Recipe):
             docs.update(all_docs(value, f"{prefix}{item.name}."))
     return docs
-
-
-def compose(
-    method: str,
-    stage: Stage,
-    *,
-    preset: str = "small",
-    env: str = "",
-    flags: Mapping[str, Any] | None = None,
-    settings: tuple[str, ...] | list[str] = (),
-) -> RunConfig:
-    """Settings of a run: defaults, then suite, then preset, then ``flags`` (nested), then ``settings`` (name=value texts)."""
-    from localmotion import methods
-
-    cls = methods.get(method)
-    if preset not in PRESETS:
-        raise unknown_name("preset", preset, PRESETS)
-    config = RunConfig(method=method, stage=stage, model=cls.Config(), preset=preset, env=env)
-    suite = env.partition(":")[0]
-    if suite in SUITES:
-        config = update(config, SUITES[suite], ignore_unknown=True)
-    for name in (suite, env.removesuffix("-v3")):
-        if name in cls.SUITES:
-            config = update(config, cls.SUITES[name])
-    sizes = dict(cls.PRESETS[preset])
-    recipe = sizes.pop("recipe", {})
-    config = update(config, sizes)
-    if flags:
-        config = update(config, flags)
-    for text in settings:
-        config = assign(config, text)
-    if recipe and stage != "pretrain" and not config.checkpoint:  # else the clips decide, which are there already
-        config = dataclasses.replace(config, recipe={**recipe, **config.recipe})
-    _check_ranges(config)
-    return config
-
-
-# Counts of the training loops that may be zero; all others are at least 1.
-_MAY_BE_ZERO = {"env_steps", "prefill", "warmup_updates", "freeze_updates", "seed", "threads", "action_repeat"}
-
-
-def _check_ranges(config: RunConfig) -> None:
-    """Raise ConfigError for a number that no run can have: a clock of zero would divide by it, a share lies in 0..1."""
-    for name, value in leaves(config):
-        last = name.rsplit(".", 1)[-1]
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            continue
-        if name.startswith("model."):  # what else a model makes of its numbers is its own affair
-            low, high = -(2.0**31), 2.0**31
-        else:
-            low = 1 if isinstance(value, int) and last not in _MAY_BE_ZERO else 0
-            high = {"heldout_fraction": math.nextafter(1, 0), "lr_decay": 1.0}.get(last, 2.0**53)
-        if not low <= value <= high:
-            raise ConfigError(f"setting {name}={value} must be in {low:g}..{high:g}")
-
-
-def from_dict(values: Mapping[str, Any]) -> RunConfig:
-    """The RunConfig of a saved config.json. Strict: unknown keys and methods, wrong types and ranges raise ConfigError."""
-    from localmotion import methods
-
-    values = dict(values)
-    for key in ("method", "stage", "model"):
-        if key not in values:
-            raise ConfigError(f"configuration lacks {key!r}")
-    cls = methods.get(str(values["method"])[:80])
-    config: RunConfig = update(RunConfig(method=values["method"], stage=values["stage"], model=cls.Config()), values)
-    if type(config.model) is not cls.Config:
-        raise ConfigError(f"setting model={values['model']!r:.80}: expected a mapping of settings")
-    _check_ranges(config)
-    return config

@@ -10,12 +10,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from localmotion.config import RunConfig, Stage, compose
+from localmotion.config import RunConfig, Stage
 from localmotion.console import progress, say
 from localmotion.errors import LocalmotionError
 from localmotion.machine import cores
 from localmotion.methods import sizes
-from localmotion.perception.base import Recipe
+from localmotion.recipe import Recipe
+from localmotion.runs.settings import compose
 
 TASK = "dmc:cheetah_run"
 BODIES = ("walker", "hopper", "finger", "reacher", "acrobot", "fish", "swimmer", "pendulum")
@@ -41,10 +42,10 @@ def demo(root: Path, *, videos: Path | None = None, task: str = TASK, seed: int 
     """Run the whole chain under ``root`` and return the report's path. ``videos``: a folder of the user's own."""
     from localmotion.envs.bodies import render_videos
     from localmotion.evaluation.evaluate import evaluate_run, random_floor
-    from localmotion.evaluation.media import motion_media
+    from localmotion.evaluation.motion_media import motion_media
     from localmotion.perception.draw import inspect
     from localmotion.perception.extract import extract_folder
-    from localmotion.report.collect import report
+    from localmotion.report.build import report
     from localmotion.training.finetune import finetune
     from localmotion.training.pretrain import pretrain
     from localmotion.video.store import ClipStore

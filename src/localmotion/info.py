@@ -11,7 +11,7 @@ from localmotion import machine, methods
 from localmotion.compute import bf16_speedup, devices
 from localmotion.errors import LocalmotionError
 from localmotion.perception import backends
-from localmotion.training.rundir import versions
+from localmotion.runs.rundir import versions
 
 EXTRAS = {
     "perception: SEA-RAFT": ("ptlflow", "see docs/perception.md"),

@@ -19,10 +19,10 @@ import torch
 from numpy.typing import NDArray
 
 from localmotion import methods
+from localmotion.acting.observer import make_observer
 from localmotion.compute import Compute
-from localmotion.config import compose
-from localmotion.evaluation.rollout import make_observer
-from localmotion.perception.base import Recipe
+from localmotion.recipe import Recipe
+from localmotion.runs.settings import compose
 from localmotion.training.update import Updater
 
 LENGTH, SEEN, TRAINED, EPISODES = 16, 8, 10, 14

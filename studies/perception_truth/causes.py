@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 from localmotion.envs import make_env
 from localmotion.envs.base import area_average
 from localmotion.envs.truth import motion_truth, pixel_grid
-from localmotion.evaluation.perception_report import ENVS, jsonable, save_report
-from localmotion.evaluation.perception_scores import FlowScore, MaskScore
-from localmotion.evaluation.perception_warps import load_pictures, warp_pair
 from localmotion.perception.base import make_backend
+from localmotion.perception_eval.report import ENVS, jsonable, save_report
+from localmotion.perception_eval.scores import FlowScore, MaskScore
+from localmotion.perception_eval.warps import load_pictures, warp_pair
 from localmotion.video.decode import iter_frames
 from localmotion.video.listing import usable_videos
 

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from localmotion import methods
-from localmotion.evaluation.load import load_run
 from localmotion.evaluation.probes import _Data, grid_flow, mlp, ridge
 from localmotion.methods.base import Batch
 from localmotion.methods.drp import DRP
 from localmotion.models.dae import Motion
+from localmotion.runs.load import load_run
 
 
 def on_grid(motion: Motion, x: Tensor, cells: int) -> Tensor:

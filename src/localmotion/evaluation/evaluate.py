@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from localmotion.acting.episodes import episode_seed, evaluate
+from localmotion.acting.observer import Observer, make_observer
+from localmotion.acting.policy import MethodPolicy, random_policy
 from localmotion.errors import CheckpointError, ConfigError
-from localmotion.evaluation.load import Which, at_least, load_run
-from localmotion.evaluation.rollout import MethodPolicy, Observer, episode_seed, evaluate, make_observer, random_policy
 from localmotion.files import check_output, read_json
-from localmotion.perception.base import Recipe
-from localmotion.training import checkpoint
-from localmotion.training.rundir import write_json
+from localmotion.runs.load import Which, at_least, load_run
+from localmotion.runs.rundir import write_json
+from localmotion.runs.settings import read_config
 from localmotion.video.write import write_video
 
 VIDEOS = (".mp4",)
@@ -46,10 +47,10 @@ def evaluate_run(
     at_least(episodes=(episodes, 1), seed=(seed or 0, 0))
     if video is not None:
         check_output(video, ConfigError, suffixes=VIDEOS)
-    if checkpoint.read_config(path).stage == "pretrain":
+    if read_config(path).stage == "pretrain":
         raise CheckpointError(f"{path}: is a pre-training run and has no actor; fine-tune it first")
     run, method, compute = load_run(path, device=device, which=which)
-    recipe = Recipe.from_json(run.recipe) if run.recipe and method.wants_motion else None
+    recipe = run.recipe if method.wants_motion else None
     base = run.seed + (which == "best") if seed is None else seed
 
     def make() -> Observer:

@@ -15,11 +15,10 @@ from localmotion.compute import Compute
 from localmotion.config import RunConfig
 from localmotion.errors import ConfigError, LocalmotionError, VideoError
 from localmotion.evaluation.heldout import CONTEXT_FRAMES, open_loop_errors, predicts
-from localmotion.evaluation.load import at_least, load_run
-from localmotion.evaluation.rollout import stored_recipe
 from localmotion.methods.base import Method
-from localmotion.perception.base import Recipe
 from localmotion.perception.extract import extract_one
+from localmotion.recipe import Recipe
+from localmotion.runs.load import at_least, load_run
 from localmotion.video.listing import usable_videos
 from localmotion.video.sample import Split, WindowSampler
 from localmotion.video.store import Clip, ClipStore, ClipStoreWriter
@@ -171,7 +170,7 @@ def _load(checkpoints: Sequence[Path], device: str) -> list[_Loaded]:
             raise ConfigError(f"{path}: predicts from actions; give the pre-training run to predict video")
         if not predicts(method):
             raise ConfigError(f"{path}: method {run.method} does not predict video (it has no open_loop)")
-        found.append(_Loaded(label, run, method, compute, stored_recipe(run, path) or Recipe()))
+        found.append(_Loaded(label, run, method, compute, run.recipe or Recipe()))
     return found
 
 

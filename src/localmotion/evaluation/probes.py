@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from localmotion import methods
 from localmotion.compute import PLAIN, Compute
 from localmotion.errors import ConfigError
-from localmotion.evaluation.load import at_least, load_run
 from localmotion.methods.base import Batch, Method
+from localmotion.runs.load import at_least, load_run
 from localmotion.video.sample import WindowSampler
 from localmotion.video.store import ClipStore
 

@@ -4,7 +4,6 @@ from localmotion.perception import dis, lk, saliency  # registers the embedded b
 from localmotion.perception.base import (
     ClipMotion,
     FlowBackend,
-    Recipe,
     SegmentBackend,
     StepMotion,
     TrackBackend,
@@ -13,6 +12,7 @@ from localmotion.perception.base import (
     register,
     register_lazily,
 )
+from localmotion.recipe import Recipe
 
 __all__ = [
     "ClipMotion",

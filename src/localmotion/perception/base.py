@@ -9,22 +9,20 @@ Conventions, everywhere in this package:
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from localmotion.errors import ConfigError, unknown_name
+from localmotion.errors import unknown_name
+from localmotion.recipe import Recipe
 
 Frame = NDArray[np.uint8]  # (H, W, 3) RGB
 Flow = NDArray[np.float32]  # (H, W, 2) x, y in pixels
 Points = NDArray[np.float32]  # (N, 2) x, y in pixels
-ALGORITHM = 3  # newest version of the embedded algorithms, see `Recipe.algorithm`
 
 
 @runtime_checkable
@@ -97,101 +95,6 @@ class ManyTrack(TrackBackend, Protocol):
     def tracks(self, asked: Sequence[tuple[NDArray[np.uint8], Points]]) -> list[tuple[NDArray[np.float32], NDArray[np.bool_]]]:
         """`track` of each, from its first frame."""
         ...
-
-
-_LATER = {"fps": 0.0}  # settings that stores without `algorithm` or of algorithm 2 were written before, and what they meant
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Everything that decides the bytes of a clip store; the streaming side of fine-tuning uses the same one."""
-
-    size: int = 64
-    """Side of the stored square frames and flow fields, in pixels (paper: 64). The aspect ratio is squashed as IPV does."""
-    percept_size: int = 128
-    """Side at which flow and tracks are computed; the field is then area-averaged to `size` and divided by the ratio."""
-    flow: str = "dis"
-    """Flow backend: dis (embedded), sea_raft (paper)."""
-    segment: str = "saliency"
-    """Foreground backend: saliency (embedded), grounded_sam (paper)."""
-    track: str = "lk"
-    """Track backend: lk (embedded), cotracker3 (paper)."""
-    tracks: int = 32
-    """Tracks stored per clip, 1..32; the model's K is chosen later, so K needs no re-extraction."""
-    segment_frames: int = 25
-    """Points are drawn anew every so many frames (paper: once per 25-frame clip)."""
-    frame_stride: int = 1
-    """Keep every n-th frame (with fps: of those at that rate). Changes what the model sees as one time step."""
-    flow_span: int = 1
-    """Flow over n stored frames (from t+1-n to t+1) instead of one: a lever for very slow motion."""
-    redraw_rounds: int = 2
-    """How many times points of low motion variance are replaced and tracked again (paper 4.2.1); 0 = causal, as streaming."""
-    min_motion: float = 0.05
-    """Points whose positions deviate less than this over a segment (standard deviation, pixels of `size`) are redrawn."""
-    prompt: str = "person. hand. robot arm."
-    """What the text-prompted detector looks for (paper: "individuals"). Unused by the embedded segmenter."""
-    seed: int = 0
-    """Seed of the point draw; with the clip's id it decides every random choice."""
-    backend_options: dict[str, Any] = field(default_factory=dict)
-    """Options of the backends, by backend name, e.g. {"sea_raft": {"checkpoint": "things"}}."""
-    algorithm: int = ALGORITHM
-    """Version of the embedded algorithms. 1: foreground by flow alone; 2: and by change of the picture; 3: and decoding with chroma at full
-    width, deinterlaced, HDR mapped to standard range, transparent pictures before grey. Old runs keep theirs."""
-    fps: float = 0.0
-    """Frames per second to which videos are resampled by the times of their frames, so that one time step is the same time in all; 0: as
-    recorded."""
-
-    def __post_init__(self) -> None:
-        if type(self.fps) is int:  # 30 and 30.0 are the same recipe
-            object.__setattr__(self, "fps", float(self.fps))
-        checks = {
-            "size": 8 <= self.size <= 1024,
-            "percept_size": self.percept_size >= self.size and self.percept_size % self.size == 0,
-            "tracks": 1 <= self.tracks <= 32,
-            "segment_frames": self.segment_frames >= 2,
-            "frame_stride": self.frame_stride >= 1,
-            "flow_span": self.flow_span >= 1,
-            "redraw_rounds": self.redraw_rounds >= 0,
-            "min_motion": self.min_motion >= 0,
-            "fps": self.fps == 0 or 0.01 <= self.fps <= 1000,
-            "algorithm": 1 <= self.algorithm <= ALGORITHM,
-        }
-        for name, good in checks.items():
-            if not good:
-                extra = " (a multiple of size)" if name == "percept_size" else ""
-                raise ConfigError(f"recipe setting {name}={getattr(self, name)!r} is out of range{extra}")
-
-    @property
-    def ratio(self) -> int:
-        """percept_size / size."""
-        return self.percept_size // self.size
-
-    @property
-    def legacy_decoding(self) -> bool:
-        """Whether videos are decoded as before algorithm 3, see `localmotion.video.iter_frames`."""
-        return self.algorithm < 3
-
-    def to_json(self) -> dict[str, Any]:
-        """The settings. Those that came after the first stores are left out at their default, so that these keep their hash."""
-        values = asdict(self)
-        return {key: value for key, value in values.items() if (key, value) not in _LATER.items()}
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Recipe:
-        known = set(cls.__dataclass_fields__)
-        for key in values:
-            if key not in known:
-                raise unknown_name("recipe setting", key, known)
-        if set(values) == known - {
-            "algorithm",
-            *_LATER,
-        }:  # written whole, before there was a number; a user's few settings mean today's
-            values = {**values, "algorithm": 1}
-        return cls(**values)
-
-    def hash(self) -> str:
-        """Twelve hex digits that name this recipe."""
-        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localmotion.errors import LocalmotionError
-from localmotion.perception.base import ClipMotion, ManySegment, ManyTrack, Points, Recipe, recipe_backends
+from localmotion.perception.base import ClipMotion, ManySegment, ManyTrack, Points, recipe_backends
 from localmotion.perception.points import CutDetector, Known, Slots, draw_points, texture_weight
 from localmotion.perception.saliency import magnitude, residual_flow
 from localmotion.perception.stream import Magnitudes, shrink_flow, shrink_points
+from localmotion.recipe import Recipe
 
 SEGMENT_OFFSETS = (1, 2, 4)  # frames ahead whose flow decides the foreground at a segment's start
 

@@ -43,7 +43,7 @@ SAME_POINT = 1e-2
 
 
 CODE = {"source": "github", "repository": REPOSITORY}
-"""Options that say whose code runs. Files may name no other values (`training.rundir.check_recipe`)."""
+"""Options that say whose code runs. Files may name no other values (`perception.trust.check_recipe`)."""
 
 
 class LicenceWarning(UserWarning):

@@ -16,10 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localmotion.errors import ConfigError, LocalmotionError, VideoError
-from localmotion.perception.base import ClipMotion, Recipe, works_on_gpu
+from localmotion.perception.base import ClipMotion, works_on_gpu
 from localmotion.perception.clips import ClipExtractor
 from localmotion.perception.summary import ExtractSummary, flow_distribution
 from localmotion.perception.unfinished import Refused, Shards, Task, VideoDone, make_plan
+from localmotion.recipe import Recipe
 from localmotion.video.claims import shared_work
 from localmotion.video.decode import iter_frames, memory_fault
 from localmotion.video.history import SPAN, Limits, clip_id

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localmotion.errors import LocalmotionError
-from localmotion.perception.base import Points, Recipe, SegmentBackend, TrackBackend
+from localmotion.perception.base import Points, SegmentBackend, TrackBackend
+from localmotion.recipe import Recipe
 
 PATIENCE = 3  # frames a point may stand still before it can be moved to where something moves
 DECAY = 0.9  # of the running mean and variance of a point's position

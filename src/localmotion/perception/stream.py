@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localmotion.errors import LocalmotionError
-from localmotion.perception.base import Frame, Recipe, StepMotion, recipe_backends
+from localmotion.perception.base import Frame, StepMotion, recipe_backends
 from localmotion.perception.points import CutDetector, Slots
+from localmotion.recipe import Recipe
 
 
 def shrink_flow(flow: NDArray[np.float32], ratio: int) -> NDArray[np.float16]:

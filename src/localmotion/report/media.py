@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from localmotion.errors import LocalmotionError, VideoError
 from localmotion.files import one_line, read_bytes
-from localmotion.report import pictures, plots
+from localmotion.report import plots, strips
 from localmotion.report.page import Picture, Video
 from localmotion.report.style import short
 from localmotion.video.decode import iter_frames
@@ -93,7 +93,7 @@ def open_loop(path: Path, run: str, clips: int = 3) -> list[Picture]:
     try:
         for i in range(min(clips, len(truth))):
             one = {name: value[i : i + 1] for name, value in named.items()}
-            data = pictures.prediction_strips(truth[i : i + 1], one, context=int(context), transparent=True)
+            data = strips.prediction_strips(truth[i : i + 1], one, context=int(context), transparent=True)
             caption = f"{run}, clip {i + 1} of {path.stem.removeprefix('openloop_')}: {int(context)} observed frames (green),"
             caption += " then imagined ones (red), with the PSNR of each."
             found.append(Picture(data, caption, "Prediction strip: rows truth, prediction, error"))
@@ -106,7 +106,7 @@ def masked_patches(path: Path, run: str) -> Picture:
     """Masked-reconstruction examples."""
     arrays = read_arrays(path, ("truth", "masked", "reconstruction"))
     try:
-        data = pictures.masked_reconstruction(arrays["truth"], arrays["masked"], arrays["reconstruction"])
+        data = strips.masked_reconstruction(arrays["truth"], arrays["masked"], arrays["reconstruction"])
     except (ValueError, TypeError, IndexError) as error:
         raise MediaError(f"{path.name}: {error}") from error
     caption = (
@@ -177,4 +177,4 @@ def film(path: Path, label: str) -> Video:
         raise MediaError(f"{path.name}: is no readable video") from error
     step = env_step_of(path)
     when = f"after {short(step)} env steps" if step is not None else path.stem.removeprefix("eval_").replace("_", " ")
-    return Video(data, f"{label}, {when}.", pictures.png(image))
+    return Video(data, f"{label}, {when}.", strips.png(image))

@@ -24,9 +24,9 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from numpy.typing import ArrayLike, NDArray
 
 from localmotion.evaluation.statistics import Curve, Summary, aggregate_curves
-from localmotion.report.pictures import flow_to_rgb
-from localmotion.report.pictures import masked_reconstruction as masked_reconstruction
-from localmotion.report.pictures import prediction_strips as prediction_strips
+from localmotion.report.strips import flow_to_rgb
+from localmotion.report.strips import masked_reconstruction as masked_reconstruction
+from localmotion.report.strips import prediction_strips as prediction_strips
 from localmotion.report.style import GRID, GROUND, MUTED, PALETTE, WIDTH, plain, score, short, short_ticks, styled
 
 Floats = NDArray[np.float64]

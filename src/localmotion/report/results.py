@@ -13,8 +13,8 @@ from localmotion.errors import LocalmotionError
 from localmotion.evaluation.statistics import Curve, Summary, final_scores, summarise
 from localmotion.report import media, plots
 from localmotion.report.page import Block, Notice, Picture, Row, Table, flatten
-from localmotion.report.rundir import RunData, number
 from localmotion.report.style import score, short
+from localmotion.runs.read import RunData, number
 
 R = TypeVar("R")
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from localmotion.evaluation.statistics import final_scores, summarise
 from localmotion.report.results import Gathered, eval_curve, random_score
-from localmotion.report.rundir import load_run
 from localmotion.report.style import score
+from localmotion.runs.read import read_run
 
 
 def write_table(run_dirs: Sequence[Path], out: Path) -> list[str]:
@@ -19,7 +19,7 @@ def write_table(run_dirs: Sequence[Path], out: Path) -> list[str]:
     A row a variant and task: seeds, env steps of the last evaluations, mean and population standard deviation of each seed's last
     evaluation, IQM with its 95 % bootstrap interval over seeds. curves.json is a list of {task, method, seed, score, xs (env steps), ys}.
     """
-    data = Gathered([load_run(path) for path in run_dirs])
+    data = Gathered([read_run(path) for path in run_dirs])
     rows = [
         "| task | variant | seeds | env steps | score | mean | std | IQM | 95 % interval |",
         "|---|---|---|---|---|---|---|---|---|",

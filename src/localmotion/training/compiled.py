@@ -6,10 +6,8 @@ them, position by position. On a CPU it was measured to win nothing and to cost 
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
-import torch
 from torch import nn
 
 from localmotion.methods.base import Method
@@ -63,8 +61,3 @@ def compile_parts(method: Method, *, whole: bool = False) -> int:
         part.compile(backend=BACKEND, dynamic=False, fullgraph=whole)
     method.compiled = True
     return len(parts)
-
-
-def uncompiled(method: Method) -> contextlib.AbstractContextManager[Any]:
-    """Within, a method's parts run as they are: acting has shapes of its own, for which nothing is to be compiled."""
-    return torch.compiler.set_stance("force_eager") if method.compiled else contextlib.nullcontext()

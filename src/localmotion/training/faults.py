@@ -6,7 +6,7 @@ from pathlib import Path
 
 from localmotion.errors import LocalmotionError
 from localmotion.methods.base import Method
-from localmotion.training import checkpoint
+from localmotion.runs import checkpoint
 from localmotion.training.update import DivergedError
 
 DUMP = "diverged"

@@ -16,34 +16,27 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from localmotion import methods
+from localmotion.acting.episodes import Rollout, episode_seed, evaluate
+from localmotion.acting.observer import Observer, make_observer, streaming_recipe
+from localmotion.acting.policy import MethodPolicy, Policy, random_policy
 from localmotion.compute import choose
 from localmotion.config import RunConfig
 from localmotion.console import progress, say
 from localmotion.envs import check_env
 from localmotion.errors import ConfigError, EnvError, SimulationError
-from localmotion.evaluation.rollout import (
-    MethodPolicy,
-    Observer,
-    Policy,
-    Rollout,
-    episode_seed,
-    evaluate,
-    make_observer,
-    random_policy,
-    stored_recipe,
-    streaming_recipe,
-)
 from localmotion.methods.base import Method
-from localmotion.perception.base import Recipe
 from localmotion.perception.companding import Companding
+from localmotion.recipe import Recipe
 from localmotion.replay import Replay
-from localmotion.training import checkpoint, graphs
+from localmotion.runs import checkpoint
+from localmotion.runs.rundir import RunDir, claimed, read_environment
+from localmotion.runs.settings import with_recipe
+from localmotion.training import graphs
 from localmotion.training.checks import check_learns, check_length, never_learned
 from localmotion.training.faults import dump
 from localmotion.training.interrupt import Interrupted, StopRequest
 from localmotion.training.pace import Pace
 from localmotion.training.pretrain import to_device
-from localmotion.training.rundir import RunDir, claimed, read_environment
 from localmotion.training.storage import choose_storage, device_memory, records_needed
 from localmotion.training.transfer import load_pretrained
 from localmotion.training.trees import leaves_of, with_leaves
@@ -76,11 +69,9 @@ def finetune(run: RunConfig, path: Path) -> Path:
 
 
 def _finetune(run: RunConfig, path: Path, cls: type[Method]) -> Path:
-    perception = streaming_recipe(stored_recipe(run, path) or Recipe())
-    recipe = perception if cls.wants_motion else None
-    if recipe:
-        run = replace(run, recipe=recipe.to_json())
-    observer = make_observer(run, recipe, size=perception.size)
+    perception = streaming_recipe(with_recipe(run, path).recipe or Recipe())
+    run = replace(run, recipe=perception)
+    observer = make_observer(run, perception if cls.wants_motion else None, size=perception.size)
     if run.observed != "pixels":
         run = _shown(run, observer)
     repeat = int(observer.env.describe()["action_repeat"])  # type: ignore[attr-defined]

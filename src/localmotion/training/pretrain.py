@@ -17,11 +17,12 @@ from localmotion.console import progress, say
 from localmotion.errors import ConfigError, StoreError
 from localmotion.evaluation.heldout import CONTEXT_FRAMES, open_loop_errors, reconstruction_errors
 from localmotion.methods.base import Method
-from localmotion.training import checkpoint, graphs
+from localmotion.runs import checkpoint
+from localmotion.runs.rundir import RunDir, claimed, read_environment
+from localmotion.training import graphs
 from localmotion.training.checks import check_length
 from localmotion.training.faults import dump
 from localmotion.training.interrupt import Interrupted, StopRequest
-from localmotion.training.rundir import RunDir, claimed, read_environment
 from localmotion.training.update import DivergedError, Updater, to_floats
 from localmotion.video.sample import WindowSampler
 from localmotion.video.store import ClipStore

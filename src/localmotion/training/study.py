@@ -39,15 +39,16 @@ from typing import Any
 import yaml
 
 from localmotion import methods
-from localmotion.config import Stage, compose
+from localmotion.config import Stage
 from localmotion.console import say
 from localmotion.envs import check_env
 from localmotion.errors import ConfigError, LocalmotionError, unknown_name
 from localmotion.files import check_tree, links_trusted, one_line, read_bytes, read_json
 from localmotion.machine import cores
+from localmotion.runs.rundir import claimed
+from localmotion.runs.settings import compose
 from localmotion.training.checks import check_learns, check_length
 from localmotion.training.interrupt import StopRequest
-from localmotion.training.rundir import claimed
 
 _STUDY = {"name", "preset", "settings", "tasks", "seeds", "pretrain", "variants"}
 _VARIANT = {"method", "preset", "settings", "checkpoint", "sweep", "tasks", "seeds"}

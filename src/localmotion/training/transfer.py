@@ -20,8 +20,8 @@ from localmotion.errors import CheckpointError, ConfigError, unknown_name
 from localmotion.files import one_line
 from localmotion.methods.base import Method
 from localmotion.models.rssm import RSSM
-from localmotion.training import checkpoint
-from localmotion.training.rundir import check_recipe
+from localmotion.runs import checkpoint
+from localmotion.runs.settings import read_config
 
 
 @dataclass
@@ -47,9 +47,7 @@ def load_pretrained(method: Method, run: RunConfig) -> Transfer:
     shapes, and for parts that it lacks; ConfigError for parts that the method does not transfer, and for a recipe that runs foreign code.
     """
     source = Path(run.checkpoint)
-    if run.recipe:  # which came from the checkpoint's clips
-        check_recipe(run.recipe, source)
-    theirs = checkpoint.read_config(source)
+    theirs = read_config(source)
     parts = _parts(method, run)
     foreign = theirs.method != run.method
     if foreign and not run.load:

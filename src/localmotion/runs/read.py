@@ -216,7 +216,7 @@ def _read_lines(path: Path, notices: list[str]) -> tuple[dict[str, list[Line]], 
     return lines, bad
 
 
-def load_run(path: str | Path) -> RunData:
+def read_run(path: str | Path) -> RunData:
     """Read a run directory.
 
     Raises CheckpointError if ``path`` is no directory, holds neither config.json nor metrics.jsonl, or holds links that

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from localmotion.evaluation.embedding import tsne
-from localmotion.evaluation.load import load_run
+from localmotion.runs.load import load_run
 from localmotion.video.sample import WindowSampler
 from localmotion.video.store import ClipStore
 

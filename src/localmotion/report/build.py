@@ -26,8 +26,8 @@ from localmotion.report.page import (
     flatten,
 )
 from localmotion.report.results import Gathered, origin, results
-from localmotion.report.rundir import Line, RunData, load_run, number
 from localmotion.report.style import short
+from localmotion.runs.read import Line, RunData, number, read_run
 
 _COUNTERS = ("update", "agent_step", "env_step", "episode", "wall", "updates_per_second")
 
@@ -258,7 +258,7 @@ def report(run_dirs: Sequence[str | Path], out: str | Path) -> Path:
         raise CheckpointError("no run directory given; name at least one")
     if len({p.resolve() for p in paths}) < len(paths):
         raise CheckpointError("a run directory is given twice; name each once")
-    data = Gathered([load_run(p) for p in paths])
+    data = Gathered([read_run(p) for p in paths])
     groups = data.groups
     envs = list(dict.fromkeys(g.env for g in groups))
 

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from localmotion.envs.truth import pixel_grid
 from localmotion.errors import unknown_name
-from localmotion.evaluation.perception_scores import FlowScore, TrackScore
 from localmotion.perception.points import draw_points, texture_weight
+from localmotion.perception_eval.scores import FlowScore, TrackScore
 from localmotion.video.decode import iter_frames
 from localmotion.video.listing import usable_videos
 

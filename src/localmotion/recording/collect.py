@@ -17,15 +17,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from localmotion.acting.episodes import episode_seed
+from localmotion.acting.observer import Observer, make_observer
+from localmotion.acting.policy import MethodPolicy, Policy
 from localmotion.compute import PLAIN
 from localmotion.config import RunConfig
 from localmotion.envs import check_env, make_env
 from localmotion.errors import ConfigError, LocalmotionError
-from localmotion.evaluation.load import at_least, load_run
-from localmotion.evaluation.rollout import MethodPolicy, Observer, Policy, episode_seed, make_observer
 from localmotion.files import check_output
-from localmotion.perception.base import Recipe
-from localmotion.training.rundir import claimed
+from localmotion.recipe import Recipe
+from localmotion.runs.load import at_least, load_run
+from localmotion.runs.rundir import claimed
 from localmotion.video.store import Clip, ClipStoreWriter, write_error
 from localmotion.video.write import write_video
 
@@ -150,7 +152,7 @@ class _Player:
             run = _changed(run, settings)
             if run.observed == "vectors":
                 run = replace(run, observed="both")  # it sees what it saw; the pictures are for the collection
-            recipe = Recipe.from_json(run.recipe) if run.recipe and method.wants_motion else None
+            recipe = run.recipe if method.wants_motion else None
             self.observer = make_observer(run, recipe, size=method.image_size)
             self.act, self.compute = MethodPolicy(method, compute, explore=True, window=run.online.length), compute
         else:

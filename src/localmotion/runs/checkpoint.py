@@ -20,7 +20,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from localmotion.config import RunConfig, from_dict
 from localmotion.errors import CheckpointError, ConfigError
 from localmotion.files import one_line, read_json, refuse_links
 
@@ -226,22 +225,6 @@ def _check_state(state: Mapping[str, Any]) -> None:
     if not all(type(word) is int and 0 <= word < 2**bits for word, bits in zip(words, (128, 128, 32, 1), strict=True)):
         raise ValueError("replay.rng is not a generator's state")
     np.random.PCG64().state = generator
-
-
-def read_config(run_dir: Path) -> RunConfig:
-    """Settings of a run.
-
-    Raises CheckpointError when there are none or the run holds links out of its folder, ConfigError when they do not fit this version.
-    """
-    path = run_dir / "config.json"
-    if not path.exists():
-        raise CheckpointError(f"{run_dir}: no such run (no config.json)")
-    refuse_links(run_dir, CheckpointError, folders=False)  # weights may lie on another disk: they are not shown to anybody
-    values = read_json(path, CheckpointError, "give a run directory as localmotion wrote it")
-    try:
-        return from_dict(values)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
 
 
 def load_weights(module: torch.nn.Module, weights: Mapping[str, Tensor], where: str, *, partial: bool = False) -> list[str]:

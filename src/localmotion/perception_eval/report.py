@@ -18,11 +18,12 @@ from localmotion.envs import make_env
 from localmotion.envs.base import PixelEnv
 from localmotion.envs.truth import MotionTruth, motion_truth
 from localmotion.errors import ConfigError, LocalmotionError, unknown_name
-from localmotion.evaluation.perception_scores import FlowScore, MaskScore, SlotScore, TrackScore, block_mean, stored
-from localmotion.evaluation.perception_warps import load_pictures, score_warps
-from localmotion.perception.base import Recipe, backends, make_backend
+from localmotion.perception.base import backends, make_backend
 from localmotion.perception.draw import flow_colours
 from localmotion.perception.stream import StreamingExtractor
+from localmotion.perception_eval.scores import FlowScore, MaskScore, SlotScore, TrackScore, block_mean, stored
+from localmotion.perception_eval.warps import load_pictures, score_warps
+from localmotion.recipe import Recipe
 
 ENVS = (
     "dmc:walker_walk",

@@ -15,12 +15,12 @@ from localmotion.compute import Compute, choose
 from localmotion.config import RunConfig
 from localmotion.envs import check_env
 from localmotion.errors import CheckpointError, ConfigError, LocalmotionError
-from localmotion.evaluation.rollout import stored_recipe
 from localmotion.files import one_line
 from localmotion.methods.base import Method
-from localmotion.perception.base import Recipe
-from localmotion.training import checkpoint
-from localmotion.training.rundir import read_environment
+from localmotion.recipe import Recipe
+from localmotion.runs import checkpoint
+from localmotion.runs.settings import read_config
+from localmotion.runs.rundir import read_environment
 
 Which = Literal["newest", "best"]
 
@@ -40,11 +40,10 @@ def load_run(path: Path, *, device: str = "auto", threads: int = 0, which: Which
     Raises CheckpointError when the run is missing, incomplete, damaged, or claims a model that its weights do not make; ConfigError when
     its settings or its recipe do not fit this version.
     """
-    run = replace(checkpoint.read_config(path), device=device, threads=threads)
+    run = replace(read_config(path), device=device, threads=threads)
     if run.stage != "pretrain":
         _check_env(run, path)
-    recipe = stored_recipe(run, path)
-    if run.stage != "pretrain" and methods.get(run.method).wants_motion and not recipe:
+    if run.stage != "pretrain" and methods.get(run.method).wants_motion and not run.recipe:
         raise CheckpointError(f"{path / 'config.json'}: has no recipe, so its motion cannot be perceived; restore it")
     found = checkpoint.best(path) if which == "best" else checkpoint.newest(path)
     weights = checkpoint.read(found, "weights")
@@ -52,7 +51,7 @@ def load_run(path: Path, *, device: str = "auto", threads: int = 0, which: Which
     if run.stage != "pretrain":
         # The actor's last layer knows the number of actions: two numbers (mean, deviation) each.
         action_dim = int(checkpoint.read_state(found)["action_dim"])
-    size = (recipe or Recipe()).size
+    size = (run.recipe or Recipe()).size
     _check_model(run, size, action_dim, weights, found)
     with torch.random.fork_rng(devices=[]):  # measuring and building draw numbers
         compute = choose(run, read_environment(path))

@@ -10,19 +10,15 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from localmotion.config import RunConfig, from_dict, leaves, to_dict
-from localmotion.errors import CheckpointError, ConfigError, unknown_name
-from localmotion.files import LOCK, check_output, locked, one_line, read_json, refuse_links
-from localmotion.perception.base import KINDS, Recipe, backends
-from localmotion.perception.cotracker import CODE
+from localmotion.config import RunConfig, leaves, to_dict
+from localmotion.errors import CheckpointError, ConfigError
+from localmotion.files import LOCK, check_output, locked, read_json, refuse_links
+from localmotion.runs.settings import from_dict
 
-TRUSTED = "LOCALMOTION_TRUSTED_CODE"
-"""Environment variable: torch.hub repositories or folders (comma between them) whose code a recipe out of a file may run."""
 # Settings that may differ when a run is continued: they change how long it goes on and where, not what it computes (but for rounding).
 MAY_CHANGE = {
     "pretrain.updates",
@@ -61,57 +57,10 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(temporary, path)
 
 
-def _recipe(run: RunConfig) -> dict[str, Any]:
-    """The run's recipe as this version writes it."""
-    return Recipe.from_json(run.recipe).to_json() if run.recipe else {}
-
-
-_MOST = {"percept_size": 4096, "redraw_rounds": 100}  # beyond, a recipe asks for more work than anybody can want
-
-
 def read_environment(path: Path) -> dict[str, Any]:
     """environment.json of a run, what was found and decided when it began; empty where there is none yet. Raises CheckpointError."""
     file = path / "environment.json"
     return read_json(file, CheckpointError, "restore it from where the run was made") if file.exists() else {}
-
-
-def check_recipe(values: Any, where: Path | str) -> Recipe:
-    """The recipe out of a file of a run.
-
-    Raises ConfigError for unknown names, wrong types and ranges, and for options of a backend that choose whose code runs: a repository or
-    folder other than the pinned one counts only when `TRUSTED` names it, because a file may have come from somebody else.
-    """
-    plain = asdict(Recipe())
-    try:
-        if not isinstance(values, dict):
-            raise ConfigError("a recipe is a mapping of settings")
-        for key, value in values.items():
-            kinds = (int, float) if isinstance(plain.get(key), float) else (type(plain.get(key)),)
-            if key in plain and (type(value) not in kinds or not -(2.0**53) < (value if int in kinds else 0) < 2.0**53):
-                raise ConfigError(f"recipe setting {key}={value!r:.80} must be {kinds[-1].__name__}")
-            if key in _MOST and value > _MOST[key]:
-                raise ConfigError(f"recipe setting {key}={value} must be at most {_MOST[key]}")
-        recipe = Recipe.from_json(values)
-        for kind in KINDS:
-            if (name := getattr(recipe, kind)) not in backends(kind):
-                raise unknown_name(f"{kind} backend", name[:80], backends(kind))
-        for backend, options in recipe.backend_options.items():
-            if not isinstance(options, dict):
-                raise ConfigError(f"backend_options of {backend!r:.60} are a mapping of options")
-        _check_code(recipe)
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {one_line(error)}") from error
-    return recipe
-
-
-def _check_code(recipe: Recipe) -> None:
-    asked = {**CODE, **recipe.backend_options.get("cotracker3", {})}
-    trusted = [name.strip() for name in os.environ.get(TRUSTED, "").split(",") if name.strip()]
-    repository = asked["repository"]
-    if any(asked[key] != value for key, value in CODE.items()) and repository not in trusted:
-        raise ConfigError(
-            f"its recipe runs the code of {repository!r:.120} (cotracker3); if you trust it, set {TRUSTED} to exactly this"
-        )
 
 
 @contextlib.contextmanager
@@ -149,8 +98,6 @@ class RunDir:
     def __init__(self, path: Path, run: RunConfig) -> None:
         self.path = path
         config = to_dict(run)
-        if run.recipe:
-            check_recipe(run.recipe, path)
         if path.exists() and not path.is_dir():
             raise CheckpointError(f"{path}: is a file; choose another --run")
         if path.exists() and any(entry.name != LOCK for entry in path.iterdir()):
@@ -170,9 +117,9 @@ class RunDir:
         """Raise ConfigError unless the settings are equal. One that an older version did not know counts as its default."""
         try:
             kept = from_dict(old)
-            if kept.recipe:
-                check_recipe(kept.recipe, "config.json")
-            before, now = ({**dict(leaves(x)), "recipe": _recipe(x)} for x in (kept, run))
+            before, now = ({**dict(leaves(x)), "recipe": to_dict(x)["recipe"]} for x in (kept, run))
+            if not kept.recipe:  # older versions did not write down the one of the checkpoint
+                now["recipe"] = before["recipe"]
         except ConfigError as error:
             raise ConfigError(f"{self.path}: holds a run of other settings ({error}); choose another --run") from error
         before, now = (json.loads(json.dumps(values, default=str)) for values in (before, now))

@@ -1,0 +1,1 @@
+"""Agents in environments: an environment with its perception, policies, episodes."""

@@ -1,0 +1,118 @@
+"""Episodes played by a policy, and the evaluation protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from localmotion.acting.observer import Observer
+from localmotion.acting.policy import Policy
+
+
+def episode_seed(seed: int, stream: str, episode: int) -> int:
+    """Seed of one episode: a pure function of the run's seed, the stream (train, eval, ...) and the episode's number.
+
+    Training and evaluation never share random numbers, and a resumed run meets the same episodes.
+    """
+    mixed = np.random.SeedSequence([seed, {"train": 0, "eval": 1, "prefill": 2, "collect": 3, "policy": 4}[stream], episode])
+    return int(mixed.generate_state(1)[0] >> 1)
+
+
+@dataclass
+class Rollout:
+    """Finished evaluation episodes."""
+
+    returns: list[float] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    successes: list[float] = field(default_factory=list)
+    """1.0 where success was signalled at any step; empty for suites without a success signal."""
+    frames: NDArray[np.uint8] | None = None
+    """(T, S, S, 3) of the first episode."""
+
+    def summary(self) -> dict[str, Any]:
+        """Fields of an "eval" line."""
+        out: dict[str, Any] = {
+            "returns": [round(x, 4) for x in self.returns],
+            "return_mean": float(np.mean(self.returns)),
+            "return_std": float(np.std(self.returns)),
+            "episodes": len(self.returns),
+            "length_mean": float(np.mean(self.lengths)),
+        }
+        if self.successes:
+            out["success_rate"] = float(np.mean(self.successes))
+        return out
+
+
+def run_episodes(observers: Sequence[Observer], seeds: Sequence[int], policy: Policy, *, keep_frames: bool = False) -> Rollout:
+    """One episode in each environment, in lockstep; ``policy(records, first)`` gives the actions (E, A) of all at once."""
+    records = [observer.reset(seed) for observer, seed in zip(observers, seeds, strict=True)]
+    count = len(observers)
+    returns, lengths, success = np.zeros(count), np.zeros(count, int), np.zeros(count)
+    alive, has_success = np.ones(count, bool), False
+    frames = [_picture(observers[0], records[0])] if keep_frames else []
+    first = True
+    while alive.any():
+        actions = policy(records, first)
+        first = False
+        for index in np.flatnonzero(alive).tolist():
+            records[index], done, info = observers[index].step(actions[index])
+            returns[index] += records[index]["reward"]
+            lengths[index] += 1
+            if "success" in info:
+                has_success = True
+                success[index] = max(success[index], float(info["success"]))
+            alive[index] = not done
+        if keep_frames and lengths[0] == len(frames):
+            frames.append(_picture(observers[0], records[0]))
+    return Rollout(
+        returns.tolist(),
+        lengths.tolist(),
+        success.tolist() if has_success else [],
+        np.stack(frames) if keep_frames else None,
+    )
+
+
+SMALLEST_FILM = 64
+"""Pixels a side from which people can tell what a picture shows."""
+
+
+def _picture(observer: Observer, record: dict[str, Any]) -> NDArray[np.uint8]:
+    """What a film shows of a record: what the agent saw. If that is small or no picture, the scene is drawn for the film."""
+    seen: NDArray[np.uint8] | None = record.get("image")
+    if seen is not None and len(seen) >= SMALLEST_FILM:
+        return seen
+    drawn: NDArray[np.uint8] = observer.env.render_frame(2 * SMALLEST_FILM)  # type: ignore[attr-defined]
+    return drawn
+
+
+def evaluate(
+    policy_for: Callable[[], Policy],
+    make: Callable[[], Observer],
+    *,
+    seed: int,
+    episodes: int,
+    at_once: int = 5,
+    observers: list[Observer] | None = None,
+    keep_frames: bool = False,
+) -> Rollout:
+    """The evaluation protocol: ``episodes`` episodes with seeds of the eval stream, a few environments in lockstep.
+
+    ``observers`` (if given) is filled once and reused by later evaluations.
+    """
+    pool = observers if observers is not None else []
+    while len(pool) < min(at_once, episodes):
+        pool.append(make())
+    out = Rollout()
+    for begin in range(0, episodes, len(pool)):
+        wanted = range(begin, min(begin + len(pool), episodes))
+        seeds = [episode_seed(seed, "eval", index) for index in wanted]
+        part = run_episodes(pool[: len(seeds)], seeds, policy_for(), keep_frames=keep_frames and begin == 0)
+        out.returns += part.returns
+        out.lengths += part.lengths
+        out.successes += part.successes
+        out.frames = out.frames if out.frames is not None else part.frames
+    return out

@@ -1,0 +1,143 @@
+"""An environment and its streaming perception together: what the agent sees and what the replay stores."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import gymnasium
+import numpy as np
+from numpy.typing import NDArray
+
+from localmotion.config import Recipe, RunConfig
+from localmotion.errors import LocalmotionError, SimulationError
+
+if TYPE_CHECKING:
+    from localmotion.perception.stream import StreamingExtractor
+
+SHOWN = ("image", "vector")
+"""Parts of an observation that the agent is shown and the replay keeps."""
+
+
+class Observer:
+    """One environment with its stream of Atomic Actions: what the agent sees and what the replay stores.
+
+    Args:
+        env: a localmotion environment whose observation has "image" or "vector", and "percept" when the recipe perceives at another size.
+        recipe: perception recipe, or None for methods without motion.
+    """
+
+    def __init__(self, env: gymnasium.Env[Any, Any], recipe: Recipe | None) -> None:
+        self.env, self.recipe = env, recipe
+        self.seconds = {"env": 0.0, "perception": 0.0}
+        self.extractor: StreamingExtractor | None = None
+
+    @property
+    def action_dim(self) -> int:
+        """Number of action dimensions."""
+        shape = self.env.action_space.shape
+        assert shape is not None
+        return int(shape[0])
+
+    def spec(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Shapes and dtypes of a replay record."""
+        boxes: dict[str, Any] = self.env.observation_space.spaces  # type: ignore[attr-defined]
+        spec: dict[str, tuple[tuple[int, ...], str]] = {
+            **{key: (tuple(boxes[key].shape), boxes[key].dtype.name) for key in SHOWN if key in boxes},
+            "action": ((self.action_dim,), "float32"),
+            "reward": ((), "float32"),
+            "is_terminal": ((), "bool"),
+        }
+        if self.recipe:
+            size, count = self.recipe.size, self.recipe.tracks
+            spec |= {
+                "flow": ((size, size, 2), "float16"),
+                "tracks": ((count, 2), "float32"),
+                "visible": ((count,), "bool"),
+                "track_id": ((count,), "int32"),
+            }
+        return spec
+
+    def reset(self, seed: int) -> dict[str, Any]:
+        """Start an episode: record 0, with a zero action and no motion. Raises SimulationError as `step`."""
+        obs, _ = self._ask(lambda: self.env.reset(seed=seed))
+        if self.recipe:
+            from localmotion.perception.stream import StreamingExtractor
+
+            self.extractor = StreamingExtractor(self.recipe, seed)
+        zeros = np.zeros(self.action_dim, np.float32)
+        return self._record(obs, zeros, 0.0, False, first=True)
+
+    def step(self, action: NDArray[np.float32]) -> tuple[dict[str, Any], bool, dict[str, Any]]:
+        """One agent step: the record, whether the episode is over, and the environment's info.
+
+        Raises SimulationError when the simulator fails or gives a reward that is not finite.
+        """
+        obs, reward, terminated, truncated, info = self._ask(lambda: self.env.step(action))
+        if not np.isfinite(reward):
+            raise SimulationError(f"{self._name}: reward {reward} is not finite; the simulation has diverged")
+        return self._record(obs, action, float(reward), terminated, first=False), terminated or truncated, info
+
+    @property
+    def _name(self) -> str:
+        return str(getattr(self.env, "name", type(self.env).__name__))
+
+    def _ask(self, ask: Callable[[], Any]) -> Any:
+        """What the environment answers. Simulators raise what they like; misuse (of wrong actions, say) keeps its own error."""
+        began = time.perf_counter()
+        try:
+            return ask()
+        except LocalmotionError:
+            raise
+        except Exception as error:
+            raise SimulationError(f"{self._name}: {type(error).__name__}: {error}") from error
+        finally:
+            self.seconds["env"] += time.perf_counter() - began
+
+    def _record(
+        self, obs: dict[str, Any], action: NDArray[np.float32], reward: float, terminal: bool, *, first: bool
+    ) -> dict[str, Any]:
+        record = {**{key: obs[key] for key in SHOWN if key in obs}, "action": action, "reward": reward, "is_terminal": terminal}
+        if self.recipe and self.extractor:
+            began = time.perf_counter()
+            frame = obs.get("percept", obs["image"])
+            motion = self.extractor.reset(frame) if first else self.extractor.step(frame)
+            record |= {
+                "flow": motion.flow,
+                "tracks": motion.tracks,
+                "visible": motion.visible,
+                "track_id": motion.track_id,
+            }
+            self.seconds["perception"] += time.perf_counter() - began
+        return record
+
+
+def make_observer(run: RunConfig, recipe: Recipe | None, *, size: int = 64) -> Observer:
+    """The environment of a run with the perception it uses. The picture is rendered once, at the size perception wants.
+
+    ``size`` is the side of "image" for methods without motion; with a recipe it is the recipe's.
+    """
+    from localmotion.envs import make_env
+
+    if recipe:
+        size = recipe.size
+    percept = recipe.percept_size if recipe and recipe.percept_size != size else None
+    env = make_env(
+        run.env,
+        seed=run.seed,
+        size=size,
+        percept_size=percept,
+        quality=run.quality,
+        action_repeat=run.action_repeat or None,
+        supersample=run.supersample,
+        observed=run.observed,
+        **run.env_options,
+    )
+    return Observer(env, recipe)
+
+
+def streaming_recipe(recipe: Recipe) -> Recipe:
+    """The recipe of a clip store as the streaming side uses it: no look-ahead, every environment frame."""
+    return replace(recipe, redraw_rounds=0, frame_stride=1, fps=0.0)

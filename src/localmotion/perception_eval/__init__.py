@@ -1,0 +1,1 @@
+"""Perception measured against exact motion."""

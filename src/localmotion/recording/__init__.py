@@ -1,0 +1,1 @@
+"""Episodes of an environment recorded as videos or as a clip store."""
