@@ -70,7 +70,7 @@ def run(cases: tuple[tuple[str, ...], ...] = CASES) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
     for method, stage, preset, *settings in cases:
         updater, batch = setup(method, stage, preset, *settings)
-        step = updater.pretrain if stage == "pretrain" else updater.online
+        step = updater.learn
         seconds, kinds, others = measure(lambda step=step, batch=batch: step(batch))  # type: ignore[misc]
         bf16 = updater.compute.bf16
         top = peak(torch.bfloat16 if bf16 else torch.float32)

@@ -106,12 +106,12 @@ def run(r2dreamer_path: str = "", dreamerv3_path: str = "", warmup: int = 10, re
             updater, batch = setup(method, stage, *settings, "device=cuda", compiled)
             updater.graph = None if how == "eager" else Replayed(CudaGraph())
             batch = {key: value.cuda() for key, value in batch.items()}
-            work, step = (updater._pretrain, updater.pretrain) if stage == "pretrain" else (updater._online, updater.online)
+            step = updater.learn
             launches = 0
             if updater.graph is None:
                 step(batch)
                 with Recorder() as counter:
-                    work(batch)
+                    step(batch)
                 launches = sum(counter.products.values()) + sum(counter.others.values())
             add(case, how, lambda step=step, batch=batch: step(batch), launches or 1)  # type: ignore[misc]
     batches(add, torch.device("cuda"))

@@ -30,13 +30,13 @@ def _serve(pipe: Connection, threads: int, updates: int, device: str, graph: boo
     updater.graph = Replayed(CudaGraph()) if graph else None
     batch = {key: value.to(device) for key, value in batch.items()}
     for _ in range(WARMUP + 1 if graph else 2):
-        updater.online(batch)
+        updater.learn(batch)
     updater.check()
     pipe.send(True)
     pipe.recv()
     began = time.perf_counter()
     for _ in range(updates):
-        updater.online(batch)
+        updater.learn(batch)
     updater.check()  # waits for a GPU
     pipe.send(time.perf_counter() - began)
 

@@ -26,7 +26,7 @@ from localmotion.compute import keep_buffers
 def ours(bf16: bool) -> tuple[Callable[[], object], int]:
     """(one update, number of learned parameters) of DreamerV3 12M."""
     updater, batch = setup("dreamer_v3", "train", "paper", f"precision={'bf16' if bf16 else 'fp32'}", *SETTINGS)
-    return lambda: updater.online(batch), sum(p.numel() for group in updater.groups for p in group.parameters)
+    return lambda: updater.learn(batch), sum(p.numel() for group in updater.groups for p in group.parameters)
 
 
 def _serve(pipe: Connection, what: str, path: str, bf16: bool, threads: int, keep: bool) -> None:

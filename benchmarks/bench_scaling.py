@@ -190,7 +190,7 @@ def steps_along(axis: Axis, base: Sequence[str], values: Sequence[int] = ()) -> 
     found: dict[str, list[Step]] = {UPDATE: [], **({ENCODER: []} if axis.encoder else {})}
     for value in values or axis.values:
         updater, batch = setup(*base, *(setting.format(value) for setting in axis.settings))
-        found[UPDATE].append(lambda updater=updater, batch=batch: updater.online(batch))  # type: ignore[misc]
+        found[UPDATE].append(lambda updater=updater, batch=batch: updater.learn(batch))  # type: ignore[misc]
         if axis.encoder:
             found[ENCODER].append(encoder_step(updater, batch))
     return found

@@ -56,7 +56,7 @@ def measure(threads: int, updates: int, steps: int) -> dict[str, float]:
 def _measure(preset: str, threads: int, updates: int, steps: int) -> dict[str, float]:
     torch.set_num_threads(threads)
     updater, batch = setup("drp", "finetune", preset, f"threads={threads}", "precision=fp32")
-    parts = [time_parts(updater, batch, "finetune") for _ in range(updates + 1)][1:]
+    parts = [time_parts(updater, batch) for _ in range(updates + 1)][1:]
     learned = [part["forward"] + part["backward"] + part["optimiser"] for part in parts]
     method = updater.method.eval()
     record = {key: batch[key][0, 1].numpy() for key in batch if key not in ("is_first", "reward", "is_terminal")}

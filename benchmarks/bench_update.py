@@ -12,6 +12,7 @@ from localmotion import methods
 from localmotion.compute import choose
 from localmotion.config import RunConfig
 from localmotion.methods import sizes
+from localmotion.methods.base import total
 from localmotion.runs.settings import compose
 from localmotion.training.update import Updater
 
@@ -53,41 +54,32 @@ def setup(
     return Updater(model, run, compute, pretrained=stage == "finetune"), fake_batch(run, size)
 
 
-def count_flops(updater: Updater, batch: dict[str, torch.Tensor], stage: str) -> float:
+def count_flops(updater: Updater, batch: dict[str, torch.Tensor]) -> float:
     """FLOPs of one whole update, forward and backward."""
     with Recorder() as counter:
-        (updater.pretrain if stage == "pretrain" else updater.online)(batch)
+        updater.learn(batch)
     return counter.flops
 
 
-def time_parts(updater: Updater, batch: dict[str, torch.Tensor], stage: str) -> dict[str, float]:
-    """Seconds of world-model forward, its backward and optimiser, and behaviour, one after another."""
-    method, compute = updater.method, updater.compute
-    began = time.perf_counter()
-    with compute.autocast():
-        if stage == "pretrain":
-            losses, _ = method.pretrain_losses(batch)
+def time_parts(updater: Updater, batch: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Seconds of the first pass's forward, backward and optimisers, and of the passes after it as a whole ("behaviour")."""
+    spent = dict.fromkeys(("forward", "backward", "optimiser", "behaviour"), 0.0)
+    handed = None
+    for index, each in enumerate(updater.passes):
+        began = time.perf_counter()
+        with updater.compute.autocast():
+            losses, _, handed = each.losses(batch, handed)
+            loss = total(losses, each.scales)
+        forward = time.perf_counter()
+        loss.backward(inputs=[p for group in updater.groups if group.name in each.groups for p in group.parameters])
+        backward = time.perf_counter()
+        updater.step(each.groups)
+        end = time.perf_counter()
+        if index:
+            spent["behaviour"] += end - began
         else:
-            losses, _, start = method.world_model_losses(batch)
-        loss = sum(losses.values())
-    forward = time.perf_counter()
-    loss.backward()  # type: ignore[union-attr]
-    backward = time.perf_counter()
-    updater.step([group.name for group in updater.groups if method.joint_update or group.name not in ("actor", "critic")])
-    optimiser = time.perf_counter()
-    if stage != "pretrain" and not method.joint_update:
-        with compute.autocast():
-            behaviour, _ = method.behaviour_losses(start)
-        parameters = [p for g in updater.groups if g.name in ("actor", "critic") for p in g.parameters]
-        torch.autograd.backward([behaviour["actor"], behaviour["critic"]], inputs=parameters)
-        updater.step(["actor", "critic"])
-    end = time.perf_counter()
-    return {
-        "forward": forward - began,
-        "backward": backward - forward,
-        "optimiser": optimiser - backward,
-        "behaviour": end - optimiser,
-    }
+            spent |= {"forward": forward - began, "backward": backward - forward, "optimiser": end - backward}
+    return spent
 
 
 def run(
@@ -104,8 +96,8 @@ def run(
     rows: list[dict[str, object]] = []
     for method, stage, preset in cases:
         updater, batch = setup(method, stage, preset)
-        step = updater.pretrain if stage == "pretrain" else updater.online
-        flops = count_flops(updater, batch, stage)
+        step = updater.learn
+        flops = count_flops(updater, batch)
         step(batch)
         times = []
         for _ in range(repeats):
@@ -113,7 +105,7 @@ def run(
             step(batch)
             times.append(time.perf_counter() - began)
         seconds = sorted(times)[len(times) // 2]
-        parts = [time_parts(updater, batch, stage) for _ in range(3)]
+        parts = [time_parts(updater, batch) for _ in range(3)]
         split = {f"{key} ms": 1e3 * min(part[key] for part in parts) for key in parts[0]}
         top = peak(torch.bfloat16 if updater.compute.bf16 else torch.float32)
         rows.append(

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from localmotion import methods
-from localmotion.config import BehaviourConfig, RunConfig, WorldModelConfig
-from localmotion.methods.base import Batch, Group, Method
+from localmotion.config import BehaviourConfig, WorldModelConfig
+from localmotion.methods.base import BEHAVIOUR_SCALES, FROM_VIDEO, Batch, Counters, Group, Method, Pass, Rates, same
 from localmotion.methods.sizes import presets
 from localmotion.models.actor_critic import ActorCritic
 from localmotion.models.heads import MLP
@@ -37,13 +37,13 @@ class Flat(Method):
     name = "flat"
     paper = "none: the example of docs/add_a_method.md"
     Config = FlatConfig
-    can_pretrain = True
-    transfers = ("image", "code")
+    stages = FROM_VIDEO
+    transfers = same("image", "code")
     PRESETS = presets(world={"context": False})
 
     def __init__(self, config: FlatConfig, *, image_size: int, action_dim: int | None) -> None:
         super().__init__(config, image_size=image_size, action_dim=action_dim)
-        self.config, self.action_dim = config, action_dim
+        self.config = config
         world = config.world
         width = world.stoch * world.classes + world.deter  # what the decoder reads
         self.image = ImageModel(world, image_size=image_size)
@@ -90,18 +90,26 @@ class Flat(Method):
     def loss_scales(self, stage: str) -> dict[str, float]:
         return {"image": 1.0} | ({} if stage == "pretrain" else {"ahead": 1.0, "reward": self.config.reward_scale})
 
-    def groups(self, run: RunConfig, pretrained: bool) -> list[Group]:
-        if run.stage == "pretrain":
-            return [Group("model", list(self.parameters()), run.pretrain.lr)]
+    def passes(self, stage: str) -> tuple[Pass, ...]:
+        if stage == "pretrain":
+            return (Pass(lambda batch, _: (*self.pretrain_losses(batch), None), self.loss_scales(stage), ("model",)),)
+        return (
+            Pass(lambda batch, _: self.world_model_losses(batch), self.loss_scales(stage), ("model",)),
+            Pass(lambda _, start: (*self.behaviour_losses(start), None), BEHAVIOUR_SCALES, ("actor", "critic")),
+        )
+
+    def groups(self, stage: str, rates: Rates) -> list[Group]:
+        if stage == "pretrain":
+            return [Group("model", list(self.parameters()), rates.lr)]
         model = [p for part in (self.image, self.code, self.change, self.reward) for p in part.parameters()]
         return [
-            Group("model", model, run.online.lr),
-            Group("actor", list(self.behaviour.actor.parameters()), run.online.actor_lr),
-            Group("critic", list(self.behaviour.critic.parameters()), run.online.critic_lr),
+            Group("model", model, rates.lr),
+            Group("actor", list(self.behaviour.actor.parameters()), rates.actor_lr),
+            Group("critic", list(self.behaviour.critic.parameters()), rates.critic_lr),
         ]
 
-    def after_update(self) -> None:
-        if self.action_dim is not None:
+    def after_update(self, counters: Counters) -> None:
+        if counters.stage in self.acts_after:
             self.behaviour.after_update()
 
     def initial_carry(self, batch_size: int) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from localmotion.config import update
-from localmotion.methods.base import total
+from localmotion.methods.base import Counters, total
 from localmotion.methods.dreamer_v3 import DreamerV3, DreamerV3Config
 from localmotion.models import policies, rssm_block
 from localmotion.training.optimizers import LaProp, clip_adaptive_
@@ -125,5 +125,5 @@ def updates(**settings: Any) -> Iterator[Update]:
         clip_adaptive_(model.parameters(), 0.3)
         optimiser.step()
         optimiser.zero_grad()
-        model.after_update()
+        model.after_update(Counters("train", 1, 0.0))
         yield Update({key: float(value.detach()) for key, value in losses.items()}, gradients, model)

@@ -10,17 +10,24 @@ from torch import Tensor
 from localmotion import methods
 from localmotion.compute import Compute
 from localmotion.config import RunConfig, Stage
+from localmotion.methods.base import Group, Method
 from localmotion.runs.settings import compose
+from localmotion.training.update import rates
 
 CPU = Compute(torch.device("cpu"), False, 1, "test")
 CASES: list[tuple[str, Stage]] = [
     (name, stage)
     for name in methods.names()
-    for stage in (("train", "pretrain", "finetune") if methods.get(name).can_pretrain else ("train",))
+    for stage in (("train", "pretrain", "finetune") if "pretrain" in methods.get(name).stages else ("train",))
 ]
 """Every method and stage."""
 ACTIONS = 3
 DEFAULT_ENV = "toy:dot"
+
+
+def groups_of(method: Method, run: RunConfig, pretrained: bool) -> list[Group]:
+    """Optimisers of a run's stage."""
+    return method.groups(run.stage, rates(run, method.stages[run.stage], pretrained))
 
 
 def make_batch(batch: int = 2, time: int = 8, tracks: int = 6, seed: int = 0) -> dict[str, Tensor]:

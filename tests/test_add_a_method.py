@@ -74,9 +74,9 @@ def test_the_example_learns_the_toy(example: str) -> None:
     torch.manual_seed(0)
     model: Any = methods.get(example)(run.model, image_size=64, action_dim=2)
     updater = Updater(model, run, Compute(torch.device("cpu"), False, 1, "test"))
-    first = updater.online(batch)
+    first = updater.learn(batch)
     for _ in range(100):
-        found = updater.online(batch)
+        found = updater.learn(batch)
     assert found["loss/image"] < 0.5 * first["loss/image"]
     assert found["loss/reward"] < 0.1 * (0.5 * batch["reward"].var())
     code = model.codes(model.image.embed(batch["image"]))

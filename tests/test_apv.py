@@ -115,9 +115,9 @@ def test_the_plain_cnn_learns_a_batch() -> None:
     run, model = make("apv", "pretrain", "encoder=cnn", "pretrain.lr=3e-3")
     updater, batch = Updater(model, run, CPU), make_batch(time=4)
     batch["image"] = batch["image"] // 8 + 200
-    first = updater.pretrain(batch)
+    first = updater.learn(batch)
     for _ in range(20):
-        last = updater.pretrain(batch)
+        last = updater.learn(batch)
     assert last["loss/image"] < 0.8 * first["loss/image"]
 
 
@@ -150,9 +150,9 @@ def test_freeze_keeps_what_was_loaded() -> None:
     run, model = make("apv", "finetune", "freeze_updates=1", env="metaworld:reach")
     updater = Updater(model, run, CPU, pretrained=True)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    updater.online(make_batch())
+    updater.learn(make_batch())
     after = model.state_dict()
     assert all(torch.equal(after[k], before[k]) for k in after if k.startswith(("latent.", "image.encoder")))
     assert not torch.equal(after["image.decoder.linear.weight"], before["image.decoder.linear.weight"])
-    updater.online(make_batch())
+    updater.learn(make_batch())
     assert not torch.equal(model.state_dict()["latent.gru.weight"], before["latent.gru.weight"])

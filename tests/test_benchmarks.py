@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 def counted(*case: str) -> tuple[Recorder, float]:
     """Operations of one update in fp32, the second one (the first makes the optimisers' moments), and its GFLOP."""
     updater, batch = setup(*case, "precision=fp32")
-    step = updater.pretrain if case[1] == "pretrain" else updater.online
+    step = updater.learn
     step(batch)
     recorder = Recorder()
     with recorder:
@@ -58,7 +58,7 @@ def test_an_update_launches_no_more_than_it_did(case: tuple[str, ...]) -> None:
 @pytest.mark.parametrize("case", LIMITS, ids=" ".join)
 def test_an_update_takes_no_more_memory_than_it_did(case: tuple[str, ...]) -> None:
     updater, batch = setup(*case, "precision=fp32")
-    step = updater.pretrain if case[1] == "pretrain" else updater.online
+    step = updater.learn
     step(batch)
     found = allocations(lambda: step(batch))
     *_, most_allocations, most_held = LIMITS[case]
@@ -81,8 +81,8 @@ def test_the_floor_is_made_of_the_updates_own_products() -> None:
     """Products recorded by layout and run again alone have the FLOPs that were counted in the update."""
     updater, batch = setup("dreamer_v3", "train", "debug", "precision=fp32")
     with Recorder() as whole:
-        updater.online(batch)
-    _, kinds, others = measure(lambda: updater.online(batch), repeats=1)
+        updater.learn(batch)
+    _, kinds, others = measure(lambda: updater.learn(batch), repeats=1)
     assert sum(kind["GFLOP"] for kind in kinds) == pytest.approx(whole.flops / 1e9, rel=1e-3)
     assert all(kind["alone ms"] > 0 for kind in kinds)
     assert others["copy_"] > 0

@@ -52,7 +52,7 @@ def test_compiled_parts_learn_the_same(name: str, stage: Stage) -> None:
         torch.manual_seed(0)
         steps = []
         for index in range(3):
-            steps.append((updater.pretrain if stage == "pretrain" else updater.online)(make_batch(seed=index)))
+            steps.append(updater.learn(make_batch(seed=index)))
             counted.append(graphs())
         found.append(steps)
     assert counted[:3] == [0, 0, 0]
@@ -66,7 +66,7 @@ def test_compiled_parts_learn_the_same(name: str, stage: Stage) -> None:
 def test_a_run_compiles_if_asked_and_acts_without() -> None:
     run, method = make("drp", "train", "compile=true")
     updater = Updater(method, run, CPU)
-    updater.online(make_batch())
+    updater.learn(make_batch())
     before = graphs()
     assert before > 0
     batch = make_batch()
@@ -90,7 +90,7 @@ def test_a_compiler_that_fails_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "BACKEND", without)
     run, method = make("dreamer_v2", "train", "compile=true")
     with pytest.raises(LocalmotionError, match=r"cannot compile.*no C\+\+ compiler.*--compile false"):
-        Updater(method, run, CPU).online(make_batch())
+        Updater(method, run, CPU).learn(make_batch())
 
 
 def test_recurrences_are_not_compiled() -> None:

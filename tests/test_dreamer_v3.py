@@ -19,7 +19,7 @@ from localmotion.compute import Compute
 from localmotion.config import update
 from localmotion.errors import ConfigError
 from localmotion.evaluation.evaluate import evaluate_run
-from localmotion.methods.base import total
+from localmotion.methods.base import Counters, total
 from localmotion.methods.dreamer_v3 import SIZES, DreamerV3, DreamerV3Config
 from localmotion.models.blocks import NormMLP
 from localmotion.models.rssm_block import State
@@ -199,7 +199,7 @@ def test_the_slow_critic_follows_and_does_not_learn() -> None:
     model = DreamerV3(run.model, image_size=64, action_dim=parity.A)
     updater = Updater(model, run, CPU)
     slow = [p.detach().clone() for p in model.slow_critic.parameters()]
-    updater.online(parity.make_batch())
+    updater.learn(parity.make_batch())
     for old, new, fast in zip(slow, model.slow_critic.parameters(), model.critic.parameters(), strict=True):
         torch.testing.assert_close(new, 0.98 * old + 0.02 * fast.detach())
     ours = {id(p) for group in updater.groups for p in group.parameters}
@@ -321,7 +321,7 @@ def test_world_model_learns_a_batch() -> None:
     }
     variance = float((image.flatten(0, 1).float() / 255).var(0).sum())
     for _ in range(80):
-        metrics = updater.online(batch)
+        metrics = updater.learn(batch)
         if float(metrics["loss/recon"]) < 0.3 * variance and float(metrics["loss/reward"]) < 1.0:
             break
     assert float(metrics["loss/recon"]) < 0.3 * variance
@@ -413,7 +413,7 @@ def test_actor_and_critic_walk_to_the_reward() -> None:
         clip_adaptive_(parameters, 0.3)
         optimiser.step()
         optimiser.zero_grad()
-        model.after_update()
+        model.after_update(Counters("train", 1, 0.0))
     x = torch.tensor([[-0.8], [0.8]])
     for _ in range(10):
         x = x + 0.2 * model.policy(x).mode

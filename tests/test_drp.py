@@ -17,7 +17,7 @@ from localmotion.methods.drp import DRP
 from localmotion.models.dae import Motion, atomic_actions, mae_loss, random_mask
 from localmotion.runs.settings import compose
 from localmotion.training.update import Updater
-from method_batches import ACTIONS, CPU, make_batch
+from method_batches import ACTIONS, CPU, groups_of, make_batch
 
 
 def make(stage: str, **settings: Any) -> tuple[RunConfig, DRP]:
@@ -145,7 +145,7 @@ def test_behaviour_update_leaves_the_world_model_alone() -> None:
     run, method = make("finetune", freeze_updates=0)
     updater = Updater(method, dataclasses.replace(run, online=dataclasses.replace(run.online, lr=0.0)), CPU)
     before = {k: v.clone() for k, v in method.state_dict().items()}
-    updater.online(make_batch())
+    updater.learn(make_batch())
     changed = {k.split(".")[0] for k, v in method.state_dict().items() if not torch.equal(v, before[k])}
     assert changed == {"behaviour", "bonus"}
     assert all(p.grad is None for p in method.parameters())
@@ -157,21 +157,21 @@ def test_freeze_keeps_pretrained_weights_through_the_first_updates() -> None:
     updater = Updater(method, run, CPU, pretrained=True)
     before = {k: v.clone() for k, v in method.state_dict().items()}
     for _ in range(2):
-        updater.online(make_batch())
+        updater.learn(make_batch())
     frozen = ("motion.", "latent.", "image.encoder", "image.context_encoder")
     after = method.state_dict()
     assert all(torch.equal(after[k], before[k]) for k in after if k.startswith(frozen))
     assert not torch.equal(after["dynamics.gru.weight"], before["dynamics.gru.weight"])
-    updater.online(make_batch())
+    updater.learn(make_batch())
     assert not torch.equal(method.state_dict()["latent.gru.weight"], before["latent.gru.weight"])
 
 
 def test_slow_fine_tuning_applies_to_loaded_parts_only() -> None:
     run, method = make("finetune", pretrained_lr_factor=0.1)
-    rates = {g.name: g.lr for g in method.groups(run, pretrained=True)}
+    rates = {g.name: g.lr for g in groups_of(method, run, True)}
     assert rates["motion"] == pytest.approx(0.1 * rates["model"])
-    assert {g.lr for g in method.groups(run, pretrained=False) if g.name not in ("actor", "critic")} == {run.online.lr}
-    every = [p for g in method.groups(run, True) for p in g.parameters]
+    assert {g.lr for g in groups_of(method, run, False) if g.name not in ("actor", "critic")} == {run.online.lr}
+    every = [p for g in groups_of(method, run, True) for p in g.parameters]
     assert len({id(p) for p in every}) == len(every)
     left = {n.split(".")[0] for n, p in method.named_parameters() if id(p) not in {id(q) for q in every}}
     assert left == {"behaviour"}  # the slow critic alone
@@ -181,9 +181,9 @@ def test_pretraining_reduces_its_losses_on_one_batch() -> None:
     run, method = make("pretrain", **{"pretrain.lr": 3e-3})
     updater, batch = Updater(method, run, CPU), make_batch()
     batch["image"] = batch["image"] // 8 + 200  # noise cannot be learned, brightness can
-    first = updater.pretrain(batch)
+    first = updater.learn(batch)
     for _ in range(60):
-        last = updater.pretrain(batch)
+        last = updater.learn(batch)
     assert last["loss/image"] < 0.8 * first["loss/image"]
     assert last["loss/mae"] < first["loss/mae"]
 
@@ -278,7 +278,7 @@ def test_a_variant_learns_acts_and_predicts(variant: str) -> None:
     check_scales(losses, scales)
     assert ("mae" in losses) == ("global flow" not in variant)
     total(losses, scales).backward()
-    for group in method.groups(run, pretrained=True):
+    for group in groups_of(method, run, True):
         if group.name not in ("actor", "critic"):
             assert max(float(p.grad.abs().max()) for p in group.parameters if p.grad is not None) > 0, group.name
     method.eval()

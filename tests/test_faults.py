@@ -68,23 +68,23 @@ class Burst(torch.autograd.Function):
 def test_an_update_that_is_not_finite_changes_nothing(name: str, deferred: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     run, method = make(name, "train")
     updater = Updater(method, run, CPU, deferred=deferred)
-    updater.online(make_batch())
+    updater.learn(make_batch())
     before, moments = weights_of(method), {k: v.clone() for k, v in updater.state().items()}
     with monkeypatch.context() as patch:
         spoil(method, patch, "reward", float("nan"))
-        if not method.joint_update:
+        if len(method.passes("train")) > 1:
             behaviour = method.behaviour_losses
             patch.setattr(
                 method, "behaviour_losses", lambda start: ({k: v * torch.nan for k, v in behaviour(start)[0].items()}, {})
             )
-        updater.online(make_batch(seed=1))
+        updater.learn(make_batch(seed=1))
     slow = {key for key in before if "slow" in key}  # follows by its own clock
     assert all(torch.equal(value, before[key]) for key, value in weights_of(method).items() if key not in slow)
     assert all(torch.equal(value, moments[key]) for key, value in updater.state().items() if not key.endswith(".step"))
     assert updater.check() == 1
     assert not updater.healthy
     assert updater.update == 2
-    updater.online(make_batch(seed=2))
+    updater.learn(make_batch(seed=2))
     assert updater.healthy
     assert updater.check() == 1
     assert any(not torch.equal(value, before[key]) for key, value in weights_of(method).items())
@@ -101,7 +101,7 @@ def test_a_gradient_that_is_not_finite_is_not_applied(deferred: bool, monkeypatc
         "world_model_losses",
         lambda batch: (lambda x: ({**x[0], "reward": Burst.apply(x[0]["reward"])}, *x[1:]))(losses(batch)),
     )
-    metrics = updater.online(make_batch())
+    metrics = updater.learn(make_batch())
     assert torch.isfinite(metrics["loss/reward"])
     changed = {key.split(".")[0] for key, value in weights_of(method).items() if not torch.equal(value, before[key])}
     assert changed <= {"behaviour"}
@@ -116,7 +116,7 @@ def test_deferred_and_immediate_decisions_learn_the_same() -> None:
             updater = Updater(method, run, CPU, deferred=deferred)
             torch.manual_seed(0)
             for seed in range(3):
-                updater.online(make_batch(seed=seed))
+                updater.learn(make_batch(seed=seed))
             found.append(weights_of(method))
         for key, value in found[0].items():
             torch.testing.assert_close(found[1][key], value, atol=1e-6, rtol=1e-4, msg=key)
@@ -131,7 +131,7 @@ def test_a_run_of_bad_updates_stops_with_the_first_bad_term(deferred: bool, monk
 
     def go() -> None:
         for _ in range(BAD_LIMIT):
-            updater.online(batch)
+            updater.learn(batch)
         updater.check()
 
     with pytest.raises(
@@ -356,7 +356,7 @@ def test_a_simulator_whose_renderer_is_gone_is_replaced(tmp_path: Path, monkeypa
 def test_optimizer_state_of_something_else_is_refused(key: str, value: Tensor | None, said: str) -> None:
     run, method = make("dreamer_v2", "train")
     updater = Updater(method, run, CPU)
-    updater.online(make_batch())
+    updater.learn(make_batch())
     state = dict(updater.state())
     if value is None:
         del state[key]

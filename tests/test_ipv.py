@@ -14,7 +14,7 @@ from localmotion.methods.base import total
 from localmotion.models.decoders import ContextAttention
 from localmotion.runs.settings import compose
 from localmotion.training.update import Updater
-from method_batches import CPU, make, make_batch
+from method_batches import CPU, groups_of, make, make_batch
 
 # Table 4.1, column "IPV SSV2".
 TABLE_PRETRAIN = {
@@ -143,7 +143,7 @@ def test_pretraining_needs_pictures_alone() -> None:
     assert not missing
     columns = gradients[[name for name, _ in model.named_parameters()].index("latent.img_in.weight")][:, model.latent.flat :]
     assert columns.abs().max() == 0  # of 50 columns of zeros (spec 6.2, 5)
-    assert [g.name for g in model.groups(run, False)] == ["model"]
+    assert [g.name for g in groups_of(model, run, False)] == ["model"]
 
 
 def test_the_posterior_does_not_see_the_context() -> None:
@@ -226,7 +226,7 @@ def test_freeze_keeps_encoder_and_action_free_model_while_statistics_move() -> N
     updater = Updater(model, run, CPU, pretrained=True)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     for seed in range(2):
-        updater.online(make_batch(seed=seed))
+        updater.learn(make_batch(seed=seed))
     after = model.state_dict()
     frozen = [k for k in after if k.startswith(("latent.", "image.encoder", "image.context_encoder"))]
     statistics = [k for k in frozen if "running" in k]
@@ -235,7 +235,7 @@ def test_freeze_keeps_encoder_and_action_free_model_while_statistics_move() -> N
     assert not any(torch.equal(after[k], before[k]) for k in statistics)
     assert not torch.equal(after["dynamics.gru.weight"], before["dynamics.gru.weight"])
     assert not torch.equal(after["image.decoder.linear.weight"], before["image.decoder.linear.weight"])
-    updater.online(make_batch())
+    updater.learn(make_batch())
     assert not torch.equal(model.state_dict()["latent.gru.weight"], before["latent.gru.weight"])
 
 
@@ -279,15 +279,7 @@ def test_pretraining_learns_a_batch() -> None:
     run, model = make("ipv", "pretrain", "pretrain.lr=3e-3")
     updater, batch = Updater(model, run, CPU), make_batch()
     batch["image"] = batch["image"] // 8 + 200  # noise cannot be learned, brightness can
-    first = updater.pretrain(batch)
+    first = updater.learn(batch)
     for _ in range(60):
-        last = updater.pretrain(batch)
+        last = updater.learn(batch)
     assert last["loss/image"] < 0.8 * first["loss/image"]
-
-
-def test_a_pretrained_model_has_no_actor() -> None:
-    from localmotion.errors import ConfigError
-
-    _, model = make("ipv", "pretrain")
-    with pytest.raises(ConfigError, match="no actor"):
-        model.initial_carry(1)

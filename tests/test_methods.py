@@ -17,7 +17,7 @@ from localmotion import methods
 from localmotion.cli import main
 from localmotion.compute import Compute
 from localmotion.config import PRESETS, Stage
-from localmotion.methods.base import check_scales, total
+from localmotion.methods.base import MOTION, check_scales, total
 from localmotion.models import distributions, policies
 from localmotion.recipe import Recipe
 from localmotion.runs import checkpoint
@@ -25,10 +25,10 @@ from localmotion.runs.load import load_run
 from localmotion.runs.rundir import RunDir
 from localmotion.runs.settings import compose
 from localmotion.training.update import Updater
-from method_batches import ACTIONS, CPU, make, make_batch
+from method_batches import ACTIONS, CPU, groups_of, make, make_batch
 
 NAMES = methods.names()
-PRETRAINING = [name for name in NAMES if methods.get(name).can_pretrain]
+PRETRAINING = [name for name in NAMES if "pretrain" in methods.get(name).stages]
 STAGES: list[tuple[str, Stage]] = [
     (name, stage) for name in NAMES for stage in ("pretrain", "finetune") if stage == "finetune" or name in PRETRAINING
 ]
@@ -130,16 +130,16 @@ def test_losses_match_their_scales_and_every_group_has_gradients(name: str, stag
     check_scales(losses, scales)
     assert all(v.shape == () and torch.isfinite(v) for v in losses.values())
     total(losses, scales).backward()
-    if start is not None and not method.joint_update:
+    if start is not None and len(method.passes(stage)) > 1:
         found, metrics = method.behaviour_losses(start)
         assert set(found) == set(BEHAVIOUR)
         assert all(torch.isfinite(v) for v in [*found.values(), *metrics.values()])
         for key in BEHAVIOUR:  # an actor's loss moves the actor only through its own optimiser
-            group = next(g for g in method.groups(run, False) if g.name == key)
+            group = next(g for g in groups_of(method, run, False) if g.name == key)
             gradients = torch.autograd.grad(found[key], group.parameters, retain_graph=True)
             for p, gradient in zip(group.parameters, gradients, strict=True):
                 p.grad = gradient
-    for group in method.groups(run, False):
+    for group in groups_of(method, run, False):
         gradients = [p.grad for p in group.parameters if p.grad is not None]
         assert gradients, group.name
         assert all(torch.isfinite(g).all() for g in gradients), group.name
@@ -151,7 +151,7 @@ def test_losses_match_their_scales_and_every_group_has_gradients(name: str, stag
 def test_every_parameter_has_one_optimiser(name: str, stage: Stage, pretrained: bool) -> None:
     """But for slow copies, which follow without gradient."""
     run, method = make(name, stage)
-    groups = method.groups(run, pretrained)
+    groups = groups_of(method, run, pretrained)
     held = [id(p) for group in groups for p in group.parameters]
     assert len(held) == len(set(held))
     left = {key for key, p in method.named_parameters() if id(p) not in set(held)}
@@ -174,7 +174,7 @@ def test_updates_change_every_group_and_stay_finite(name: str, stage: Stage, bf1
     updater = Updater(method, run, Compute(torch.device("cpu"), bf16, 1, "test"))
     before = [[p.detach().clone() for p in group.parameters] for group in updater.groups]
     for seed in range(2):
-        metrics = getattr(updater, "pretrain" if stage == "pretrain" else "online")(make_batch(seed=seed))
+        metrics = updater.learn(make_batch(seed=seed))
     assert all(torch.isfinite(v).all() for v in metrics.values())
     for group, old in zip(updater.groups, before, strict=True):
         assert any(not torch.equal(a, b) for a, b in zip(group.parameters, old, strict=True)), group.name
@@ -304,14 +304,13 @@ def test_a_saved_run_goes_on_as_if_it_had_not_stopped(name: str, stage: Stage, t
     run, method = make(name, stage)
     out = RunDir(tmp_path / "run", replace(run, recipe=Recipe()))
     updater = Updater(method, run, CPU)
-    step = "pretrain" if stage == "pretrain" else "online"
     for batch in batches[:2]:
-        getattr(updater, step)(batch)
+        updater.learn(batch)
     state = {"stage": stage, "action_dim": ACTIONS}
     saved = checkpoint.save(
         out.path / "checkpoints", 2, tensors={"weights": method.state_dict(), "optimizer": updater.state()}, state=state
     )
-    getattr(updater, step)(batches[2])
+    updater.learn(batches[2])
 
     _, second = make(name, stage)
     torch.nn.init.normal_(next(second.parameters()))
@@ -320,7 +319,7 @@ def test_a_saved_run_goes_on_as_if_it_had_not_stopped(name: str, stage: Stage, t
     resumed.load_state(checkpoint.read(saved, "optimizer"))
     resumed.update = 2
     checkpoint.set_rng_state(checkpoint.read(saved, "rng"))
-    getattr(resumed, step)(batches[2])
+    resumed.learn(batches[2])
     expected = method.state_dict()
     for key, value in second.state_dict().items():
         assert torch.equal(value, expected[key]), key
@@ -341,7 +340,7 @@ def test_fine_tuning_has_a_place_for_all_that_pretraining_learned(name: str) -> 
     assert set(state) == {k for k in into if k.startswith(tuple(f"{part}." for part in fine.transfers))}
 
 
-@pytest.mark.parametrize("name", [name for name in PRETRAINING if not methods.get(name).wants_motion])
+@pytest.mark.parametrize("name", [name for name in PRETRAINING if not bool(methods.get(name).wants & MOTION)])
 def test_commands_run_end_to_end_without_motion(
     name: str, store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -15,7 +15,9 @@ from localmotion.models.image import ImageModel
 from method_batches import CASES, make, make_batch
 from test_settings_reach import build, same_noise
 
-STAGES: list[tuple[str, Stage]] = [(name, stage) for name, stage in CASES if (stage == "train") != methods.get(name).can_pretrain]
+STAGES: list[tuple[str, Stage]] = [
+    (name, stage) for name, stage in CASES if (stage == "train") != ("pretrain" in methods.get(name).stages)
+]
 LAST, TIME = 4, 7  # frames that are observed, and all
 
 

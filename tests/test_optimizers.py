@@ -147,7 +147,7 @@ def test_a_saved_optimiser_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> N
     """Through the files of a checkpoint: the same weights, bit by bit, as without the interruption."""
     first = updater(0)
     for seed in range(2):
-        first.online(batch(seed))
+        first.learn(batch(seed))
     checkpoint.save(tmp_path, 2, tensors={"weights": first.method.state_dict(), "optimizer": first.state()}, state={})
     saved = checkpoint.complete(tmp_path)[-1]
     second = updater(1)
@@ -156,7 +156,7 @@ def test_a_saved_optimiser_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> N
     second.update = first.update
     for each in (first, second):
         torch.manual_seed(7)
-        each.online(batch(5))
+        each.learn(batch(5))
     ours, theirs = first.method.state_dict(), second.method.state_dict()
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
     assert float(ours["return_range.high"]) != 0
@@ -167,7 +167,7 @@ def test_warm_up_starts_at_zero_and_ends_at_the_rate() -> None:
     before = {k: v.clone() for k, v in found.method.state_dict().items()}
     rates = []
     for seed in range(6):
-        found.online(batch(seed))
+        found.learn(batch(seed))
         rates.append(found.optimisers["model"].param_groups[0]["lr"])
         if seed == 0:  # the first update only fills the moments
             moved = [k for k, v in found.method.named_parameters() if not torch.equal(v, before[k])]

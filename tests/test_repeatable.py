@@ -18,6 +18,7 @@ from localmotion.evaluation.evaluate import evaluate_run
 from localmotion.evaluation.motion_media import motion_media
 from localmotion.evaluation.predict import predict
 from localmotion.evaluation.probes import probe
+from localmotion.methods.base import MOTION
 from localmotion.recipe import Recipe
 from localmotion.recording.collect import collect
 from localmotion.runs import checkpoint
@@ -35,7 +36,7 @@ def untrained(name: str, stage: Any, path: Path) -> Path:
     cls = methods.get(name)
     run = compose(name, stage, preset="debug", env="" if stage == "pretrain" else "toy:dot", settings=("precision=fp32",))
     if stage != "pretrain":
-        run = replace(run, recipe=RECIPE if cls.wants_motion else None, env_options={"time_limit": TIME_LIMIT})
+        run = replace(run, recipe=RECIPE if bool(cls.wants & MOTION) else None, env_options={"time_limit": TIME_LIMIT})
     RunDir(path, run)
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -85,7 +86,7 @@ def test_a_collection_of_an_agent_is_one_result(tmp_path: Path) -> None:
             np.testing.assert_array_equal(np.load(path), np.load(tmp_path / "b" / name / path.name))
 
 
-@pytest.mark.parametrize("name", [name for name in methods.names() if methods.get(name).can_pretrain])
+@pytest.mark.parametrize("name", [name for name in methods.names() if "pretrain" in methods.get(name).stages])
 def test_a_prediction_of_one_seed_is_one_result(name: str, store: Path, tmp_path: Path) -> None:
     run = untrained(name, "pretrain", tmp_path / "run")
     first, second = twice(lambda: predict([run], store, clips=1, windows=2, split="all", device="cpu"))

@@ -37,7 +37,7 @@ from localmotion.training.update import Updater
 from method_batches import CPU, make, make_batch
 from waiting import holds, wait_until
 
-PRETRAINING = [name for name in methods.names() if methods.get(name).can_pretrain]
+PRETRAINING = [name for name in methods.names() if "pretrain" in methods.get(name).stages]
 
 
 def weights(run: Path) -> dict[str, Tensor]:
@@ -386,7 +386,7 @@ def test_a_deterministic_run_has_kernels_for_everything(name: str) -> None:
     try:
         choose(replace(run, device="cpu", threads=1, precision="fp32"))
         assert torch.are_deterministic_algorithms_enabled()
-        metrics = Updater(method, run, CPU).online(make_batch())
+        metrics = Updater(method, run, CPU).learn(make_batch())
         assert all(torch.isfinite(value).all() for value in metrics.values())
     finally:
         torch.use_deterministic_algorithms(False)

@@ -87,10 +87,10 @@ def test_interrupted_pretraining_resumes_to_the_same_run(
 
     run = settings("pretrain", "heldout_fraction=0.4", data=str(store))
     with monkeypatch.context() as patch:
-        patch.setattr(Updater, "pretrain", Interrupted(Updater.pretrain, 13))
+        patch.setattr(Updater, "learn", Interrupted(Updater.learn, 13))
         # a plain function is no method: bind the updater by hand
-        interrupted = Updater.pretrain
-        patch.setattr(Updater, "pretrain", lambda self, batch: interrupted(self, batch))
+        interrupted = Updater.learn
+        patch.setattr(Updater, "learn", lambda self, batch: interrupted(self, batch))
         with pytest.raises(KeyboardInterrupt):
             pretrain(run, tmp_path / "run")
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "interrupted"
@@ -255,7 +255,7 @@ def test_pretraining_rate_falls_at_the_end_only(deferred: bool) -> None:
     updater = Updater(method, run, Compute(torch.device("cpu"), False, 1, "test"), deferred=deferred)
     found = []
     for _ in range(8):
-        updater.pretrain(make_batch())
+        updater.learn(make_batch())
         found.append(float(updater.optimisers["model"].param_groups[0]["lr"]))
     assert found == pytest.approx([1e-4] * 5 + [0.75e-4, 0.5e-4, 0.25e-4])
 

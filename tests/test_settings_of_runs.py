@@ -147,7 +147,7 @@ def record(path: Path, *settings: str) -> dict[str, Any]:
 
     run = compose("dreamer_v2", "train", preset="debug", env="toy:dot", flags={"threads": 1}, settings=(*BASE, *settings))
     with (
-        mock.patch.object(Updater, "online", online),
+        mock.patch.object(Updater, "learn", online),
         mock.patch.object(loop, "evaluate", evaluate),
         mock.patch.object(loop, "MethodPolicy", Policy),
         mock.patch.object(loop._Learner, "save", saved),

@@ -21,9 +21,11 @@ from torch import Tensor
 from localmotion import methods
 from localmotion.config import BehaviourConfig, RunConfig, Stage, leaves, update
 from localmotion.training.update import Updater
-from method_batches import ACTIONS, CASES, CPU, make, make_batch
+from method_batches import ACTIONS, CASES, CPU, groups_of, make, make_batch
 
-STAGES: list[tuple[str, Stage]] = [(name, stage) for name, stage in CASES if (stage == "train") != methods.get(name).can_pretrain]
+STAGES: list[tuple[str, Stage]] = [
+    (name, stage) for name, stage in CASES if (stage == "train") != ("pretrain" in methods.get(name).stages)
+]
 """Of methods that pre-train fine-tuning stands for training from scratch too: only rates differ."""
 
 # --- another value of each setting ------------------------------------------------------------------------------------
@@ -134,11 +136,11 @@ def doing(run: RunConfig, method: Any) -> Doing:
             losses = method.pretrain_losses(data)[0]
         else:
             losses, _, start = method.world_model_losses(data)
-            if not method.joint_update:
+            if len(method.passes(stage)) > 1:
                 losses = losses | method.behaviour_losses(start)[0]
     out |= {f"loss.{name}": float(value) for name, value in losses.items()}
     out |= {f"weight.{name}": value for name, value in method.loss_scales(stage).items()}
-    for group in method.groups(run, True):
+    for group in groups_of(method, run, True):
         out[f"rate.{group.name}"] = (group.lr, group.freeze_updates, group.warmup, group.agc, len(group.parameters))
     method.eval()
     with torch.no_grad(), same_noise():
@@ -163,7 +165,7 @@ def stepped(run: RunConfig, at: int = 3) -> Doing:
     updater = Updater(method, run, CPU, pretrained=True)
     updater.update = at
     with same_noise():
-        (updater.pretrain if run.stage == "pretrain" else updater.online)(batch())
+        updater.learn(batch())
     return by_module(method.state_dict(), "step")
 
 

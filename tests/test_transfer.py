@@ -14,7 +14,7 @@ from localmotion.runs import checkpoint
 from localmotion.runs.rundir import RunDir
 from localmotion.training.transfer import load_pretrained
 from localmotion.training.update import Updater
-from method_batches import CPU, make, make_batch
+from method_batches import CPU, groups_of, make, make_batch
 
 
 def pretrained(name: str, path: Path, *texts: str) -> tuple[Path, dict[str, torch.Tensor]]:
@@ -22,7 +22,7 @@ def pretrained(name: str, path: Path, *texts: str) -> tuple[Path, dict[str, torc
     run, model = make(name, "pretrain", *texts)
     out = RunDir(path / name, run)
     updater = Updater(model, run, CPU)
-    updater.pretrain(make_batch())
+    updater.learn(make_batch())
     weights = {k: v.clone() for k, v in model.state_dict().items()}
     checkpoint.save(
         out.path / "checkpoints", 1, tensors={"weights": weights, "optimizer": updater.state()}, state={"stage": "pretrain"}
@@ -60,7 +60,7 @@ def test_without_pretrained_dynamics(name: str, load: str, tmp_path: Path) -> No
     for key, value in weights.items():
         assert torch.equal(after[key], before[key] if key.startswith("latent.") else value), key
     assert said.endswith("; not pre-trained: latent")
-    groups = {id(p): group for group in model.groups(run, True) for p in group.parameters}
+    groups = {id(p): group for group in groups_of(model, run, True) for p in group.parameters}
     latent = [groups[id(p)] for p in model.latent.parameters()]
     assert {(g.lr, g.freeze_updates) for g in latent} == {(run.online.lr, 0)}
     assert {groups[id(p)].freeze_updates for p in model.image.encoder_parameters()} == {1}
@@ -80,9 +80,9 @@ def test_drp_from_an_ipv_checkpoint(tmp_path: Path) -> None:
     assert torch.equal(after["latent.img_in.weight"][:, flat:], before["latent.img_in.weight"][:, flat:])
     assert all(torch.equal(after[k], before[k]) for k in after if k not in weights)
     assert "; latent.img_in.weight without its columns for actions; not pre-trained: motion" in said
-    held = {id(p) for g in model.groups(run, True) if g.freeze_updates for p in g.parameters}
+    held = {id(p) for g in groups_of(model, run, True) if g.freeze_updates for p in g.parameters}
     assert held == {id(p) for p in [*model.latent.parameters(), *model.image.encoder_parameters()]}
-    metrics = Updater(model, run, CPU, pretrained=True).online(make_batch())
+    metrics = Updater(model, run, CPU, pretrained=True).learn(make_batch())
     assert "loss/mae" in metrics
 
 

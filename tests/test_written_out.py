@@ -11,6 +11,7 @@ import torch
 import method_batches
 import test_written_updates
 from localmotion.methods.apv import APV
+from localmotion.methods.base import Counters
 from localmotion.methods.dreamer_v2 import DreamerV2
 from localmotion.methods.dreamer_v3 import DreamerV3
 from update_check import Case, check_update
@@ -192,9 +193,9 @@ def test_a_wrong_update_is_reported_with_what_differs() -> None:
     assert [line.split(":")[0] for line in lines] == ["loss, metric or norm loss/kl", "weight reward.net.0.weight"]
 
     class Drawing(DreamerV2):
-        def after_update(self) -> None:
+        def after_update(self, counters: Counters) -> None:
             torch.randperm(3)
-            super().after_update()
+            super().after_update(counters)
 
     with pytest.raises(AssertionError, match="does not hold fixed"):
         check_update(replace(case, method=Drawing, updates=1))

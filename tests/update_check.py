@@ -267,7 +267,7 @@ def _check_update(case: Case) -> None:
     shared, ours_noise, theirs_noise = torch.get_rng_state(), Noise(), Noise()
     for update in range(case.updates):
         with _InDouble(ours_noise):
-            ours = updater.pretrain(batch) if case.stage == "pretrain" else updater.online(batch)
+            ours = updater.learn(batch)
         state.update = update
         theirs = case.written_out(state, batch, theirs_noise, run)
         lines = compare(ours, theirs, "loss, metric or norm", case.tolerance)

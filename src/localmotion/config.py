@@ -228,10 +228,6 @@ class RunConfig:
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     online: OnlineConfig = field(default_factory=OnlineConfig)
 
-    def loads(self, part: str) -> bool:
-        """Whether a checkpoint would give this part (a child module's name)."""
-        return not self.load or part in (name.strip() for name in self.load.split(","))
-
 
 # What the papers set per benchmark (IPV 4.2, DRP Table 5), for every method of the family. `model` keys that a method does not have
 # are dropped for it: DreamerV2 has no intrinsic weight.

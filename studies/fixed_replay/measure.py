@@ -84,7 +84,7 @@ def measure(name: str, method: str, settings: tuple[str, ...], task: str, update
             episode = episodes[rng.integers(TRAINED)]
             start = rng.integers(len(episode) - LENGTH + 1)
             windows.append(episode[start : start + LENGTH])
-        updater.online(batch_of(windows))
+        updater.learn(batch_of(windows))
     seconds = time.process_time() - began
     model.eval()
 

@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from localmotion import methods
 from localmotion.acting.episodes import episode_seed, evaluate
 from localmotion.acting.observer import Observer, make_observer
 from localmotion.acting.policy import MethodPolicy, random_policy
 from localmotion.errors import CheckpointError, ConfigError
 from localmotion.files import check_output, read_json
+from localmotion.methods.base import MOTION
 from localmotion.runs.load import Which, at_least, load_run
 from localmotion.runs.rundir import write_json
 from localmotion.runs.settings import read_config
@@ -47,10 +49,11 @@ def evaluate_run(
     at_least(episodes=(episodes, 1), seed=(seed or 0, 0))
     if video is not None:
         check_output(video, ConfigError, suffixes=VIDEOS)
-    if read_config(path).stage == "pretrain":
+    asked = read_config(path)
+    if asked.stage not in methods.get(asked.method).acts_after:
         raise CheckpointError(f"{path}: is a pre-training run and has no actor; fine-tune it first")
     run, method, compute = load_run(path, device=device, which=which)
-    recipe = run.recipe if method.wants_motion else None
+    recipe = run.recipe if bool(method.wants & MOTION) else None
     base = run.seed + (which == "best") if seed is None else seed
 
     def make() -> Observer:

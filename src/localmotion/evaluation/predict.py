@@ -15,7 +15,7 @@ from localmotion.compute import Compute
 from localmotion.config import RunConfig
 from localmotion.errors import ConfigError, LocalmotionError, VideoError
 from localmotion.evaluation.heldout import CONTEXT_FRAMES, open_loop_errors, predicts
-from localmotion.methods.base import Method
+from localmotion.methods.base import MOTION, Method
 from localmotion.perception.extract import extract_one
 from localmotion.recipe import Recipe
 from localmotion.runs.load import at_least, load_run
@@ -125,7 +125,14 @@ def _predict(
             )
         fraction = runs[0].run.pretrain.heldout_fraction
         sampler = WindowSampler(
-            store, length, windows, seed, split=split, heldout_fraction=fraction, prefetch=False, motion=each.method.wants_motion
+            store,
+            length,
+            windows,
+            seed,
+            split=split,
+            heldout_fraction=fraction,
+            prefetch=False,
+            motion=bool(each.method.wants & MOTION),
         )
         chosen = chosen or _spread(sampler, windows, seed)
         for begin in range(0, len(chosen[0]), AT_ONCE):
@@ -166,7 +173,7 @@ def _load(checkpoints: Sequence[Path], device: str) -> list[_Loaded]:
     found = []
     for path, label in zip(checkpoints, labels, strict=True):
         run, method, compute = load_run(path, device=device)
-        if run.stage != "pretrain":
+        if method.acts:
             raise ConfigError(f"{path}: predicts from actions; give the pre-training run to predict video")
         if not predicts(method):
             raise ConfigError(f"{path}: method {run.method} does not predict video (it has no open_loop)")

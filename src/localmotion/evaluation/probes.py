@@ -271,7 +271,7 @@ def probe(
         sources.append((f"{run.method}, {path.name}", method, compute))
         if untrained:
             torch.manual_seed(0)
-            dim = None if run.stage == "pretrain" else getattr(method, "action_dim", None)
+            dim = method.action_dim if method.acts else None
             fresh = methods.get(run.method)(run.model, image_size=method.image_size, action_dim=dim)
             sources.append((f"{run.method}, {path.name}, untrained", fresh.to(compute.device).eval(), compute))
     rows: list[dict[str, Any]] = []

@@ -23,9 +23,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from localmotion.config import DMC_SUITES, BehaviourConfig, RunConfig, WorldModelConfig
-from localmotion.errors import ConfigError
-from localmotion.methods.base import Batch, Group, Method
+from localmotion.config import DMC_SUITES, BehaviourConfig, WorldModelConfig
+from localmotion.methods.base import BEHAVIOUR_SCALES, FROM_VIDEO, Batch, Counters, Group, Method, Pass, Rates, same
 from localmotion.methods.sizes import presets
 from localmotion.models.actor_critic import ActorCritic
 from localmotion.models.bonus import WINDOW, IntrinsicBonus
@@ -70,8 +69,8 @@ class APV(Method):
     name = "apv"
     paper = "arXiv 2203.13880"
     Config = APVConfig
-    can_pretrain = True
-    transfers = ("image", "latent")
+    stages = FROM_VIDEO
+    transfers = same("image", "latent")
     # All of what was pre-trained learns at the full rate. On two CPU cores the plain CNN is the slowest encoder there is: `small` and
     # `debug` have the residual one, as DreamerV2's.
     PRESETS = presets(
@@ -84,7 +83,7 @@ class APV(Method):
 
     def __init__(self, config: APVConfig, *, image_size: int, action_dim: int | None) -> None:
         super().__init__(config, image_size=image_size, action_dim=action_dim)
-        self.config, self.action_dim = config, action_dim
+        self.config = config
         world = config.world
         sizes: dict[str, Any] = {"deter": world.deter, "hidden": world.hidden, "stoch": world.stoch, "classes": world.classes}
         self.image = ImageModel(world, image_size=image_size)
@@ -156,33 +155,38 @@ class APV(Method):
             "reward": world.reward_weight,
         }
 
-    def groups(self, run: RunConfig, pretrained: bool) -> list[Group]:
-        if run.stage == "pretrain":
-            return [Group("model", list(self.parameters()), run.pretrain.lr)]
-        online = run.online
+    def passes(self, stage: str) -> tuple[Pass, ...]:
+        if stage == "pretrain":
+            return (Pass(lambda batch, _: (*self.pretrain_losses(batch), None), self.loss_scales(stage), ("model",)),)
+        return (
+            Pass(lambda batch, _: self.world_model_losses(batch), self.loss_scales(stage), ("encoder", "model")),
+            Pass(lambda _, start: (*self.behaviour_losses(start), None), BEHAVIOUR_SCALES, ("actor", "critic")),
+        )
+
+    def groups(self, stage: str, rates: Rates) -> list[Group]:
+        if stage == "pretrain":
+            return [Group("model", list(self.parameters()), rates.lr)]
         # One optimiser, with one gradient norm, for encoder and action-free model. What was not loaded is not held back.
         old, new = self.image.encoder_parameters(), self.image.decoder_parameters()
-        (old if run.loads("latent") else new).extend(self.latent.parameters())
+        (old if rates.loads("latent") else new).extend(self.latent.parameters())
         for module in (self.dynamics, self.reward):
             new.extend(module.parameters())
-        held = pretrained and run.loads("image")
-        rate = online.lr * (online.pretrained_lr_factor if held else 1.0)
+        held = rates.loads("image")
+        rate = rates.lr * (rates.slow if held else 1.0)
         return [
-            Group("encoder", old, rate, online.freeze_updates if held else 0),
-            Group("model", new, online.lr),
-            Group("actor", list(self.behaviour.actor.parameters()), online.actor_lr),
-            Group("critic", list(self.behaviour.critic.parameters()), online.critic_lr),
+            Group("encoder", old, rate, rates.freeze_updates if held else 0),
+            Group("model", new, rates.lr),
+            Group("actor", list(self.behaviour.actor.parameters()), rates.actor_lr),
+            Group("critic", list(self.behaviour.critic.parameters()), rates.critic_lr),
         ]
 
-    def after_update(self) -> None:
-        if self.action_dim is not None:
+    def after_update(self, counters: Counters) -> None:
+        if counters.stage in self.acts_after:
             self.behaviour.after_update()
 
     # 3. Acting and looking ----------------------------------------------------------------------------------------------------
 
     def initial_carry(self, batch_size: int) -> Carry:
-        if self.action_dim is None:
-            raise ConfigError("a pre-trained model has no actor; fine-tune it in an environment first")
         action = torch.zeros(batch_size, self.action_dim, device=next(self.parameters()).device)
         return Carry(self.latent.initial(batch_size), self.dynamics.initial(batch_size), action)
 
@@ -203,13 +207,13 @@ class APV(Method):
         model, seen = self.latent, embed[:, :context]
         actions = embed.new_zeros(batch_size, time, 0)
         post, _ = model.observe(seen, None, first)
-        if self.action_dim is not None:  # the decoder has since learned to read s
+        if self.acts:  # the decoder has since learned to read s
             model, actions = self.dynamics, batch["action"]
             post, _ = model.observe(self._observed(seen, self.latent.feat(post)), actions[:, :context], first)
         prior = model.imagine(RSSMState(*(x[:, -1] for x in post)), actions[:, context:])
         feat = torch.cat([model.feat(post), model.feat(prior)], 1)
         picture = self.image.picture(self.image.decode(feat, maps)).view(batch_size, time, 3, self.image_size, self.image_size)
-        return {"prior" if self.action_dim is None else "action": picture}
+        return {"action" if self.acts else "prior": picture}
 
     def motion_code(self, batch: Batch) -> Tensor:
         """Feature of z, (B,T,F): the code of a clip that the probes compare with a^agg."""

@@ -13,17 +13,41 @@ nothing may be carried, averaged or bootstrapped across it. Action and motion ar
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from enum import Enum
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from localmotion.config import RunConfig
 from localmotion.models.dae import Motion
 
 Batch = Mapping[str, Tensor]
+Losses = dict[str, Tensor]
+Metrics = dict[str, Tensor]
+MOTION = frozenset({"flow", "tracks"})
+"""What a method wants that learns from Atomic Actions or flow: then perception runs beside the environment."""
+
+
+class Source(Enum):
+    """Where the batches of a stage come from; there is one training loop for each."""
+
+    CLIPS = "clips"
+    """Video segments of a clip store, without actions."""
+    REPLAY = "replay"
+    """Sequences of the agent's own episodes, which it goes on to play."""
+
+
+FROM_VIDEO: Mapping[str, Source] = {"pretrain": Source.CLIPS, "finetune": Source.REPLAY, "train": Source.REPLAY}
+"""Stages of a method that learns from video first; `train` is `finetune` from scratch."""
+FROM_SCRATCH: Mapping[str, Source] = {"finetune": Source.REPLAY, "train": Source.REPLAY}
+"""Stages of a method that learns in an environment alone."""
+
+
+def same(*names: str) -> dict[str, str]:
+    """`Method.transfers` of child modules that keep their names."""
+    return {name: name for name in names}
 
 
 @dataclass(frozen=True)
@@ -39,8 +63,58 @@ class Group:
     """Registry name in `training.optimizers`."""
     warmup: int = 0
     """Over this many first updates the learning rate rises from zero in equal parts."""
+    decay: Literal["linear", "cosine"] = "linear"
+    """How the learning rate falls to zero in the last part of a stage, where the stage's `lr_decay` asks for it."""
+    weight_decay: float | None = None
+    """None: `OptimConfig.weight_decay`. Adam adds it to the gradient; AdamW takes it off the weights, times the learning rate."""
     agc: float = 0.0
     """Above 0: each gradient is clipped to this share of its parameter's norm, in place of the clipping of the group's global norm."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Learning rates of a stage, and how the parts of a checkpoint are treated."""
+
+    lr: float
+    actor_lr: float = 0.0
+    critic_lr: float = 0.0
+    slow: float = 1.0
+    """Factor on the rate of what a checkpoint gave and what shall change slowly."""
+    freeze_updates: int = 0
+    """Updates for which what a checkpoint gave is held."""
+    load: str = ""
+    """Parts that are taken from a checkpoint, with commas; empty: all that the method transfers."""
+
+    def loads(self, part: str) -> bool:
+        """Whether a checkpoint would give this part."""
+        return not self.load or part in (name.strip() for name in self.load.split(","))
+
+
+class Counters(NamedTuple):
+    """Where a run stands, for schedules."""
+
+    stage: str
+    update: int
+    """Updates made."""
+    progress: float
+    """Share of the stage that is over, 0 to 1."""
+
+
+class Pass(NamedTuple):
+    """One backward pass of an update. The passes of an update run in order."""
+
+    losses: Callable[[Batch, Any], tuple[Losses, Metrics, Any]]
+    """(batch, what the pass before handed on or None) -> losses, metrics, and what the next pass gets."""
+    scales: Mapping[str, float]
+    """Weight of each loss. The set of losses must equal the set of scales."""
+    groups: tuple[str, ...]
+    """Groups that are stepped on this pass; gradients of others are not computed. A group that a run leaves empty may be named."""
+    every: int = 1
+    """Updates between two of it."""
+
+
+BEHAVIOUR_SCALES: Mapping[str, float] = {"actor": 1.0, "critic": 1.0}
+"""Weights of the losses of `models.actor_critic.ActorCritic`, whose parts share no parameter."""
 
 
 class Method(nn.Module):
@@ -53,20 +127,25 @@ class Method(nn.Module):
     """Settings of the presets paper, small and debug; `methods/sizes.py` has what small and debug share."""
     SUITES: ClassVar[dict[str, dict[str, Any]]] = {}
     """What the method's own paper sets for a suite (`dmc`) or an environment (`metaworld:drawer-open`), on top of `config.SUITES`."""
-    wants_motion: ClassVar[bool] = False
-    can_pretrain: ClassVar[bool] = False
-    transfers: ClassVar[tuple[str, ...]] = ()
-    """Names of the child modules that pre-training makes and fine-tuning loads."""
+    stages: ClassVar[Mapping[str, Source]]
+    """Names of the stages, which are commands, and where their batches come from."""
+    acts_after: ClassVar[frozenset[str]] = frozenset({"finetune", "train"})
+    """Stages whose result can act. Their models know the number of actions."""
+    wants: ClassVar[frozenset[str]] = frozenset()
+    """Keys of a batch that the method needs beside pictures, actions and rewards, e.g. `MOTION`."""
+    transfers: ClassVar[Mapping[str, str]] = {}
+    """What a later stage takes over: name of the child module in the checkpoint -> name of the child module that gets its weights."""
     vectors: ClassVar[bool] = False
     """Can learn from vectors in place of pictures or beside them; then its Config has ``pixels`` and ``vector_dim``."""
-    joint_update: ClassVar[bool] = False
-    """`world_model_losses` gives the behaviour's losses too: one backward pass, then every group is stepped once."""
 
     @abstractmethod
     def __init__(self, config: Any, *, image_size: int, action_dim: int | None) -> None:
-        """``action_dim`` None builds the pre-training modules only."""
+        """``action_dim`` None builds what learns from video alone, without actor."""
         super().__init__()
         self.image_size = image_size
+        self.acts = action_dim is not None
+        """Whether it has an actor: its stage is one of `acts_after`."""
+        self.action_dim = action_dim or 0
         self.compiled = False
         """Whether parts of it are compiled (`training.compiled`)."""
 
@@ -77,28 +156,16 @@ class Method(nn.Module):
 
     # Learning ---------------------------------------------------------------------------------------------------------------
 
-    def pretrain_losses(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Losses and metrics of a batch of video segments."""
-        raise NotImplementedError(f"{self.name} does not pre-train")
+    @abstractmethod
+    def passes(self, stage: str) -> tuple[Pass, ...]:
+        """The backward passes of an update of ``stage``."""
 
     @abstractmethod
-    def world_model_losses(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor], Any]:
-        """Losses, metrics, and the states from which imagination starts."""
+    def groups(self, stage: str, rates: Rates) -> list[Group]:
+        """Optimisers of a stage. Every trained parameter is in one of them."""
 
-    @abstractmethod
-    def behaviour_losses(self, start: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Losses "actor" and "critic" of imagined trajectories, and metrics. Not called with `joint_update`."""
-
-    @abstractmethod
-    def loss_scales(self, stage: str) -> dict[str, float]:
-        """Weight of each loss; the set of losses must equal the set of scales (checked by the trainer)."""
-
-    @abstractmethod
-    def groups(self, run: RunConfig, pretrained: bool) -> list[Group]:
-        """Optimisers of a stage. Names "actor" and "critic" are stepped on the behaviour losses, all others on the world model's."""
-
-    def after_update(self) -> None:
-        """Called once an update, after all optimisers: slow copies."""
+    def after_update(self, counters: Counters) -> None:
+        """Called once an update, after all passes: slow copies, schedules. What it changes are buffers and parameters, in place."""
 
     # Acting -----------------------------------------------------------------------------------------------------------------
 

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from localmotion.config import BehaviourConfig, RunConfig, WorldModelConfig
-from localmotion.methods.base import Batch, Group, Method
+from localmotion.config import BehaviourConfig, WorldModelConfig
+from localmotion.methods.base import BEHAVIOUR_SCALES, FROM_SCRATCH, Batch, Counters, Group, Method, Pass, Rates
 from localmotion.methods.sizes import presets
 from localmotion.models.actor_critic import ActorCritic
 from localmotion.models.heads import MLP
@@ -46,13 +46,14 @@ class DreamerV2(Method):
     name = "dreamer_v2"
     paper = "arXiv 2010.02193"
     Config = DreamerV2Config
+    stages = FROM_SCRATCH
     PRESETS = presets(world={"encoder": "resnet", "context": False}, pretrain=False)
 
     def __init__(self, config: DreamerV2Config, *, image_size: int, action_dim: int | None) -> None:
         super().__init__(config, image_size=image_size, action_dim=action_dim)
         if action_dim is None:
             raise NotImplementedError("dreamer_v2 has no pre-training stage")
-        self.config, self.action_dim = config, action_dim
+        self.config = config
         world = config.world
         self.image = ImageModel(world, image_size=image_size)
         self.dynamics = RSSM(
@@ -90,15 +91,21 @@ class DreamerV2(Method):
         world = self.config.world
         return {"image": world.image_weight, "kl": self.config.beta, "reward": world.reward_weight}
 
-    def groups(self, run: RunConfig, pretrained: bool) -> list[Group]:
+    def passes(self, stage: str) -> tuple[Pass, ...]:
+        return (
+            Pass(lambda batch, _: self.world_model_losses(batch), self.loss_scales(stage), ("model",)),
+            Pass(lambda _, start: (*self.behaviour_losses(start), None), BEHAVIOUR_SCALES, ("actor", "critic")),
+        )
+
+    def groups(self, stage: str, rates: Rates) -> list[Group]:
         model = [p for module in (self.image, self.dynamics, self.reward) for p in module.parameters()]
         return [
-            Group("model", model, run.online.lr),
-            Group("actor", list(self.behaviour.actor.parameters()), run.online.actor_lr),
-            Group("critic", list(self.behaviour.critic.parameters()), run.online.critic_lr),
+            Group("model", model, rates.lr),
+            Group("actor", list(self.behaviour.actor.parameters()), rates.actor_lr),
+            Group("critic", list(self.behaviour.critic.parameters()), rates.critic_lr),
         ]
 
-    def after_update(self) -> None:
+    def after_update(self, counters: Counters) -> None:
         self.behaviour.after_update()
 
     # 2. Acting and looking ----------------------------------------------------------------------------------------------------

@@ -20,9 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from localmotion.config import RunConfig
 from localmotion.errors import ConfigError
-from localmotion.methods.base import Batch, Group, Method
+from localmotion.methods.base import FROM_SCRATCH, Batch, Counters, Group, Method, Pass, Rates
 from localmotion.methods.sizes import ONLINE, RECIPE
 from localmotion.models.blocks import NormMLP
 from localmotion.models.observations import ObservationModel
@@ -153,7 +152,7 @@ class DreamerV3(Method):
     name = "dreamer_v3"
     paper = "arXiv 2301.04104"
     Config = DreamerV3Config
-    joint_update = True
+    stages = FROM_SCRATCH
     vectors = True
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         # Reference, block dmc_vision: 16 x 64, one update in 4 env steps (train ratio 256), which is 2 agent steps at action repeat 2.
@@ -217,7 +216,7 @@ class DreamerV3(Method):
         super().__init__(config, image_size=image_size, action_dim=action_dim)
         if action_dim is None:
             raise NotImplementedError("dreamer_v3 has no pre-training stage")
-        self.config, self.action_dim = config, action_dim
+        self.config = config
         width = SIZES[config.size]
         width = width._replace(**{k: v for k in width._fields if (v := getattr(config, k)) is not None})
         if width.deter % config.blocks:
@@ -263,7 +262,7 @@ class DreamerV3(Method):
     # 1. World model -----------------------------------------------------------------------------------------------------------
 
     def world_model_losses(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor], State]:
-        """All losses (the behaviour's too, see `joint_update`), metrics, and the posterior states (B*T, ...)."""
+        """All losses (the behaviour's too: there is one backward pass), metrics, and the posterior states (B*T, ...)."""
         embed = self.observations.encode(batch)
         state, prior = self.dynamics.observe(embed, batch["action"], batch["is_first"])
         feat = self.dynamics.feat(state)  # (B, T, F)
@@ -368,22 +367,21 @@ class DreamerV3(Method):
             slow = TwoHot(self.slow_critic(feat[:, :-1]), self.bins).pred()
         return ((1 - last[:, :-1]) * (critic.loss(returns) + config.slow_reg * critic.loss(slow))).mean()
 
-    def behaviour_losses(self, start: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Part of `world_model_losses`."""
-        raise NotImplementedError("dreamer_v3 has one joint update")
-
     # 3. Optimisation ----------------------------------------------------------------------------------------------------------
 
     def loss_scales(self, stage: str) -> dict[str, float]:
         return dict(vars(self.config.scales))
 
-    def groups(self, run: RunConfig, pretrained: bool) -> list[Group]:
+    def passes(self, stage: str) -> tuple[Pass, ...]:
+        return (Pass(lambda batch, _: self.world_model_losses(batch), self.loss_scales(stage), ("model",)),)
+
+    def groups(self, stage: str, rates: Rates) -> list[Group]:
         parameters = [p for p in self.parameters() if p.requires_grad]
         return [
-            Group("model", parameters, run.online.lr, optimizer="laprop", warmup=self.config.warmup, agc=self.config.agc),
+            Group("model", parameters, rates.lr, optimizer="laprop", warmup=self.config.warmup, agc=self.config.agc),
         ]
 
-    def after_update(self) -> None:
+    def after_update(self, counters: Counters) -> None:
         follow(self.slow_critic, self.critic, self.config.slow_rate)
 
     # 4. Acting and looking ----------------------------------------------------------------------------------------------------

@@ -29,9 +29,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from localmotion.config import BehaviourConfig, RunConfig, WorldModelConfig
+from localmotion.config import BehaviourConfig, WorldModelConfig
 from localmotion.errors import ConfigError
-from localmotion.methods.base import Batch, Group, Method
+from localmotion.methods.base import BEHAVIOUR_SCALES, FROM_VIDEO, MOTION, Batch, Counters, Group, Method, Pass, Rates, same
 from localmotion.methods.sizes import presets
 from localmotion.models.actor_critic import ActorCritic
 from localmotion.models.adapters import make_adapter
@@ -92,9 +92,9 @@ class DRP(Method):
     name = "drp"
     paper = "arXiv 2607.00808"
     Config = DRPConfig
-    wants_motion = True
-    can_pretrain = True
-    transfers = ("motion", "image", "latent")
+    stages = FROM_VIDEO
+    wants = MOTION
+    transfers = same("motion", "image", "latent")
     SUITES = {
         "metaworld:drawer-open": {"model": {"context_erasing": False}}
     }  # as IPV, which the paper follows where it is silent
@@ -108,7 +108,7 @@ class DRP(Method):
 
     def __init__(self, config: DRPConfig, *, image_size: int, action_dim: int | None) -> None:
         super().__init__(config, image_size=image_size, action_dim=action_dim)
-        self.config, self.action_dim = config, action_dim
+        self.config = config
         world = config.world
         # Deconstruct (zeta), recompose (theta)
         self.motion: MaskedMotion | GlobalFlow
@@ -220,35 +220,38 @@ class DRP(Method):
             "reward_representative": config.beta_r * world.reward_weight,
         }
 
-    def groups(self, run: RunConfig, pretrained: bool) -> list[Group]:
-        if run.stage == "pretrain":
-            return [Group("model", list(self.parameters()), run.pretrain.lr)]
-        online = run.online
-        slow = online.pretrained_lr_factor if pretrained else 1.0
-        freeze = online.freeze_updates if pretrained else 0
+    def passes(self, stage: str) -> tuple[Pass, ...]:
+        if stage == "pretrain":
+            return (Pass(lambda batch, _: (*self.pretrain_losses(batch), None), self.loss_scales(stage), ("model",)),)
+        return (
+            Pass(lambda batch, _: self.world_model_losses(batch), self.loss_scales(stage), ("motion", "encoder", "model")),
+            Pass(lambda _, start: (*self.behaviour_losses(start), None), BEHAVIOUR_SCALES, ("actor", "critic")),
+        )
+
+    def groups(self, stage: str, rates: Rates) -> list[Group]:
+        if stage == "pretrain":
+            return [Group("model", list(self.parameters()), rates.lr)]
         motion: list[nn.Parameter] = []
         new = [*self.image.decoder_parameters()]
         for name in ("motion", "latent"):  # what a checkpoint was not asked for learns like the rest
-            (motion if run.loads(name) else new).extend(getattr(self, name).parameters())
+            (motion if rates.loads(name) else new).extend(getattr(self, name).parameters())
         for module in (self.adapter, self.dynamics, self.reward, self.reward_representative):
             new.extend(module.parameters())
         return [
-            *([Group("motion", motion, online.lr * slow, freeze)] if motion else []),
-            Group("encoder", self.image.encoder_parameters(), online.lr, freeze if run.loads("image") else 0),
-            Group("model", new, online.lr),
-            Group("actor", list(self.behaviour.actor.parameters()), online.actor_lr),
-            Group("critic", list(self.behaviour.critic.parameters()), online.critic_lr),
+            *([Group("motion", motion, rates.lr * rates.slow, rates.freeze_updates)] if motion else []),
+            Group("encoder", self.image.encoder_parameters(), rates.lr, rates.freeze_updates if rates.loads("image") else 0),
+            Group("model", new, rates.lr),
+            Group("actor", list(self.behaviour.actor.parameters()), rates.actor_lr),
+            Group("critic", list(self.behaviour.critic.parameters()), rates.critic_lr),
         ]
 
-    def after_update(self) -> None:
-        if self.action_dim is not None:
+    def after_update(self, counters: Counters) -> None:
+        if counters.stage in self.acts_after:
             self.behaviour.after_update()
 
     # 3. Acting and looking ----------------------------------------------------------------------------------------------------
 
     def initial_carry(self, batch_size: int) -> Carry:
-        if self.action_dim is None:
-            raise ConfigError("a pre-trained model has no actor; fine-tune it in an environment first")
         device = next(self.parameters()).device
         return Carry(
             self.motion.encoder.start(batch_size, device) if isinstance(self.motion, MaskedMotion) else None,

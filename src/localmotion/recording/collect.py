@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from localmotion import methods
 from localmotion.acting.episodes import episode_seed
 from localmotion.acting.observer import Observer, make_observer
 from localmotion.acting.policy import MethodPolicy, Policy
@@ -25,6 +26,7 @@ from localmotion.config import RunConfig
 from localmotion.envs import check_env, make_env
 from localmotion.errors import ConfigError, LocalmotionError
 from localmotion.files import check_output
+from localmotion.methods.base import MOTION
 from localmotion.recipe import Recipe
 from localmotion.runs.load import at_least, load_run
 from localmotion.runs.rundir import claimed
@@ -145,14 +147,14 @@ class _Player:
                 raise ConfigError(f"{env}: has no scripted expert; Meta-World tasks have one. Policies: random, smooth, or a run")
         elif Path(policy).is_dir():
             run, method, compute = load_run(Path(policy))
-            if run.stage == "pretrain":
+            if run.stage not in methods.get(run.method).acts_after:
                 raise ConfigError(f"{policy}: is a pre-training run and has no policy; give a fine-tuned or trained run")
             if run.env != env:
                 raise ConfigError(f"{policy}: was trained in {run.env}, not in {env}")
             run = _changed(run, settings)
             if run.observed == "vectors":
                 run = replace(run, observed="both")  # it sees what it saw; the pictures are for the collection
-            recipe = run.recipe if method.wants_motion else None
+            recipe = run.recipe if bool(method.wants & MOTION) else None
             self.observer = make_observer(run, recipe, size=method.image_size)
             self.act, self.compute = MethodPolicy(method, compute, explore=True, window=run.online.length), compute
         else:

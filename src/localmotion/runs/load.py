@@ -16,7 +16,7 @@ from localmotion.config import RunConfig
 from localmotion.envs import check_env
 from localmotion.errors import CheckpointError, ConfigError, LocalmotionError
 from localmotion.files import one_line
-from localmotion.methods.base import Method
+from localmotion.methods.base import MOTION, Method
 from localmotion.recipe import Recipe
 from localmotion.runs import checkpoint
 from localmotion.runs.settings import read_config
@@ -41,21 +41,23 @@ def load_run(path: Path, *, device: str = "auto", threads: int = 0, which: Which
     its settings or its recipe do not fit this version.
     """
     run = replace(read_config(path), device=device, threads=threads)
-    if run.stage != "pretrain":
+    cls = methods.get(run.method)
+    acts = run.stage in cls.acts_after
+    if acts:
         _check_env(run, path)
-    if run.stage != "pretrain" and methods.get(run.method).wants_motion and not run.recipe:
+    if acts and cls.wants & MOTION and not run.recipe:
         raise CheckpointError(f"{path / 'config.json'}: has no recipe, so its motion cannot be perceived; restore it")
     found = checkpoint.best(path) if which == "best" else checkpoint.newest(path)
     weights = checkpoint.read(found, "weights")
     action_dim = None
-    if run.stage != "pretrain":
+    if acts:
         # The actor's last layer knows the number of actions: two numbers (mean, deviation) each.
         action_dim = int(checkpoint.read_state(found)["action_dim"])
     size = (run.recipe or Recipe()).size
     _check_model(run, size, action_dim, weights, found)
     with torch.random.fork_rng(devices=[]):  # measuring and building draw numbers
         compute = choose(run, read_environment(path))
-        method = methods.get(run.method)(run.model, image_size=size, action_dim=action_dim)
+        method = cls(run.model, image_size=size, action_dim=action_dim)
     checkpoint.load_weights(method, weights, str(found))
     return run, method.to(compute.device).eval(), compute
 

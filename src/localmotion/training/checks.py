@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from localmotion.config import RunConfig
 from localmotion.errors import ConfigError, LocalmotionError
-from localmotion.methods.base import Method
+from localmotion.methods.base import Method, Source
 
 
 def check_length(method: type[Method], run: RunConfig) -> None:
     """Raise ConfigError for a sequence length that the method's losses cannot take."""
-    part = "pretrain" if run.stage == "pretrain" else "online"
-    length = run.pretrain.length if run.stage == "pretrain" else run.online.length
+    clips = method.stages.get(run.stage) is Source.CLIPS
+    part = "pretrain" if clips else "online"
+    length = run.pretrain.length if clips else run.online.length
     low, high = method.lengths(run.model, run.stage)
     if length < low or (high is not None and length > high):
         least_most = f"at least {low}" if high is None else f"{low} to {high}"

@@ -15,7 +15,7 @@ DUMP = "diverged"
 def dump(path: Path, method: Method, error: DivergedError) -> LocalmotionError:
     """Write RUN/diverged: the batch, the weights, the states of the generators, and every loss and gradient norm. Returns what to raise.
 
-    ``checkpoint.read(RUN / "diverged", "batch")`` and ``method.world_model_losses`` repeat the failure.
+    ``checkpoint.read(RUN / "diverged", "batch")`` and the method's passes repeat the failure.
     """
     state = {"update": error.update, "first": error.first, "terms": {name: repr(value) for name, value in error.terms.items()}}
     tensors = {"batch": error.batch, "weights": method.state_dict(), "rng": checkpoint.rng_state()}

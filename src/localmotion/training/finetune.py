@@ -24,7 +24,7 @@ from localmotion.config import RunConfig
 from localmotion.console import progress, say
 from localmotion.envs import check_env
 from localmotion.errors import ConfigError, EnvError, SimulationError
-from localmotion.methods.base import Method
+from localmotion.methods.base import MOTION, Method
 from localmotion.perception.companding import Companding
 from localmotion.recipe import Recipe
 from localmotion.replay import Replay
@@ -60,7 +60,7 @@ def finetune(run: RunConfig, path: Path) -> Path:
         raise ConfigError("finetune needs --checkpoint; to learn without pre-training use localmotion train")
     if run.load and not run.checkpoint:
         raise ConfigError(f"load={run.load} needs --checkpoint, the pre-trained run to load from")
-    if run.checkpoint and not cls.can_pretrain:
+    if run.checkpoint and "pretrain" not in cls.stages:
         raise ConfigError(f"method {run.method} has no pre-training stage; use localmotion train without --checkpoint")
     check_env(run.env, run.env_options)
     check_length(cls, run)
@@ -71,7 +71,7 @@ def finetune(run: RunConfig, path: Path) -> Path:
 def _finetune(run: RunConfig, path: Path, cls: type[Method]) -> Path:
     perception = streaming_recipe(with_recipe(run, path).recipe or Recipe())
     run = replace(run, recipe=perception)
-    observer = make_observer(run, perception if cls.wants_motion else None, size=perception.size)
+    observer = make_observer(run, perception if bool(cls.wants & MOTION) else None, size=perception.size)
     if run.observed != "pixels":
         run = _shown(run, observer)
     repeat = int(observer.env.describe()["action_repeat"])  # type: ignore[attr-defined]
@@ -306,7 +306,7 @@ class _Learner:
         self.spent["replay"] += time.perf_counter() - began
         began = time.perf_counter()
         self.method.train()
-        metrics = self.updater.online(batch)
+        metrics = self.updater.learn(batch)
         self.spent["update"] += time.perf_counter() - began
         if line := self.compute.look_again():
             self.out.log("threads", **self.counters(), threads=torch.get_num_threads())

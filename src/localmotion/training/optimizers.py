@@ -141,9 +141,14 @@ def _laprop_on_device(
 def _adam(group: Group, settings: OptimConfig, lr: float | Tensor) -> torch.optim.Optimizer:
     # torch takes `capturable` on a GPU only; the counts of the fused kernel lie on the device anyway.
     graphs = torch.is_tensor(lr) and lr.device.type == "cuda"
-    return torch.optim.Adam(
-        group.parameters, lr=lr, eps=settings.eps, weight_decay=settings.weight_decay, fused=True, capturable=graphs
-    )
+    decay = settings.weight_decay if group.weight_decay is None else group.weight_decay
+    return torch.optim.Adam(group.parameters, lr=lr, eps=settings.eps, weight_decay=decay, fused=True, capturable=graphs)
+
+
+def _adamw(group: Group, settings: OptimConfig, lr: float | Tensor) -> torch.optim.Optimizer:
+    graphs = torch.is_tensor(lr) and lr.device.type == "cuda"
+    decay = settings.weight_decay if group.weight_decay is None else group.weight_decay
+    return torch.optim.AdamW(group.parameters, lr=lr, eps=settings.eps, weight_decay=decay, fused=True, capturable=graphs)
 
 
 def _make_laprop(group: Group, settings: OptimConfig, lr: float | Tensor) -> torch.optim.Optimizer:
@@ -152,6 +157,7 @@ def _make_laprop(group: Group, settings: OptimConfig, lr: float | Tensor) -> tor
 
 _OPTIMIZERS: dict[str, Callable[[Group, OptimConfig, float | Tensor], torch.optim.Optimizer]] = {
     "adam": _adam,
+    "adamw": _adamw,
     "laprop": _make_laprop,
 }
 

@@ -16,7 +16,7 @@ from localmotion.config import RunConfig
 from localmotion.console import progress, say
 from localmotion.errors import ConfigError, StoreError
 from localmotion.evaluation.heldout import CONTEXT_FRAMES, open_loop_errors, reconstruction_errors
-from localmotion.methods.base import Method
+from localmotion.methods.base import MOTION, Method
 from localmotion.runs import checkpoint
 from localmotion.runs.rundir import RunDir, claimed, read_environment
 from localmotion.training import graphs
@@ -34,7 +34,7 @@ def pretrain(run: RunConfig, path: Path) -> Path:
     Raises ConfigError, StoreError or CheckpointError with the mend; when a signal asks it to stop, it saves and raises Interrupted.
     """
     cls = methods.get(run.method)
-    if not cls.can_pretrain:
+    if "pretrain" not in cls.stages:
         raise ConfigError(f"method {run.method} has no pre-training stage; use localmotion train")
     check_length(cls, run)
     with claimed(path):
@@ -51,7 +51,7 @@ def _pretrain(run: RunConfig, path: Path, cls: type[Method]) -> Path:
         run.seed,
         split="train",
         heldout_fraction=settings.heldout_fraction,
-        motion=cls.wants_motion,
+        motion=bool(cls.wants & MOTION),
     )
     heldout = _heldout(store, run)
     compute = choose(run, read_environment(path))
@@ -74,7 +74,7 @@ def _pretrain(run: RunConfig, path: Path, cls: type[Method]) -> Path:
                 batch = to_device(next(train), compute)  # batch `update`; the next one is read meanwhile
                 spent["data"] += time.perf_counter() - began
                 began = time.perf_counter()
-                metrics = updater.pretrain(batch)
+                metrics = updater.learn(batch)
                 spent["update"] += time.perf_counter() - began
                 done = update + 1
                 if line := compute.look_again():
@@ -133,7 +133,7 @@ def _heldout(store: ClipStore, run: RunConfig) -> WindowSampler | None:
             split="heldout",
             heldout_fraction=settings.heldout_fraction,
             prefetch=False,
-            motion=methods.get(run.method).wants_motion,
+            motion=bool(methods.get(run.method).wants & MOTION),
         )
     except StoreError as error:
         say(f"no held-out figures: {error}")

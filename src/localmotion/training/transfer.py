@@ -63,9 +63,13 @@ def load_pretrained(method: Method, run: RunConfig) -> Transfer:
     if lacking := [part for part in parts if part not in there]:
         known = ", ".join(part for part in method.transfers if part in there)
         raise CheckpointError(f"{source}: has no {', '.join(lacking)} to load; --load can name {known or 'nothing'}")
-    prefixes = tuple(f"{part}." for part in parts)
-    chosen = {key: value for key, value in weights.items() if key.startswith(prefixes)}
-    own = {key for key in method.state_dict() if key.startswith(prefixes)}
+    places = {part: method.transfers[part] for part in parts}  # name in the checkpoint -> name here
+    chosen = {}
+    for key, value in weights.items():
+        part, _, rest = key.partition(".")
+        if part in places:
+            chosen[f"{places[part]}.{rest}"] = value
+    own = {key for key in method.state_dict() if key.partition(".")[0] in places.values()}
     notes = []
     if foreign:
         for columns in _without_actions(method, chosen):
@@ -76,7 +80,7 @@ def load_pretrained(method: Method, run: RunConfig) -> Transfer:
     elif missing := sorted(own - set(chosen)):
         raise CheckpointError(f"{path}: the checkpoint lacks {_few(missing)}; are method, preset and settings the same?")
     loaded = checkpoint.load_weights(method, chosen, str(path), partial=True)
-    if fresh := [part for part in method.transfers if part not in parts and part in here]:
+    if fresh := [place for part, place in method.transfers.items() if part not in parts and place in here]:
         notes.append(f"not pre-trained: {', '.join(fresh)}")
     return Transfer(str(source), theirs.method, parts, loaded, notes)
 
@@ -84,7 +88,7 @@ def load_pretrained(method: Method, run: RunConfig) -> Transfer:
 def _parts(method: Method, run: RunConfig) -> tuple[str, ...]:
     """Names of the child modules to load. Raises ConfigError for one that the method does not transfer."""
     if not run.load:
-        return method.transfers
+        return tuple(method.transfers)
     parts = tuple(part.strip() for part in run.load.split(","))
     for part in parts:
         if part not in method.transfers:

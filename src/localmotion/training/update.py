@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +13,7 @@ from torch import Tensor
 from localmotion.compute import Compute
 from localmotion.config import RunConfig
 from localmotion.errors import CheckpointError, LocalmotionError
-from localmotion.methods.base import Batch, Group, Method, total
+from localmotion.methods.base import Batch, Counters, Group, Method, Pass, Rates, Source, total
 from localmotion.training import optimizers
 from localmotion.training.compiled import compile_parts
 from localmotion.training.graphs import Replayed
@@ -31,8 +33,24 @@ class DivergedError(LocalmotionError):
         )
 
 
+def rates(run: RunConfig, source: Source, pretrained: bool) -> Rates:
+    """Learning rates of a run's stage; ``pretrained``: a checkpoint was loaded, whose parts learn slowly or are held at first."""
+    if source is Source.CLIPS:
+        return Rates(run.pretrain.lr)
+    online = run.online
+    held = (online.pretrained_lr_factor, online.freeze_updates) if pretrained else (1.0, 0)
+    return Rates(online.lr, online.actor_lr, online.critic_lr, *held, run.load)
+
+
+def _check(passes: Sequence[Pass], groups: Sequence[Group]) -> None:
+    """Raise AssertionError for a group that no pass steps."""
+    stepped = {name for each in passes for name in each.groups}
+    if idle := [group.name for group in groups if group.name not in stepped]:
+        raise AssertionError(f"groups {idle} are in no pass: they would never learn")
+
+
 class Updater:
-    """Applies a method's losses with one optimiser per parameter group.
+    """Runs a method's passes with one optimiser per parameter group; it knows no loss and no group by name.
 
     An update whose loss or gradients are not finite leaves weights and moments as they are and is counted; after `BAD_LIMIT` in a row
     DivergedError is raised. On a GPU that is decided on the device, and looked at only in `check`, at the log clock.
@@ -54,14 +72,21 @@ class Updater:
         graph: Replayed | None = None,
     ) -> None:
         self.method, self.run, self.compute = method, run, compute
-        self.scales = method.loss_scales(run.stage)
-        self.groups = method.groups(run, pretrained)
+        self.source = method.stages[run.stage]
+        self.passes = method.passes(run.stage)
+        self.groups = method.groups(run.stage, rates(run, self.source, pretrained))
+        _check(self.passes, self.groups)
         self.deferred = compute.device.type != "cpu" if deferred is None else deferred
         self.optimisers = {group.name: optimizers.make(group, run.optim, on_device=self.deferred) for group in self.groups}
         self.graph = graph
         if run.compile:
             compile_parts(method)
         self.update = 0
+        self.progress = 0.0
+        """Share of the stage that is over, kept by the training loop for schedules."""
+        self._works: dict[
+            tuple[int, ...], Callable[[Batch], dict[str, Tensor]]
+        ] = {}  # by the passes that are due; a graph records one
         self._bad = torch.zeros((), device=compute.device if self.deferred else None)  # updates in a row that were not finite
         self._skipped = torch.zeros_like(self._bad)
         self._found = torch.zeros_like(self._bad)  # 1 where a part of this update was not finite
@@ -69,21 +94,46 @@ class Updater:
         self._terms: dict[str, Tensor] = {}
         self._batch: Mapping[str, Tensor] = {}
 
-    def _learn(
-        self, names: list[str], terms: Mapping[str, Tensor], roots: list[Tensor], *, own: bool = False
-    ) -> dict[str, Tensor]:
-        """Backward from ``roots`` and `step` of the groups ``names``; nothing if ``roots`` are not finite.
+    def learn(self, batch: Batch) -> dict[str, Tensor]:
+        """One update: the passes that are due, in order, each followed by the steps of its groups.
 
-        ``own``: gradients of these groups only. Those of the world model's weights along an imagined trajectory are never computed.
+        Returns detached losses, metrics and gradient norms; with a graph the next update overwrites them.
         """
-        fine = torch.isfinite(torch.stack([root.detach() for root in roots])).all()
+        due = tuple(index for index, each in enumerate(self.passes) if self.update % each.every == 0)
+        return self._apply(self._works.setdefault(due, partial(self._run, due)), batch)
+
+    def _run(self, due: tuple[int, ...], batch: Batch) -> dict[str, Tensor]:
+        self._found.zero_()
+        self._terms = {}
+        losses: dict[str, Tensor] = {}
+        metrics: dict[str, Tensor] = {}
+        norms: dict[str, Tensor] = {}
+        handed: Any = None
+        for each in (self.passes[index] for index in due):
+            with self.compute.autocast():
+                found, more, handed = each.losses(batch, handed)
+                loss = total(found, each.scales)
+            norms |= self._backward(each.groups, found, loss)
+            losses |= found
+            metrics |= more
+        self._skipped.add_(self._found)
+        self._bad.add_(1).mul_(self._found)
+        return {**{f"loss/{k}": v.detach() for k, v in losses.items()}, **metrics, **norms}
+
+    def _backward(self, names: tuple[str, ...], terms: Mapping[str, Tensor], loss: Tensor) -> dict[str, Tensor]:
+        """Backward from ``loss`` to the groups ``names`` and `step` of them; nothing if it is not finite.
+
+        Gradients of other groups are never computed: those of the world model's weights along an imagined trajectory, say.
+        """
+        fine = torch.isfinite(loss.detach())
         if not self.deferred and not bool(fine):
             return self._skip(terms)
-        parameters = [p for group in self.groups if group.name in names for p in group.parameters]
-        torch.autograd.backward(roots, inputs=parameters if own else None)
+        loss.backward(inputs=[p for group in self.groups if group.name in names for p in group.parameters])
         return self.step(names, terms, fine)
 
-    def step(self, names: list[str], terms: Mapping[str, Tensor] | None = None, fine: Tensor | None = None) -> dict[str, Tensor]:
+    def step(
+        self, names: Sequence[str], terms: Mapping[str, Tensor] | None = None, fine: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Clip the gradients of the groups ``names`` and apply them, if they (and ``fine``) are finite. Returns their norms by group."""
         groups = [group for group in self.groups if group.name in names]
         norms = {f"grad/{group.name}": self._clip(group) for group in groups}
@@ -154,67 +204,25 @@ class Updater:
                 raise LocalmotionError(f"torch.compile cannot compile this method's parts ({cause}); {mend}") from error
             raise
         self._batch = batch
-        self.method.after_update()
         self.update += 1
+        self.method.after_update(Counters(self.run.stage, self.update, self.progress))
         if not self.deferred:
             self.check()
         return found
-
-    def _count(self) -> None:
-        """Take the finished update into the counters."""
-        self._skipped.add_(self._found)
-        self._bad.add_(1).mul_(self._found)
 
     def _share(self, group: Group) -> float:
         """What a group uses of its learning rate at this update: nothing while frozen, a growing part in its warm-up."""
         if self.update < group.freeze_updates:
             return 0.0
-        return self._decay() * (min(1.0, self.update / group.warmup) if group.warmup else 1.0)
+        return self._decay(group.decay) * (min(1.0, self.update / group.warmup) if group.warmup else 1.0)
 
-    def _decay(self) -> float:
+    def _decay(self, shape: str) -> float:
         """What is left of the learning rate at this update: 1, in pre-training falling to 0 over the last `lr_decay` of the updates."""
         settings = self.run.pretrain
-        if self.run.stage != "pretrain" or settings.lr_decay <= 0:
+        if self.source is not Source.CLIPS or settings.lr_decay <= 0:
             return 1.0
-        return min(1.0, (settings.updates - self.update) / (settings.lr_decay * settings.updates))
-
-    def pretrain(self, batch: Batch) -> dict[str, Tensor]:
-        """One pre-training update. Returns detached losses, gradient norms and metrics; with a graph the next update overwrites them."""
-        return self._apply(self._pretrain, batch)
-
-    def _pretrain(self, batch: Batch) -> dict[str, Tensor]:
-        self._found.zero_()
-        self._terms = {}
-        with self.compute.autocast():
-            losses, metrics = self.method.pretrain_losses(batch)
-            loss = total(losses, self.scales)
-        norms = self._learn([group.name for group in self.groups], losses, [loss])
-        self._count()
-        return {**{f"loss/{k}": v.detach() for k, v in losses.items()}, **metrics, **norms}
-
-    def online(self, batch: Batch) -> dict[str, Tensor]:
-        """One online update in Algorithm 2's order: world model, then imagination with the updated model, actor, critic.
-
-        A method with ``joint_update`` is updated by one backward pass of all its losses instead. Returns what `pretrain` does.
-        """
-        return self._apply(self._online, batch)
-
-    def _online(self, batch: Batch) -> dict[str, Tensor]:
-        self._found.zero_()
-        self._terms = {}
-        joint = self.method.joint_update
-        world = [group.name for group in self.groups if joint or group.name not in ("actor", "critic")]
-        with self.compute.autocast():
-            losses, metrics, start = self.method.world_model_losses(batch)
-            loss = total(losses, self.scales)
-        norms = self._learn(world, losses, [loss])
-        if not joint:
-            with self.compute.autocast():
-                behaviour, more = self.method.behaviour_losses(start)
-            norms |= self._learn(["actor", "critic"], behaviour, [behaviour["actor"], behaviour["critic"]], own=True)
-            losses, metrics = {**losses, **behaviour}, {**metrics, **more}
-        self._count()
-        return {**{f"loss/{k}": v.detach() for k, v in losses.items()}, **metrics, **norms}
+        left = min(1.0, (settings.updates - self.update) / (settings.lr_decay * settings.updates))
+        return left if shape == "linear" else 0.5 - 0.5 * math.cos(math.pi * left)
 
     # Saving -----------------------------------------------------------------------------------------------------------------
 
