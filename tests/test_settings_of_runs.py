@@ -12,9 +12,11 @@ from unittest import mock
 import pytest
 import torch
 
-from localmotion.config import OnlineConfig, compose
+from localmotion.config import OnlineConfig, OptimConfig, PretrainConfig, compose
 from localmotion.evaluation import rollout
+from localmotion.replay import Replay
 from localmotion.training import finetune as loop
+from localmotion.training import pretrain as pretraining
 from localmotion.training.update import Updater
 from method_batches import make
 from test_settings_reach import UNCLIPPED, build, changed, difference, doing, stepped
@@ -39,9 +41,11 @@ def test_a_rate_reaches_its_groups_and_no_other(stage: Any, setting: str, value:
     assert difference(doing(run, method), doing(changed(run, setting, value), method)) == set(reached.split())
 
 
-@pytest.mark.parametrize(
-    ("setting", "value"), [("optim.eps", 1e-2), ("optim.clip", 1e-3), ("optim.weight_decay", 0.5), ("online.freeze_updates", 7)]
-)
+STEPS = [("optim.eps", 1e-2), ("optim.clip", 1e-3), ("optim.weight_decay", 0.5), ("online.freeze_updates", 7)]
+DECAY = [("pretrain.lr_decay", 0.9), ("pretrain.updates", 1000)]
+
+
+@pytest.mark.parametrize(("setting", "value"), STEPS)
 def test_a_setting_of_the_optimisers_changes_their_steps(setting: str, value: float) -> None:
     run, _ = make("drp", "finetune", UNCLIPPED, "model.dae.blocks=1", "model.behaviour.horizon=2")
     found = difference(stepped(run), stepped(changed(run, setting, value)))
@@ -57,7 +61,7 @@ def test_a_setting_of_the_optimisers_changes_their_steps(setting: str, value: fl
     assert found >= (frozen if setting == "online.freeze_updates" else learned)
 
 
-@pytest.mark.parametrize(("setting", "value"), [("pretrain.lr_decay", 0.9), ("pretrain.updates", 1000)])
+@pytest.mark.parametrize(("setting", "value"), DECAY)
 def test_the_rate_of_pretraining_falls_as_set(setting: str, value: float) -> None:
     run, _ = make("drp", "pretrain", "pretrain.updates=100", "pretrain.lr_decay=0.5")
     late = stepped(run, at=80)
@@ -96,11 +100,8 @@ LOOP: dict[str, tuple[Any, str]] = {
     "save_every": (32, "saved"),
 }
 """Settings of the loop: another value, and what it changes."""
-ELSEWHERE = {
-    **dict.fromkeys(("lr", "actor_lr", "critic_lr", "pretrained_lr_factor", "freeze_updates"), "RATES above"),
-    "replay_storage": "gives the same batches: test_replay.py",
-    "replay_flow": "precision of stored flow: test_replay.py",
-}
+STORED: dict[str, tuple[str, int]] = {"replay_storage": ("disk", 0), "replay_flow": ("float16", 1)}
+"""Settings of the replay: another value, and what of (storage, bytes of a record) it changes. Batches stay the same: test_replay.py."""
 
 
 def record(path: Path, *settings: str) -> dict[str, Any]:
@@ -169,8 +170,12 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return record(tmp_path_factory.mktemp("plain") / "run")
 
 
-def test_every_setting_of_the_loop_is_looked_at() -> None:
-    assert {item.name for item in dataclasses.fields(OnlineConfig)} == LOOP.keys() | ELSEWHERE.keys()
+def test_every_setting_of_a_run_is_looked_at() -> None:
+    """A new setting needs a row in one of the tables of this file."""
+    looked = {setting for _, setting, _, _ in RATES} | {setting for setting, _ in (*STEPS, *DECAY)}
+    looked |= {f"online.{name}" for name in (*LOOP, *STORED)} | {f"pretrain.{name}" for name in PRETRAINING}
+    parts = {"online": OnlineConfig, "pretrain": PretrainConfig, "optim": OptimConfig}
+    assert looked == {f"{part}.{item.name}" for part, config in parts.items() for item in dataclasses.fields(config)}
 
 
 @pytest.mark.parametrize("setting", LOOP)
@@ -193,3 +198,91 @@ def test_the_loop_keeps_its_clocks(plain: dict[str, Any]) -> None:
 
 def test_a_run_explores_while_it_collects_and_not_while_it_is_judged(plain: dict[str, Any]) -> None:
     assert plain["explores"] == ({True}, {False})
+
+
+class Added(Exception):
+    """Stops a run at its first record."""
+
+
+def stored(path: Path, *settings: str) -> tuple[str, int]:
+    """Where DRP's replay is, and the bytes of one of its records."""
+
+    def add(self: Replay, *_: Any, last: bool) -> None:
+        raise Added(self.storage, self.bytes_per_record)
+
+    run = compose("drp", "train", preset="debug", env="toy:dot", flags={"threads": 1}, settings=(*BASE, *settings))
+    with mock.patch.object(Replay, "add", add), pytest.raises(Added) as found:
+        loop.finetune(run, path)
+    storage, size = found.value.args
+    return storage, size
+
+
+@pytest.mark.parametrize("setting", STORED)
+def test_a_setting_of_the_replay_is_handed_on(tmp_path: Path, setting: str) -> None:
+    value, reached = STORED[setting]
+    before, after = stored(tmp_path / "before"), stored(tmp_path / "after", f"online.{setting}={value}")
+    assert before[reached] != after[reached]
+    assert before[1 - reached] == after[1 - reached]
+    if setting == "replay_storage":
+        assert (before[0], after[0]) == ("memory", "disk")
+
+
+# --- pre-training ---------------------------------------------------------------------------------------------------------
+
+PRETRAINING: dict[str, tuple[Any, set[str]]] = {
+    "updates": (13, {"drawn", "logged", "measured", "saved"}),
+    "batch_size": (3, {"shape", "drawn", "heldout"}),
+    "length": (7, {"shape", "drawn", "heldout"}),
+    "heldout_fraction": (0.7, {"drawn", "heldout"}),
+    "log_every": (5, {"logged"}),
+    "eval_every": (3, {"measured"}),
+    "eval_batches": (1, {"batches"}),
+    "save_every": (7, {"saved"}),
+}
+"""Settings of pre-training's loop: another value, and all that it changes."""
+
+
+def pretrained(store: Path, path: Path, *settings: str) -> dict[str, Any]:
+    """What a pre-training of IPV does whose updates are counted and not computed."""
+    seen: dict[str, Any] = {"shape": set(), "drawn": hashlib.sha256(), "batches": set(), "heldout": set(), "saved": []}
+
+    def update(self: Updater, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        seen["shape"].add(tuple(batch["image"].shape[:2]))
+        seen["drawn"].update(batch["image"].numpy().tobytes())
+        self.update += 1
+        return {}
+
+    def measure(method: Any, sampler: Any, batches: int, *_: Any) -> dict[str, Any]:
+        seen["batches"].add(batches)
+        seen["heldout"].add(hashlib.sha256(sampler.batch(0)["image"].numpy().tobytes()).hexdigest())
+        return {}
+
+    def save(out: Any, method: Any, updater: Updater) -> None:
+        seen["saved"].append(updater.update)
+
+    base = ("updates=12", "batch_size=2", "length=6", "heldout_fraction=0.3", "log_every=4", "eval_every=6", "eval_batches=2")
+    texts = [f"pretrain.{text}" for text in (*base, "save_every=5", *settings)]
+    run = compose("ipv", "pretrain", preset="debug", flags={"threads": 1, "data": str(store)}, settings=texts)
+    with (
+        mock.patch.object(Updater, "pretrain", update),
+        mock.patch.object(pretraining, "measure_heldout", measure),
+        mock.patch.object(pretraining, "_save", save),
+    ):
+        pretraining.pretrain(run, path)
+    rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    return {
+        **seen,
+        "drawn": seen["drawn"].hexdigest(),
+        "logged": [row["update"] for row in rows if row["kind"] == "pretrain"],
+        "measured": [row["update"] for row in rows if row["kind"] == "heldout"],
+    }
+
+
+def test_a_setting_of_pretraining_changes_what_it_is_for_and_nothing_else(store: Path, tmp_path: Path) -> None:
+    plain = pretrained(store, tmp_path / "plain")
+    assert plain["shape"] == {(2, 6)}
+    assert plain["batches"] == {2}
+    assert (plain["logged"], plain["measured"], plain["saved"]) == ([4, 8, 12], [6, 12], [5, 10, 12])
+    for setting, (value, reached) in PRETRAINING.items():
+        found = pretrained(store, tmp_path / setting, f"{setting}={value}")
+        assert {key for key in plain if found[key] != plain[key]} == reached, setting
