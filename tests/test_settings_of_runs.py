@@ -200,7 +200,7 @@ def test_a_run_explores_while_it_collects_and_not_while_it_is_judged(plain: dict
     assert plain["explores"] == ({True}, {False})
 
 
-class Added(Exception):
+class FirstRecordError(Exception):
     """Stops a run at its first record."""
 
 
@@ -208,10 +208,10 @@ def stored(path: Path, *settings: str) -> tuple[str, int]:
     """Where DRP's replay is, and the bytes of one of its records."""
 
     def add(self: Replay, *_: Any, last: bool) -> None:
-        raise Added(self.storage, self.bytes_per_record)
+        raise FirstRecordError(self.storage, self.bytes_per_record)
 
     run = compose("drp", "train", preset="debug", env="toy:dot", flags={"threads": 1}, settings=(*BASE, *settings))
-    with mock.patch.object(Replay, "add", add), pytest.raises(Added) as found:
+    with mock.patch.object(Replay, "add", add), pytest.raises(FirstRecordError) as found:
         loop.finetune(run, path)
     storage, size = found.value.args
     return storage, size
