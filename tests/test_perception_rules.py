@@ -240,6 +240,7 @@ def test_numbers_of_a_clip_are_per_frame_and_of_usable_frames(span: int) -> None
     spans = [min(t + 1, span) for t in range(7)]
     np.testing.assert_allclose(motion.flow[:-1, 4, 4, 0], np.array(spans) / 2)
     assert motion.info["followed"] == 1.0  # the last frame has no next one: it does not count
+    assert not motion.visible[-1].any()
     assert motion.info["camera"] == pytest.approx(np.mean(spans) / 2 / span, rel=0.02)  # all pixels move alike: the camera
 
 
@@ -355,6 +356,8 @@ def test_small_parts_weigh_less_and_slow_ones_nothing() -> None:
     assert weight[50, 40] == 0
     slow = MotionSaliency().weight(np.zeros((1, 64, 64, 3), np.uint8), moving_block((*SLOW, 0.04))[None])
     assert not slow.any()
+    tiny = moving_block((slice(40, 42), slice(10, 12), 1.0))  # less than half a per cent of the picture
+    assert not MotionSaliency().weight(np.zeros((1, 64, 64, 3), np.uint8), tiny[None]).any()
 
 
 def test_the_foreground_is_what_moves_in_most_fields() -> None:
