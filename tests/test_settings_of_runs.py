@@ -14,6 +14,7 @@ import torch
 
 from localmotion.config import OnlineConfig, OptimConfig, PretrainConfig, compose
 from localmotion.evaluation import rollout
+from localmotion.methods.dreamer_v2 import DreamerV2
 from localmotion.replay import Replay
 from localmotion.training import finetune as loop
 from localmotion.training import pretrain as pretraining
@@ -225,6 +226,75 @@ def test_a_setting_of_the_replay_is_handed_on(tmp_path: Path, setting: str) -> N
     assert before[1 - reached] == after[1 - reached]
     if setting == "replay_storage":
         assert (before[0], after[0]) == ("memory", "disk")
+
+
+@dataclasses.dataclass
+class Watched:
+    """What a run did, in order."""
+
+    resets: list[tuple[int, int]] = dataclasses.field(default_factory=list)
+    """Environment, numbered by its first reset, and seed."""
+    actions: list[list[bytes]] = dataclasses.field(default_factory=list)
+    """Of the first environment, by episode."""
+    acted: list[tuple[bool, bool, int]] = dataclasses.field(default_factory=list)
+    """Of each action of the method: whether it explores, whether it is in training mode, torch's seed."""
+    learned: list[bool] = dataclasses.field(default_factory=list)
+    """Of each update: whether the method is in training mode."""
+
+
+def watched(path: Path, *settings: str) -> Watched:
+    """A run of DreamerV2 that plays and is judged, whose updates are counted and not computed."""
+    seen, numbers = Watched(), dict[int, int]()
+    reset, step, act = rollout.Observer.reset, rollout.Observer.step, DreamerV2.act
+
+    def resets(self: Any, seed: int) -> Any:
+        number = numbers.setdefault(id(self), len(numbers))
+        seen.resets.append((number, seed))
+        seen.actions += [] if number else [[]]
+        return reset(self, seed)
+
+    def steps(self: Any, action: Any) -> Any:
+        if numbers[id(self)] == 0:
+            seen.actions[-1].append(action.tobytes())
+        return step(self, action)
+
+    def acts(self: Any, *args: Any, explore: bool, window: int) -> Any:
+        seen.acted.append((explore, self.training, torch.initial_seed()))
+        return act(self, *args, explore=explore, window=window)
+
+    def online(self: Updater, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        seen.learned.append(self.method.training)
+        self.update += 1
+        return {}
+
+    few = ("env_options={time_limit: 8}", "env_steps=64", "prefill=24", "online.eval_every=16", "eval_episodes=2", "seed=3")
+    run = compose("dreamer_v2", "train", preset="debug", env="toy:dot", flags={"threads": 1}, settings=(*BASE, *few, *settings))
+    with (
+        mock.patch.object(Updater, "online", online),
+        mock.patch.object(rollout.Observer, "reset", resets),
+        mock.patch.object(rollout.Observer, "step", steps),
+        mock.patch.object(DreamerV2, "act", acts),
+    ):
+        loop.finetune(run, path)
+    return seen
+
+
+def test_a_run_plays_trains_and_is_judged_apart(tmp_path: Path) -> None:
+    """Seeds, modes and noise: what is judged meets other episodes than what is learned from, and moves nothing of the run."""
+    seen = watched(tmp_path / "run")
+    played = [seed for number, seed in seen.resets if number == 0]
+    judged = [seed for number, seed in seen.resets if number]
+    assert played == [rollout.episode_seed(3, "train", index) for index in range(8)]
+    every = [rollout.episode_seed(3, "eval", index) for index in range(10)]
+    assert judged == [*every[:2], *every[:2], *every[:2], *every]  # after 24, 32 and 48 agent steps; at the end ten
+    assert len({action for episode in seen.actions for action in episode}) == 64  # no action twice, random ones included
+    assert {explore for explore, _, _ in seen.acted} == {True, False}
+    assert not any(training for _, training, _ in seen.acted)
+    assert seen.learned
+    assert all(seen.learned)
+    noise = [seed for explore, _, seed in seen.acted if not explore]
+    assert len(set(noise)) == 4  # one an evaluation
+    assert seen.actions == watched(tmp_path / "more", "eval_episodes=3").actions
 
 
 # --- pre-training ---------------------------------------------------------------------------------------------------------
