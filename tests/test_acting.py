@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from localmotion import methods
-from localmotion.acting.episodes import run_episodes
+from localmotion.acting.episodes import episode_seed, run_episodes
 from localmotion.acting.observer import Observer
 from localmotion.acting.policy import MethodPolicy, random_policy
 from localmotion.compute import PLAIN
 from localmotion.envs import make_env
+from localmotion.envs.base import PixelEnv
 from localmotion.models.actor_critic import ActorCritic
 from localmotion.perception.lk import LKTracks
 from localmotion.runs import checkpoint
@@ -129,3 +130,80 @@ def test_a_film_of_an_agent_with_small_pictures_is_drawn_larger(size: int, filme
     assert frames is not None
     assert frames.shape == (4, filmed, filmed, 3)
     assert len(np.unique(frames)) > 1
+
+
+# --- seeds, time limits, repeated actions -----------------------------------------------------------------------------------
+
+
+def test_no_two_streams_share_an_episodes_seed() -> None:
+    streams = ("train", "eval", "prefill", "collect", "policy")
+    seeds = [episode_seed(seed, stream, episode) for seed in range(3) for stream in streams for episode in range(200)]
+    assert len(set(seeds)) == len(seeds)
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+class Ends(PixelEnv):
+    """Rewards 1, 2, 4, ... of env steps; the task ends with env step ``last``."""
+
+    def __init__(self, last: int, **settings: Any) -> None:
+        super().__init__("test:ends", seed=0, size=16, percept_size=None, action_dim=1, **settings)
+        self.last, self.done = last, 0
+
+    def _begin(self, episode_seed: int) -> None:
+        self.done = 0
+
+    def _control(self, action: Any) -> tuple[float, bool]:
+        self.done += 1
+        return 2.0 ** (self.done - 1), self.done == self.last
+
+    def _draw(self, size: int) -> Any:
+        return np.full((size, size, 3), self.done, np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("last", "rewards", "pictures", "terminal"),
+    [
+        (99, [1 + 2 + 4, 8 + 16 + 32, 64], [3, 6, 7], False),
+        (5, [1 + 2 + 4, 8 + 16], [3, 5], True),
+        (7, [7, 56, 64], [3, 6, 7], True),
+    ],
+)
+def test_a_time_limit_is_no_end_of_the_task_and_repeats_stop_at_either(
+    last: int, rewards: list[float], pictures: list[int], terminal: bool
+) -> None:
+    env = Ends(last, action_repeat=3, time_limit=7)
+    observer = Observer(env, None)
+    records, done = [observer.reset(0)], False
+    while not done:
+        record, done, info = observer.step(np.array([0.5], np.float32))
+        records.append(record)
+    assert [record["reward"] for record in records] == [0, *rewards]
+    assert [int(record["image"][0, 0, 0]) for record in records] == [0, *pictures]
+    assert [record["is_terminal"] for record in records] == [False] * len(rewards) + [terminal]
+    assert [float(record["action"][0]) for record in records] == [0, *[0.5] * len(rewards)]
+    assert info["env_steps"] == pictures[-1] - pictures[-2]
+
+
+def test_a_policy_begins_each_episode_anew_and_moves_on_within_it() -> None:
+    _, method = make("dreamer_v2", "train")
+    seen = []
+
+    def act(obs: Any, carry: Any, **_: Any) -> Any:
+        seen.append((carry, bool(obs["is_first"].all()), bool(obs["is_first"].any())))
+        return torch.zeros(1, 2), f"after {len(seen)}"
+
+    method.act, method.initial_carry = act, lambda batch: f"start of {batch}"
+    record = Observer(make_env("toy:dot", size=64), None).reset(0)
+    policy = MethodPolicy(method, PLAIN, explore=True, window=9)
+    for first in (True, False, False, True, False):
+        policy([record], first)
+    start = ("start of 1", True, True)
+    assert seen == [start, ("after 1", False, False), ("after 2", False, False), start, ("after 4", False, False)]
+
+
+def test_random_actions_differ_from_step_to_step_and_by_seed() -> None:
+    policy, again, other = (random_policy(3, seed) for seed in (1, 1, 2))
+    one, two = policy([{}, {}], True), policy([{}, {}], False)
+    assert len(np.unique(np.concatenate([one, two, other([{}, {}], True)]))) == 18
+    np.testing.assert_array_equal(again([{}, {}], True), one)
+    assert np.abs(np.concatenate([policy([{}] * 50, False)])).max() <= 1

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from localmotion.perception import Recipe, clips, points
+from localmotion.errors import LocalmotionError
+from localmotion.perception import Recipe, clips, points, saliency
 from localmotion.perception.clips import ClipExtractor
 from localmotion.perception.lk import LKTracks
-from localmotion.perception.points import Slots, texture_weight
-from localmotion.perception.stream import StreamingExtractor
+from localmotion.perception.points import CutDetector, Slots, texture_weight
+from localmotion.perception.saliency import MotionSaliency, residual_flow
+from localmotion.perception.stream import Magnitudes, StreamingExtractor
 from perception_scenes import texture
 
 SIDE, COUNT = 32, 12
@@ -65,8 +67,8 @@ def test_slots_are_kept_lost_and_drawn_again_by_the_rules(drawn: Any) -> None:
     identity, age, mean, variance = list(range(COUNT)), [0] * COUNT, [np.array(p, float) for p in place], [0.0] * COUNT
     issued, flows, redrawn, idled = COUNT, [], 0, 0
     for t in range(1, 41):
-        # Half of the points stand nearly still. Some are lost; at times one was hidden before and is found.
-        speed = np.where(np.arange(COUNT) % 2 == 0, 0.05, 1.5)[:, None]
+        # Half of the points stand nearly still, a quarter moves a little. Some are lost; at times one was hidden before and is found.
+        speed = np.array([0.05, 1.5, 0.05, 0.5])[np.arange(COUNT) % 4, None]
         told.moved = (np.array(place) + speed * rng.normal(size=(COUNT, 2))).clip(1, SIDE - 2).astype(np.float32)
         told.found = rng.random(COUNT) > (0.06 if t % 3 else 0.3)
         told.map = (rng.random((SIDE, SIDE)) * (rng.random((SIDE, SIDE)) < 0.6) * (t % 5 != 0)).astype(np.float32)
@@ -110,10 +112,15 @@ def test_slots_are_kept_lost_and_drawn_again_by_the_rules(drawn: Any) -> None:
                 issued += 1
         redrawn, idled = redrawn + len(lost), idled + len(idle)
         np.testing.assert_array_equal(slots.points, np.array(place, np.float32))
+        np.testing.assert_allclose(slots.variance, variance, rtol=1e-4, atol=1e-6)
         assert slots.track_id.tolist() == identity
         assert slots.visible.all()
     assert redrawn > 20
     assert idled > 8
+    slots.reset(frames[0], grey[0])
+    told.found[:] = False
+    slots.step(frames[0], frames[1], grey[0], grey[1], flow)
+    assert len(told.asked[-1][1]) == 1  # fields of before a reset are forgotten
 
 
 # --- clips ------------------------------------------------------------------------------------------------------------------
@@ -233,6 +240,7 @@ def test_numbers_of_a_clip_are_per_frame_and_of_usable_frames(span: int) -> None
     spans = [min(t + 1, span) for t in range(7)]
     np.testing.assert_allclose(motion.flow[:-1, 4, 4, 0], np.array(spans) / 2)
     assert motion.info["followed"] == 1.0  # the last frame has no next one: it does not count
+    assert not motion.visible[-1].any()
     assert motion.info["camera"] == pytest.approx(np.mean(spans) / 2 / span, rel=0.02)  # all pixels move alike: the camera
 
 
@@ -263,6 +271,122 @@ def test_a_point_outside_is_not_found_though_nothing_moves(point: tuple[float, f
     np.testing.assert_array_equal(moved[0], np.array(point, np.float32))
 
 
+@pytest.mark.parametrize("side", [64, 200])
+def test_a_tracked_point_is_found_by_the_rules(side: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ends lie in the picture, wider than high here, and tracking back ends within 0.01 side + 0.3 pixels, x and y together."""
+    wide, near = 2 * side, 0.01 * side + 0.3
+    rows = [  # start, where it went, how far off tracking back ends, found there and back; whether it is found
+        ((5, 5), (9, 7), (0, 0), (1, 1), True),
+        ((5, 5), (9, 7), (0.99 * near, 0), (1, 1), True),
+        ((5, 5), (9, 7), (0, 1.01 * near), (1, 1), False),
+        ((5, 5), (9, 7), (0.8 * near, 0.8 * near), (1, 1), False),
+        ((5, 5), (9, 7), (0, 0), (0, 1), False),
+        ((5, 5), (9, 7), (0, 0), (1, 0), False),
+        ((side + 9, 5), (side + 7, 9), (0, 0), (1, 1), True),
+        ((5, side + 9), (5, side + 7), (0, 0), (1, 1), False),
+        ((wide - 0.6, side - 0.6), (wide - 0.6, side - 0.6), (0, 0), (1, 1), True),
+        ((-0.4, -0.4), (-0.4, -0.4), (0, 0), (1, 1), True),
+        *(((5, 5), end, (0, 0), (1, 1), False) for end in ((wide - 0.4, 5), (5, side - 0.4), (-0.6, 5), (5, -0.6))),
+        *((begin, (5, 5), (0, 0), (1, 1), False) for begin in ((wide - 0.4, 5), (5, side - 0.4), (-0.6, 5), (5, -0.6))),
+    ]
+    start, moved, off, both, found = (np.array(column, np.float32) for column in zip(*rows, strict=True))
+    answers = [(moved, both[:, 0]), (start + off, both[:, 1])]
+
+    def follow(first: Any, second: Any, points: Any, *_: Any, **__: Any) -> tuple[Any, Any, None]:
+        np.testing.assert_array_equal(points[:, 0], start if len(answers) == 2 else moved)
+        ends, status = answers.pop(0)
+        return ends[:, None].copy(), status[:, None].astype(np.uint8), None
+
+    monkeypatch.setattr("localmotion.perception.lk.cv2.calcOpticalFlowPyrLK", follow)
+    frame = np.zeros((side, wide), np.uint8)
+    points, seen = LKTracks().step(frame, frame, start)
+    assert seen.tolist() == found.astype(bool).tolist()
+    np.testing.assert_array_equal(points, np.where(seen[:, None], moved, start))
+
+
+# --- cuts -------------------------------------------------------------------------------------------------------------------
+
+
+def flat(level: float) -> NDArray[np.uint8]:
+    return np.full((SIDE, SIDE), level, np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("levels", "cuts"),
+    [
+        ([0, 26], [1]),  # 25 out of nothing
+        ([0, 24], []),
+        ([0, 10, 37], []),  # less than three times as much as before
+        ([0, 10, 42], [2]),
+        ([0, 20, 66], [2]),  # 45, whatever came before
+        ([0, 20, 64], []),
+        ([0, 50, 50, 76], [1, 3]),
+        ([0, 90, 116], [1, 2]),  # what follows a cut is not held against it
+    ],
+)
+def test_cuts_are_told_by_the_change_and_the_change_before(levels: list[int], cuts: list[int]) -> None:
+    detector = CutDetector()
+    assert [t for t, level in enumerate(levels) if detector.step(flat(level))] == cuts
+
+
+def test_the_first_frame_of_an_episode_is_no_cut_and_no_change() -> None:
+    detector = CutDetector()
+    found = [detector.step(flat(level), first=first) for level, first in ((0, True), (90, True), (70, True), (96, False))]
+    assert found == [False, False, False, True]
+
+
+# --- foreground -------------------------------------------------------------------------------------------------------------
+
+
+def moving_block(*blocks: tuple[slice, slice, float], side: int = 64) -> NDArray[np.float32]:
+    flow = np.zeros((side, side, 2), np.float32)
+    for rows, columns, speed in blocks:
+        flow[rows, columns, 0] = speed
+    return flow
+
+
+BLOCK, SPOT, SLOW = (slice(5, 20), slice(5, 20)), (slice(40, 44), slice(10, 14)), (slice(40, 60), slice(30, 50))
+
+
+def test_small_parts_weigh_less_and_slow_ones_nothing() -> None:
+    flow = moving_block((*BLOCK, 2.0), (*SPOT, 2.0), (*SLOW, 0.04))
+    weight = MotionSaliency().weight(np.zeros((1, 64, 64, 3), np.uint8), flow[None])
+    assert weight[12, 12] == 1
+    assert 0.05 < weight[42, 12] < 0.11
+    assert weight[50, 40] == 0
+    slow = MotionSaliency().weight(np.zeros((1, 64, 64, 3), np.uint8), moving_block((*SLOW, 0.04))[None])
+    assert not slow.any()
+    tiny = moving_block((slice(40, 42), slice(10, 12), 1.0))  # less than half a per cent of the picture
+    assert not MotionSaliency().weight(np.zeros((1, 64, 64, 3), np.uint8), tiny[None]).any()
+
+
+def test_the_foreground_is_what_moves_in_most_fields() -> None:
+    one, both = moving_block((*BLOCK, 2.0)), moving_block((*BLOCK, 3.0), (*SLOW, 9.0))
+    weight = MotionSaliency().weight(np.zeros((1, 64, 64, 3), np.uint8), [one, both, one])
+    assert weight[12, 12] == 1
+    assert weight[50, 40] == 0
+
+
+@pytest.mark.parametrize("changed", [1, 2, 3])
+def test_a_change_against_any_other_frame_counts(changed: int) -> None:
+    frames = np.zeros((4, 64, 64, 3), np.uint8)
+    frames[changed, 5:20, 5:20] = 90
+    weight = MotionSaliency().weight(frames, [moving_block((*BLOCK, 2.0))])
+    assert weight[12, 12] == 1
+
+
+def test_noise_is_no_camera_and_an_impossible_camera_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    still = np.full((64, 64, 2), 0.04, np.float32)
+    left, camera = residual_flow(still)
+    np.testing.assert_array_equal(left, still)
+    assert not camera.any()
+    for matrix in (np.array([[1.0, 0, 999], [0, 1, 0], [0, 0, 1]]), np.diag([-9.0, 1, 1]), None):
+        monkeypatch.setattr(saliency.cv2, "findHomography", lambda *_, found=matrix, **__: (found, None))
+        left, camera = residual_flow(still + 1)
+        np.testing.assert_array_equal(left, still + 1)
+        assert not camera.any()
+
+
 # --- streams ----------------------------------------------------------------------------------------------------------------
 
 
@@ -287,3 +411,80 @@ def test_a_saved_stream_goes_on_with_all_it_knows() -> None:
         others.append(StreamingExtractor(recipe, 99))
         others[-1].load_state_dict(one.state_dict())
     assert drawn > 12
+
+
+def stream_of(script: Any, **settings: Any) -> StreamingExtractor:
+    stream = StreamingExtractor(Recipe(**{"size": 16, "percept_size": SIDE, "tracks": 4} | settings), 1)
+    stream.flow_backend = stream.slots.segment = stream.slots.tracker = script
+    return stream
+
+
+def test_a_stream_asks_for_flow_over_its_span_and_follows_from_the_frame_before() -> None:
+    class Asked(Script):
+        def step(self, previous: Any, current: Any, points: NDArray[np.float32]) -> tuple[Any, Any]:
+            self.steps = [*getattr(self, "steps", []), (int(previous[0, 0, 0]), int(current[0, 0, 0]))]
+            return super().step(previous, current, points)
+
+    script = Asked()
+    stream, frames = stream_of(script, flow_span=3), numbered(9, 6)
+    first = stream.reset(frames[0])
+    assert not first.visible.any()
+    assert not first.flow.any()
+    np.testing.assert_array_equal(first.tracks, (stream.slots.points + 0.5) / 2 - 0.5)
+    steps = [stream.step(frame) for frame in frames[1:]]
+    assert script.flows == [(0, 1), (0, 2), (0, 3), (1, 4), (2, 5), (6, 7), (6, 8)]
+    assert script.steps == [(t - 1, t) for t in (1, 2, 3, 4, 5, 7, 8)]
+    assert [float(step.flow[8, 8, 0]) for step in steps] == [0.5, 1, 1.5, 1.5, 1.5, 0, 0.5, 1]  # zero across the cut
+    assert [bool(step.visible.any()) for step in steps] == [True] * 5 + [False] + [True] * 2
+    script.flows.clear()
+    stream.reset(frames[0])
+    stream.step(frames[1])
+    assert script.flows == [(0, 1)]
+
+
+@pytest.mark.parametrize(("step", "cut"), [(28, False), (60, True)])
+def test_a_restored_stream_knows_the_change_before(step: int, cut: bool) -> None:
+    """28 grey levels after 20 are no cut; out of nothing they were one. 60 are one in any case."""
+    frames = [np.full((SIDE, SIDE, 3), level, np.uint8) for level in (0, 20, 20 + step)]
+    one = stream_of(Script(), tracks=4)
+    one.reset(frames[0])
+    one.step(frames[1])
+    other = stream_of(Script(), tracks=4)
+    other.load_state_dict(one.state_dict())
+    for stream in (one, other):
+        before = stream.slots.track_id.copy()
+        assert bool((stream.step(frames[2]).visible == 0).all()) == cut
+        assert bool((stream.slots.track_id != before).all()) == cut
+
+
+def test_a_new_episode_is_not_held_against_the_one_before() -> None:
+    frames = [np.full((SIDE, SIDE, 3), level, np.uint8) for level in (0, 20, 46)]
+    stream = stream_of(Script(), tracks=4)
+    stream.reset(frames[0])
+    stream.reset(frames[1])
+    before = stream.slots.track_id.copy()
+    stream.step(frames[2])
+    assert (stream.slots.track_id != before).all()  # 26 out of nothing: a cut
+
+
+def test_the_seed_draws_the_points_and_another_recipe_is_refused() -> None:
+    one, other = (StreamingExtractor(RECIPE, seed) for seed in (1, 2))
+    frame = texture(3, SIDE)
+    assert (one.reset(frame).tracks != other.reset(frame).tracks).any(1).all()
+    np.testing.assert_array_equal(StreamingExtractor(RECIPE, 1).reset(frame).tracks, shrunk(one))
+    with pytest.raises(LocalmotionError, match="perception state is of recipe"):
+        stream_of(Script()).load_state_dict(one.state_dict())
+
+
+def shrunk(stream: StreamingExtractor) -> NDArray[np.float32]:
+    small: NDArray[np.float32] = (stream.slots.points + 0.5) / 2 - 0.5
+    return small
+
+
+@pytest.mark.parametrize(("key", "value"), [("p99", 90.0), ("mean", 9.0)])
+def test_a_mismatch_is_told_of_the_mean_and_of_the_tail(key: str, value: float) -> None:
+    seen = Magnitudes()
+    seen.add(np.ones((64, 64, 2), np.float32))
+    assert not seen.mismatch(seen.quantiles())
+    assert seen.mismatch(seen.quantiles() | {key: value}).startswith("flow here is")
+    assert seen.mismatch(seen.quantiles() | {key: 0.01}).startswith("flow here is")

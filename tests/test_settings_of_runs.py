@@ -12,11 +12,14 @@ from unittest import mock
 import pytest
 import torch
 
-from localmotion.acting.episodes import Rollout
+from localmotion.acting.episodes import Rollout, episode_seed
 from localmotion.acting.policy import MethodPolicy
-from localmotion.config import OnlineConfig
+from localmotion.config import OnlineConfig, OptimConfig, PretrainConfig
+from localmotion.methods.dreamer_v2 import DreamerV2
+from localmotion.replay import Replay
 from localmotion.runs.settings import compose
 from localmotion.training import finetune as loop
+from localmotion.training import pretrain as pretraining
 from localmotion.training.update import Updater
 from method_batches import make
 from test_settings_reach import UNCLIPPED, build, changed, difference, doing, stepped
@@ -41,9 +44,11 @@ def test_a_rate_reaches_its_groups_and_no_other(stage: Any, setting: str, value:
     assert difference(doing(run, method), doing(changed(run, setting, value), method)) == set(reached.split())
 
 
-@pytest.mark.parametrize(
-    ("setting", "value"), [("optim.eps", 1e-2), ("optim.clip", 1e-3), ("optim.weight_decay", 0.5), ("online.freeze_updates", 7)]
-)
+STEPS = [("optim.eps", 1e-2), ("optim.clip", 1e-3), ("optim.weight_decay", 0.5), ("online.freeze_updates", 7)]
+DECAY = [("pretrain.lr_decay", 0.9), ("pretrain.updates", 1000)]
+
+
+@pytest.mark.parametrize(("setting", "value"), STEPS)
 def test_a_setting_of_the_optimisers_changes_their_steps(setting: str, value: float) -> None:
     run, _ = make("drp", "finetune", UNCLIPPED, "model.dae.blocks=1", "model.behaviour.horizon=2")
     found = difference(stepped(run), stepped(changed(run, setting, value)))
@@ -59,7 +64,7 @@ def test_a_setting_of_the_optimisers_changes_their_steps(setting: str, value: fl
     assert found >= (frozen if setting == "online.freeze_updates" else learned)
 
 
-@pytest.mark.parametrize(("setting", "value"), [("pretrain.lr_decay", 0.9), ("pretrain.updates", 1000)])
+@pytest.mark.parametrize(("setting", "value"), DECAY)
 def test_the_rate_of_pretraining_falls_as_set(setting: str, value: float) -> None:
     run, _ = make("drp", "pretrain", "pretrain.updates=100", "pretrain.lr_decay=0.5")
     late = stepped(run, at=80)
@@ -98,11 +103,8 @@ LOOP: dict[str, tuple[Any, str]] = {
     "save_every": (32, "saved"),
 }
 """Settings of the loop: another value, and what it changes."""
-ELSEWHERE = {
-    **dict.fromkeys(("lr", "actor_lr", "critic_lr", "pretrained_lr_factor", "freeze_updates"), "RATES above"),
-    "replay_storage": "gives the same batches: test_replay.py",
-    "replay_flow": "precision of stored flow: test_replay.py",
-}
+STORED: dict[str, tuple[str, int]] = {"replay_storage": ("disk", 0), "replay_flow": ("float16", 1)}
+"""Settings of the replay: another value, and what of (storage, bytes of a record) it changes. Batches stay the same: test_replay.py."""
 
 
 def record(path: Path, *settings: str) -> dict[str, Any]:
@@ -171,8 +173,12 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return record(tmp_path_factory.mktemp("plain") / "run")
 
 
-def test_every_setting_of_the_loop_is_looked_at() -> None:
-    assert {item.name for item in dataclasses.fields(OnlineConfig)} == LOOP.keys() | ELSEWHERE.keys()
+def test_every_setting_of_a_run_is_looked_at() -> None:
+    """A new setting needs a row in one of the tables of this file."""
+    looked = {setting for _, setting, _, _ in RATES} | {setting for setting, _ in (*STEPS, *DECAY)}
+    looked |= {f"online.{name}" for name in (*LOOP, *STORED)} | {f"pretrain.{name}" for name in PRETRAINING}
+    parts = {"online": OnlineConfig, "pretrain": PretrainConfig, "optim": OptimConfig}
+    assert looked == {f"{part}.{item.name}" for part, config in parts.items() for item in dataclasses.fields(config)}
 
 
 @pytest.mark.parametrize("setting", LOOP)
@@ -195,3 +201,160 @@ def test_the_loop_keeps_its_clocks(plain: dict[str, Any]) -> None:
 
 def test_a_run_explores_while_it_collects_and_not_while_it_is_judged(plain: dict[str, Any]) -> None:
     assert plain["explores"] == ({True}, {False})
+
+
+class FirstRecordError(Exception):
+    """Stops a run at its first record."""
+
+
+def stored(path: Path, *settings: str) -> tuple[str, int]:
+    """Where DRP's replay is, and the bytes of one of its records."""
+
+    def add(self: Replay, *_: Any, last: bool) -> None:
+        raise FirstRecordError(self.storage, self.bytes_per_record)
+
+    run = compose("drp", "train", preset="debug", env="toy:dot", flags={"threads": 1}, settings=(*BASE, *settings))
+    with mock.patch.object(Replay, "add", add), pytest.raises(FirstRecordError) as found:
+        loop.finetune(run, path)
+    storage, size = found.value.args
+    return storage, size
+
+
+@pytest.mark.parametrize("setting", STORED)
+def test_a_setting_of_the_replay_is_handed_on(tmp_path: Path, setting: str) -> None:
+    value, reached = STORED[setting]
+    before, after = stored(tmp_path / "before"), stored(tmp_path / "after", f"online.{setting}={value}")
+    assert before[reached] != after[reached]
+    assert before[1 - reached] == after[1 - reached]
+    if setting == "replay_storage":
+        assert (before[0], after[0]) == ("memory", "disk")
+
+
+@dataclasses.dataclass
+class Watched:
+    """What a run did, in order."""
+
+    resets: list[tuple[int, int]] = dataclasses.field(default_factory=list)
+    """Environment, numbered by its first reset, and seed."""
+    actions: list[list[bytes]] = dataclasses.field(default_factory=list)
+    """Of the first environment, by episode."""
+    acted: list[tuple[bool, bool, int]] = dataclasses.field(default_factory=list)
+    """Of each action of the method: whether it explores, whether it is in training mode, torch's seed."""
+    learned: list[bool] = dataclasses.field(default_factory=list)
+    """Of each update: whether the method is in training mode."""
+
+
+def watched(path: Path, *settings: str) -> Watched:
+    """A run of DreamerV2 that plays and is judged, whose updates are counted and not computed."""
+    seen, numbers = Watched(), dict[int, int]()
+    reset, step, act = Observer.reset, Observer.step, DreamerV2.act
+
+    def resets(self: Any, seed: int) -> Any:
+        number = numbers.setdefault(id(self), len(numbers))
+        seen.resets.append((number, seed))
+        seen.actions += [] if number else [[]]
+        return reset(self, seed)
+
+    def steps(self: Any, action: Any) -> Any:
+        if numbers[id(self)] == 0:
+            seen.actions[-1].append(action.tobytes())
+        return step(self, action)
+
+    def acts(self: Any, *args: Any, explore: bool, window: int) -> Any:
+        seen.acted.append((explore, self.training, torch.initial_seed()))
+        return act(self, *args, explore=explore, window=window)
+
+    def online(self: Updater, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        seen.learned.append(self.method.training)
+        self.update += 1
+        return {}
+
+    few = ("env_options={time_limit: 8}", "env_steps=64", "prefill=24", "online.eval_every=16", "eval_episodes=2", "seed=3")
+    run = compose("dreamer_v2", "train", preset="debug", env="toy:dot", flags={"threads": 1}, settings=(*BASE, *few, *settings))
+    with (
+        mock.patch.object(Updater, "learn", online),
+        mock.patch.object(Observer, "reset", resets),
+        mock.patch.object(Observer, "step", steps),
+        mock.patch.object(DreamerV2, "act", acts),
+    ):
+        loop.finetune(run, path)
+    return seen
+
+
+def test_a_run_plays_trains_and_is_judged_apart(tmp_path: Path) -> None:
+    """Seeds, modes and noise: what is judged meets other episodes than what is learned from, and moves nothing of the run."""
+    seen = watched(tmp_path / "run")
+    played = [seed for number, seed in seen.resets if number == 0]
+    judged = [seed for number, seed in seen.resets if number]
+    assert played == [episode_seed(3, "train", index) for index in range(8)]
+    every = [episode_seed(3, "eval", index) for index in range(10)]
+    assert judged == [*every[:2], *every[:2], *every[:2], *every]  # after 24, 32 and 48 agent steps; at the end ten
+    assert len({action for episode in seen.actions for action in episode}) == 64  # no action twice, random ones included
+    assert {explore for explore, _, _ in seen.acted} == {True, False}
+    assert not any(training for _, training, _ in seen.acted)
+    assert seen.learned
+    assert all(seen.learned)
+    noise = [seed for explore, _, seed in seen.acted if not explore]
+    assert len(set(noise)) == 4  # one an evaluation
+    assert seen.actions == watched(tmp_path / "more", "eval_episodes=3").actions
+
+
+# --- pre-training ---------------------------------------------------------------------------------------------------------
+
+PRETRAINING: dict[str, tuple[Any, set[str]]] = {
+    "updates": (13, {"drawn", "logged", "measured", "saved"}),
+    "batch_size": (3, {"shape", "drawn", "heldout"}),
+    "length": (7, {"shape", "drawn", "heldout"}),
+    "heldout_fraction": (0.7, {"drawn", "heldout"}),
+    "log_every": (5, {"logged"}),
+    "eval_every": (3, {"measured"}),
+    "eval_batches": (1, {"batches"}),
+    "save_every": (7, {"saved"}),
+}
+"""Settings of pre-training's loop: another value, and all that it changes."""
+
+
+def pretrained(store: Path, path: Path, *settings: str) -> dict[str, Any]:
+    """What a pre-training of IPV does whose updates are counted and not computed."""
+    seen: dict[str, Any] = {"shape": set(), "drawn": hashlib.sha256(), "batches": set(), "heldout": set(), "saved": []}
+
+    def update(self: Updater, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        seen["shape"].add(tuple(batch["image"].shape[:2]))
+        seen["drawn"].update(batch["image"].numpy().tobytes())
+        self.update += 1
+        return {}
+
+    def measure(method: Any, sampler: Any, batches: int, *_: Any) -> dict[str, Any]:
+        seen["batches"].add(batches)
+        seen["heldout"].add(hashlib.sha256(sampler.batch(0)["image"].numpy().tobytes()).hexdigest())
+        return {}
+
+    def save(out: Any, method: Any, updater: Updater) -> None:
+        seen["saved"].append(updater.update)
+
+    base = ("updates=12", "batch_size=2", "length=6", "heldout_fraction=0.3", "log_every=4", "eval_every=6", "eval_batches=2")
+    texts = [f"pretrain.{text}" for text in (*base, "save_every=5", *settings)]
+    run = compose("ipv", "pretrain", preset="debug", flags={"threads": 1, "data": str(store)}, settings=texts)
+    with (
+        mock.patch.object(Updater, "learn", update),
+        mock.patch.object(pretraining, "measure_heldout", measure),
+        mock.patch.object(pretraining, "_save", save),
+    ):
+        pretraining.pretrain(run, path)
+    rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    return {
+        **seen,
+        "drawn": seen["drawn"].hexdigest(),
+        "logged": [row["update"] for row in rows if row["kind"] == "pretrain"],
+        "measured": [row["update"] for row in rows if row["kind"] == "heldout"],
+    }
+
+
+def test_a_setting_of_pretraining_changes_what_it_is_for_and_nothing_else(store: Path, tmp_path: Path) -> None:
+    plain = pretrained(store, tmp_path / "plain")
+    assert plain["shape"] == {(2, 6)}
+    assert plain["batches"] == {2}
+    assert (plain["logged"], plain["measured"], plain["saved"]) == ([4, 8, 12], [6, 12], [5, 10, 12])
+    for setting, (value, reached) in PRETRAINING.items():
+        found = pretrained(store, tmp_path / setting, f"{setting}={value}")
+        assert {key for key in plain if found[key] != plain[key]} == reached, setting

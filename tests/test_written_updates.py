@@ -29,6 +29,8 @@ WORLD = {
 }
 PAPER = {**PLAIN, "context_side": 4, "image_weight": 0.3, "reward_weight": 0.6, "kl_balance": 0.7}
 """The paper's residual networks: convolutions on pixels, batch normalisation, no copying."""
+CNN = {**WORLD, "depth": 1, "encoder": "cnn"}
+"""DreamerV2's plain networks, which take 64 pixels and no context."""
 BEHAVIOUR = {"horizon": 3, "discount": 0.9, "lambda_": 0.8, "entropy": 0.3, "slow_critic_every": 2}
 DAE = {"patch": 4, "keypoints": 3, "dim": 8, "heads": 2, "blocks": 1, "flow_clip": 1.5, "flow_scale": 0.7, "mask_ratio": 0.4}
 SHARES = {"beta_s": 0.7, "beta_r": 0.4, "intrinsic_weight": 0.6}
@@ -90,10 +92,14 @@ CASES = [
     case(IPV, "finetune", "pictures-loaded", load="image"),
     case(IPV, "finetune", "dynamics-loaded", load="latent"),
     case(IPV, "finetune", "nothing-loaded", pretrained=False),
+    case(IPV, "pretrain", "cnn", world=CNN, side=64),
+    case(IPV, "finetune", "cnn", world=CNN, side=64),
     case(DRP, "pretrain", world={**WORLD, "context_dropout": 0.2}, clip=1.0),
     case(DRP, "pretrain", "apart", joint_gradient=False, recompose_weight=0.35),
     case(DRP, "pretrain", "global", motion_encoder="global", side=32),
+    case(DRP, "pretrain", "cnn-placed-mats", world=CNN, side=64, dae={**DAE, "mats": 4, "mats_placed": True, "agg_dim": 6}),
     case(DRP, "finetune", updates=2),
+    case(DRP, "finetune", "cnn-mats", world=CNN, side=64, dae={**DAE, "mats": 2}),
     case(DRP, "finetune", "dmc", embed_input=True, free_nats=50.0, adapter="mlp"),
     case(DRP, "finetune", "erasing-recompose", context_erasing=True, recompose_weight=0.35, clip=1.0),
     case(DRP, "finetune", "own-weight-of-z", beta_z_finetune=0.25),

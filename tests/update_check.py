@@ -131,7 +131,8 @@ def make_batch(
 ) -> dict[str, Tensor]:
     """All keys of a batch. A second episode begins within the last sequence, and the first one ends at its last position.
 
-    Where an episode begins there are actions too: they are of another episode, and an update must not read them.
+    Where an episode begins there are actions too: they are of another episode, and an update must not read them. Two slots are given
+    a new point within an episode: their track changes.
     """
     state = np.random.RandomState(7)
     is_first = torch.zeros(batch, time, dtype=torch.bool)
@@ -139,6 +140,9 @@ def make_batch(
     is_terminal = torch.zeros(batch, time, dtype=torch.bool)
     is_terminal[0, -1] = True
     visible = torch.from_numpy(state.random_sample((batch, time, tracks)) < 0.8) & ~is_first.unsqueeze(-1)
+    track_id = torch.arange(tracks, dtype=torch.int32).expand(batch, time, tracks).clone()
+    track_id[:, time // 2 + 1 :, 0] = tracks  # within an episode a slot is given a new point
+    track_id[0, 2:, 1] = tracks + 1
     return {
         "image": torch.from_numpy(state.randint(0, 256, (batch, time, side, side, 3)).astype(np.uint8)),
         "action": torch.from_numpy(state.uniform(-1.5, 1.5, (batch, time, actions))),
@@ -149,7 +153,7 @@ def make_batch(
         "flow": torch.from_numpy(state.standard_normal((batch, time, side, side, 2))).half(),
         "tracks": torch.from_numpy(state.uniform(0, side - 1, (batch, time, tracks, 2))),
         "visible": visible,
-        "track_id": torch.arange(tracks, dtype=torch.int32).expand(batch, time, tracks).clone(),
+        "track_id": track_id,
     }
 
 

@@ -36,7 +36,7 @@ def observe(
     """Embeddings (B,T,E), the context, which is a frame of each sequence, and the pictures as the network sees them."""
     image = batch["image"]
     embed, truth = images.encode(state, w, image, world)
-    if not world.context:
+    if not world.context or world.encoder == "cnn":  # DreamerV2's plain networks have no context
         return embed, None, truth
     frame = [int(position) for position in noise.integers(image.shape[1], (len(image),))]
     pictures = [image[b, position] for b, position in enumerate(frame)]
@@ -53,6 +53,8 @@ def losses(
     state: Any, w: Weights, feats: Sequence[Tensor], context: Context | None, truth: Tensor, world: Any, noise: Any
 ) -> list[Tensor]:
     """Of each feature (B,T,F): half the squared error, summed over a picture, mean over pictures. One call decodes them all."""
+    if world.encoder == "cnn":
+        return [images.image_loss(images.decode(state, w, feat, world), truth) for feat in feats]
     copies, given = context is not None and world.context_copy, []
     for feat in feats:
         for b, row in enumerate(feat):

@@ -4,7 +4,7 @@ Batches follow the house time convention (docs/decisions/0001), legend B sequenc
 
     image (B,T,S,S,3) uint8      is_first (B,T) bool         vector (B,T,V) float32           (where the run observes vectors)
     action (B,T,A) float32       reward (B,T) float32       is_terminal (B,T) bool            (online only)
-    flow (B,T,S,S,2) float16     tracks (B,T,N,2) float32   visible (B,T,N) bool   track_id (B,T,N) int32   (wants_motion only)
+    flow (B,T,S,S,2) float16     tracks (B,T,N,2) float32   visible (B,T,N) bool   track_id (B,T,N) int32   (where wanted)
 
 `is_first` is true at the start of every sequence, and online also within one where an episode shorter than T ended (docs/decisions/0011):
 nothing may be carried, averaged or bootstrapped across it. Action and motion are zero there.
