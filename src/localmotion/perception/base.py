@@ -1,10 +1,10 @@
-"""The three small interfaces of perception (flow, segment, track), their registry, the recipe, and what extraction returns.
+"""The three interfaces of perception (flow, segment, track), their registry, the recipe, and the results of extraction.
 
 Conventions, everywhere in this package:
 
 * frames are uint8 RGB arrays (H, W, 3); points are float32 (x, y) in pixels, the centre of the top-left pixel is (0, 0);
-* flow is float32 (H, W, 2), x then y, in pixels of the picture it was computed on: ``flow[y, x]`` is where the pixel moved;
-* backends never resize silently in the result: they may work at another resolution but return the one they were given.
+* flow is float32 (H, W, 2), x then y, in pixels of the picture it was computed on: ``flow[y, x]`` is the motion of that pixel;
+* backends return results at the resolution of their input; internally they may use another one.
 """
 
 from __future__ import annotations
@@ -41,20 +41,20 @@ class FlowBackend(Protocol):
 
 @runtime_checkable
 class SegmentBackend(Protocol):
-    """Where the moving things are: a sampling weight, not a hard mask (perception notes 2.4)."""
+    """Finds moving objects: returns a sampling weight, not a hard mask. Points are drawn from it (docs/decisions/0003)."""
 
     name: ClassVar[str]
     licence: ClassVar[str]
     uses_motion: ClassVar[bool]
-    """Whether the weight comes from motion (cheap, asked whenever a point is drawn) or from the picture (asked once a segment)."""
+    """Whether the weight comes from motion (cheap, computed for each draw of points) or from the picture (computed once per segment)."""
 
     def weight(
         self, frames: NDArray[np.uint8], flows: NDArray[np.float32] | Sequence[NDArray[np.float32]]
     ) -> NDArray[np.float32]:
         """Foreground weight in [0, 1] for the FIRST frame.
 
-        ``frames`` (n, H, W, 3), n >= 1, the first frame and a few that follow (streaming: those that came before, newest
-        first); ``flows`` (n, H, W, 2), an array or a list of fields of recent or coming motion (may be empty). Returns (H, W) float32.
+        ``frames`` (n, H, W, 3), n >= 1, the first frame and a few later ones (streaming: earlier ones, newest first);
+        ``flows`` (n, H, W, 2), an array or a list of fields of recent or coming motion (may be empty). Returns (H, W) float32.
         """
         ...
 
@@ -81,7 +81,7 @@ class TrackBackend(Protocol):
 
 @runtime_checkable
 class ManySegment(SegmentBackend, Protocol):
-    """A segmenter that answers for many clips at once."""
+    """A segmenter that processes many clips at once."""
 
     def weights(
         self, asked: Sequence[tuple[NDArray[np.uint8], NDArray[np.float32] | Sequence[NDArray[np.float32]]]]
@@ -92,22 +92,22 @@ class ManySegment(SegmentBackend, Protocol):
 
 @runtime_checkable
 class ManyTrack(TrackBackend, Protocol):
-    """A tracker that answers for many clips at once."""
+    """A tracker that processes many clips at once."""
 
     def tracks(self, asked: Sequence[tuple[NDArray[np.uint8], Points]]) -> list[tuple[NDArray[np.float32], NDArray[np.bool_]]]:
         """`track` of each, from its first frame."""
         ...
 
 
-_LATER = {"fps": 0.0}  # settings that stores without `algorithm` or of algorithm 2 were written before, and what they meant
+_LATER = {"fps": 0.0}  # settings newer than stores without `algorithm` or with algorithm 2, and their value there
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides the bytes of a clip store; the streaming side of fine-tuning uses the same one."""
+    """All settings that determine the bytes of a clip store. Streaming perception in fine-tuning uses the same recipe."""
 
     size: int = 64
-    """Side of the stored square frames and flow fields, in pixels (paper: 64). The aspect ratio is squashed as IPV does."""
+    """Side of the stored square frames and flow fields, in pixels (paper: 64). The picture is squeezed to a square, as in IPV's release."""
     percept_size: int = 128
     """Side at which flow and tracks are computed; the field is then area-averaged to `size` and divided by the ratio."""
     flow: str = "dis"
@@ -119,30 +119,29 @@ class Recipe:
     tracks: int = 32
     """Tracks stored per clip, 1..32; the model's K is chosen later, so K needs no re-extraction."""
     segment_frames: int = 25
-    """Points are drawn anew every so many frames (paper: once per 25-frame clip)."""
+    """Frames between two draws of all points (paper: once per 25-frame clip)."""
     frame_stride: int = 1
-    """Keep every n-th frame (with fps: of those at that rate). Changes what the model sees as one time step."""
+    """Keep every n-th frame (with fps: of the resampled frames). Changes the duration of one time step of the model."""
     flow_span: int = 1
-    """Flow over n stored frames (from t+1-n to t+1) instead of one: a lever for very slow motion."""
+    """Flow over n stored frames (from t+1-n to t+1) instead of one, for very slow motion."""
     redraw_rounds: int = 2
-    """How many times points of low motion variance are replaced and tracked again (paper 4.2.1); 0 = causal, as streaming."""
+    """How many times points of low motion variance are replaced and tracked again (paper, section 4.2.1); 0: causal, as in streaming."""
     min_motion: float = 0.05
     """Points whose positions deviate less than this over a segment (standard deviation, pixels of `size`) are redrawn."""
     prompt: str = "person. hand. robot arm."
-    """What the text-prompted detector looks for (paper: "individuals"). Unused by the embedded segmenter."""
+    """Prompt of the text-prompted detector (paper: "individuals"). Unused by the embedded segmenter."""
     seed: int = 0
-    """Seed of the point draw; with the clip's id it decides every random choice."""
+    """Seed of the point draw. Seed and clip id determine every random choice."""
     backend_options: dict[str, Any] = field(default_factory=dict)
     """Options of the backends, by backend name, e.g. {"sea_raft": {"checkpoint": "things"}}."""
     algorithm: int = ALGORITHM
-    """Version of the embedded algorithms. 1: foreground by flow alone; 2: and by change of the picture; 3: and decoding with chroma at full
-    width, deinterlaced, HDR mapped to standard range, transparent pictures before grey. Old runs keep theirs."""
+    """Version of the embedded algorithms. 1: foreground from flow only; 2: also from changes of the picture; 3: also decoding with
+    chroma at full width, deinterlacing, HDR mapped to standard range, transparent pictures over grey. Old runs keep their version."""
     fps: float = 0.0
-    """Frames per second to which videos are resampled by the times of their frames, so that one time step is the same time in all; 0: as
-    recorded."""
+    """Videos are resampled to this many frames per second, so one time step is the same time in all videos; 0: frames as recorded."""
 
     def __post_init__(self) -> None:
-        if type(self.fps) is int:  # 30 and 30.0 are the same recipe
+        if type(self.fps) is int:  # so 30 and 30.0 are the same recipe
             object.__setattr__(self, "fps", float(self.fps))
         checks = {
             "size": 8 <= self.size <= 1024,
@@ -172,7 +171,7 @@ class Recipe:
         return self.algorithm < 3
 
     def to_json(self) -> dict[str, Any]:
-        """The settings. Those that came after the first stores are left out at their default, so that these keep their hash."""
+        """The settings. Newer settings are left out at their default, so older stores keep their hash."""
         values = asdict(self)
         return {key: value for key, value in values.items() if (key, value) not in _LATER.items()}
 
@@ -185,7 +184,7 @@ class Recipe:
         if set(values) == known - {
             "algorithm",
             *_LATER,
-        }:  # written whole, before there was a number; a user's few settings mean today's
+        }:  # complete settings without `algorithm` are from an old store; a user's few settings mean the newest version
             values = {**values, "algorithm": 1}
         return cls(**values)
 
@@ -200,9 +199,9 @@ class ClipMotion:
 
     flow     (T, S, S, 2) float16   ``flow[t]``: motion from frame t to t+1; the last one is zero
     tracks   (T, N, 2)    float32   (x, y) of each track slot in frame t
-    visible  (T, N)       bool      the point is seen in frame t and was found again in frame t+1, so ``flow[t]`` at ``tracks[t]`` is its
-                                    motion; the last one is False. It does not depend on who holds the slot in frame t+1
-    track_id (T, N)       int32     changes when a slot is given a new point: history before the change is another track's
+    visible  (T, N)       bool      the point is visible in frame t and was found again in frame t+1, so ``flow[t]`` at ``tracks[t]`` is
+                                    its motion; the last one is False. Independent of the point in the slot in frame t+1
+    track_id (T, N)       int32     changes when a slot gets a new point: history before the change belongs to another track
     info     JSON-able dict: how the points were found (salient or not, redraws, camera motion, scene cuts, flow quantiles)
     """
 
@@ -215,11 +214,11 @@ class ClipMotion:
 
 @dataclass(frozen=True)
 class StepMotion:
-    """Motion that led to the newest frame of a stream, in pixels of `size`: what a transition stores in the replay.
+    """Motion that led to the newest frame of a stream, in pixels of `size`, as stored in the replay.
 
     flow     (S, S, 2) float16   from the previous frame to this one; zeros right after a reset
-    tracks   (N, 2)    float32   where the points were in the PREVIOUS frame, i.e. where the flow is cropped
-    visible  (N,)      bool      usable for this motion (seen in the previous frame and not just redrawn); all False after reset
+    tracks   (N, 2)    float32   the points in the PREVIOUS frame, where the flow is cropped
+    visible  (N,)      bool      valid for this motion (visible in the previous frame and not just redrawn); all False after reset
     track_id (N,)      int32     identity of each slot's track
     """
 
@@ -235,7 +234,7 @@ KINDS = ("flow", "segment", "track")
 
 
 def register(kind: str, name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Class decorator: make a backend known under ``kind`` (flow, segment, track) and ``name``."""
+    """Class decorator: register a backend under ``kind`` (flow, segment, track) and ``name``."""
     assert kind in KINDS, kind
 
     def add(factory: Callable[..., Any]) -> Callable[..., Any]:
@@ -246,7 +245,7 @@ def register(kind: str, name: str) -> Callable[[Callable[..., Any]], Callable[..
 
 
 def register_lazily(kind: str, name: str, load: Callable[[], None]) -> None:
-    """Make a backend known whose module, imported by ``load`` when it is first asked for, registers it."""
+    """Register a backend lazily: ``load`` imports its module on first use, and the module registers it."""
     assert kind in KINDS, kind
     _LAZY[kind, name] = load
 
@@ -265,7 +264,7 @@ def backends(kind: str) -> list[str]:
 
 
 def make_backend(kind: str, name: str, **options: Any) -> Any:
-    """Build a backend. Raises ConfigError for an unknown name, MissingExtraError when its packages are absent."""
+    """Build a backend. Raises ConfigError for an unknown name, MissingExtraError if its packages are missing."""
     known = backends(kind)
     if name not in known:
         raise unknown_name(f"{kind} backend", name, known)
@@ -284,7 +283,7 @@ def recipe_backends(recipe: Recipe) -> tuple[Any, Any, Any]:
     for name in options:
         if name not in (recipe.flow, recipe.segment, recipe.track):
             raise unknown_name("backend in backend_options", name, (recipe.flow, recipe.segment, recipe.track))
-    segmenter = _factory("segment", recipe.segment)  # an unknown one is told below
+    segmenter = _factory("segment", recipe.segment)  # an unknown name raises below
     if segmenter and "prompt" in inspect.signature(segmenter).parameters:
         options.setdefault(recipe.segment, {}).setdefault("prompt", recipe.prompt)
     if recipe.algorithm < 2 and recipe.segment == "saliency":
@@ -295,11 +294,11 @@ def recipe_backends(recipe: Recipe) -> tuple[Any, Any, Any]:
 
 
 def works_on_gpu(recipe: Recipe) -> bool:
-    """Whether a backend of the recipe is a network that will work on a GPU of this machine. Builds none."""
+    """Whether a backend of the recipe is a network that would run on a GPU of this machine. Builds no backend."""
     for kind, name in (("flow", recipe.flow), ("segment", recipe.segment), ("track", recipe.track)):
         factory = _factory(kind, name)
         if factory is not None and "device" in inspect.signature(factory).parameters:
-            from localmotion.perception._neural import pick_device  # torch: the embedded backends do without
+            from localmotion.perception._neural import pick_device  # imports torch, which the embedded backends do not need
 
             if pick_device(recipe.backend_options.get(name, {}).get("device", "auto")).type == "cuda":
                 return True
