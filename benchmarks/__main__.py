@@ -1,4 +1,4 @@
-"""`make bench`: measures what a user waits for, prints tables, writes JSON. Each part can be named: python -m benchmarks update env."""
+"""`make bench`: measures the speed of every part, prints tables, writes JSON. `python -m benchmarks update env` runs two parts."""
 
 from __future__ import annotations
 
@@ -21,13 +21,15 @@ PARTS = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser("python -m benchmarks", description="Times are of this machine; compare ratios of one run.")
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks", description="Times depend on this machine; compare ratios within one run."
+    )
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"what to measure: {', '.join(PARTS)}; all if none is named")
     parser.add_argument(
         "--threads",
         type=int,
         default=0,
-        help="threads of torch, 0 for one a core; with 1 an update's seconds are the process's own",
+        help="threads of torch, 0 for one per core; with 1, updates are measured in CPU seconds of the process",
     )
     parser.add_argument(
         "--r2dreamer", default="", metavar="PATH", help="checkout of NM512/r2dreamer to be timed beside DreamerV3"
@@ -39,12 +41,12 @@ def main() -> None:
         "--out",
         type=Path,
         default=Path("bench.json"),
-        help="numbers as JSON (default: %(default)s); scaling's picture stands beside it, .scaling.png",
+        help="file for the numbers as JSON (default: %(default)s); the picture of scaling is written beside it, .scaling.png",
     )
     given = parser.parse_args()
     if unknown := [part for part in given.parts if part not in PARTS]:
         parser.error(f"unknown benchmark {unknown[0]!r}; known: {', '.join(PARTS)}")
-    import torch  # not above: workers of extraction import this file, and torch takes five times as long as all they need
+    import torch  # not at the top: workers of extraction import this file, and torch takes five times as long as their other imports
 
     torch.set_num_threads(given.threads or min(torch.get_num_threads(), cores()))
     paths: dict[str, object] = {"r2dreamer_path": given.r2dreamer, "dreamerv3_path": given.dreamerv3}
@@ -57,7 +59,7 @@ def main() -> None:
         start = time.monotonic()
         results[part] = importlib.import_module(f"benchmarks.bench_{part}").run(**options.get(part, {}))
         show(console, f"{part} ({time.monotonic() - start:.0f} s)", results[part])
-        given.out.write_text(json.dumps(results, indent=1) + "\n")  # after each part: they take long
+        given.out.write_text(json.dumps(results, indent=1) + "\n")  # after each part, because parts take long
     if rows := against_goals(results):
         results["goals"] = rows
         show(console, "against the goals (reached: 1 or more)", rows)

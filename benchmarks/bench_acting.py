@@ -1,6 +1,6 @@
-"""What stands between a frame and an action on one core, batch 1: streaming perception, one policy step, and both together.
+"""Time from a frame to an action on one core, batch 1: streaming perception, one policy step, and both together.
 
-Seconds are CPU time of the process, so that other work on the machine does not count.
+Seconds are CPU time of the process, so other work on the machine does not count.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from localmotion.perception.stream import StreamingExtractor
 from localmotion.recipe import Recipe
 
 EDGES_MS = (0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 15.0, 20.0, 50.0, float("inf"))
-"""Of the latency histogram."""
+"""Bounds of the latency histogram, milliseconds."""
 
 
 def histogram(times_ms: np.ndarray) -> str:
@@ -38,7 +38,7 @@ def row(what: str, seconds: list[float]) -> dict[str, object]:
 
 
 def perception(percept: int, steps: int) -> list[float]:
-    """Seconds of each step of streaming perception on a picture that slides by a pixel a frame."""
+    """Seconds of each step of streaming perception on a picture that moves by a pixel per frame."""
     rng = np.random.default_rng(0)
     stream = StreamingExtractor(Recipe(percept_size=percept, redraw_rounds=0), 0)
     base = rng.integers(0, 256, (percept + 32, percept + 32, 3), dtype=np.uint8)

@@ -23,7 +23,7 @@ CASES = (
     "toy:dot",
 )
 SIZES: tuple[tuple[int, int | None], ...] = ((64, None), (64, 128))
-BUDGET = 1.5  # seconds a row
+BUDGET = 1.5  # seconds per row
 
 
 def run() -> list[dict[str, object]]:
@@ -48,7 +48,7 @@ def run() -> list[dict[str, object]]:
 
 
 def measure(name: str, size: int, percept: int | None, quality: str) -> tuple[float, float]:
-    """Agent steps per second over the budget, resets not counted, and the median milliseconds of one."""
+    """Agent steps per second over the budget, without resets, and the median milliseconds of one."""
     env = make_env(name, size=size, percept_size=percept, quality=quality)  # type: ignore[arg-type]
     shape = env.action_space.shape
     assert shape is not None
@@ -68,7 +68,7 @@ def measure(name: str, size: int, percept: int | None, quality: str) -> tuple[fl
 
 
 def measure_two(name: str, size: int, percept: int | None, quality: str) -> float:
-    """Agent steps per second of two environments in two worker processes, both counted."""
+    """Agent steps per second of two environments in two worker processes, added together."""
     env = VectorEnv(name, 2, seed=0, workers=2, size=size, percept_size=percept, quality=quality)
     actions = np.random.default_rng(0).uniform(-1, 1, (256, 2, *env.single_action_space.shape)).astype(np.float32)  # type: ignore[misc]
     env.reset(seed=0)

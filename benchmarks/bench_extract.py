@@ -1,4 +1,4 @@
-"""Clips per second into a store (decode included) and windows per second out of it, on videos rendered here."""
+"""Clips written to a store per second (including decoding) and windows read from it per second, on videos rendered here."""
 
 from __future__ import annotations
 

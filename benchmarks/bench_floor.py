@@ -1,8 +1,8 @@
-"""How fast an update could be: each matrix product and convolution of it, alone, on this machine, against the whole.
+"""Lower bound for the time of an update: each of its matrix products and convolutions alone on this machine, compared with the whole.
 
-The floor of an update is the sum over its products and convolutions of the time each takes by itself, warm, in the layout in which the
-update calls it. What an update takes beyond it is elementwise work, copies, Python and waiting. A `peak floor` is all FLOPs at the
-rate of one product of two 1024 x 1024 matrices of the precision that runs, which some of an update's products exceed.
+The floor of an update adds up the time that each product and convolution takes alone, with warm caches, in the layout that the update
+uses. The rest of an update is elementwise operations, copies, Python and waiting. A `peak floor` is the time of all FLOPs at the rate of
+one product of two 1024 x 1024 matrices in the same precision; some products of an update are faster than this rate.
 """
 
 from __future__ import annotations

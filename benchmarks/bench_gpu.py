@@ -1,10 +1,11 @@
-"""Milliseconds per update on a GPU: launched one by one, as a CUDA graph, that with parts compiled, peers beside it; and per batch.
+"""Milliseconds per update on a GPU: eager, as a CUDA graph, as a CUDA graph with compiled parts, and of peers; and milliseconds per batch.
 
     python -m benchmarks gpu --r2dreamer PATH/TO/r2dreamer --dreamerv3 PATH/TO/dreamerv3
 
-Median and quartiles of `repeats` updates after `warmup`, each waited for, on a fixed batch that lies on the device. The same for a batch
-of DRP `paper`, 50 x 50, out of a replay in memory (gathered, pinned, copied) and out of one on the device; and, where ptlflow is there, for
-the extraction of 16 clips with the flow of SEA-RAFT (untrained weights, which take as long), one clip at a time and all at once.
+Reports median and quartiles of `repeats` updates after `warmup`, on a fixed batch on the device, and waits for each update. It
+also measures a batch of DRP `paper`, 50 x 50, from a replay in memory (gathered, pinned, copied) and from one on the device. If
+ptlflow is installed, it measures the extraction of 16 clips with the flow of SEA-RAFT (untrained weights, which take the same
+time), one clip at a time and together.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def timed(step: Callable[[], object], warmup: int, repeats: int) -> tuple[float,
 
 
 def batches(add: Callable[..., None], device: torch.device, batch: int = 50) -> None:
-    """Sampling from both places, for ``add`` of `run`."""
+    """Measure sampling from memory and from the device; ``add`` is that of `run`."""
     compute = Compute(device, True, 1, "")
     rng = np.random.default_rng(0)
     record = {key: rng.integers(0, 100, shape).astype(dtype) for key, (shape, dtype) in SPEC.items()}
@@ -72,7 +73,7 @@ def batches(add: Callable[..., None], device: torch.device, batch: int = 50) -> 
 
 
 def extraction(device: str = "auto", clips: int = 16, frames: int = 25) -> dict[str, Callable[[], object]]:
-    """Extraction of clips that move, alone and together. Raises MissingExtraError without ptlflow."""
+    """Extraction of moving clips, one at a time and together. Raises MissingExtraError without ptlflow."""
     rng = np.random.default_rng(0)
     options = {"sea_raft": {"checkpoint": "random", "device": device}}
     extractor = ClipExtractor(Recipe(flow="sea_raft", backend_options=options))
@@ -130,7 +131,7 @@ def run(r2dreamer_path: str = "", dreamerv3_path: str = "", warmup: int = 10, re
     for how, make in ways.items():
         try:
             step, _ = make()
-        except Exception as error:  # theirs, of any type; what was measured stays
+        except Exception as error:  # an error of the peer's code, of any type; keep what was measured
             rows.append({"update": f"{how} cannot be run: {type(error).__name__}: {error}; it needs: {NEEDS[how.split(',')[0]]}"})
         else:
             add("DreamerV3 12M, 16 x 64, pictures", how, step, 0)

@@ -1,4 +1,4 @@
-"""What a run in an environment spends its time on: a real run of DRP `small` on Meta-World, stopped when enough updates are logged."""
+"""Shares of the time of a run in an environment: a real run of DRP `small` on Meta-World, stopped when enough updates are logged."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ENV = "metaworld:door-lock"
 EVERY = 25
 """Updates between lines of the log."""
 LIMIT = 1200
-"""Seconds after which a run is given up."""
+"""Maximum seconds of a run."""
 PARTS = ("update", "env", "act", "perception", "replay")
 SETTINGS = {
     "method": "drp",
@@ -32,7 +32,7 @@ SETTINGS = {
 
 
 def shares(lines: list[dict[str, float]]) -> list[dict[str, object]]:
-    """Rows of the table from log lines of kind "train": milliseconds an update and share of each part."""
+    """Rows of the table from log lines of kind "train": milliseconds per update and share of each part."""
     whole = sum(line["seconds/all"] for line in lines)
     spent = {part: sum(line[f"seconds/{part}"] for line in lines) for part in PARTS}
     spent["everything else"] = whole - sum(spent.values())
@@ -44,7 +44,7 @@ def shares(lines: list[dict[str, float]]) -> list[dict[str, object]]:
 
 
 def run(lines: int = 6, skipped: int = 1) -> list[dict[str, object]]:
-    """The first ``skipped`` lines of the log are left out: kernels are built there. Raises RuntimeError when the run ends before."""
+    """Leaves out the first ``skipped`` lines of the log, in which kernels are built. Raises RuntimeError if the run ends early."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
         settings = {**SETTINGS, "threads": torch.get_num_threads(), "run": out}
@@ -63,13 +63,13 @@ def run(lines: int = 6, skipped: int = 1) -> list[dict[str, object]]:
                 process.wait()
     rows = shares(found[skipped : skipped + lines])
     per_update = float(rows[-1]["ms an update"])  # type: ignore[arg-type]
-    # 50,000 environment steps are 25,000 agent steps, an update every 5, but for the 1,250 of the preset's random prefill.
+    # 50,000 environment steps are 25,000 agent steps, with an update every 5, except the 1,250 of the preset's random prefill.
     minutes = per_update / 1e3 * (25_000 - 1_250) / 5 / 60
     return [*rows, {"part": "50,000 env steps, minutes without evaluations", "ms an update": minutes, "share": ""}]
 
 
 def _logged(path: Path) -> list[dict[str, float]]:
-    """Whole lines of kind "train"."""
+    """Complete lines of kind "train"."""
     text = path.read_text() if path.exists() else ""
     found = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
     return [line for line in found if line["kind"] == "train"]

@@ -1,4 +1,4 @@
-"""What this machine can do: matrix products and convolutions, fp32 and bf16. The floor that the update is held against."""
+"""Speed of this machine: matrix products and convolutions in fp32 and bf16. Updates are compared with it."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import nn
 
 
 def clock() -> float:
-    """Seconds: of this process with one thread, so that other work on the machine does not count; else of the wall."""
+    """CPU seconds of this process with one thread, so other work on the machine does not count; wall-clock seconds with more."""
     return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
 def best(call: Callable[[], object], repeats: int = 7) -> float:
-    """Seconds of the fastest of a few calls, after one to warm up."""
+    """Seconds of the fastest of a few calls, after one warm-up call."""
     call()
     found = float("inf")
     for _ in range(repeats):
@@ -26,7 +26,7 @@ def best(call: Callable[[], object], repeats: int = 7) -> float:
 
 
 def peak(dtype: torch.dtype, size: int = 1024) -> float:
-    """FLOP/s of a square matrix product with torch's present threads."""
+    """FLOP/s of a square matrix product with torch's current number of threads."""
     a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
     return 2 * size**3 / best(lambda: a @ b)
 

@@ -1,7 +1,6 @@
-"""Seeds of one setting at once on one machine: updates per hour of several processes together, against one by one.
+"""Several seeds at once on one machine: updates per hour of several processes together, compared with one process.
 
-On a CPU the threads are shared out among the processes; on a GPU the processes share the device, with updates launched one operation at a
-time and as CUDA graphs.
+On a CPU the processes share the threads; on a GPU the processes share the device, with eager updates and with CUDA graphs.
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ CASE = ("drp", "finetune", "small")
 
 
 def _serve(pipe: Connection, threads: int, updates: int, device: str, graph: bool) -> None:
-    """In a process of its own: build, warm up, say so, and at a word run ``updates`` updates; answers with the seconds."""
-    from benchmarks.bench_update import setup  # not above: only the processes that update need what these import
+    """In its own process: build, warm up, report ready, run ``updates`` updates when told to, and send the seconds."""
+    from benchmarks.bench_update import setup  # not at the top: only the processes that update need these imports
     from localmotion.training.graphs import WARMUP, CudaGraph, Replayed
 
     torch.set_num_threads(threads)
@@ -42,7 +41,7 @@ def _serve(pipe: Connection, threads: int, updates: int, device: str, graph: boo
 
 
 def together(processes: int, threads: int, updates: int, device: str, graph: bool = False) -> float:
-    """Updates a second of all processes together, from the slowest's time."""
+    """Updates per second of all processes together, from the time of the slowest."""
     spawn = multiprocessing.get_context("spawn")
     pipes, running = [], []
     for _ in range(processes):
@@ -61,7 +60,7 @@ def together(processes: int, threads: int, updates: int, device: str, graph: boo
 
 
 def run(updates: int = 12) -> list[dict[str, object]]:
-    """Rates on the wall clock, so with other work on the machine they say little."""
+    """Rates on the wall clock; they are not reliable while the machine has other work."""
     gpu, count_of_cores = torch.cuda.is_available(), cores()
     counts = (1, 2, 4, 8) if gpu else tuple(n for n in (1, 2, 4, 8) if n <= count_of_cores)
     rows: list[dict[str, object]] = []

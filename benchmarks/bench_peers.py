@@ -1,7 +1,7 @@
-"""One update of our DreamerV3 and of a peer's, same model size, batch, precision, threads, in turn.
+"""One update of our DreamerV3 and of a peer's, with the same model size, batch, precision and threads, measured alternately.
 
-The peers are checkouts of the user's (`benchmarks/peers.py`): r2dreamer (github.com/NM512/r2dreamer, PyTorch) and the reference
-(github.com/danijar/dreamerv3, JAX). What each needs beside this package is told where it is missing.
+The user provides checkouts of the peers (`benchmarks/peers.py`): r2dreamer (github.com/NM512/r2dreamer, PyTorch) and the reference
+(github.com/danijar/dreamerv3, JAX). If a package that a peer needs is missing, the message names it.
 
     python -m benchmarks peers --r2dreamer PATH/TO/r2dreamer --dreamerv3 PATH/TO/dreamerv3
 """
@@ -30,7 +30,7 @@ def ours(bf16: bool) -> tuple[Callable[[], object], int]:
 
 
 def _serve(pipe: Connection, what: str, path: str, bf16: bool, threads: int, keep: bool) -> None:
-    """In a process of its own: build one of the two, then update once for each message and answer with the seconds."""
+    """In its own process: build one of the two, then update once per message and send the seconds."""
     torch.set_num_threads(threads)
     if hasattr(os, "sched_setaffinity"):  # XLA takes as many threads as the process may use cores
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
@@ -53,10 +53,10 @@ def _serve(pipe: Connection, what: str, path: str, bf16: bool, threads: int, kee
 def run(
     r2dreamer_path: str = "", dreamerv3_path: str = "", rounds: int = 5, precisions: tuple[bool, ...] = (True, False)
 ) -> list[dict[str, object]]:
-    """Each in its own process, in turn; seconds are the median of ``rounds``, the ratio is the median of the rounds' ratios.
+    """Each runs in its own process, alternately. Seconds are the median of ``rounds``, the ratio is the median of the rounds' ratios.
 
-    r2dreamer runs as it comes, and once more with our setting of the C library's allocator (`compute.keep_buffers`), which is worth as much
-    to it as all the rest. The reference is compiled by XLA, which has buffers of its own.
+    r2dreamer runs unchanged, and once more with our setting of the C library's allocator (`compute.keep_buffers`), which makes it about
+    twice as fast. The reference is compiled by XLA, which has its own buffers.
     """
     paths = {"r2dreamer": r2dreamer_path, "dreamerv3": dreamerv3_path}
     if not any(paths.values()):
@@ -82,7 +82,7 @@ def run(
                 answer = pipe.recv()
             except EOFError:
                 answer = "its process died"
-            if isinstance(answer, str):  # why it cannot be run: the others go on
+            if isinstance(answer, str):  # the reason why it cannot run; the others continue
                 if what == "ours":
                     raise RuntimeError(answer)
                 failures[what] = {"update": f"{what} cannot be run: {answer}; it needs: {NEEDS[what]}"}

@@ -1,4 +1,4 @@
-"""Batches per second out of the replay, and windows per second out of a clip store is in bench_extract."""
+"""Batches per second from the replay. (bench_extract measures windows per second from a clip store.)"""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from localmotion.replay import Replay
 
 
 def run() -> list[dict[str, object]]:
-    """Batches from memory and from files, flow as it was perceived and in one byte a component."""
+    """Batches from memory and from files, with flow as perceived and with one byte per component."""
     rows: list[dict[str, object]] = []
     rng = np.random.default_rng(0)
     record = {key: rng.integers(0, 100, shape).astype(dtype) for key, (shape, dtype) in SPEC.items()}

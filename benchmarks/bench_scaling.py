@@ -1,15 +1,15 @@
 """How costs grow: an update with batch, length and sizes, extraction with resolution, clip length and workers, the replay with its size.
 
-Along an axis one thing doubles and the rest stays as in preset `small` (with batch 4, to be quick). A cost is a fixed part, which does not
-know of the axis (pictures cost the same whatever K is), and a part that grows. `expected` is the order of the part that grows.
+Along an axis one size doubles and the others stay as in preset `small` (with batch 4, to be quick). A cost has a fixed part, which does
+not depend on the axis (pictures cost the same for every K), and a growing part. `expected` is the order of the growing part.
 
-* `time's exponent` and `FLOPs' exponent` are the slopes p of cost ~ x^p over all values, fixed part included: at most the expected order.
-  `at the end` is that of time between the last two values, where the fixed part weighs least.
-* `without the fixed part` is the order of what grows, from FLOPs, which have no noise: if f = a + b x^p, then each doubling of x adds
-  2^p times what the doubling before it added. This is held against the expected order; where nothing counts FLOPs, `at the end` is.
+* `time's exponent` and `FLOPs' exponent` are the slopes p of cost ~ x^p over all values, including the fixed part: at most the expected
+  order. `at the end` is the slope of time between the last two values, where the fixed part has the least weight.
+* `without the fixed part` is the order of the growing part, from FLOPs, which have no noise: if f = a + b x^p, then each doubling of x adds
+  2^p times what the doubling before it added. This is compared with the expected order; where FLOPs are not counted, `at the end` is.
 
-Seconds are CPU seconds of this process on one thread, the median of a few rounds in which the values take turns, so that whatever else the
-machine does hits all alike. Only `wall` is what a clock on the wall says.
+Seconds are CPU seconds of this process on one thread: the median of a few rounds in which the values alternate, so other work on the
+machine affects all values equally. Only `wall` is wall-clock time.
 """
 
 from __future__ import annotations
@@ -53,15 +53,15 @@ class Axis:
     """One setting of an update that doubles from value to value."""
 
     name: str
-    """As tables and pictures call it."""
+    """Its name in tables and pictures."""
     values: tuple[int, ...]
     settings: tuple[str, ...]
-    """As on the command line, with {} where the value stands."""
+    """As on the command line, with {} in place of the value."""
     expected: tuple[float, float]
     """Least and greatest order of the part of the cost that grows."""
     why: str
     encoder: bool = False
-    """Whether the motion encoder is measured by itself too: it is what this axis concerns."""
+    """Whether the motion encoder is also measured alone, because the axis changes it."""
 
 
 AXES = (
@@ -120,11 +120,11 @@ class Curve:
     expected: tuple[float, float]
     why: str
     flops: list[float] = field(default_factory=list)
-    """Empty where nothing counts them."""
+    """Empty if FLOPs are not counted."""
 
     def row(self) -> dict[str, object]:
         order = growth(self.flops) if self.flops else None
-        # Time is judged with room for noise.
+        # Time gets a tolerance for noise.
         judged, slack = (order, 0.02) if order is not None else (exponent(self.values[-2:], self.seconds[-2:]), 0.2)
         low, high = self.expected
         return {
@@ -144,18 +144,18 @@ class Curve:
 
 
 def exponent(xs: Sequence[float], ys: Sequence[float]) -> float:
-    """The p of y ~ x^p: slope of the straight line through the logarithms that has the least squared error."""
+    """The p of y ~ x^p: slope of the least-squares line through the logarithms."""
     return float(np.polyfit(np.log(xs), np.log(ys), 1)[0])
 
 
 def growth(ys: Sequence[float]) -> float:
-    """The p of y = a + b x^p from the costs at the last three of values that double: a, what does not grow, falls out of differences."""
+    """The p of y = a + b x^p from the costs at the last three of the doubling values. Differences remove the fixed part a."""
     first, second, third = ys[-3:]
     return math.log2((third - second) / (second - first))
 
 
 def in_turn(steps: Sequence[Step], rounds: int, clock: Callable[[], float] = time.process_time) -> list[float]:
-    """Median seconds of each step over ``rounds`` in which they take turns, after one to warm up."""
+    """Median seconds of each step over ``rounds`` in which they alternate, after one warm-up call."""
     times: list[list[float]] = [[] for _ in steps]
     for step in steps:
         step()
@@ -186,7 +186,7 @@ def encoder_step(updater: Updater, batch: dict[str, torch.Tensor]) -> Step:
 
 
 def steps_along(axis: Axis, base: Sequence[str], values: Sequence[int] = ()) -> dict[str, list[Step]]:
-    """What is measured along an axis: per name a step for each value. ``base``: method, stage, preset and further settings."""
+    """The steps to measure along an axis: for each name one step per value. ``base``: method, stage, preset and further settings."""
     found: dict[str, list[Step]] = {UPDATE: [], **({ENCODER: []} if axis.encoder else {})}
     for value in values or axis.values:
         updater, batch = setup(*base, *(setting.format(value) for setting in axis.settings))
@@ -221,11 +221,11 @@ def update_curves(rounds: int) -> list[Curve]:
 
 
 def extraction_curves(folder: Path, rounds: int) -> list[Curve]:
-    """Extraction of videos rendered here, decoding included, along pixels a frame, frames a clip, and workers."""
+    """Extraction of videos rendered here, including decoding, along pixels per frame, frames per clip, and workers."""
     videos = folder / "videos"
     render_videos(videos, clips=4, frames=100, size=256, seed=0, bodies=("cheetah", "hopper", "finger", "fish"))
     one = usable_videos(videos)[0]
-    for file in list(videos.iterdir()):  # enough work for the start of a worker, which is its own, to be small beside it
+    for file in list(videos.iterdir()):  # enough work that the start of a worker takes a small share
         for copy in range(3):
             shutil.copy(file, file.with_stem(f"{file.stem}_{copy}"))
 
@@ -233,7 +233,7 @@ def extraction_curves(folder: Path, rounds: int) -> list[Curve]:
         return lambda: extract_one(one, Recipe(percept_size=side, backend_options={"dis": dis} if dis else {}), 2, frames)
 
     def shared(workers: int) -> tuple[float, float]:
-        """Seconds on the wall, and CPU seconds of all processes together."""
+        """Wall-clock seconds, and CPU seconds of all processes together."""
         before, began = _processor_seconds(), time.perf_counter()
         extract_folder(videos, folder / f"store{workers}", Recipe(percept_size=128), workers=workers)
         return time.perf_counter() - began, _processor_seconds() - before
@@ -264,7 +264,7 @@ def _processor_seconds() -> float:
 
 
 def replay_curves(folder: Path, sizes: Sequence[int] = (1_000, 4_000, 16_000), rounds: int = 40) -> list[Curve]:
-    """A batch of 8 x 32 out of replays of DRP's records that hold more and more, from memory and from files."""
+    """A batch of 8 x 32 from replays of growing size with DRP's records, in memory and in files."""
     rng = np.random.default_rng(0)
     record = {key: rng.integers(0, 100, shape).astype(dtype) for key, (shape, dtype) in SPEC.items()}
     found = []
@@ -286,7 +286,7 @@ def replay_curves(folder: Path, sizes: Sequence[int] = (1_000, 4_000, 16_000), r
 
 
 def run(rounds: int = 5, picture: Path | None = None) -> list[dict[str, object]]:
-    """A row a curve; ``picture``: where they are drawn as PNG."""
+    """One row per curve; ``picture``: path of a PNG with the curves."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

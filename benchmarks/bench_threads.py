@@ -1,7 +1,7 @@
-"""What threads of torch cost on a quiet and on a busy machine: DRP `small` and `tiny`, world-model update and policy step.
+"""Effect of torch's threads on an idle and on a busy machine: DRP `small` and `tiny`, world-model update and policy step.
 
-Each row is a process of its own, because OpenMP reads how its threads wait when torch is loaded. "Beside" counts processes that compute
-and that this benchmark starts; what else runs on the machine is not known to it, so for the quiet rows the machine has to be quiet.
+Each row is a separate process, because OpenMP reads how its threads wait when torch is loaded. "Beside" is the number of computing
+processes that this benchmark starts. It does not know about other processes, so the rows with 0 need an idle machine.
 
     python -m benchmarks threads
 """
@@ -35,7 +35,7 @@ BUSY = "while True: sum(range(1000))"
 
 @contextlib.contextmanager
 def beside(processes: int) -> Iterator[None]:
-    """Within, so many processes compute."""
+    """Context in which ``processes`` other processes compute."""
     running = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(processes)]
     try:
         yield
@@ -66,7 +66,7 @@ def _measure(preset: str, threads: int, updates: int, steps: int) -> dict[str, f
         for step in range(steps):
             began = time.perf_counter()
             given = to_batch([record], first=step == 0, device=updater.compute.device)
-            _, carry = method.act(given, carry, explore=True, window=32)  # not in `Compute.acting`, which takes one thread
+            _, carry = method.act(given, carry, explore=True, window=32)  # not in `Compute.acting`, which uses one thread
             acted.append(time.perf_counter() - began)
     names = ("update", "update, slowest", "act", "act, slowest")
     values = (np.median(learned), np.max(learned), np.median(acted), np.max(acted))
@@ -74,13 +74,13 @@ def _measure(preset: str, threads: int, updates: int, steps: int) -> dict[str, f
 
 
 def run(updates: int = 3, steps: int = 60) -> list[dict[str, object]]:
-    """A row for each load, number of threads and way to wait; printed as they come, because on a busy machine they take minutes each."""
+    """A row per load, number of threads and way of waiting. Rows are printed at once, because each takes minutes on a busy machine."""
     rows: list[dict[str, object]] = []
     clean = {name: value for name, value in os.environ.items() if name not in WAITING}
     counts = sorted({1, cores()})
     for others, threads, (way, variables) in product((0, 1, cores()), counts, WAYS.items()):
         if threads == 1 and way != OURS:
-            continue  # nobody waits
+            continue  # one thread never waits
         with beside(others):
             free = measure_free_cores()
             command = [sys.executable, "-m", "benchmarks.bench_threads", str(threads), str(updates), str(steps)]

@@ -1,4 +1,4 @@
-"""Seconds per update, split by part, with FLOPs counted and the share of the measured peak of the machine in the precision that ran."""
+"""Seconds per update, split by part, with FLOPs and their share of the machine's measured peak in the same precision."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ACTIONS = 6
 
 
 def fake_batch(run: RunConfig, size: int = 64, tracks: int = 32) -> dict[str, torch.Tensor]:
-    """A batch of the right shapes: moving noise, points everywhere, one in ten unseen."""
+    """A batch of the right shapes: moving noise, points everywhere, one in ten invisible."""
     part = run.pretrain if run.stage == "pretrain" else run.online
     b, t = part.batch_size, part.length
     g = torch.Generator().manual_seed(0)
@@ -42,7 +42,7 @@ def fake_batch(run: RunConfig, size: int = 64, tracks: int = 32) -> dict[str, to
 def setup(
     method: str, stage: str, preset: str, *settings: str, env: str = "dmc:walker_walk"
 ) -> tuple[Updater, dict[str, torch.Tensor]]:
-    """A method ready for updates, and a batch. ``settings`` as on the command line: name=value. Threads are those torch has now."""
+    """A method ready for updates, and a batch. ``settings`` as on the command line: name=value. Uses torch's current number of threads."""
     fixed = (f"threads={torch.get_num_threads()}", *settings)
     run = compose(method, stage, preset=preset, env=env if stage != "pretrain" else "", settings=fixed)  # type: ignore[arg-type]
     compute = choose(run)

@@ -1,7 +1,7 @@
-"""What changing looks costs: agent steps per second beside the plain environment in the same process, and resets per second.
+"""Cost of visual variation: agent steps per second compared with the plain environment in the same process, and resets per second.
 
-The environments are measured in turn, in short bursts. "of plain" is the median over the turns of the ratio to the plain environment within
-a turn, which holds on a busy machine too; the other figures are of the best burst.
+The environments are measured alternately, in short bursts. "of plain" is the ratio to the plain environment within a round, as the median
+over rounds, so it is reliable on a busy machine, too. The other figures are of the best burst.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def run() -> list[dict[str, object]]:
 
 
 def _compare(kinds: list[tuple[str, dict[str, Any]]], *, rebuild: bool) -> list[dict[str, object]]:
-    """Rows of environments measured in turn; the first is the one the others are compared with."""
+    """Rows of environments measured alternately; the others are compared with the first."""
     envs = [make_env(name, quality="fast", **options) for name, options in kinds]
     for env in envs:
         for seed in range(ROUNDS):  # pictures and clips are read or drawn once
@@ -80,7 +80,7 @@ def _burst(env: PixelEnv, seed: int) -> float:
 
 
 def _rebuild(name: str, seed: int) -> float:
-    """What the reference does at every reset: a new model and a new context."""
+    """Seconds of the reference's reset: a new model and a new context."""
     began = time.perf_counter()
     env = make_env(name, quality="fast")
     env.reset(seed=seed)

@@ -1,4 +1,4 @@
-"""What was measured against what it is to be: one row a goal, from the results of the parts that were run."""
+"""Compares measurements with goals: one row per goal, from the results of the parts that were run."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class Goal(NamedTuple):
     more: bool
     """Whether more is better."""
     find: Callable[[Sequence[Row]], Any]
-    """The figure in the part's rows; raises StopIteration or KeyError where it was not measured."""
+    """The figure in the part's rows; raises StopIteration or KeyError if it was not measured."""
 
 
 def one(rows: Sequence[Row], column: str, **where: Any) -> Any:
-    """``column`` of the first row whose columns hold ``where`` (of a text, its beginning)."""
+    """``column`` of the first row whose columns match ``where`` (a text matches by its beginning)."""
 
     def fits(row: Row) -> bool:
         return all(
@@ -38,7 +38,7 @@ def _floors(case: str) -> Callable[[Sequence[Row]], Any]:
 
 
 def _peer(name: str) -> Callable[[Sequence[Row]], Any]:
-    """Of the precision that is faster here, as a run would choose it."""
+    """For the faster precision on this machine, which a run would choose."""
 
     def find(rows: Sequence[Row]) -> Any:
         return one(sorted((row for row in rows if "peer" in row), key=lambda row: row["ours s"]), "ratio", peer=name)
@@ -91,7 +91,7 @@ GOALS = (
 
 
 def against_goals(results: Results) -> list[dict[str, object]]:
-    """Rows for the goals whose part was run; "reached" is a ratio, 1 or more where the goal is met."""
+    """Rows for the goals whose part was run; "reached" is a ratio, 1 or more if the goal is met."""
     rows: list[dict[str, object]] = []
     for goal in GOALS:
         if goal.part not in results:

@@ -1,6 +1,6 @@
-"""DreamerV3 of others, built from checkouts of the user's and given our batch; nothing of theirs is here.
+"""DreamerV3 of other projects, built from the user's checkouts and run on our batch. This file contains none of their code.
 
-Each function returns one update, to be called again and again, and the number of learned parameters.
+Each function returns one update, which can be called repeatedly, and the number of learned parameters.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from localmotion.runs.settings import compose
 
 BATCH, LENGTH = 16, 64
 SETTINGS = ("size=size12m", f"online.batch_size={BATCH}", f"online.length={LENGTH}")
-"""Of our DreamerV3 `paper`, for the model and the batch that the peers have."""
+"""Settings of our DreamerV3 `paper` for the same model and batch as the peers."""
 
 
 def _batch() -> dict[str, torch.Tensor]:
-    """What our own update is given (`bench_update.fake_batch`), without what only motion needs; nothing ends in it."""
+    """The batch of our own update (`bench_update.fake_batch`) without the keys of motion; no episode ends in it."""
     run = compose("dreamer_v3", "train", preset="paper", env="dmc:walker_walk", settings=SETTINGS)
     batch = fake_batch(run)
     kept = {key: batch[key] for key in ("image", "action", "reward", "is_first", "is_terminal")}
@@ -48,9 +48,9 @@ def r2dreamer(path: Path, bf16: bool, *, device: str = "cpu", compiled: bool = F
     space = SimpleNamespace(spaces={"image": SimpleNamespace(shape=(64, 64, 3))})
     with contextlib.redirect_stdout(io.StringIO()):
         agent = theirs.Dreamer(whole.model, space, SimpleNamespace(shape=(ACTIONS,)))
-    # Its half precision (fp16) is not what anybody would use on a CPU: bf16 instead, as ours, or none.
+    # Its half precision (fp16) is unusual on a CPU, so use bf16, as ours does, or none.
     theirs.autocast = lambda device_type, dtype: torch.autocast(device_type, torch.bfloat16, enabled=bf16)
-    # It wants a last dimension of scalars.
+    # Scalars need a last dimension.
     data = {key: value.unsqueeze(-1) if key in ("reward", "is_last", "is_terminal") else value for key, value in _batch().items()}
     from tensordict import TensorDict  # type: ignore[import-not-found,unused-ignore]
 
@@ -58,7 +58,7 @@ def r2dreamer(path: Path, bf16: bool, *, device: str = "cpu", compiled: bool = F
     state = agent.get_initial_state(BATCH)
 
     class Fixed:
-        """A replay that always gives the same batch and forgets what it is told."""
+        """A replay that always gives the same batch and ignores updates."""
 
         def sample(self) -> tuple[Any, None, tuple[Any, Any]]:
             return batch.clone(recurse=False), None, (state["stoch"], state["deter"])
@@ -72,7 +72,7 @@ def r2dreamer(path: Path, bf16: bool, *, device: str = "cpu", compiled: bool = F
 def dreamerv3(path: Path, bf16: bool, *, device: str = "cpu") -> tuple[Callable[[], object], int]:
     """(one update, number of learned parameters) of the JAX reference's 12M on pictures: its own `Agent.train`, compiled by XLA.
 
-    Sequences begin from the last update's states, not from stored ones, so that it too learns from 64 steps and not from 63 or 65.
+    Sequences start from the last update's states, not from stored ones, so it also learns from 64 steps and not from 63 or 65.
     """
     import elements  # type: ignore[import-not-found,unused-ignore]
     import ruamel.yaml  # type: ignore[import-not-found,unused-ignore]
@@ -105,7 +105,7 @@ def dreamerv3(path: Path, bf16: bool, *, device: str = "cpu") -> tuple[Callable[
     def update() -> None:
         nonlocal carry
         carry, _, _ = agent.train(carry, {**placed, "seed": seed})
-        jax.block_until_ready((agent.params, carry))  # ours and r2dreamer's wait too
+        jax.block_until_ready((agent.params, carry))  # wait, as ours and r2dreamer's do
 
     modules = ("enc", "dyn", "dec", "rew", "con", "pol", "val")
     return update, sum(value.size for name, value in agent.params.items() if name.split("/")[0] in modules)

@@ -1,4 +1,4 @@
-"""What runs within, counted: operations by name, products and convolutions by the layout of their arguments, FLOPs, and memory."""
+"""Counts the operations of a block of code: by name, products and convolutions by the layout of their arguments, FLOPs, and memory."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PRODUCTS = {
     aten.convolution.default: "convolution",
     aten.convolution_backward.default: "convolution, backward",
 }
-# Views, memory not yet written to, and marks: no work of their own.
+# Views, uninitialised memory and markers: no work of their own.
 FREE = re.compile(
     r"(_unsafe_)?view|_reshape_alias|t|transpose|permute|expand|unbind|slice|select|split(_with_sizes)?|(un)?squeeze|alias|detach"
     r"|as_strided|(new_)?empty(_like|_strided)?|_record_function_.*"
@@ -46,7 +46,7 @@ class Like:
 
 
 class Recorder(TorchDispatchMode):
-    """Counts the operations of what runs within: every product and convolution by its arguments' layouts, all others by name."""
+    """Counts the operations inside the context: products and convolutions by the layouts of their arguments, all others by name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if func in PRODUCTS:
-            # Not FlopCounterMode: its hooks on modules fail where a learned module is called without gradient.
+            # Not FlopCounterMode: its module hooks fail if a learned module is called without gradient.
             self.flops += flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=out)
             like = tree_map(_like, (args, kwargs or {}))
             self.products[func, _frozen(like[0]), _frozen(tuple(sorted(like[1].items())))] += 1
@@ -67,17 +67,17 @@ class Recorder(TorchDispatchMode):
 
 
 class Allocations(NamedTuple):
-    """Memory asked for on the CPU."""
+    """Memory allocated on the CPU."""
 
     count: int
     total: int
-    """Bytes, of all together."""
+    """Bytes in total."""
     peak: int
-    """Bytes, of those held at once at most."""
+    """Maximum of bytes held at the same time."""
 
 
 def allocations(work: Callable[[], object]) -> Allocations:
-    """What ``work()`` asks of torch's allocator beyond what was held before: numbers that do not depend on the machine's load."""
+    """Allocations of ``work()`` by torch's allocator, without memory held before. They do not depend on the machine's load."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         work()
     sizes = [event.nbytes() for event in found.profiler.kineto_results.events() if event.name() == "[memory]"]

@@ -1,4 +1,4 @@
-"""The picture of `bench_scaling`: small multiples, a panel an axis, both scales logarithmic."""
+"""The picture of `bench_scaling`: one panel per axis, both scales logarithmic."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ COLUMNS = 3
 def draw(curves: Sequence[Curve], path: Path) -> None:
     """Write a PNG: seconds along each axis, the expected order, and FLOPs scaled to the first point.
 
-    An expected order between two bounds is a wedge, drawn once a panel: from the first point of the last curve, which has the least that is
-    fixed. A curve that runs below it has a fixed part that still outweighs what grows.
+    An expected order between two bounds is a wedge, drawn once per panel, from the first point of the last curve, which has the smallest
+    fixed part. If a curve is below the wedge, its fixed part is still larger than its growing part.
     """
     panels: dict[str, list[Curve]] = {}
     for curve in curves:
@@ -66,7 +66,7 @@ def _panel(axes: Axes, name: str, curves: Sequence[Curve]) -> None:
             axes.plot(x, y[0] * np.asarray(curve.flops) / curve.flops[0], color=colour, linewidth=1.2, linestyle=(0, (1, 1.5)))
         axes.plot(x, y, color=colour, linewidth=1.8, marker=marker, markersize=4.5, markeredgecolor=GROUND, markeredgewidth=0.6)
         ends.append((curve, colour, y))
-    # Room above for the names, whatever the curves do: on a logarithmic scale that is a factor.
+    # Space above the curves for the names; on a logarithmic scale this is a factor.
     bottom, top = min(y.min() for *_, y in ends) / 1.6, max(y.max() for *_, y in ends)
     axes.set_ylim(bottom, max(top * (top / bottom) ** (0.16 * len(ends)), top * 3))
     for row, (curve, colour, _) in enumerate(ends):

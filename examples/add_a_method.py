@@ -1,4 +1,4 @@
-"""A method of your own, complete: a world model without memory. docs/add_a_method.md walks through it.
+"""A complete example of a method: a world model without memory. docs/add_a_method.md explains it.
 
 python examples/add_a_method.py train --method flat --env toy:dot --preset debug --run runs/flat
 """
@@ -28,11 +28,11 @@ class FlatConfig:
     world: WorldModelConfig = field(default_factory=lambda: WorldModelConfig(context=False))
     behaviour: BehaviourConfig = field(default_factory=BehaviourConfig)
     reward_scale: float = 100.0
-    """Weight of the reward's error: one number beside a picture's 12,288."""
+    """Weight of the reward's error. It is large because the picture's error sums 12,288 values."""
 
 
 class Flat(Method):
-    """A frame becomes a code x_t; x_{t+1} = f(x_t, a); the actor practises in f."""
+    """Encodes a frame as a code x_t, predicts x_{t+1} = f(x_t, a), and trains the actor on codes predicted by f."""
 
     name = "flat"
     paper = "none: the example of docs/add_a_method.md"
@@ -45,7 +45,7 @@ class Flat(Method):
         super().__init__(config, image_size=image_size, action_dim=action_dim)
         self.config = config
         world = config.world
-        width = world.stoch * world.classes + world.deter  # what the decoder reads
+        width = world.stoch * world.classes + world.deter  # input of the decoder
         self.image = ImageModel(world, image_size=image_size)
         self.code = nn.Linear(self.image.embed_dim, width)
         if action_dim is None:  # pre-training: no actions, no rewards
@@ -79,9 +79,9 @@ class Flat(Method):
         return torch.tanh(self.code(embed))
 
     def ahead(self, code: Tensor, action: Tensor) -> Tensor:
-        return torch.tanh(self.change(torch.cat([code, action], -1)))  # bounded as codes are: nothing to gain far outside
+        return torch.tanh(self.change(torch.cat([code, action], -1)))  # bounded like the codes, so imagination stays near them
 
-    def feat(self, state: RSSMState) -> Tensor:  # this and img_step are all that imagination asks of a model
+    def feat(self, state: RSSMState) -> Tensor:  # imagination calls only this and img_step
         return state.deter
 
     def img_step(self, state: RSSMState, action: Tensor) -> RSSMState:
@@ -113,7 +113,7 @@ class Flat(Method):
             self.behaviour.after_update()
 
     def initial_carry(self, batch_size: int) -> None:
-        return None  # nothing is remembered
+        return None  # the model has no memory
 
     def act(self, obs: Batch, carry: Any, *, explore: bool, window: int = 0) -> tuple[Tensor, None]:
         policy = self.behaviour.policy(self.codes(self.image.embed(obs["image"])))

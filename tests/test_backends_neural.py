@@ -219,7 +219,7 @@ def test_building_leaves_the_random_generator_alone(ptlflow):
         ({"precision": "int8"}, "known: float32, bfloat16, float16"),
         ({"precision": "float16"}, "for CUDA"),
         ({"device": "abacus"}, "not a torch device"),
-        ({"device": "cuda:99"}, "is not there"),
+        ({"device": "cuda:99"}, "does not exist"),
     ],
 )
 def test_sea_raft_impossible_options(ptlflow, options, text):

@@ -83,7 +83,7 @@ def test_other_limits_try_again_what_they_decide(videos: Path, tmp_path: Path) -
     assert lengths(tmp_path / "s") == {"b.mp4": 9}
     assert summary.rejected == {"too_short": 2, "unreadable": 1}
     with pytest.raises(
-        StoreError, match="was extracted with max_frames 300, asked for 50; use the same setting or another folder"
+        StoreError, match="was extracted with max_frames 300, this command has 50; use the same setting or another folder"
     ):
         run(videos, tmp_path / "s", max_frames=50)
 

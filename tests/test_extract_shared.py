@@ -114,7 +114,7 @@ def test_two_processes_share_the_shards(videos: Path, tmp_path: Path, alone: dic
     with other_process(videos, out, 1) as other:  # one video of shard 0 is done
         summary = run(videos, out)
         assert (summary.elsewhere, summary.new) == ([0], 3)
-        assert any("1 shards are still in work in other processes" in line for line in summary.lines())
+        assert any("1 shards are still being written by other processes" in line for line in summary.lines())
         assert sorted(os.listdir(out / "shards")) == ["00001", "00002"]
         assert run(videos, out).new == 0  # a third one finds nothing to do, and deletes nothing
         assert other.ends() == "end 4 0 7"
@@ -154,9 +154,9 @@ def test_a_process_that_dies_beside_another_leaves_its_shard_to_be_claimed(
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"min_frames": 7}, "with min_frames 5, asked for 7"),
-        ({"max_clips": 1}, "with max_clips None, asked for 1"),
-        ({"videos": "elsewhere"}, r"with videos .*/in, asked for .*/elsewhere"),
+        ({"min_frames": 7}, "with min_frames 5, this command has 7"),
+        ({"max_clips": 1}, "with max_clips None, this command has 1"),
+        ({"videos": "elsewhere"}, r"with videos .*/in, this command has .*/elsewhere"),
         ({"recipe": Recipe(size=32, percept_size=32, tracks=5)}, "holds a store of recipe"),
     ],
 )

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from localmotion.acting.episodes import Rollout, episode_seed
+from localmotion.acting.observer import Observer
 from localmotion.acting.policy import MethodPolicy
 from localmotion.config import OnlineConfig, OptimConfig, PretrainConfig
 from localmotion.methods.dreamer_v2 import DreamerV2

@@ -224,7 +224,7 @@ def test_missing_videos_are_rows_that_cost_the_others_nothing(tmp_path: Path) ->
     assert {video.id: video.reason for video in report.videos} == want
     details = {video.id: video.detail for video in report.rejected}
     assert details["etc/passwd"] == f"line 3 of list.txt: not below {tmp_path / 'in'}"
-    assert details["good.avi"].endswith("; good.mp4 is, list that instead if it is meant")
+    assert details["good.avi"].endswith("; good.mp4 exists; if you mean that file, list it instead")
     recipe = Recipe(size=32, percept_size=32, tracks=4, redraw_rounds=0)
     extract_folder(tmp_path / "in", tmp_path / "store", recipe, list_file=listed, workers=0)
     store = ClipStore(tmp_path / "store")

@@ -91,7 +91,7 @@ def test_round_trip(reference: Path) -> None:
     assert store.infos[0] == make_clip(store.ids[0]).info
     assert store.nbytes == sum(p.stat().st_size for p in reference.rglob("shards/*/*.[ufi]*[0-9]"))
     store.verify()
-    with pytest.raises(StoreError, match="asked for 1:99"):
+    with pytest.raises(StoreError, match="requested 1:99"):
         store.window("frames", 0, 1, 99)
 
 

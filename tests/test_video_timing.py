@@ -281,7 +281,7 @@ def test_extraction_tells_of_mixed_rates_and_makes_them_one(tmp_path: Path) -> N
         clock(tmp_path / "in" / f"{rate}.mp4", [n / rate for n in range(rate)])
     clock(tmp_path / "in" / "vfr.mp4", [0, 0.1, 0.15, 0.2, 0.5, 1.0])
     mixed = extract_folder(tmp_path / "in", tmp_path / "mixed", Recipe(**SMALL), min_frames=5, workers=0)
-    line = "clips of variable frame rate: 1; --fps N makes one time step one time"
+    line = "clips of variable frame rate: 1; --fps N makes one time step the same time in all videos"
     assert f"rates 5 to 60 fps are mixed, {line}" in "\n".join(mixed.lines())
     even = extract_folder(tmp_path / "in", tmp_path / "even", Recipe(**SMALL, fps=15), min_frames=5, workers=0)
     store = ClipStore(tmp_path / "even")

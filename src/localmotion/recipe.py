@@ -12,15 +12,15 @@ from localmotion.errors import ConfigError, unknown_name
 
 ALGORITHM = 3
 """Newest version of the embedded algorithms of perception, see `Recipe.algorithm`."""
-_LATER = {"fps": 0.0}  # settings that stores without `algorithm` or of algorithm 2 were written before, and what they meant
+_LATER = {"fps": 0.0}  # settings newer than stores without `algorithm` or with algorithm 2, and their value there
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides the bytes of a clip store; the streaming side of fine-tuning uses the same one."""
+    """All settings that determine the bytes of a clip store. Streaming perception in fine-tuning uses the same recipe."""
 
     size: int = 64
-    """Side of the stored square frames and flow fields, in pixels (paper: 64). The aspect ratio is squashed as IPV does."""
+    """Side of the stored square frames and flow fields, in pixels (paper: 64). The picture is squeezed to a square, as in IPV's release."""
     percept_size: int = 128
     """Side at which flow and tracks are computed; the field is then area-averaged to `size` and divided by the ratio."""
     flow: str = "dis"
@@ -32,30 +32,29 @@ class Recipe:
     tracks: int = 32
     """Tracks stored per clip, 1..32; the model's K is chosen later, so K needs no re-extraction."""
     segment_frames: int = 25
-    """Points are drawn anew every so many frames (paper: once per 25-frame clip)."""
+    """Frames between two draws of all points (paper: once per 25-frame clip)."""
     frame_stride: int = 1
-    """Keep every n-th frame (with fps: of those at that rate). Changes what the model sees as one time step."""
+    """Keep every n-th frame (with fps: of the resampled frames). Changes the duration of one time step of the model."""
     flow_span: int = 1
-    """Flow over n stored frames (from t+1-n to t+1) instead of one: a lever for very slow motion."""
+    """Flow over n stored frames (from t+1-n to t+1) instead of one, for very slow motion."""
     redraw_rounds: int = 2
-    """How many times points of low motion variance are replaced and tracked again (paper 4.2.1); 0 = causal, as streaming."""
+    """How many times points of low motion variance are replaced and tracked again (paper, section 4.2.1); 0: causal, as in streaming."""
     min_motion: float = 0.05
     """Points whose positions deviate less than this over a segment (standard deviation, pixels of `size`) are redrawn."""
     prompt: str = "person. hand. robot arm."
-    """What the text-prompted detector looks for (paper: "individuals"). Unused by the embedded segmenter."""
+    """Prompt of the text-prompted detector (paper: "individuals"). Unused by the embedded segmenter."""
     seed: int = 0
-    """Seed of the point draw; with the clip's id it decides every random choice."""
+    """Seed of the point draw. Seed and clip id determine every random choice."""
     backend_options: dict[str, Any] = field(default_factory=dict)
     """Options of the backends, by backend name, e.g. {"sea_raft": {"checkpoint": "things"}}."""
     algorithm: int = ALGORITHM
-    """Version of the embedded algorithms. 1: foreground by flow alone; 2: and by change of the picture; 3: and decoding with chroma at full
-    width, deinterlaced, HDR mapped to standard range, transparent pictures before grey. Old runs keep theirs."""
+    """Version of the embedded algorithms. 1: foreground from flow only; 2: also from changes of the picture; 3: also decoding with
+    chroma at full width, deinterlacing, HDR mapped to standard range, transparent pictures over grey. Old runs keep their version."""
     fps: float = 0.0
-    """Frames per second to which videos are resampled by the times of their frames, so that one time step is the same time in all; 0: as
-    recorded."""
+    """Videos are resampled to this many frames per second, so one time step is the same time in all videos; 0: frames as recorded."""
 
     def __post_init__(self) -> None:
-        if type(self.fps) is int:  # 30 and 30.0 are the same recipe
+        if type(self.fps) is int:  # so 30 and 30.0 are the same recipe
             object.__setattr__(self, "fps", float(self.fps))
         checks = {
             "size": 8 <= self.size <= 1024,
@@ -85,7 +84,7 @@ class Recipe:
         return self.algorithm < 3
 
     def to_json(self) -> dict[str, Any]:
-        """The settings. Those that came after the first stores are left out at their default, so that these keep their hash."""
+        """The settings. Newer settings are left out at their default, so older stores keep their hash."""
         values = asdict(self)
         return {key: value for key, value in values.items() if (key, value) not in _LATER.items()}
 
@@ -98,7 +97,7 @@ class Recipe:
         if set(values) == known - {
             "algorithm",
             *_LATER,
-        }:  # written whole, before there was a number; a user's few settings mean today's
+        }:  # complete settings without `algorithm` are from an old store; a user's few settings mean the newest version
             values = {**values, "algorithm": 1}
         return cls(**values)
 

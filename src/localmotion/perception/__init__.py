@@ -43,7 +43,7 @@ def _cotracker() -> None:
     from localmotion.perception import cotracker  # noqa: F401
 
 
-# The neural backends import torch: three seconds and 190 MB that workers of the embedded default need not spend.
+# The neural backends import torch (three seconds and 190 MB), which workers of the embedded default do not need.
 register_lazily("flow", "sea_raft", _sea_raft)
 register_lazily("flow", "raft", _sea_raft)
 register_lazily("segment", "grounded_sam", _grounded_sam)

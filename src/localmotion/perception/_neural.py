@@ -1,4 +1,4 @@
-"""What the neural backends share: lazy imports, device and precision, construction without side effects."""
+"""Shared by the neural backends: lazy imports, device and precision, construction without side effects."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ PRECISIONS: dict[str, torch.dtype] = {
     "float16": torch.float16,
 }
 GUIDE = "docs/perception.md"
-_NOT_WEIGHTS = "download the file again, from the authors; one that holds more than tensors is not opened any further"
+_NOT_WEIGHTS = "download the file again from the authors; a file that holds more than tensors is not opened further"
 
 
 def optional_import(module: str, backend: str, command: str) -> ModuleType:
     """Import ``module`` or raise a MissingExtraError that gives ``command``.
 
-    A binary package that does not fit the installed torch (torchvision above all) fails with RuntimeError or OSError
-    rather than ImportError, so these count as missing too; the message keeps the cause, because then the mend is another.
+    A binary package that does not fit the installed torch (usually torchvision) fails with RuntimeError or OSError instead of
+    ImportError, so these count as missing, too. The message contains the cause, because the fix is different then.
     """
     try:
         return importlib.import_module(module)
@@ -51,12 +51,12 @@ def missing(backend: str, package: str, command: str, error: Exception) -> Missi
 
 
 def matching_torchvision() -> str:
-    """Requirement for the torchvision of the installed torch: 2.8 goes with 0.23, 2.13 with 0.28."""
+    """Requirement for the torchvision that fits the installed torch: 2.8 needs 0.23, 2.13 needs 0.28."""
     return f"torchvision==0.{int(torch.__version__.split('.')[1]) + 15}.*"
 
 
 def _one_line(error: BaseException) -> str:
-    """Text of an error and of what caused it on one line (transformers hides a broken torchvision one level down)."""
+    """Text of an error and of its cause on one line (transformers reports a broken torchvision only as the cause)."""
     texts = [" ".join(str(error).split()) or type(error).__name__]
     inner = error.__cause__ or error.__context__
     if inner is not None and str(inner) and str(inner) not in texts[0]:
@@ -72,7 +72,7 @@ def failure(backend: str, doing: str, error: Exception, mend: str) -> Localmotio
 def pick_device(device: str) -> torch.device:
     """``auto`` is the first CUDA device if there is one, else the CPU; anything else is a torch device string.
 
-    Raises ConfigError for a string torch does not know and for a CUDA device that is not there.
+    Raises ConfigError for a string that torch does not know and for a CUDA device that does not exist.
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -83,7 +83,7 @@ def pick_device(device: str) -> torch.device:
     if chosen.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (chosen.index or 0) >= count:
-            raise ConfigError(f"device={device!r} is not there ({count} CUDA devices); use auto or cpu")
+            raise ConfigError(f"device={device!r} does not exist ({count} CUDA devices); use auto or cpu")
     return chosen
 
 
@@ -116,10 +116,10 @@ def inference(backend: str, device: torch.device, dtype: torch.dtype, load: str,
 
 @contextlib.contextmanager
 def building() -> Iterator[None]:
-    """Build foreign code without side effects on ours.
+    """Build third-party code without side effects on ours.
 
-    Random initialisation (and CoTracker's ``torch.manual_seed(0)`` at import) would move the generators that decide a
-    run; they are put back. The deprecations inside foreign packages are not the user's to mend: hidden here only.
+    Random initialisation (and CoTracker's ``torch.manual_seed(0)`` at import) would change the generators of a run, so they
+    are restored. Deprecation warnings of third-party packages are hidden here, because the user cannot fix them.
     """
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
@@ -134,8 +134,8 @@ _networks: WeakValueDictionary[tuple[Any, ...], torch.nn.Module] = WeakValueDict
 def shared_network(key: tuple[Any, ...], device: torch.device, build: Callable[[], Any]) -> Any:
     """The frozen network of ``key`` on ``device``: built once, shared by all backends of this process that use it.
 
-    Every environment has a backend of its own; their networks are the same and hold no state, so memory is paid once. It
-    is freed with the last backend.
+    Every environment has its own backend. Their networks are equal and hold no state, so one copy is enough. It is freed
+    with the last backend.
     """
     key = (*key, str(device))
     network = _networks.get(key)
@@ -147,12 +147,12 @@ def shared_network(key: tuple[Any, ...], device: torch.device, build: Callable[[
 
 
 def read_state_dict(backend: str, path: Path, sha256: str = "") -> dict[str, torch.Tensor]:
-    """Tensors of a local weight file (.safetensors, or a torch file): the one place where a foreign .pt or .pth is opened.
+    """Tensors of a local weight file (.safetensors, or a torch file): the only function that opens a foreign .pt or .pth.
 
-    A torch file is a pickle: it is read with ``weights_only``, which makes tensors and runs nothing else, and its parts must be stored
-    uncompressed, as torch writes them, so that a small file cannot unfold into a large one.
+    A torch file is a pickle. It is read with ``weights_only``, which creates only tensors and runs no other code. Its parts must be
+    stored uncompressed, as torch writes them, so a small file cannot expand to a large one.
 
-    Raises LocalmotionError if the file is missing, is not the one named by ``sha256`` or holds more than tensors.
+    Raises LocalmotionError if the file is missing, has another hash than ``sha256``, or holds more than tensors.
     """
     if not path.is_file():
         raise LocalmotionError(f"{backend}: weight file {path} does not exist; give the path of the downloaded file")
@@ -171,7 +171,7 @@ def read_state_dict(backend: str, path: Path, sha256: str = "") -> dict[str, tor
                 if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
                     raise ValueError("its parts are compressed, which torch never writes")
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # zip, pickle and safetensors readers each have their own error types
+    except Exception as error:  # the readers of zip, pickle and safetensors have different error types
         raise failure(backend, f"reading weights {path}", error, _NOT_WEIGHTS) from error
     if isinstance(loaded, dict) and isinstance(loaded.get("model"), dict):
         loaded = loaded["model"]

@@ -1,10 +1,10 @@
-"""The three small interfaces of perception (flow, segment, track), their registry, the recipe, and what extraction returns.
+"""The three interfaces of perception (flow, segment, track), their registry, the recipe, and the results of extraction.
 
 Conventions, everywhere in this package:
 
 * frames are uint8 RGB arrays (H, W, 3); points are float32 (x, y) in pixels, the centre of the top-left pixel is (0, 0);
-* flow is float32 (H, W, 2), x then y, in pixels of the picture it was computed on: ``flow[y, x]`` is where the pixel moved;
-* backends never resize silently in the result: they may work at another resolution but return the one they were given.
+* flow is float32 (H, W, 2), x then y, in pixels of the picture it was computed on: ``flow[y, x]`` is the motion of that pixel;
+* backends return results at the resolution of their input; internally they may use another one.
 """
 
 from __future__ import annotations
@@ -39,20 +39,20 @@ class FlowBackend(Protocol):
 
 @runtime_checkable
 class SegmentBackend(Protocol):
-    """Where the moving things are: a sampling weight, not a hard mask (perception notes 2.4)."""
+    """Finds moving objects: returns a sampling weight, not a hard mask. Points are drawn from it (docs/decisions/0003)."""
 
     name: ClassVar[str]
     licence: ClassVar[str]
     uses_motion: ClassVar[bool]
-    """Whether the weight comes from motion (cheap, asked whenever a point is drawn) or from the picture (asked once a segment)."""
+    """Whether the weight comes from motion (cheap, computed for each draw of points) or from the picture (computed once per segment)."""
 
     def weight(
         self, frames: NDArray[np.uint8], flows: NDArray[np.float32] | Sequence[NDArray[np.float32]]
     ) -> NDArray[np.float32]:
         """Foreground weight in [0, 1] for the FIRST frame.
 
-        ``frames`` (n, H, W, 3), n >= 1, the first frame and a few that follow (streaming: those that came before, newest
-        first); ``flows`` (n, H, W, 2), an array or a list of fields of recent or coming motion (may be empty). Returns (H, W) float32.
+        ``frames`` (n, H, W, 3), n >= 1, the first frame and a few later ones (streaming: earlier ones, newest first);
+        ``flows`` (n, H, W, 2), an array or a list of fields of recent or coming motion (may be empty). Returns (H, W) float32.
         """
         ...
 
@@ -79,7 +79,7 @@ class TrackBackend(Protocol):
 
 @runtime_checkable
 class ManySegment(SegmentBackend, Protocol):
-    """A segmenter that answers for many clips at once."""
+    """A segmenter that processes many clips at once."""
 
     def weights(
         self, asked: Sequence[tuple[NDArray[np.uint8], NDArray[np.float32] | Sequence[NDArray[np.float32]]]]
@@ -90,7 +90,7 @@ class ManySegment(SegmentBackend, Protocol):
 
 @runtime_checkable
 class ManyTrack(TrackBackend, Protocol):
-    """A tracker that answers for many clips at once."""
+    """A tracker that processes many clips at once."""
 
     def tracks(self, asked: Sequence[tuple[NDArray[np.uint8], Points]]) -> list[tuple[NDArray[np.float32], NDArray[np.bool_]]]:
         """`track` of each, from its first frame."""
@@ -103,9 +103,9 @@ class ClipMotion:
 
     flow     (T, S, S, 2) float16   ``flow[t]``: motion from frame t to t+1; the last one is zero
     tracks   (T, N, 2)    float32   (x, y) of each track slot in frame t
-    visible  (T, N)       bool      the point is seen in frame t and was found again in frame t+1, so ``flow[t]`` at ``tracks[t]`` is its
-                                    motion; the last one is False. It does not depend on who holds the slot in frame t+1
-    track_id (T, N)       int32     changes when a slot is given a new point: history before the change is another track's
+    visible  (T, N)       bool      the point is visible in frame t and was found again in frame t+1, so ``flow[t]`` at ``tracks[t]`` is
+                                    its motion; the last one is False. Independent of the point in the slot in frame t+1
+    track_id (T, N)       int32     changes when a slot gets a new point: history before the change belongs to another track
     info     JSON-able dict: how the points were found (salient or not, redraws, camera motion, scene cuts, flow quantiles)
     """
 
@@ -118,11 +118,11 @@ class ClipMotion:
 
 @dataclass(frozen=True)
 class StepMotion:
-    """Motion that led to the newest frame of a stream, in pixels of `size`: what a transition stores in the replay.
+    """Motion that led to the newest frame of a stream, in pixels of `size`, as stored in the replay.
 
     flow     (S, S, 2) float16   from the previous frame to this one; zeros right after a reset
-    tracks   (N, 2)    float32   where the points were in the PREVIOUS frame, i.e. where the flow is cropped
-    visible  (N,)      bool      usable for this motion (seen in the previous frame and not just redrawn); all False after reset
+    tracks   (N, 2)    float32   the points in the PREVIOUS frame, where the flow is cropped
+    visible  (N,)      bool      valid for this motion (visible in the previous frame and not just redrawn); all False after reset
     track_id (N,)      int32     identity of each slot's track
     """
 
@@ -138,7 +138,7 @@ KINDS = ("flow", "segment", "track")
 
 
 def register(kind: str, name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Class decorator: make a backend known under ``kind`` (flow, segment, track) and ``name``."""
+    """Class decorator: register a backend under ``kind`` (flow, segment, track) and ``name``."""
     assert kind in KINDS, kind
 
     def add(factory: Callable[..., Any]) -> Callable[..., Any]:
@@ -149,7 +149,7 @@ def register(kind: str, name: str) -> Callable[[Callable[..., Any]], Callable[..
 
 
 def register_lazily(kind: str, name: str, load: Callable[[], None]) -> None:
-    """Make a backend known whose module, imported by ``load`` when it is first asked for, registers it."""
+    """Register a backend lazily: ``load`` imports its module on first use, and the module registers it."""
     assert kind in KINDS, kind
     _LAZY[kind, name] = load
 
@@ -168,7 +168,7 @@ def backends(kind: str) -> list[str]:
 
 
 def make_backend(kind: str, name: str, **options: Any) -> Any:
-    """Build a backend. Raises ConfigError for an unknown name, MissingExtraError when its packages are absent."""
+    """Build a backend. Raises ConfigError for an unknown name, MissingExtraError if its packages are missing."""
     known = backends(kind)
     if name not in known:
         raise unknown_name(f"{kind} backend", name, known)
@@ -187,7 +187,7 @@ def recipe_backends(recipe: Recipe) -> tuple[Any, Any, Any]:
     for name in options:
         if name not in (recipe.flow, recipe.segment, recipe.track):
             raise unknown_name("backend in backend_options", name, (recipe.flow, recipe.segment, recipe.track))
-    segmenter = _factory("segment", recipe.segment)  # an unknown one is told below
+    segmenter = _factory("segment", recipe.segment)  # an unknown name raises below
     if segmenter and "prompt" in inspect.signature(segmenter).parameters:
         options.setdefault(recipe.segment, {}).setdefault("prompt", recipe.prompt)
     if recipe.algorithm < 2 and recipe.segment == "saliency":
@@ -198,11 +198,11 @@ def recipe_backends(recipe: Recipe) -> tuple[Any, Any, Any]:
 
 
 def works_on_gpu(recipe: Recipe) -> bool:
-    """Whether a backend of the recipe is a network that will work on a GPU of this machine. Builds none."""
+    """Whether a backend of the recipe is a network that would run on a GPU of this machine. Builds no backend."""
     for kind, name in (("flow", recipe.flow), ("segment", recipe.segment), ("track", recipe.track)):
         factory = _factory(kind, name)
         if factory is not None and "device" in inspect.signature(factory).parameters:
-            from localmotion.perception._neural import pick_device  # torch: the embedded backends do without
+            from localmotion.perception._neural import pick_device  # imports torch, which the embedded backends do not need
 
             if pick_device(recipe.backend_options.get(name, {}).get("device", "auto")).type == "cuda":
                 return True

@@ -1,4 +1,4 @@
-"""Atomic Actions of clips (paper 4.2.1, Algorithm 1 lines 5-8): flow, where points are drawn, and where they go."""
+"""Atomic Actions of clips (paper, section 4.2.1, Algorithm 1 lines 5-8): flow, choice of points, and tracks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from localmotion.perception.saliency import magnitude, residual_flow
 from localmotion.perception.stream import Magnitudes, shrink_flow, shrink_points
 from localmotion.recipe import Recipe
 
-SEGMENT_OFFSETS = (1, 2, 4)  # frames ahead whose flow decides the foreground at a segment's start
+SEGMENT_OFFSETS = (1, 2, 4)  # frames ahead whose flow determines the foreground at a segment's start
 
 
 def seed_of(key: str, seed: int) -> int:
@@ -27,14 +27,14 @@ def seed_of(key: str, seed: int) -> int:
 
 
 class _Ask(NamedTuple):
-    """What the extraction of one clip waits for: what a backend says of these."""
+    """A request of one clip to a backend."""
 
     backend: Literal["flow", "segment", "track"]
     arguments: tuple[Any, ...]
 
 
 class _Choice(NamedTuple):
-    """Points of one segment, most mobile first, and where they go."""
+    """Points of one segment, most mobile first, and their tracks."""
 
     tracks: NDArray[np.float32]  # (T, N, 2) over the segment
     seen: NDArray[np.bool_]  # (T, N)
@@ -42,7 +42,7 @@ class _Choice(NamedTuple):
     weight: NDArray[np.float32]  # (H, W) foreground of the segment's first frame
 
     def known(self, slots: Slots, first_id: int, age: int) -> Known | None:
-        """What the choice knows of frame ``age`` of its segment: choosing has followed the points that slots still hold."""
+        """Known tracks in frame ``age`` of the segment, for slots that still hold their chosen points."""
         if age >= len(self.tracks):
             return None
         own = slots.track_id == first_id + np.arange(len(slots.track_id))
@@ -52,13 +52,13 @@ class _Choice(NamedTuple):
 class ClipExtractor:
     """Atomic Actions of clips.
 
-    With ``recipe.redraw_rounds > 0`` the points of each segment are chosen with look-ahead, as in the paper: drawn on the foreground of the
-    segment's first frame, followed to its end, those of little motion variance or soon lost drawn again, a bounded number of times; the
-    most mobile remain. A segment begins every ``segment_frames`` frames and at every scene cut. Within segments, and everywhere with
-    ``redraw_rounds=0``, slots behave exactly as in the streaming form.
+    With ``recipe.redraw_rounds > 0`` the points of each segment are chosen with look-ahead, as in the paper: they are drawn on the
+    foreground of the segment's first frame and tracked to its end; points with little motion variance, and points that are soon lost, are
+    drawn again, a bounded number of times; the most mobile points remain. A segment begins every ``segment_frames`` frames and at every
+    scene cut. Within segments, and everywhere with ``redraw_rounds=0``, slots behave exactly as in streaming.
 
-    Backends that are networks are asked as rarely as the method allows, and for all clips of a call together: each clip is a generator
-    that hands out its questions and waits for the answers. Flow and foreground are one question a clip, tracks one a segment and round.
+    Networks are called as rarely as possible, and for all clips of a call together: each clip is a generator that yields its requests and
+    waits for the results. Flow and foreground are one request per clip, tracks one per segment and round.
     """
 
     def __init__(self, recipe: Recipe) -> None:
@@ -72,13 +72,13 @@ class ClipExtractor:
     def extract_many(self, clips: Sequence[tuple[NDArray[np.uint8], str]]) -> list[ClipMotion]:
         """Motion of each clip: (T, percept_size, percept_size, 3) uint8 frames, T >= 2, and its key.
 
-        A key names the clip and with the recipe's seed decides every draw: a `StreamingExtractor` with ``seed_of(key, recipe.seed)`` draws
-        the same. With the embedded backends each result is the same to the bit whatever other clips there are; a network may round
-        differently in another batch. Raises LocalmotionError for frames of another shape or type.
+        The key identifies the clip. Key and recipe seed determine every draw: a `StreamingExtractor` with ``seed_of(key, recipe.seed)``
+        draws the same. With the embedded backends the result of a clip does not depend on the other clips, bit for bit; a network may
+        round differently in another batch. Raises LocalmotionError for frames of another shape or type.
 
         ``info`` of a result: cuts (frames that begin a new scene), segments (start, salient points and whether any foreground was
-        found, of each segment chosen with look-ahead), lost and idle (slots drawn again because the point was lost, or stood still while
-        something moved), camera (mean motion of the camera, pixels of `size` per frame), followed (share of points usable), flow
+        found, for each segment with look-ahead), lost and idle (slots drawn again because the point was lost, or stood still while
+        something else moved), camera (mean motion of the camera, pixels of `size` per frame), followed (share of points usable), flow
         (mean and quantiles of the flow's magnitude, pixels of `size`).
         """
         courses = [self._course(frames, key) for frames, key in clips]
@@ -97,7 +97,7 @@ class ClipExtractor:
         return [motions[number] for number in range(len(clips))]
 
     def _answers(self, asks: list[_Ask]) -> list[Any]:
-        """What the backends say, each asked once for all that is asked of it."""
+        """Results of the backends. Each backend is called once for all its requests."""
         answers: list[Any] = [None] * len(asks)
         for kind, together in (
             ("flow", self._flow_together),
@@ -127,10 +127,10 @@ class ClipExtractor:
         return [self.track.track(*arguments) for arguments in asked]
 
     def _course(self, frames: NDArray[np.uint8], key: str) -> Generator[list[_Ask], list[Any], ClipMotion]:
-        """One clip, from question to question."""
+        """The extraction of one clip, as a generator of requests."""
         recipe, length = self.recipe, len(frames)
         if length < 2 or frames.shape[1:] != (recipe.percept_size, recipe.percept_size, 3) or frames.dtype != np.uint8:
-            raise LocalmotionError(f"extraction wants at least 2 uint8 frames of side {recipe.percept_size}, got {frames.shape}")
+            raise LocalmotionError(f"extraction needs at least 2 uint8 frames of side {recipe.percept_size}, got {frames.shape}")
         grey = [cv2.cvtColor(x, cv2.COLOR_RGB2GRAY) for x in frames]
         detector = CutDetector()
         cuts = np.array([detector.step(x) for x in grey])
@@ -147,8 +147,8 @@ class ClipExtractor:
         tracks = np.zeros((length, count, 2), np.float32)
         visible = np.zeros((length, count), bool)
         track_id = np.zeros((length, count), np.int32)
-        offline = np.zeros(length, bool)  # frames whose tracks an offline tracker gave: better than steps, and already there
-        seen = np.zeros((length, count), bool)  # in those frames
+        offline = np.zeros(length, bool)  # frames whose tracks came from an offline tracker, which is better than steps
+        seen = np.zeros((length, count), bool)  # visible in those frames
         segments: list[dict[str, Any]] = []
         choice: _Choice | None = None
         lost = idle = begun = first_id = 0
@@ -198,7 +198,7 @@ class ClipExtractor:
         return ClipMotion(small, shrink_points(tracks, recipe.ratio), visible, track_id, info)
 
     def _segments(self, cuts: NDArray[np.bool_]) -> dict[int, int]:
-        """First frame and end of each segment whose points are chosen with look-ahead; three frames are the least that has variance."""
+        """First frame and end of each segment with look-ahead. A segment has at least three frames, because fewer have no variance."""
         if not self.recipe.redraw_rounds:
             return {}
         starts = sorted({*range(0, len(cuts), self.recipe.segment_frames), *np.flatnonzero(cuts).tolist()})
@@ -213,10 +213,10 @@ class ClipExtractor:
     def _flows(
         self, frames: NDArray[np.uint8], cuts: NDArray[np.bool_], ends: dict[int, int]
     ) -> Generator[list[_Ask], list[Any], tuple[list[NDArray[np.float32]], dict[int, dict[int, NDArray[np.float32]]]]]:
-        """Flow of (H, W, 2) that led to each frame, and, from the start of each segment, flow a frame to k frames ahead, by k.
+        """Flow (H, W, 2) that led to each frame, and for the start of each segment the flow to k frames ahead, by k.
 
-        Flow leads to t from frame max(t - span, last cut); it is zero at t = 0 and across cuts. What is ahead is asked only for a
-        segmenter that looks at motion.
+        Flow to frame t starts at frame max(t - span, last cut); it is zero at t = 0 and across cuts. Flow ahead is computed only for a
+        segmenter that uses motion.
         """
         length, span = len(frames), self.recipe.flow_span
         scene = np.maximum.accumulate(np.where(cuts, np.arange(length), 0))
@@ -257,7 +257,7 @@ class ClipExtractor:
     ) -> Generator[list[_Ask], list[Any], tuple[NDArray[np.float32], NDArray[np.bool_], NDArray[np.float32]]]:
         """Tracks (T, N, 2), visibility (T, N), and (N,) standard deviation of each path in pixels of `size`.
 
-        The deviation counts as zero where the point is lost in the first half of the segment: it should be mobile and stable.
+        The deviation is set to zero if the point is lost in the first half of the segment, because points should be mobile and stable.
         """
         ((tracks, visible),) = yield [_Ask("track", (frames, points))]
         seen = visible[..., None]

@@ -1,12 +1,12 @@
 """CoTracker3 point tracks through torch.hub: the tracker of DRP, section 4.2.1. Opt-in, because it is non-commercial.
 
 Karaev et al., "CoTracker3: Simpler and Better Point Tracking by Pseudo-Labelling Real Videos", 2024. Code and weights are
-CC-BY-NC-4.0; nothing of them is part of this package.
+CC-BY-NC-4.0; no part of them is in this package.
 
-Streaming. CoTracker's own online form answers only every 8 frames, needs 16-frame chunks and fixes its points at the first one, so
-it cannot give a position for each new frame nor take redrawn points. Here ``step`` instead keeps the newest ``window`` frames of the
-stream and runs the clip model over them, asking only for the newest frame. Each point is queried where it was first seen inside the
-window (not where it was a frame ago), which keeps its appearance anchored: errors add up once a window, not once a frame.
+Streaming. CoTracker's own online mode returns results only every 8 frames, needs chunks of 16 frames and fixes its points in the
+first frame. So it cannot give a position for each new frame or accept redrawn points. Instead, ``step`` keeps the newest ``window``
+frames of the stream and runs the clip model on them, for the newest frame only. The query of each point is the first frame of the
+window in which it was visible, not the previous frame. So errors accumulate once per window, not once per frame.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ REPOSITORY = "facebookresearch/co-tracker:82e02e8029753ad4ef13cf06be7f4fc5facdda
 """The commit this backend was checked with; torch.hub runs its code, so it is pinned."""
 WEIGHTS_URL = "https://huggingface.co/facebook/cotracker3/resolve/main/scaled_offline.pth"
 SAME_POINT = 1e-2
-"""Pixels within which a given point is the one returned before (callers scale points to and fro in float32)."""
+"""Distance in pixels below which an input point equals a returned one (callers scale points up and down in float32)."""
 
 
 CODE = {"source": "github", "repository": REPOSITORY}
-"""Options that say whose code runs. Files may name no other values (`perception.trust.check_recipe`)."""
+"""Options that select the code to run. Files may not change them (`perception.trust.check_recipe`)."""
 
 
 class LicenceWarning(UserWarning):
@@ -57,8 +57,8 @@ def _warn_licence(accepted: bool) -> None:
     if accepted or CoTracker3.licence in _warned:
         return
     warnings.warn(
-        "cotracker3: code and weights are CC-BY-NC-4.0, no commercial use; accept_licence=True silences this, "
-        "track=lk is free of it",
+        "cotracker3: code and weights are CC-BY-NC-4.0, no commercial use; accept_licence=True hides this warning, "
+        "track=lk has no such limit",
         LicenceWarning,
         stacklevel=3,
     )
@@ -67,7 +67,7 @@ def _warn_licence(accepted: bool) -> None:
 
 @dataclass
 class _Stream:
-    """The newest frames of one stream and where its points were in them (L frames, N points)."""
+    """The newest frames of one stream and the positions of its points in them (L frames, N points)."""
 
     frames: list[Frame]
     xy: NDArray[np.float32]  # (L, N, 2)
@@ -76,23 +76,23 @@ class _Stream:
 
 @register("track", "cotracker3")
 class CoTracker3:
-    """CoTracker3, offline model. ``track`` looks at the whole clip (not causal); ``step`` only at the past.
+    """CoTracker3, offline model. ``track`` uses the whole clip (not causal); ``step`` uses only the past.
 
     Options:
-        accept_licence: True says the CC-BY-NC-4.0 licence is known and silences the LicenceWarning.
-        source: ``github`` (torch.hub fetches `repository` once into its cache) or ``local`` (`repository` is a folder).
+        accept_licence: True confirms the CC-BY-NC-4.0 licence and turns the LicenceWarning off.
+        source: ``github`` (torch.hub downloads `repository` once into its cache) or ``local`` (`repository` is a folder).
         repository: ``owner/name:ref`` or the path of a checkout; by default the commit this was checked with.
-        weights: ``official`` (fetched by torch.hub into its cache), the path of a local .pth or .safetensors file, or
-            ``random``: untrained, for tests of the plumbing only. Only tensors are ever read (``weights_only``).
-        sha256: (start of the) SHA-256 that a local weight file must have; empty is no check.
-        window: frames kept by ``step``, the newest included. Cost grows with it.
+        weights: ``official`` (downloaded by torch.hub into its cache), the path of a local .pth or .safetensors file, or
+            ``random``: untrained, only for tests. Only tensors are read (``weights_only``).
+        sha256: SHA-256 (or its first digits) that a local weight file must have; empty: no check.
+        window: frames kept by ``step``, including the newest. The cost grows with it.
         max_frames: longest piece of a clip tracked at once (60 is the training length); longer clips are tracked piece by
             piece with half overlap.
-        batch: pieces in one forward pass, where several clips of one length are tracked (`tracks`).
-        streams: streams (environments) that one backend can follow at a time.
+        batch: pieces in one forward pass, if several clips of one length are tracked (`tracks`).
+        streams: streams (environments) that one backend can track at the same time.
         device, precision: as in SeaRaft.
 
-    Raises LocalmotionError when code or weights cannot be had, ConfigError for an impossible option.
+    Raises LocalmotionError if code or weights are not available, ConfigError for an invalid option.
     """
 
     name: ClassVar[str] = "cotracker3"
@@ -139,7 +139,7 @@ class CoTracker3:
                 f"cotracker3: {repository} has no hubconf.py; give the folder of a co-tracker checkout as repository"
             )
         try:
-            # pretrained=False: the repository's own loading unpickles whatever it downloads.
+            # pretrained=False: the repository's own loading would unpickle its download.
             predictor = torch.hub.load(
                 repository,
                 "cotracker3_offline",
@@ -149,7 +149,7 @@ class CoTracker3:
                 verbose=False,
                 pretrained=False,
             )
-        except Exception as error:  # foreign code: network, zip and import errors of any type
+        except Exception as error:  # third-party code: network, zip and import errors of any type
             mend = "check the network, or clone facebookresearch/co-tracker and use source=local, repository=FOLDER"
             raise failure(self.name, f"loading the code from {repository}", error, mend) from error
         if weights == "random":
@@ -193,9 +193,9 @@ class CoTracker3:
         return xy, seen
 
     def tracks(self, asked: Sequence[tuple[NDArray[np.uint8], Points]]) -> list[tuple[NDArray[np.float32], NDArray[np.bool_]]]:
-        """`track` of each, from its first frame; ``batch`` clips of as many frames and points in a forward pass.
+        """`track` of each, from its first frame; ``batch`` clips with the same numbers of frames and points in one forward pass.
 
-        Only those are put together, as the network lets points see each other: added ones would move the rest.
+        Clips of other numbers are not padded, because points attend to each other: added points would change the others.
         """
         alike: dict[tuple[int, ...], list[int]] = {}
         for index, (frames, points) in enumerate(asked):
@@ -218,8 +218,8 @@ class CoTracker3:
     def step(self, previous: Frame, current: Frame, points: Points) -> tuple[Points, NDArray[np.bool_]]:
         """Advance (N, 2) points from ``previous`` to ``current``: new (N, 2) positions and (N,) visibility.
 
-        A stream is known by its newest frame: when ``previous`` is the ``current`` of an earlier call and at least one point
-        is the one returned then, the kept frames are used; otherwise a new stream begins. So resets need no call, points may
+        A stream is identified by its newest frame. If ``previous`` is the ``current`` of an earlier call and at least one point
+        equals one returned then, the kept frames are used; otherwise a new stream begins. So resets need no call, points may
         be redrawn at any time and in any slot, and one backend can serve several environments.
         """
         points = _check_points(points)
@@ -238,11 +238,11 @@ class CoTracker3:
         return found[-1].copy(), visible[-1].copy()
 
     def reset(self) -> None:
-        """Forget all streams and free their frames. Never needed for correctness."""
+        """Remove all streams and free their frames. Not needed for correctness."""
         self._streams = []
 
     def _stream_of(self, previous: Frame, points: Points) -> _Stream:
-        """Take the stream that ends in ``previous`` off the list, its history rearranged to ``points``; or a new one."""
+        """Remove the stream that ends in ``previous`` from the list and reorder its history to ``points``; or a new stream."""
         best, matched, common = -1, np.full(len(points), -1), 0
         for index, stream in enumerate(self._streams):
             last = stream.frames[-1]
@@ -287,7 +287,7 @@ class CoTracker3:
 
 
 class _WholeExpand(TorchFunctionMode):
-    """``expand`` gives memory of its own: the pinned code flattens an expanded tensor with ``view``, which works for one clip only."""
+    """Makes ``expand`` copy: the pinned code flattens an expanded tensor with ``view``, which otherwise works for one clip only."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -301,19 +301,19 @@ def _check_points(points: Points) -> Points:
 
 
 def _inside(xy: NDArray[np.float32], frames: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    """(..., 2) positions -> (...) whether they lie on a pixel of the frame."""
+    """(..., 2) positions -> (...) whether each is on a pixel of the frame."""
     height, width = frames.shape[-3:-1]
     x, y = xy[..., 0], xy[..., 1]
     return (x >= -0.5) & (x < width - 0.5) & (y >= -0.5) & (y < height - 0.5)
 
 
 def _anchors(seen: NDArray[np.bool_]) -> NDArray[np.intp]:
-    """(L, N) -> (N,) first frame in which each point was seen; the last frame for a point never seen."""
+    """(L, N) -> (N,) first frame in which each point was visible; the last frame for a point that never was."""
     return np.where(seen.any(0), seen.argmax(0), len(seen) - 1)
 
 
 def _match(points: Points, known: Points) -> NDArray[np.intp]:
-    """For each of (N, 2) points the index of the same point among (M, 2) known ones, or -1. The own slot comes first."""
+    """For each of (N, 2) points the index of the same point among (M, 2) known ones, or -1. The point's own slot has priority."""
     same = np.abs(points[:, None] - known[None]).max(-1) <= SAME_POINT  # (N, M)
     match = np.where(same.any(1), same.argmax(1), -1)
     slot = np.arange(min(len(points), len(known)))

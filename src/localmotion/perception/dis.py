@@ -11,15 +11,15 @@ from numpy.typing import NDArray
 from localmotion.errors import ConfigError
 from localmotion.perception.base import register
 
-PATCH = 8  # side of a patch in pixels; a larger stride would leave pixels without any
+PATCH = 8  # side of a patch in pixels; with a larger stride some pixels would have no patch
 
 
 @register("flow", "dis")
 class DISFlow:
     """Dense inverse search, preset MEDIUM (Kroeger et al. 2016, arXiv 1603.03590).
 
-    The finest scale is set by size: 0 up to 128 px (half the error of the preset's own for four times its 1.3 ms), 1 above. OpenCV changes
-    the object on its first use at a small size, so there is one object per size; they are not safe to share between threads.
+    The finest scale depends on the size: 0 up to 128 px (half the error of the preset's value, for four times its 1.3 ms), 1 above. OpenCV
+    changes the object on its first use at a small size, so there is one object per size. They must not be shared between threads.
     """
 
     name: ClassVar[str] = "dis"
@@ -33,16 +33,16 @@ class DISFlow:
         refinements: int | None = None,
         last_refinements: int = 0,
     ) -> None:
-        """Settings that are None are the preset's.
+        """Settings that are None keep the preset's value.
 
         Args:
-            finest_scale: halvings of the picture at which the search ends; its flow is then enlarged.
+            finest_scale: the search ends after this many halvings of the picture; its flow is then enlarged.
             patch_stride: pixels between the patches (3).
             descents: steps of gradient descent for each patch (25).
             refinements: iterations of variational refinement at each scale (5).
-            last_refinements: more of them at the size of the picture, after the enlargement; for a finest scale above 0.
+            last_refinements: additional iterations at the full size, after the enlargement; for a finest scale above 0.
 
-        What they cost and save is measured in ``studies/perception_truth``. Raises ConfigError for a value that DIS cannot work with.
+        ``studies/perception_truth`` has their effect on time and quality. Raises ConfigError for a value that DIS does not accept.
         """
         limits = {
             "finest_scale": (finest_scale, 0, 16),

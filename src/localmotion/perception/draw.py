@@ -17,11 +17,11 @@ from localmotion.errors import StoreError
 from localmotion.video.store import Clip, ClipStore
 from localmotion.video.write import write_video
 
-TAIL = 8  # frames of history drawn behind a point
+TAIL = 8  # frames of history drawn for a point
 
 
 def flow_colours(flow: NDArray[np.floating], top: float) -> NDArray[np.uint8]:
-    """(..., 2) pixels -> (..., 3): hue is direction, saturation magnitude up to ``top``, white is still."""
+    """(..., 2) pixels -> (..., 3): hue is direction, saturation is magnitude up to ``top``, white is no motion."""
     field = flow.astype(np.float32)
     angle = np.arctan2(field[..., 1], field[..., 0]) / (2 * np.pi) % 1.0
     amount = np.clip(np.linalg.norm(field, axis=-1) / max(top, 1e-6), 0, 1)
@@ -33,7 +33,7 @@ def flow_colours(flow: NDArray[np.floating], top: float) -> NDArray[np.uint8]:
 def _pick(store: ClipStore, clip: str | int | None) -> int:
     store.require_clips()
     if clip is None:
-        # A typical lively clip rather than the wildest one.
+        # A clip with much motion, but not the most.
         motion = np.array([info.get("flow", {}).get("p90", 0.0) for info in store.infos])
         return int(np.argsort(motion)[int(0.8 * (len(motion) - 1))])
     if isinstance(clip, int):
@@ -46,7 +46,7 @@ def _pick(store: ClipStore, clip: str | int | None) -> int:
 
 
 def _tail(clip: Clip, slot: int, t: int) -> NDArray[np.float32]:
-    """Positions of the slot's present track in the last frames up to t, oldest first."""
+    """Positions of the slot's current track in the last frames up to t, oldest first."""
     begin = t
     while begin > max(0, t - TAIL) and clip.track_id[begin - 1, slot] == clip.track_id[t, slot] and clip.visible[begin - 1, slot]:
         begin -= 1
@@ -60,11 +60,11 @@ def _colours(count: int) -> NDArray[np.float64]:
 def inspect(
     store: ClipStore, out: Path, clip: str | int | None = None, *, frames: int = 6, points: int = 16, patch: int | None = None
 ) -> Path:
-    """Draw one clip (id, number, or None for a lively one) into ``out``: .png contact sheet or .mp4 film.
+    """Draw one clip (id, number, or None for one with much motion) into ``out``: .png contact sheet or .mp4 film.
 
-    ``patch`` is the side of the flow patches in pixels; None takes a quarter of the frame's side, as the paper does (16 of 64).
+    ``patch`` is the side of the flow patches in pixels; None means a quarter of the frame's side, as in the paper (16 of 64).
 
-    Raises StoreError for a clip that is not there or another file ending.
+    Raises StoreError for a clip that does not exist or another file ending.
     """
     chosen = store.clip(_pick(store, clip))
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -144,7 +144,7 @@ def _bare(axes: Axes, side: int, title: str) -> None:
 
 
 def _patches(figure: Figure, place: object, clip: Clip, t: int, points: int, patch: int, top: float) -> None:
-    """The Atomic Actions of the liveliest frame: P x P crops of its flow at the tracked points, arrows on colour."""
+    """The Atomic Actions of the frame with most motion: P x P crops of its flow at the tracked points, as arrows on colour."""
     import torch
 
     from localmotion.models.dae import crop_patches
@@ -159,7 +159,7 @@ def _patches(figure: Figure, place: object, clip: Clip, t: int, points: int, pat
     axes.set_aspect("equal")
     axes.axis("off")
     step = max(patch // 4, 1)
-    # The longest arrow just fills the gap to the next, so that none leaves its patch.
+    # The longest arrow has the length of the gap to the next, so no arrow leaves its patch.
     scale = max(top, float(np.linalg.norm(crops, axis=-1).max())) / (0.95 * step)
     ys, xs = np.mgrid[step // 2 : patch : step, step // 2 : patch : step]
     for slot in range(points):

@@ -1,4 +1,4 @@
-"""Batch extraction: clips of a folder of videos into a clip store (paper 4.2.1, Algorithm 1 lines 5-8)."""
+"""Batch extraction: clips of a folder of videos into a clip store (paper, section 4.2.1, Algorithm 1 lines 5-8)."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ from localmotion.video.workers import (
 __all__ = ["ExtractSummary", "clip_of", "extract_folder", "extract_many", "extract_one", "flow_distribution"]
 
 TOGETHER = 16
-"""Videos that a worker takes at once where a network on a GPU looks at them."""
+"""Videos that a worker processes together if a network runs on a GPU."""
 TOGETHER_FRAMES = 600
-"""Frames after which it looks before it takes more: their flow at 128 px is 80 MB, and more pairs fill no GPU any better."""
+"""Maximum frames of a group. Their flow at 128 px is 80 MB, and more pairs do not use a GPU better."""
 
 
-_EXTRACTORS: dict[str, ClipExtractor] = {}  # one per process and recipe: backends are costly to build
+_EXTRACTORS: dict[str, ClipExtractor] = {}  # one per process and recipe, because building backends is slow
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,9 @@ class _Span:
     start: int
     frames: NDArray[np.uint8]
     info: dict[str, Any]
-    """What `Decoding.take` found about them."""
+    """Their properties by `Decoding.take`."""
     last: bool = False
-    """No clip of the video follows."""
+    """Whether this is the last clip of the video."""
     left_out: int = 0
     more: bool = False
 
@@ -81,7 +81,7 @@ Message = Clip | VideoDone | Refused
 def extract_one(
     ref: VideoRef, recipe: Recipe, min_frames: int, max_frames: int, memory: int | None = None
 ) -> Clip | dict[str, str] | Refused:
-    """The first clip of one video, or why it is rejected. ``memory``: bytes that decoding may take beside the frames that are kept."""
+    """The first clip of one video, or why it is rejected. ``memory``: bytes that decoding may use in addition to the kept frames."""
     for message in in_this_process(extract_many([Task(ref)], recipe, Limits(min_frames, max_frames, 1), memory)):
         if not isinstance(message, VideoDone):
             return message
@@ -101,10 +101,10 @@ def in_this_process(results: Results[list[Message]]) -> Iterator[Message]:
 
 
 def extract_many(tasks: Sequence[Task], recipe: Recipe, limits: Limits, memory: int | None = None) -> Results[list[Message]]:
-    """Clips of each video, a VideoDone behind those of each; networks look at many videos at once (`ClipExtractor.extract_many`).
+    """Clips of each video, followed by its VideoDone. Networks process many videos together (`ClipExtractor.extract_many`).
 
-    A generator, since a film may have any number of clips: in memory are `TOGETHER_FRAMES` frames and the clips made of them. ``memory``:
-    bytes that decoding one video may take beside the frames of two clips.
+    This is a generator, because a film may have any number of clips: `TOGETHER_FRAMES` frames and their clips are in memory. ``memory``:
+    bytes that decoding one video may use in addition to the frames of two clips.
     """
     cv2.setNumThreads(1)
     key = recipe.hash()
@@ -138,7 +138,7 @@ def extract_many(tasks: Sequence[Task], recipe: Recipe, limits: Limits, memory: 
                 if number >= task.kept:
                     waiting.append(span)
                 if len(tasks) == 1 and not span.last:
-                    yield look()  # nothing of a clip that is there: a sign of life
+                    yield look()  # no message: the clip exists already; this only shows that the worker is alive
                 done = VideoDone(ref.id, None, span.stop + span.left_out, span.left_out, span.more, content)
         except VideoError as error:
             waiting[:] = [item for item in waiting if isinstance(item, VideoDone) or item.ref.id != ref.id]
@@ -151,7 +151,7 @@ def extract_many(tasks: Sequence[Task], recipe: Recipe, limits: Limits, memory: 
 
 
 def _motions(extractor: ClipExtractor, spans: list[_Span]) -> Sequence[ClipMotion | Refused]:
-    """Motion of all; where that fails, of each alone, so that what fits a GPU only by itself is done and the error names its video."""
+    """Motion of all together; if that fails, of each alone, so clips that fit a GPU only alone succeed and an error names its video."""
     if not spans:
         return []
     try:
@@ -163,7 +163,7 @@ def _motions(extractor: ClipExtractor, spans: list[_Span]) -> Sequence[ClipMotio
 
 
 def _spans(ref: VideoRef, recipe: Recipe, limits: Limits, memory: int | None) -> Iterator[_Span]:
-    """The spans of one video as `Limits.spans` cuts it. The last one knows what is left out behind it, so each waits for the next."""
+    """The spans of one video by `Limits.spans`. The last one contains how many frames are left out, so each waits for the next."""
     found = Decoding()
     stream = iter_frames(
         ref, recipe.percept_size, recipe.frame_stride, fps=recipe.fps, legacy=recipe.legacy_decoding, found=found
@@ -175,7 +175,9 @@ def _spans(ref: VideoRef, recipe: Recipe, limits: Limits, memory: int | None) ->
         held = held_memory() if memory else 0
         with limited_memory(memory and max(memory - grown, 0) + allowance):
             frames = _decoded(ref, stream, limits)
-        grown += held_memory() - held - frames.nbytes if memory else 0  # what the decoder keeps counts against the next span too
+        grown += (
+            held_memory() - held - frames.nbytes if memory else 0
+        )  # memory that the decoder keeps also counts for the next span
         if len(frames) < limits.least:
             if last is None:
                 raise _TooShortError(ref, len(frames), limits.min_frames)
@@ -209,7 +211,7 @@ def _clip_of_span(span: _Span, motion: ClipMotion, recipe: Recipe) -> Clip:
 
 
 def clip_of(frames: NDArray[np.uint8], clip_id: str, extractor: ClipExtractor, *, label: int | str | None = None) -> Clip:
-    """The clip of (T, percept_size, percept_size, 3) uint8 frames that are in memory already, e.g. just rendered.
+    """The clip of (T, percept_size, percept_size, 3) uint8 frames in memory, e.g. just rendered.
 
     Same result as from a file that decodes to these frames and has the name ``clip_id``. Raises LocalmotionError for frames of another
     shape.
@@ -227,7 +229,7 @@ def _clip(
 
 
 def _goes_on(stream: Iterator[Any]) -> bool:
-    """Whether a video has another frame, or damage where it would be: what is left out need not be whole."""
+    """Whether a video has another frame, or damage in its place: frames that are left out may be damaged."""
     try:
         return next(stream, None) is not None
     except VideoError:
@@ -250,30 +252,30 @@ def extract_folder(
     memory: int | None = MEMORY_LIMIT,
     together: int | None = None,
 ) -> ExtractSummary:
-    """Extract every video below ``videos`` into the store ``out``, going on where an earlier call stopped.
+    """Extract every video below ``videos`` into the store ``out``. Continues where an earlier call stopped.
 
-    A video becomes clips of ``max_frames`` stored frames each, one behind the other; a rest shorter than ``min_frames`` is left out and
-    counted. ``max_clips`` limits the clips of one video (None: all of it); what lies behind them is not read. A video that is damaged
-    anywhere before is rejected as a whole and leaves its reason in the store.
+    A video is cut into consecutive clips of ``max_frames`` stored frames. A rest shorter than ``min_frames`` is left out and counted.
+    ``max_clips`` limits the clips per video (None: all); frames after them are not read. A video that is damaged anywhere before is
+    rejected as a whole, and the store records the reason.
 
-    The store remembers size and time of each video and the limits. A later call extracts again what has changed, what other limits would
-    cut in another way, and what was rejected for time or memory; the new clips replace the old ones. Clips of videos that are gone stay,
-    and the summary names them. Several processes, also of several machines, may extract one folder into one store: each claims one shard
-    after the other. A second process with other videos or limits is refused.
+    The store remembers size and time of each video and the limits. A later call extracts again the videos that have changed, those that
+    other limits would cut differently, and those that were rejected for time or memory; the new clips replace the old ones. Clips of
+    removed videos stay, and the summary names the videos. Several processes, also on several machines, may extract one folder into one
+    store: each claims one shard after another. A second process with other videos or limits is refused.
 
-    Shards of ``shard_clips`` videos are a pure function of the sorted video list, so the same input and recipe give the same bytes whatever
-    the number of workers and processes. Memory is bounded by the clips in work, however long a video. Videos are decoded in ``workers``
-    processes of their own: a decoder that dies, takes more than ``timeout`` seconds for a clip, or wants more than ``memory`` bytes (None:
-    no limit; what perception itself takes is not counted) costs its own video alone. ``workers=0`` does all in this process, without those
-    limits: for videos whose source is known. An interruption of any kind loses at most the clips in work.
+    Shards of ``shard_clips`` videos are a pure function of the sorted video list, so the same input and recipe give the same bytes for any
+    number of workers and processes. Memory is bounded by the clips in progress, for any length of video. Videos are decoded in
+    ``workers`` worker processes. If a decoder crashes, takes more than ``timeout`` seconds for a clip, or needs more than ``memory``
+    bytes (None: no limit; perception itself is not counted), only its own video is rejected. ``workers=0`` runs in this process without
+    those limits; use it for videos that you trust. Any interruption loses at most the clips in progress.
 
-    ``together``: videos that a worker takes at once, so that networks look at many of them in one batch (None: 16 where a backend works
-    on a GPU, fewer where that would leave workers without any, else 1). A network may round differently in another batch; with the
-    embedded backends the bytes stay the same.
+    ``together``: videos that a worker processes at once, so that networks run on larger batches (None: 16 if a backend runs on a GPU,
+    fewer if some workers would get no video, else 1). A network may round differently in another batch; with the embedded backends the
+    bytes are the same.
 
-    Raises VideoError for a missing or empty folder and where no video is usable, StoreError for a store of another recipe or clip length, a
-    store in which another process does something else, or a full disk, ConfigError for impossible limits, LocalmotionError when a backend
-    cannot be built or used.
+    Raises VideoError for a missing or empty folder and if no video is usable; StoreError for a store of another recipe or clip length, a
+    store in use by a process with other work, or a full disk; ConfigError for invalid limits; LocalmotionError if a backend cannot be
+    built or used.
     """
     if together is not None and together < 1:
         raise ConfigError(f"together={together}: a worker takes at least one video")
@@ -323,7 +325,7 @@ def extract_folder(
 
 
 def _unambiguous(refs: Iterable[VideoRef]) -> Iterator[VideoRef]:
-    """The videos, those refused whose names are those of parts of another one."""
+    """The videos. A video with the name of a part of another video gets a fault."""
     refs = list(refs)
     names = {ref.id for ref in refs}
     for ref in refs:
@@ -336,7 +338,7 @@ def _unambiguous(refs: Iterable[VideoRef]) -> Iterator[VideoRef]:
 def _results(
     call: Callable[[Sequence[Task]], Results[list[Message]]], tasks: Iterable[Task], workers: int, timeout: float, together: int
 ) -> Generator[tuple[Task, Message | Lost]]:
-    """(task, message) of each video, in the order in which they come."""
+    """(task, message) of each video, in the order of arrival."""
     taken: list[list[Task]] = []
 
     def groups() -> Iterator[list[Task]]:
@@ -371,7 +373,7 @@ def _results(
                 yield task, message
         elif together == 1:
             yield group[0], answer
-        else:  # whose fault it was shows when each has a worker to itself
+        else:  # run each alone to find the video at fault
             alone += group
     for number, answer in stream_isolated(call, [[task] for task in alone], workers, timeout):
         if isinstance(answer, Lost):

@@ -1,7 +1,7 @@
-"""Grounded SAM: a text-prompted detector, then SAM on its boxes: the foreground of DRP, section 4.2.1.
+"""Grounded SAM: a text-prompted detector, then SAM on its boxes. The foreground of DRP, section 4.2.1.
 
 Liu et al., "Grounding DINO", ECCV 2024; Kirillov et al., "Segment Anything", ICCV 2023; both through ``transformers`` (v5), code and
-weights Apache-2.0. The pictures are prepared with the PIL processors on every machine, torchvision or not, so that the same recipe gives
+weights Apache-2.0. Pictures are prepared with the PIL processors on every machine, with or without torchvision, so the same recipe gives
 the same mask.
 """
 
@@ -36,7 +36,7 @@ INSTALL = "pip install 'localmotion[perception]'"
 
 @dataclass(frozen=True)
 class Detections:
-    """What the detector found in one frame, best first.
+    """Detections in one frame, best first.
 
     boxes (n, 4) float32 xyxy in pixels; scores (n,) float32; labels n words of the prompt.
     """
@@ -48,22 +48,22 @@ class Detections:
 
 @register("segment", "grounded_sam")
 class GroundedSam:
-    """Foreground of the first frame: the union of the SAM masks of everything the prompt names.
+    """Foreground of the first frame: the union of the SAM masks of all detections.
 
     Options:
         prompt: what to look for: phrases separated by dots ("person. hand. robot arm.").
         detector: Hugging Face id or local folder of a Grounding DINO model with its tokenizer and processor files.
         segmenter: id or local folder of a SAM model (facebook/sam-vit-base, -large, -huge).
-        detector_revision, segmenter_revision: branch, tag or commit of the two; commits make a recipe exact.
-        box_threshold, text_threshold: least score of a box and of a word, 0..1.
+        detector_revision, segmenter_revision: branch, tag or commit of the two; with commits the recipe is exact.
+        box_threshold, text_threshold: minimum score of a box and of a word, 0..1.
         max_boxes: how many of the best boxes are segmented.
-        batch: pictures in one forward pass, where more than one is asked about (`weights`).
+        batch: pictures in one forward pass, for several pictures (`weights`).
         local_files_only: True never touches the network.
         device: ``auto`` (CUDA if there is one), ``cpu``, ``cuda``, ``cuda:1``, ...
         precision: ``float32``, or autocast to ``bfloat16`` or ``float16``.
 
     Weights are read from safetensors only and no code of a model repository is run. Raises MissingExtraError without
-    transformers, ConfigError for an impossible option, LocalmotionError for models that cannot be read.
+    transformers, ConfigError for an invalid option, LocalmotionError for models that cannot be read.
     """
 
     name: ClassVar[str] = "grounded_sam"
@@ -100,7 +100,7 @@ class GroundedSam:
         self.dtype = pick_precision(self.name, precision, self.device)
         self._image: Any = optional_import("PIL.Image", self.name, INSTALL)
         library: Any = optional_import("transformers", self.name, INSTALL)
-        try:  # transformers imports lazily: an unfit torchvision shows only when a class is taken from it
+        try:  # transformers imports lazily: a wrong torchvision fails only when a class is accessed
             dino, dino_images = library.GroundingDinoForObjectDetection, library.GroundingDinoImageProcessorPil
             dino_processor, tokenizer = library.GroundingDinoProcessor, library.AutoTokenizer
             sam, sam_images, sam_processor = library.SamModel, library.SamImageProcessorPil, library.SamProcessor
@@ -134,11 +134,11 @@ class GroundedSam:
         return failure(self.name, f"loading {slot} {model!r}", error, mend)
 
     def detect(self, frame: Frame) -> Detections:
-        """Boxes of what the prompt names in one (H, W, 3) uint8 frame, at most ``max_boxes``, best first."""
+        """Boxes of the prompt's objects in one (H, W, 3) uint8 frame, at most ``max_boxes``, best first."""
         return self._detect(frame[None])[0]
 
     def _detect(self, frames: NDArray[np.uint8]) -> list[Detections]:
-        """Of each of (n, H, W, 3) frames, in one forward pass."""
+        """Detections of each of (n, H, W, 3) frames, in one forward pass."""
         check_frames(frames, "frames")
         count, height, width = frames.shape[:3]
         pictures = [self._picture(frame) for frame in frames]
@@ -167,7 +167,7 @@ class GroundedSam:
         return self._masks(frame[None], [boxes])[0]
 
     def _masks(self, frames: NDArray[np.uint8], boxes: list[NDArray[np.float32]]) -> list[NDArray[np.bool_]]:
-        """Of each of (n, H, W, 3) frames: the pictures are encoded in one forward pass, the few boxes of each decoded by themselves."""
+        """Masks of each of (n, H, W, 3) frames. One forward pass encodes the pictures; the boxes of each are decoded separately."""
         masks = [np.zeros((0, *frames.shape[1:3]), np.bool_) for _ in frames]
         which = [index for index, several in enumerate(boxes) if len(several)]
         if not which:
@@ -192,11 +192,10 @@ class GroundedSam:
     def weight(
         self, frames: NDArray[np.uint8], flows: NDArray[np.float32] | Sequence[NDArray[np.float32]]
     ) -> NDArray[np.float32]:
-        """Foreground weight of the FIRST of (n, H, W, 3) uint8 frames: (H, W) float32, 1 on what the prompt names, else 0.
+        """Foreground weight of the FIRST of (n, H, W, 3) uint8 frames: (H, W) float32, 1 on the prompt's objects, else 0.
 
-        The other frames and ``flows`` are not used (the paper segments the first frame). When nothing is found the
-        result is all zeros: another way of finding the foreground is never put in its place here; the caller decides
-        and records it.
+        The other frames and ``flows`` are not used (the paper segments the first frame). If nothing is found, the
+        result is all zeros; the caller decides what to use instead and records it.
         """
         return self.weights([(frames, flows)])[0]
 
@@ -224,7 +223,7 @@ class GroundedSam:
         return inference(self.name, self.device, self.dtype, load, mend)
 
     def _moved(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Tensors on the device, real numbers as float32 (the boxes come as float64, which half of SAM cannot take)."""
+        """Tensors on the device, real numbers as float32 (boxes are float64, which parts of SAM do not accept)."""
         moved = {}
         for key, value in inputs.items():
             if isinstance(value, torch.Tensor):
@@ -233,7 +232,7 @@ class GroundedSam:
 
 
 def clean_prompt(prompt: str) -> str:
-    """The form Grounding DINO was trained on: lower case, phrases closed by dots. Raises ConfigError if nothing is left."""
+    """The form Grounding DINO was trained on: lower case, phrases end with dots. Raises ConfigError if nothing remains."""
     phrases = [" ".join(part.split()).lower() for part in prompt.split(".")]
     phrases = [part for part in phrases if part]
     if not phrases:

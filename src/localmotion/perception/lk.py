@@ -15,7 +15,7 @@ from localmotion.perception.base import Frame, Points, register
 class LKTracks:
     """Sparse optical flow, window 15 (21 above 128 px), 3 pyramid levels.
 
-    A point is lost when it leaves the picture or when tracking it back ends further than ``0.01 side + 0.3`` pixels from where it was.
+    A point is lost if it leaves the picture, or if tracking it back ends more than ``0.01 side + 0.3`` pixels from its start.
     """
 
     name: ClassVar[str] = "lk"
@@ -26,7 +26,7 @@ class LKTracks:
         self.window, self.tolerance = window, tolerance
 
     def step(self, previous: Frame, current: Frame, points: Points) -> tuple[Points, NDArray[np.bool_]]:
-        """Advance (N, 2) points by one frame: new positions (lost ones stay where they were) and which were found."""
+        """Advance (N, 2) points by one frame: new positions (lost points keep theirs) and which were found."""
         if len(points) == 0:
             return points.copy(), np.zeros(0, bool)
         height, width = previous.shape[:2]
@@ -44,12 +44,12 @@ class LKTracks:
         return np.where(good[:, None], moved, points).astype(np.float32), good
 
     def track(self, frames: NDArray[np.uint8], points: Points, start: int = 0) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-        """`step` repeated; a lost point stays lost, where it was lost."""
+        """`step` repeated; a lost point stays lost, at its last position."""
         grey = [cv2.cvtColor(x, cv2.COLOR_RGB2GRAY) for x in frames]
         tracks = np.repeat(points[None].astype(np.float32), len(frames), 0)
         visible = np.zeros(tracks.shape[:2], bool)
         visible[start] = True
-        left = np.arange(len(points))  # lost ones are not followed further: each costs as much as one that is found, or more
+        left = np.arange(len(points))  # lost points are not tracked further, because each takes at least as long as a found one
         for t in range(start + 1, len(frames)):
             if not len(left):
                 tracks[t:] = tracks[t - 1]

@@ -1,4 +1,4 @@
-"""Track slots: where points are drawn, how they are followed, when a slot is given a new point. One algorithm for clips and for streams."""
+"""Track slots: where points are drawn, how they are tracked, when a slot gets a new point. One algorithm for clips and streams."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from localmotion.errors import LocalmotionError
 from localmotion.perception.base import Points, SegmentBackend, TrackBackend
 from localmotion.recipe import Recipe
 
-PATIENCE = 3  # frames a point may stand still before it can be moved to where something moves
+PATIENCE = 3  # frames that a point may stand still before it can be moved to something that moves
 DECAY = 0.9  # of the running mean and variance of a point's position
-MEMORY = 3  # most recent flow fields that the causal foreground weight is the median of
-CUT = 45.0  # mean absolute grey difference (of 255) between frames that is a scene cut whatever came before
-JUMP = 25.0  # ... that is one when it also is three times the difference before: fast pans build up, cuts do not
-CALM = 8.0  # difference that is assumed before the first frames of a scene
-SPREAD = 0.4  # least distance between drawn points, as a share of the side of the area each one would have
+MEMORY = 3  # the causal foreground weight is the median of this many newest flow fields
+CUT = 45.0  # mean absolute grey difference (of 255) between frames that is always a scene cut
+JUMP = 25.0  # ... that is a cut if it is also three times the previous difference: fast pans start gradually, cuts do not
+CALM = 8.0  # difference assumed before the first frames of a scene
+SPREAD = 0.4  # minimum distance between drawn points, as a share of the side of the area per point
 
 
 def texture_weight(grey: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """(H, W) in [0, 1]: how well a point can be followed, the smaller eigenvalue of the local structure."""
+    """(H, W) in [0, 1]: how well a point can be tracked: the smaller eigenvalue of the local structure tensor."""
     strength = cv2.cornerMinEigenVal(grey, 5)
     rank = int(0.99 * (strength.size - 1))
     top = float(np.partition(strength, rank, axis=None)[rank])
@@ -33,9 +33,9 @@ def texture_weight(grey: NDArray[np.uint8]) -> NDArray[np.float32]:
 def draw_points(weight: NDArray[np.float32], count: int, rng: np.random.Generator, near: Points | None = None) -> Points:
     """Draw (count, 2) points, spread out, with probability proportional to ``weight`` (H, W), jittered within their pixel.
 
-    Points keep a distance from each other and from ``near`` (n, 2), which shrinks until all find a place; no pixel is drawn twice. It
-    begins at `SPREAD` times the side of one point's share of the weighted area, so points cover a small object as they do a large one.
-    Where fewer than ``count`` pixels have weight, the rest comes from anywhere. Raises LocalmotionError for more points than pixels.
+    Points keep a minimum distance from each other and from ``near`` (n, 2). It shrinks until all points have a place; no pixel is drawn
+    twice. It starts at `SPREAD` times the side of one point's share of the weighted area, so points cover small and large objects alike.
+    If fewer than ``count`` pixels have weight, the other points are drawn anywhere. Raises LocalmotionError for more points than pixels.
     """
     height, width = weight.shape
     if count > weight.size:
@@ -43,8 +43,8 @@ def draw_points(weight: NDArray[np.float32], count: int, rng: np.random.Generato
     flat = weight.ravel().astype(np.float64)
     if np.count_nonzero(flat) < count:
         flat = flat + 1e-6
-    # Exponential waiting times are a weighted draw without replacement in one pass; more than needed, in the order of drawing.
-    # The order is that of log(weight) plus Gumbel noise of the same generator, which takes five times longer to draw.
+    # Exponential waiting times give a weighted draw without replacement in one pass: more points than needed, in the order of drawing.
+    # log(weight) plus Gumbel noise of the same generator gives the same order, but takes five times longer to draw.
     candidates = np.flatnonzero(flat > 0)
     waits = -np.log(1.0 - rng.random(len(candidates))) / flat[candidates]
     number = min(8 * count, len(candidates))
@@ -60,7 +60,7 @@ def draw_points(weight: NDArray[np.float32], count: int, rng: np.random.Generato
 
 
 def _spread(points: Points, others: Points, count: int, distance: float) -> NDArray[np.intp]:
-    """Indices of ``count`` of (m, 2) points in order of preference, ``distance`` apart if possible, halved until it is."""
+    """Indices of ``count`` of (m, 2) points in order of preference, ``distance`` apart; the distance is halved until this is possible."""
     if len(points) == count:
         return np.arange(count)
     own = _squared(points, points)  # (m, m)
@@ -71,7 +71,7 @@ def _spread(points: Points, others: Points, count: int, distance: float) -> NDAr
         near = own < limit
         free = ~taken & (nearest >= limit) & ~near[taken].any(0)
         while free.any() and taken.sum() < count:
-            # Those that no better free one is near of are taken together. The best one that is free and near of each, itself included:
+            # Take all points without a better free point nearby. For each point, the best free point near it, including itself:
             order = np.flatnonzero(free)
             best = order[near[np.ix_(order, order)].argmax(1)]
             fresh = order[best == order][: count - int(taken.sum())]
@@ -92,9 +92,9 @@ def _squared(points: Points, others: Points) -> NDArray[np.float32]:
 
 
 class CutDetector:
-    """Tells scene cuts in a sequence of grey frames, from how much the whole picture changes. Causal.
+    """Detects scene cuts in a sequence of grey frames, from the change of the whole picture. Causal.
 
-    A cut changes the picture, averaged to 16 x 16, by `CUT`, or by `JUMP` and three times as much as the change before.
+    A cut changes the picture, averaged to 16 x 16, by `CUT`, or by `JUMP` and three times the previous change.
     """
 
     def __init__(self) -> None:
@@ -102,7 +102,7 @@ class CutDetector:
         self.change = CALM
 
     def step(self, grey: NDArray[np.uint8], *, first: bool = False) -> bool:
-        """Whether this frame begins another scene than the one before; never at the ``first``."""
+        """Whether this frame begins a new scene; always False for the ``first``."""
         thumb = np.asarray(cv2.resize(grey, (16, 16), interpolation=cv2.INTER_AREA), np.float32)
         before, self.thumb = self.thumb, thumb
         if first or before is None:
@@ -115,15 +115,15 @@ class CutDetector:
 
 
 class Step(NamedTuple):
-    """One advance of the slots, in percept pixels: points where they were, whether each was followed, identities."""
+    """One step of the slots, in percept pixels: previous points, whether each was found, identities."""
 
     points: Points  # (N, 2) in the previous frame
-    visible: NDArray[np.bool_]  # (N,) seen there and found in the new frame
+    visible: NDArray[np.bool_]  # (N,) visible there and found in the new frame
     track_id: NDArray[np.int32]  # (N,)
 
 
 class Known(NamedTuple):
-    """What is already known of the next frame: slots whose points need not be followed again."""
+    """Slots whose points in the next frame are already known and need no tracking."""
 
     which: NDArray[np.bool_]  # (N,)
     points: Points  # (N, 2)
@@ -131,11 +131,11 @@ class Known(NamedTuple):
 
 
 class Slots:
-    """N points that are followed, lost, and drawn again on what moves. Causal: it never looks ahead.
+    """N points that are tracked, lost, and drawn again on moving things. Causal: it never looks ahead.
 
-    At the start nothing has moved yet, so points are drawn where texture makes them trackable; once there is motion, lost points,
-    and points that have stood still for a while (at most a quarter of the slots per frame), are drawn on the foreground. A slot given
-    a new point gets a new track_id: its history is another track's.
+    At the start nothing has moved yet, so points are drawn where texture makes them trackable. Once there is motion, lost points, and
+    points that have stood still for a while (at most a quarter of the slots per frame), are drawn on the foreground. A slot with a new
+    point gets a new track_id, because its history belongs to another track.
     """
 
     ARRAYS = ("points", "visible", "track_id", "age", "mean", "variance")
@@ -150,7 +150,7 @@ class Slots:
         self.mean = np.zeros((count, 2), np.float32)
         self.variance = np.zeros(count, np.float32)
         self.next_id = 0
-        self.flows: list[NDArray[np.float32]] = []  # newest first; never written into
+        self.flows: list[NDArray[np.float32]] = []  # newest first; never modified
         self.found: tuple[int, NDArray[np.float32]] | None = None  # age and weight, picture-based segmenters only
 
     def place(self, which: NDArray[np.bool_], points: Points) -> None:
@@ -162,12 +162,12 @@ class Slots:
         self.age[which], self.variance[which], self.mean[which] = 0, 0.0, points[:count]
 
     def begin(self, points: Points, weight: NDArray[np.float32]) -> None:
-        """Start in a first frame with given (N, 2) points; ``weight`` (H, W) is what the segmenter said of the frame."""
+        """Start in a first frame with given (N, 2) points; ``weight`` (H, W) is the segmenter's result for the frame."""
         self.flows, self.found = [], None if self.segment.uses_motion else (0, weight)
         self.place(np.ones(len(self.points), bool), points)
 
     def reset(self, frame: NDArray[np.uint8], grey: NDArray[np.uint8]) -> None:
-        """Draw all points in a first frame: on the segmenter's weight if it finds anything without motion, else on texture."""
+        """Draw all points in a first frame: on the segmenter's weight if it works without motion and finds something, else on texture."""
         found = self.segment.weight(frame[None], np.zeros((0, *grey.shape, 2), np.float32))
         weight = found if found.any() else texture_weight(grey)
         self.begin(draw_points(weight, len(self.points), self.rng), found)
@@ -181,7 +181,7 @@ class Slots:
         flow: NDArray[np.float32],
         known: Known | None = None,
     ) -> Step:
-        """Follow the points to the next frame, then draw lost and idle ones again."""
+        """Track the points to the next frame, then draw lost and idle ones again."""
         before, seen, identity = self.points.copy(), self.visible.copy(), self.track_id.copy()
         pair = (previous_grey, grey) if self.tracker.causal else (previous, frame)
         if known is None:
@@ -191,7 +191,7 @@ class Slots:
             moved[other], found[other] = self.tracker.step(*pair, self.points[other])
         good = seen & found
         self.points = np.where(good[:, None], moved, self.points)
-        self.visible = good.copy()  # drawing again writes into it
+        self.visible = good.copy()  # redrawing modifies it
         self.age += 1
         if self.found is not None:
             self.found = (self.found[0] + 1, self.found[1])
@@ -229,12 +229,12 @@ class Slots:
             still[:] = False
         which = lost | still
         if which.any():
-            # Points are drawn where it moves and where they can be followed.
+            # Draw points where something moves and where they can be tracked.
             chance = weight * texture_weight(grey) if moving else texture_weight(grey)
             self.place(which, draw_points(chance, int(which.sum()), self.rng, self.points[~which]))
 
     def _weight(self, previous: NDArray[np.uint8], frame: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Foreground of this frame. A segmenter that looks at the picture is costly and its answer lasts: asked once a segment."""
+        """Foreground of this frame. A segmenter that uses the picture is slow and its result stays valid, so it runs once per segment."""
         if self.segment.uses_motion:
             return self.segment.weight(np.stack([frame, previous]), self.flows)
         if self.found is None or self.found[0] >= self.recipe.segment_frames:
@@ -242,7 +242,7 @@ class Slots:
         return self.found[1]
 
     def state(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
-        """Arrays, and JSON-able numbers, that continue these slots exactly."""
+        """State of the slots for an exact continuation: arrays, and JSON-able numbers."""
         arrays = {name: getattr(self, name).copy() for name in self.ARRAYS}
         arrays |= {f"flow{index}": flow.copy() for index, flow in enumerate(self.flows)}
         if self.found is not None:
@@ -251,7 +251,7 @@ class Slots:
         return arrays, {"next_id": self.next_id, "found_age": age, "rng": self.rng.bit_generator.state}
 
     def load_state(self, arrays: dict[str, NDArray[Any]], meta: dict[str, Any]) -> None:
-        """Restore what `state` gave."""
+        """Restore a result of `state`."""
         for name in self.ARRAYS:
             setattr(self, name, np.array(arrays[name], getattr(self, name).dtype))
         self.flows = [np.array(arrays[f"flow{index}"]) for index in range(MEMORY) if f"flow{index}" in arrays]

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from localmotion.perception.base import register
 
 STILL = 0.05  # pixels; motion below this is noise of the flow
-STATIC = 0.6  # share of the picture that is still when the camera is; a homography then only fits parts of what moves
-MEMORY = 4  # fields whose residual is kept, so that a field that serves in several weights is measured once
+STATIC = 0.6  # with more of the picture still, the camera is taken as still; a homography would fit moving parts
+MEMORY = 4  # fields whose residual is kept, so a field used in several weights is measured once
 
 
 @lru_cache(maxsize=8)
@@ -29,11 +29,11 @@ def _grids(height: int, width: int, side: int) -> tuple[NDArray[np.float32], NDA
 def residual_flow(flow: NDArray[np.float32], grid_side: int = 16) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Flow minus the motion of the camera, and the camera's flow, both (H, W, 2).
 
-    The camera's motion is a robust homography (USAC MAGSAC) between a grid and where the flow takes it. If none fits, or if most
-    of the picture does not move, it is taken as still.
+    The camera's motion is a robust homography (USAC MAGSAC) from a grid to its position after the flow. If none fits, or if most
+    of the picture does not move, the camera is taken as still.
     """
     height, width = flow.shape[:2]
-    grid, start, stride = _grids(height, width, grid_side)  # 256 points settle 8 parameters; more only cost time
+    grid, start, stride = _grids(height, width, grid_side)  # 256 points are enough for 8 parameters; more only take time
     shift = flow[::stride, ::stride].reshape(-1, 2)
     if np.count_nonzero(np.abs(shift).max(1) < STILL) >= STATIC * len(shift):
         return flow, np.zeros_like(flow)
@@ -50,18 +50,18 @@ def residual_flow(flow: NDArray[np.float32], grid_side: int = 16) -> tuple[NDArr
 def magnitude(flow: NDArray[np.float32]) -> NDArray[np.float32]:
     """(H, W) length of each vector of (H, W, 2)."""
     x, y = np.moveaxis(flow, -1, 0)
-    # Not cv2.magnitude: its last bit depends on where the array lies in memory.
+    # Not cv2.magnitude: its last bit depends on the array's address in memory.
     size: NDArray[np.float32] = np.sqrt(x * x + y * y)
     return size
 
 
 @register("segment", "saliency")
 class MotionSaliency:
-    """Magnitude of the residual flow, median over the given fields, weighted up inside its largest connected parts (Otsu).
+    """Magnitude of the residual flow, median over the given fields, with a higher weight inside its largest connected parts (Otsu).
 
-    It is a sampling weight, not a mask: on tiny or slow objects hard masks fail where a weight still prefers them. Where the picture itself
-    does not change the weight fades: flow spreads from a moving edge into plain surroundings, `change` grey levels are wholly believed
-    (0: no such gate). On nine simulated environments that raised the weight's overlap with the body from 0.19 to 0.23 of their union.
+    It is a sampling weight, not a mask, because hard masks fail on tiny or slow objects. The weight fades where the picture does not
+    change, because flow spreads from a moving edge into plain surroundings: a change of `change` grey levels or more keeps the full
+    weight (0: no such gate). On nine simulated environments this raises the overlap (IoU) of weight and body from 0.19 to 0.23.
     """
 
     name: ClassVar[str] = "saliency"
@@ -73,7 +73,7 @@ class MotionSaliency:
         self._measured: list[tuple[NDArray[np.float32], NDArray[np.float32]]] = []  # field and residual size, newest last
 
     def _residual(self, flow: NDArray[np.float32]) -> NDArray[np.float32]:
-        """(H, W) magnitude of a field's residual. A stream asks for the same array objects again with each new field."""
+        """(H, W) magnitude of a field's residual. A stream passes the same array objects again with each new field."""
         for known, size in self._measured:
             if known is flow:
                 return size
@@ -84,12 +84,12 @@ class MotionSaliency:
     def weight(
         self, frames: NDArray[np.uint8], flows: NDArray[np.float32] | Sequence[NDArray[np.float32]]
     ) -> NDArray[np.float32]:
-        """(H, W) in [0, 1]; all zero when nothing moves more than ``floor`` pixels against the camera.
+        """(H, W) in [0, 1]; all zero if nothing moves more than ``floor`` pixels relative to the camera.
 
-        ``frames``: the first one, and those it is compared with for change; alone it is not compared.
+        ``frames``: the first one, and those it is compared with for change; a single frame is not compared.
 
-        ``flows`` (n, H, W, 2), as an array or a list of fields. A field given again as the same object is not measured again, so
-        fields must not be written into between calls.
+        ``flows`` (n, H, W, 2), as an array or a list of fields. The same array object is not measured again, so fields must
+        not be modified between calls.
         """
         shape = frames.shape[1:3]
         if len(flows) == 0:
@@ -103,8 +103,8 @@ class MotionSaliency:
         scaled = np.minimum(size / np.float32(top), np.float32(1))
         _, mask = cv2.threshold((scaled * 255).astype(np.uint8), 0, 1, cv2.THRESH_BINARY | cv2.THRESH_OTSU)
         count, labels = cv2.connectedComponents(mask, connectivity=8)
-        area = np.bincount(labels.ravel(), minlength=count)  # a third of the time of OpenCV's statistics, which hold more
-        area[0] = 0  # the ground
+        area = np.bincount(labels.ravel(), minlength=count)  # three times faster than OpenCV's statistics, which compute more
+        area[0] = 0  # the background
         factor = np.where((area >= 0.1 * area.max()) & (np.arange(count) > 0), 1.0, self.outside).astype(np.float32)
         weight: NDArray[np.float32] = scaled * factor.take(labels)
         weight[size < self.floor] = 0.0
@@ -112,7 +112,7 @@ class MotionSaliency:
 
 
 def _change(frames: NDArray[np.uint8], full: float) -> NDArray[np.float32]:
-    """(H, W) in [0, 1]: how much the first of (n, H, W, 3) differs from any other one, largest channel, within about a pixel."""
+    """(H, W) in [0, 1]: maximum difference of the first of (n, H, W, 3) from the others, largest channel, blurred by about a pixel."""
     largest = cv2.absdiff(frames[0], frames[1])
     for other in frames[2:]:
         largest = cv2.max(largest, cv2.absdiff(frames[0], other))
@@ -123,7 +123,7 @@ def _change(frames: NDArray[np.uint8], full: float) -> NDArray[np.float32]:
 
 
 def _median(sizes: list[NDArray[np.float32]]) -> NDArray[np.float32]:
-    """Median over a list of (H, W); of three, the usual number, by comparisons, ten times faster."""
+    """Median over a list of (H, W). For three, the usual number, it uses comparisons, which are ten times faster."""
     if len(sizes) == 3:
         a, b, c = sizes
         middle: NDArray[np.float32] = np.maximum(np.minimum(a, b), np.minimum(np.maximum(a, b), c))

@@ -31,19 +31,19 @@ from localmotion.perception._neural import (
 from localmotion.perception.base import register
 
 SMALLEST_SIDE = 128
-"""Below this the correlation pyramid of the RAFT family has a level of one pixel: it raises or returns NaN."""
+"""Below this side the correlation pyramid of the RAFT family has a level of one pixel, and the network fails or returns NaN."""
 PTLFLOW_INSTALL = (
     "pip install --no-deps ptlflow==0.4.2 && "
     "pip install 'lightning>=2.1,<2.7' 'jsonargparse>=4.35,<5' 'loguru<0.8' requests 'timm>=1.0,<1.1' "
     f"'{matching_torchvision()}'"
 )
-"""ptlflow's own pins would replace our OpenCV by opencv-python < 4.14 in the same folder; these are what it imports."""
+"""The packages that ptlflow imports. Its own pins would replace our OpenCV by opencv-python < 4.14 in the same folder."""
 MODELS = ("sea_raft_s", "sea_raft_m", "sea_raft_l")
 CHECKPOINTS = ("tartan", "chairs", "things", "sintel", "kitti", "spring")
 
 
 class _PairFlow:
-    """Batches, enlarges, predicts, brings the field back to the pixels of the given frames, and checks it."""
+    """Batches and enlarges frames, predicts, converts the field to pixels of the given frames, and checks it."""
 
     name: ClassVar[str]
 
@@ -58,7 +58,7 @@ class _PairFlow:
         raise NotImplementedError
 
     def _batch(self, height: int, width: int) -> int:
-        """Pairs of such frames in one forward pass."""
+        """Pairs of frames of this size in one forward pass."""
         if self.batch is not None:
             return self.batch
         if self.device.type == "cpu":
@@ -70,8 +70,8 @@ class _PairFlow:
         """Flow of a batch of pairs: (N, H, W, 3) uint8 RGB twice -> (N, H, W, 2) float32 pixels, x then y.
 
         Frames whose short side is below ``min_side`` are enlarged (bicubic) until it is ``min_side``; the field is
-        area-averaged back and divided by the enlargement, so the result is in pixels of the frames given. Raises
-        LocalmotionError when the network returns a value that is not finite or the GPU has too little memory.
+        area-averaged back and divided by the enlargement, so the result is in pixels of the given frames. Raises
+        LocalmotionError if the network returns a non-finite value or the GPU has too little memory.
         """
         check_frames(first, "first frames")
         check_frames(second, "second frames")
@@ -82,7 +82,7 @@ class _PairFlow:
         batch = self._batch(height, width)
         for start in range(0, n, batch):
             stop = min(start + batch, n)
-            # The stack is also the writable copy that torch wants of a read-only memory map.
+            # The stack is also a writable copy, which torch needs instead of a read-only memory map.
             stacked = torch.from_numpy(np.stack([first[start:stop], second[start:stop]], axis=1))
             load = f"{stop - start} pairs of {height}x{width}"
             mend = f"lower the option batch={batch} of {self.name}"
@@ -117,15 +117,15 @@ class SeaRaft(_PairFlow):
 
     Options:
         model: ``sea_raft_s`` (8.9 M parameters), ``sea_raft_m`` (19.7 M) or ``sea_raft_l`` (the M weights, 12 iterations).
-        checkpoint: one of tartan, chairs, things, sintel, kitti, spring (fetched once by torch.hub into its cache, checked
-            against the hash in its name and read with ``weights_only``), the path of a local file of the same kind, or
-            ``random``: untrained weights, for tests of the plumbing only.
-        min_side: short side in pixels at which the network works at least; 128 is its floor.
+        checkpoint: one of tartan, chairs, things, sintel, kitti, spring (downloaded once by torch.hub into its cache, compared
+            with the hash in its name and read with ``weights_only``), the path of a local file of the same kind, or
+            ``random``: untrained weights, only for tests.
+        min_side: minimum short side in pixels for the network; at least 128.
         batch: pairs in one forward pass; by default 8 on a CPU, on a GPU 64 of 256 px and fewer of larger frames.
         device: ``auto`` (CUDA if there is one), ``cpu``, ``cuda``, ``cuda:1``, ...
         precision: ``float32``, or autocast to ``bfloat16`` or ``float16``.
 
-    Raises MissingExtraError without ptlflow, ConfigError for an impossible option, LocalmotionError for unreadable weights.
+    Raises MissingExtraError without ptlflow, ConfigError for an invalid option, LocalmotionError for unreadable weights.
     """
 
     name: ClassVar[str] = "sea_raft"
@@ -152,7 +152,7 @@ class SeaRaft(_PairFlow):
         ptlflow = optional_import("ptlflow", self.name, PTLFLOW_INSTALL)
         try:
             return ptlflow.get_model(model, ckpt_path=weights)
-        except Exception as error:  # URL, hash, zip, pickle and shape errors, each of its own type
+        except Exception as error:  # URL, hash, zip, pickle and shape errors have different types
             mend = (
                 f"check the network, or download the file elsewhere and give its path as checkpoint ({GUIDE}); "
                 "a damaged file in the torch.hub cache must be deleted"
@@ -160,13 +160,13 @@ class SeaRaft(_PairFlow):
             raise failure(self.name, f"loading {model} with checkpoint {weights!r}", error, mend) from error
 
     def _predict(self, pairs: torch.Tensor) -> torch.Tensor:
-        # ptlflow takes blue first, 0..1, pads to a multiple of 8 itself and cuts the padding off again.
+        # ptlflow expects BGR in 0..1, pads to a multiple of 8 and removes the padding.
         flows: torch.Tensor = self._network({"images": pairs.flip(2)})["flows"]  # (B, 1, 2, H, W)
         return flows[:, 0]
 
 
 def _checkpoint(checkpoint: str) -> str | None:
-    """Name or path for ptlflow, None for random weights. ptlflow would take a file called ``things`` for the name."""
+    """Name or path for ptlflow, None for random weights. ptlflow would confuse a file called ``things`` with the name."""
     if checkpoint == "random":
         return None
     path = Path(checkpoint)
@@ -186,7 +186,7 @@ class Raft(_PairFlow):
     """RAFT of torchvision: fewer packages than SEA-RAFT, less accurate (``model="small"``) or slower (``"large"``).
 
     Options as SeaRaft, with ``model`` small or large and ``checkpoint`` default (C_T_V2 for small, C_T_SKHT_V2 for large;
-    fetched and hash-checked by torch.hub, read with ``weights_only``) or random.
+    downloaded and hash-checked by torch.hub, read with ``weights_only``) or random.
     """
 
     name: ClassVar[str] = "raft"
@@ -231,5 +231,5 @@ class Raft(_PairFlow):
         height, width = pairs.shape[-2:]
         padding = (0, -width % 8, 0, -height % 8)
         images = F.pad(pairs.flatten(0, 1) * 2 - 1, padding, mode="replicate").unflatten(0, pairs.shape[:2])
-        flows: list[torch.Tensor] = self._network(images[:, 0], images[:, 1])  # one (B, 2, H, W) for each iteration
+        flows: list[torch.Tensor] = self._network(images[:, 0], images[:, 1])  # one (B, 2, H, W) per iteration
         return flows[-1][..., :height, :width]

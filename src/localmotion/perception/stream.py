@@ -1,4 +1,4 @@
-"""Streaming extraction: the Atomic Actions of an environment, frame by frame (drp.md 2, streaming form)."""
+"""Streaming extraction: the Atomic Actions of an environment, frame by frame (paper, section 4.2.1, without look-ahead)."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ def shrink_flow(flow: NDArray[np.float32], ratio: int) -> NDArray[np.float16]:
             for x in range(ratio):
                 total += both[..., y::ratio, x::ratio]
         flow = total[..., None].view(np.float32)
-    # OpenCV rounds to float16 as numpy does, which takes up to a hundred times longer for values below 6e-5: most of a still picture.
+    # OpenCV rounds to float16 like numpy, but numpy is up to a hundred times slower for values below 6e-5, i.e. for still pictures.
     small = cv2.multiply(flow.reshape(-1, flow.shape[-2] * 2), 1 / ratio**3, dtype=cv2.CV_16F) if flow.size else flow
     return np.asarray(small, np.float16).reshape(flow.shape)
 
 
 def shrink_points(points: NDArray[np.float32], ratio: int) -> NDArray[np.float32]:
-    """Pixel coordinates in the picture that is ``ratio`` times smaller; pixel centres are whole numbers in both."""
+    """Pixel coordinates in a picture that is ``ratio`` times smaller. Pixel centres are integers in both."""
     small: NDArray[np.float32] = ((points + 0.5) / ratio - 0.5).astype(np.float32)
     return small
 
 
 class Magnitudes:
-    """Running histogram of flow magnitude in pixels of the stored size: a mismatch with pre-training is seen in it at once."""
+    """Running histogram of flow magnitude in pixels of the stored size. It shows a mismatch with pre-training at once."""
 
     edges = np.concatenate([[0.0], np.geomspace(1e-3, 64.0, 200)])
     every = 11
@@ -48,7 +48,7 @@ class Magnitudes:
         self.sum, self.number = 0.0, 0
 
     def add(self, flow: NDArray[np.floating[Any]]) -> None:
-        """Count fields (..., 2). Every eleventh pixel is enough, and no usual width is a multiple of it: no column is preferred."""
+        """Count fields (..., 2). Uses every eleventh pixel; no usual width is a multiple of 11, so all columns are sampled."""
         x, y = flow.reshape(-1, 2)[:: self.every].astype(np.float32).T
         size = np.sqrt(x * x + y * y)
         self.counts += np.bincount(np.searchsorted(self.edges, size, side="right") - 1, minlength=len(self.edges))
@@ -56,7 +56,7 @@ class Magnitudes:
         self.number += len(size)
 
     def merge(self, other: Magnitudes) -> None:
-        """Add what another one has counted."""
+        """Add the counts of another histogram."""
         self.counts += other.counts
         self.sum += other.sum
         self.number += other.number
@@ -71,7 +71,7 @@ class Magnitudes:
         return {"mean": self.sum / self.number, **found}
 
     def mismatch(self, other: dict[str, float], factor: float = 3.0) -> str:
-        """One line when the mean or the 99th percentile differs from ``other``'s (`quantiles`) by more than ``factor``, else ""."""
+        """One line if the mean or the 99th percentile differs from ``other``'s (`quantiles`) by more than ``factor``, else ""."""
         own = self.quantiles()
         for key in ("p99", "mean"):
             low, high = sorted((own[key], float(other[key])))
@@ -88,7 +88,7 @@ class StreamingExtractor:
     """Flow and tracks of one environment. Same algorithm as the batch form with ``redraw_rounds=0``.
 
     Args:
-        recipe: what pre-training used (its look-ahead settings are ignored).
+        recipe: that of pre-training (its look-ahead settings are ignored).
         seed: of the point draw.
     """
 
@@ -99,12 +99,12 @@ class StreamingExtractor:
         self.frames: deque[tuple[Frame, NDArray[np.uint8]]] = deque(maxlen=recipe.flow_span)
         self.cuts = CutDetector()
         self.magnitudes = Magnitudes()
-        """Of all steps since construction; resets do not clear it."""
+        """Flow magnitudes of all steps since construction; resets do not clear it."""
 
     def _check(self, frame: Frame) -> NDArray[np.uint8]:
         side = self.recipe.percept_size
         if frame.shape != (side, side, 3) or frame.dtype != np.uint8:
-            raise LocalmotionError(f"perception wants uint8 frames ({side}, {side}, 3), got {frame.dtype} {frame.shape}")
+            raise LocalmotionError(f"perception needs uint8 frames ({side}, {side}, 3), got {frame.dtype} {frame.shape}")
         grey: NDArray[np.uint8] = cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY)
         return grey
 
@@ -114,7 +114,7 @@ class StreamingExtractor:
         self.slots.reset(frame, grey)
         self.cuts.step(grey, first=True)
         self.frames.clear()
-        self.frames.append((frame.copy(), grey))  # environments may render into the same buffer again
+        self.frames.append((frame.copy(), grey))  # environments may reuse the same buffer
         side, count = self.recipe.size, self.recipe.tracks
         return StepMotion(
             np.zeros((side, side, 2), np.float16),
@@ -142,9 +142,9 @@ class StreamingExtractor:
         return StepMotion(small, shrink_points(step.points, self.recipe.ratio), step.visible, step.track_id)
 
     def state_dict(self) -> dict[str, Any]:
-        """What continues this stream exactly: ``arrays``, name to numpy array (safetensors), and ``meta``, JSON-able.
+        """State for an exact continuation: ``arrays``, name to numpy array (safetensors), and ``meta``, JSON-able.
 
-        A track backend with a history of its own (cotracker3) begins a new one.
+        The history of a track backend (cotracker3) is not included; it starts again.
         """
         arrays, meta = self.slots.state()
         arrays |= {f"frame{index}": frame.copy() for index, (frame, _) in enumerate(self.frames)}
@@ -158,11 +158,11 @@ class StreamingExtractor:
         return {"arrays": arrays, "meta": meta}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` gave. Raises LocalmotionError for the state of another recipe."""
+        """Restore a result of `state_dict`. Raises LocalmotionError for the state of another recipe."""
         arrays, meta = state["arrays"], state["meta"]
         if meta["recipe"] != self.recipe.hash():
             raise LocalmotionError(
-                f"perception state is of recipe {meta['recipe']}, not {self.recipe.hash()}; continue with the recipe it was saved with"
+                f"perception state has recipe {meta['recipe']}, not {self.recipe.hash()}; continue with the recipe of the saved state"
             )
         self.slots.load_state(arrays, meta)
         self.frames.clear()

@@ -1,4 +1,4 @@
-"""What an extraction did, for people and for scripts."""
+"""Summary of an extraction, for people and for scripts."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _WHY = {
 
 
 MIXED = 1.1
-"""Ratio of the highest to the lowest frame rate above which rates are mixed."""
+"""Frame rates count as mixed above this ratio of the highest to the lowest."""
 
 
 @dataclass
 class ExtractSummary:
-    """What an extraction did. Lists hold ids of videos."""
+    """Summary of an extraction. Lists hold ids of videos."""
 
     store: Path
     clips: int = 0
@@ -43,31 +43,31 @@ class ExtractSummary:
     rejections: list[dict[str, str]] = field(default_factory=list)
     """id, reason and detail of each of them."""
     again: dict[str, str] = field(default_factory=dict)
-    """Videos that this extraction does again: changed, limits or machine."""
+    """Videos that this extraction processes again, by reason: changed, limits or machine."""
     vanished: list[str] = field(default_factory=list)
-    """Videos of which the store holds clips and which are not in the folder (or list) any more."""
+    """Videos with clips in the store that are no longer in the folder (or list)."""
     relabeled: list[str] = field(default_factory=list)
-    """Videos whose clips keep a label that the list no longer gives them."""
+    """Videos whose clips keep a label that differs from the list."""
     left_out: int = 0
-    """Frames in no clip, since the rest of their video is shorter than `min_frames`."""
+    """Frames in no clip, because the rest of their video is shorter than `min_frames`."""
     left_out_of: int = 0
-    """Videos they belong to."""
+    """Number of videos with such frames."""
     limited: list[str] = field(default_factory=list)
-    """Videos that go on behind their last clip: `max_clips`."""
+    """Videos with frames after their last clip, because of `max_clips`."""
     cut_before: list[str] = field(default_factory=list)
-    """Videos of which an earlier version stored no more than the first clip."""
+    """Videos of which an earlier version stored only the first clip."""
     elsewhere: list[int] = field(default_factory=list)
-    """Shards that other processes are still making."""
+    """Shards that other processes are still writing."""
     flow: dict[str, float] = field(default_factory=dict)
     rates: list[float] = field(default_factory=list)
-    """Lowest and highest frames per second, where they are mixed and the recipe has no `fps`."""
+    """Lowest and highest frames per second, if they are mixed and the recipe has no `fps`."""
     varying: int = 0
-    """Clips of variable frame rate, where the recipe has no `fps`."""
+    """Clips of variable frame rate, if the recipe has no `fps`."""
     repeating: int = 0
     """Clips with repeated frames, because their videos have fewer than the recipe's `fps`."""
 
     def lines(self) -> list[str]:
-        """For people."""
+        """Printable lines."""
         rate = f", {self.new} new in {self.seconds:.0f} s ({self.new / self.seconds:.1f} clips/s)" if self.new else ""
         out = [f"{self.clips} clips, {self.frames:,} frames in {self.store}{rate}"]
         for reason, number in sorted(self.rejected.items()):
@@ -90,24 +90,24 @@ class ExtractSummary:
         mixed = [f"rates {round(self.rates[0], 1):g} to {round(self.rates[1], 1):g} fps are mixed"] if self.rates else []
         mixed += [f"clips of variable frame rate: {self.varying}"] if self.varying else []
         if mixed:
-            out.append(f"  {', '.join(mixed)}; --fps N makes one time step one time")
+            out.append(f"  {', '.join(mixed)}; --fps N makes one time step the same time in all videos")
         if self.repeating:
             out.append(f"  clips with repeated frames: {self.repeating}; their videos have fewer than --fps asks for")
         if self.elsewhere:
-            out.append(f"  {len(self.elsewhere)} shards are still in work in other processes")
+            out.append(f"  {len(self.elsewhere)} shards are still being written by other processes")
         if not self.flow:
             return out
         values = ", ".join(f"{key} {value:.3f}" for key, value in self.flow.items())
         return [*out, f"flow magnitude in pixels of a stored frame: {values}"]
 
     def why_rejected(self) -> str:
-        """The reasons with their counts, on one line, and the first video's in words."""
+        """The reasons with their counts, on one line, and the detail of the first video."""
         if not self.rejections:
             return "no reason was recorded"
         return f"{reasons(self.rejections)}; the first: {shown(self.rejections[0]['detail'])}"
 
     def fill(self, writer: ClipStoreWriter, refs: Mapping[str, VideoRef]) -> None:
-        """Read the figures of the store; the flow distribution of a complete one is also written beside store.json."""
+        """Read the figures of the store. The flow distribution of a complete store is also written beside store.json."""
         for name, known in sorted(writer.known().items()):
             here = name in refs
             record = known.record or {}
@@ -145,7 +145,7 @@ class ExtractSummary:
 
 def flow_distribution(store: ClipStore, fields: int = 4096) -> dict[str, float]:
     """Mean and quantiles of flow magnitude (pixels of `size`) over at most ``fields`` fields spread evenly over the store."""
-    lengths = store.lengths - 1  # the last field of a clip is no motion
+    lengths = store.lengths - 1  # the last field of a clip is not motion
     ends = np.cumsum(lengths)
     magnitudes = Magnitudes()
     for number in np.unique(np.linspace(0, int(ends[-1]) - 1, fields).round().astype(np.int64)):

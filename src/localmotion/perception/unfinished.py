@@ -1,4 +1,4 @@
-"""Extraction into one store: what is to be done, what is finished of it, and the shards that become of that."""
+"""Extraction into one store: the plan, the finished results, and the shards written from them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Refused:
 
 @dataclass(frozen=True)
 class Task:
-    """A video to be extracted; the clips of its first ``kept`` spans are there already, and ``record`` asks for its content's hash."""
+    """A video to extract. The clips of its first ``kept`` spans exist already; ``record`` requests a hash of its content."""
 
     ref: VideoRef
     kept: int = 0
@@ -35,21 +35,21 @@ class Task:
 
 @dataclass(frozen=True)
 class VideoDone:
-    """What was read of a video. Follows its clips; none of them counts if it is rejected."""
+    """Sent after the clips of a video. If the video is rejected, its clips are dropped."""
 
     id: str
     rejected: dict[str, str] | None = None
     frames: int = 0
-    """Kept frames that were read."""
+    """Number of kept frames that were read."""
     left_out: int = 0
-    """Those of them that are in no clip."""
+    """Number of these in no clip."""
     more: bool = False
-    """The video goes on behind them."""
+    """Whether the video has more frames."""
     content: str | None = None
 
 
 def make_plan(writer: ClipStoreWriter, refs: dict[str, VideoRef], limits: Limits) -> dict[str, Any]:
-    """What is to be done: shards with the ids of their videos, and which of those are done again, and why."""
+    """The work to do: shards with the ids of their videos, and which of them are processed again, and why."""
     known = writer.known()
     again: dict[str, str] = {}
     for name in known.keys() & refs.keys():
@@ -58,7 +58,7 @@ def make_plan(writer: ClipStoreWriter, refs: dict[str, VideoRef], limits: Limits
             raise StoreError(f"{writer.path}: shard {known[name].shard:05d} is damaged (videos.jsonl: {shown(name)}); {FIX}")
         if record is not None and record["max_frames"] != limits.max_frames:
             raise StoreError(
-                f"{writer.path}: was extracted with max_frames {record['max_frames']}, asked for {limits.max_frames}; "
+                f"{writer.path}: was extracted with max_frames {record['max_frames']}, this command has {limits.max_frames}; "
                 "use the same setting or another folder"
             )
         if why := outdated(known[name], refs[name], limits):
@@ -67,7 +67,7 @@ def make_plan(writer: ClipStoreWriter, refs: dict[str, VideoRef], limits: Limits
 
 
 class Shards:
-    """Shards in work: which videos they lack, what is finished of them, and writing them."""
+    """Unfinished shards: their missing videos, their finished results, and writing them."""
 
     def __init__(self, writer: ClipStoreWriter, spool: Spool, work: Work, refs: dict[str, VideoRef], limits: Limits) -> None:
         self.writer, self.spool, self.work, self.refs, self.limits = writer, spool, work, refs, limits
@@ -77,7 +77,7 @@ class Shards:
         self.stamps: dict[str, dict[str, Any]] = {}
 
     def tasks(self) -> Iterator[Task]:
-        """What there is to do, of one shard after the other as they are claimed; ends when nothing is left that no process has."""
+        """The tasks of one claimed shard after another; ends when other processes hold all remaining shards."""
         waiting, before = list(self.members), -1
         while waiting and len(waiting) != before:
             before, held = len(waiting), []
@@ -86,7 +86,7 @@ class Shards:
                     continue
                 if not self.work.claim(index):
                     held.append(index)
-                elif self.writer.has(index):  # made by another process between the two looks
+                elif self.writer.has(index):  # written by another process between the two checks
                     self.work.done(index)
                 else:
                     yield from self._tasks_of(index)
@@ -95,7 +95,9 @@ class Shards:
     def _tasks_of(self, index: int) -> Iterator[Task]:
         tasks = []
         for name in self.members[index]:
-            ref = self.refs.get(name) or VideoRef(name, Path(name), "file", fault=("missing", "is gone since the plan was made"))
+            ref = self.refs.get(name) or VideoRef(
+                name, Path(name), "file", fault=("missing", "was removed after the plan was made")
+            )
             stamp = self.stamps[name] = {**size_and_time(ref), "label": ref.label, "max_frames": self.limits.max_frames}
             if not self.spool.has(_record_key(name), {**stamp, **self.limits.to_json()}):
                 tasks.append(Task(ref, self._kept(name, stamp), record=True))
@@ -105,25 +107,25 @@ class Shards:
         yield from tasks
 
     def _kept(self, name: str, stamp: dict[str, Any]) -> int:
-        """How many clips at the beginning of a video are there from an interrupted call: whole ones, of the video as it is."""
+        """Number of complete clips at the start of a video from an interrupted call, if the video has not changed."""
         return next(n for n in itertools.count() if not self.spool.has(self._whole(name, n), stamp))
 
     def _whole(self, name: str, number: int) -> str:
-        """Id of a clip that does not end before `max_frames`."""
+        """Id of a clip with all of its `max_frames` frames."""
         return clip_id(name, number * self.limits.max_frames, (number + 1) * self.limits.max_frames)
 
     def keep(self, task: Task, clip: Clip) -> None:
-        """A clip is there."""
+        """Store a finished clip."""
         self.spool.put(clip.id, clip, self.stamps[task.ref.id])
 
     def finish_video(self, task: Task, done: VideoDone) -> None:
-        """A video is done: its clips are there, or it is rejected. Writes its shard when it was the last one."""
+        """Record that a video is done (its clips exist, or it is rejected). Writes the shard after its last video."""
         name = task.ref.id
         record = {"id": name, "frames": done.frames, "left_out": done.left_out, "more": done.more, "content": done.content}
         record |= {**self.stamps[name], **self.limits.to_json()}
         if task.ref.fault is not None:
             record["fault"] = True
-        if done.rejected:  # damage behind the first clips of a film
+        if done.rejected:  # damage after the first clips of a film
             self.spool.drop([self._whole(name, n) for n in range(self._kept(name, self.stamps[name]))])
         result = {"record": record, "rejected": done.rejected}
         self.spool.put(_record_key(name), result, {**self.stamps[name], **self.limits.to_json()})
@@ -133,8 +135,8 @@ class Shards:
             self._write(index)
 
     def _write(self, index: int) -> None:
-        """Write a shard all of whose videos are done."""
-        if self.writer.has(index):  # without locks another process may have been faster, and have cleared up
+        """Write a shard whose videos are all done."""
+        if self.writer.has(index):  # without locks another process may have been faster, and have removed the results
             return
         results = [self._result(name) for name in self.members[index]]
         rejected = [result["rejected"] for result in results if result["rejected"]]
@@ -148,7 +150,7 @@ class Shards:
     def _result(self, name: str) -> dict[str, Any]:
         result = self.spool.get(_record_key(name))
         if not isinstance(result, dict):
-            raise StoreError(f"{self.spool.path}: what was finished of {shown(name)} has gone; run the same extract again")
+            raise StoreError(f"{self.spool.path}: the finished result of {shown(name)} is missing; run the same extract again")
         return result
 
     def _clip(self, name: str) -> Clip:
@@ -157,11 +159,11 @@ class Shards:
             video = part[1] if (part := SPAN.fullmatch(name)) and part[1] in self.index else name
             self.spool.drop([name, _record_key(video)])
             raise StoreError(
-                f"{self.spool.path}: the finished clip {shown(name)} cannot be read; run the same extract again to make it anew"
+                f"{self.spool.path}: the finished clip {shown(name)} cannot be read; run the same extract again to make it again"
             )
         return clip
 
 
 def _record_key(video: str) -> str:
-    """Under what the result of a whole video is kept beside its clips; no id is like it."""
+    """Key under which the result of a whole video is kept beside its clips; it differs from every id."""
     return f"/{video}"

@@ -31,8 +31,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Load the sampler only when it is asked for: it needs torch, whose import would slow every decoding worker
-    down."""
+    """Load the sampler on first use, because it imports torch, which would slow down every decoding worker."""
     if name == "WindowSampler":
         from localmotion.video.sample import WindowSampler
 

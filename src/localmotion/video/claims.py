@@ -1,13 +1,13 @@
-"""Several processes, also of several machines, that extract into one store: one plan, and each shard claimed by one of them.
+"""Several processes, also on several machines, extract into one store. They share one plan, and each shard is claimed by one of them.
 
-All that they share lies in `STORE/unfinished` and is removed by the last one:
+Their shared files are in `STORE/unfinished`; the last process removes them:
 
     plan.lock           held while a process joins or leaves
-    plan.json           what is to be done: made by the first process, followed by the others
+    plan.json           the work to do: written by the first process, followed by the others
     process-HOST-PID-N  held by each process as long as it lives
     00007.lock          held by the process that makes shard 7
 
-The kernel frees the locks of a process that dies. On a file system without locks each process believes that it is alone.
+The kernel frees the locks of a process that dies. On a file system without locks no process sees the others.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from localmotion.video.shards import write_atomic, write_error
 
 _LIMIT = 1 << 28  # bytes of a plan
 _NUMBERS = itertools.count()  # of the extractions of this process
-_WAIT = 0.1  # seconds between two looks at whether another process has joined or left
+_WAIT = 0.1  # seconds between two checks for processes that joined or left
 
 
 class Work:
-    """What the processes at work on a store have agreed on, and the shards that this one has claimed."""
+    """The shared plan of the processes that extract into a store, and the shards that this process has claimed."""
 
     def __init__(self, folder: Path, plan: dict[str, Any]) -> None:
         self.folder, self.plan = folder, plan
         self.finished = False
-        """Set when all of the plan is done: results that are still there are then leftovers."""
+        """Set when the whole plan is done. Results that still exist are then leftovers."""
         self._claims: dict[int, Lock] = {}
 
     def claim(self, index: int) -> bool:
-        """Take a shard. False if another process has it. Look afterwards whether the shard is there: it may just have been made."""
+        """Claim a shard. False if another process has it. Then check whether the shard exists: another process may just have written it."""
         self.folder.mkdir(exist_ok=True)
         lock = Lock(self.folder / f"{index:05d}.lock")
         if not lock.taken:
@@ -51,13 +51,13 @@ class Work:
         return True
 
     def done(self, index: int) -> None:
-        """Give a shard back that is there now."""
+        """Release a shard that is written."""
         lock = self._claims.pop(index)
-        lock.path.unlink(missing_ok=True)  # who opened it before, and gets it now, finds the shard made
+        lock.path.unlink(missing_ok=True)  # a process that opened the file before, and locks it now, finds the shard written
         lock.release()
 
     def leave(self) -> None:
-        """Let other processes have what this one claimed and did not finish."""
+        """Release the shards that this process claimed and did not finish."""
         for lock in self._claims.values():
             lock.release()
         self._claims.clear()
@@ -65,9 +65,9 @@ class Work:
 
 @contextmanager
 def shared_work(store: Path, terms: dict[str, Any], make_plan: Callable[[], dict[str, Any]]) -> Iterator[Work]:
-    """Join the processes at work on a store, or begin alone with `make_plan()`, a JSON-able dict.
+    """Join the processes that extract into a store, or start alone with `make_plan()`, a JSON-able dict.
 
-    Raises StoreError when others are at work on other `terms` (JSON-able; e.g. another folder of videos), naming one of them.
+    Raises StoreError if others work with other `terms` (JSON-able; e.g. another folder of videos). The message names one of them.
     """
     folder = store / "unfinished"
     name = f"process-{socket.gethostname()}-{os.getpid()}-{next(_NUMBERS)}"
@@ -97,7 +97,7 @@ def shared_work(store: Path, terms: dict[str, Any], make_plan: Callable[[], dict
 
 @contextmanager
 def _joining(folder: Path, work: Work | None = None) -> Iterator[None]:
-    """Hold the right to join or leave within. The last to leave removes what the processes shared, and results once all is done."""
+    """Context that holds the lock for joining or leaving. The last process to leave removes the shared files, and finished results."""
     lock: Lock | None = None
     while lock is None:
         with suppress(FileNotFoundError):  # the last process removes the folder in between
@@ -114,13 +114,13 @@ def _joining(folder: Path, work: Work | None = None) -> Iterator[None]:
             shared = [folder / "plan.json", *folder.glob("*.lock")]
             for file in folder.iterdir() if work and work.finished else shared:
                 file.unlink(missing_ok=True)
-            with suppress(OSError):  # it holds results that are to be kept
+            with suppress(OSError):  # it still holds results, which are kept
                 folder.rmdir()
         lock.release()
 
 
 def _in_place(lock: Lock) -> bool:
-    """Whether the file of a lock is still the one of its name."""
+    """Whether the path of a lock still refers to the locked file."""
     try:
         have, there = os.fstat(lock.handle), os.stat(lock.path)
     except FileNotFoundError:
@@ -129,7 +129,7 @@ def _in_place(lock: Lock) -> bool:
 
 
 def _others(folder: Path) -> list[str]:
-    """The processes at work; marks of dead ones are removed."""
+    """The running processes; removes the marks of dead ones."""
     alive = []
     for path in sorted(folder.glob("process-*")):
         lock = Lock(path)
@@ -145,6 +145,6 @@ def _compare(store: Path, holder: str, have: dict[str, Any], want: dict[str, Any
     for key in want:
         if have.get(key) != want[key]:
             raise StoreError(
-                f"{store}: {holder} is extracting into it with {key} {have.get(key)}, asked for {want[key]}; "
-                "wait until it ends, or give the same or another --out"
+                f"{store}: {holder} is extracting into it with {key} {have.get(key)}, this command has {want[key]}; "
+                "wait until it ends, or use the same value or another --out"
             )

@@ -1,7 +1,7 @@
-"""From decoded pictures to RGB of the wanted size: chroma, colour ranges, tone mapping of HDR.
+"""Converts decoded pictures to RGB of the requested size: chroma, colour ranges, tone mapping of HDR.
 
-One libswscale converter per clip does colour conversion and resizing in one pass. It averages areas, and with
-`SWS_FULL_CHR_H_INT` it does so for the chroma planes too; without, RGB gets one chroma value for two columns.
+One libswscale converter per clip does colour conversion and resizing in one pass. It averages areas. With
+`SWS_FULL_CHR_H_INT` it also averages the chroma planes; without it, two columns of RGB share one chroma value.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ WHITE = 203.0
 BACKDROP = 128
 """Grey behind pictures that are transparent in places."""
 KNEE = 0.8
-"""Share of diffuse white up to which tone mapping keeps light as it is; what is brighter is compressed into the rest."""
+"""Share of diffuse white up to which tone mapping does not change light. Brighter light is compressed into the rest."""
 _TO_BT709 = np.array(  # linear RGB of BT.2020 to that of BT.709 (ITU-R BT.2407)
     [[1.6605, -0.5876, -0.0728], [-0.1246, 1.1329, -0.0083], [-0.0182, -0.1006, 1.1187]], np.float32
 )
@@ -43,8 +43,8 @@ def hdr_of(frame: Any) -> str:
 class Converter:
     """Turns the decoded pictures of one video into uint8 RGB.
 
-    ``legacy``: as recipes of algorithm 1 and 2 do. Chroma then has half the width of the result, the codes of HDR video count
-    as brightness, and transparency is ignored.
+    ``legacy``: convert as recipes of algorithm 1 and 2 do. Chroma then has half the width of the result, HDR codes are read as
+    brightness, and transparency is ignored.
     """
 
     def __init__(self, path: Path, *, legacy: bool = False) -> None:
@@ -52,14 +52,14 @@ class Converter:
         self._reformatter = VideoReformatter()
 
     def rgb(self, frame: Any, width: int, height: int) -> NDArray[np.uint8]:
-        """One picture as (height, width, 3). Raises VideoError "unreadable" where it cannot be converted."""
+        """One picture as (height, width, 3). Raises VideoError "unreadable" if it cannot be converted."""
         try:
             if self._legacy:
                 return np.asarray(self._scaled(frame, width, height, "rgb24", _AREA).to_ndarray(), np.uint8)
             if any(component.is_alpha for component in frame.format.components):
                 frame = self._opaque(frame)
             transfer = hdr_of(frame)
-            if not transfer:  # the colours of rgb24 in half the time: libswscale makes full chroma with vectors for planes only
+            if not transfer:  # same colours as rgb24 in half the time: libswscale vectorises full chroma only for planar formats
                 planes = self._scaled(frame, width, height, "gbrp", _FLAGS).planes
                 green, blue, red = (np.frombuffer(p, np.uint8).reshape(height, p.line_size)[:, :width] for p in planes)
                 return np.asarray(cv2.merge((red, green, blue)), np.uint8)
@@ -76,7 +76,7 @@ class Converter:
             raise fault(self._path, "unreadable", detail, error) from error
 
     def _opaque(self, frame: Any) -> Any:
-        """The picture in front of `BACKDROP`. What moves may be drawn by transparency alone."""
+        """The picture over `BACKDROP`. Motion may be visible only in the transparency."""
         pixels = self._scaled(frame, frame.width, frame.height, "rgba", _FLAGS).to_ndarray()
         return VideoFrame.from_ndarray(opaque(pixels), format="rgb24")
 
@@ -85,19 +85,19 @@ class Converter:
 
 
 def opaque(pixels: NDArray[np.uint8] | NDArray[np.uint16]) -> NDArray[np.uint8]:
-    """Colours (H, W, 3) uint8 of a picture (H, W, 4) of 8 or 16 bits in front of `BACKDROP`: three colours in any order, then alpha."""
+    """Colours (H, W, 3) uint8 of a picture (H, W, 4) of 8 or 16 bits over `BACKDROP`: three colours in any order, then alpha."""
     codes = pixels if pixels.dtype == np.uint8 else pixels >> 8
     colour, alpha = codes[..., :3].astype(np.uint16), codes[..., 3:].astype(np.uint16)
     return ((colour * alpha + BACKDROP * (255 - alpha) + 127) // 255).astype(np.uint8)
 
 
 def tone_mapped(codes: NDArray[np.uint16], transfer: str, *, wide: bool = True) -> NDArray[np.uint8]:
-    """HDR picture (H, W, 3) uint16 as a picture of standard range, uint8 of the same shape.
+    """Convert an HDR picture (H, W, 3) uint16 to standard range, uint8 of the same shape.
 
-    The codes become light ("pq": SMPTE ST 2084; "hlg": ARIB STD-B67 on a display of 1000 cd/m², both as in ITU-R BT.2100),
-    ``wide`` colours those of BT.709. Light up to `KNEE` of diffuse white (203 cd/m²) stays as it is, brighter light
-    approaches 1 exponentially. The three colours are scaled alike, by the brightest, so hue stays. The result has the
-    gamma of 2.4 that displays of standard range have (BT.1886).
+    The codes are converted to light ("pq": SMPTE ST 2084; "hlg": ARIB STD-B67 on a display of 1000 cd/m², both as in ITU-R BT.2100),
+    and ``wide`` colours to BT.709. Light up to `KNEE` of diffuse white (203 cd/m²) is unchanged, brighter light approaches 1
+    exponentially. All three colours are scaled by the factor of the brightest, so hue does not change. The result has a gamma of
+    2.4, as displays of standard range have (BT.1886).
     """
     light = _light(transfer)[codes]
     if transfer == "hlg":
@@ -114,7 +114,7 @@ def tone_mapped(codes: NDArray[np.uint16], transfer: str, *, wide: bool = True) 
 
 @cache
 def _light(transfer: str) -> NDArray[np.float32]:
-    """Light of each 16-bit code: for PQ in units of diffuse white, for HLG that of the scene, 0 to 1."""
+    """Light of each 16-bit code: for PQ in units of diffuse white, for HLG scene light from 0 to 1."""
     code = np.linspace(0, 1, 2**16)
     if transfer == "pq":
         power = code ** (32 / 2523)

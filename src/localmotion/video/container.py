@@ -1,4 +1,4 @@
-"""What a container says about its stream: how to turn the pictures, and whether all of them are there."""
+"""Information of a container about its stream: how to rotate the pictures, and whether the stream is complete."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from localmotion.errors import VideoError
 
 
 def quarter_turns(path: Path, frame: Any) -> tuple[int, bool]:
-    """How a decoded picture is to be shown: quarter turns counter-clockwise, after swapping left for right where True.
+    """How to show a decoded picture: number of quarter turns counter-clockwise, after swapping left and right if True.
 
-    The display matrix puts a point (x, y) at (ax + cy, bx + dy); scales are left out (they are the pixel aspect's).
-    Raises VideoError "odd_rotation" for a matrix that is none of the eight.
+    The display matrix puts a point (x, y) at (ax + cy, bx + dy); scales are ignored (they express the pixel aspect).
+    Raises VideoError "odd_rotation" if the matrix is none of the eight.
     """
     data = frame.side_data.get("DISPLAYMATRIX")
     if data is None:
         return 0, False
     a, b, _, c, d, *_ = struct.unpack("=9i", bytes(data))
-    right, down = complex(a, b), complex(c, d)  # where the picture's two directions go
+    right, down = complex(a, b), complex(c, d)  # images of the picture's two directions
     if right and down:
         right, down = right / abs(right), down / abs(down)
         turns = round(np.angle(down / 1j) / (np.pi / 2))  # clockwise, as y points down
@@ -34,7 +34,7 @@ def quarter_turns(path: Path, frame: Any) -> tuple[int, bool]:
 
 
 def check_complete(path: Path, container: Any, stream: Any, packets: int) -> None:
-    """Raise "truncated" when the data end before what the container promises: decoders do not mind an early end."""
+    """Raise "truncated" if the data end before the length in the container; decoders accept an early end."""
     kind = container.format.name
     if "mov" in kind:
         # The index, not stream.frames: an edit list may leave samples out on purpose.
@@ -52,7 +52,7 @@ def check_complete(path: Path, container: Any, stream: Any, packets: int) -> Non
         head = file.read(4096)
         file.seek(max(0, size - 1024))
         tail = file.read()
-    # Matroska's demuxer complains of zeros itself; raw pictures of black are zeros.
+    # Matroska's demuxer reports zeros itself; raw black pictures consist of zeros.
     if head[:4] == b"RIFF" and not any(tail) and stream.codec_context.name != "rawvideo":
         detail = f"ends in {len(tail)} or more zero bytes, as a copy does that was not finished"
         raise VideoError(path, "truncated", f"{detail}, behind {packets} frames")
@@ -62,15 +62,15 @@ def check_complete(path: Path, container: Any, stream: Any, packets: int) -> Non
 
 
 def _riff_end(head: bytes) -> int | None:
-    """Size that an AVI file says it has (its first gigabytes, where it has several parts); None when left open."""
+    """Size of an AVI file by its header (of the first part if it has several); None if not stated."""
     return int.from_bytes(head[4:8], "little") + 8 if any(head[4:8]) else None
 
 
 def _matroska_end(head: bytes) -> int | None:
-    """Where the segment of a Matroska or WebM file ends by its own account (RFC 8794); None when left open."""
+    """End of the segment of a Matroska or WebM file by its header (RFC 8794); None if not stated."""
 
     def number(at: int) -> tuple[int | None, int]:
-        """The variable-size integer at `at` and where it ends: as many leading zero bits as further bytes."""
+        """The variable-size integer at `at` and its end. The number of leading zero bits is the number of further bytes."""
         width = 9 - head[at].bit_length() if at < len(head) else 9
         raw = int.from_bytes(head[at : at + width], "big") & ((1 << 7 * width) - 1)
         return (None if width > 8 or raw == (1 << 7 * width) - 1 else raw), at + width

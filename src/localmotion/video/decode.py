@@ -1,11 +1,11 @@
 """Decode a video file or a frame folder to square uint8 RGB frames.
 
-Colour conversion and resizing are one pass (area averaging, aspect squashed to the square as IPV 1.1 does), with one
-thread: the fastest of the ways measured, since clips rather than frames are what runs in parallel.
+Colour conversion and resizing are one pass with one thread, which measured fastest because clips, not frames, are processed in
+parallel. Resizing averages areas and changes the aspect ratio to a square, as IPV's release does (thuml/ContextWM).
 
-Nothing is patched up in silence: a file that ends early or holds damaged frames raises VideoError at that frame. Only
-local files in the containers listed in `_FORMATS` are opened, so a playlist renamed to .mp4 cannot make the decoder
-read other files or the network. Sizes are read from headers, and refused, before anything of that size is allocated.
+Damage is never hidden: a file that ends early or has damaged frames raises VideoError at that frame. Only local files in the
+containers listed in `_FORMATS` are opened, so a playlist renamed to .mp4 cannot make the decoder read other files or the network.
+Sizes are read from headers, and checked, before anything of that size is allocated.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ from localmotion.video.pictures import has_alpha, picture_size
 from localmotion.video.timing import Decoding, Picture, deinterlaced, resampled
 
 MIN_SIDE = 16
-"""Sides below this many pixels are refused ("too_small"): no motion can be seen in them."""
+"""Pictures with a side below this many pixels are refused ("too_small"), because they show no motion."""
 MAX_PIXELS = 2**26
-"""Frames above this many pixels are refused ("too_large"): twice 8K, beyond which a small file may ask for any amount
-of memory. The decoder is told too, so that a stream cannot grow later."""
+"""Frames above this many pixels (twice 8K) are refused ("too_large"), because a small file could claim any amount of memory. The
+limit is also passed to the decoder, so a stream cannot grow later."""
 MAX_PICTURE_BYTES = 2**29
 """Files of frame folders above this size are refused ("too_large"): `MAX_PIXELS` of four 16-bit channels, not packed."""
 
@@ -48,10 +48,10 @@ _FORMATS = f"mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,{streams.FORMATS}"
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What a video says about itself; `width` and `height` are as shown, i.e. after `rotation`."""
+    """Properties of a video from its headers; `width` and `height` are as shown, i.e. after `rotation`."""
 
     frames: int
-    """Frames by counting packets (files) or pictures (folders); nothing but the first one is decoded."""
+    """Number of packets (files) or pictures (folders); only the first frame is decoded."""
     width: int
     height: int
     fps: float | None
@@ -59,7 +59,7 @@ class VideoInfo:
     codec: str
     pix_fmt: str
     rotation: int
-    """Degrees, counter-clockwise, by which decoded pictures are turned to be shown: 0, 90, 180 or 270."""
+    """Degrees, counter-clockwise, by which decoded pictures are rotated for display: 0, 90, 180 or 270."""
     duration: float | None
     """Seconds; None when unknown."""
     vfr: bool
@@ -69,9 +69,9 @@ class VideoInfo:
     pixel_aspect: float
     """Width of a pixel over its height; 1.0 when square or unknown."""
     mirrored: bool = False
-    """Decoded pictures are swapped left for right, before `rotation`, to be shown."""
+    """Left and right of decoded pictures are swapped, before `rotation`, for display."""
     interlaced: bool = False
-    """The first picture holds two moments, one in every other line."""
+    """The first picture is interlaced: odd and even lines are from two moments."""
     hdr: str = ""
     """"pq" or "hlg" for pictures of high dynamic range."""
 
@@ -79,8 +79,8 @@ class VideoInfo:
 def probe(ref: VideoRef) -> VideoInfo:
     """Read a video's properties without decoding more than its first frame.
 
-    Raises VideoError with reason "unreadable", "no_video_stream", "too_small", "too_large", "odd_rotation" (to be shown
-    turned by no quarter turn), "decoder_memory", the reason of the listing's `fault`; frame folders also "mixed_frames".
+    Raises VideoError with reason "unreadable", "no_video_stream", "too_small", "too_large", "odd_rotation" (a rotation
+    that is not a quarter turn), "decoder_memory", or the reason of the listing's `fault`; frame folders also "mixed_frames".
     """
     ref.check()
     if ref.kind == "frames":
@@ -106,7 +106,7 @@ def probe(ref: VideoRef) -> VideoInfo:
         fps, duration, vfr = None, None, False
         if gaps and known[-1] > known[0]:
             median = sorted(gaps)[len(gaps) // 2]
-            # Containers round time stamps to ticks (Matroska: 1 ms), which is no variable frame rate.
+            # Containers round time stamps to ticks (Matroska: 1 ms), which is not a variable frame rate.
             vfr = max(abs(gap - median) for gap in gaps) > max(0.1 * median, 2.5 * float(stream.time_base))
             fps = len(gaps) / (known[-1] - known[0])
             duration = known[-1] - known[0] + median
@@ -144,17 +144,17 @@ def iter_frames(
     """Yield frames `start, start + stride, ...` as uint8 RGB (size, size, 3), or (H, W, 3) as shown when `size` is
     None.
 
-    With `fps` above 0 the frames counted by `start` and `stride` are those shown at the times 0, 1 / fps, 2 / fps, ...:
-    the recorded ones nearest to these times, some left out or repeated. Pictures of a frame folder have no times; they
-    are taken to be at `fps` already. `found` is filled with what was found about the frames yielded.
+    With `fps` above 0, `start` and `stride` count the frames shown at the times 0, 1 / fps, 2 / fps, ...: the recorded
+    frames nearest to these times, of which some are left out or repeated. Pictures of a frame folder have no times and
+    are assumed to be at `fps` already. `found` collects properties of the yielded frames.
 
     Interlaced pictures are deinterlaced, HDR (PQ and HLG) is mapped to standard range. `legacy` does neither, and leaves
-    chroma at half the width of the frame: as recipes of algorithm 1 and 2 do.
+    chroma at half the width of the frame, as recipes of algorithm 1 and 2 do.
 
-    Memory is bounded by a few frames, however long the video. `max_frames` limits the frames yielded; damage behind
-    the last one is not looked at. With `size` None every frame has the shape of the first. Raises VideoError as
-    `probe` does, and "truncated" at the point where the data end before the container says so, or where a frame
-    cannot be decoded whole; with `fps` also "odd_times", where times are missing, go back or jump.
+    Memory is bounded by a few frames for any length of video. `max_frames` limits the yielded frames; damage after the
+    last one is not detected. With `size` None every frame has the shape of the first. Raises VideoError as `probe`
+    does, and "truncated" if the data end before the length in the container or a frame cannot be decoded completely;
+    with `fps` also "odd_times" if times are missing, go back or jump.
     """
     if stride < 1 or start < 0 or (max_frames is not None and max_frames < 1) or (size is not None and size < 1) or not fps >= 0:
         raise ValueError(f"stride {stride}, start {start}, max_frames {max_frames}, size {size}, fps {fps}: out of range")
@@ -179,8 +179,8 @@ def decode(
     fps: float = 0.0,
     legacy: bool = False,
 ) -> NDArray[np.uint8]:
-    """Whole clip as uint8 RGB (T, size, size, 3); `iter_frames` stacked. Raises VideoError, "too_short" when no frame
-    is left."""
+    """Whole clip as uint8 RGB (T, size, size, 3); `iter_frames` stacked. Raises VideoError, "too_short" if no frame
+    remains."""
     frames = list(iter_frames(ref, size, stride, start=start, max_frames=max_frames, fps=fps, legacy=legacy))
     if not frames:
         raise VideoError(ref.path, "too_short", f"has no frame at or behind frame {start}")
@@ -192,22 +192,21 @@ def decode(
 
 @contextmanager
 def _open(path: Path) -> Iterator[tuple[Any, Any]]:
-    """Container and picture stream of a file; libav's own words are kept from stderr by PyAV's default (no log
-    level)."""
+    """Container and picture stream of a file. PyAV's default (no log level) keeps libav's messages off stderr."""
     try:
         status = path.stat()
     except FileNotFoundError as error:
         raise VideoError(path, "unreadable", "no such file (or a broken link)") from error
-    except OSError as error:  # among others a link to itself, a folder this user may not enter
+    except OSError as error:  # for example a link to itself, or a folder without permission
         raise VideoError(path, "unreadable", f"cannot be reached: {error.strerror}") from error
     if not stat.S_ISREG(status.st_mode):
         raise VideoError(path, "unreadable", "is not a regular file")
     if status.st_size == 0:
         raise VideoError(path, "unreadable", "is empty (0 bytes); copy it again")
-    limits = {"max_pixels": str(2 * MAX_PIXELS)}  # twice, as decoders count their margins too
+    limits = {"max_pixels": str(2 * MAX_PIXELS)}  # twice, because decoders also count their margins
     options = {"protocol_whitelist": "file", "format_whitelist": _FORMATS, **limits}
     try:
-        # An absolute path cannot be taken for a URL. Metadata in an odd encoding is no reason to refuse a video.
+        # An absolute path cannot be read as a URL. Metadata in an odd encoding do not make a video unusable.
         with listening("matroska,webm") as complaints:  # opening reads ahead
             container = av.open(str(path.absolute()), options=options, **LENIENT_METADATA)
     except ERRORS as error:
@@ -233,7 +232,7 @@ def _open(path: Path) -> Iterator[tuple[Any, Any]]:
 
 
 def _packets(path: Path, container: Any, stream: Any) -> Iterator[Any]:
-    """Packets of the stream, the closing empty one included. Raises VideoError "truncated" when the container
+    """Packets of the stream, including the empty one at the end. Raises VideoError "truncated" when the container
     breaks."""
     count = 0
     demuxer = container.demux(stream)
@@ -270,7 +269,7 @@ def _decode_packet(path: Path, packet: Any, done: int) -> list[Any]:
 
 
 def _pictures(ref: VideoRef, container: Any, stream: Any) -> Iterator[Picture]:
-    """All decoded pictures of a file, whole ones only; VideoError where there is none, or where the next is damaged."""
+    """All decoded pictures of a file, complete ones only; VideoError if there is none, or if the next is damaged."""
     done = packets = 0
     for packet in _packets(ref.path, container, stream):
         if packet.size or packet.dts is not None:
@@ -292,12 +291,12 @@ def _file_frames(
 ) -> Iterator[NDArray[np.uint8]]:
     converter = Converter(ref.path, legacy=legacy)
     yielded = 0
-    shown: Any = None  # the picture yielded last, and its pixels
+    shown: Any = None  # the last yielded picture, and its pixels
     pixels = np.zeros((0, 0, 3), np.uint8)
     with _open(ref.path) as (container, stream):
         found.tick = float(stream.time_base)
         pictures = _pictures(ref, container, stream)
-        first = next(pictures)  # there is one, or an error
+        first = next(pictures)  # there is at least one, or an error was raised
         turns, mirrored = quarter_turns(ref.path, first.frame)
         shape = (size, size) if size else (first.frame.width, first.frame.height)
         pictures = chain([first], pictures)
@@ -313,7 +312,7 @@ def _file_frames(
             if not again:
                 pixels = converter.rgb(frame, *shape)
                 pixels = np.ascontiguousarray(np.rot90(pixels[:, ::-1] if mirrored else pixels, turns))
-            shown = frame if fps else None  # else none comes twice, and the decoder may have its memory back
+            shown = frame if fps else None  # without fps no picture repeats, and the decoder can reuse its memory
             found.add(seconds, repeated=again, interlaced=interlaced and not legacy, hdr=hdr_of(frame))
             yield pixels.copy() if fps else pixels
             yielded += 1
@@ -344,8 +343,8 @@ def _folder_frames(
 
 
 def _read_image(file: Path, number: int, ref: VideoRef, legacy: bool = False) -> NDArray[np.uint8]:
-    """One picture, uint8 BGR. Its size and wholeness are checked first, because the decoder allocates what the header
-    says and fills what a cut-off picture lacks with grey."""
+    """One picture, uint8 BGR. Its size and completeness are checked first, because the decoder allocates the size in the
+    header and fills the missing part of a cut-off picture with grey."""
     reason: Literal["truncated", "unreadable"] = "truncated" if number else "unreadable"
     name = shown(file.name)
     try:
@@ -373,7 +372,7 @@ def _read_image(file: Path, number: int, ref: VideoRef, legacy: bool = False) ->
 
 
 def _read_regular(file: Path) -> bytes:
-    """Content of a regular file. Opening a pipe would wait for its writer, and devices never end: both are refused."""
+    """Content of a regular file. Pipes and devices are refused: opening a pipe waits for its writer, and reading a device may never end."""
     handle = os.open(file, os.O_RDONLY | os.O_NONBLOCK)
     with open(handle, "rb") as stream:
         status = os.fstat(handle)
@@ -392,6 +391,6 @@ def _check_size(ref: VideoRef, width: int, height: int) -> None:
 
 
 def video_ref(path: str | Path) -> VideoRef:
-    """VideoRef of one file or frame folder, with its name as id: for tools that work on a single video."""
+    """VideoRef of one file or frame folder, with its name as id, for tools that read a single video."""
     path = Path(path)
     return VideoRef(path.name, path, "frames" if path.is_dir() else "file")

@@ -1,4 +1,4 @@
-"""What a store remembers of the videos it was made from, and which of them must be done again."""
+"""Records of the videos that a store was made from, and the choice of videos that must be processed again."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from localmotion.video.listing import IMAGE_SUFFIXES, VideoRef
 from localmotion.video.writer import Known
 
 MACHINE = ("decoder_timeout", "decoder_memory")
-"""Reasons of rejection that the machine may have been the cause of: such videos are tried again by every extraction."""
-_SAMPLE = 1 << 24  # bytes from each end of a file that tell whether it was only copied: enough for every index of frames
-_PICTURE = 1 << 16  # bytes from the beginning of each picture
+"""Reasons of rejection that the machine may have caused. Every extraction tries such videos again."""
+_SAMPLE = 1 << 24  # bytes hashed at each end of a file, to detect a plain copy: enough for any index of frames
+_PICTURE = 1 << 16  # bytes hashed at the start of each picture
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Limits:
     min_frames: int
     max_frames: int
     max_clips: int | None = None
-    """Clips taken of one video at most; None for all."""
+    """Maximum number of clips per video; None for all."""
 
     @property
     def least(self) -> int:
@@ -35,7 +35,7 @@ class Limits:
         return max(self.min_frames, 2)
 
     def spans(self, frames: int) -> list[tuple[int, int]]:
-        """(start, stop) of the clips of a video of so many frames: `max_frames` each, a rest below `min_frames` left out."""
+        """(start, stop) of the clips of a video with ``frames`` frames: `max_frames` each, without a rest below `min_frames`."""
         starts = list(range(0, frames, self.max_frames))[: self.max_clips]
         spans = [(start, min(start + self.max_frames, frames)) for start in starts]
         return [(start, stop) for start, stop in spans if stop - start >= self.least]
@@ -45,16 +45,16 @@ class Limits:
 
 
 def clip_id(video: str, start: int, stop: int) -> str:
-    """Id of a clip of a video: the video's own for the one at its beginning."""
+    """Id of a clip of a video. The first clip has the video's id."""
     return video if start == 0 else f"{video}#{start:06d}-{stop:06d}"
 
 
 SPAN = re.compile(r"(.+)#[0-9]{6,}-[0-9]{6,}", re.DOTALL)
-"""Ids that `clip_id` makes; a video of such a name beside the video it names would be taken for a part of that one."""
+"""Pattern of the ids that `clip_id` makes. A video with such a name would be confused with a part of the video it names."""
 
 
 def size_and_time(ref: VideoRef) -> dict[str, int | None]:
-    """`bytes` and `mtime_ns` of a video; of a frame folder the sum and the newest of its pictures. None where it cannot be reached."""
+    """`bytes` and `mtime_ns` of a video; for a frame folder the sum and the newest of its pictures. None if it cannot be reached."""
     try:
         found = [path.stat() for path in _files(ref)]
         if not found or not all(stat.S_ISREG(status.st_mode) for status in found):
@@ -65,9 +65,9 @@ def size_and_time(ref: VideoRef) -> dict[str, int | None]:
 
 
 def content(ref: VideoRef) -> str | None:
-    """Hash of the first and last 16 MiB of a file, or of the beginning of each picture; None where it cannot be read.
+    """Hash of the first and last 16 MiB of a file, or of the start of each picture; None if it cannot be read.
 
-    It tells a video that was copied or touched from one that was changed without a change of its size.
+    It distinguishes a video that was copied or touched from one whose content changed without a change of size.
     """
     digest = hashlib.sha256()
     try:
@@ -84,10 +84,10 @@ def content(ref: VideoRef) -> str | None:
 
 
 def outdated(known: Known, ref: VideoRef, limits: Limits) -> str:
-    """Why a video must be done again: "changed", "limits" or "machine"; empty when the store holds what it would give now.
+    """Why a video must be processed again: "changed", "limits" or "machine"; empty if the store holds its current result.
 
-    What an earlier version stored without a record of its video is taken as it is, but for what the machine may have been the cause of
-    and for videos that are long enough now.
+    Entries of earlier versions without a record of their video are kept, except rejections that the machine may have caused and videos
+    that are long enough now.
     """
     if known.reason in MACHINE:
         return "machine"
@@ -119,7 +119,7 @@ def _changed(record: dict[str, Any], ref: VideoRef, unreadable: bool) -> bool:
     now = size_and_time(ref)
     if record["bytes"] != now["bytes"]:
         return True
-    closed = unreadable and record["content"] is None  # it may be open now, with neither size nor time changed
+    closed = unreadable and record["content"] is None  # permissions may have changed, with the same size and time
     if record["mtime_ns"] == now["mtime_ns"] and not closed:
         return False
     return record["content"] != content(ref)  # only copied or touched?

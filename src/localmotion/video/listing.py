@@ -1,4 +1,4 @@
-"""Find the videos below a folder: files, folders of numbered pictures, or what a list file names.
+"""Find the videos below a folder: files, folders of numbered pictures, or the entries of a list file.
 
 Ids are paths relative to the root, with `/` and with the file's extension, so `a.mp4` and `a.webm` never collide and
 an id does not change when another file appears.
@@ -31,20 +31,20 @@ from localmotion.video.series import arrange
 __all__ = ["IMAGE_SUFFIXES", "MAX_DEPTH", "VIDEO_SUFFIXES", "VideoRef", "find_videos", "frame_files", "shown", "usable_videos"]
 
 MAX_DEPTH = 64
-"""Folders nested deeper than this below the root are refused ("unreadable"): no collection is, and the walk must end."""
+"""Folders nested deeper than this below the root are refused ("unreadable"). No collection is that deep, and the walk must end."""
 SERIES = 25
-"""Pictures from which on a series beside one video is taken for the data and the video for its preview; below, the pictures are
-taken for stills of the video. As many as a clip needs by default."""
+"""A series with this many pictures beside one video counts as the data and the video as its preview; a shorter series counts as stills
+of the video. This is the default minimum length of a clip."""
 
-_PSEUDO = (Path("/proc"), Path("/sys"))  # a link there would list the machine's own state, without end
-_SOURCE_CODE = (".ts", ".mts")  # TypeScript, too
+_PSEUDO = (Path("/proc"), Path("/sys"))  # a link into these would list the state of the machine, without end
+_SOURCE_CODE = (".ts", ".mts")  # also the suffixes of TypeScript
 
 
 def find_videos(root: Path, list_file: Path | None = None) -> list[VideoRef]:
     """All videos below `root`, sorted by id; with `list_file`, exactly the listed ones, with label and promised length.
 
-    For list files see `localmotion.video.lists`. Symbolic links are followed, also those that lead out of `root`, each
-    real folder once (never into /proc and /sys); names that begin with a dot are skipped. `root` may also be a single
+    For list files see `localmotion.video.lists`. Symbolic links are followed, also out of `root` (never into /proc
+    and /sys), and each real folder is read once. Names that begin with a dot are skipped. `root` may also be a single
     video file.
 
     Every file that looks like a video or a picture is either used or listed with `fault`, so that it is rejected with a
@@ -52,15 +52,15 @@ def find_videos(root: Path, list_file: Path | None = None) -> list[VideoRef]:
 
     - series of pictures: "mixed_frames" (several in one folder), "duplicate_numbers", "gap" (see `series.GAP`);
     - pictures in no series, one entry a folder: "single_picture", "loose_pictures"; "unsupported_picture" for other formats;
-    - a series and videos in the same folder: "shadowed" for what is taken to show the same again. Beside one video a series
-      of `SERIES` pictures or more is used and the video is shadowed, a shorter one is shadowed itself; beside several
-      videos the series is. A list file that names the shadowed one has it used;
+    - a series and videos in the same folder: "shadowed" for the one that is taken for a copy. Beside one video, a series
+      of `SERIES` pictures or more is used and the video is shadowed; a shorter series is shadowed itself. Beside several
+      videos the series is shadowed. If a list file names a shadowed entry, it is used;
     - "unsupported_container" for archives and other containers, "unfinished" for parts of a download;
     - "unreadable" for folders that cannot be listed, are nested deeper than `MAX_DEPTH`, or have the name of a video file
-      and hold none; "bad_name" for names that are not UTF-8; "missing" for what a list names and is not there.
+      and contain none; "bad_name" for names that are not UTF-8; "missing" for entries of a list that do not exist.
 
     Raises VideoError: "missing" (no such folder or list), "empty" (nothing that looks like a video), "bad_list" (a
-    list that does not parse, has an ambiguous or doubled line, or of which nothing exists).
+    list that cannot be parsed, has an ambiguous or repeated line, or names no existing video).
     """
     root = Path(root)
     if not root.exists():
@@ -78,7 +78,7 @@ def find_videos(root: Path, list_file: Path | None = None) -> list[VideoRef]:
 
 
 def usable_videos(root: Path) -> list[VideoRef]:
-    """`find_videos` without those that the listing rejects. Raises VideoError as it does, and the first fault when none is left."""
+    """`find_videos` without the videos that the listing rejects. Raises VideoError as it does, and the first fault if none remains."""
     refs = find_videos(root)
     good = [ref for ref in refs if ref.fault is None]
     if not good:
@@ -90,7 +90,7 @@ def frame_files(folder: Path) -> list[Path]:
     """The numbered pictures of a frame folder in the order of their numbers.
 
     Raises VideoError with the faults of a series that `find_videos` lists ("mixed_frames", "duplicate_numbers", "gap"), because any
-    choice or order would be a guess; "unreadable" when the folder cannot be listed or holds no series.
+    choice or order would be a guess; "unreadable" if the folder cannot be listed or has no series.
     """
     try:
         with os.scandir(folder) as listing:
@@ -105,14 +105,14 @@ def frame_files(folder: Path) -> list[Path]:
 
 
 def _walk(root: Path) -> list[VideoRef]:
-    """Entries below `root`, sorted. Links to folders wait until every real folder is seen, so a real path wins over a linked
+    """Entries below `root`, sorted. Links to folders are visited after all real folders, so a real path has priority over a linked
     one."""
     seen: set[tuple[int, int]] = set()
     queue = deque([root])
     found: list[VideoRef] = []
     while queue:
         _visit(queue.popleft(), root, seen, queue, found)
-    # Pictures in the root itself have its name for an id, which a folder in it may have, too.
+    # Pictures in the root itself have its name as id; a folder in it may have the same name.
     below = {ref.id for ref in found if ref.path != root}
     found = [replace(ref, id=f"./{ref.id}") if ref.path == root and ref.id in below else ref for ref in found]
     return sorted(found, key=lambda ref: ref.id)
@@ -125,7 +125,7 @@ def _visit(
     try:
         status = os.stat(folder)
         if any(place in (real := folder.resolve()).parents or place == real for place in _PSEUDO):
-            raise OSError(0, "is not of a disk but of the system's own files")
+            raise OSError(0, "is not on a disk but in the system's own files")
         if (status.st_dev, status.st_ino) in seen:
             return
         if depth > MAX_DEPTH:
@@ -138,7 +138,7 @@ def _visit(
         if folder == root:
             raise VideoError(folder, "unreadable", detail) from error
         found.append(_ref(folder, root, "frames", ("unreadable", detail)))
-        return  # what else the folder above holds may still be used
+        return  # other entries of the parent folder may still be used
     videos: list[Path] = []
     pictures: list[str] = []
     others: list[str] = []
@@ -173,7 +173,7 @@ def _visit(
 
 
 def _entries(folder: Path, root: Path, videos: Sequence[Path], pictures: Sequence[str]) -> Iterable[VideoRef]:
-    """Entries for the videos and the pictures of one folder: which of them are used, and which show the same again."""
+    """Entries for the videos and pictures of one folder: which are used, and which are taken for copies."""
     arranged = arrange(pictures)
     fault, shadow = arranged.fault, None
     if arranged.files and fault is None and videos:
@@ -200,20 +200,20 @@ def _entries(folder: Path, root: Path, videos: Sequence[Path], pictures: Sequenc
 
 
 def _unused(name: str) -> tuple[str, str] | None:
-    """Why a file that may hold videos is not used; None for a file that is nothing of the kind."""
+    """Why a file that may contain videos is not used; None for a file of another kind."""
     stem, suffix = os.path.splitext(name.lower())
     inner = os.path.splitext(stem)[1]
     if suffix in OTHER_VIDEOS:
         return "unsupported_container", f"{suffix} files are not read; convert it to .mp4, say with ffmpeg"
     if suffix in ARCHIVES and (suffix not in (".gz", ".bz2", ".xz", ".zst") or inner in VIDEO_SUFFIXES | {".tar"}):
-        return "unsupported_container", "is an archive, which is not looked into; unpack it"
+        return "unsupported_container", "is an archive, and archives are not read; unpack it"
     if suffix in UNFINISHED and inner in VIDEO_SUFFIXES:
         return "unfinished", "is a download that was not finished; finish or remove it"
     return None
 
 
 def _is_text(entry: os.DirEntry[str]) -> bool:
-    """Whether a file begins as source code does, and no stream of pictures: readable text without zeros."""
+    """Whether a file begins like source code (readable text without zeros) and not like a video."""
     try:
         if not entry.is_file():
             return False
@@ -228,7 +228,7 @@ def _is_text(entry: os.DirEntry[str]) -> bool:
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # links in a circle, or to where this user may not look: as a file it is refused with the reason
+    except OSError:  # circular links, or links without permission: treated as a file, which is refused with the reason
         return False
 
 
@@ -243,7 +243,7 @@ def _ref(
     name = relative if (relative := path.relative_to(root).as_posix()) != "." else path.resolve().name
     try:
         name.encode()
-    except UnicodeEncodeError:  # bytes that are no text, as Python keeps them: no page, console or list could show them
+    except UnicodeEncodeError:  # bytes that are not text: no page, console or list could show them
         fault = "bad_name", f"the name {shown(name)} is not UTF-8; rename it"
     return VideoRef(name, path, kind, frames_hint=hint, fault=fault, warning=warning)
 

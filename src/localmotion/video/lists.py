@@ -1,17 +1,17 @@
 """List files: which videos are used, with their class and length.
 
-Read are
+Formats:
 
-- text with one video a line: `id n_frames class_id` separated by white space (Something-Something V2 in IPV's layout, IPV 1.1), or an
-  id alone, or `path.avi class` (UCF101);
+- text with one video per line: `id n_frames class_id` separated by white space (Something-Something V2 in the layout of IPV's release,
+  thuml/ContextWM), or only an id, or `path.avi class` (UCF101);
 - tables with a header and commas, semicolons or tabs (Kinetics: `label,youtube_id,time_start,time_end,split`), or without a
   header and with two or three columns: id, class or id, n_frames, class;
 - JSON: a list of ids or of objects (`id`, `label`, `template`; Something-Something V2's own files), an object of id -> class or
-  id -> object (Kinetics), one object a line.
+  id -> object (Kinetics), one object per line.
 
-In UTF-8, with or without a byte order mark, or UTF-16 with one, with line ends of any system. An id names a file, with or without its
-extension, with or without its folders, or a frame folder; a path may be absolute, or begin with the name of the searched folder. Accents
-may be composed or not. What a list names and the folder lacks is a row with the fault "missing".
+The text is UTF-8, with or without a byte order mark, or UTF-16 with one, with line endings of any system. An id names a file (with
+or without its extension and folders) or a frame folder; a path may be absolute, or begin with the name of the searched folder. Accents
+may be composed or decomposed. A listed video that does not exist is a row with the fault "missing".
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ ID_COLUMNS = ("path", "video_path", "file_path", "filepath", "file", "file_name"
               "youtube_id", "name")  # fmt: skip
 LABEL_COLUMNS = ("template", "label", "class", "class_id", "label_id", "class_name", "category", "action")
 FRAME_COLUMNS = ("n_frames", "num_frames", "frame_count", "nframes", "frames")
-_HOLDERS = ("videos", "database", "data", "clips", "items")  # keys below which a JSON file may keep its list
+_HOLDERS = ("videos", "database", "data", "clips", "items")  # keys that may hold the list of a JSON file
 _SPACED = re.compile(r"(.*\S)\s+([0-9]{1,18})\s+(\S+)")
-_EXPECTED = "expected an id a line, `id n_frames class_id`, a table with a header (id, label), or JSON"
+_EXPECTED = "expected one id per line, `id n_frames class_id`, a table with a header (id, label), or JSON"
 
 Find = Callable[[str], Sequence[VideoRef]]
 
@@ -46,9 +46,9 @@ Find = Callable[[str], Sequence[VideoRef]]
 @dataclass(frozen=True)
 class _Row:
     place: str
-    """Where in the list it stands, for messages."""
+    """Its place in the list, for messages."""
     names: tuple[str, ...]
-    """The id as written; the first that exists counts."""
+    """Possible spellings of the id; the first that exists is used."""
     label: int | str | None = None
     frames: int | None = None
 
@@ -56,8 +56,8 @@ class _Row:
 def select(root: Path, refs: Sequence[VideoRef], list_file: Path) -> list[VideoRef]:
     """The videos of `refs` that a list file names, with label and promised length, sorted by id; "missing" ones with a fault.
 
-    Raises VideoError: "missing" (no such list), "empty" (it names nothing), "bad_list" (it cannot be read or parsed, an id fits
-    several videos or is listed twice, or nothing of it exists).
+    Raises VideoError: "missing" (no such list), "empty" (it names nothing), "bad_list" (it cannot be read or parsed, an id matches
+    several videos or is listed twice, or none of its videos exists).
     """
     find = _finder(root, refs)
     chosen: dict[str, VideoRef] = {}
@@ -96,29 +96,29 @@ def select(root: Path, refs: Sequence[VideoRef], list_file: Path) -> list[VideoR
 
 
 def _listed(ref: VideoRef, row: _Row) -> VideoRef:
-    """A found video with what the list says. One that only its neighbours shadow is used: the list has chosen it."""
+    """A found video with the data of the list. A shadowed video is used, because the list selects it."""
     fault = None if ref.fault and ref.fault[0] == "shadowed" else ref.fault
     return replace(ref, label=row.label, frames_hint=ref.frames_hint if row.frames is None else row.frames, fault=fault)
 
 
 def _plain(name: str) -> str:
-    """A relative name without `..` for a video that is nowhere, as ids are."""
+    """A relative name without `..`, like an id, for a video that does not exist."""
     return "/".join(part for part in name.replace("\0", "").split("/") if part not in ("", ".", ".."))
 
 
 def _near(row: _Row, find: Find) -> str:
-    """A hint where the same name is there with another extension."""
+    """A hint if the same name exists with another extension."""
     path = PurePath(row.names[-1])
     other = find(path.stem) if path.suffix.lower() in VIDEO_SUFFIXES else ()
-    return f"; {other[0].id} is, list that instead if it is meant" if other else ""
+    return f"; {other[0].id} exists; if you mean that file, list it instead" if other else ""
 
 
 # ------------------------------------------------------------------------------------------------------ from id to video
 
 
 def _finder(root: Path, refs: Sequence[VideoRef]) -> Find:
-    """A function from an id as lists write it to the videos it fits: none, one, or several."""
-    tables: list[dict[str, list[VideoRef]]] = [{}, {}, {}, {}]  # ids, ids composed, other spellings, those composed
+    """A function from an id, as written in a list, to the matching videos: none, one, or several."""
+    tables: list[dict[str, list[VideoRef]]] = [{}, {}, {}, {}]  # ids, composed ids, other spellings, composed other spellings
     for ref in refs:
         path = PurePath(ref.id)
         shorter = {path.name, path.with_suffix("").as_posix(), path.stem} if ref.kind == "file" else {path.name}
@@ -175,7 +175,7 @@ def _rows(list_file: Path, find: Find) -> list[_Row]:
 
 
 def _json(text: str, list_file: Path) -> Any:
-    """The value of a JSON file, or of one with a value a line; None when it is text that only begins alike."""
+    """The value of a JSON file, also with one value per line; None if it is text that only begins like JSON."""
     try:
         return parse_json(text)
     except ValueError as error:
@@ -216,8 +216,8 @@ def _entries(value: Any) -> list[_Row]:
 
 
 def _numbered(rows: list[_Row], list_file: Path) -> list[_Row]:
-    """Rows with the numbers of their classes, where a labels file beside the list has them: `...-labels.json` or `labels.json`, an
-    object of class -> number, as Something-Something comes with. Raises ValueError where it has some of the classes only."""
+    """Rows with the numbers of their classes, if a labels file beside the list has them: `...-labels.json` or `labels.json`, an
+    object of class -> number, as in Something-Something. Raises ValueError if it has only some of the classes."""
     texts = {row.label: row.place for row in rows if isinstance(row.label, str)}
     for name in dict.fromkeys((re.sub(r"[A-Za-z]+$", "labels", list_file.stem) + ".json", "labels.json")):
         path = list_file.with_name(name)
@@ -230,7 +230,7 @@ def _numbered(rows: list[_Row], list_file: Path) -> list[_Row]:
         items = value.items() if isinstance(value, dict) else ()
         numbers = {_unbracketed(key): _label(number) for key, number in items if isinstance(number, str | int)}
         lacking = [text for text in texts if not isinstance(numbers.get(text), int)]
-        if len(lacking) == len(texts):  # it is about something else
+        if len(lacking) == len(texts):  # the file is about something else
             continue
         if lacking:
             raise ValueError(f"{texts[lacking[0]]}: the class {lacking[0]!r} is not in {name} beside the list")
@@ -269,7 +269,7 @@ def _spaced(number: int, match: re.Match[str]) -> _Row:
 
 
 def _line(number: int, line: str, find: Find, known: bool) -> _Row:
-    """One line of a list whose lines are of several kinds, or ids alone."""
+    """One line of a list that mixes kinds of lines, or has only ids."""
     place = f"line {number}"
     spaced = _SPACED.fullmatch(line)
     if spaced and (find(spaced[1]) or not known):
@@ -314,7 +314,7 @@ def _bare_table(text: str, mark: str) -> Iterator[_Row]:
 
 
 def _row(place: str, fields: Mapping[str, Any], name: str | None = None) -> _Row:
-    """A row out of named fields; `name`: the id where no field has it. Raises ValueError without any."""
+    """A row from named fields; `name`: the id if no field has one. Raises ValueError if there is none."""
 
     def first(columns: Iterable[str]) -> Any:
         return next((fields[key] for key in columns if fields.get(key) not in (None, "")), None)
@@ -325,7 +325,7 @@ def _row(place: str, fields: Mapping[str, Any], name: str | None = None) -> _Row
         raise ValueError(f"{place} has no id; name it {', '.join(ID_COLUMNS[:3])}, id or video")
     names = [str(found).strip()]
     start, end = (_seconds(fields.get(key)) for key in ("time_start", "time_end"))
-    if start is not None and end is not None:  # Kinetics: the part of a film that is the clip is in the file's name
+    if start is not None and end is not None:  # Kinetics: the file's name contains the times of the clip within its film
         names.insert(0, f"{names[0]}_{start:06d}_{end:06d}")
     return _Row(place, tuple(names), _label(first(LABEL_COLUMNS), place), _count(first(FRAME_COLUMNS)))
 
@@ -335,7 +335,7 @@ def _column(cell: str) -> str:
 
 
 def _label(value: Any, place: str = "") -> int | str | None:
-    """A class: a number where it is one, else text; None for nothing. Raises ValueError for a list or object."""
+    """A class: a number if it is one, else text; None if empty. Raises ValueError for a list or object."""
     if value is None or value == "":
         return None
     if not isinstance(value, str | int | float):

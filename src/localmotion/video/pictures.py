@@ -1,7 +1,7 @@
-"""Sizes of picture files from their headers, read before anything is allocated, and whether the files are whole.
+"""Sizes of picture files from their headers, read before anything is allocated, and whether the files are complete.
 
-Decoders allocate what a header says, and fill what a cut-off picture lacks with grey. PNG is checked to its last checksum; the other
-formats have none, so damage inside them may go unnoticed, while a missing part does not.
+Decoders allocate the size in the header, and fill the missing part of a cut-off picture with grey. PNG is checked to its last
+checksum. The other formats have none: a missing part is detected, but damage inside may not be.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import zlib
 import numpy as np
 
 PNG = b"\x89PNG\r\n\x1a\n"
-_MAX_MARKERS = 2**17  # parts of a picture file that are looked at: as many as the largest file has of the usual 8 KiB, twice
+_MAX_MARKERS = 2**17  # maximum number of parts of a picture file: twice as many as the largest file has at the usual 8 KiB
 
 
 def picture_size(data: bytes, suffix: str) -> tuple[int, int]:
-    """Width and height of a picture. `suffix`: of its file, in lower case; the format must be its own, except that PNG and JPEG
-    are distinguished by content.
+    """Width and height of a picture. `suffix`: of its file, in lower case. The format must match the suffix, except that PNG and
+    JPEG are distinguished by content.
 
-    Raises ValueError with what is wrong: not whole, another format, several pictures in one, or a kind that is not read.
+    Raises ValueError with the reason: incomplete, another format, several pictures in one, or an unsupported kind.
     """
     if suffix == ".bmp":
         size, name = bmp_size(data), "BMP"
@@ -35,7 +35,7 @@ def picture_size(data: bytes, suffix: str) -> tuple[int, int]:
 
 
 def png_size(data: bytes) -> tuple[int, int] | None:
-    """Width and height of a PNG picture; None unless every chunk up to the closing one is there with its right checksum."""
+    """Width and height of a PNG picture; None unless every chunk up to the last one exists with the right checksum."""
     at = 8
     size: tuple[int, int] | None = None
     for _ in range(_MAX_MARKERS):
@@ -54,7 +54,7 @@ def png_size(data: bytes) -> tuple[int, int] | None:
 
 
 def has_alpha(data: bytes) -> bool:
-    """Whether a PNG or WebP picture says in its header that it has an alpha channel."""
+    """Whether a PNG or WebP picture has an alpha channel according to its header."""
     if data[:8] == PNG:
         return data[25:26] in (b"\x04", b"\x06")  # colour types of the PNG specification: grey and alpha, RGB and alpha
     if data[8:16] == b"WEBPVP8X":
@@ -63,7 +63,7 @@ def has_alpha(data: bytes) -> bool:
 
 
 def jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """Width and height of a JPEG picture; None when it is none, or its data end before the closing marker."""
+    """Width and height of a JPEG picture; None if it is not one, or its data end before the end marker."""
     if data[:2] != b"\xff\xd8" or data.rfind(b"\xff\xd9") <= data.rfind(b"\xff\xda"):
         return None
     at = 2
@@ -71,7 +71,7 @@ def jpeg_size(data: bytes) -> tuple[int, int] | None:
         if at + 9 > len(data) or data[at] != 0xFF:
             return None
         kind = data[at + 1]
-        if 0xC0 <= kind <= 0xCF and kind not in (0xC4, 0xC8, 0xCC):  # start of frame, of whatever coding
+        if 0xC0 <= kind <= 0xCF and kind not in (0xC4, 0xC8, 0xCC):  # start of frame, of any coding
             height, width = struct.unpack_from(">HH", data, at + 5)
             return width, height
         # Fill bytes and markers without content have no length.
@@ -82,7 +82,7 @@ def jpeg_size(data: bytes) -> tuple[int, int] | None:
 
 
 def bmp_size(data: bytes) -> tuple[int, int] | None:
-    """Width and height of a BMP picture whose rows are all there; None for any other. Raises ValueError for a compressed one."""
+    """Width and height of a BMP picture with all its rows; None for any other. Raises ValueError for a compressed one."""
     if len(data) < 34 or data[:2] != b"BM":
         return None
     start, header = struct.unpack_from("<II", data, 10)
@@ -100,7 +100,7 @@ def bmp_size(data: bytes) -> tuple[int, int] | None:
 
 
 def webp_size(data: bytes) -> tuple[int, int] | None:
-    """Width and height of a WebP picture (RFC 9649) whose chunks are all there; None for any other. Raises ValueError for an animation."""
+    """Width and height of a WebP picture (RFC 9649) with all its chunks; None for any other. Raises ValueError for an animation."""
     if data[:4] != b"RIFF" or data[8:12] != b"WEBP":
         return None
     end = 8 + int.from_bytes(data[4:8], "little")
@@ -132,9 +132,9 @@ _TIFF_TYPES = {1: "B", 3: "H", 4: "I"}
 
 
 def tiff_size(data: bytes) -> tuple[int, int] | None:
-    """Width and height of a TIFF picture (TIFF 6.0) whose strips or tiles are all there; None for any other.
+    """Width and height of a TIFF picture (TIFF 6.0) with all its strips or tiles; None for any other.
 
-    Raises ValueError for several pages, and for pixels that are not whole numbers of 8 or 16 bits.
+    Raises ValueError for several pages, and for pixels that are not integers of 8 or 16 bits.
     """
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(data[:4])
     if order is None or len(data) < 8:
@@ -170,6 +170,6 @@ def tiff_size(data: bytes) -> tuple[int, int] | None:
     if not all(length and start + length <= len(data) for start, length in zip(starts, lengths, strict=True)):
         return None
     (width,), (height,) = size
-    plain = 273 in tags and tags.get(259, [1]) == [1] and tags.get(262) != [6]  # neither packed nor with less colour than grey
+    plain = 273 in tags and tags.get(259, [1]) == [1] and tags.get(262) != [6]  # neither compressed nor with subsampled chroma
     bits = tags.get(258, [8])[0] * tags.get(277, [1])[0]
     return (width, height) if not plain or sum(lengths) >= (width * bits + 7) // 8 * height else None

@@ -1,4 +1,4 @@
-"""What a video is to everything else (`VideoRef`), and which file names look like one."""
+"""`VideoRef`, the reference to one video used everywhere, and the file names that look like videos."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ VIDEO_SUFFIXES = frozenset({
     ".mp4", ".m4v", ".mov", ".qt", ".3gp", ".3g2", ".f4v", ".webm", ".mkv", ".avi", ".divx", ".gif", ".ts", ".mts", ".m2ts",
     ".mpg", ".mpeg", ".vob", ".wmv", ".asf", ".flv", ".ogv", ".ogg", ".mjpeg", ".mjpg",
 })  # fmt: skip
-"""Files that are used. Their content decides how they are read, not their name."""
+"""Suffixes of files that are used. Content, not name, decides how they are read."""
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"})
 """Pictures that a numbered series may consist of."""
 OTHER_VIDEOS = frozenset({
     ".264", ".265", ".amv", ".apng", ".av1", ".dv", ".h264", ".h265", ".hevc", ".insv", ".ivf", ".lrv", ".m1v", ".m2v",
     ".mj2", ".mpv", ".mxf", ".nut", ".obu", ".ogm", ".rm", ".rmvb", ".swf", ".wtv", ".y4m", ".yuv",
 })  # fmt: skip
-"""Videos that are listed but not used: nothing in them shows that they are whole, or FFmpeg's wheels lack what reads them."""
+"""Suffixes of videos that are listed but not used: they do not show whether they are complete, or FFmpeg's wheels cannot read them."""
 OTHER_IMAGES = frozenset({
     ".arw", ".avif", ".cr2", ".dng", ".dpx", ".exr", ".hdr", ".heic", ".heif", ".jfif", ".jp2", ".jxl", ".nef", ".pbm",
     ".pgm", ".pnm", ".ppm", ".tga",
@@ -40,11 +40,11 @@ class VideoRef:
     label: int | str | None = None
     """Class of the video from the list file; None without one."""
     frames_hint: int | None = None
-    """Number of frames the list file or the folder's content promises; never trusted, only compared."""
+    """Number of frames by the list file or the folder's content; only compared, never trusted."""
     fault: tuple[str, str] | None = None
-    """Reason code and detail when the listing already shows that it cannot be used; decoding it raises VideoError with them."""
+    """Reason code and detail if the listing already shows that it cannot be used; decoding it raises VideoError with them."""
     warning: str = ""
-    """`code: detail` of something odd that the listing shows and that is no reason to reject it; empty for none."""
+    """`code: detail` of something unusual in the listing that does not reject the video; empty for none."""
 
     def check(self) -> None:
         """Raise VideoError when there is a `fault`."""
@@ -53,5 +53,5 @@ class VideoRef:
 
 
 def shown(text: str) -> str:
-    """`text` on one line and in characters that every terminal and UTF-8 file takes: the rest as escapes."""
+    """`text` on one line; characters that a terminal or UTF-8 file may not accept are escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

@@ -1,11 +1,11 @@
 """Windows of fixed length drawn from a clip store, as torch batches: an infinite stream whose position is one number.
 
-A clip is drawn uniformly among those long enough, then a start uniformly among all valid ones (IPV 1.1). Batch
-`index` of seed `seed` is a pure function of both and of the store, so a resumed run sees what the uninterrupted one
-would have seen.
+A clip is drawn uniformly among those long enough, then a start uniformly among all valid ones, as in IPV's release
+(thuml/ContextWM). Batch `index` is a pure function of `index`, `seed` and the store, so a resumed run gets the same
+batches as an uninterrupted one.
 
-The store keeps motion in its natural form (`flow[t]` from frame t to t+1); here it is shifted, once, to the
-convention of `docs/decisions/0001`: position t of a batch carries what LED TO frame t.
+The store keeps motion in its natural form (`flow[t]` from frame t to t+1); here it is shifted once to the
+convention of `docs/decisions/0001`: position t of a batch has the motion that LED TO frame t.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ Split = Literal["train", "heldout", "all"]
 
 
 def is_heldout(video: str, fraction: float) -> bool:
-    """Whether the clips of a video belong to the held-out part: decided by a hash of the video's id alone, so that all of them are on
-    one side and never change it."""
+    """Whether the clips of a video belong to the held-out part: decided only by a hash of the video's id, so all clips of a
+    video are in the same part, always."""
     digest = hashlib.blake2b(video.encode("utf-8", "surrogateescape"), digest_size=8, person=b"lm-heldout").digest()
     return int.from_bytes(digest, "big") / 2**64 < fraction
 
@@ -40,7 +40,7 @@ class WindowSampler:
     image    (B, T, S, S, 3) uint8   frames, RGB 0..255
     flow     (B, T, S, S, 2) float16 motion from frame t-1 to t, pixels (x, y); zero at t = 0
     tracks   (B, T, N, 2)    float32 points (x, y) in frame t-1, pixels; at t = 0 those of frame 0
-    visible  (B, T, N)       bool    this motion of this point counts: seen in t-1, same track in t;
+    visible  (B, T, N)       bool    the motion of this point is valid: visible in t-1, same track in t;
                                      False at t = 0
     track_id (B, T, N)       int32   track of each slot in frame t-1; at t = 0 that of frame 0
     is_first (B, T)          bool    True at t = 0
@@ -48,8 +48,8 @@ class WindowSampler:
     start    (B,)            int64   first frame of the window in the clip
     ======== =============== ======= ====================================================================
 
-    With `motion=False` the four keys of motion are left out and their files never touched. Every batch has memory of
-    its own. Use one sampler from one thread.
+    With `motion=False` the four keys of motion are left out and their files are not opened. Batches do not share
+    memory. Use a sampler from one thread only.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class WindowSampler:
         prefetch: bool = True,
         motion: bool = True,
     ) -> None:
-        """`length` T and `batch_size` B; `seed` 0 or more. Raises StoreError when no clip of the split has T frames."""
+        """`length` T and `batch_size` B; `seed` 0 or more. Raises StoreError if no clip of the split has T frames."""
         if length < 1 or batch_size < 1 or seed < 0 or not 0 <= heldout_fraction < 1:
             raise ValueError(f"length {length}, batch {batch_size}, seed {seed}, heldout {heldout_fraction}: out of range")
         if split not in ("train", "heldout", "all"):
@@ -90,7 +90,7 @@ class WindowSampler:
     def positions(self, index: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Clips (B,) and starts (B,) of batch `index`.
 
-        Raw Philox words keyed by seed and counted by index, because their values are fixed for all NumPy versions.
+        Uses raw Philox words with the seed as key and the index as counter, because their values are the same in all NumPy versions.
         """
         if index < 0:
             raise ValueError(f"batch index {index} is negative")
@@ -100,7 +100,7 @@ class WindowSampler:
         return self.clips[drawn], (uniform[self.batch_size :] * self.starts[drawn]).astype(np.int64)
 
     def batch(self, index: int) -> Batch:
-        """Batch `index` of the stream, whatever was asked before."""
+        """Batch `index` of the stream, independent of earlier calls."""
         return self.windows(*self.positions(index))
 
     def windows(self, clips: NDArray[np.int64], starts: NDArray[np.int64]) -> Batch:
@@ -113,7 +113,7 @@ class WindowSampler:
             buffers["image"][b] = self.store.window("frames", clip, start, start + T)
             if not self._motion:
                 continue
-            # What is stored at t leads to t+1, so it moves one position up; the first position has no motion.
+            # Motion stored at t leads to t+1, so it moves one position up; the first position has no motion.
             buffers["flow"][b, 0] = 0
             buffers["flow"][b, 1:] = self.store.window("flow", clip, start, start + T - 1)
             tracks = self.store.window("tracks", clip, start, start + T)
@@ -132,7 +132,7 @@ class WindowSampler:
         return self
 
     def __next__(self) -> Batch:
-        """The next batch; with prefetch, the one after it is read in the background meanwhile."""
+        """The next batch; with prefetch, the one after it is read in the background."""
         if self._thread is None:
             batch = self.batch(self.index)
         else:
@@ -151,8 +151,7 @@ class WindowSampler:
         return {"index": self.index}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue where `state` was taken; seed, length, batch size and store must be the same for the same
-        batches."""
+        """Continue at the position of `state`. The batches are the same if seed, length, batch size and store are."""
         if set(state) != {"index"} or int(state["index"]) < 0:
             raise ValueError(f"sampler state {state!r} is not {{'index': n}}")
         self.index = int(state["index"])
@@ -171,7 +170,7 @@ class WindowSampler:
 
 
 def _clips_of(store: ClipStore, length: int, split: Split, fraction: float) -> NDArray[np.int64]:
-    """Indices of the clips of a split that have `length` frames. Raises StoreError when there are none."""
+    """Indices of the clips of a split with at least `length` frames. Raises StoreError if there are none."""
     store.require_clips()
     held = np.asarray([is_heldout(video, fraction) for video in store.videos])
     chosen = np.ones_like(held) if split == "all" else held == (split == "heldout")

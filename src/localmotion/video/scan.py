@@ -1,7 +1,7 @@
-"""Look through a folder of videos before anything is computed: what is usable, what is not and why.
+"""Examine a folder of videos before anything is computed: which are usable, and why the others are not.
 
-Every video is decoded once to 64x64. Rejected are those that cannot be decoded whole, are too short, show no motion,
-or repeat another one. Odd encodings that decode well (rotation, variable frame rate, more than 8 bits, odd sizes,
+Every video is decoded once to 64x64. It is rejected if it cannot be decoded completely, is too short, shows no motion,
+or repeats another one. Unusual encodings that decode well (rotation, variable frame rate, more than 8 bits, odd sizes,
 pixels that are not square, cuts, repeated frames) are warnings.
 """
 
@@ -29,24 +29,24 @@ from localmotion.video.workers import MEMORY_LIMIT, TIME_LIMIT, Lost, limited_me
 
 SCAN_SIZE = 64
 STATIC_RANGE = 8.0
-"""A clip is static when 99.5 % of its 64x64 grey pixels keep within this range (0..255) from its first to its last
-picture. Unlike the mean difference of successive pictures, this is not moved by sensor noise and not missed by slow or
-small motion. Measured on 884 real clips: the one clip of a resting arm has 3, all others 46 or more (median 232)."""
+"""A clip is static if 99.5 % of its 64x64 grey pixels stay within this range (0..255) from its first to its last picture.
+Unlike the mean difference of successive pictures, this measure ignores sensor noise and detects slow or small motion.
+Measured on 884 real clips: the one clip of a resting arm has 3, all others 46 or more (median 232)."""
 CUT_CHANGE = 25.0
-"""A cut is suspected where the mean difference of two pictures is above this and above six times the clip's median."""
+"""A cut is suspected if the mean difference of two pictures is above this and above six times the clip's median."""
 REPEATED = 0.3
-"""Share of pictures equal to the one before above which "repeated_frames" is warned of (video sped up by doubling
-frames)."""
+"""The warning "repeated_frames" is given above this share of pictures equal to the one before (frame rate raised by
+doubling frames)."""
 
 
 @dataclass(frozen=True)
 class VideoReport:
-    """What the scan found about one video."""
+    """Result of the scan for one video."""
 
     id: str
     usable: bool
     reason: str = ""
-    """Reason code when not usable: those of `find_videos` and `probe`, and too_short, mixed_sizes, static, duplicate,
+    """Reason code if not usable: those of `find_videos` and `probe`, and too_short, mixed_sizes, static, duplicate,
     decoder_crash, decoder_timeout, decoder_memory."""
     detail: str = ""
     warnings: tuple[str, ...] = ()
@@ -64,7 +64,7 @@ class VideoReport:
 
 @dataclass(frozen=True)
 class ScanReport:
-    """Findings about all videos of a folder, sorted by id."""
+    """Results for all videos of a folder, sorted by id."""
 
     root: str
     min_frames: int
@@ -79,8 +79,8 @@ class ScanReport:
         return [video for video in self.videos if not video.usable]
 
     def summary(self) -> dict[str, Any]:
-        """Counts: videos, usable, frames of the usable ones, rejected per reason, warnings per code; frames'
-        quantiles."""
+        """Counts: videos, usable, frames of the usable ones, rejected per reason, warnings per code; quantiles of
+        the frames."""
         lengths = [video.info.frames for video in self.usable if video.info]
         quantiles = [int(q) for q in np.quantile(lengths, (0, 0.5, 1), method="nearest")] if lengths else []
         return {
@@ -95,7 +95,7 @@ class ScanReport:
         }
 
     def table(self, examples: int = 3) -> list[str]:
-        """Printable lines: totals, then one line a reason and a warning with its count and the first few videos."""
+        """Printable lines: totals, then one line per reason and per warning with its count and the first few videos."""
         rejected = self.rejected
         found = self.summary()
         lines = [f"{found['usable']} of {found['videos']} videos usable, {found['frames']} frames"]
@@ -113,7 +113,7 @@ class ScanReport:
         return lines
 
     def nothing_usable(self) -> str | None:
-        """One line for a folder none of whose videos can be used: how many, the reasons, the first video; None for any other."""
+        """One line if no video of the folder is usable (number, reasons, first video); else None."""
         rejected = self.rejected
         if not rejected or len(rejected) < len(self.videos):
             return None
@@ -122,7 +122,7 @@ class ScanReport:
         return f"{self.root}: none of {len(rejected)} videos is usable ({reasons}); the first: {shown(first.id)}: {first.detail}"
 
     def save(self, path: str | Path) -> None:
-        """Write one JSON line a video to `path` and the summary beside it (`x.jsonl` -> `x.summary.json`), each
+        """Write one JSON line per video to `path` and the summary beside it (`x.jsonl` -> `x.summary.json`), each
         atomically.
 
         A path without extension is a folder, which gets manifest.jsonl and manifest.summary.json.
@@ -148,13 +148,13 @@ def scan(
     timeout: float = TIME_LIMIT,
     memory: int | None = MEMORY_LIMIT,
 ) -> ScanReport:
-    """Examine every video below `root` (see `find_videos`) in `workers` processes of its own.
+    """Examine every video below `root` (see `find_videos`) in `workers` worker processes.
 
-    `progress(done, total)` is called after each video. A decoder that dies, takes more than `timeout` seconds, or wants
-    more than `memory` bytes (None: no limit) costs its own video alone ("decoder_crash", "decoder_timeout",
-    "decoder_memory"). The report does not depend on the number of workers. With `workers=0` all is done in this
-    process, faster to start but without those limits: for videos whose source is known. Raises VideoError only for
-    what concerns the folder or the list as a whole.
+    `progress(done, total)` is called after each video. If a decoder crashes, takes more than `timeout` seconds, or needs
+    more than `memory` bytes (None: no limit), only its own video is rejected ("decoder_crash", "decoder_timeout",
+    "decoder_memory"). The report does not depend on the number of workers. `workers=0` decodes in this process, which
+    starts faster but has no such limits; use it for videos that you trust. Raises VideoError only for errors of the
+    folder or the list as a whole.
     """
     refs = find_videos(Path(root), list_file)
     reports: list[VideoReport] = []
@@ -166,7 +166,7 @@ def scan(
 
 
 def examine(ref: VideoRef, min_frames: int, memory: int | None = None) -> VideoReport:
-    """Findings about one video, all but whether another one is its duplicate; `memory` as in `limited_memory`."""
+    """Result for one video, without the check for duplicates; `memory` as in `limited_memory`."""
     report = VideoReport(ref.id, True, kind=ref.kind, label=ref.label)
     try:
         with limited_memory(memory):
@@ -183,7 +183,7 @@ def examine(ref: VideoRef, min_frames: int, memory: int | None = None) -> VideoR
         if info.frames < min_frames:
             raise VideoError(ref.path, "too_short", f"{info.frames} frames, {min_frames} needed")
         if motion.range < STATIC_RANGE:
-            detail = f"no motion: 99.5 % of the pixels keep within {motion.range:.0f} of 255 grey levels"
+            detail = f"no motion: 99.5 % of the pixels stay within {motion.range:.0f} of 255 grey levels"
             raise VideoError(ref.path, "static", detail)
     except MemoryError:
         return replace(report, usable=False, reason=(fault := memory_fault(ref.path)).reason, detail=fault.detail)
@@ -193,7 +193,7 @@ def examine(ref: VideoRef, min_frames: int, memory: int | None = None) -> VideoR
 
 
 class _Motion:
-    """Running figures of a clip's pictures, in bounded memory."""
+    """Running statistics of a clip's pictures, in bounded memory."""
 
     def __init__(self) -> None:
         self.frames = 0
@@ -218,7 +218,7 @@ class _Motion:
 
     @property
     def range(self) -> float:
-        """Range of grey levels within which 99.5 % of the pixels keep."""
+        """Range of grey levels within which 99.5 % of the pixels stay."""
         return float(np.percentile(self._high - self._low, 99.5))
 
     def warnings(self) -> Iterator[str]:
@@ -232,11 +232,11 @@ class _Motion:
 
 def _encoding_warnings(ref: VideoRef, info: VideoInfo) -> Iterator[str]:
     if info.rotation:
-        yield f"rotation: shown turned by {info.rotation} degrees"
+        yield f"rotation: shown rotated by {info.rotation} degrees"
     if info.mirrored:
         yield "mirrored: shown with left and right swapped"
     if info.interlaced:
-        yield "interlaced: a picture holds two moments; deinterlaced"
+        yield "interlaced: a picture has lines of two moments; deinterlaced"
     if info.hdr:
         yield f"hdr: {info.hdr.upper()}, mapped to standard range"
     if info.vfr:

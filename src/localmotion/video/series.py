@@ -1,4 +1,4 @@
-"""Which pictures of a folder are the frames of a video, and in which order. Names alone decide; no picture is opened."""
+"""Find which pictures of a folder are the frames of a video, and their order, only by their names; no picture is opened."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from itertools import pairwise
 from localmotion.video.refs import IMAGE_SUFFIXES, shown
 
 GAP = 5
-"""A step between two numbers that is more than so many times the usual one (the median) is a gap: a jump to another scene, not a
-frame that was dropped."""
+"""A step between two numbers of more than this many times the usual step (the median) is a gap: a jump to another scene, not a
+dropped frame."""
 
 _NUMBER_LAST = re.compile(r"^(.*?)(\d+)(\.[A-Za-z]+)", re.DOTALL)
 _TIME_LAST = re.compile(r"^(.*?)(\d+)\.(\d+)(\.[A-Za-z]+)", re.DOTALL)
@@ -20,16 +20,16 @@ _FIRST_CHOICE = (".jpg", ".png")
 _ALIASES = {".jpeg": ".jpg", ".tiff": ".tif"}
 
 Groups = dict[tuple[str, ...], list[tuple[int, str]]]
-"""What surrounds the number -> numbers and names; at least two."""
+"""Text around the number -> numbers and names; at least two."""
 
 
 @dataclass(frozen=True)
 class Arranged:
-    """The pictures of one folder. `files` are the frames in order; empty when there is no series, or more than one."""
+    """The pictures of one folder. `files` are the frames in order; empty if there is no series, or more than one."""
 
     files: tuple[str, ...] = ()
     count: int = 0
-    """Pictures of the longest series; 0 without any."""
+    """Number of pictures of the longest series; 0 if there is none."""
     fault: tuple[str, str] | None = None
     """Why the series cannot be used: mixed_frames, duplicate_numbers, gap."""
     warning: str = ""
@@ -40,9 +40,9 @@ class Arranged:
 def arrange(names: Iterable[str]) -> Arranged:
     """Find the one numbered series among file names of a folder.
 
-    The number stands before the extension (`frame_0001.png`), or is a time there (`1305031102.175304.png`). Where no JPEG
-    or PNG pictures are numbered so, it may stand anywhere (`frame_0001_rgb.png`), and BMP, TIFF and WebP count too. What
-    surrounds the number must be the same for all; jpg and jpeg are one extension.
+    The number is directly before the extension (`frame_0001.png`), or is a time there (`1305031102.175304.png`). If no
+    JPEG or PNG pictures are numbered so, it may be anywhere (`frame_0001_rgb.png`), and BMP, TIFF and WebP count, too. The
+    text around the number must be the same for all; jpg and jpeg are one extension.
     """
     pictures = sorted(name for name in names if not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES)
     series = _number_last(name for name in pictures if _suffix(name) in _FIRST_CHOICE) or _number_anywhere(pictures)
@@ -77,7 +77,7 @@ def _number_last(names: Iterable[str]) -> Groups:
     groups: Groups = {}
     for (prefix, suffix), found in times.items():
         wholes, widths = {whole for whole, _, _ in found}, {len(part) for _, part, _ in found}
-        # Seconds and their fraction, or two numbers of which the first is that of a scene.
+        # Seconds and their fraction, or two numbers, of which the first is the number of a scene.
         seconds = min(map(len, wholes)) >= 9 or (len(wholes) > 1 and len(widths) == 1 and min(widths) >= 3)
         if seconds:
             width = max(widths)
@@ -92,7 +92,7 @@ def _number_last(names: Iterable[str]) -> Groups:
 
 
 def _number_anywhere(names: Iterable[str]) -> Groups:
-    """Series by the one number that changes; where several change, by the last one."""
+    """Series by the number that changes; if several change, by the last one."""
     alike: dict[tuple[str, ...], list[tuple[list[str], str]]] = {}
     for name in names:
         parts: list[str] = re.split(r"(\d+)", os.path.splitext(name)[0])
@@ -112,7 +112,7 @@ def _number_anywhere(names: Iterable[str]) -> Groups:
 
 
 def _uneven(ordered: Sequence[tuple[int, str]]) -> tuple[tuple[str, str] | None, str]:
-    """Fault and warning for numbers that come twice or are skipped."""
+    """Fault and warning for numbers that are repeated or skipped."""
     steps = [after[0] - before[0] for before, after in pairwise(ordered)]
     for step, (before, after) in zip(steps, pairwise(ordered), strict=True):
         if step == 0:

@@ -1,4 +1,4 @@
-"""The files of a clip store: layout, clips, and reading what one shard says about itself.
+"""The files of a clip store: layout, clips, and reading the index of a shard.
 
     store.json                    format, version, size, tracks, shard_clips, recipe, recipe_hash, arrays
     shards/00000/
@@ -8,21 +8,20 @@
         visible.u8                (sum of T, N)        0 or 1
         track_id.i32              (sum of T, N)        int32
         shard.json                clips: id, label, offset, frames, source, info; size and SHA-256 of each array file;
-                                  replaces: videos whose entries in shards of lower numbers no longer count (left out when none)
-        rejected.jsonl            what was offered for this shard and refused, one JSON object a line
-        videos.jsonl              what the shard was made from: size and time of each video and the limits it was cut with,
-                                  one JSON object a line (stores of earlier versions and collections lack it)
-    unfinished/                   results of shards in work, the plan and the locks of the processes at work; gone at the end
+                                  replaces: videos whose entries in shards of lower numbers are obsolete (left out if none)
+        rejected.jsonl            videos of this shard that were refused, one JSON object per line
+        videos.jsonl              the videos of the shard: size and time of each, and the limits used to cut it,
+                                  one JSON object per line (missing in stores of earlier versions and in collections)
+    unfinished/                   results of unfinished shards, the plan and the locks of the running processes; removed at the end
 
 All numbers are little-endian. `source` of a clip holds `video`, the id of the video it was cut from, and `start` and
 `stop`, its frames there, counted in kept frames. A clip at the beginning of a video has the video's id; the id of a
 later one ends in `#START-STOP`.
 
-A shard is written beside its place and renamed into it, so it is there whole or not at all, and it never changes. A
-video that was extracted again goes to a further shard, which replaces the older entries. Which video goes into which
-shard follows from the sorted ids alone, and nothing but the times in videos.jsonl depends on the clock or on the
-machine: the same input and recipe give the same bytes, whatever the number of workers, their order, or interruptions.
-Ids never become file names.
+A shard is written to a temporary folder and renamed, so it is either complete or absent, and it never changes. A video
+that is extracted again goes to a new shard, which replaces the older entries. The sorted ids alone determine the shard of
+each video. Only the times in videos.jsonl depend on the clock or on the machine: the same input and recipe give the same
+bytes for any number of workers, in any order, with any interruptions. Ids are never used as file names.
 """
 
 from __future__ import annotations
@@ -46,8 +45,8 @@ from localmotion.files import one_line, parse_json, read_bytes, read_json, refus
 FORMAT, VERSION = "localmotion-clips", 1
 FIX = "delete that shard folder and run the same extract again"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_LARGEST, _MAX_INDEX = 4096, 1 << 28  # side or number of tracks that a store may claim; bytes of a shard's index
-_MAX_VALUES = 1 << 25  # values in a shard's index: a clip has about a hundred, an hour of film 360 clips
+_LARGEST, _MAX_INDEX = 4096, 1 << 28  # largest side or number of tracks of a store; largest index of a shard, bytes
+_MAX_VALUES = 1 << 25  # most values in a shard's index: a clip has about a hundred, an hour of film has 360 clips
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class Clip:
     flow: NDArray[np.float16]  # (T, S, S, 2) from frame t to t+1, pixels; the last one is zero
     tracks: NDArray[np.float32]  # (T, N, 2) x, y in pixels, in frame t
     visible: NDArray[np.bool_]  # (T, N)
-    track_id: NDArray[np.int32]  # (T, N) changes when a slot is given a new point
+    track_id: NDArray[np.int32]  # (T, N) changes when a slot gets a new point
     label: int | str | None = None
     source: dict[str, Any] = field(default_factory=dict)
     info: dict[str, Any] = field(default_factory=dict)
@@ -79,7 +78,7 @@ class ArraySpec:
 
 
 def array_specs(size: int, tracks: int) -> dict[str, ArraySpec]:
-    """The arrays of a store whose frames have side `size` and whose clips have `tracks` track slots."""
+    """The arrays of a store with frames of side `size` and clips with `tracks` track slots."""
     return {
         "frames": ArraySpec("frames.u8", "|u1", (size, size, 3)),
         "flow": ArraySpec("flow.f16", "<f2", (size, size, 2)),
@@ -156,7 +155,7 @@ def read_shard(path: Path, index: int, specs: dict[str, ArraySpec]) -> dict[str,
 
 
 def video_of(entry: dict[str, Any]) -> str:
-    """Id of the video that a clip of a shard's index was cut from: the clip's own id where nothing else is said."""
+    """Id of the video that a clip of a shard's index was cut from: the clip's id if no other is stated."""
     video: str = entry["source"].get("video", entry["id"])
     return video
 
@@ -167,7 +166,7 @@ def read_rejected(path: Path, index: int) -> list[dict[str, Any]]:
 
 
 def read_videos(path: Path, index: int) -> list[dict[str, Any]]:
-    """What a shard was made from; empty for shards of earlier versions and of collections."""
+    """Records of the videos of a shard; empty for shards of earlier versions and of collections."""
     if not (path / "shards" / f"{index:05d}" / "videos.jsonl").exists():
         return []
     return _read_lines(path, index, "videos.jsonl")
@@ -190,10 +189,10 @@ def other_recipe(path: Path, key: str, have: dict[str, Any], want: dict[str, Any
         keys = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
         what = ", ".join(f"{k} {old.get(k)!r} -> {new.get(k)!r}" for k in keys[:4]) or "hash only"
         return (
-            f"{path}: holds a store of recipe {have['recipe_hash']}, asked for {want['recipe_hash']} ({what}); "
+            f"{path}: holds a store of recipe {have['recipe_hash']}, this command has {want['recipe_hash']} ({what}); "
             "use the same recipe or another folder"
         )
-    return f"{path}: holds a store with {key} {have[key]}, asked for {want[key]}; use the same setting or another folder"
+    return f"{path}: holds a store with {key} {have[key]}, this command has {want[key]}; use the same setting or another folder"
 
 
 def write(path: Path, text: str) -> None:
@@ -227,7 +226,7 @@ def sync_folder(path: Path) -> None:
 
 def alive(pid: int) -> bool:
     if pid == os.getpid():
-        return False  # nothing of this process is under way when a store is opened
+        return False  # this process has no unfinished work when it opens a store
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -1,6 +1,6 @@
-"""Finished clips of shards that are not complete yet, a file each: an interruption costs only the clips in work.
+"""Finished clips of incomplete shards, one file each, so an interruption loses only the clips in progress.
 
-They lie in ``STORE/unfinished`` under a hash of their id, written whole or not at all, and leave when their shard is written.
+The files are in ``STORE/unfinished``, named by a hash of the id and written atomically. They are removed when their shard is written.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ Result = Clip | dict[str, Any]
 
 
 class Spool:
-    """Results by id: clips, or dicts that say e.g. why a video was rejected.
+    """Results by id: clips, or dicts, for example with the reason of a rejection.
 
-    A ``stamp`` (JSON-able) says from what a result was made; a result of another stamp is none.
+    A ``stamp`` (JSON-able) identifies the input of a result. A result with another stamp is ignored.
     """
 
     def __init__(self, store: Path) -> None:
         self.path = store / "unfinished"
 
     def put(self, name: str, result: Result, stamp: Any = None) -> None:
-        """Keep a result. Raises StoreError when the disk is full or cannot be written to."""
+        """Store a result. Raises StoreError if the disk is full or not writable."""
         final = self._file(name)
         partial = final.with_suffix(f".partial-{socket.gethostname()}-{os.getpid()}")
         arrays: dict[str, Any] = {}
@@ -55,7 +55,7 @@ class Spool:
             partial.unlink(missing_ok=True)
 
     def has(self, name: str, stamp: Any = None) -> bool:
-        """Whether a result of this stamp (None: of any) is there; its arrays are not read."""
+        """Whether a result with this stamp (None: any) exists; its arrays are not read."""
         try:
             with np.load(self._file(name), allow_pickle=False) as found:
                 text = json.loads(str(found["text"]))
@@ -64,7 +64,7 @@ class Spool:
             return False
 
     def get(self, name: str, stamp: Any = None) -> Result | None:
-        """The result kept for an id; None when there is none of this stamp (None: of any) or it cannot be read (it is then made again)."""
+        """The result of an id; None if there is none with this stamp (None: any) or it cannot be read (it is then made again)."""
         try:
             with np.load(self._file(name), allow_pickle=False) as found:
                 text = json.loads(str(found["text"]))
@@ -77,14 +77,14 @@ class Spool:
             return None
 
     def drop(self, names: Iterable[str]) -> None:
-        """Forget these, and the folder with the last of them."""
+        """Remove these results, and the folder with the last one."""
         for name in names:
             self._file(name).unlink(missing_ok=True)
         if self.path.is_dir() and not any(self.path.iterdir()):
             self.path.rmdir()
 
     def clear(self) -> None:
-        """Forget everything, leftovers of processes that died included; what processes at work share stays."""
+        """Remove all results, also those of dead processes. Files shared by running processes are kept."""
         for pattern in ("*.npz", "*.partial-*"):
             for file in self.path.glob(pattern):
                 file.unlink(missing_ok=True)

@@ -31,7 +31,7 @@ from localmotion.video.writer import ClipStoreWriter
 
 __all__ = ["Clip", "ClipStore", "ClipStoreWriter", "array_specs", "check_id", "write_error"]
 
-_OPEN_FILES = 512  # memory maps held at once by a reader: each keeps a file descriptor, of which 1024 is the usual limit
+_OPEN_FILES = 512  # maximum number of open memory maps: each needs a file descriptor, and the usual limit is 1024
 
 
 def reasons(rejected: Sequence[dict[str, Any]], first: int = 2) -> str:
@@ -45,13 +45,13 @@ def reasons(rejected: Sequence[dict[str, Any]], first: int = 2) -> str:
 
 
 class ClipStore:
-    """Read a clip store through memory maps opened when first needed. Safe to use from several threads."""
+    """Read a clip store through memory maps, opened on first use. Safe to use from several threads."""
 
     def __init__(self, path: str | Path, *, partial: bool = False) -> None:
-        """Open a store and check its files' sizes. `partial` allows shards that are not there (yet).
+        """Open a store and check its files' sizes. `partial` allows missing shards.
 
-        Raises StoreError when it is missing, no clip store, damaged (names the shard and the mend) or has a gap in
-        its shards.
+        Raises StoreError if it is missing, is not a clip store, is damaged (the message names the shard and the fix) or has
+        a gap in its shards.
         """
         self.path = Path(path)
         header = read_header(self.path)
@@ -106,12 +106,12 @@ class ClipStore:
 
     @property
     def rejected(self) -> list[dict[str, Any]]:
-        """What extraction refused, with "id" and "reason" in each."""
+        """The videos that extraction rejected, each with "id" and "reason"."""
         entries = [(index, entry) for index in self._shard_indices for entry in read_rejected(self.path, index)]
         return [entry for index, entry in entries if not self._replaced(entry["id"], index)]
 
     def require_clips(self) -> None:
-        """Raise StoreError, with the reasons, for a store that holds no clip."""
+        """Raise StoreError with the reasons if the store has no clip."""
         if len(self):
             return
         if not (rejected := self.rejected):
@@ -128,7 +128,7 @@ class ClipStore:
         length = int(self.lengths[i])
         stop = length if stop is None else stop
         if not 0 <= start <= stop <= length:
-            raise StoreError(f"{self.path}: clip {self.ids[i]} has {length} frames, asked for {start}:{stop}")
+            raise StoreError(f"{self.path}: clip {self.ids[i]} has {length} frames, requested {start}:{stop}")
         offset = self._offsets[i]
         return self._map(self._shards[i], name)[offset + start : offset + stop]
 
@@ -142,7 +142,7 @@ class ClipStore:
         """Read everything and compare with the stored SHA-256. Raises StoreError naming the first damaged shard."""
         for index in self._shard_indices:
             files = read_shard(self.path, index, self.specs)["files"]
-            for name in (spec.file for spec in self.specs.values()):  # never a name out of the file
+            for name in (spec.file for spec in self.specs.values()):  # never a name from the file
                 with (self.path / "shards" / f"{index:05d}" / name).open("rb") as file:
                     digest = hashlib.file_digest(file, "sha256").hexdigest()
                 if digest != files[name].get("sha256"):

@@ -1,8 +1,8 @@
-"""Whether a file is whole, for containers that do not say how long they are: MPEG streams, ASF, FLV, Ogg, Motion JPEG.
+"""Check whether a file is complete, for containers without a stated length: MPEG streams, ASF, FLV, Ogg, Motion JPEG.
 
-Their demuxers look for the next place that makes sense and leave out what lies between, without an error. Here the parts of a file
-are followed from its first byte to its last. Two things cannot be seen: that an MPEG stream was cut between two parts, as nothing in it
-says that more should come, and damage inside a part that the decoder does not notice.
+Their demuxers skip damaged data without an error. This module follows the parts of a file from its first byte to its last. It cannot
+detect two faults: an MPEG stream cut between two parts, because nothing in it announces more data, and damage inside a part that the
+decoder does not notice.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ Data = mmap.mmap | bytes
 
 
 def check_packet(path: Path, kind: str, packet: Any, count: int) -> None:
-    """Raise VideoError "truncated" for a packet of container `kind` behind `count` others that is damaged, by its demuxer's account, or
-    in Motion JPEG is not just one whole picture; packets of other kinds are let be."""
+    """Raise VideoError "truncated" if a packet of container `kind`, after `count` others, is damaged according to its demuxer, or, in
+    Motion JPEG, is not exactly one complete picture. Packets of other kinds are not checked."""
     if kind not in _KINDS or not packet.size:
         return
     damaged = packet.is_corrupt
@@ -38,7 +38,7 @@ def check_packet(path: Path, kind: str, packet: Any, count: int) -> None:
 
 
 def check_stream(path: Path, kind: str) -> None:
-    """Raise VideoError "truncated" for a file of container `kind` whose parts do not end with the file; other kinds are let be."""
+    """Raise VideoError "truncated" if the parts of a file of container `kind` do not end with the file. Other kinds are not checked."""
     walk = _WALKS.get(kind)
     if walk is None:
         return
@@ -53,8 +53,8 @@ def check_stream(path: Path, kind: str) -> None:
 
 
 def _transport_stream(data: Data) -> int | None:
-    """MPEG-TS (ISO 13818-1, 2.4): packets of 188 bytes, with four more before (M2TS) or sixteen behind, that begin with 0x47 and
-    are counted in each of their streams."""
+    """MPEG-TS (ISO 13818-1, 2.4): packets of 188 bytes (M2TS has four more before; some have sixteen more after) that begin with
+    0x47 and are counted per stream."""
     for size, before in ((188, 0), (192, 4), (204, 0)):
         if len(data) >= size and data[before] == 0x47 and (len(data) < 2 * size or data[before + size] == 0x47):
             break
@@ -66,17 +66,17 @@ def _transport_stream(data: Data) -> int | None:
     stream = (packets[:, 1].astype(np.uint16) & 0x1F) << 8 | packets[:, 2]
     restarts = (packets[:, 3] & 0x20 != 0) & (packets[:, 4] > 0) & (packets[:, 5] & 0x80 != 0)
     for number in np.unique(stream[:: max(1, whole // 100_000)]):
-        if number != 0x1FFF:  # filling
+        if number != 0x1FFF:  # padding
             (at,) = np.nonzero((stream == number) & (packets[:, 3] & 0x10 != 0))
             step = np.diff(packets[at, 3]) & 15
-            wrong += at[1:][(step > 1) & ~restarts[at[1:]]].tolist()  # a packet may come twice
+            wrong += at[1:][(step > 1) & ~restarts[at[1:]]].tolist()  # a packet may be repeated
     if wrong:
         return min(wrong) * size
     return None if len(data) % size == 0 else whole * size
 
 
 def _program_stream(data: Data) -> int | None:
-    """MPEG-PS (ISO 13818-1, 2.5): packs and packets, each with its start code and length, to the closing code or the end."""
+    """MPEG-PS (ISO 13818-1, 2.5): packs and packets, each with its start code and length, to the end code or the end."""
     at = 0
     while at < len(data):
         code = data[at : at + 4]
@@ -102,7 +102,7 @@ _ASF_FILE = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
 
 
 def _asf(data: Data) -> int | None:
-    """ASF: the header says the size of the file and of a packet; no packet begins with a zero."""
+    """ASF: the header has the size of the file and of a packet; no packet begins with a zero."""
     header = int.from_bytes(data[16:24], "little")
     place = data[: min(header, 2**20)].find(_ASF_FILE)
     if place < 0 or place + 104 > len(data) or header + 50 > len(data):
@@ -137,14 +137,14 @@ def _flv(data: Data) -> int | None:
         end = at + length + 4
         if len(head) < 11 or end > len(data) or head[0] & 31 not in (8, 9, 18):
             return at
-        if int.from_bytes(data[end - 4 : end], "big") not in (length, 0):  # some writers leave it out
+        if int.from_bytes(data[end - 4 : end], "big") not in (length, 0):  # some writers omit it
             return at
         at = end
     return None
 
 
 def _ogg(data: Data) -> int | None:
-    """Ogg (RFC 3533): pages, numbered in each stream, the last one of a stream marked as such."""
+    """Ogg (RFC 3533): pages, numbered in each stream, and the last page of a stream is marked."""
     at = 0
     numbers: dict[bytes, int] = {}
     ended: set[bytes] = set()

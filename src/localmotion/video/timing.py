@@ -1,4 +1,4 @@
-"""Pictures in time: fields of interlaced pictures, a given frame rate, and what was found about both."""
+"""Pictures in time: deinterlacing, resampling to a frame rate, and a record of both."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from localmotion.errors import VideoError
 from localmotion.video.libav import ERRORS, fault, words
 
 MAX_GAP = 600.0
-"""Seconds between two pictures above which time stamps count as broken ("odd_times")."""
+"""Time stamps with more seconds than this between two pictures are broken ("odd_times")."""
 
 
 class Picture(NamedTuple):
@@ -23,24 +23,24 @@ class Picture(NamedTuple):
 
     frame: Any
     seconds: float
-    """When it is shown; NaN where the file does not say."""
+    """Time of display in seconds; NaN if the file does not state it."""
     interlaced: bool
 
 
 @dataclass
 class Decoding:
-    """What `iter_frames` found about the frames that it has yielded; give it one to fill.
+    """Collects properties of the frames that `iter_frames` yields.
 
-    `take` is for the frames since the last call, so that each part of a long video can have its own.
+    `take` returns those of the frames since the last call, so each clip of a long video has its own.
     """
 
     rate: float = 0.0
-    """Frames per second of what is yielded where a rate was asked for; 0 where frames come as recorded."""
+    """Frames per second of the yielded frames if a rate was requested; 0 if frames are yielded as recorded."""
     tick: float = 0.0
     """Seconds by which the container rounds times."""
     frames: int = 0
     repeated: int = 0
-    """Frames that show the same recorded picture as the one before, because fewer were recorded than asked for."""
+    """Frames that repeat the recorded picture before, because the recorded rate is lower than the requested one."""
     interlaced: int = 0
     hdr: str = ""
     _first: float = nan
@@ -62,11 +62,11 @@ class Decoding:
         self.hdr = hdr or self.hdr
 
     def take(self) -> dict[str, Any]:
-        """JSON-able findings, and a new start.
+        """Return the collected properties, JSON-able, and reset them.
 
-        fps: frames per second of what was yielded; absent where unknown (frame folders without a given rate).
-        vfr: true where the recorded rate varies, as in `probe`, and none was asked for. repeated, interlaced: numbers
-        of such frames, hdr: "pq" or "hlg"; absent where there are none.
+        fps: frames per second of the yielded frames; absent if unknown (frame folders without a given rate).
+        vfr: true if the recorded rate varies, as in `probe`, and no rate was requested. repeated, interlaced: numbers
+        of such frames; hdr: "pq" or "hlg"; absent if there are none.
         """
         found: dict[str, Any] = {}
         span = self._last - self._first
@@ -85,13 +85,13 @@ class Decoding:
 
 
 def resampled(pictures: Iterator[Picture], fps: float, path: Path, usual: float | None, tick: float) -> Iterator[Picture]:
-    """The picture shown nearest to each of the times 0, 1 / fps, 2 / fps, ... behind the first one.
+    """The picture nearest to each of the times 0, 1 / fps, 2 / fps, ... after the first one.
 
-    Of two equally near ones, up to the rounding of times to ``tick`` seconds, the earlier is taken. The last picture
-    lasts as long as the one before it, but no longer than twice what is ``usual``. A picture comes again, as the same object, where
-    the video has fewer than ``fps``. ``usual``: recorded frames per second, also for pictures without time; None where
-    unknown. Raises VideoError "odd_times" where times go back by more than a second or jump by more than `MAX_GAP`; one
-    of ``pictures`` comes when all pictures before it are out.
+    Of two equally near pictures (up to the rounding of times to ``tick`` seconds), the earlier is used. The last picture
+    lasts as long as the one before it, but at most twice the ``usual`` duration. If the video has a lower rate than
+    ``fps``, a picture is yielded again as the same object. ``usual``: recorded frames per second, also for pictures
+    without time; None if unknown. Raises VideoError "odd_times" if times go back by more than a second or jump by more
+    than `MAX_GAP`. A VideoError of ``pictures`` is raised after all pictures before it are yielded.
     """
     held: Picture | None = None
     gap = 0.0
@@ -132,11 +132,11 @@ def resampled(pictures: Iterator[Picture], fps: float, path: Path, usual: float 
 
 
 def deinterlaced(pictures: Iterator[Picture], path: Path) -> Iterator[Picture]:
-    """Pictures of which none shows two moments.
+    """Deinterlaced pictures.
 
-    From the first one that is marked as interlaced, all pass the filter bwdif, which changes those that are so marked:
-    it keeps the lines of the earlier field and makes the others from them and from the pictures before and after. A
-    video that has none pays nothing. A VideoError of ``pictures`` comes when all pictures before it are out.
+    From the first picture marked as interlaced, all pass the filter bwdif, which changes only marked ones: it keeps the
+    lines of the earlier field and computes the others from them and from the pictures before and after. A video without
+    interlaced pictures is not filtered. A VideoError of ``pictures`` is raised after all pictures before it are yielded.
     """
     graph: Any = None
     form: tuple[Any, ...] = ()

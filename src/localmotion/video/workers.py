@@ -1,8 +1,8 @@
-"""Run a function over many items in worker processes that may die: a decoder crash costs one item, not the run.
+"""Run a function over many items in worker processes that may die: a decoder crash loses one item, not the run.
 
-A pool of the standard library gives up as a whole when a worker dies and cannot tell whose fault it was. Here every
-worker has a pipe of its own, so a death or a hang is charged to the item the worker had, and a new worker takes its
-place. This contains accidents. It is no sandbox: whoever can make a decoder run his code can do what the user can.
+If a worker dies, a pool of the standard library fails as a whole and does not know the cause. Here every worker has its
+own pipe, so a crash or a hang is assigned to the item of that worker, and a new worker replaces it. This contains
+crashes. It is not a sandbox: somebody who makes a decoder run his code has the rights of the user.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ TIME_LIMIT = 600.0
 """Seconds a worker may take for one video before it is killed ("decoder_timeout")."""
 MEMORY_LIMIT = 4 * 2**30
 """Bytes that decoding one video may add to its worker ("decoder_memory"). Measured with one thread: 4K H.264 takes 200 MiB,
-8K H.264 534, 8K 10-bit H.265 906, 8K VP9 162, 8K Motion JPEG 143. The largest pictures that are let in (`decode.MAX_PIXELS`),
-at 10 bits and with all 16 reference pictures that a stream may keep, would take 3.2 GiB."""
+8K H.264 534, 8K 10-bit H.265 906, 8K VP9 162, 8K Motion JPEG 143. The largest accepted pictures (`decode.MAX_PIXELS`),
+at 10 bits and with the maximum of 16 reference pictures, would take 3.2 GiB."""
 
 
 @dataclass(frozen=True)
 class Lost:
-    """Takes the place of a result that never came."""
+    """Replaces the result of an item whose worker was lost."""
 
     reason: Literal["decoder_crash", "decoder_timeout", "decoder_memory"]
     detail: str
@@ -45,12 +45,12 @@ class Lost:
 
 @contextmanager
 def limited_memory(growth: int | None) -> Iterator[None]:
-    """Within, this process may take `growth` bytes more than it holds at the start (None: as many as there are).
+    """Context in which this process may allocate `growth` bytes more than it holds at the start (None: no limit).
 
-    What goes beyond fails as MemoryError, or as the library's own error, before memory is touched. The limit is on
-    private writable memory (RLIMIT_DATA), which files that are mapped and address space that is only reserved, as GPU
-    libraries do by the terabyte, do not count for. It holds for all threads of the process: for workers, not for a
-    program with other work. Linux only; elsewhere nothing is limited.
+    Larger allocations fail with MemoryError, or with the library's own error, before memory is touched. The limit is on
+    private writable memory (RLIMIT_DATA). Mapped files and reserved address space do not count; GPU libraries reserve
+    terabytes. The limit applies to all threads of the process, so it is meant for workers, not for a program with other
+    work. Linux only; on other systems there is no limit.
     """
     if growth is None or sys.platform != "linux":
         yield
@@ -67,7 +67,7 @@ def limited_memory(growth: int | None) -> Iterator[None]:
 
 
 def held_memory() -> int:
-    """Bytes of private writable memory of this process; 0 where the system does not say."""
+    """Bytes of private writable memory of this process; 0 if the system does not report it."""
     if sys.platform != "linux":
         return 0
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -75,11 +75,11 @@ def held_memory() -> int:
 
 
 class _Worker(Generic[Item]):
-    """One child process and what it works on."""
+    """One child process and its current item."""
 
     def __init__(self, context: Any, function: Callable[[Item], Results[Any]], first: tuple[int, Item]) -> None:
         self.next: tuple[int, Item] | None = first
-        """What it is given when it is ready."""
+        """The item to send when the process is ready."""
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, function), daemon=True)
         self.process.start()
@@ -91,11 +91,11 @@ class _Worker(Generic[Item]):
     def give(self, task: tuple[int, Item] | None) -> None:
         self.task, self.next, self.since = task, None, time.monotonic()
         if task is not None:
-            with contextlib.suppress(ConnectionError):  # a worker that died just now is noticed where its answer is awaited
+            with contextlib.suppress(ConnectionError):  # a worker that just died is detected where its answer is awaited
                 self.pipe.send(task[1])
 
     def stop(self) -> int | None:
-        """Kill the child if it still lives; its exit code."""
+        """Kill the child if it is alive; returns its exit code."""
         self.process.kill()
         self.process.join()
         self.pipe.close()
@@ -105,13 +105,13 @@ class _Worker(Generic[Item]):
 def map_isolated(
     function: Callable[[Item], Result], items: Iterable[Item], workers: int, timeout: float = TIME_LIMIT
 ) -> Iterator[tuple[int, Result | Lost]]:
-    """Yield (index of the item, result) in the order in which results come, from `workers` spawned processes.
+    """Yield (index of the item, result) from `workers` spawned processes, in the order in which results arrive.
 
-    `function` must be importable (module level) and so must be the main module. Items are taken from their iterable
-    when a worker is free. An item whose worker dies yields Lost "decoder_crash"; one that takes more than `timeout`
-    seconds Lost "decoder_timeout"; one that runs out of memory (MemoryError, or SIGKILL as the system sends it when
-    memory is short) Lost "decoder_memory". Any other exception raised by `function` is a defect of it and is raised
-    here as RuntimeError; LocalmotionError when workers cannot start at all.
+    `function` must be importable (module level), and so must the main module. Items are taken from their iterable when
+    a worker is free. An item whose worker dies yields Lost "decoder_crash". An item that takes more than `timeout`
+    seconds yields Lost "decoder_timeout". An item that runs out of memory (MemoryError, or SIGKILL, which the system
+    sends if memory is short) yields Lost "decoder_memory". Any other exception in `function` is a bug and is raised here
+    as RuntimeError. If workers cannot start at all, LocalmotionError is raised.
     """
     yield from _run(partial(_one, function), items, workers, timeout)
 
@@ -119,10 +119,10 @@ def map_isolated(
 def stream_isolated(
     function: Callable[[Item], Results[Result]], items: Iterable[Item], workers: int, timeout: float = TIME_LIMIT
 ) -> Iterator[tuple[int, Result | Lost]]:
-    """As `map_isolated` for a `function` that is a generator: what it yields, and at last what it returns, are results.
+    """As `map_isolated` for a generator `function`: the yielded values and the return value are results.
 
-    Each comes when it is made, so that neither process holds them all, and `timeout` is for each. Lost may follow
-    results of its item.
+    Each result is sent at once, so neither process holds all of them, and `timeout` applies to each. Lost may follow
+    results of the same item.
     """
     yield from _run(function, items, workers, timeout)
 
@@ -189,7 +189,7 @@ def _run(
 
 
 def _serve(pipe: Connection, function: Callable[[Any], Results[Any]]) -> None:
-    """Life of a worker: say "ready", then answer items until the pipe closes. Interrupts are the parent's business."""
+    """Main loop of a worker: send "ready", then answer items until the pipe closes. The parent handles interrupts."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     pipe.send(("ready", None))
     while True:
@@ -200,12 +200,12 @@ def _serve(pipe: Connection, function: Callable[[Any], Results[Any]]) -> None:
         for answer in _answers(function, item):
             try:
                 pipe.send(answer)
-            except ConnectionError:  # the parent has died: nobody reads it
+            except ConnectionError:  # the parent has died
                 return
 
 
 def _answers(function: Callable[[Item], Results[Any]], item: Item) -> Iterator[tuple[str, Any]]:
-    """What a worker says of an item: any number of parts, then one answer of another kind."""
+    """Messages of a worker for an item: any number of parts, then one final message of another kind."""
     import traceback
 
     results = function(item)
@@ -216,8 +216,8 @@ def _answers(function: Callable[[Item], Results[Any]], item: Item) -> Iterator[t
             answer = ("last", end.value)
         except MemoryError as error:
             cause = str(error).splitlines()[0] if str(error) else "no more to be had"
-            answer = ("memory", f"wants more memory than there is ({cause})")
-        except Exception:  # whatever it is, the parent raises it with this traceback: a worker must not die of its item
+            answer = ("memory", f"needs more memory than available ({cause})")
+        except Exception:  # the parent raises any exception with this traceback; the worker must not die
             answer = ("error", traceback.format_exc())
         yield answer
         if answer[0] != "part":
@@ -225,9 +225,9 @@ def _answers(function: Callable[[Item], Results[Any]], item: Item) -> Iterator[t
 
 
 def _lost(code: int | None) -> Lost:
-    """What the exit code of a worker that died says."""
-    if code == -signal.SIGKILL:  # not from here: that would be a time limit
-        return Lost("decoder_memory", "the process that decoded it was killed (SIGKILL), as systems do when memory runs out")
+    """Meaning of the exit code of a dead worker."""
+    if code == -signal.SIGKILL:  # not sent by us, because that would be a time limit
+        return Lost("decoder_memory", "the decoding process was killed (SIGKILL), which systems do when memory runs out")
     if code is not None and code < 0:
-        return Lost("decoder_crash", f"the process that decoded it died of signal {signal.Signals(-code).name}")
-    return Lost("decoder_crash", f"the process that decoded it ended with exit code {code}")
+        return Lost("decoder_crash", f"the decoding process died of signal {signal.Signals(-code).name}")
+    return Lost("decoder_crash", f"the decoding process ended with exit code {code}")

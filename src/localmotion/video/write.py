@@ -16,16 +16,16 @@ from numpy.typing import NDArray
 from localmotion.errors import LocalmotionError
 
 _TAGS = {"colorspace": "smpte170m", "color_range": "tv", "chroma_sample_location": "center"}
-"""How libswscale makes YUV of RGB. Without these tags decoders guess: chroma half a pixel to the left, and some players BT.709."""
+"""How libswscale converts RGB to YUV. Without these tags decoders guess: chroma half a pixel to the left, and BT.709 in some players."""
 
 
 def write_video(path: str | Path, frames: NDArray[np.uint8] | Iterable[NDArray[np.uint8]], fps: float, *, crf: int = 20) -> None:
     """Write (T, H, W, 3) uint8 RGB frames (an array, or frames one by one) as an mp4 at `fps` frames per second.
 
-    H.264 with quality `crf` (0..51, smaller is better) where PyAV's FFmpeg has it, else MPEG-4. An odd width or
-    height is kept, at the price of a pixel format (4:4:4) that some players refuse. The file appears whole or not at
-    all; its folder is made. Raises ValueError for frames of another type or shape, LocalmotionError when the file
-    cannot be written.
+    H.264 with quality `crf` (0..51, smaller is better) if PyAV's FFmpeg has it, else MPEG-4. An odd width or
+    height is kept, but then needs a pixel format (4:4:4) that some players cannot show. The file is written atomically;
+    its folder is created. Raises ValueError for frames of another type or shape, LocalmotionError if the file cannot be
+    written.
     """
     path = Path(path)
     partial = path.with_name(f".{path.stem}.partial-{os.getpid()}{path.suffix or '.mp4'}")

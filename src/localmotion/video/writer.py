@@ -46,7 +46,7 @@ from localmotion.video.shards import (
 
 @dataclass(frozen=True)
 class Known:
-    """What a store holds of one video."""
+    """The entry of one video in a store."""
 
     shard: int
     reason: str
@@ -54,10 +54,10 @@ class Known:
     detail: str
     clips: int
     cut_short: bool
-    """Frames behind its last clip are in no clip."""
+    """Whether frames after its last clip were left out."""
     label: int | str | None
     record: dict[str, Any] | None
-    """Its entry in `videos.jsonl`; None in stores of earlier versions."""
+    """Its record in `videos.jsonl`; None in stores of earlier versions."""
 
 
 def _runs(names: Sequence[str], length: int) -> Iterator[list[str]]:
@@ -66,7 +66,7 @@ def _runs(names: Sequence[str], length: int) -> Iterator[list[str]]:
 
 
 class ClipStoreWriter:
-    """Writes a clip store shard by shard. Make it with `open`; several processes may hold one on the same folder."""
+    """Writes a clip store shard by shard. Create it with `open`; several processes may write to the same folder."""
 
     def __init__(self, path: Path, size: int, tracks: int, shard_clips: int) -> None:
         self.path, self.size, self.tracks, self.shard_clips = path, size, tracks, shard_clips
@@ -82,10 +82,10 @@ class ClipStoreWriter:
         tracks: int,
         shard_clips: int = 64,
     ) -> ClipStoreWriter:
-        """Create a store, or open one for continuation; leftovers of interrupted shards are removed.
+        """Create a store, or open one to continue; leftovers of interrupted shards are removed.
 
-        Raises StoreError when the folder holds something else, or a store of another recipe, size or number of tracks
-        (both are named), or cannot be written.
+        Raises StoreError if the folder contains something else, or a store of another recipe, size or number of tracks
+        (the message names both), or is not writable.
         """
         path = Path(path)
         if size < 1 or tracks < 1 or shard_clips < 1:
@@ -109,7 +109,7 @@ class ClipStoreWriter:
                         raise StoreError(other_recipe(path, key, have, json.loads(text)))
             else:
                 if path.exists() and not all(entry.name == LOCK or ".partial-" in entry.name for entry in path.iterdir()):
-                    raise StoreError(f"{path}: is not empty and no clip store; give a new or empty folder")
+                    raise StoreError(f"{path}: is not empty and not a clip store; use a new or empty folder")
                 path.mkdir(parents=True, exist_ok=True)
                 write_atomic(path / "store.json", text)
             (path / "shards").mkdir(exist_ok=True)
@@ -120,11 +120,11 @@ class ClipStoreWriter:
         return writer
 
     def done_ids(self) -> set[str]:
-        """Ids of all videos in whole shards, stored and rejected ones."""
+        """Ids of all videos in complete shards, stored and rejected."""
         return set(self.known())
 
     def known(self) -> dict[str, Known]:
-        """What the store holds of each video, by id: the newest entry of it."""
+        """The newest entry of each video, by id."""
         known: dict[str, Known] = {}
         for index in shard_indices(self.path):
             records = {record["id"]: record for record in read_videos(self.path, index)}
@@ -139,22 +139,21 @@ class ClipStoreWriter:
         return known
 
     def indices(self) -> list[int]:
-        """Numbers of the shards that are there."""
+        """Numbers of the existing shards."""
         return shard_indices(self.path)
 
     def has(self, index: int) -> bool:
-        """Whether a shard is there."""
+        """Whether a shard exists."""
         return (self.path / "shards" / f"{index:05d}").exists()
 
     def pending(self, ids: Iterable[str], again: Mapping[str, int] | None = None) -> list[tuple[int, list[str]]]:
-        """What is left to do: (shard index, ids) pairs, `shard_clips` ids each, in the order of the sorted ids.
+        """The remaining work: (shard index, ids) pairs, `shard_clips` ids each, in the order of the sorted ids.
 
-        Ids not yet done are cut into runs of `shard_clips` and given the free indices in ascending order. For an
-        unchanged list of ids this is the same assignment whatever was finished before, in whatever order; ids added
-        later go to further shards. `again` are ids to be done once more, with the shard that holds them now: they go to
-        shards of their own, of higher numbers, which replace those entries. A number that stays free below another one
-        gets no ids: a store has no gaps. Hand every pair to `write_shard` with each id either among the clips or among
-        the rejected.
+        Ids that are not done are split into runs of `shard_clips`, which get the free indices in ascending order. For the
+        same list of ids the assignment is the same, whichever shards are finished; ids added later go to new shards.
+        `again` maps ids to process again to the shard that holds them now: they go to separate shards with higher
+        numbers, which replace the old entries. A free number below another one gets a pair without ids, so the store has
+        no gaps. Pass every pair to `write_shard`, with each id either among the clips or among the rejected.
         """
         again = dict(again or {})
         rest = sorted(set(ids) - self.done_ids() - set(again))
@@ -179,13 +178,13 @@ class ClipStoreWriter:
         videos: Sequence[dict[str, Any]] = (),
         replaces: Iterable[str] = (),
     ) -> None:
-        """Write one shard whole or not at all; a shard already there (another process was faster) is kept.
+        """Write one shard atomically. An existing shard (from another, faster process) is kept.
 
-        `clips` are stored sorted by id if they are a list or tuple; other iterables are taken one clip at a time, in
-        their order, so that one clip is in memory. Each entry of `rejected` is a JSON-able dict with at least "id" and
-        "reason", each of `videos` one with "id" (see `videos.jsonl`); both are stored sorted by id. `replaces` are
-        videos whose entries in shards of lower numbers no longer count. Raises StoreError for a clip of wrong shape or
-        type or with a value that is not finite, and when the disk is full; earlier shards stay as they are.
+        `clips` are stored sorted by id if they are a list or tuple. Other iterables are read one clip at a time, in
+        their order, so only one clip is in memory. Each entry of `rejected` is a JSON-able dict with at least "id" and
+        "reason", each entry of `videos` one with "id" (see `videos.jsonl`); both are stored sorted by id. `replaces` are
+        videos whose entries in shards of lower numbers become obsolete. Raises StoreError for a clip of wrong shape or
+        type or with a non-finite value, and if the disk is full; earlier shards do not change.
         """
         if isinstance(clips, list | tuple):
             clips = sorted(clips, key=lambda clip: clip.id)
@@ -219,7 +218,7 @@ class ClipStoreWriter:
             shutil.rmtree(partial, ignore_errors=True)
 
     def _write_clips(self, folder: Path, clips: Iterable[Clip], shard: dict[str, Any]) -> None:
-        """Write the arrays of the clips, and into `shard` what its index says of them."""
+        """Write the arrays of the clips, and their entries into the index `shard`."""
         bytes_a_frame = sum(spec.frame_bytes for spec in self.specs.values())
         digests = {name: hashlib.sha256() for name in self.specs}
         offset = 0
@@ -246,7 +245,7 @@ class ClipStoreWriter:
             check_id(name)
         stored, videos = [entry["id"] for entry in clips], {video_of(entry) for entry in clips}
         if len(set(stored)) != len(stored) or len(set(refused)) != len(refused) or videos & set(refused):
-            raise StoreError(f"{self.path}: shard {index:05d} was given an id twice; ids must be unique")
+            raise StoreError(f"{self.path}: shard {index:05d} got an id twice; ids must be unique")
 
     def _check(self, clip: Clip) -> None:
         check_id(clip.id)
@@ -259,12 +258,12 @@ class ClipStoreWriter:
                 raise StoreError(f"{self.path}: clip {clip.id}: {name} is {array.shape} {array.dtype}, not {want}")
         for name in ("flow", "tracks"):
             if not np.isfinite(getattr(clip, name)).all():
-                raise StoreError(f"{self.path}: clip {clip.id}: {name} holds values that are not finite")
+                raise StoreError(f"{self.path}: clip {clip.id}: {name} has non-finite values")
         if clip.flow[-1].any():
             raise StoreError(f"{self.path}: clip {clip.id}: the flow of the last frame is not zero")
 
     def _remove_leftovers(self) -> None:
-        """Drop what dead processes of this machine left half-written; processes of other machines may be alive."""
+        """Remove unfinished files of dead processes of this machine. Processes of other machines may be alive."""
         for leftover in [*self.path.glob("*.partial-*"), *(self.path / "shards").glob("*.partial-*")]:
             host, _, pid = leftover.name.partition(".partial-")[2].rpartition("-")
             if host == socket.gethostname() and pid.isdigit() and not alive(int(pid)):
