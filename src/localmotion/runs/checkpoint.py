@@ -20,8 +20,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from localmotion.errors import CheckpointError, ConfigError
-from localmotion.files import one_line, read_json, refuse_links
+from localmotion.errors import CheckpointError
+from localmotion.files import one_line, read_json
 
 FORMAT = 1
 _REMOVE = "remove this checkpoint to use the one before"

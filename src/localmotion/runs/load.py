@@ -19,8 +19,8 @@ from localmotion.files import one_line
 from localmotion.methods.base import MOTION, Method
 from localmotion.recipe import Recipe
 from localmotion.runs import checkpoint
-from localmotion.runs.settings import read_config
 from localmotion.runs.rundir import read_environment
+from localmotion.runs.settings import read_config
 
 Which = Literal["newest", "best"]
 

@@ -1,0 +1,1 @@
+"""Run directories: written, read, checked; checkpoints; settings of a run composed and resolved; a run loaded back."""

@@ -1,0 +1,149 @@
+"""The settings of a run, composed of a command or read from a file. Here, and only here, a recipe is parsed and checked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from localmotion import methods
+from localmotion.config import PRESETS, SUITES, RunConfig, Stage, assign, leaves, update
+from localmotion.errors import CheckpointError, ConfigError, unknown_name
+from localmotion.files import one_line, read_json, refuse_links
+from localmotion.perception.trust import check_recipe
+from localmotion.recipe import Recipe, read_recipe
+
+
+def compose(
+    method: str,
+    stage: Stage,
+    *,
+    preset: str = "small",
+    env: str = "",
+    flags: Mapping[str, Any] | None = None,
+    settings: tuple[str, ...] | list[str] = (),
+) -> RunConfig:
+    """Settings of a run: defaults, then suite, then preset, then ``flags`` (nested), then ``settings`` (name=value texts).
+
+    Raises ConfigError for unknown names, wrong types and ranges, and for a recipe that cannot be followed here.
+    """
+    cls = methods.get(method)
+    if preset not in PRESETS:
+        raise unknown_name("preset", preset, PRESETS)
+    sizes = dict(cls.PRESETS[preset])
+    recipe = sizes.pop("recipe", {})
+    config = _layers(cls, stage, preset, env, (sizes, flags or {}), settings)
+    if recipe and stage != "pretrain" and not config.checkpoint:  # else the clips decide, which are there already
+        config = _layers(cls, stage, preset, env, ({**sizes, "recipe": recipe}, flags or {}), settings)
+    _check_ranges(config)
+    if config.recipe:
+        check_recipe(config.recipe)
+    return config
+
+
+def _layers(
+    cls: type[methods.Method],
+    stage: Stage,
+    preset: str,
+    env: str,
+    layers: tuple[Mapping[str, Any], ...],
+    settings: tuple[str, ...] | list[str],
+) -> RunConfig:
+    config = RunConfig(method=cls.name, stage=stage, model=cls.Config(), preset=preset, env=env)
+    suite = env.partition(":")[0]
+    if suite in SUITES:
+        config = update(config, SUITES[suite], ignore_unknown=True)
+    for name in (suite, env.removesuffix("-v3")):
+        if name in cls.SUITES:
+            config = update(config, cls.SUITES[name])
+    for values in layers:
+        config = update(config, values)
+    for text in settings:
+        config = assign(config, text)
+    return config
+
+
+# Counts of the training loops that may be zero; all others are at least 1.
+_MAY_BE_ZERO = {"env_steps", "prefill", "warmup_updates", "freeze_updates", "seed", "threads", "action_repeat"}
+
+
+def _check_ranges(config: RunConfig) -> None:
+    """Raise ConfigError for a number that no run can have: a clock of zero would divide by it, a share lies in 0..1."""
+    for name, value in leaves(config):
+        last = name.rsplit(".", 1)[-1]
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            continue
+        if name.startswith("model."):  # what else a model makes of its numbers is its own affair
+            low, high = -(2.0**31), 2.0**31
+        else:
+            low = 1 if isinstance(value, int) and last not in _MAY_BE_ZERO else 0
+            high = {"heldout_fraction": math.nextafter(1, 0), "lr_decay": 1.0}.get(last, 2.0**53)
+        if not low <= value <= high:
+            raise ConfigError(f"setting {name}={value} must be in {low:g}..{high:g}")
+
+
+def from_dict(values: Mapping[str, Any]) -> RunConfig:
+    """The RunConfig of a saved config.json. Strict: unknown keys and methods, wrong types and ranges raise ConfigError.
+
+    So does a recipe that runs code which nobody here has trusted: the file may come from somebody else.
+    """
+    values = dict(values)
+    for key in ("method", "stage", "model"):
+        if key not in values:
+            raise ConfigError(f"configuration lacks {key!r}")
+    cls = methods.get(str(values["method"])[:80])
+    config: RunConfig = update(RunConfig(method=values["method"], stage=values["stage"], model=cls.Config()), values)
+    if type(config.model) is not cls.Config:
+        raise ConfigError(f"setting model={values['model']!r:.80}: expected a mapping of settings")
+    _check_ranges(config)
+    if config.recipe:
+        check_recipe(config.recipe)
+    return config
+
+
+def read_config(path: Path) -> RunConfig:
+    """Settings of the run in ``path``, with the recipe it perceives by (None: it needs none, or it was begun without clips).
+
+    The recipe is that of its settings, else the one it began with (pre-training: of its clips), else its checkpoint's.
+
+    Raises CheckpointError when there are none or the run holds links out of its folder, ConfigError when they do not fit this version.
+    """
+    file = path / "config.json"
+    if not file.exists():
+        raise CheckpointError(f"{path}: no such run (no config.json)")
+    refuse_links(path, CheckpointError, folders=False)  # weights may lie on another disk: they are not shown to anybody
+    values = read_json(file, CheckpointError, "give a run directory as localmotion wrote it")
+    try:
+        run = from_dict(values)
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from error
+    return with_recipe(run, path)
+
+
+def with_recipe(run: RunConfig, path: Path) -> RunConfig:
+    """``run``, to be made or made in ``path``, with the recipe of the run there or of its checkpoint where its settings name none.
+
+    Raises ConfigError for a recipe that cannot be followed, CheckpointError for a file that cannot be read.
+    """
+    if run.recipe:
+        return run
+    places = [path / "config.json", path / "environment.json"]
+    places += [Path(run.checkpoint) / "environment.json"] if run.checkpoint else []
+    for place in places:
+        if place.exists():
+            values = read_json(place, CheckpointError, "restore it from where the run was made").get("recipe")
+            if values:
+                return replace(run, recipe=recipe_of(values, place))
+    return run
+
+
+def recipe_of(values: Any, where: Path | str) -> Recipe:
+    """The recipe out of a file. Raises ConfigError, naming ``where``, for one that cannot be read or followed."""
+    try:
+        recipe = read_recipe(values) or Recipe()
+        check_recipe(recipe)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {one_line(error)}") from error
+    return recipe
