@@ -14,6 +14,8 @@ class AttentionAdapter(nn.Module):
     The gate starts at zero, so that learning begins from the linear map.
     """
 
+    feed_forward = True  # --compile compiles it
+
     def __init__(
         self,
         *,

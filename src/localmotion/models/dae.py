@@ -148,6 +148,8 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 class DualAttentionBlock(nn.Module):
     """One block, Eqs. 17-19: intra-frame attention, inter-frame attention, MLP, each with a residual connection."""
 
+    feed_forward = True  # --compile compiles it
+
     def __init__(self, config: DAEConfig) -> None:
         super().__init__()
         dim, self.heads = config.dim, config.heads

@@ -12,6 +12,8 @@ from localmotion.models.encoders import ResidualLayer, xavier
 class CNNDecoder(nn.Module):
     """Linear, then four transposed convolutions, stride 2, kernels 5, 5, 6, 6: 1 -> 5 -> 13 -> 30 -> 64."""
 
+    feed_forward = True  # --compile compiles it
+
     def __init__(self, inputs: int, *, depth: int = 48, image_size: int = 64) -> None:
         super().__init__()
         if image_size != 64:
@@ -72,6 +74,8 @@ class ResNetDecoder(nn.Module):
 
     ``map_shapes`` are the encoder's (channels, side) pairs, finest first.
     """
+
+    feed_forward = True  # --compile compiles it
 
     def __init__(
         self,

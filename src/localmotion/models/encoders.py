@@ -60,6 +60,8 @@ class ResidualLayer(nn.Module):
 class CNNEncoder(nn.Module):
     """Four convolutions, kernel 4, stride 2, ELU: 64 -> 31 -> 14 -> 6 -> 2 (spec 1.2)."""
 
+    feed_forward = True  # --compile compiles it
+
     def __init__(self, *, depth: int = 48, image_size: int = 64) -> None:
         super().__init__()
         widths = [3, depth, 2 * depth, 4 * depth, 8 * depth]
@@ -81,6 +83,8 @@ class ResNetEncoder(nn.Module):
     ``stem="conv"``: a stride-2 convolution, then three stages of two residual layers (paper). ``stem="unshuffle"``: input in
     blocks, two stages of one residual layer.
     """
+
+    feed_forward = True  # --compile compiles it
 
     def __init__(self, *, depth: int = 48, image_size: int = 64, stem: str = "conv", norm: str = "batch") -> None:
         super().__init__()

@@ -25,6 +25,8 @@ class GlobalFlow(nn.Module):
     else.
     """
 
+    feed_forward = True  # --compile compiles it
+
     def __init__(self, config: DAEConfig) -> None:
         super().__init__()
         self.config = config

@@ -13,6 +13,8 @@ from localmotion.models.distributions import TruncatedNormal
 class MLP(nn.Module):
     """``layers`` times [Linear, ELU], then a linear output; Xavier-uniform weights, zero biases. (..., in) -> (..., out)."""
 
+    feed_forward = True  # --compile compiles it
+
     def __init__(self, inputs: int, outputs: int, *, units: int = 400, layers: int = 4) -> None:
         super().__init__()
         widths = [inputs, *[units] * layers]

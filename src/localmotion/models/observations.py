@@ -146,6 +146,8 @@ class ImageEncoder(nn.Module):
     the first two stages, in which nearly all of the arithmetic is.
     """
 
+    feed_forward = True  # --compile compiles it
+
     def __init__(self, *, stem: Literal["pool", "blocks"], depth: int, image_size: int) -> None:
         super().__init__()
         widths, side = shapes(stem, depth, image_size)
@@ -167,6 +169,8 @@ class ImageDecoder(nn.Module):
 
     The state reaches the coarsest map through a block-linear layer (each block makes its own channels), the latent through two layers.
     """
+
+    feed_forward = True  # --compile compiles it
 
     def __init__(
         self, deter: int, latent: int, *, stem: Literal["pool", "blocks"], depth: int, units: int, blocks: int, image_size: int

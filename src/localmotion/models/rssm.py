@@ -89,6 +89,8 @@ class RSSM(nn.Module):
     of the uniform distribution into every latent distribution (DreamerV3; 0 in IPV).
     """
 
+    recurrent = True  # the recurrence stays as it is under --compile
+
     def __init__(
         self,
         *,

@@ -103,6 +103,8 @@ class BlockRSSM(nn.Module):
     GRU. ``unimix`` of every latent distribution is uniform. Actions beyond [-1, 1] are clipped: a / max(1, |a|).
     """
 
+    recurrent = True  # the recurrence stays as it is under --compile
+
     def __init__(
         self,
         *,

@@ -11,41 +11,17 @@ from typing import Any
 from torch import nn
 
 from localmotion.methods.base import Method
-from localmotion.models.adapters import AttentionAdapter
-from localmotion.models.blocks import NormMLP
-from localmotion.models.dae import DualAttentionBlock
-from localmotion.models.decoders import CNNDecoder, ResNetDecoder
-from localmotion.models.encoders import CNNEncoder, ResNetEncoder
-from localmotion.models.global_flow import GlobalFlow
-from localmotion.models.heads import MLP
-from localmotion.models.observations import ImageDecoder, ImageEncoder
-from localmotion.models.rssm import RSSM
-from localmotion.models.rssm_block import BlockRSSM
 
-PARTS = (
-    AttentionAdapter,
-    CNNDecoder,
-    CNNEncoder,
-    DualAttentionBlock,
-    GlobalFlow,
-    ImageDecoder,
-    ImageEncoder,
-    MLP,
-    NormMLP,
-    ResNetDecoder,
-    ResNetEncoder,
-)
-RECURRENT = (RSSM, BlockRSSM)
 BACKEND: Any = "inductor"
 
 
 def feed_forward(module: nn.Module) -> list[nn.Module]:
-    """The outermost `PARTS` within a module, outside of `RECURRENT` ones."""
+    """The outermost children whose class says ``feed_forward = True``, outside of those that say ``recurrent = True``."""
     found: list[nn.Module] = []
     for child in module.children():
-        if isinstance(child, PARTS):
+        if getattr(child, "feed_forward", False):
             found.append(child)
-        elif not isinstance(child, RECURRENT):
+        elif not getattr(child, "recurrent", False):
             found += feed_forward(child)
     return found
 

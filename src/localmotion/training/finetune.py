@@ -33,14 +33,14 @@ from localmotion.runs.rundir import RunDir, claimed, read_environment
 from localmotion.runs.settings import with_recipe
 from localmotion.training import graphs
 from localmotion.training.checks import check_learns, check_length, never_learned
-from localmotion.training.faults import dump
-from localmotion.training.interrupt import Interrupted, StopRequest
+from localmotion.training.endings import recorded
+from localmotion.training.interrupt import StopRequest
 from localmotion.training.pace import Pace
 from localmotion.training.pretrain import to_device
 from localmotion.training.storage import choose_storage, device_memory, records_needed
 from localmotion.training.transfer import load_pretrained
 from localmotion.training.trees import leaves_of, with_leaves
-from localmotion.training.update import DivergedError, Updater, to_floats
+from localmotion.training.update import Updater, to_floats
 from localmotion.video.write import write_video
 
 FAULTS = 3
@@ -83,37 +83,18 @@ def _finetune(run: RunConfig, path: Path, cls: type[Method]) -> Path:
         say(load_pretrained(method, run).line())
     out = RunDir(path, run)
     updater = Updater(method, run, compute, pretrained=bool(run.checkpoint), graph=graphs.wanted(run))
-    with StopRequest() as stop:
-        learner = _Learner(run, out, observer, method, updater, repeat, stop)
-        _learn(learner, out)
+    learner = _Learner(run, out, observer, method, updater, repeat)
+
+    def where() -> dict[str, int]:
+        return {"agent_step": learner.agent_step}
+
+    def save() -> bool:
+        return learner.began and learner.save()
+
+    with recorded(out, method, where, save) as learner.stop:
+        learner.learn()
     out.status("finished", agent_step=learner.agent_step, env_step=learner.agent_step * repeat)
     return path
-
-
-def _learn(learner: _Learner, out: RunDir) -> None:
-    try:
-        learner.learn()
-    except Interrupted:
-        saved = learner.save()
-        out.status("interrupted", agent_step=learner.agent_step)
-        if saved:
-            say(f"interrupted at agent step {learner.agent_step}, saved; the same command goes on from there")
-        raise
-    except KeyboardInterrupt:  # asked twice: not saved, the checkpoint before stays
-        out.status("interrupted", agent_step=learner.agent_step)
-        raise
-    except EnvError as error:
-        if learner.began:
-            learner.save()
-        out.status("failed", agent_step=learner.agent_step, error=str(error))
-        raise
-    except DivergedError as error:
-        said = dump(out.path, learner.method, error)
-        out.status("failed", agent_step=learner.agent_step, error=str(said))
-        raise said from error
-    except BaseException as error:
-        out.status("failed", agent_step=learner.agent_step, error=str(error))
-        raise
 
 
 def _shown(run: RunConfig, observer: Observer) -> RunConfig:
@@ -140,11 +121,9 @@ class _Playing:
 class _Learner:
     """State and clocks of an online run."""
 
-    def __init__(
-        self, run: RunConfig, out: RunDir, observer: Observer, method: Method, updater: Updater, repeat: int, stop: StopRequest
-    ) -> None:
+    def __init__(self, run: RunConfig, out: RunDir, observer: Observer, method: Method, updater: Updater, repeat: int) -> None:
         self.run, self.out, self.observer, self.method = run, out, observer, method
-        self.updater, self.repeat, self.stop = updater, repeat, stop
+        self.updater, self.repeat, self.stop = updater, repeat, StopRequest()
         self.compute = updater.compute
         online = run.online
         limit: int = observer.env.describe()["time_limit"]  # type: ignore[attr-defined]
@@ -306,6 +285,7 @@ class _Learner:
         self.spent["replay"] += time.perf_counter() - began
         began = time.perf_counter()
         self.method.train()
+        self.updater.progress = self.agent_step / self.budget
         metrics = self.updater.learn(batch)
         self.spent["update"] += time.perf_counter() - began
         if line := self.compute.look_again():

@@ -21,9 +21,8 @@ from localmotion.runs import checkpoint
 from localmotion.runs.rundir import RunDir, claimed, read_environment
 from localmotion.training import graphs
 from localmotion.training.checks import check_length
-from localmotion.training.faults import dump
-from localmotion.training.interrupt import Interrupted, StopRequest
-from localmotion.training.update import DivergedError, Updater, to_floats
+from localmotion.training.endings import recorded
+from localmotion.training.update import Updater, to_floats
 from localmotion.video.sample import WindowSampler
 from localmotion.video.store import ClipStore
 
@@ -65,58 +64,53 @@ def _pretrain(run: RunConfig, path: Path, cls: type[Method]) -> Path:
     say("parameters " + ", ".join(f"{k} {v / 1e6:.2f}M" for k, v in method.parameter_counts().items()))
     out.status("running", update=start)
     clock, spent = time.perf_counter(), {"data": 0.0, "update": 0.0}
-    try:
-        with closing(train), StopRequest() as stop, progress("pretrain", settings.updates, "updates", start) as advance:
-            train.load_state_dict({"index": start})
-            for update in range(start, settings.updates):
-                stop.check()
-                began = time.perf_counter()
-                batch = to_device(next(train), compute)  # batch `update`; the next one is read meanwhile
-                spent["data"] += time.perf_counter() - began
-                began = time.perf_counter()
-                metrics = updater.learn(batch)
-                spent["update"] += time.perf_counter() - began
-                done = update + 1
-                if line := compute.look_again():
-                    out.log("threads", update=done, threads=torch.get_num_threads())
-                    say(line)
-                if done % settings.log_every == 0 or done == settings.updates:
-                    values = {**to_floats(metrics), "skipped": updater.check()}
-                    count = settings.log_every
-                    rates = {f"seconds/{k}": v / count for k, v in spent.items()}
-                    out.log(
-                        "pretrain",
-                        update=done,
-                        **values,
-                        **rates,
-                        updates_per_second=count / (time.perf_counter() - clock),
-                    )
-                    clock, spent = time.perf_counter(), {"data": 0.0, "update": 0.0}
-                    advance(done, note=" ".join(f"{k[5:]} {v:.2f}" for k, v in values.items() if k.startswith("loss/")))
-                else:
-                    advance(done)
-                if heldout and (done % settings.eval_every == 0 or done == settings.updates):
-                    result = measure_heldout(method, heldout, settings.eval_batches, compute, path / "media", done)
-                    out.log("heldout", update=done, **result)
-                    clock = time.perf_counter()
-                if done % settings.save_every == 0 or done == settings.updates:
-                    _save(out, method, updater)
-    except Interrupted:
-        if updater.update > start:
-            _save(out, method, updater)
-        out.status("interrupted", update=updater.update)
-        say(f"interrupted at update {updater.update}, saved; the same command goes on from there")
-        raise
-    except KeyboardInterrupt:  # asked twice: not saved, the checkpoint before stays
-        out.status("interrupted", update=updater.update)
-        raise
-    except DivergedError as error:
-        said = dump(path, method, error)
-        out.status("failed", update=updater.update, error=str(said))
-        raise said from error
-    except BaseException as error:
-        out.status("failed", update=updater.update, error=str(error))
-        raise
+
+    def where() -> dict[str, int]:
+        return {"update": updater.update}
+
+    def save() -> bool:
+        return updater.update > start and _save(out, method, updater)
+
+    with (
+        recorded(out, method, where, save) as stop,
+        closing(train),
+        progress("pretrain", settings.updates, "updates", start) as advance,
+    ):
+        train.load_state_dict({"index": start})
+        for update in range(start, settings.updates):
+            stop.check()
+            began = time.perf_counter()
+            batch = to_device(next(train), compute)  # batch `update`; the next one is read meanwhile
+            spent["data"] += time.perf_counter() - began
+            began = time.perf_counter()
+            updater.progress = update / settings.updates
+            metrics = updater.learn(batch)
+            spent["update"] += time.perf_counter() - began
+            done = update + 1
+            if line := compute.look_again():
+                out.log("threads", update=done, threads=torch.get_num_threads())
+                say(line)
+            if done % settings.log_every == 0 or done == settings.updates:
+                values = {**to_floats(metrics), "skipped": updater.check()}
+                count = settings.log_every
+                rates = {f"seconds/{k}": v / count for k, v in spent.items()}
+                out.log(
+                    "pretrain",
+                    update=done,
+                    **values,
+                    **rates,
+                    updates_per_second=count / (time.perf_counter() - clock),
+                )
+                clock, spent = time.perf_counter(), {"data": 0.0, "update": 0.0}
+                advance(done, note=" ".join(f"{k[5:]} {v:.2f}" for k, v in values.items() if k.startswith("loss/")))
+            else:
+                advance(done)
+            if heldout and (done % settings.eval_every == 0 or done == settings.updates):
+                result = measure_heldout(method, heldout, settings.eval_batches, compute, path / "media", done)
+                out.log("heldout", update=done, **result)
+                clock = time.perf_counter()
+            if done % settings.save_every == 0 or done == settings.updates:
+                _save(out, method, updater)
     out.status("finished", update=updater.update)
     return path
 
@@ -149,13 +143,14 @@ def to_device(batch: dict[str, torch.Tensor], compute: Compute) -> dict[str, tor
     return {key: value.to(compute.device, non_blocking=True) for key, value in batch.items()}
 
 
-def _save(out: RunDir, method: Method, updater: Updater) -> None:
+def _save(out: RunDir, method: Method, updater: Updater) -> bool:
     if not updater.healthy:
         say("not saved: the newest update was not finite; the checkpoint before stays")
-        return
+        return False
     state = {"stage": "pretrain", "metrics_offset": out.metrics_offset(), "skipped": updater.check()}
     tensors = {"weights": method.state_dict(), "optimizer": updater.state()}
     checkpoint.save(out.path / "checkpoints", updater.update, tensors=tensors, state=state)
+    return True
 
 
 def _resume(out: RunDir, method: Method, updater: Updater) -> int:

@@ -1,0 +1,60 @@
+"""The ways in which a run ends, each written into its directory. Every training loop runs inside `recorded`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from localmotion.console import say
+from localmotion.errors import EnvError
+from localmotion.methods.base import Method
+from localmotion.runs.rundir import RunDir
+from localmotion.training.faults import dump
+from localmotion.training.interrupt import Interrupted, StopRequest
+from localmotion.training.update import DivergedError
+
+
+@contextmanager
+def recorded(out: RunDir, method: Method, where: Callable[[], dict[str, int]], save: Callable[[], bool]) -> Iterator[StopRequest]:
+    """Run a training loop within; yields what the loop asks whether it shall stop. What ends the loop is raised again.
+
+    =========================================  ======  ===========
+    end                                        saves   status
+    =========================================  ======  ===========
+    a signal                                   yes     interrupted
+    a second signal                            no      interrupted
+    an environment that keeps failing          yes     failed
+    losses that are not finite (DivergedError) no      failed
+    any other error                            no      failed
+    =========================================  ======  ===========
+
+    Without saving, the checkpoint before stays. The loop itself writes "finished".
+
+    Args:
+        out: directory of the run.
+        method: what learns; its weights go into the dump of a run that diverged.
+        where: counters of the run for its status, e.g. {"update": 7}; the first one is told to people.
+        save: writes a checkpoint if there is anything to save; says whether it did.
+    """
+    try:
+        with StopRequest() as stop:
+            yield stop
+    except Interrupted:
+        saved = save()
+        out.status("interrupted", **where())
+        if saved:
+            unit, count = next(iter(where().items()))
+            say(f"interrupted at {unit.replace('_', ' ')} {count}, saved; the same command goes on from there")
+        raise
+    except KeyboardInterrupt:
+        out.status("interrupted", **where())
+        raise
+    except DivergedError as error:
+        said = dump(out.path, method, error)
+        out.status("failed", **where(), error=str(said))
+        raise said from error
+    except BaseException as error:
+        if isinstance(error, EnvError):
+            save()
+        out.status("failed", **where(), error=str(error))
+        raise
