@@ -176,7 +176,7 @@ class Memoriser:
         SEEN.append(self)
         self.clips: set[int] = set()
 
-    def pretrain(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def learn(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         self.clips |= set(batch["clip"].tolist())
         self.method.memory |= {frame.numpy().tobytes() for frame in batch["image"].flatten(0, 1)}  # type: ignore[operator]
         self.update += 1

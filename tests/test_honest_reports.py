@@ -164,7 +164,7 @@ def test_the_random_floor_plays_the_runs_own_environment(repeat: int, tmp_path: 
     run = compose("dreamer_v2", "train", preset="debug", env="toy:dot", flags=flags)
     method = type("NoMethod", (), {"wants": frozenset(), "image_size": 64})()
     monkeypatch.setattr(evaluation, "load_run", lambda path, **options: (run, method, CPU))
-    monkeypatch.setattr(evaluation.checkpoint, "read_config", lambda path: run)
+    monkeypatch.setattr(evaluation, "read_config", lambda path: run)
     result = evaluation.random_floor(tmp_path, episodes=7)
     written = json.loads((tmp_path / "random.json").read_text())
     assert written == result
@@ -202,7 +202,7 @@ def test_best_weights_are_not_scored_on_the_episodes_that_chose_them(tmp_path: P
         return run, type("NoMethod", (), {"wants": frozenset(), "image_size": 64})(), CPU
 
     monkeypatch.setattr(evaluation, "load_run", loaded)
-    monkeypatch.setattr(evaluation.checkpoint, "read_config", lambda path: run)
+    monkeypatch.setattr(evaluation, "read_config", lambda path: run)
     seeds: list[int] = []
     monkeypatch.setattr(evaluation, "evaluate", lambda policy, make, *, seed, **rest: seeds.append(seed) or evaluation_rollout())
     for which, seed, expected in (("newest", None, 4), ("best", None, 5), ("newest", 9, 9), ("best", 4, 4)):
@@ -216,7 +216,7 @@ def test_the_agent_is_evaluated_without_exploring(tmp_path: Path, monkeypatch: p
     method = type("NoMethod", (), {"wants": frozenset(), "image_size": 64})()
     made: list[dict[str, Any]] = []
     monkeypatch.setattr(evaluation, "load_run", lambda path, **options: (run, method, CPU))
-    monkeypatch.setattr(evaluation.checkpoint, "read_config", lambda path: run)
+    monkeypatch.setattr(evaluation, "read_config", lambda path: run)
     monkeypatch.setattr(evaluation, "MethodPolicy", lambda agent, compute, **options: made.append(options))
     monkeypatch.setattr(evaluation, "evaluate", lambda policy, make, **rest: policy() or evaluation_rollout())
     assert evaluation.evaluate_run(tmp_path)["policy"] == "agent"

@@ -78,7 +78,7 @@ def test_world_model_learns_a_batch(name: str) -> None:
     world = [group.name for group in updater.groups if group.name not in ("actor", "critic")]
     for _ in range(400):
         losses, _, _ = model.world_model_losses(batch)
-        total(losses, updater.scales).backward()
+        total(losses, updater.passes[0].scales).backward()
         updater.step(world)
         if all(losses[key] < 0.3 * variance[key] for key in variance):
             break

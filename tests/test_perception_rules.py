@@ -472,7 +472,7 @@ def test_the_seed_draws_the_points_and_another_recipe_is_refused() -> None:
     frame = texture(3, SIDE)
     assert (one.reset(frame).tracks != other.reset(frame).tracks).any(1).all()
     np.testing.assert_array_equal(StreamingExtractor(RECIPE, 1).reset(frame).tracks, shrunk(one))
-    with pytest.raises(LocalmotionError, match="perception state is of recipe"):
+    with pytest.raises(LocalmotionError, match="perception state has recipe"):
         stream_of(Script()).load_state_dict(one.state_dict())
 
 
