@@ -343,7 +343,7 @@ def test_atomic_actions_scale_and_coordinates() -> None:
     motion = atomic_actions(flow, tracks, torch.ones(1, 1, 3, dtype=torch.bool), torch.zeros(1, 1, 3), config)
     assert motion.patches[0, 0, 0].unique().tolist() == [4.0]  # clipped to 2 px, divided by 0.5
     torch.testing.assert_close(motion.coords[0, 0], torch.tensor([[0.0, 0.0], [-1.0, -1.0], [1.0, 1.0]]))
-    with pytest.raises(ValueError, match="tracks a clip"):
+    with pytest.raises(ValueError, match="tracks per clip"):
         atomic_actions(flow, tracks[..., :2, :], torch.ones(1, 1, 2, dtype=torch.bool), torch.zeros(1, 1, 2), config)
 
 

@@ -1,4 +1,4 @@
-"""Environments by name, all with one interface: pictures in, normalised actions out. `make_env` is the one door.
+"""Environments by name, all with one interface: observations are pictures, actions are normalised. `make_env` makes them all.
 
 MuJoCo is imported only when an environment that needs it is made.
 """
@@ -113,13 +113,14 @@ def make_env(
         quality: "reference" (MuJoCo's own drawing), "fast" (see `localmotion.envs.render`), "auto": fast on software OpenGL.
         camera: name or number; None for the suite's (DMC 0, quadruped 2, dog_fetch "y-axis"; Meta-World "corner").
         supersample: 2 draws observations at twice their side and averages, i.e. four samples a pixel, in either quality: slow motion is
-            found far better (docs/perception.md), a frame costs 2 to 5 ms more.
-        observed: "pixels", "vectors" (the suite's own low-dimensional observation; nothing is drawn), or "both".
+            found much better (docs/perception.md), for 2 to 5 ms more per frame.
+        observed: "pixels", "vectors" (the suite's own low-dimensional observation; no rendering), or "both".
         options: the suite's own options by name, e.g. ``difficulty="easy"`` of distracting; `list_options` has them.
 
     Raises:
-        ConfigError: a name that does not exist (the nearest ones are named), an option the suite lacks, or a setting out of range.
-        EnvError: no OpenGL can draw here; the message says what to install.
+        ConfigError: a name that does not exist (the message suggests the nearest ones), an option the suite lacks, or a setting out of
+            range.
+        EnvError: no working OpenGL; the message says what to install.
     """
     task, factory = _found(name)
     _check_options(name, factory, options)
@@ -151,14 +152,14 @@ SETTINGS = {
     "size": "the recipe of the clip store (extract --size)",
     "percept_size": "the recipe of the clip store (extract --percept-size)",
 }
-"""Arguments of `make_env` that are no options of a run, and where a run sets them."""
+"""Arguments of `make_env` that are not options of a run, and the setting of a run for each."""
 
 
 def check_env(name: str, options: Mapping[str, Any]) -> None:
-    """Raise ConfigError for an environment that does not exist or an option that it cannot have; nothing is made.
+    """Raise ConfigError for an environment that does not exist or an option that it does not have. Builds nothing.
 
     Options are those of the suite (`list_options`), ``time_limit`` (env steps) and, where the suite has cameras, ``camera`` (name or
-    number). One check for a run that begins, one that is read, and a study.
+    number). Used when a run starts, when a run is loaded, and for a study.
     """
     _, factory = _found(name)
     own, suite = dict(options), name.partition(":")[0]
@@ -189,7 +190,7 @@ def _found(name: str) -> tuple[str, Callable[..., PixelEnv]]:
 
 
 def list_options(suite: str) -> list[str]:
-    """Names of a suite's own options, those of `make_env` that only it takes. Raises ConfigError for an unknown suite."""
+    """Names of a suite's own options, in addition to those of `make_env`. Raises ConfigError for an unknown suite."""
     if suite not in _SUITES:
         raise unknown_name("environment suite", suite, _SUITES)
     return _options_of(_SUITES[suite]()[1])
@@ -204,7 +205,7 @@ def _options_of(factory: Callable[..., PixelEnv]) -> list[str]:
 
 
 def _check_options(env: str, factory: Callable[..., PixelEnv], options: Mapping[str, Any]) -> None:
-    """Raise ConfigError for what is none of the suite's own options."""
+    """Raise ConfigError for a name that is not one of the suite's own options."""
     suite, known = env.partition(":")[0], _options_of(factory)
     common = ["time_limit"] if suite in _WITHOUT_CAMERAS else ["time_limit", "camera"]
     for name in options:

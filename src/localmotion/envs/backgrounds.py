@@ -1,7 +1,7 @@
-"""Moving backgrounds: clips from a folder of videos or drawn by a procedure, played to and fro, or shifted by actions.
+"""Moving backgrounds: clips from a folder of videos, or procedural ones, played forwards and backwards, or shifted by actions.
 
-Sources: the Distracting Control Suite (Stone et al. 2021), whose clips are DAVIS 2017; MaskLAM's "action-correlated noise", of which the
-abstract gives the words and notes B.9 the generators used here.
+Sources: the Distracting Control Suite (Stone et al. 2021), whose clips are DAVIS 2017; "action-correlated noise" as in
+MaskLAM (arXiv 2602.02259). The abstract does not define it; docs/environments.md has the generators used here.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ if TYPE_CHECKING:
     from localmotion.video import VideoRef
 
 VARIABLE = "LOCALMOTION_BACKGROUNDS"
-"""Environment variable with the folder of videos, where none is given."""
+"""Environment variable with the folder of videos, used if none is given."""
 SPLITS = ("train", "val", "all")
 PROCEDURAL = {"train": 60, "val": 30}
-"""Procedural clips of each split: as many as DAVIS 2017 has videos."""
+"""Number of procedural clips of each split, as many as DAVIS 2017 has videos."""
 FRAMES = 80
 """Frames of a procedural clip."""
 MAX_FRAMES = 200
-"""Frames of a video that are used, the first ones."""
+"""Maximum number of frames of a video; the first ones are used."""
 CACHE_BYTES = 2**29
-"""Memory for clips in one process: 130 clips of 80 frames at 128 pixels. Beyond it those not seen for longest are decoded again."""
+"""Memory for clips in one process, bytes: 130 clips of 80 frames at 128 pixels. Beyond it the least recently used clips are dropped."""
 GRATINGS = 6
 MOTIONS = ("video", "independent", "lagged", "twin", "leaky")
 _STREAM = 0xBAC
@@ -45,10 +45,10 @@ class Backgrounds(Protocol):
         """How many clips."""
 
     def clip(self, index: int) -> NDArray[np.uint8]:
-        """(T, S, S, 3) uint8. Not to be written to."""
+        """(T, S, S, 3) uint8. Must not be modified."""
 
     def describe(self) -> dict[str, Any]:
-        """Where they come from, JSON-able."""
+        """Their source, JSON-able."""
 
 
 def find_backgrounds(videos: str | Path | None, *, split: str, limit: int | None, side: int) -> Backgrounds:
@@ -56,7 +56,7 @@ def find_backgrounds(videos: str | Path | None, *, split: str, limit: int | None
 
     Args:
         videos: any folder of videos (all formats of `localmotion.video`, frame folders too). Subfolders ``train`` and ``val`` are the
-            split where they exist; else every third video in order of names is held out as ``val``.
+            split if they exist; else every third video in order of names is held out as ``val``.
         split: "train", "val" or "all".
         limit: use only the first so many of the split; None: all.
         side: S of the clips in pixels.
@@ -75,7 +75,7 @@ def find_backgrounds(videos: str | Path | None, *, split: str, limit: int | None
 
 
 class ProceduralBackgrounds:
-    """Sums of six drifting sinusoidal gratings in random colours. A clip depends on its number alone; 0..59 are train, 60..89 val."""
+    """Sums of six drifting sinusoidal gratings in random colours. A clip depends only on its number; 0..59 are train, 60..89 val."""
 
     def __init__(self, split: str, limit: int | None, side: int) -> None:
         train, val = PROCEDURAL["train"], PROCEDURAL["val"]
@@ -97,7 +97,7 @@ class ProceduralBackgrounds:
 
 
 class VideoBackgrounds:
-    """Videos of a folder, decoded when first shown and kept in memory at the size they are drawn with."""
+    """Videos of a folder, decoded on first use and kept in memory at their drawn size."""
 
     def __init__(self, folder: Path, split: str, limit: int | None, side: int) -> None:
         from localmotion.video.listing import usable_videos
@@ -134,13 +134,13 @@ class VideoBackgrounds:
 
 
 class ClipCache:
-    """Clips of this process, the least recently used of them dropped beyond a number of bytes."""
+    """Clips of this process. Beyond ``limit`` bytes the least recently used ones are dropped."""
 
     def __init__(self, limit: int) -> None:
         self._limit, self._clips = limit, dict[tuple[Hashable, int], NDArray[np.uint8]]()
 
     def get(self, key: tuple[Hashable, int], make: Callable[[], NDArray[np.uint8]]) -> NDArray[np.uint8]:
-        """The clip of ``key``, made if it is not here. The newest stays even if it alone is over the limit."""
+        """The clip of ``key``, made if missing. The newest is kept even if it alone exceeds the limit."""
         clip = self._clips.pop(key, None)
         if clip is None:
             clip = make()
@@ -179,7 +179,7 @@ def _gratings(number: int, side: int) -> NDArray[np.uint8]:
 
 
 class Playback:
-    """Which frame of which clip is shown: a random clip, start and direction; the number moves by one and bounces at the ends.
+    """Selects the shown frame: random clip, start and direction; the frame number changes by one and reverses at the ends.
 
     Args:
         backgrounds: the clips.
@@ -195,7 +195,7 @@ class Playback:
         self._dynamic = dynamic
 
     def advance(self) -> None:
-        """One env step on."""
+        """Advance by one env step."""
         if not self._dynamic:
             return
         last = len(self._clip) - 1
@@ -206,16 +206,16 @@ class Playback:
             self.index, self._direction = last, -1
 
     def frame(self) -> NDArray[np.uint8]:
-        """(S, S, 3) uint8 shown now."""
+        """The current frame, (S, S, 3) uint8."""
         return np.asarray(self._clip[self.index])
 
 
 class ActionShift:
-    """The 2-d shift of a background that follows actions (B.9): ``u' = rho u + s (c W f(a) + sqrt(1 - c^2) noise)``.
+    """The 2-d shift of a background that follows actions: ``u' = rho u + s (c W f(a) + sqrt(1 - c^2) noise)`` (docs/environments.md).
 
-    ``a`` is the action of now (leaky), of ``lag`` env steps ago (lagged), of another episode (twin), or does not count (independent,
-    c = 0). ``f`` is tanh of the action over the standard deviation of a uniform one. ``W`` (2, A) has rows of length one and is the same
-    in all episodes and environments of a number of actions and a rank.
+    ``a`` is the present action (leaky), the action of ``lag`` env steps ago (lagged), the action of another episode (twin), or is not used
+    (independent, c = 0). ``f`` is tanh of the action divided by the standard deviation of a uniform one. ``W`` (2, A) has rows of length
+    one and depends only on A and the rank.
 
     Args:
         motion: "independent", "lagged", "twin" or "leaky".
@@ -223,7 +223,7 @@ class ActionShift:
         lag: env steps of the lagged source.
         rank: of W, 1 or 2; with 1 both axes follow the same mixture of actions.
         dims: A.
-        rng: of the episode; draws noise, and where in ``twin`` to start.
+        rng: of the episode; draws noise, and the start in ``twin``.
         twin: (N, A) actions of another episode, repeated in a circle.
         speed: s in pixels of the picture; rho is 0.9.
     """

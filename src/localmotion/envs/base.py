@@ -1,4 +1,4 @@
-"""What all environments share: one picture at two sizes, normalised actions, seeds, time limits and the errors of misuse."""
+"""Shared by all environments: one picture at two sizes, normalised actions, seeds, time limits and errors for misuse."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ Observation = dict[str, NDArray[Any]]
 Observed = Literal["pixels", "vectors", "both"]
 OBSERVED: tuple[Observed, ...] = get_args(Observed)
 TOLERANCE = 1e-3
-"""Actions may leave [-1, 1] by this much (rounding of a network's output) and are clipped; beyond it is an error."""
+"""Actions outside [-1, 1] by at most this much (rounding of a network's output) are clipped; larger ones are an error."""
 VIEW_SIZE = 256
 
 
 class PixelEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
-    """A gymnasium environment seen through pictures.
+    """A gymnasium environment with pictures as observations.
 
     Observation: Dict with ``image`` (size, size, 3) uint8 and, when ``percept_size`` is given and differs, ``percept``
     (percept_size, percept_size, 3) uint8. Both come from ONE rendering at ``percept_size``; ``image`` is its area average.
-    After ``show("vectors")`` it is ``vector`` (V,) float32 alone and nothing is drawn; after ``show("both")`` both.
+    After ``show("vectors")`` it is only ``vector`` (V,) float32, without rendering; after ``show("both")`` both.
     Action: Box(-1, 1, (A,), float32), mapped linearly to the range of the environment.
     ``step`` applies the action ``action_repeat`` times and sums the rewards; one application is one env step (control step).
     ``info`` always has ``env_steps``, the env steps done in this call, and ``success`` (0 or 1) in suites that signal it.
 
     Every reset starts from a state that is a pure function of one number: the given seed, or the next number of the environment's own
-    generator. Neither the past of the environment nor any global generator enters.
+    generator. It does not depend on earlier episodes or any global generator.
 
     Args:
         name: full name, e.g. "dmc:walker_walk".
-        seed: seed of the environment's own generator, used until a reset gives another.
+        seed: seed of the environment's own generator, used until a reset passes another.
         size: side of ``image``.
         percept_size: side of ``percept``, a multiple of ``size``; None for none.
         action_dim: A.
@@ -80,12 +80,12 @@ class PixelEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         self._elapsed: int | None = None  # env steps of this episode; None: no episode is running
         self._begun = False
         self.supersample = 1
-        """Pictures are drawn at so many times their side and averaged: edges then move by less than a pixel instead of jumping."""
+        """Pictures are drawn at this multiple of their side and averaged. Edges then move by less than a pixel instead of jumping."""
 
-    # -- what a suite provides ------------------------------------------------------------------------------------------
+    # -- implemented by a suite ------------------------------------------------------------------------------------------
 
     def _begin(self, episode_seed: int) -> None:
-        """Start an episode; everything random in it follows from ``episode_seed`` (0 .. 2**31 - 1)."""
+        """Start an episode. ``episode_seed`` (0 .. 2**31 - 1) determines everything random in it."""
         raise NotImplementedError
 
     def _control(self, action: NDArray[np.float64]) -> tuple[float, bool]:
@@ -93,7 +93,7 @@ class PixelEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         raise NotImplementedError
 
     def _draw(self, size: int) -> NDArray[np.uint8]:
-        """Picture of the present state, (size, size, 3)."""
+        """Picture of the current state, (size, size, 3)."""
         raise NotImplementedError
 
     def _success(self) -> float:
@@ -105,15 +105,15 @@ class PixelEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         return {}
 
     def vector(self) -> NDArray[np.float64]:
-        """The suite's own low-dimensional observation of the present state, (V,): what agents without pictures are shown."""
+        """The suite's own low-dimensional observation of the current state, (V,), for agents without pictures."""
         return self.state()
 
     def state(self) -> NDArray[np.float64]:
-        """The simulator's exact state as one vector: equal vectors behave and look equal."""
+        """The simulator's exact state as one vector. Environments with equal vectors behave and look the same."""
         raise NotImplementedError
 
     def show(self, observed: Observed) -> None:
-        """Choose what observations hold from the next reset on: "pixels", "vectors" or "both". Raises ConfigError for another name."""
+        """Choose the content of observations from the next reset on: "pixels", "vectors" or "both". Raises ConfigError for another name."""
         if observed not in OBSERVED:
             raise unknown_name("kind of observation", observed, OBSERVED)
         boxes = {} if observed == "vectors" else dict(self._pictures)
@@ -133,7 +133,7 @@ class PixelEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         return self._observe(), self._info(0)
 
     def step(self, action: NDArray[np.float32]) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
-        """One agent step: ``action`` (A,) applied ``action_repeat`` times, or fewer when the episode ends within.
+        """One agent step: ``action`` (A,) applied ``action_repeat`` times, or fewer if the episode ends.
 
         Raises:
             EnvError: before a reset or after the end of an episode; an action of a wrong shape, not finite, or outside [-1, 1].
@@ -157,11 +157,11 @@ class PixelEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         return self._observe(), float(total), terminated, truncated, self._info(done)
 
     def render(self) -> NDArray[np.uint8]:
-        """The present picture at viewing size, (256, 256, 3) uint8."""
+        """The current picture at viewing size, (256, 256, 3) uint8."""
         return self.render_frame(VIEW_SIZE)
 
     def render_frame(self, size: int) -> NDArray[np.uint8]:
-        """The present picture at any size, (size, size, 3) uint8, e.g. for a video.
+        """The current picture at any size, (size, size, 3) uint8, e.g. for a video.
 
         Raises:
             EnvError: before the first reset.
@@ -173,7 +173,7 @@ class PixelEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         return area_average(self._draw(self.supersample * size), size)
 
     def describe(self) -> dict[str, Any]:
-        """What a run stores about its environment: JSON-able, enough to make it again and to compare two runs."""
+        """Description that a run stores: JSON-able, sufficient to make the environment again and to compare two runs."""
         suite, _, task = self.name.partition(":")
         return {
             "name": self.name,
@@ -190,7 +190,7 @@ class PixelEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         }
 
     def _checked(self, action: NDArray[np.float32]) -> NDArray[np.float64]:
-        """The action as float64 within [-1, 1], or the error that says what is wrong with it."""
+        """The action as float64 within [-1, 1]; raises EnvError with the reason if it is invalid."""
         given = np.asarray(action, dtype=np.float64)
         if given.shape != self.action_space.shape:
             raise EnvError(f"{self.name}: action has shape {given.shape}, expected {self.action_space.shape}")

@@ -1,8 +1,8 @@
-"""Unlabeled source videos of many bodies: simulated creatures and mechanisms under smooth random actions, each clip in its own look.
+"""Unlabeled source videos of many bodies: simulated creatures and mechanisms under smooth random actions. Each clip has its own look.
 
 For demos, tests and studies without a download: pre-training needs videos of *other* bodies than the downstream task's, with backgrounds,
-colours, lights and cameras that differ from clip to clip. Bodies are those of the DeepMind Control suite; textures are drawn by the
-procedures below and sent to OpenGL anew for every clip.
+colours, lights and cameras that differ from clip to clip. Bodies are those of the DeepMind Control suite; the procedures below draw
+the textures, which are sent to OpenGL again for every clip.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ BODIES: dict[str, str] = {
     "swimmer": "swimmer_swimmer6",
     "walker": "walker_walk",
 }
-"""Body -> the task of the suite it is taken from."""
+"""Body -> its task of the suite."""
 SECONDS_PER_FRAME = 0.04
 PACE = {"fish": 4, "pendulum": 2, "swimmer": 2}
-"""Times this for bodies that random actions move slowly."""
+"""Factor on `SECONDS_PER_FRAME` for bodies that random actions move slowly."""
 NEARER = {"acrobot": 0.75, "ball_in_cup": 0.75, "fish": 0.55, "pendulum": 0.7}
-"""The camera's distance times this for bodies that are small in their own camera's picture."""
+"""Factor on the camera's distance for bodies that are small in their own camera's picture."""
 CENTRED = ("acrobot", "cartpole", "finger", "pendulum", "reacher")
-"""Bodies fixed to the world: the camera looks at their scene's middle; it follows the others."""
+"""Bodies fixed to the world. The camera looks at the middle of their scene; it follows all other bodies."""
 _KEPT = ("tex_data", "mat_rgba", "mat_reflectance", "geom_rgba", "light_pos", "light_diffuse", "light_ambient", "light_specular")
 _BODY_TEXTURE = '<texture name="random_skin" type="cube" builtin="flat" rgb1="1 1 1" width="96" height="96"/>'
 
@@ -61,7 +61,7 @@ def render_videos(
 ) -> list[Path]:
     """Render ``clips`` videos of ``frames`` frames at ``size`` x ``size`` into ``out`` as mp4, 25 frames a second.
 
-    Clip i shows ``bodies[i % len(bodies)]``; everything random in it follows from (seed, i), so a clip does not depend on the others.
+    Clip i shows ``bodies[i % len(bodies)]``; (seed, i) determines everything random in it, so a clip does not depend on the others.
 
     Args:
         out: folder, made if needed; files of the same name are replaced.
@@ -74,7 +74,7 @@ def render_videos(
 
     Raises:
         ConfigError: an unknown body, no body left, or a number out of range.
-        EnvError: nothing can be drawn here, or a simulation keeps diverging.
+        EnvError: no working OpenGL, or a simulation keeps diverging.
     """
     from localmotion.video.write import write_video
 
@@ -102,7 +102,7 @@ def render_videos(
 
 
 def choose_bodies(bodies: Sequence[str], exclude: Sequence[str] = ()) -> list[str]:
-    """``bodies`` without those of ``exclude`` (body names or "dmc:" environments). Raises ConfigError when none is left."""
+    """``bodies`` without those of ``exclude`` (body names or "dmc:" environments). Raises ConfigError if none remains."""
     for body in bodies:
         if body not in BODIES:
             raise unknown_name("body", body, BODIES)
@@ -164,7 +164,7 @@ class Studio:
     # -- look -----------------------------------------------------------------------------------------------------------
 
     def _dress(self, rng: np.random.Generator) -> None:
-        """New textures, colours and lights; nothing of the clip before is left."""
+        """New textures, colours and lights; nothing remains from the clip before."""
         model = self.model
         for name, value in self._before.items():
             getattr(model, name)[:] = value
@@ -204,7 +204,7 @@ class Studio:
     # -- camera ---------------------------------------------------------------------------------------------------------
 
     def _aim(self, rng: np.random.Generator) -> _Aim:
-        """A view near the model's own camera: turned, tilted, nearer or farther; it looks at the body or the middle of the scene."""
+        """A view near the model's own camera, turned, tilted, nearer or farther, that looks at the body or the middle of the scene."""
         model, data = self.model, self.data
         eye, axes = data.cam_xpos[self._fixed_view].copy(), data.cam_xmat[self._fixed_view].reshape(3, 3)
         forward = -axes[:, 2]
@@ -214,9 +214,9 @@ class Studio:
         gaze = (look - eye) / max(float(np.linalg.norm(look - eye)), 1e-6)
         azimuth = float(np.degrees(np.arctan2(gaze[1], gaze[0])))
         elevation = float(np.degrees(np.arcsin(np.clip(gaze[2], -1, 1))))
-        if elevation < -75:  # from above every direction is as good
+        if elevation < -75:  # from above all directions are equal
             azimuth = float(rng.uniform(-180, 180))
-        # A free camera has the model's own field of view, whatever that of the camera it stands in for.
+        # A free camera has the model's field of view, not that of the camera it replaces.
         wide = np.tan(np.radians(model.cam_fovy[self._fixed_view] / 2)) / np.tan(np.radians(model.vis.global_.fovy / 2))
         shift = rng.uniform(-0.06, 0.06, 3) * distance * np.array([1, 1, 0.5])
         return _Aim(
@@ -254,7 +254,7 @@ class _Aim:
 
 
 def smooth_actions(rng: np.random.Generator, steps: int, dims: int, per_frame: int = 1) -> NDArray[np.float64]:
-    """Random actions (steps, dims) in [-1, 1] that change smoothly: two sines an axis of 8 to 50 frames a period, and a constant."""
+    """Random actions (steps, dims) in [-1, 1] that change smoothly: per axis two sines with periods of 8 to 50 frames, and a constant."""
     time = np.arange(steps)[:, None, None] / per_frame
     period = np.exp(rng.uniform(np.log(8), np.log(50), (1, dims, 2)))
     waves = rng.uniform(0.3, 0.9, (1, dims, 2)) * np.sin(2 * np.pi * (time / period + rng.random((1, dims, 2))))
@@ -297,7 +297,7 @@ def pattern(rng: np.random.Generator, side: int, brightness: tuple[float, float]
 
 @contextmanager
 def _textured_bodies() -> Iterator[None]:
-    """While a model is built: a cube texture for bodies, and a smaller sky, in the assets that all domains of the suite share."""
+    """Context for building a model: a cube texture for bodies, and a smaller sky, in the assets shared by all domains of the suite."""
     from localmotion.envs.gl import choose_gl
 
     choose_gl()  # before dm_control is imported

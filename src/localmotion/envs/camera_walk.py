@@ -1,7 +1,7 @@
-"""The camera of the Distracting Control Suite: a random walk on a piece of a sphere, looking where the task's own camera looks.
+"""The camera of the Distracting Control Suite: a random walk on part of a sphere, looking at the same point as the task's own camera.
 
-Source: Stone et al. 2021, section 3; constants of the suite's difficulty levels (notes C.3). The pose is written into mujoco.MjData after
-every env step, where the physics computes the camera anew and nothing but the drawing reads it.
+Source: Stone et al. 2021, section 3; constants of the suite's difficulty levels. The pose is written into mujoco.MjData after every
+env step: the physics recomputes the camera there, and only rendering reads it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 OVERHEAD = 0.3
-"""Cameras within this angle (radians) of straight above are not limited in direction and turn the shortest way, as the suite's reacher."""
+"""Cameras within this angle (radians) of straight above are not limited in direction and turn the shortest way, as for the suite's
+reacher."""
 _FIXED = 0  # mjCAMLIGHT_FIXED
 
 
@@ -20,7 +21,7 @@ class CameraWalk:
     """One episode's walk; making it draws the start and sets the first pose.
 
     Args:
-        model, data: mujoco.MjModel and mujoco.MjData, with the camera's own pose of now.
+        model, data: mujoco.MjModel and mujoco.MjData, with the camera's current own pose.
         camera: its number.
         scale: s of the difficulty, 0..1. Angles may leave the start by pi/2 s, the distance by -0.5 s to +1.5 s of it.
         rng: draws start and steps.
@@ -57,12 +58,12 @@ class CameraWalk:
         self.advance()
 
     def _own_look(self) -> NDArray[np.float64]:
-        """The point at which the camera of the model looks now: as far before it as the body is away."""
+        """The point that the model's camera looks at, at the distance of the body."""
         eye, axes = self._data.cam_xpos[self._camera], self._data.cam_xmat[self._camera].reshape(3, 3)
         return np.asarray(eye - axes[:, 2] * np.linalg.norm(eye - self._data.subtree_com[1]))
 
     def advance(self) -> None:
-        """One env step on: after the physics has put the camera at its own pose, move it to the walk's."""
+        """Advance by one env step: after the physics has reset the camera to its own pose, move it to the walk's pose."""
         self._velocity = self._velocity + self._std * self._rng.standard_normal(3)
         speed = float(np.linalg.norm(self._velocity))
         if speed > self._top:

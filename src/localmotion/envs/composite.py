@@ -1,7 +1,8 @@
 """Backgrounds painted behind the agent or in the sky, with the simulator's own mask: MaskLAM's environments.
 
-``masklam:`` are the tasks of the DeepMind Control Suite with the scenery replaced by a background that moves with the actions (notes B.9).
-``dmw:`` is Distracting Meta-World (notes B.3): pixels that the segmentation gives to the sky show a video. Both take the options of either.
+``masklam:`` are the tasks of the DeepMind Control Suite with a background instead of the scenery, which moves with the actions
+(docs/environments.md). ``dmw:`` is Distracting Meta-World of MaskLAM (arXiv 2602.02259): sky pixels of the segmentation show a video. Both
+accept all options.
 """
 
 from __future__ import annotations
@@ -28,18 +29,19 @@ _TWIN_LENGTH = 500
 
 
 class Backdrop:
-    """What is painted, and where it is now.
+    """The painted background and its current position.
 
     Args:
-        motion: "video" plays a clip to and fro; "independent", "lagged", "twin", "leaky" shift one of its frames (`ActionShift`).
-        region: "sky": pixels that show nothing of the scene; "scenery": those and what is fixed to the world but for targets; "rest": all
-            that is not the agent, as B.9 has it, which also hides targets and objects of tasks that have them.
-        correlation: c, how much of the shift is due to actions.
+        motion: "video" plays a clip forwards and backwards; "independent", "lagged", "twin", "leaky" shift one of its frames
+            (`ActionShift`).
+        region: "sky": pixels that show nothing of the scene; "scenery": the sky and everything fixed to the world except targets;
+            "rest": everything except the agent, which also hides targets and objects of the task.
+        correlation: c, the share of the actions in the shift.
         lag: env steps between an action and its effect (lagged).
         rank: of the fixed mixing of actions, 1 or 2.
         speed: s in pixels of a picture of 64; larger pictures move in proportion.
-        twin_actions: .npy file or array (N, A) with the actions of another episode of the same policy; None: smooth random actions drawn
-            anew at every reset.
+        twin_actions: .npy file or array (N, A) with the actions of another episode of the same policy; None: smooth random actions, drawn
+            at every reset.
         videos, split, num_videos: as in `localmotion.envs.backgrounds.find_backgrounds`.
 
     Raises:
@@ -72,7 +74,7 @@ class Backdrop:
         self._videos, self._split, self._limit = videos, split, num_videos
         self._twin = None if twin_actions is None else _read_actions(twin_actions)
         self.twin_given = self._twin is not None
-        self._find(64)  # wrong options are told before a model is built
+        self._find(64)  # wrong options raise before a model is built
 
     def _find(self, side: int) -> Backgrounds:
         return find_backgrounds(self._videos, split=self._split, limit=self._limit, side=side)
@@ -132,7 +134,7 @@ class Backdrop:
 def _read_actions(given: str | Path | NDArray[np.floating[Any]]) -> NDArray[np.float64]:
     if isinstance(given, (str, Path)):
         try:
-            given = np.load(given, mmap_mode="r", allow_pickle=False)  # mapped: a claim beyond the file's end is refused
+            given = np.load(given, mmap_mode="r", allow_pickle=False)  # mapped, so a shape beyond the file's end is refused
         except (OSError, ValueError, EOFError) as error:
             raise ConfigError(f"twin_actions: {given} cannot be read ({error}); save an array (N, A) with numpy.save") from error
     actions = np.asarray(given, np.float64)
@@ -142,10 +144,10 @@ def _read_actions(given: str | Path | NDArray[np.floating[Any]]) -> NDArray[np.f
 
 
 class Painted(PixelEnv):
-    """What both families share: the scene is drawn as ever, then the backdrop over part of it."""
+    """Shared by both suites: the scene is drawn as usual, then the background is painted over part of it."""
 
     OPTIONS: ClassVar[tuple[str, ...]] = tuple(inspect.signature(Backdrop).parameters)
-    """What `make_env` takes beside its own settings."""
+    """Options of these suites."""
     DEFAULTS: ClassVar[dict[str, Any]]
     _renderer: Any
 
@@ -170,7 +172,7 @@ class Painted(PixelEnv):
         return result
 
     def painted_mask(self, size: int) -> NDArray[np.bool_]:
-        """(S, S) pixels of the present picture that show the background instead of the scene, for ground truth of motion."""
+        """(S, S) pixels of the current picture that show the background, for ground truth of motion."""
         layers = segment(self._renderer, self._model, self._data, self._parts, size)
         return {"sky": layers.sky, "scenery": layers.scenery, "rest": ~layers.agent}[self.backdrop.region]
 
@@ -183,7 +185,7 @@ class Painted(PixelEnv):
 
 
 class CompositeDMCEnv(Painted, DMCEnv):
-    """A task of the suite before a painted background; physics and rewards are those of ``dmc:``, bit for bit. Options: `Backdrop`."""
+    """A task of the suite in front of a painted background; physics and rewards are those of ``dmc:``, bit for bit. Options: `Backdrop`."""
 
     suite_name: ClassVar[str] = "masklam"
     DEFAULTS: ClassVar[dict[str, Any]] = {"motion": "lagged", "region": "scenery"}
@@ -194,7 +196,7 @@ class CompositeDMCEnv(Painted, DMCEnv):
 
 
 class CompositeMetaWorldEnv(Painted, MetaWorldEnv):
-    """A Meta-World task before a painted background; by default Distracting Meta-World: videos in the sky. Options: `Backdrop`."""
+    """A Meta-World task in front of a painted background; by default Distracting Meta-World: videos in the sky. Options: `Backdrop`."""
 
     suite_name: ClassVar[str] = "dmw"
     DEFAULTS: ClassVar[dict[str, Any]] = {"motion": "video", "region": "sky"}

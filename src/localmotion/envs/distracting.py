@@ -1,9 +1,9 @@
 """The Distracting Control Suite: background video, camera and colours that move, on any task of the DeepMind Control Suite.
 
 Source: Stone, Ramirez, Konolige and Jonschkowski 2021 (arXiv 2101.02722), as LAOM and MaskLAM use it. Each of the three distractions has
-random numbers of its own, all from the reset's seed: switching one off does not change the others. All move once an env step.
+its own random generator, seeded by the reset: switching one off does not change the others. All move once per env step.
 
-The background is the sky's texture, sent to OpenGL anew for every picture drawn. A camera sees about 0.4 of the side of a sky face, so
+The background is the sky's texture, sent to OpenGL again for every drawn picture. A camera sees about 0.4 of the side of a sky face, so
 clips of twice the picture's side are as sharp as the picture (`SIDE_PER_PIXEL`; figures in docs/environments.md).
 """
 
@@ -30,7 +30,7 @@ SIDE_PER_PIXEL = 2
 
 @dataclass(frozen=True)
 class Difficulty:
-    """scale: of camera and colour, 0..1; videos: how many clips, 0 none, None all."""
+    """scale: of camera and colour, 0..1; videos: number of clips, 0 for none, None for all."""
 
     scale: float
     videos: int | None
@@ -49,7 +49,7 @@ OPAQUE_GROUND = ("walker", "cheetah", "hopper")
 
 
 class ColourWalk:
-    """RGB of every material: starts uniform in a box and moves by Gaussian steps, clipped to the box.
+    """RGB of every material: starts uniformly in a box and moves by Gaussian steps, clipped to the box.
 
     Args:
         model: mujoco.MjModel.
@@ -66,7 +66,7 @@ class ColourWalk:
         model.mat_rgba[:, :3] = self._now
 
     def advance(self) -> None:
-        """One env step on."""
+        """Advance by one env step."""
         if self._std:
             step = self._std * self._rng.standard_normal(self._now.shape)
             self._now = np.clip(self._now + step, self._low, self._high)
@@ -113,11 +113,11 @@ class DistractingEnv(DMCEnv):
         self.distractions = chosen("distraction", distractions, DISTRACTIONS)
         self.scale = level.scale if scale is None else in_range("scale", scale, 0, 1)
         self._videos, self._limit = videos, level.videos if num_videos is None else num_videos
-        self._find(64)  # wrong options are told before the model is built
+        self._find(64)  # wrong options raise before the model is built
         super().__init__(task, **settings)
 
     def _find(self, side: int) -> Any:
-        """The clips, or None where the difficulty has none. Nothing is decoded yet."""
+        """The clips, or None if the difficulty has none. Decodes nothing yet."""
         if "background" not in self.distractions or self._limit == 0:
             return None
         return find_backgrounds(self._videos, split=self.split, limit=self._limit, side=side)
@@ -175,7 +175,7 @@ class DistractingEnv(DMCEnv):
         return super()._draw(size)
 
     def painted_mask(self, size: int) -> NDArray[np.bool_]:
-        """(S, S) pixels of the present picture that show the background video, for ground truth of motion."""
+        """(S, S) pixels of the current picture that show the background video, for ground truth of motion."""
         if self._slot is None:
             return np.zeros((size, size), bool)
         model = self.physics.model.ptr

@@ -1,8 +1,8 @@
 """DisWM's colour distractors: the colours of all materials flicker within a narrow box around one colour.
 
-Source: DisWM (ICCV 2025), section 4 and its released environments. Every material starts uniform in base +- 0.2 per channel and moves by
-Gaussian steps of 0.2 an env step, clipped to the box, in which it therefore nearly flickers. The base changes from phase 1 to phase 2 half
-way through DisWM's training. Its random numbers were not seeded; here they follow from the reset's seed.
+Source: DisWM (ICCV 2025), section 4 and its released environments. Every material starts uniformly in base +- 0.2 per channel and moves by
+Gaussian steps of 0.2 per env step, clipped to the box. With steps as large as the box, colours nearly flicker. The base changes from phase
+1 to phase 2 half way through DisWM's training. DisWM did not seed its random numbers; here the reset's seed does.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ class DisWMEnv(DMCEnv):
     """A task of the suite in DisWM's colours; physics is that of ``dmc:``, bit for bit.
 
     Args:
-        phase: 1 or 2, the palette. `set_phase` changes it for the episodes to come.
-        reference_repeat: DisWM's released environment repeats an action ``action_repeat`` times, and that twice (4 env steps with the
-            usual 2); the reward is twice the sum over the second half, the first half is lost. Off by default: scores under it compare
-            with DisWM's tables, but not with other suites'.
+        phase: 1 or 2, the palette. `set_phase` changes it for later episodes.
+        reference_repeat: DisWM's released environment repeats an action twice ``action_repeat`` times (4 env steps with the usual 2). The
+            reward is twice the sum over the second half; the first half is dropped. Off by default: with it scores are comparable with
+            DisWM's tables, but not with other suites.
 
     Raises:
         ConfigError: another phase.

@@ -36,19 +36,19 @@ TASKS: dict[str, tuple[str, str]] = {
     }.items()
     for task in tasks
 }
-"""Task name -> (domain, task) of the suite, written out so that names can be listed and checked without importing MuJoCo."""
+"""Task name -> (domain, task) of the suite, listed here so names can be checked without importing MuJoCo."""
 
 CAMERAS: dict[str, int | str] = {"quadruped": 2, "dog_fetch": "y-axis"}
-"""Cameras of domains or tasks other than number 0, which in dog fetch looks at the ball alone."""
+"""Cameras of domains or tasks that do not use number 0, which in dog fetch shows only the ball."""
 ACTION_REPEAT, TIME_LIMIT = 2, 1000
 UNBOUNDED = 1e6
 
 
 class DMCEnv(PixelEnv):
-    """One task of the suite. Return in 0..1000 for 1000 env steps; terminated only where the task says so (lqr).
+    """One task of the suite. Return in 0..1000 for 1000 env steps; terminated only if the task says so (lqr).
 
-    The suite's own time limit is replaced by ``time_limit``. A model that the suite draws at random when it is built (lqr) is always the
-    same one. ``physics`` is dm_control's object, for ground truth. Suites that draw the same tasks otherwise are subclasses.
+    ``time_limit`` replaces the suite's own time limit. A model that the suite draws at random when it is built (lqr) is always the same.
+    ``physics`` is dm_control's object, for ground truth. Suites that render the same tasks differently are subclasses.
     """
 
     suite_name: ClassVar[str] = "dmc"
@@ -69,7 +69,7 @@ class DMCEnv(PixelEnv):
             raise unknown_name("DMC task", task, TASKS)
         from localmotion.envs.gl import choose_gl
 
-        self._gl = choose_gl()  # before dm_control, whose import settles how MuJoCo draws
+        self._gl = choose_gl()  # before dm_control, whose import fixes how MuJoCo draws
         from localmotion.envs.render import SceneRenderer, camera_id, resolve_quality
 
         with warnings.catch_warnings():
@@ -81,13 +81,13 @@ class DMCEnv(PixelEnv):
         domain, name = TASKS[task]
         inner = suite.load(domain, name, task_kwargs={"random": 0, "time_limit": float("inf")})
         self.physics, self._task = inner.physics, inner.task
-        # quadruped escape asks its physics for an OpenGL context, to send it the terrain. dm_control caches which context is current, so
-        # one of its own beside ours would draw into ours: it gets none, and the terrain is sent by our renderer.
+        # quadruped escape requests an OpenGL context from its physics, to upload the terrain. dm_control caches which context is current,
+        # so a second context would draw into ours. It gets none, and our renderer uploads the terrain.
         self.physics._make_rendering_contexts = _no_contexts
         self._sub_steps = round(inner.control_timestep() / self.physics.timestep())
         bounds = inner.action_spec()
         low, high = np.asarray(bounds.minimum, np.float64), np.asarray(bounds.maximum, np.float64)
-        bounded = (low > -UNBOUNDED) & (high < UNBOUNDED)  # lqr has no bounds: [-1, 1] then
+        bounded = (low > -UNBOUNDED) & (high < UNBOUNDED)  # lqr has no bounds; use [-1, 1]
         low, high = np.where(bounded, low, -1.0), np.where(bounded, high, 1.0)
         self._centre, self._half = (high + low) / 2, (high - low) / 2
         super().__init__(
@@ -108,7 +108,7 @@ class DMCEnv(PixelEnv):
         self.metadata = {**self.metadata, "render_fps": max(1, round(rate))}
 
     def _prepare(self, model: Any) -> None:
-        """Called once, before the renderer is made: a subclass may change what mujoco.MjModel ``model`` looks like."""
+        """Called once, before the renderer is made. A subclass may change the look of mujoco.MjModel ``model``."""
 
     def _begin(self, episode_seed: int) -> None:
         self._task.random.seed(episode_seed)
@@ -117,7 +117,7 @@ class DMCEnv(PixelEnv):
         self._renderer.upload_height_fields()
 
     def _control(self, action: NDArray[np.float64]) -> tuple[float, bool]:
-        # dm_control's Environment.step without its observation, which nobody looks at and which costs as much as the physics.
+        # dm_control's Environment.step without its observation, which is not used and takes as long as the physics.
         try:
             self._task.before_step(self._centre + self._half * action, self.physics)
             self.physics.step(self._sub_steps)
@@ -145,7 +145,7 @@ class DMCEnv(PixelEnv):
         return segment(self._renderer, model, self.physics.data.ptr, moving_parts(model), size).agent
 
     def velocities(self) -> NDArray[np.float64]:
-        """Generalised velocities (nv,) of the physics, radians and metres a second: what probes of motion codes are asked for."""
+        """Generalised velocities (nv,) of the physics, radians and metres per second, the targets of probes."""
         return np.array(self.physics.data.qvel, np.float64)
 
     def vector(self) -> NDArray[np.float64]:
@@ -175,7 +175,7 @@ class DMCEnv(PixelEnv):
 
 
 def _no_contexts() -> None:
-    """Stands in for dm_control's making of OpenGL contexts."""
+    """Replaces dm_control's creation of OpenGL contexts."""
 
 
 def _version(package: str, module: Any) -> str:

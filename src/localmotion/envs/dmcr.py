@@ -1,13 +1,13 @@
 """DMC Remastered: the tasks of the DeepMind Control Suite with seven visual factors redrawn at every episode.
 
 Source: Grigsby and Qi 2020, "Measuring Visual Generalization in Continuous Control from Pixels"; used by IPV and DRP for walker run,
-hopper stand and cheetah run (DRP 10.2.1). Ranges and order of the draws are those of the reference. Where it differs:
+hopper stand and cheetah run (DRP, section 5.1). Ranges and order of the draws are those of the reference. Differences:
 
-* The reference builds the physics anew for every episode; here the compiled model is changed in place, to the same picture.
-* Pictures are numbered in the order of their names, so a visual seed means the same picture on every machine; the reference took them
-  in the order of the directory.
-* A visual seed is drawn from the episode's seed by a generator of the environment's own, and so are the looks from the visual seed.
-  Camera and lamp have a stream of their own: the reference restarts the same generator for them, which ties the camera's place to the sky.
+* The reference builds the physics again for every episode; here the compiled model is changed in place, with the same picture.
+* Pictures are numbered in the order of their names, so a visual seed gives the same picture on every machine; the reference uses the
+  order of the directory.
+* A separate generator draws the visual seed from the episode's seed, and the look from the visual seed. Camera and lamp have their own
+  stream; the reference restarts the same generator for them, which makes the camera's place depend on the sky.
 * The shadow map's size (1548..2548 in the reference) is drawn and not used: it belongs to the rendering quality.
 * Domains that the reference lacks get a camera and a lamp moved by a share of their distance (`View` of `GENERIC`).
 """
@@ -29,7 +29,7 @@ from localmotion.envs.visuals import Mount, TextureSlot, chosen, euler_rotation,
 
 FACTORS = ("background", "floor", "body", "target", "reflectance", "camera", "light")
 WITHOUT_CAMERA = ("hopper_stand",)
-"""Tasks whose camera stays by default: IPV found hopper stand too hard with a moved one."""
+"""Tasks whose camera does not move by default. IPV found hopper stand too hard with a moved camera."""
 SEEDS = 1_000_000
 """Visual seeds are 1..SEEDS."""
 _SEED_STREAM, _VIEW_STREAM = 0xD3C, 1
@@ -40,10 +40,10 @@ Box = tuple[Range, Range, Range]
 
 @dataclass(frozen=True)
 class View:
-    """Where a domain's camera and lamp may stand, in the frame of the body they are mounted on; None: they stay.
+    """Ranges of a domain's camera and lamp, in the frame of their body; None: they stay.
 
     euler   degrees about x, y, z; ``tilt`` as in MuJoCo's xyaxes "1 0 0 0 tilt 1"
-    lamp    position; ``lamp_diffuse`` and ``lamp_specular`` a grey level, each channel off it by up to 0.02
+    lamp    position; ``lamp_diffuse`` and ``lamp_specular`` a grey level, with each channel changed by up to 0.02
     floor   size of the floor that replaces the model's (drawing only)
     """
 
@@ -73,10 +73,11 @@ VIEWS: dict[str, View] = {
     "reacher": View(((-0.05, 0.05), (-0.05, 0.05), (0.7, 0.8)), lamp=((-0.2, 0.2), (-0.2, 0.2), (0.15, 0.75))),
     "walker": View(((-0.3, 0.3), (-2.05, -1.95), (0.6, 0.8))),
 }
-"""Domains of the reference, with its numbers. The pendulum's camera sees less of the hanging pole than the suite's own, as there."""
+"""Domains of the reference, with its numbers. As in the reference, the pendulum's camera shows less of the hanging pole than the
+suite's camera."""
 GENERIC = (0.12, 0.3)
 """Other domains: the camera moves along each axis by up to this share of half the picture's width at its distance (5 % of the distance for
-a field of 45 degrees), a lamp by this share of its height."""
+a field of 45 degrees), a lamp by up to this share of its height."""
 _STAYING_LAMPS = ("target_light",)
 
 
@@ -121,7 +122,7 @@ class _Draws:
 
 
 def draw_look(visual_seed: int, skies: int, floors: int) -> Look:
-    """All factors of a visual seed but camera and lamp; drawn in the reference's order whichever of them are used (spec 3.2)."""
+    """All factors of a visual seed except camera and lamp. Always drawn in the reference's order, also if some are not used."""
     draws = _Draws(visual_seed)
     return Look(
         sky=draws.number(skies),
@@ -143,8 +144,8 @@ class DMCRemasteredEnv(DMCEnv):
     ``reset(options={"visual_seed": n})`` shows look n for that episode.
 
     Args:
-        visual_seed: the look of every episode, 1..1,000,000; None: drawn at every reset from the reset's seed.
-        factors: names of `FACTORS` that vary, a list or text with commas, "all" or "none"; None: all, but for the camera of hopper stand.
+        visual_seed: the look of all episodes, 1..1,000,000; None: drawn at every reset from its seed.
+        factors: names of `FACTORS` that vary, a list or text with commas, "all" or "none"; None: all, except the camera of hopper stand.
         textures: folder with floors/ and skies/, or "procedural"; None: the folder in LOCALMOTION_DMCR_TEXTURES, else procedural.
 
     Raises:
@@ -189,7 +190,7 @@ class DMCRemasteredEnv(DMCEnv):
         self._generic = domain not in VIEWS
         if self._view.floor is not None and "floor" in self.factors:
             ground = next(i for i in range(model.ngeom) if model.geom_type[i] == 0)
-            model.geom_size[ground] = self._view.floor  # a plane collides everywhere, whatever its size
+            model.geom_size[ground] = self._view.floor  # a plane collides everywhere, for any size
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Observation, dict[str, Any]]:
         """Start an episode; ``options={"visual_seed": n}`` for look n. ``info`` has the ``visual_seed``."""
@@ -201,10 +202,10 @@ class DMCRemasteredEnv(DMCEnv):
         drawn = 1 + _Draws(episode_seed, _SEED_STREAM).number(SEEDS)
         self.visual_seed = self._asked or self._fixed or drawn
         self._dress(self.visual_seed)
-        super()._begin(episode_seed)  # whose forward pass puts camera and lamp where they are now mounted
+        super()._begin(episode_seed)  # its forward pass moves camera and lamp to their mounts
 
     def _dress(self, visual_seed: int) -> None:
-        """Give the model the look of a visual seed; nothing of the one before is left."""
+        """Give the model the look of a visual seed. Nothing remains from the look before."""
         model, on = self.physics.model.ptr, self.factors
         look = draw_look(visual_seed, self.textures.count("skies"), self.textures.count("floors"))
         for kind, slot in self._slots:
@@ -212,7 +213,7 @@ class DMCRemasteredEnv(DMCEnv):
                 self._renderer.upload_texture(slot.index)
         for factor, name, colour in (
             ("body", "self", look.body),
-            ("body", "skin", look.body),  # the dog's, whose texture is tinted
+            ("body", "skin", look.body),  # of the dog; its texture is tinted
             ("body", "effector", look.effector),
             ("target", "target", look.target),
         ):
@@ -226,7 +227,7 @@ class DMCRemasteredEnv(DMCEnv):
         self._mount_view(_Draws(visual_seed, _VIEW_STREAM))
 
     def _mount_view(self, draws: _Draws) -> None:
-        """Place camera and lamp; drawn for both in any case, so that switching one off does not move the other."""
+        """Place camera and lamp. Always draws for both, so switching one off does not move the other."""
         view, model = self._view, self.physics.model.ptr
         camera, rotation = self._mount.position, None
         if view.camera is not None:

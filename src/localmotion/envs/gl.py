@@ -1,9 +1,9 @@
-"""Finding an OpenGL that really draws: EGL, then OSMesa, each tried in a process of its own before this one depends on it.
+"""Find a working OpenGL: EGL, then OSMesa, each tried in a subprocess before this process uses it.
 
-A broken driver can hang, crash or draw black. So a backend is first made to draw a small coloured scene in a subprocess, under a time
-limit, and the picture is looked at. Only then is ``MUJOCO_GL`` set, which MuJoCo reads once, when its own OpenGL parts are imported.
+A broken driver can hang, crash or draw black. So a backend first draws a small coloured scene in a subprocess, with a time limit, and
+the picture is checked. Only then is ``MUJOCO_GL`` set, which MuJoCo reads once, when its own OpenGL parts are imported.
 
-Every environment that draws calls `choose_gl` before its first OpenGL context, so `load_triton` is called there too.
+Every environment that draws calls `choose_gl` before its first OpenGL context, so it also calls `load_triton`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class GLInfo:
     renderer  OpenGL's own name of the device, e.g. "llvmpipe (LLVM 15.0.6, 256 bits)" or "NVIDIA H200/PCIe/SSE2"
     vendor    OpenGL's vendor string
     software  drawn by the CPU
-    tested    a scene was drawn in a subprocess and looked at
+    tested    a scene was drawn in a subprocess and checked
     message   one line for people
     """
 
@@ -72,15 +72,15 @@ _OPEN: weakref.WeakSet[_Closes] = weakref.WeakSet()
 
 
 def register(renderer: _Closes) -> None:
-    """Remember a renderer, so that it is closed while its GL context still lives when the process ends."""
+    """Remember a renderer, so it is closed before its GL context when the process ends."""
     _OPEN.add(renderer)
-    # Exit handlers run newest first. MuJoCo and dm_control each end the EGL display in one of theirs; ours has to come before both.
+    # Exit handlers run newest first. MuJoCo and dm_control each end the EGL display in one of theirs; ours must run before both.
     atexit.unregister(_close_all)
     atexit.register(_close_all)
 
 
 def _close_all() -> None:
-    """At exit: close the renderers; the contexts go with the process, and nothing may touch them after the display has ended."""
+    """At exit: close the renderers. The contexts end with the process; nothing may use them after the display has ended."""
     for renderer in list(_OPEN):
         renderer.close()
     for context in _CONTEXTS.values():
@@ -88,21 +88,21 @@ def _close_all() -> None:
     _CONTEXTS.clear()
 
 
-_TRITON: str | None = None  # what `load_triton` found
+_TRITON: str | None = None  # result of `load_triton`
 
 
 def load_triton() -> str:
-    """Load triton, where it is installed, before this process makes its first OpenGL context. Later calls return the same answer.
+    """Load triton, if installed, before this process makes its first OpenGL context. Later calls return the same result.
 
-    CUDA builds of torch install triton, and torch's optimisers import it, on a CPU too. Mesa's OpenGL drivers load their own LLVM with its
-    symbols open to all libraries loaded after it. Triton's LLVM, if it comes after, calls into Mesa's, of another version, and the process
-    dies of a segmentation fault. In the other order each keeps its own. Loading takes 0.1 s and 110 MB, most of it shared with the file.
+    CUDA builds of torch install triton, and torch's optimisers import it, also on a CPU. Mesa's OpenGL drivers load their own LLVM with
+    global symbols. If triton is loaded later, its LLVM calls into Mesa's LLVM of another version, and the process crashes with a
+    segmentation fault. In the other order each uses its own. Loading takes 0.1 s and 110 MB, most of it shared with the file.
 
     Returns:
-        "not installed", its version, or why it cannot be loaded; training goes on without it.
+        "not installed", its version, or why it cannot be loaded; training continues without it.
 
     Raises:
-        EnvError: triton is installed and another part of this program has loaded Mesa's driver already.
+        EnvError: triton is installed, and another part of this program has already loaded Mesa's driver.
     """
     global _TRITON
     if _TRITON is None:
@@ -120,13 +120,13 @@ def _load_triton() -> str:
             )
     try:
         module = importlib.import_module("triton")
-    except Exception as error:  # of any type: it is another's code, and it is needed only where torch compiles
+    except Exception as error:  # third-party errors of any type; triton is needed only if torch compiles
         return f"cannot be loaded: {type(error).__name__}: {one_line(error, 200)}"
     return str(getattr(module, "__version__", "of unknown version"))
 
 
 def _mapped() -> str:
-    """The files mapped into this process, "" where the system does not say."""
+    """The files mapped into this process, "" if the system does not report them."""
     try:
         with open("/proc/self/maps") as file:
             return file.read()
@@ -135,7 +135,7 @@ def _mapped() -> str:
 
 
 def _candidates() -> list[str]:
-    """Backends worth trying, best first: what ``MUJOCO_GL`` says, else what an earlier import already fixed, else all."""
+    """Backends to try, best first: that of ``MUJOCO_GL``, else the one fixed by an earlier import, else all."""
     wanted = os.environ.get("MUJOCO_GL", "").lower().strip()
     if wanted in _OFF:
         raise EnvError(f"MUJOCO_GL={wanted} switches rendering off; unset it, or set it to egl or osmesa")
@@ -153,23 +153,23 @@ def _candidates() -> list[str]:
 
 
 def choose_gl(timeout: float = 60.0) -> GLInfo:
-    """Pick the OpenGL backend of this process, once; later calls return the same answer.
+    """Choose the OpenGL backend of this process once; later calls return the same result.
 
-    Honours ``MUJOCO_GL`` (and ``MUJOCO_EGL_DEVICE_ID``), else tries EGL, then OSMesa. Sets ``MUJOCO_GL`` to the one found, and
+    Uses ``MUJOCO_GL`` (and ``MUJOCO_EGL_DEVICE_ID``), else tries EGL, then OSMesa. Sets ``MUJOCO_GL`` to the one found, and
     ``LP_NUM_THREADS`` (threads of Mesa's software drawing) to 0 unless it is set.
 
     Args:
         timeout: seconds one backend may take to import MuJoCo and draw.
 
     Raises:
-        EnvError: no backend draws; the message has each one's cause and the packages to install. Also what `load_triton` raises.
+        EnvError: no backend works; the message has the cause for each and the packages to install. Also the errors of `load_triton`.
     """
     global _INFO
     if _INFO is not None:
         return _INFO
     load_triton()
-    # Pictures of 64 pixels are too small for Mesa's rasteriser threads: handing the work over costs a third of a DMC frame on an idle
-    # machine, and several times the frame where the cores are busy with learning. Zero draws in the calling thread, the same picture.
+    # Pictures of 64 pixels are too small for Mesa's rasteriser threads: passing work to them takes a third of a DMC frame on an idle
+    # machine, and several times the frame while the cores are busy with learning. Zero draws in the calling thread, the same picture.
     os.environ.setdefault("LP_NUM_THREADS", "0")
     causes = []
     for backend in _candidates():
@@ -183,7 +183,7 @@ def choose_gl(timeout: float = 60.0) -> GLInfo:
 
 
 def _try(backend: str, timeout: float) -> tuple[GLInfo | None, str]:
-    """Draw with ``backend`` in a subprocess: what was found, or None and the cause in one line."""
+    """Draw with ``backend`` in a subprocess. Returns the result, or None and the cause in one line."""
     env = dict(os.environ, MUJOCO_GL=backend, PYTHONPATH=os.pathsep.join(p for p in sys.path if p))
     env.pop("PYOPENGL_PLATFORM", None)
     command = [sys.executable, "-m", "localmotion.envs.gl", backend]
@@ -207,7 +207,7 @@ def _try(backend: str, timeout: float) -> tuple[GLInfo | None, str]:
 
 
 def _new_context(backend: str) -> Any:
-    """A GL context of ``backend``, imported directly: MuJoCo's own choice was made when it was first imported."""
+    """A GL context of ``backend``, imported directly, because MuJoCo chose its own at its first import."""
     if backend == "egl":
         from mujoco.egl import GLContext
     elif backend == "osmesa":
@@ -221,10 +221,10 @@ def _new_context(backend: str) -> Any:
 
 
 def current_context() -> Any:
-    """The GL context of this thread, made on first use and shared by all its renderers, so that switching costs nothing.
+    """The GL context of this thread, made on first use and shared by all its renderers, so no switching is needed.
 
     Raises:
-        EnvError: no backend draws, or the context cannot be made.
+        EnvError: no backend works, or the context cannot be made.
     """
     key = (os.getpid(), threading.get_ident())
     context = _CONTEXTS.get(key)
@@ -240,7 +240,7 @@ def current_context() -> Any:
 
 
 def _probe(backend: str) -> None:
-    """Subprocess: draw a red box, print what OpenGL says of itself and whether the box is there, as one JSON line."""
+    """Subprocess: draw a red box; print OpenGL's description and the colour of the box as one JSON line."""
     import mujoco
     import numpy as np
 

@@ -1,8 +1,8 @@
 """Exact masks of the agent from MuJoCo's segmentation rendering (MaskLAM: "simulator mask").
 
-A pixel is the agent's when what it shows belongs to the robot: in dm_control everything not welded to the world (geoms, their sites, the
-strings and skins between them), in Meta-World the kinematic subtree of the first body of the world with "base" in its name. What stands
-before the agent hides it. Parts more transparent than `SOLID` are looked through, as in `localmotion.envs.truth_mujoco`.
+A pixel is in the mask if it shows a part of the robot: in dm_control everything not welded to the world (geoms, their sites, strings and
+skins), in Meta-World the kinematic subtree of the first body of the world with "base" in its name. Objects in front of the agent hide it.
+Parts more transparent than `SOLID` are ignored, as in `localmotion.envs.truth_mujoco`.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ SCENERY, AGENT, OTHER = 0, 1, 2
 
 @dataclass(frozen=True)
 class Layers:
-    """Masks (S, S) bool: ``agent``; ``sky``, where nothing of the scene is; ``scenery``, the sky and what is fixed to the world without
-    being a target. What is in none of them are objects and targets.
+    """Masks (S, S) bool: ``agent``; ``sky``, pixels without any part of the scene; ``scenery``, the sky and everything fixed to the
+    world except targets. Objects and targets are in none of them.
     """
 
     agent: NDArray[np.bool_]
@@ -42,12 +42,13 @@ class AgentParts:
 
 
 def moving_parts(model: Any) -> AgentParts:
-    """dm_control: the agent is what is not welded to the world; of the rest, geoms named or painted "target" are no scenery."""
+    """dm_control: the agent is everything not welded to the world; other geoms named or painted "target" are not scenery."""
     return _sorted(model, np.asarray(model.body_weldid) != 0, soft=AGENT)
 
 
 def subtree_parts(model: Any, word: str = "base") -> AgentParts:
-    """Meta-World: the agent is the subtree of the first child of the world whose name has ``word``. Raises EnvError when there is none."""
+    """Meta-World: the agent is the subtree of the first child of the world whose name contains ``word``. Raises EnvError if there is
+    none."""
     parents = np.asarray(model.body_parentid)
     root = next((i for i in range(1, model.nbody) if parents[i] == 0 and word in model.body(i).name), None)
     if root is None:
@@ -72,10 +73,10 @@ def _sorted(model: Any, agent: NDArray[np.bool_], soft: int) -> AgentParts:
 
 
 def segment(renderer: Any, model: Any, data: Any, parts: AgentParts, size: int | None = None) -> Layers:
-    """Render the segmentation of the present state at (S, S), without lights: about a third of a picture's time.
+    """Render the segmentation of the current state at (S, S), without lights, in about a third of a picture's time.
 
     Args:
-        renderer: the environment's `SceneRenderer`, so that meshes, camera and turning are those of its pictures.
+        renderer: the environment's `SceneRenderer`, so meshes, camera and rotation are those of its pictures.
         model, data: mujoco.MjModel and mujoco.MjData.
         parts: which parts are the agent.
         size: S; None for the renderer's own.
@@ -93,7 +94,7 @@ def segment(renderer: Any, model: Any, data: Any, parts: AgentParts, size: int |
     for geom in scene.geoms[: scene.ngeom]:
         kind = geom.objtype
         if geom.rgba[3] < SOLID:
-            geom.segid = -1  # MuJoCo's own sign for: not in this rendering
+            geom.segid = -1  # MuJoCo's code for: not in this rendering
         elif geom.segid >= 0:
             table[geom.segid + 1] = kinds[kind][geom.objid] if kind in kinds else parts.soft if kind in soft else OTHER
     flags = (mj.mjtRndFlag.mjRND_SEGMENT, mj.mjtRndFlag.mjRND_IDCOLOR)

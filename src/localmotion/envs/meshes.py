@@ -1,7 +1,7 @@
-"""Fewer triangles for the drawing of meshes: what a picture of 64 or 128 pixels cannot show need not be drawn.
+"""Fewer triangles for drawing meshes, without details that a picture of 64 or 128 pixels cannot show.
 
-Meta-World's robot has 67,000 triangles, most of them smaller than a pixel. Vertices that share a cell of a cubic grid are merged, where the
-surface is nearly flat over larger cells; triangles that collapse are dropped. Only what OpenGL is given changes: the physics keeps the full
+Meta-World's robot has 67,000 triangles, most of them smaller than a pixel. Vertices in the same cell of a cubic grid are merged; where the
+surface is nearly flat the cells are larger. Triangles that collapse are dropped. Only OpenGL's meshes change; the physics keeps the full
 meshes. Clustering by quadrics is Lindstrom's (2000), the measure of flatness Garland and Heckbert's (1997).
 """
 
@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 CELL = 0.0053
 """Side of the finest cell as a part of the model's extent: 12 mm in Meta-World, where a pixel of 64 is about 25 mm wide."""
 LEVELS = 3
-"""How many times the cell is doubled where that changes the surface little."""
+"""Maximum number of times that the cell is doubled where the surface is nearly flat."""
 FLATNESS = 0.25
-"""How little: root mean square distance of the merged vertex from the planes of the triangles around it, in finest cells."""
+"""Limit of flatness: root mean square distance of the merged vertex from the planes of its triangles, in finest cells."""
 _ARRAYS = ("mesh_vert", "mesh_face", "mesh_facenormal", "mesh_facetexcoord", "mesh_facenum")
 
 
@@ -28,9 +28,9 @@ def merge_vertices(
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Cluster (V, 3) ``vertices`` in cubes: their new positions (V, 3) and the numbers of the (F, 3) ``faces`` to keep.
 
-    Cubes have side ``cell``, or up to 2 ** ``levels`` times that where one vertex stays within ``flatness`` cells (root mean square) of the
-    planes of all triangles that touch the cube. Vertices of one cube get the same position, which lies within it. A face is kept when
-    its corners are in three cubes and no earlier face has the same three in the same turning direction.
+    Cubes have side ``cell``, or up to 2 ** ``levels`` times that if one vertex stays within ``flatness`` cells (root mean square) of the
+    planes of all triangles that touch the cube. Vertices of one cube get the same position inside it. A face is kept if
+    its corners are in three cubes and no earlier face has the same three in the same orientation.
     """
     points = np.asarray(vertices, np.float64)
     quadrics = _quadrics(points, faces)
@@ -40,11 +40,11 @@ def merge_vertices(
     for level in range(1, levels + 1):
         wider, target, error = _merge(points, quadrics, finest >> level, cell * 2**level, low)
         flat = error[wider] < (flatness * cell) ** 2
-        cube = np.where(flat, wider + len(points) * level, cube)  # numbers of the levels must not meet
+        cube = np.where(flat, wider + len(points) * level, cube)  # the levels have different numbers
         moved = np.where(flat[:, None], target, moved)
     corners = cube[faces]
     whole = (corners[:, 0] != corners[:, 1]) & (corners[:, 1] != corners[:, 2]) & (corners[:, 0] != corners[:, 2])
-    # Turn each triangle so that its lowest cube comes first: equal triangles become equal rows, mirrored ones do not.
+    # Rotate each triangle so its lowest cube comes first: equal triangles become equal rows, mirrored ones do not.
     start = corners.argmin(axis=1)[:, None]
     turned = np.take_along_axis(corners, (start + np.arange(3)) % 3, axis=1)
     candidates = np.flatnonzero(whole)
@@ -70,7 +70,7 @@ def _quadrics(points: NDArray[np.float64], faces: NDArray[np.integer[Any]]) -> N
 def _merge(
     points: NDArray[np.float64], quadrics: NDArray[np.float64], keys: NDArray[np.int64], side: float, low: NDArray[np.float64]
 ) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
-    """Cube (V,) of each vertex, the position (V, 3) its cube's vertices get, and each cube's mean squared distance from its planes."""
+    """Cube (V,) of each vertex, the merged position (V, 3) of its cube, and the mean squared distance of that from the cube's planes."""
     cells, cube = np.unique(keys, axis=0, return_inverse=True)
     cube = cube.ravel()
     counts = np.bincount(cube)
@@ -80,7 +80,7 @@ def _merge(
     matrix = np.empty((len(q), 3, 3))
     rows, columns = np.triu_indices(3)
     matrix[:, rows, columns] = matrix[:, columns, rows] = q[:, :6]
-    # The point nearest to all planes; directions in which it may slide (edges, flats) stay at the mean of the vertices.
+    # The point nearest to all planes; in free directions (edges, flat parts) it stays at the mean of the vertices.
     slope = (matrix @ mean[:, :, None])[:, :, 0] + q[:, 6:9]
     best = mean - (np.linalg.pinv(matrix, rcond=0.05, hermitian=True) @ slope[:, :, None])[:, :, 0]
     best = np.clip(best, low + cells * side, low + (cells + 1) * side)
@@ -90,7 +90,7 @@ def _merge(
 
 @contextmanager
 def simplified(model: Any) -> Iterator[None]:
-    """Within the block ``model`` (mujoco.MjModel) has simplified meshes; afterwards its own again, bit for bit."""
+    """Context in which ``model`` (mujoco.MjModel) has simplified meshes; afterwards its own are restored, bit for bit."""
     before = {name: getattr(model, name).copy() for name in _ARRAYS}
     cell = CELL * model.stat.extent
     try:
@@ -99,7 +99,7 @@ def simplified(model: Any) -> Iterator[None]:
             faces = _part(model.mesh_faceadr[mesh], model.mesh_facenum[mesh])
             moved, keep = merge_vertices(model.mesh_vert[vertices], model.mesh_face[faces], cell, LEVELS, FLATNESS)
             if len(keep) < 12:
-                continue  # smaller than a few cells: a box would be too little
+                continue  # smaller than a few cells, too small to simplify
             kept = slice(faces.start, faces.start + len(keep))
             model.mesh_vert[vertices] = moved
             for name in ("mesh_face", "mesh_facenormal", "mesh_facetexcoord"):

@@ -1,4 +1,4 @@
-"""Meta-World (3.1.1) by task name, with IPV's protocol: no action repeat, 500 env steps, never terminated, goals redrawn at every reset."""
+"""Meta-World (3.1.1) by task name, with IPV's protocol: no action repeat, 500 env steps, never terminated, new goals at every reset."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ TASKS: tuple[str, ...] = (
     "plate-slide-side", "push", "push-back", "push-wall", "reach", "reach-wall", "shelf-place", "soccer", "stick-pull",
     "stick-push", "sweep", "sweep-into", "window-close", "window-open",
 )  # fmt: skip
-"""The 50 tasks without their "-v3", written out so that names can be listed and checked without importing MuJoCo."""
+"""The 50 tasks without their "-v3", listed here so names can be checked without importing MuJoCo."""
 
 CAMERA = "corner"
 UPSIDE_DOWN = ("corner", "corner2", "corner3", "corner4")
-"""Cameras whose pictures 3.1.1 mounts upside down; theirs are turned by 180 degrees, here and nowhere else."""
+"""Cameras that 3.1.1 mounts upside down. Only here their pictures are rotated by 180 degrees."""
 ACTION_REPEAT, TIME_LIMIT = 1, 500
 
 
 class MetaWorldEnv(PixelEnv):
-    """One task. ``info["success"]`` says whether the goal is met after the call (an episode succeeds if it was at any call).
+    """One task. ``info["success"]`` is 1 if the goal is met after the call (an episode succeeds if it is 1 at any call).
 
-    Meta-World draws object and goal positions from NumPy's *global* generator unless told otherwise, and a reset starts from whatever the
-    previous episode left in the model. Here the draw comes from a generator of the environment's own, seeded anew at every reset, and
-    the model's moved bodies and sites are first put back: environments in one process do not touch each other.
+    By default Meta-World draws object and goal positions from NumPy's *global* generator, and a reset starts from the model as the previous
+    episode left it. Here the environment has its own generator, seeded at every reset, and moved bodies and sites of the model are first
+    restored. So environments in one process do not affect each other.
     """
 
     has_success = True
@@ -70,7 +70,7 @@ class MetaWorldEnv(PixelEnv):
         from localmotion.envs.render import SceneRenderer, camera_id, resolve_quality
 
         with warnings.catch_warnings():
-            # gymnasium's viewer imports glfw, which warns where there is no display.
+            # gymnasium's viewer imports glfw, which warns if there is no display.
             warnings.simplefilter("ignore")
             import mujoco
             from metaworld.env_dict import ALL_V3_ENVIRONMENTS
@@ -83,11 +83,11 @@ class MetaWorldEnv(PixelEnv):
         inner._set_task_called = True
         inner._freeze_rand_vec = False
         inner.seeded_rand_vec = True
-        inner.max_path_length = self.time_limit + 1  # Meta-World raises at its own limit; ours truncates before
+        inner.max_path_length = self.time_limit + 1  # Meta-World raises at its own limit; our limit truncates before it
         model = inner.model
         self._fresh = {name: getattr(model, name).copy() for name in ("body_pos", "body_quat", "site_pos", "geom_pos")}
         self._met = 0.0
-        self._vector = np.zeros(39)  # Meta-World's own observation, which its scripted policies read
+        self._vector = np.zeros(39)  # Meta-World's own observation, the input of its scripted policies
         self._expert: Any = None
         self.camera = camera_id(model, CAMERA if camera is None else camera, self.name)
         self.camera_name = model.camera(self.camera).name
@@ -120,9 +120,9 @@ class MetaWorldEnv(PixelEnv):
         return self._met
 
     def expert_action(self) -> NDArray[np.float32]:
-        """What Meta-World's scripted policy for this task does now, (4,) in [-1, 1]. It sees the state, not the picture."""
+        """Current action of Meta-World's scripted policy for this task, (4,) in [-1, 1]. Its input is the state, not the picture."""
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # it says that it asks for more than [-1, 1], which is clipped here
+            warnings.simplefilter("ignore", UserWarning)  # it warns about actions outside [-1, 1], which are clipped here
             if self._expert is None:
                 from metaworld.policies import ENV_POLICY_MAP
 
@@ -148,14 +148,14 @@ class MetaWorldEnv(PixelEnv):
         return segment(self._renderer, model, self.inner.data, subtree_parts(model), size).agent
 
     def velocities(self) -> NDArray[np.float64]:
-        """Velocity of the hand (3,), metres a second, then the generalised velocities (nv,): what probes of motion codes are asked for."""
+        """Velocity of the hand (3,), metres per second, then the generalised velocities (nv,), the targets of probes."""
         model, data, hand = self.inner.model, self.inner.data, np.zeros(6)
         body = self._mujoco.mj_name2id(model, self._mujoco.mjtObj.mjOBJ_BODY, "hand")
         self._mujoco.mj_objectVelocity(model, data, self._mujoco.mjtObj.mjOBJ_BODY, body, hand, 0)
         return np.concatenate([hand[3:], data.qvel])
 
     def vector(self) -> NDArray[np.float64]:
-        """Meta-World's own observation, (39,), with the goal's place in its last three numbers."""
+        """Meta-World's own observation, (39,), with the goal's position in its last three numbers."""
         return np.array(self._vector, np.float64)
 
     def state(self) -> NDArray[np.float64]:

@@ -1,10 +1,10 @@
-"""Pictures of a MuJoCo scene, fast: one persistent context at the exact size, in one of two qualities.
+"""Fast pictures of a MuJoCo scene: one persistent context at the exact size, in one of two qualities.
 
-What costs time in software OpenGL is not pixels but vertices and shadow maps (measure with benchmarks/bench_env.py): the 4096 x 4096 shadow
-map and four samples a pixel of MuJoCo's defaults, round bodies of 28 x 16 facets and meshes of ten thousands of triangles, all of it drawn
-again for each light that casts shadows and for reflections. `fast` keeps the lights, shadows and reflections but draws them with a
-small map, one sample, fewer facets and simplified meshes. Leaving the shadows out would be cheaper still but darkens floors by up to a
-third: without the shadow's extra pass MuJoCo adds all lights before it clips them.
+In software OpenGL vertices and shadow maps take the time, not pixels (measure with benchmarks/bench_env.py): the 4096 x 4096 shadow
+map and four samples per pixel of MuJoCo's defaults, round bodies of 28 x 16 facets and meshes of ten thousands of triangles, all drawn
+again for each light with shadows and for reflections. `fast` keeps the lights, shadows and reflections but draws them with a
+small map, one sample, fewer facets and simplified meshes. Rendering without shadows would be faster, but floors become up to a
+third darker: without the extra pass for shadows MuJoCo adds all lights before it clips them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Quality = Literal["fast", "reference", "auto"]
 QUALITIES = ("fast", "reference", "auto")
 MAX_GEOMS = 5000
 FAST = {"offsamples": 0, "shadowsize": 128, "numslices": 12, "numstacks": 8, "numquads": 2}
-"""MuJoCo's ``visual/quality`` settings in `fast`; `reference` leaves the model's own."""
+"""MuJoCo's ``visual/quality`` settings in `fast`; `reference` keeps the model's own."""
 
 
 def resolve_quality(quality: str) -> Literal["fast", "reference"]:
@@ -54,17 +54,17 @@ class SceneRenderer:
     """Draws one model from one camera.
 
     Args:
-        model: mujoco.MjModel. It is only read; settings changed while the context is built are put back.
+        model: mujoco.MjModel. It is only read; settings changed while the context is built are restored.
         size: side of the square picture in pixels.
         camera: number of the model's camera.
         quality: "fast" or "reference".
-        upside_down: turn every picture by 180 degrees (cameras that are mounted so).
+        upside_down: rotate every picture by 180 degrees (for cameras mounted upside down).
     """
 
     def __init__(
         self, model: Any, *, size: int, camera: int, quality: Literal["fast", "reference"], upside_down: bool = False
     ) -> None:
-        current_context()  # settles MUJOCO_GL before MuJoCo is imported
+        current_context()  # sets MUJOCO_GL before MuJoCo is imported
         import mujoco
 
         self._mujoco = mujoco
@@ -72,7 +72,7 @@ class SceneRenderer:
         self._model, self.size, self.quality, self._upside_down = model, size, quality, upside_down
         self._scene = mujoco.MjvScene(model, MAX_GEOMS)
         self._options = mujoco.MjvOption()
-        self._options.flags[mujoco.mjtVisFlag.mjVIS_RANGEFINDER] = False  # as dm_control does: no rays of sensors
+        self._options.flags[mujoco.mjtVisFlag.mjVIS_RANGEFINDER] = False  # as in dm_control: do not draw rays of sensors
         self.camera = mujoco.MjvCamera()
         self.camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
         self.camera.fixedcamid = camera
@@ -86,7 +86,7 @@ class SceneRenderer:
         """Draw mujoco.MjData ``data``: (S, S, 3) uint8 RGB, a new array; S is ``size`` or the renderer's own.
 
         Raises:
-            EnvError: closed, or called from another thread or process than the one that made it.
+            EnvError: closed, or called from a thread or process that did not make it.
         """
         self._enter()
         mj, side = self._mujoco, size or self.size
@@ -109,7 +109,7 @@ class SceneRenderer:
         self._mujoco.mjr_uploadTexture(self._model, self._context, index)
 
     def upload_height_fields(self) -> None:
-        """Send the model's height fields again; some tasks redraw their terrain at a reset."""
+        """Send the model's height fields again; some tasks change their terrain at a reset."""
         if self._model.nhfield:
             self._enter()
             for index in range(self._model.nhfield):
@@ -125,9 +125,9 @@ class SceneRenderer:
         self._mujoco.mjr_setBuffer(self._mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._context)
 
     def close(self) -> None:
-        """Free what OpenGL holds. Safe to call twice."""
+        """Free the OpenGL objects. Safe to call twice."""
         context, self._context = getattr(self, "_context", None), None
-        # In another thread or a forked child these OpenGL names belong to someone else: leave them.
+        # In another thread or a forked child these OpenGL names belong to another context; keep them.
         if context is not None and self._owner == (os.getpid(), threading.get_ident()):
             current_context()
             context.free()
@@ -138,7 +138,7 @@ class SceneRenderer:
 
 @contextmanager
 def _drawn_with(model: Any, quality: str, size: int) -> Iterator[None]:
-    """Quality settings for the time a context is built (they are read only then); put back afterwards."""
+    """Context with quality settings while an OpenGL context is built, which reads them only then; restored afterwards."""
     area, settings = model.vis.global_, model.vis.quality
     before = {name: getattr(settings, name) for name in FAST}
     sides = area.offwidth, area.offheight

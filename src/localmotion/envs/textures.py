@@ -1,7 +1,7 @@
-"""Floor and sky pictures for DMC Remastered: from a folder, or drawn by a procedure with the statistics of the originals.
+"""Floor and sky pictures for DMC Remastered: from a folder, or procedural ones with the statistics of the originals.
 
 The originals (Grigsby and Qi, "Measuring Visual Generalization in Continuous Control from Pixels") are 119 photographs of landscapes and
-383 of grounds. `ProceduralTextures` has as many of each. Measured over all pictures, mean (and standard deviation between pictures):
+383 of grounds. `ProceduralTextures` has the same numbers. Measured over all pictures, mean (and standard deviation between pictures):
 
 | | brightness | contrast (its std) | spectrum slope | saturation | std between rows | top minus bottom half |
 |---|---|---|---|---|---|---|
@@ -30,9 +30,9 @@ from localmotion.errors import ConfigError
 
 Kind = Literal["floors", "skies"]
 VARIABLE = "LOCALMOTION_DMCR_TEXTURES"
-"""Environment variable with the folder, where none is given."""
+"""Environment variable with the folder, used if none is given."""
 SIDES: dict[Kind, int] = {"floors": 150, "skies": 256}
-"""Side of the pictures in pixels, as they are drawn: a picture of 64 shows a metre of floor, or a face of the sky, in fewer than 130."""
+"""Side of the pictures in pixels. A picture of 64 pixels shows a metre of floor, or a face of the sky, in fewer than 130 pixels."""
 COUNTS: dict[Kind, int] = {"floors": 383, "skies": 119}
 _ENDINGS = (".png", ".jpg", ".jpeg", ".bmp")
 _STREAM = 0x7E57
@@ -42,16 +42,16 @@ class Textures(Protocol):
     """Numbered floor and sky pictures."""
 
     def count(self, kind: Kind) -> int:
-        """How many there are of a kind."""
+        """Number of pictures of a kind."""
 
     def name(self, kind: Kind, index: int) -> str:
-        """For people: what the picture is called."""
+        """Name of the picture, for people."""
 
     def picture(self, kind: Kind, index: int) -> NDArray[np.uint8]:
-        """(S, S, 3) uint8 with S of `SIDES`. Not to be written to."""
+        """(S, S, 3) uint8 with S of `SIDES`. Must not be modified."""
 
     def describe(self) -> dict[str, Any]:
-        """Where they come from and a hash of their list, JSON-able."""
+        """Their source and a hash of their list, JSON-able."""
 
 
 def find_textures(folder: str | Path | None = None) -> Textures:
@@ -65,13 +65,14 @@ def find_textures(folder: str | Path | None = None) -> Textures:
 
 
 class FolderTextures:
-    """Pictures of ``folder/floors`` and ``folder/skies`` in the order of their names' bytes: a number means the same picture everywhere."""
+    """Pictures of ``folder/floors`` and ``folder/skies`` in the byte order of their names, so a number gives the same picture on every
+    machine."""
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._names = folder, {kind: _list_pictures(folder, kind) for kind in SIDES}
 
     def count(self, kind: Kind) -> int:
-        """How many there are of a kind."""
+        """Number of pictures of a kind."""
         return len(self._names[kind])
 
     def name(self, kind: Kind, index: int) -> str:
@@ -79,11 +80,11 @@ class FolderTextures:
         return self._names[kind][index]
 
     def picture(self, kind: Kind, index: int) -> NDArray[np.uint8]:
-        """(S, S, 3) uint8, area-averaged to a square; kept in memory. Raises ConfigError for a file that is no picture."""
+        """(S, S, 3) uint8, area-averaged to a square; kept in memory. Raises ConfigError for a file that is not a picture."""
         return _read_picture(self._folder / kind / self._names[kind][index], SIDES[kind])
 
     def describe(self) -> dict[str, Any]:
-        """Source, numbers and the hash of names and sizes of all files (what another machine must have to see the same)."""
+        """Source, numbers and a hash of names and sizes of all files, which is equal on machines with the same pictures."""
         lines = [
             f"{kind}/{name} {(self._folder / kind / name).stat().st_size}"
             for kind, names in self._names.items()
@@ -94,10 +95,10 @@ class FolderTextures:
 
 
 class ProceduralTextures:
-    """Pictures drawn by this module's procedures; number i depends on i alone."""
+    """Procedural pictures; picture i depends only on i."""
 
     def count(self, kind: Kind) -> int:
-        """As many as the originals."""
+        """The same number as of the originals."""
         return COUNTS[kind]
 
     def name(self, kind: Kind, index: int) -> str:
@@ -105,7 +106,7 @@ class ProceduralTextures:
         return f"procedural {kind} {index}"
 
     def picture(self, kind: Kind, index: int) -> NDArray[np.uint8]:
-        """(S, S, 3) uint8; kept in memory after the first time, which takes 10 to 20 ms."""
+        """(S, S, 3) uint8; kept in memory after the first call, which takes 10 to 20 ms."""
         return _procedural(kind, index)
 
     def describe(self) -> dict[str, Any]:
@@ -152,7 +153,7 @@ def _frozen(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def fractal(rng: np.random.Generator, side: int, slope: float, stretch: tuple[float, float] = (1.0, 1.0)) -> NDArray[np.float64]:
-    """(side, side) noise of mean 0 and variance 1 that tiles, with power falling as frequency to ``slope``, drawn out along (y, x)."""
+    """(side, side) noise of mean 0 and variance 1 that tiles, with power proportional to frequency ** ``slope``, stretched along (y, x)."""
     fy, fx = np.fft.fftfreq(side)[:, None] * stretch[0], np.fft.rfftfreq(side)[None] * stretch[1]
     radius = np.hypot(fy, fx)
     radius[0, 0] = np.inf
@@ -172,7 +173,7 @@ def _levelled(picture: NDArray[np.float64], mean: float, contrast: float) -> NDA
     grey = picture @ np.array([0.299, 0.587, 0.114])
     scale = contrast / 255 / max(float(grey.std()), 1e-6)
     levelled = (picture - grey.mean()) * min(scale, 4.0)
-    # Colour differences keep their size where the contrast is drawn out or pressed together.
+    # Differences between colours keep their size when the contrast is changed.
     chroma = (picture - grey[..., None]).mean(axis=(0, 1))
     levelled += chroma * (1 - min(scale, 4.0)) + mean / 255
     return (np.clip(levelled, 0, 1) * 255).round().astype(np.uint8)

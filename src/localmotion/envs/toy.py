@@ -1,7 +1,7 @@
-"""Exact little environments without MuJoCo, for learning smoke tests, continuous integration and teaching.
+"""Small exact environments without MuJoCo, for smoke tests of learning, continuous integration and teaching.
 
-Their pictures are flat layers of known place, so flow, masks and tracks are known to rounding: ``true_flow``, ``true_mask`` and
-`localmotion.envs.truth.motion_truth`, the interface that MuJoCo environments have too.
+Their pictures are flat layers at known positions, so flow, masks and tracks are exact up to rounding: ``true_flow``, ``true_mask`` and
+`localmotion.envs.truth.motion_truth`, the same interface as for MuJoCo environments.
 """
 
 from __future__ import annotations
@@ -30,13 +30,14 @@ BACKGROUND_DECAY, BACKGROUND_STEP = 0.9, 2.0
 MIXING = np.array([[0.6, 0.8], [0.8, -0.6]])
 """W of `MovingBackgroundEnv`: unit rows."""
 RANDOM_RETURN, OPTIMAL_RETURN = 23.5, 47.8
-"""Of `DotEnv`: mean return of uniform random actions and of `optimal_action`, 2,000 episodes of the default length each."""
+"""Mean return in `DotEnv` of uniform random actions and of `optimal_action`, over 2,000 episodes of the default length each."""
 BLOCK_RANDOM, BLOCK_OPTIMAL = 15.0, 49.3
-"""The same of `BlockEnv`."""
+"""The same for `BlockEnv`."""
 
 
 def make_toy(task: str, *, camera: str | int | None = None, quality: str = "auto", **settings: Any) -> LayeredEnv:
-    """The toy environment ``task``; ``settings`` are its class's. Raises ConfigError for an unknown one, or a camera, which toys lack."""
+    """The toy environment ``task``; ``settings`` are those of its class. Raises ConfigError for an unknown task, or for a camera,
+    because toys have none."""
     if task not in TASKS:
         raise unknown_name("toy environment", task, TASKS)
     if camera is not None:
@@ -56,12 +57,12 @@ def make_toy(task: str, *, camera: str | int | None = None, quality: str = "auto
 
 
 class LayeredEnv(PixelEnv):
-    """An environment whose picture is flat layers, each at a known place: exact flow, masks and tracks."""
+    """An environment whose picture consists of flat layers at known positions: exact flow, masks and tracks."""
 
     _layers_before: Layers
 
     def layers(self, size: int) -> Layers:
-        """The layers of the present picture drawn at ``size``, background first."""
+        """The layers of the current picture drawn at ``size``, background first."""
         raise NotImplementedError
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Observation, dict[str, Any]]:
@@ -71,21 +72,21 @@ class LayeredEnv(PixelEnv):
         return result
 
     def step(self, action: NDArray[np.float32]) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
-        """As `PixelEnv.step`; also remembers where the layers were, for ``true_flow``."""
+        """As `PixelEnv.step`; also stores the previous layers, for ``true_flow``."""
         if self._begun:
             self._layers_before = self.layers(self.draw_size)
         return super().step(action)
 
     def true_flow(self) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-        """Flow (S, S, 2) from the picture before the last ``step`` to the present one, in pixels of the drawn size S, and (S, S) where
-        what moves is seen in both pictures. Zero after a reset. Raises EnvError before the first reset.
+        """Flow (S, S, 2) from the picture before the last ``step`` to the current one, in pixels of the drawn size S, and (S, S) where
+        the moving surface is visible in both pictures. Zero after a reset. Raises EnvError before the first reset.
         """
         if not self._begun:
             raise EnvError(f"{self.name}: call reset() before true_flow()")
         return LayerTruth(self).flow(self._layers_before, self.layers(self.draw_size))
 
     def true_mask(self) -> NDArray[np.bool_]:
-        """(S, S) pixels of the present picture, at the drawn size, that show any of the agent."""
+        """(S, S) pixels of the current picture, at the drawn size, that show any part of the agent."""
         raise NotImplementedError
 
     def _facts(self) -> dict[str, Any]:
@@ -93,9 +94,9 @@ class LayeredEnv(PixelEnv):
 
 
 class DotEnv(LayeredEnv):
-    """A patch moved by a 2-d velocity (x right, y down) over a textured background to a goal patch.
+    """A patch that moves with a 2-d velocity (x right, y down) over a textured background to a goal patch.
 
-    The agent's position lives in [0, 1]^2 and stops at the walls. Reward of an env step: max(0, 1 - distance to the goal) in
+    The agent's position is in [0, 1]^2 and stops at the walls. Reward of an env step: max(0, 1 - distance to the goal) in
     arena widths, in 0..1; never terminated. Agent, goal and background texture are drawn at every reset. Agent and goal are at
     whole pixels, so the motion of the agent's patch between two pictures is exact: ``true_motion``.
     """
@@ -133,7 +134,7 @@ class DotEnv(LayeredEnv):
         self._before = self.agent
 
     def step(self, action: NDArray[np.float32]) -> Any:
-        """As `PixelEnv.step`; also remembers where the agent was, for ``true_motion``."""
+        """As `PixelEnv.step`; also stores the agent's previous position, for ``true_motion``."""
         self._before = self.agent
         return super().step(action)
 
@@ -191,11 +192,10 @@ class DotEnv(LayeredEnv):
 
 
 class BlockEnv(DotEnv):
-    """The easiest task from pictures, for learning tests: bring a large block to the middle of an even ground.
+    """The easiest task from pictures, for learning tests: move a large block to the middle of a plain ground.
 
-    The block's side is a quarter of the picture's, its start is drawn at every reset, the goal is always the middle and not drawn. Reward
-    of an env step: 1 within 0.1 of the goal, from there falling to 0 at a distance of 0.5, as DeepMind Control's tolerances do; never
-    terminated.
+    The block's side is a quarter of the picture's. Its start is random at every reset; the goal is always the middle and not visible.
+    Reward of an env step: 1 within 0.1 of the goal, falling to 0 at a distance of 0.5, like DeepMind Control's tolerances; never terminated.
     """
 
     task = "block"
@@ -228,22 +228,22 @@ class BlockEnv(DotEnv):
 
 
 class MovingBackgroundEnv(DotEnv):
-    """`DotEnv` before a background that moves by its own exact shift, correlated with actions or not (specs: B.9 of MaskLAM's notes).
+    """`DotEnv` in front of a background with its own exact motion, correlated with actions or not (docs/environments.md).
 
-    The background is an endless texture displaced by an offset u, in pixels of a 64-pixel picture (x right, y down), env step by env step:
+    The background is an endless texture, displaced by an offset u in pixels of a 64-pixel picture (x right, y down). At each env step:
 
         u' = 0.9 u + 2 (c W tanh(sqrt(3) b) + sqrt(1 - c^2) n),    n ~ N(0, 1)^2, W fixed with unit rows
 
-    Agent and background are at sub-pixel places, drawn with antialiased edges. The task, its reward and its returns are `DotEnv`'s.
+    Agent and background have sub-pixel positions and are drawn with antialiased edges. The task, its reward and its returns are `DotEnv`'s.
 
     Args:
-        source: what b is. "independent": nothing, c is 0. "lagged": the action of ``lag`` env steps ago. "twin": the action of another
-            agent, uniform from the episode's own generator, or the row of ``twin_actions`` of this env step. "leaky": the present action.
+        source: of b. "independent": b is not used, c is 0. "lagged": the action of ``lag`` env steps ago. "twin": the action of another
+            agent: uniform from the episode's own generator, or the row of ``twin_actions`` for this env step. "leaky": the present action.
         correlation: c in [0, 1]; None for 0.7 (0 if independent).
         lag: env steps, for "lagged".
 
     Attributes:
-        twin_actions: (T, 2) actions of another episode to move the background by, set by the user; it starts over at its end.
+        twin_actions: (T, 2) actions of another episode that move the background, set by the user; repeated after the end.
         offset: u.
 
     Raises:
@@ -280,7 +280,7 @@ class MovingBackgroundEnv(DotEnv):
         noise, other = (
             self._noise.normal(0, 1, 2),
             self._noise.uniform(-1, 1, 2),
-        )  # drawn whatever the source: episodes stay comparable
+        )  # drawn for every source, so episodes stay comparable
         if self.source == "leaky":
             other = action
         elif self.source == "lagged":
@@ -299,7 +299,7 @@ class MovingBackgroundEnv(DotEnv):
         return ((self.agent - self._before) * reach).astype(np.float32)
 
     def layers(self, size: int) -> Layers:
-        """Background, goal, agent; a pixel belongs to the layer that has at least half of it."""
+        """Background, goal, agent; a pixel belongs to the layer that covers at least half of it."""
         side = self._side(size)
         origin = np.stack([self.offset * (size / 64), *(p * (size - side) for p in (self.goal, self.agent))])
         ident = np.zeros((size, size), np.int32)
@@ -308,7 +308,7 @@ class MovingBackgroundEnv(DotEnv):
         return Layers(ident, origin, AGENT_LAST)
 
     def true_mask(self) -> NDArray[np.bool_]:
-        """(S, S) pixels that the agent covers, wholly or partly."""
+        """(S, S) pixels that the agent covers, fully or partly."""
         side = self._side(self.draw_size)
         return _coverage(self.agent * (self.draw_size - side), side, self.draw_size) > 0
 
@@ -317,7 +317,7 @@ class MovingBackgroundEnv(DotEnv):
         return np.concatenate([super().state(), self.offset])
 
     def _draw(self, size: int) -> NDArray[np.uint8]:
-        # The torus has 32 x 32 random cells of 4 pixels (of 64): twice the picture.
+        # The torus has 32 x 32 random cells of 4 pixels (of 64), twice the picture's side.
         cells = 16 / size
         x, y = ((np.arange(size) + 0.5) * cells - 0.5 - shift / 4 for shift in self.offset)
         picture = _torus(_cells()[self._texture], x, y)
@@ -335,12 +335,12 @@ class MovingBackgroundEnv(DotEnv):
 
 
 class PairsEnv(LayeredEnv):
-    """The little benchmark of latent-action models (specs: B.9 of MaskLAM's notes): two pictures, an action and a nuisance between them.
+    """A small benchmark for latent-action models such as MaskLAM (arXiv 2602.02259): two pictures, an action and a nuisance between them.
 
-    Geometry in units of 1/16 of the picture: a square of side 5 begins at a place p ~ U[4, 7]^2 and moves by 3.5 a; a smooth texture on a
+    Geometry in units of 1/16 of the picture: a square of side 5 starts at p ~ U[4, 7]^2 and moves by 3.5 a; a smooth texture on a
     torus of side 32, seen through a window at u ~ U[0, 2]^2, moves by -4 b, b ~ U[-1, 1]^2 independent of the action (``nuisance``). At
-    ``size=16`` the pictures are those of the notes. An episode of ``time_limit=1`` is one pair, as in the notes; the default is two pairs,
-    because gymnasium's checker refuses environments that end with their first step. The square stops at the border. There is no reward.
+    ``size=16`` a unit is one pixel. An episode with ``time_limit=1`` is one pair; the default is two pairs, because gymnasium's checker
+    refuses environments that end with their first step. The square stops at the border. There is no reward.
     """
 
     def __init__(
@@ -375,18 +375,18 @@ class PairsEnv(LayeredEnv):
         return 0.0, False
 
     def layers(self, size: int) -> Layers:
-        """Background and square; a pixel belongs to the square if at least half of it does."""
+        """Background and square; a pixel belongs to the square if the square covers at least half of it."""
         scale = size / 16
         ident = (_coverage(self.place * scale, 5 * scale, size) >= 0.5).astype(np.int32)
         return Layers(ident, np.stack([-self.window, self.place]) * scale, AGENT_LAST[1:])
 
     def true_mask(self) -> NDArray[np.bool_]:
-        """(S, S) pixels that the square covers, wholly or partly."""
+        """(S, S) pixels that the square covers, fully or partly."""
         scale = self.draw_size / 16
         return _coverage(self.place * scale, 5 * scale, self.draw_size) > 0
 
     def state(self) -> NDArray[np.float64]:
-        """Place of the square and of the window."""
+        """Position of the square and of the window."""
         return np.concatenate([self.place, self.window])
 
     def _draw(self, size: int) -> NDArray[np.uint8]:
@@ -398,7 +398,7 @@ class PairsEnv(LayeredEnv):
 
 
 def optimal_action(env: DotEnv) -> NDArray[np.float32]:
-    """The best action: straight to the goal on each axis as fast as allowed. The axes are independent, so no policy does better."""
+    """The optimal action: straight to the goal on each axis at the maximum speed. The axes are independent, so no policy is better."""
     return np.clip((env.goal - env.agent) / env.speed, -1.0, 1.0).astype(np.float32)
 
 
@@ -425,7 +425,7 @@ def _coverage(corner: NDArray[np.float64], side: float, size: int) -> NDArray[np
 
 
 def _torus(texture: NDArray[np.float64], x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Bilinear samples (len(y), len(x), 3) of a (n, n, 3) texture that repeats; a whole number is the centre of a cell."""
+    """Bilinear samples (len(y), len(x), 3) of a (n, n, 3) texture that repeats; integers are centres of cells."""
     period = len(texture)
     left, top = np.floor(x).astype(np.int64), np.floor(y).astype(np.int64)
     right, down = (x - left)[None, :, None], (y - top)[:, None, None]

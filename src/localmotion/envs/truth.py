@@ -1,10 +1,10 @@
 """Ground truth of motion: exact optical flow, occlusion, point tracks and moving-body masks from the state of an environment.
 
-One interface, `MotionTruth`, for all environments; `motion_truth` picks what computes it: rendered depth and geom poses for MuJoCo
-(`localmotion.envs.truth_mujoco`), layers of known offset for the toys. Conventions are perception's: points are (x, y) in pixels of the
-picture, the centre of the top-left pixel is (0, 0); ``flow[y, x]`` is how far the surface seen in that pixel moves.
+One interface, `MotionTruth`, for all environments; `motion_truth` chooses the implementation: rendered depth and geom poses for MuJoCo
+(`localmotion.envs.truth_mujoco`), layers with known offsets for the toys. Conventions are perception's: points are (x, y) in pixels of the
+picture, the centre of the top-left pixel is (0, 0); ``flow[y, x]`` is the motion of the surface in that pixel.
 
-What moves is the surface, as in every flow benchmark: shadows, highlights and reflections wander over it and are not followed.
+Flow is the motion of surfaces, as in every flow benchmark. Shadows, highlights and reflections move over them and are not followed.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from localmotion.envs.base import PixelEnv
 from localmotion.errors import EnvError
 
 UNKNOWN = -2
-"""Pixel whose motion is not known (see the subclass)."""
+"""Pixel with unknown motion (see the subclass)."""
 SKY = -1
-"""Pixel of the sky: infinitely far, it moves only when the camera turns."""
+"""Pixel of the sky. It is infinitely far and moves only if the camera rotates."""
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What an environment shows at one time.
+    """The state of an environment's picture at one time.
 
-    ident  (S, S) int32  which part is seen in each pixel: >= 0 its number, `SKY`, `UNKNOWN`
+    ident  (S, S) int32  the part visible in each pixel: its number (>= 0), `SKY`, `UNKNOWN`
     """
 
     ident: NDArray[np.int32]
@@ -41,7 +41,7 @@ class Snapshot:
 
 
 class Anchors(NamedTuple):
-    """N points fixed to parts: ``ident`` (N,) the part, ``local`` (N, 3) where in the part's own frame."""
+    """N points fixed to parts: ``ident`` (N,) the part, ``local`` (N, 3) the position in the part's own frame."""
 
     ident: NDArray[np.int32]
     local: NDArray[np.float64]
@@ -50,43 +50,43 @@ class Anchors(NamedTuple):
 class MotionTruth:
     """Exact motion between snapshots of one environment.
 
-    A subclass says what a snapshot is, fixes points to what they lie on (`anchor`), finds them again at another time (`locate`) and which
-    parts can move (`foreground`).
+    A subclass defines the snapshot, fixes points to their part (`anchor`), finds them at another time (`locate`), and knows which parts can
+    move (`foreground`).
     """
 
     def snapshot(self, size: int | None = None) -> Any:
-        """Freeze the present state. Call after ``reset`` and each ``step``; ``size`` is the environment's drawn size unless given."""
+        """Store the current state. Call after ``reset`` and each ``step``; ``size`` is the environment's drawn size unless given."""
         raise NotImplementedError
 
     def anchor(self, at: Any, points: NDArray[np.floating[Any]]) -> Anchors:
-        """Fix (N, 2) points to the parts seen there; points outside the picture become `UNKNOWN`."""
+        """Fix (N, 2) points to the visible parts; points outside the picture become `UNKNOWN`."""
         raise NotImplementedError
 
     def locate(self, at: Any, anchors: Anchors) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Where anchored points are: (N, 2) pixels, NaN if unknown or behind the camera, and (N,) depth along the optical axis."""
+        """Positions of anchored points: (N, 2) pixels, NaN if unknown or behind the camera, and (N,) depth along the optical axis."""
         raise NotImplementedError
 
     def foreground(self, at: Any) -> NDArray[np.bool_]:
-        """(S, S) pixels of parts that can move against the world, whether or not they do."""
+        """(S, S) pixels of parts that can move relative to the world, also if they do not move now."""
         raise NotImplementedError
 
     def camera_flow(self, a: Any, b: Any) -> NDArray[np.float32]:
-        """(S, S, 2) flow from ``a`` to ``b`` if nothing but the camera had moved."""
+        """(S, S, 2) flow from ``a`` to ``b`` if only the camera had moved."""
         raise NotImplementedError
 
     def _agrees(
         self, at: Any, rows: NDArray[np.int64], columns: NDArray[np.int64], depth: NDArray[np.float64]
     ) -> NDArray[np.bool_]:
-        """Whether pixels (N,) show a surface at (N,) ``depth``. True where there is only one surface a part."""
+        """Whether pixels (N,) show a surface at (N,) ``depth``. True if a part has only one surface."""
         return np.ones(len(rows), bool)
 
     def flow(self, a: Any, b: Any) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         """Flow from snapshot ``a`` to ``b``; either may be the earlier one.
 
         Returns:
-            flow: (S, S, 2) float32, x then y in pixels; zero where it is not known.
-            valid: (S, S) bool, the surface is also seen at ``b``: not out of the picture, not hidden. Where it is False but the motion is
-                known, ``flow`` still is the exact motion of the hidden point.
+            flow: (S, S, 2) float32, x then y in pixels; zero where it is unknown.
+            valid: (S, S) bool, the surface is also visible at ``b``: inside the picture and not hidden. If it is False but the motion is
+                known, ``flow`` is still the exact motion of the hidden point.
         """
         side = a.size
         grid = pixel_grid(side)
@@ -104,10 +104,10 @@ class MotionTruth:
         Args:
             snapshots: T of them, of one size.
             points: (N, 2) pixels in snapshot ``start``.
-            start: index of the snapshot in which the points lie.
+            start: index of the snapshot of the points.
 
         Returns:
-            tracks: (T, N, 2) float32; where a point's position is not known, the starting point.
+            tracks: (T, N, 2) float32; the starting point where a position is unknown.
             visible: (T, N) bool: inside the picture and not hidden. At ``start`` all points with known motion are visible.
         """
         points = np.asarray(points, np.float64)
@@ -122,9 +122,9 @@ class MotionTruth:
         return tracks, visible
 
     def seen(self, at: Any, anchors: Anchors, points: NDArray[np.float64], depth: NDArray[np.float64]) -> NDArray[np.bool_]:
-        """(N,) whether anchored points, located at ``points`` and ``depth``, are what the picture shows there.
+        """(N,) whether anchored points, located at ``points`` and ``depth``, are visible in the picture.
 
-        The four pixels around a point vote with their bilinear weights: half of the weight must show the same part at the same depth.
+        Of the bilinear weights of the four pixels around a point, at least half must show the same part at the same depth.
         """
         side = at.size
         known = np.isfinite(points).all(1) & (anchors.ident != UNKNOWN)
@@ -147,9 +147,9 @@ class MotionTruth:
 
 @dataclass(frozen=True)
 class Layers(Snapshot):
-    """A picture made of flat layers, each moved by a shift.
+    """A picture of flat layers, each moved by a shift.
 
-    origin  (L, 2) float64  place of each layer, pixels of this picture; only differences between snapshots matter
+    origin  (L, 2) float64  position of each layer, pixels of this picture; only differences between snapshots matter
     moving  (L,)   bool     the layer belongs to the agent: foreground
     """
 
@@ -158,23 +158,23 @@ class Layers(Snapshot):
 
 
 class LayerTruth(MotionTruth):
-    """Truth of an environment whose pictures are layers: ``env.layers(size)`` gives them. Everything is known, to rounding of float64.
+    """Truth of an environment whose pictures are layers: ``env.layers(size)`` returns them. Everything is exact up to rounding of float64.
 
-    A background on a torus is followed as if it were endless: a point that leaves on one side does not come back on the other.
+    A background on a torus counts as endless: a point that leaves on one side does not return on the other.
     """
 
     def __init__(self, env: PixelEnv) -> None:
         if not hasattr(env, "layers"):
-            raise EnvError(f"{env.name}: its pictures are not made of layers; use motion_truth(env)")
+            raise EnvError(f"{env.name}: its pictures do not consist of layers; use motion_truth(env)")
         self._env: Any = env
 
     def snapshot(self, size: int | None = None) -> Layers:
-        """Layers of the present picture, at ``size`` or the drawn size."""
+        """Layers of the current picture, at ``size`` or the drawn size."""
         layers: Layers = self._env.layers(size or self._env.draw_size)
         return layers
 
     def anchor(self, at: Layers, points: NDArray[np.floating[Any]]) -> Anchors:
-        """Points on the layers that are in front there."""
+        """Points on the layers in front."""
         ident, _, _ = look_up(at, points)
         known = ident >= 0
         local = np.zeros((len(points), 3))
@@ -182,7 +182,7 @@ class LayerTruth(MotionTruth):
         return Anchors(ident, local)
 
     def locate(self, at: Layers, anchors: Anchors) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Origin of the layer plus the place in it; depth is zero."""
+        """Origin of the layer plus the position in it; depth is zero."""
         known = anchors.ident >= 0
         points = np.full((len(known), 2), np.nan)
         points[known] = at.origin[anchors.ident[known]] + anchors.local[known, :2]
@@ -193,7 +193,7 @@ class LayerTruth(MotionTruth):
         return np.asarray(at.moving[at.ident])
 
     def camera_flow(self, a: Layers, b: Layers) -> NDArray[np.float32]:
-        """Motion of layer 0, the background, everywhere: what a homography would take out."""
+        """Motion of layer 0, the background, at every pixel, which a homography would remove."""
         shift = (b.origin[0] - a.origin[0]).astype(np.float32)
         return np.broadcast_to(shift, (a.size, a.size, 2)).copy()
 
@@ -205,7 +205,7 @@ def pixel_grid(side: int) -> NDArray[np.float64]:
 
 
 def look_up(at: Snapshot, points: NDArray[np.floating[Any]]) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]:
-    """Parts (N,) seen in the pixels nearest to (N, 2) points, `UNKNOWN` outside the picture, and those pixels' rows and columns (N,)."""
+    """Parts (N,) visible in the pixels nearest to (N, 2) points, `UNKNOWN` outside the picture, and those pixels' rows and columns (N,)."""
     points = np.asarray(points, np.float64)
     if points.ndim != 2 or points.shape[1] != 2 or not np.isfinite(points).all():
         raise EnvError(f"points must be finite and (N, 2), got shape {points.shape}; give x and y in pixels")
@@ -218,11 +218,11 @@ def look_up(at: Snapshot, points: NDArray[np.floating[Any]]) -> tuple[NDArray[np
 def motion_truth(env: PixelEnv) -> MotionTruth:
     """The ground truth of an environment made by `make_env`.
 
-    An environment that paints something over its scene says where with a method ``painted_mask(size) -> (S, S) bool`` of the present
-    picture; the motion of those pixels is unknown.
+    An environment that paints something over its scene has a method ``painted_mask(size) -> (S, S) bool`` for the current picture; the
+    motion of these pixels is unknown.
 
     Raises:
-        EnvError: an environment that neither is made of layers nor draws a MuJoCo scene.
+        EnvError: an environment without layers and without a MuJoCo scene.
     """
     if hasattr(env, "layers"):
         return LayerTruth(env)

@@ -1,14 +1,13 @@
 """Ground truth of motion in MuJoCo scenes.
 
-Each pixel's surface point is found from a segmentation and depth rendering by the environment's own renderer, so that it is a point of what
-the picture shows: in `fast` quality, of the simplified meshes. It is fixed to its geom, moved with the geom's pose and projected with the
-later camera. Depth only decides *which* point of the geom it is: an error of it moves the point along its line of sight and cancels from
-the flow in all but the parallax.
+A segmentation and depth rendering by the environment's own renderer gives the surface point of each pixel (in `fast` quality, of the
+simplified meshes). The point is fixed to its geom, moved with the geom's pose and projected with the later camera. Depth only determines
+*which* point of the geom it is: an error of depth moves the point along its line of sight and affects the flow only through parallax.
 
-Followed: geoms of all types (infinite planes too, and height fields as long as they are not redrawn) and the sites that are drawn
-(targets, handles), which are rigid parts like geoms. Geoms and sites with an opacity below `SOLID` are looked through: the picture shows
-mostly what is behind them. Not followed (`UNKNOWN`, never valid): tendons, skins and flexible bodies, which are not rigid. The sky is
-infinitely far; where a film plays on it, give ``sky="unknown"``. Pixels of an environment's ``painted_mask`` are unknown too.
+Followed: geoms of all types (also infinite planes, and height fields until they change) and drawn sites (targets, handles), which are
+rigid parts like geoms. Geoms and sites with an opacity below `SOLID` are ignored, because the picture mostly shows what is behind them.
+ Not followed (`UNKNOWN`, never valid): tendons, skins and flexible bodies, which are not rigid. The sky is
+infinitely far; if a film plays on it, pass ``sky="unknown"``. Pixels of an environment's ``painted_mask`` are unknown, too.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from localmotion.errors import EnvError, unknown_name
 
 SOLID = 0.5
 DEPTH_TOLERANCE = 0.002
-"""Part of the distance by which a point may lie before or behind the surface seen in its place, besides the surface's slope."""
+"""Tolerance of a point's depth relative to the visible surface, as a share of the distance, in addition to the surface's slope."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class SceneSnapshot(Snapshot):
     """Poses, camera, depth and segmentation at one time. ``ident`` counts geoms, then sites, then the world itself.
 
     depth     (S, S) float32   along the optical axis, in the model's length unit; inf in the sky
-    slope     (S, S) float32   largest difference of depth to the next pixels of the same part
+    slope     (S, S) float32   largest difference of depth to neighbouring pixels of the same part
     position  (G, 3), rotation (G, 3, 3) float64  pose of every part
     """
 
@@ -71,7 +70,7 @@ class SceneSnapshot(Snapshot):
 
 
 class MujocoTruth(MotionTruth):
-    """Exact motion of an environment that draws a MuJoCo scene (dmc, metaworld and what is built on them).
+    """Exact motion of an environment with a MuJoCo scene (dmc, metaworld and suites built on them).
 
     Args:
         env: it must have been reset before the first snapshot. It is only read; its pictures do not change.
@@ -79,7 +78,7 @@ class MujocoTruth(MotionTruth):
 
     Raises:
         EnvError: the environment draws no MuJoCo scene.
-        ConfigError: another word for ``sky``.
+        ConfigError: another value of ``sky``.
     """
 
     def __init__(self, env: PixelEnv, sky: Literal["camera", "unknown"] = "camera") -> None:
@@ -100,7 +99,7 @@ class MujocoTruth(MotionTruth):
     # -- rendering ------------------------------------------------------------------------------------------------------
 
     def snapshot(self, size: int | None = None) -> SceneSnapshot:
-        """Freeze the present state; one extra rendering without light or shadow (1 to 2 ms in software OpenGL).
+        """Store the current state; one extra rendering without light or shadow (1 to 2 ms in software OpenGL).
 
         Raises:
             EnvError: before the first reset; an orthographic camera.
@@ -142,7 +141,7 @@ class MujocoTruth(MotionTruth):
         kinds = {int(mj.mjtObj.mjOBJ_GEOM): 0, int(mj.mjtObj.mjOBJ_SITE): model.ngeom}
         for geom in scene.geoms[: scene.ngeom]:
             if geom.rgba[3] < SOLID:
-                geom.segid = -1  # MuJoCo's own sign for: not in this rendering
+                geom.segid = -1  # MuJoCo's code for: not in this rendering
             elif geom.segid >= 0 and geom.objtype in kinds:
                 table[geom.segid + 1] = kinds[geom.objtype] + geom.objid
         flags = (mj.mjtRndFlag.mjRND_SEGMENT, mj.mjtRndFlag.mjRND_IDCOLOR)
@@ -152,7 +151,7 @@ class MujocoTruth(MotionTruth):
         try:
             for flag in flags:
                 scene.flags[flag] = 1
-            context.readDepthMap = mj.mjtDepthMap.mjDEPTH_ZEROFAR  # the form in which far away does not lose its precision
+            context.readDepthMap = mj.mjtDepthMap.mjDEPTH_ZEROFAR  # keeps precision at large distances
             mj.mjr_render(rect, scene, context)
             mj.mjr_readPixels(colours, nearness, rect, context)
         finally:
@@ -165,13 +164,13 @@ class MujocoTruth(MotionTruth):
         return codes, np.ascontiguousarray(nearness[turn]), table, self._camera(scene, side, renderer._upside_down)
 
     def _camera(self, scene: Any, side: int, upside_down: bool) -> Camera:
-        left, right = scene.camera[0], scene.camera[1]  # a pair of eyes; the picture is drawn from between them
+        left, right = scene.camera[0], scene.camera[1]  # a stereo pair; the picture is drawn from between them
         if left.orthographic:
             raise EnvError(f"{self._env.name}: no ground truth for an orthographic camera; choose another camera")
         forward, up = np.array(left.forward, np.float64), np.array(left.up, np.float64)
         half = (left.frustum_top - left.frustum_bottom) / 2
         middle = (left.frustum_top + left.frustum_bottom) / 2
-        wide = left.frustum_width / 2 or half  # zero means: as the picture's sides are
+        wide = left.frustum_width / 2 or half  # zero means: from the picture's aspect ratio
         aside = (left.frustum_center + right.frustum_center) / 2
         near = float(left.frustum_near)
         focal = np.array([near / wide, near / half]) * side / 2
@@ -190,10 +189,10 @@ class MujocoTruth(MotionTruth):
     # -- MotionTruth ----------------------------------------------------------------------------------------------------
 
     def anchor(self, at: SceneSnapshot, points: NDArray[np.floating[Any]]) -> Anchors:
-        """Points on the surfaces that the pixels nearest to them show, on the line of sight through the exact point."""
+        """Points on the surfaces of the nearest pixels, on the line of sight through the exact point."""
         ident, rows, columns = look_up(at, points)
         world = at.camera.rays(points) * self._depth(at, points, ident, rows, columns)[:, None] + at.camera.position
-        local = at.camera.rays(points)  # of the sky: only the direction counts
+        local = at.camera.rays(points)  # for the sky only the direction matters
         solid = ident >= 0
         part = ident[solid]
         local[solid] = np.einsum("nji,nj->ni", at.rotation[part], world[solid] - at.position[part])
@@ -235,7 +234,7 @@ class MujocoTruth(MotionTruth):
     def _agrees(
         self, at: SceneSnapshot, rows: NDArray[np.int64], columns: NDArray[np.int64], depth: NDArray[np.float64]
     ) -> NDArray[np.bool_]:
-        """The far side of a part is hidden by its near side: depths must agree to the tolerance and the surface's slope."""
+        """The near side of a part hides its far side, so depths must agree within the tolerance and the surface's slope."""
         far = np.isinf(depth)
         safe = np.where(far, 0.0, depth)
         found = np.where(far, 0.0, at.depth[rows, columns].astype(np.float64))
@@ -250,7 +249,7 @@ class MujocoTruth(MotionTruth):
         return np.asarray((at.ident >= 0) & parts[np.maximum(at.ident, 0)])
 
     def camera_flow(self, a: SceneSnapshot, b: SceneSnapshot) -> NDArray[np.float32]:
-        """(S, S, 2) flow if every part had stood still in the world; zero where the part is not known."""
+        """(S, S, 2) flow if no part had moved in the world; zero where the part is unknown."""
         grid = pixel_grid(a.size)
         anchors = self.anchor(a, grid)
         solid = anchors.ident >= 0

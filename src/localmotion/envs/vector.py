@@ -1,7 +1,7 @@
 """Several copies of one environment in worker processes, with pictures in shared memory.
 
-Rendering is what an environment costs, and it holds one core: each worker process has an OpenGL context of its own. Only commands travel
-through pipes; observations, rewards and flags are written where the caller reads them. E environments, A actions.
+Rendering takes most of an environment's time and uses one core, so each worker process has its own OpenGL context. Only commands pass
+through pipes; observations, rewards and flags are in shared memory. E environments, A actions.
 """
 
 from __future__ import annotations
@@ -28,30 +28,31 @@ _FLAGS = ("reward", "terminated", "truncated", "env_steps", "success")
 
 
 def env_seed(seed: int, index: int, life: int = 0) -> int:
-    """Seed of environment ``index``: a pure function, so that results do not depend on the number of workers.
+    """Seed of environment ``index``: a pure function, so results do not depend on the number of workers.
 
-    ``life`` counts restarts: an environment made anew after a crash does not play its past episodes again.
+    ``life`` counts restarts: an environment made again after a crash does not repeat its past episodes.
     """
     return int(np.random.SeedSequence([seed, index, life]).generate_state(1)[0] >> 1)
 
 
 class VectorEnv(gymnasium.vector.VectorEnv):
-    """``count`` environments ``name`` stepped together; nothing is reset unasked (`AutoresetMode.DISABLED`).
+    """``count`` environments ``name`` stepped together; reset only on request (`AutoresetMode.DISABLED`).
 
-    A worker that dies or hangs takes its environments' episodes with it and nothing else: they come back truncated, with the picture and
-    reward they had, ``info["crashed"]`` set, and a new worker waits for their reset. A worker is restarted ``restarts`` times.
+    If a worker dies or hangs, only the episodes of its environments end: they are returned truncated, with their last picture and
+    reward and ``info["crashed"]`` set, and a new worker waits for their reset. A worker is restarted ``restarts`` times.
 
     Args:
         name: as for `make_env`, which also takes ``settings``.
         count: E.
         seed: environment i is made with `env_seed(seed, i)`.
-        workers: processes; None for one a core, at most E.
+        workers: processes; None for one per core, at most E.
         restarts: times a worker is replaced before its death is an error.
-        timeout: seconds without an answer after which a worker counts as dead; ten times that for the first one, which waits for imports.
+        timeout: a worker counts as dead after this many seconds without an answer; ten times that for the first answer, which includes
+        imports.
 
     Raises:
-        ConfigError: what `make_env` raises, and counts below 1.
-        EnvError: a worker that died too often; an environment that cannot draw or was misused (its index is named).
+        ConfigError: the errors of `make_env`, and counts below 1.
+        EnvError: a worker that died too often; an environment that cannot draw or was misused (the message has its index).
     """
 
     def __init__(
@@ -95,7 +96,7 @@ class VectorEnv(gymnasium.vector.VectorEnv):
     ) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
         """Start episodes, in all environments or in those of ``options["reset_mask"]`` (E,) bool. -> observations (E, ...), infos.
 
-        ``seed``: one number (environment i gets `env_seed` of it), one a environment, or None for each one's next episode.
+        ``seed``: one number (environment i gets `env_seed` of it), one per environment, or None for each one's next episode.
         """
         mask = np.ones(self.num_envs, bool)
         if options and "reset_mask" in options:
@@ -119,13 +120,13 @@ class VectorEnv(gymnasium.vector.VectorEnv):
     def step(self, actions: NDArray[np.float32]) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
         """One agent step in all environments whose episode runs. -> observations, rewards, terminated, truncated (E,), infos.
 
-        Environments whose episode is over stay as they are, with reward 0 and their flags up, until they are reset.
+        Environments whose episode is over do not change, with reward 0 and their flags set, until they are reset.
         """
         self.step_async(actions)
         return self.step_wait()
 
     def step_async(self, actions: NDArray[np.float32]) -> None:
-        """Send the actions (E, A) and return at once; the workers step while the caller does something else."""
+        """Send the actions (E, A) and return at once; the workers step in parallel with the caller."""
         if self._pending:
             raise EnvError(f"{self.name}: a step is under way; call step_wait() first")
         given = np.asarray(actions, np.float32)
@@ -142,7 +143,7 @@ class VectorEnv(gymnasium.vector.VectorEnv):
                 worker.send("step", part)
 
     def step_wait(self) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
-        """What `step_async` began."""
+        """The result of `step_async`."""
         if not self._pending:
             raise EnvError(f"{self.name}: no step is under way; call step_async() first")
         pending, self._pending = self._pending, []
@@ -163,13 +164,13 @@ class VectorEnv(gymnasium.vector.VectorEnv):
         self._workers = []
 
     def __del__(self) -> None:
-        with contextlib.suppress(AttributeError):  # an argument was missing: nothing was made
+        with contextlib.suppress(AttributeError):  # the constructor failed, so nothing was made
             self.close()
 
     # -- inside ---------------------------------------------------------------------------------------------------------
 
     def _probe(self) -> tuple[spaces.Dict, spaces.Box, dict[str, Any], dict[str, Any]]:
-        """Spaces of one environment, made in a child so that this process needs no OpenGL and inherits no state of it."""
+        """Spaces of one environment, made in a child process, so this process needs no OpenGL."""
         ours, theirs = self._context.Pipe()
         process = self._context.Process(target=_describe, args=(theirs, self.name, self._settings), daemon=True)
         process.start()
@@ -240,7 +241,7 @@ class VectorEnv(gymnasium.vector.VectorEnv):
         return {key: self._views[key].copy() for key in self._keys}
 
     def _finish(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
-        """Observations and infos as copies; crashed environments keep what they showed last (theirs may be half written)."""
+        """Observations and infos as copies; crashed environments keep their last observation, because the new one may be incomplete."""
         now = self._observations()
         for key, value in now.items():
             value[self._crashed] = self._last[key][self._crashed]
@@ -263,11 +264,11 @@ class _Worker:
 
     def send(self, command: str, payload: Any) -> None:
         self.deadline = time.monotonic() + self.limit
-        with contextlib.suppress(ConnectionError):  # its death is noticed where its answer is awaited
+        with contextlib.suppress(ConnectionError):  # its death is detected where its answer is awaited
             self.pipe.send((command, payload))
 
     def stop(self) -> int | None:
-        """Ask the child to go, kill it if it does not; its exit code."""
+        """Ask the child to exit and kill it if it does not; returns its exit code."""
         if self.process.is_alive():
             with contextlib.suppress(ConnectionError, OSError):
                 self.pipe.send(("close", None))
@@ -301,7 +302,7 @@ def _views(shared: dict[str, Any]) -> dict[str, NDArray[Any]]:
 
 
 def _describe(pipe: Connection, name: str, settings: dict[str, Any]) -> None:
-    """Life of the child that only tells what the environment looks like."""
+    """Main function of the child that only describes the environment."""
     from localmotion.envs import make_env
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -322,7 +323,7 @@ def _serve(
     shared: dict[str, Any],
     count: int,
 ) -> None:
-    """Life of a worker: make the environments, then obey until told to go. Interrupts are the parent's business."""
+    """Main loop of a worker: make the environments, then execute commands until told to exit. The parent handles interrupts."""
     from localmotion.envs import make_env
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -357,12 +358,12 @@ def _serve(
             answer = ("error", _portable(error, f"environment {index} of {count}: "))
         try:
             pipe.send(answer)
-        except ConnectionError:  # the parent has died: nobody to tell
+        except ConnectionError:  # the parent has died
             return
 
 
 def _portable(error: Exception, where: str = "") -> Exception:
-    """An exception that can be pickled and says where it came from: ours keep their class, others become EnvError."""
+    """An exception that can be pickled and names its origin. Our own keep their class, others become EnvError."""
     kind = type(error) if isinstance(error, (ConfigError, EnvError)) else EnvError
     text = str(error) if kind is type(error) else f"{type(error).__name__}: {error}"
     return kind(f"{where}{text}")

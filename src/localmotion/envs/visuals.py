@@ -1,7 +1,7 @@
-"""Changing how a compiled MuJoCo model looks, in place: textures, cameras and lamps, without touching anything the physics reads.
+"""Change the look of a compiled MuJoCo model in place: textures, cameras and lamps, without any effect on the physics.
 
-A texture is written over the bytes of one that the model was built with and sent to OpenGL again; it may be smaller than the one it
-replaces. The result is that of a model built with the new picture (bit for bit, see tests/test_envs_dmcr.py), at a fraction of the time.
+A new texture overwrites the bytes of one of the model's and is sent to OpenGL again; it may be smaller than the old one. The result
+equals a model built with the new picture (bit for bit, see tests/test_envs_dmcr.py), in a fraction of the time.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from localmotion.errors import ConfigError, unknown_name
 
 
 class TextureSlot:
-    """One texture of a model, to be filled with square pictures of ``side`` pixels; a sky shows its picture on all six sides.
+    """One texture of a model, filled with square pictures of ``side`` pixels; a sky shows its picture on all six sides.
 
-    Make it before the renderer's context: that is sent the texture at the size it has then.
+    Make it before the renderer's context, which takes the texture's size at that time.
 
     Args:
         model: mujoco.MjModel.
         index: number of the texture.
-        side: pixels; must not be larger than what the texture was built with has room for.
+        side: pixels; must fit into the texture that the model was built with.
     """
 
     def __init__(self, model: Any, index: int, side: int) -> None:
@@ -39,7 +39,8 @@ class TextureSlot:
         self._shown: NDArray[np.uint8] | None = None
 
     def write(self, picture: NDArray[np.uint8]) -> bool:
-        """Put in a picture (H, W, 3) uint8, scaled to the slot; True when it has to be sent to OpenGL (the same array is there already)."""
+        """Put in a picture (H, W, 3) uint8, scaled to the slot; True if it has to be sent to OpenGL, i.e. it is another array than
+        before."""
         if picture is self._shown:
             return False
         self._shown = picture
@@ -50,9 +51,9 @@ class TextureSlot:
 
 
 class SkyStream:
-    """Sends a sky of changing pictures to OpenGL: a fifth of the time of MuJoCo's upload, which allocates the texture anew each time.
+    """Sends a sky of changing pictures to OpenGL: takes a fifth of the time of MuJoCo's upload, which allocates the texture each time.
 
-    Only the largest size of the texture is sent, and drawing is told to use it alone: a sky is drawn about as large as it is stored.
+    Only the largest mipmap level is sent and used, because a sky is drawn at about its stored size.
 
     Args:
         renderer: the `SceneRenderer`, made after the slot.
@@ -99,8 +100,8 @@ def named(model: Any, kind: str, name: str) -> int | None:
 class Mount:
     """A camera or lamp of a compiled model that can be moved within its body.
 
-    MuJoCo keeps the pose thrice: in the body's frame and, for those that track a body, relative to the body and to its centre of mass in
-    the model's first pose. All three are set, as a compiler would.
+    MuJoCo stores the pose three times: in the body's frame and, if it tracks a body, relative to the body and to its centre of mass in the
+    model's first pose. All three are set, as the model compiler does.
 
     Args:
         model: mujoco.MjModel.
@@ -126,12 +127,13 @@ class Mount:
         return [*names, "cam_quat", "cam_mat0"] if self._kind == "cam" else names
 
     def restore(self) -> None:
-        """Put it where the model was built with it."""
+        """Restore the pose of the built model."""
         for name, value in self._first:
             getattr(self._model, name)[self._index] = value
 
     def place(self, position: Sequence[float] | NDArray[np.float64], rotation: NDArray[np.float64] | None = None) -> None:
-        """Move to ``position`` (3,) in the body's frame and turn a camera to ``rotation`` (3, 3), columns right, up, back; None: left."""
+        """Move to ``position`` (3,) in the body's frame and turn a camera to ``rotation`` (3, 3), columns right, up, back; None:
+        unchanged."""
         model, index, kind = self._model, self._index, self._kind
         world = self._body + self._rotation @ np.asarray(position, np.float64)
         getattr(model, f"{kind}_pos")[index] = position
@@ -145,7 +147,7 @@ class Mount:
 
 
 def euler_rotation(degrees: Sequence[float]) -> NDArray[np.float64]:
-    """(3, 3) of MuJoCo's default Euler angles: turns about the moving x, then y, then z axis."""
+    """(3, 3) of MuJoCo's default Euler angles: rotations about the moving x, then y, then z axis."""
     turned = np.eye(3)
     for axis, angle in enumerate(np.radians(degrees)):
         turned = turned @ turn(axis, float(angle))
@@ -163,7 +165,7 @@ def turn(axis: int, angle: float) -> NDArray[np.float64]:
 
 
 def chosen(kind: str, given: str | Iterable[str], known: Sequence[str]) -> tuple[str, ...]:
-    """Names given as a list, or as text with commas ("all" and "none" too), in the order of ``known``. Raises ConfigError for others."""
+    """Names given as a list, or as text with commas (also "all" and "none"), in the order of ``known``. Raises ConfigError for others."""
     if isinstance(given, str):
         given = list(known) if given == "all" else [] if given in ("none", "") else given.split(",")
     names = [str(name).strip() for name in given]
@@ -174,7 +176,7 @@ def chosen(kind: str, given: str | Iterable[str], known: Sequence[str]) -> tuple
 
 
 def in_range(label: str, value: Any, low: float, high: float, whole: bool = False) -> float:
-    """A number as float, or ConfigError when it is none, not finite, not whole where it must be, or outside low..high."""
+    """The number as float. Raises ConfigError if it is not a number, not finite, not an integer if required, or outside low..high."""
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
         raise ConfigError(f"{label}={value!r} must be a number in {low:g}..{high:g}")
     if not low <= value <= high or (whole and value != int(value)):  # NaN fails the comparison

@@ -1,4 +1,7 @@
-"""Actor-critic in imagination, DreamerV2 style: DRP Eqs. 10-12, IPV 2.5. Shapes: N start states, H horizon, A actions, F features."""
+"""Actor-critic in imagination, DreamerV2 style: DRP, Eqs. 10-12, and IPV's release (thuml/ContextWM).
+
+Shapes: N start states, H horizon, A actions, F features.
+"""
 
 from __future__ import annotations
 
@@ -17,20 +20,20 @@ from localmotion.models.rssm import RSSMState
 
 
 class Dynamics(Protocol):
-    """What imagination asks of a world model; an `RSSM` has it."""
+    """Interface of a world model for imagination; an `RSSM` has it."""
 
     def feat(self, state: RSSMState, /) -> Tensor:
-        """What actor, critic and reward read, (..., F)."""
+        """Input of actor, critic and reward, (..., F)."""
 
     def img_step(self, state: RSSMState, action: Tensor, /) -> RSSMState:
-        """The state after an action, imagined."""
+        """The imagined state after an action."""
 
 
 class ActorCritic(nn.Module):
     """Actor, critic and slow critic on world-model features.
 
-    The actor's gradient flows through the dynamics (reparameterised actions, straight-through latents). The world model's own
-    parameters must be left out by the caller: ``backward(inputs=actor parameters)`` skips their gradients altogether.
+    The actor's gradient flows through the dynamics (reparameterised actions, straight-through latents). The caller must
+    exclude the world model's parameters: ``backward(inputs=actor parameters)`` computes no gradients for them.
     """
 
     updates: Tensor
@@ -60,11 +63,11 @@ class ActorCritic(nn.Module):
             slow_every,
         )
         self.register_buffer("updates", torch.zeros((), dtype=torch.long))
-        self._updates_seen = -1  # host copy of `updates`, so that the update needs no synchronisation
+        self._updates_seen = -1  # host copy of `updates`, so the update needs no synchronisation
 
     @classmethod
     def configured(cls, feat_dim: int, action_dim: int, world: WorldModelConfig, behaviour: BehaviourConfig) -> ActorCritic:
-        """With the sizes and constants of a method's settings."""
+        """Build with the sizes and constants of a method's settings."""
         return cls(
             feat_dim,
             action_dim,
@@ -86,7 +89,7 @@ class ActorCritic(nn.Module):
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Actor and critic losses from imagined trajectories.
 
-        ``start``: detached states (N, ...). Index i = 0..H; reward(feat) is the behavioural head at state i. As in IPV 2.5 the
+        ``start``: detached states (N, ...). Index i = 0..H; reward(feat) is the behavioural head at state i. As in IPV's release the
         actor's return starts at i+1, because the reward at state i no longer depends on the action taken there:
 
             G_i = r_i + gamma [(1 - lambda) v_{i+1} + lambda G_{i+1}],  G_H = v_H                                   (Eq. 10)

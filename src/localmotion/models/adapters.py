@@ -1,4 +1,4 @@
-"""Adapters: how the latent state z of the pre-trained dynamics reaches the action-specific dynamics (drp.md 5, paper Fig. 13)."""
+"""Adapters: modules that pass the latent state z of the pre-trained dynamics to the action-specific dynamics (DRP, Eq. 3 and Fig. 13)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from localmotion.errors import unknown_name
 class AttentionAdapter(nn.Module):
     """Learned queries cross-attend to the parts of z (its categoricals and slices of deter); added, gated, to a linear map of z.
 
-    The gate starts at zero, so that learning begins from the linear map.
+    The gate starts at zero, so learning starts from the linear map.
     """
 
     feed_forward = True  # --compile compiles it
@@ -75,7 +75,7 @@ class AttentionAdapter(nn.Module):
 
 
 def make_adapter(kind: str, *, deter: int, stoch: int, classes: int, out_dim: int) -> nn.Module:
-    """attention (default), mlp (the paper's ablation) or linear (the floor). Raises ConfigError for another kind."""
+    """attention (default), mlp (the paper's ablation) or linear (a baseline). Raises ConfigError for another kind."""
     inputs = stoch * classes + deter
     if kind == "attention":
         width = 128 if deter >= 512 else 64

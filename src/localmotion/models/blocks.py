@@ -15,7 +15,7 @@ EPS = 1e-4
 
 
 def init_(weight: Tensor, fan_in: int, scale: float = 1.0) -> Tensor:
-    """Fill with a normal of variance scale^2 / fan_in, cut off at two deviations (1.1368 makes up for the cut)."""
+    """Fill with a normal of variance scale^2 / fan_in, truncated at two standard deviations (the factor 1.1368 compensates for it)."""
     std = 1.1368 * fan_in**-0.5
     with torch.no_grad():
         return nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std).mul_(scale)
@@ -30,11 +30,11 @@ def linear(inputs: int, outputs: int, scale: float = 1.0) -> nn.Linear:
 
 
 CHUNK = 1 << 16
-"""Values a thread that an elementwise operation works on at a time on a CPU, so that everything in between stays in the caches."""
+"""Values per thread and piece of an elementwise operation on a CPU, so intermediate results stay in the caches."""
 
 
 def spans(x: Tensor, dim: int = 0, *, times: int = 1) -> list[slice]:
-    """Slices along a dimension of a tensor: on a CPU ``times`` `CHUNK` values a thread each, elsewhere and when compiled all at once."""
+    """Slices along a dimension of a tensor: on a CPU ``times`` `CHUNK` values per thread each; elsewhere and when compiled, one slice."""
     length = x.shape[dim]
     count = max(1, length)
     if x.device.type == "cpu" and x.numel() and not torch.compiler.is_compiling():
@@ -43,7 +43,7 @@ def spans(x: Tensor, dim: int = 0, *, times: int = 1) -> list[slice]:
 
 
 class _NormSiLU(torch.autograd.Function):
-    """silu(x / rms(x) * scale) over the last dimension; of large maps it keeps the input and one number a row."""
+    """silu(x / rms(x) * scale) over the last dimension; for large maps it keeps the input and one number per row."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ class _NormSiLU(torch.autograd.Function):
 
 
 class NormSiLU(nn.Module):
-    """RMSNorm over the last dimension with a learned scale, then SiLU; computed in fp32, given back in the precision it came in."""
+    """RMSNorm over the last dimension with a learned scale, then SiLU; computed in fp32, returned in the precision of the input."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -87,14 +87,14 @@ class BlockLinear(nn.Module):
     """G linear layers side by side: (..., G*I) -> (..., G*O), kernel (G, I, O), bias (G*O)."""
 
     def __init__(self, inputs: int, outputs: int, blocks: int) -> None:
-        """``inputs`` and ``outputs`` are those of all blocks together. Raises ValueError where they cannot be shared out."""
+        """``inputs`` and ``outputs`` are those of all blocks together. Raises ValueError if they are not divisible by ``blocks``."""
         super().__init__()
         if inputs % blocks or outputs % blocks:
-            raise ValueError(f"{inputs} inputs and {outputs} outputs cannot be shared out over {blocks} blocks")
+            raise ValueError(f"{inputs} inputs and {outputs} outputs are not divisible by {blocks} blocks")
         self.blocks = blocks
         self.kernel = nn.Parameter(torch.empty(blocks, inputs // blocks, outputs // blocks))
         self.bias = nn.Parameter(torch.zeros(outputs))
-        init_(self.kernel, inputs)  # all inputs, not a block's own: so does the reference
+        init_(self.kernel, inputs)  # fan-in of all inputs, not of one block, as in the reference
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.blocks, self.kernel.shape[1]).transpose(0, 1)  # (G, N, I)
@@ -105,7 +105,7 @@ class BlockLinear(nn.Module):
 class NormMLP(nn.Sequential):
     """``layers`` times [Linear, RMSNorm, SiLU], then a linear output unless ``outputs`` is None: (..., in) -> (..., out or units).
 
-    ``outscale`` multiplies the initial weights of the output; 0 makes a head that predicts nothing at first.
+    ``outscale`` multiplies the initial weights of the output; with 0 the head first predicts 0.
     """
 
     def __init__(self, inputs: int, outputs: int | None, *, units: int, layers: int, outscale: float = 1.0) -> None:

@@ -1,4 +1,4 @@
-"""Video-based intrinsic bonus of APV (IPV spec 2.4): distance of a window's mean feature to its nearest neighbours."""
+"""Video-based intrinsic bonus of APV (arXiv 2203.13880): distance of a window's mean feature to its nearest neighbours."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 WINDOW = 5
-"""Positions whose mean feature is compared: the least that a sequence must have."""
+"""Positions per window. A sequence must have at least as many."""
 
 
 class IntrinsicBonus(nn.Module):
@@ -27,9 +27,9 @@ class IntrinsicBonus(nn.Module):
 
     @torch.no_grad()
     def forward(self, feat: Tensor, is_first: Tensor | None = None) -> Tensor:
-        """Bonus (B, T - window + 1) of features (B, T, F); pushes the windows into the queue first (IPV 2.4, step 3).
+        """Bonus (B, T - window + 1) of features (B, T, F); pushes the windows into the queue first, as in IPV's release.
 
-        Where ``is_first`` (B, T) starts another episode within a window, the window's mean is over what lies before.
+        If ``is_first`` (B, T) starts another episode within a window, the mean is over the positions before it.
         """
         batch, time, width = feat.shape
         sums = feat.float().cumsum(1)
@@ -41,12 +41,12 @@ class IntrinsicBonus(nn.Module):
             members = 1 + same.to(torch.uint8).cumprod(-1).sum(-1, keepdim=True)  # (B, T - window + 1, 1)
             end = torch.arange(time - self.window + 1, device=feat.device)[:, None] + members
             means = (sums.gather(1, end.expand(-1, -1, width)) - sums[:, : -self.window]) / members
-        with torch.autocast(feat.device.type, enabled=False):  # nearby windows differ by less than bf16 resolves
+        with torch.autocast(feat.device.type, enabled=False):  # nearby windows differ by less than the resolution of bf16
             points = means.flatten(0, 1) @ self.projection  # (N, width)
         count = min(len(points), len(self.queue))
         self.queue.copy_(torch.cat([points[:count], self.queue[: len(self.queue) - count]]))
         self.filled.add_(count).clamp_(max=len(self.queue))
-        # The product form |x|^2 - 2 x.y + |y|^2 loses digits to a common offset: take it away first.
+        # The product form |x|^2 - 2 x.y + |y|^2 loses digits if there is a common offset, so subtract it first.
         centre = points.mean(0)
         with torch.autocast(feat.device.type, enabled=False):
             distance = torch.cdist(points - centre, self.queue - centre, compute_mode="use_mm_for_euclid_dist")

@@ -1,18 +1,18 @@
 """Dual-Attention Encoder (DAE): local motion representations from Atomic Actions, and their masked autoencoding.
 
-Paper: "Local Motion Matters" (arXiv 2607.00808), 4.2.2, section 9, Eqs. 5 and 13-19. Shapes: B sequences, T positions, K parts,
+Paper: "Local Motion Matters" (arXiv 2607.00808), sections 4.2.2 and 9, Eqs. 5 and 13-19. Shapes: B sequences, T positions, K parts,
 P patch side, d token width, M [MAT] tokens (1 in the paper). The first M rows are [MAT], the K rows after them the Atomic Actions.
 
-What the paper leaves open, and what is chosen here (each a setting):
+Open in the paper, with our choices (each is a setting):
 
 * heads, attention_norm: Eqs. 13-19 show one head and no normalisation in front of attention. `heads=1, attention_norm="none"` is
   that literal form; the default is 4 heads with pre-LayerNorm, which trains stably at 3e-4 without warm-up.
-* [MAT] is a part of its own in inter-frame attention (`mat_inter`) and carries the temporal embedding (`mat_temporal`).
+* [MAT] counts as a separate part in inter-frame attention (`mat_inter`) and carries the temporal embedding (`mat_temporal`).
 * CoordEmb: two-layer MLP on coordinates in [-1, 1]. TempEmb: learned table. PatchProj: one linear layer on the flattened patch.
-* The reconstruction decoder attends both ways in time (`decoder_causal=False`): a causal one could not use what the trivial
-  predictor "same part at the nearest visible time" uses.
+* The reconstruction decoder attends in both directions of time (`decoder_causal=False`). A causal decoder could not use future
+  positions, which the trivial predictor "same part at the nearest visible time" uses.
 
-A token that is masked, invisible, or of another track or episode is never a key or a value: it influences nothing.
+A token that is masked, invisible, or of another track or episode is never a key or a value, so it has no influence.
 """
 
 from __future__ import annotations
@@ -56,24 +56,24 @@ class DAEConfig:
     mat_temporal: bool = True
     """[MAT] carries the temporal embedding too."""
     mat_inter: bool = True
-    """[MAT] takes part in inter-frame attention as a part of its own."""
+    """[MAT] takes part in inter-frame attention as a separate part."""
     flow_scale: float = 1.0
-    """Flow is divided by this many pixels before it enters, so that typical moving values are O(1)."""
+    """Flow is divided by this many pixels before it enters, so typical moving values are O(1)."""
     flow_clip: float = 16.0
-    """Flow values beyond this many pixels are clipped: a wrong match must not dominate a squared error."""
+    """Flow values beyond this many pixels are clipped, so a wrong match does not dominate the squared error."""
     decoder_blocks: int = 1
     """Dual-attention blocks of the reconstruction decoder."""
     decoder_causal: bool = False
-    """Whether the reconstruction decoder may look only back in time."""
+    """Whether the reconstruction decoder attends only to the past."""
     max_length: int = 64
     """Rows of the temporal embedding table: longest sequence."""
     agg_dim: int = 0
     """Width of a^agg after an optional projection; 0 keeps d."""
     mats: int = 1
-    """Number of [MAT] tokens (1 in the paper); a^agg is all of them side by side."""
+    """Number of [MAT] tokens (1 in the paper); a^agg is their concatenation."""
     mats_placed: bool = False
-    """Each [MAT] token stands in a cell of a square grid over the frame and carries the coordinate embedding of its centre, as a part
-    there would (not in the paper)."""
+    """Each [MAT] token has a cell of a square grid over the frame and gets the coordinate embedding of the cell's centre, like a part
+    at that position (not in the paper)."""
 
     @property
     def code_dim(self) -> int:
@@ -91,7 +91,7 @@ class Motion(NamedTuple):
 
 
 def crop_patches(flow: Tensor, points: Tensor, patch: int) -> Tensor:
-    """Crop P x P flow patches centred at points, zeros beyond the border (drp.md 2.5): one gather for the whole batch.
+    """Crop P x P flow patches centred at points, zeros beyond the border (DRP, section 4.2.1), with one gather for the whole batch.
 
     flow (..., H, W, 2), points (..., K, 2) in pixels -> (..., K, P, P, 2). An even patch has its centre between pixels; it
     covers [x - P/2, x + P/2) of the rounded position.
@@ -111,13 +111,13 @@ def crop_patches(flow: Tensor, points: Tensor, patch: int) -> Tensor:
 
 
 def atomic_actions(flow: Tensor, tracks: Tensor, visible: Tensor, track_id: Tensor, config: DAEConfig) -> Motion:
-    """Atomic Actions of a batch in the house convention (motion that led to each frame).
+    """Atomic Actions of a batch in the convention of docs/decisions/0001 (motion that led to each frame).
 
     flow (B,T,S,S,2) pixels, tracks (B,T,N,2) pixels of S, visible (B,T,N) bool, track_id (B,T,N); the first K slots are used.
     """
     keep = config.keypoints
     if tracks.shape[-2] < keep:
-        raise ValueError(f"keypoints={keep} but the data holds {tracks.shape[-2]} tracks a clip")
+        raise ValueError(f"keypoints={keep} but the data holds {tracks.shape[-2]} tracks per clip")
     points, seen, track = tracks[..., :keep, :], visible[..., :keep], track_id[..., :keep]
     patches = crop_patches(flow, points, config.patch).float()
     patches = patches.clamp(-config.flow_clip, config.flow_clip) / config.flow_scale
@@ -136,9 +136,9 @@ def random_mask(visible: Tensor, ratio: float, generator: torch.Generator | None
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """softmax(Q K^T / sqrt(d)) V with ``mask`` True where a key may be seen; every row must see one. (N, heads, L, d) -> same.
+    """softmax(Q K^T / sqrt(d)) V with ``mask`` True where a key may be attended to; every row needs at least one. (N, heads, L, d) -> same.
 
-    Written out: at these lengths (17 parts, 25-50 positions) the backward of torch's fused CPU kernel is ten times slower.
+    Written out, because at these lengths (17 parts, 25-50 positions) the backward of torch's fused CPU kernel is ten times slower.
     """
     scores = (q @ k.transpose(-2, -1)).float() * (q.shape[-1] ** -0.5)
     weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
@@ -207,7 +207,7 @@ class DualAttentionBlock(nn.Module):
 
 
 class DAECache(NamedTuple):
-    """What acting keeps of a window: inputs of the last positions (to re-encode) and the inter-frame keys and values."""
+    """State of acting: the inputs of the window's positions (for re-encoding) and the inter-frame keys and values."""
 
     motion: Motion  # of the positions so far, (B, t, K, ...)
     blocks: tuple[Tensor, ...]  # per block (B*(M+K), t, 2d)
@@ -217,7 +217,7 @@ class DualAttentionEncoder(nn.Module):
     """The DAE: tokens and [MAT] through L dual-attention blocks.
 
     Invariants (tested): the output at position t does not change when anything after t changes; permuting the parts permutes the
-    local outputs and leaves a^agg unchanged; a masked or invisible token influences nothing.
+    local outputs and leaves a^agg unchanged; a masked or invisible token has no influence.
     """
 
     def __init__(self, config: DAEConfig) -> None:
@@ -228,10 +228,10 @@ class DualAttentionEncoder(nn.Module):
         self.coord_embed = nn.Sequential(nn.Linear(2, dim), nn.GELU(), nn.Linear(dim, dim))
         self.time_embed = nn.Parameter(torch.randn(config.max_length, dim) * 0.02)
         if config.mats < 1:
-            raise ValueError(f"mats={config.mats}: at least one [MAT] token is needed, a^agg is made of them")
+            raise ValueError(f"mats={config.mats}: at least one [MAT] token is needed, because a^agg consists of them")
         side = math.isqrt(config.mats)
         if config.mats_placed and side**2 != config.mats:
-            raise ValueError(f"mats={config.mats} cannot stand on a square grid (mats_placed); 4, 9 or 16 can")
+            raise ValueError(f"mats={config.mats} do not form a square grid (mats_placed); use 4, 9 or 16")
         self.mat = nn.Parameter(torch.randn((config.mats, dim) if config.mats > 1 else (dim,)) * 0.02)
         centres = (torch.arange(side) + 0.5) * (2.0 / side) - 1.0
         self.register_buffer("places", torch.cartesian_prod(centres, centres).flip(-1), persistent=False)  # (M, 2): x, y
@@ -258,7 +258,7 @@ class DualAttentionEncoder(nn.Module):
         return torch.cat([mat.to(tau.dtype), tau], 2)
 
     def masks(self, visible: Tensor, track: Tensor, episode: Tensor, causal: bool = True) -> tuple[Tensor, Tensor]:
-        """Attention masks from what may be a key. visible, track (B,T,K); episode (B,T) -> (B*T,1,1,M+K), (B*(M+K),1,T,T)."""
+        """Attention masks; True where a token may be a key. visible, track (B,T,K); episode (B,T) -> (B*T,1,1,M+K), (B*(M+K),1,T,T)."""
         batch, time, parts = visible.shape
         rows = self.config.mats + parts
         always = torch.ones(batch, time, self.config.mats, dtype=torch.bool, device=visible.device)
@@ -270,7 +270,7 @@ class DualAttentionEncoder(nn.Module):
         per_track = track.transpose(1, 2)  # (B, K, T)
         part = allowed & visible.transpose(1, 2).unsqueeze(2) & (per_track.unsqueeze(3) == per_track.unsqueeze(2))
         mat = allowed if self.config.mat_inter else eye.expand(batch, 1, time, time)
-        # An invisible query attends to itself alone, so that no row is empty; its output is read by nobody.
+        # An invisible query attends only to itself, so no row is empty; its output is not used.
         inter = torch.cat([mat.expand(-1, self.config.mats, -1, -1), part | eye], 1)  # (B, M+K, T, T)
         return intra, inter.reshape(batch * rows, 1, time, time)
 
@@ -287,7 +287,7 @@ class DualAttentionEncoder(nn.Module):
         return self.project(agg), local
 
     def split(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows (B,T,M+K,d) as [MAT] side by side (B,T,M*d) and local representations (B,T,K,d)."""
+        """Split rows (B,T,M+K,d) into concatenated [MAT] (B,T,M*d) and local representations (B,T,K,d)."""
         return z[:, :, : self.config.mats].flatten(2), z[:, :, self.config.mats :]
 
     # Acting ---------------------------------------------------------------------------------------------------------------
@@ -310,7 +310,7 @@ class DualAttentionEncoder(nn.Module):
         """a^agg (B, code_dim) of one new position; motion has T=1. All positions of a window belong to one episode.
 
         When ``window`` positions (the training length) are full, the most recent half is re-encoded from position 0 and the
-        window goes on from there, so that the temporal embedding never leaves what training has seen.
+        window continues after it, so the temporal embedding stays within the positions of training.
         """
         config = self.config
         time = cache.motion.visible.shape[1]
@@ -372,10 +372,10 @@ class MotionDecoder(nn.Module):
     def forward(
         self, encoder: DualAttentionEncoder, agg: Tensor, local: Tensor, motion: Motion, masked: Tensor, episode: Tensor
     ) -> Tensor:
-        """Reconstructed patches (B,T,K,P,P,2) in scaled flow, from encodings in which ``masked`` (B,T,K) tokens were hidden.
+        """Reconstructed patches (B,T,K,P,P,2) in scaled flow, from encodings without the ``masked`` (B,T,K) tokens.
 
         ``agg`` (B,T,M*d) are the encoder's [MAT] rows before projection, ``local`` (B,T,K,d); ``motion`` gives coordinates and
-        which tokens exist: an invisible token is no key here either.
+        visibility: an invisible token is not a key here either.
         """
         batch, time, parts = masked.shape
         config = self.config
@@ -408,7 +408,7 @@ class MaskedMotion(nn.Module):
             self.code_decoder = nn.Sequential(nn.Linear(config.code_dim + config.dim, width), nn.GELU(), out)
 
     def loss_from_code(self, agg: Tensor, motion: Motion) -> Tensor:
-        """Squared error (as Eq. 5) of all visible patches rebuilt from a^agg (B,T,code_dim) and coordinates. Not in the paper."""
+        """Squared error (as Eq. 5) of all visible patches, reconstructed from a^agg (B,T,code_dim) and coordinates. Not in the paper."""
         where = self.encoder.coord_embed(motion.coords)  # (B, T, K, d)
         code = agg.unsqueeze(2).expand(*where.shape[:-1], -1).to(where.dtype)
         rebuilt = self.code_decoder(torch.cat([code, where], -1)).view(motion.patches.shape)
@@ -420,7 +420,7 @@ class MaskedMotion(nn.Module):
         return agg, local
 
     def reconstruct(self, motion: Motion, masked: Tensor, episode: Tensor) -> Tensor:
-        """Patches rebuilt with the ``masked`` tokens hidden from the encoder: (B,T,K,P,P,2)."""
+        """Patches reconstructed without the ``masked`` tokens in the encoder's input: (B,T,K,P,P,2)."""
         hidden = motion._replace(visible=motion.visible & ~masked)
         z_mat, local = self._encode_raw(hidden, episode)
         return self.decoder(self.encoder, z_mat, local, motion, masked, episode)
@@ -436,7 +436,7 @@ class MaskedMotion(nn.Module):
     def forward(self, motion: Motion, episode: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """a^agg (B,T,code_dim) of the unmasked motion, local representations (B,T,K,d), and the MAE loss (scalar, Eq. 5).
 
-        The masked and the unmasked pass go through the encoder as one batch of 2B.
+        The masked and the unmasked pass are one batch of 2B in the encoder.
         """
         masked = random_mask(motion.visible, self.config.mask_ratio, generator)
         twice = Motion(
@@ -454,7 +454,7 @@ class MaskedMotion(nn.Module):
 
 
 def mae_loss(rebuilt: Tensor, patches: Tensor, masked: Tensor) -> Tensor:
-    """Eq. 5: mean over the masked set M of the squared error of the whole patch. Zero when nothing is masked."""
+    """Eq. 5: mean over the masked set M of the squared error of the whole patch. Zero if nothing is masked."""
     error = (rebuilt.float() - patches.float()).square().flatten(-3).sum(-1)  # (B, T, K)
     weight = masked.to(error.dtype)
     return (error * weight).sum() / weight.sum().clamp(min=1.0)

@@ -1,4 +1,4 @@
-"""Image decoders: DreamerV2's plain CNN and IPV's ResNet with cross-attention to context maps (spec 1.2-1.4)."""
+"""Image decoders: DreamerV2's plain CNN and IPV's ResNet with cross-attention to context maps (arXiv 2305.18499, section 4)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class CNNDecoder(nn.Module):
     def __init__(self, inputs: int, *, depth: int = 48, image_size: int = 64) -> None:
         super().__init__()
         if image_size != 64:
-            raise ValueError(f"the plain CNN decoder makes 64x64 pictures, not {image_size}")
+            raise ValueError(f"the plain CNN decoder outputs 64x64 pictures, not {image_size}")
         self.linear = xavier(nn.Linear(inputs, 32 * depth))
         widths = [32 * depth, 4 * depth, 2 * depth, depth, 3]
         parts: list[nn.Module] = []
@@ -30,7 +30,7 @@ class CNNDecoder(nn.Module):
 
 
 class ContextAttention(nn.Module):
-    """Cross-attention of decoder features to the context map of the same resolution, on a random quarter of its tokens (spec 1.4)."""
+    """Cross-attention of decoder features to the context map of the same resolution, on a random quarter of its tokens (IPV)."""
 
     def __init__(
         self, channels: int, side: int, *, mask: float = 0.75, heads: int = 4, norm: str = "batch", dropout: float = 0.1
@@ -39,14 +39,14 @@ class ContextAttention(nn.Module):
         self.keep, self.heads, self.dropout = int(side * side * (1 - mask)), heads, dropout
         self.query_position = nn.Parameter(torch.zeros(side * side, channels))
         self.key_position = nn.Parameter(torch.zeros(side * side, channels))
-        # Holds the weights in PyTorch's layout and initialisation; the product is written out below.
+        # Only holds the weights, in PyTorch's layout and initialisation; the product is written out below.
         self.attention = nn.MultiheadAttention(channels, heads, batch_first=True)
         self.norm: nn.Module = nn.BatchNorm2d(channels) if norm == "batch" else nn.Identity()
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         """x (B*T, C, h, w), context (B, C, h, w) -> (B*T, C, h, w). A fresh token subset per sequence and time, always on.
 
-        Keys and values are projected once per sequence and then picked per frame.
+        Keys and values are projected once per sequence; each frame uses a subset of them.
         """
         frames, channels, height, width = x.shape
         batch, count = len(context), height * width
@@ -65,12 +65,12 @@ class ContextAttention(nn.Module):
         out = self.attention.out_proj((weights @ v).transpose(1, 2).flatten(2))
         if self.dropout and self.training:
             out = F.dropout(out, self.dropout)
-        image = out.unflatten(1, (height, width)).permute(0, 3, 1, 2)  # channels last, as x
+        image = out.unflatten(1, (height, width)).permute(0, 3, 1, 2)  # channels last, like x
         return F.relu(x + self.norm(image))
 
 
 class ResNetDecoder(nn.Module):
-    """IPV's residual decoder, mirror of `ResNetEncoder`; cross-attends to context maps of at most ``finest`` cells a side.
+    """IPV's residual decoder, mirror of `ResNetEncoder`; cross-attends to context maps of at most ``finest`` cells per side.
 
     ``map_shapes`` are the encoder's (channels, side) pairs, finest first.
     """
@@ -106,7 +106,7 @@ class ResNetDecoder(nn.Module):
             self.stages.append(nn.ModuleList(layers))
             if context and side <= finest:
                 self.attention[str(index)] = ContextAttention(channels, side, mask=mask, norm=norm, dropout=dropout)
-        # With `copy`, one more value a pixel: how much of it is the context frame's.
+        # With `copy`, one more value per pixel: the share of the context frame.
         if self.unshuffle:
             self.out = xavier(nn.Conv2d(shapes[-1][0], 64 if copy else 48, 3, padding=1))
         else:
@@ -116,7 +116,7 @@ class ResNetDecoder(nn.Module):
     def forward(self, feat: Tensor, context: list[Tensor] | None = None, source: Tensor | None = None) -> Tensor:
         """feat (B*T, F), context maps (B, C, h, w) finest first -> (B*T, 3, S, S), or (B*T, 48, S/4, S/4) in blocks.
 
-        ``source`` (B, ...): the context frame's own pixels, composited in by a predicted mask where the decoder has ``copy``.
+        ``source`` (B, ...): the context frame's pixels, added through a predicted mask if the decoder has ``copy``.
         """
         x = self.features(feat, context)
         if not self.copy:
@@ -126,7 +126,7 @@ class ResNetDecoder(nn.Module):
         return composite(x, source)
 
     def features(self, feat: Tensor, context: list[Tensor] | None = None) -> Tensor:
-        """As `forward`, before the composite: with ``copy`` a third more channels, the mask's logits."""
+        """As `forward`, before the composite: with ``copy`` there are a third more channels, the mask's logits."""
         x = self.linear(feat).view(-1, self.width, self.side, self.side)
         x = x.contiguous(memory_format=torch.channels_last)
         maps = context[::-1] if context is not None else None
@@ -142,10 +142,10 @@ class ResNetDecoder(nn.Module):
 
 
 def composite(x: Tensor, source: Tensor) -> Tensor:
-    """mask * source + drawn, the mask per pixel and shared by its colours. (B*T, 4P, h, w), (B, 3P, h, w) -> (B*T, 3P, h, w).
+    """mask * source + drawn, with one mask value per pixel for all colours. (B*T, 4P, h, w), (B, 3P, h, w) -> (B*T, 3P, h, w).
 
-    CDNA (arXiv 1605.07157) weighs ``drawn`` with 1 - mask. Then a mask that has learned to copy leaves nothing for the latent to
-    learn from: measured on real clips, the mask closed within 300 updates and the latent stayed empty (decision 0004).
+    CDNA (arXiv 1605.07157) multiplies ``drawn`` by 1 - mask. Then a mask that copies leaves no gradient for the latent: on real
+    clips the mask closed within 300 updates and the latent stayed empty (decision 0004).
     """
     pixels = x.shape[1] // 4
     rows = x.permute(0, 2, 3, 1).unflatten(0, (len(source), -1))  # (B, T, h, w, 4P), channels last

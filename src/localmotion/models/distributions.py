@@ -68,7 +68,7 @@ def _cdf(x: Tensor) -> Tensor:
 
 
 class TruncatedNormal:
-    """Normal(mean, std) truncated to [-1, 1], element-wise (IPV spec 2.5). ``mean`` in [-1, 1], ``std`` > 0, fp32."""
+    """Normal(mean, std) truncated to [-1, 1], element-wise, as in IPV's release. ``mean`` in [-1, 1], ``std`` > 0, fp32."""
 
     def __init__(self, mean: Tensor, std: Tensor) -> None:
         self.mean, self.std = mean, std

@@ -1,9 +1,9 @@
-"""Image encoders: DreamerV2's plain CNN and IPV's 13-layer ResNet (spec 1.2-1.5), whose pre-pool maps are the context.
+"""Image encoders: DreamerV2's plain CNN and IPV's 13-layer ResNet (arXiv 2305.18499), whose pre-pool maps are the context.
 
 Images (N, 3, S, S) float in [-0.5, 0.5]. Widths double from stage to stage, the resolution halves.
 
-With ``stem="unshuffle"`` everything works on pictures whose 4x4 pixels have become channels, (N, 48, S/4, S/4): nothing is computed at
-full resolution, which a CPU pays for most, and the loss is taken there too.
+With ``stem="unshuffle"`` pictures are in blocks, with 4x4 pixels as channels, (N, 48, S/4, S/4). Nothing, not even the loss, is
+computed at full resolution, which is slowest on a CPU.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 
 def xavier(layer: nn.Module) -> nn.Module:
-    """Xavier-uniform weight, zero bias: IPV's initialisation of direct layers (spec 0.1)."""
+    """Xavier-uniform weight, zero bias: the initialisation of layers outside residual blocks in IPV's release."""
     nn.init.xavier_uniform_(layer.weight)  # type: ignore[arg-type]
     nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
     return layer
@@ -40,7 +40,7 @@ def from_blocks(blocks: Tensor) -> Tensor:
 
 
 class ResidualLayer(nn.Module):
-    """ReLU(skip(x) + conv-norm-ReLU-conv-norm(y)); y is x unless given (cross-attention changes only the main path)."""
+    """ReLU(skip(x) + conv-norm-ReLU-conv-norm(y)); y is x by default (cross-attention changes only the main path)."""
 
     def __init__(self, inputs: int, outputs: int, norm: str = "batch") -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class ResidualLayer(nn.Module):
 
 
 class CNNEncoder(nn.Module):
-    """Four convolutions, kernel 4, stride 2, ELU: 64 -> 31 -> 14 -> 6 -> 2 (spec 1.2)."""
+    """Four convolutions, kernel 4, stride 2, ELU: 64 -> 31 -> 14 -> 6 -> 2 (DreamerV2)."""
 
     feed_forward = True  # --compile compiles it
 
@@ -122,7 +122,7 @@ class ResNetEncoder(nn.Module):
 
 
 def random_erasing(frame: Tensor, probability: float = 0.5, generator: torch.Generator | None = None) -> Tensor:
-    """Context augmentation (spec 1.5): in half of the pictures a rectangle of 2-33 % of the area becomes mid-grey.
+    """Context augmentation of IPV's release: in half of the pictures a rectangle of 2-33 % of the area becomes mid-grey.
 
     Aspect ratio with probability 1/2 from U(0.3, 1), else U(1, 3.3). (B, S, S, 3) uint8 -> the same.
     """

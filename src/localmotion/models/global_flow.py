@@ -1,7 +1,8 @@
-"""Global Flow: the whole optical-flow field as one code, the ablation that DRP's Atomic Actions are held against.
+"""Global Flow: the whole optical-flow field as one code. The ablation without DRP's Atomic Actions.
 
-Paper: "Local Motion Matters" (arXiv 2607.00808), 5.3 and Fig. 5b: a convolutional encoder takes the entire flow field to one embedding that
-conditions the dynamics, in place of the deconstruction. Its layers are open in the paper; these are DreamerV2's image encoder.
+Paper: "Local Motion Matters" (arXiv 2607.00808), section 5.3 and Fig. 5b: a convolutional encoder maps the entire flow field to one
+embedding that conditions the dynamics, instead of the deconstruction. The paper does not state its layers; we use DreamerV2's image
+encoder.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ from torch import Tensor, nn
 from localmotion.models.dae import DAEConfig
 
 SIDE = 64
-"""Pixels of the flow field that the convolutions see; other sizes are averaged or interpolated to it."""
+"""Side of the flow field at the convolutions, in pixels; other sizes are averaged or interpolated to it."""
 
 
 class GlobalFlow(nn.Module):
-    """Flow field (B,T,S,S,2) in pixels -> a^agg (B,T,code_dim). Each frame by itself: the dynamics model is what remembers.
+    """Flow field (B,T,S,S,2) in pixels -> a^agg (B,T,code_dim). Each frame is encoded separately; only the dynamics model has memory.
 
-    Of the DAE's settings it has the width (mats times dim, agg_dim) and the flow's scale and clip, so that a comparison changes nothing
+    It uses the width (mats times dim, agg_dim) and the flow's scale and clip of the DAE's settings, so a comparison changes nothing
     else.
     """
 

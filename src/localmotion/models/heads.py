@@ -1,4 +1,4 @@
-"""Multi-layer heads: reward, critic, actor (IPV spec 0.5, 2.5)."""
+"""Multi-layer heads: reward, critic, actor, with the sizes of IPV's release (thuml/ContextWM)."""
 
 from __future__ import annotations
 

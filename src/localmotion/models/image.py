@@ -1,7 +1,7 @@
-"""Image encoder, decoder and context of a world model in one place, so that methods read in terms of pixels, embed, decode, context.
+"""Image encoder, decoder and context of a world model in one place, so methods use the terms pixels, embed, decode, context.
 
-B sequences, T positions, E embedding width, F feature width. "pixels" is what the networks see and the loss compares: pictures
-(N,3,S,S) or, for the CPU-friendly stem, the same values in blocks (N,48,S/4,S/4); in [-0.5, 0.5] (Table 5: linear rescaling).
+B sequences, T positions, E embedding width, F feature width. "pixels" are the input of the networks and the target of the loss:
+pictures (N,3,S,S) or, for the stem for CPUs, the same values in blocks (N,48,S/4,S/4); in [-0.5, 0.5] (Table 5: linear rescaling).
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from localmotion.models.encoders import CNNEncoder, ResNetEncoder, from_blocks, 
 
 
 class Context(NamedTuple):
-    """What the decoder knows of a sequence's context frame."""
+    """The context frame of a sequence, as the decoder gets it."""
 
     maps: list[Tensor]  # (B, C, h, w), finest first, to attend to
-    pixels: Tensor  # (B, ...) as the decoder makes them, to copy from
+    pixels: Tensor  # (B, ...) in the decoder's output layout, to copy from
     frame: Tensor  # (B,) its position in the sequence
 
 
 class _ImageLoss(torch.autograd.Function):
     """Image losses (G,) of G stacked decodings (G*N, ...) of the same N pictures, with the copied context (N = B*T) or without.
 
-    Written out because these are the largest maps of an update. Autograd's own chain goes through them some twenty times (slices padded
-    with zeros, a gradient for each factor of the composite, fp32 copies); here the gradient is made beside the loss, on a CPU a
-    sequence at a time so that everything in between stays in the cache.
+    Written out because these are the largest maps of an update. Autograd would read them about twenty times (slices padded with zeros,
+    a gradient for each factor of the composite, fp32 copies). Here the gradient is computed with the loss, on a CPU one sequence at a
+    time, so intermediate results stay in the cache.
     """
 
     @staticmethod
@@ -39,7 +39,7 @@ class _ImageLoss(torch.autograd.Function):
         groups = len(decoded) // count
         time = count * groups // len(source) if source is not None else min(count, 32)
         span = time if decoded.device.type == "cpu" else count
-        # Rows (N, h, w, C): channels last, as they lie in memory
+        # Rows (N, h, w, C): channels last, as in memory
         given, wanted = decoded.permute(0, 2, 3, 1), truth.permute(0, 2, 3, 1)
         gradient = torch.empty_like(decoded) if ctx.needs_input_grad[0] else None
         losses = []
@@ -68,8 +68,8 @@ def _piece(rows: Tensor, wanted: Tensor, source: Tensor | None, gradient: Tensor
     if source is None:
         error = rows.float() - wanted
     else:
-        # `composite`, with the spreading of a pixel's share over its three colours, and the summing on the way back, as products with a
-        # 0/1 matrix: a broadcast over a last dimension of three is the slowest thing a CPU can be asked for.
+        # `composite`. Products with a 0/1 matrix spread a pixel's share over its three colours, and sum in the backward pass, because a
+        # broadcast over a last dimension of three is very slow on a CPU.
         spread = torch.eye(colours // 3, device=rows.device, dtype=dtype).repeat_interleave(3, 1)
         seen = source.permute(0, 2, 3, 1).unsqueeze(1).to(dtype)  # (B, 1, h, w, 3P)
         share = rows[..., colours:].contiguous().sigmoid_()
@@ -84,10 +84,10 @@ def _piece(rows: Tensor, wanted: Tensor, source: Tensor | None, gradient: Tensor
 
 
 def image_losses(decoded: Tensor, truth: Tensor, source: Tensor | None = None) -> Tensor:
-    """Half the squared error summed over a picture's values, mean over frames (IPV spec 0.4), of G stacked decodings.
+    """Half the squared error summed over a picture's values, mean over frames (unit-variance Gaussian), of G stacked decodings.
 
-    decoded (G*N, C, h, w) as `ResNetDecoder.features` or a plain decoder gives it, truth pixels (N, ...), the context frames' pixels
-    (G*B, ...) where the decoder copies -> (G,) fp32. Differentiable in ``decoded`` only.
+    decoded (G*N, C, h, w) as from `ResNetDecoder.features` or a plain decoder, truth pixels (N, ...), the context frames' pixels
+    (G*B, ...) if the decoder copies -> (G,) fp32. Differentiable in ``decoded`` only.
     """
     losses: Tensor = _ImageLoss.apply(decoded, truth, source)
     return losses
@@ -133,7 +133,7 @@ class ImageModel(nn.Module):
         return arranged.float().mul_(1.0 / 255.0).sub_(0.5)
 
     def picture(self, pixels: Tensor) -> Tensor:
-        """Pixels back as pictures (N, 3, S, S)."""
+        """Convert pixels to pictures (N, 3, S, S)."""
         return from_blocks(pixels) if self.blocks else pixels
 
     def embed(self, image: Tensor) -> Tensor:
@@ -143,10 +143,10 @@ class ImageModel(nn.Module):
     def encode(
         self, pixels: Tensor, image: Tensor, *, erase: bool = False, frame: int | None = None
     ) -> tuple[Tensor, Context | None]:
-        """Embeddings (B,T,E) of the pixels of ``image`` (B,T,S,S,3) uint8, and the context of one frame a sequence.
+        """Embeddings (B,T,E) of the pixels of ``image`` (B,T,S,S,3) uint8, and the context from one frame per sequence.
 
-        ``frame`` is that frame's position; a random one by default, as IPV trains. A prediction must name one it has observed.
-        ``erase`` applies random erasing to the context frame (IPV spec 1.5).
+        ``frame`` is that frame's position; random by default, as in IPV's training. A prediction must choose an observed frame.
+        ``erase`` applies random erasing to the context frame, as in IPV's release.
         """
         batch, time = image.shape[:2]
         embed = self.encoder(pixels).view(batch, time, -1)
@@ -168,12 +168,12 @@ class ImageModel(nn.Module):
         return image_losses(self.decoder.features(feat, maps), truth, source)
 
     def decode(self, feat: Tensor, context: Context | None) -> Tensor:
-        """(B,T,F) -> pixels of (B*T) frames. ``feat`` covers the sequence that `encode` saw."""
+        """(B,T,F) -> pixels of (B*T) frames. ``feat`` is for the same sequence as in `encode`."""
         flat = self._conditioned(feat, context)
         return self.decoder(flat) if context is None else self.decoder(flat, context.maps, context.pixels)
 
     def _conditioned(self, feat: Tensor, context: Context | None) -> Tensor:
-        """(B*T, F), or (B*T, 2F) with how it differs from the context frame's: what to copy depends on both."""
+        """(B*T, F), or (B*T, 2F) with the difference from the context frame's feature, because copying depends on both."""
         if context is not None and self.copies:
             there = feat[torch.arange(len(feat), device=feat.device), context.frame].unsqueeze(1)
             feat = torch.cat([feat, there - feat], -1)

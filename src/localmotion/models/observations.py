@@ -40,9 +40,9 @@ def from_patches(x: Tensor, side: int) -> Tensor:
 
 
 def shapes(stem: str, depth: int, image_size: int) -> tuple[list[int], int]:
-    """Widths of the stages and side of the coarsest map. Raises ConfigError for a side that the reference refuses (under 3, over 16).
+    """Widths of the stages and side of the coarsest map. Raises ConfigError for a side that the reference refuses (below 3 or above 16).
 
-    Stem "blocks", which is not the reference's, takes pictures of 32 pixels too.
+    Stem "blocks", which the reference does not have, also accepts pictures of 32 pixels.
     """
     skip = 2 if stem == "blocks" else 0
     least = 2 if stem == "blocks" else 3
@@ -68,8 +68,8 @@ class Conv(nn.Module):
 class UpConv(Conv):
     """The same after doubling the picture by repetition, (N, h, w, I) -> (N, h, w, 4*O): `to_patches` of side 2 of (N, 2h, 2w, O).
 
-    The five taps of a doubled row lie on three pixels of the small one, on other ones for even and odd outputs: summed up beforehand they
-    are four 3x3 kernels, a third of the products, and the doubled map is never made.
+    The five taps of a doubled row fall on three pixels of the small row, different ones for even and odd outputs. Summed beforehand they
+    are four 3x3 kernels with a third of the products, and the doubled map is never computed.
     """
 
     TAPS = ((0, 0, 1, 1, 2), (0, 1, 1, 2, 2))  # small pixel (left, same, right) of each tap, even and odd outputs
@@ -93,9 +93,9 @@ _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 class _PoolCorners(torch.autograd.Function):
     """Maximum over 2x2 of (N, H, W, C), for CPUs: torch's own takes 0.9 s both ways in bf16 for the first map of DreamerV3 12M.
 
-    Comparing and selecting bf16 is slow there, integers are not: a difference shifted right by all but its sign is a mask of zeros or ones,
-    and gradients are handed out by `and`. Kept for the backward pass are three of these masks, a byte each (right of the upper two, right
-    of the lower two, lower row). As in torch the first of equals wins.
+    Comparing and selecting bf16 is slow there, integer operations are fast. A difference shifted right to its sign bit is a mask of zeros
+    or ones, and `and` selects gradients. The backward pass needs three of these masks, one byte each (right one of the upper two, right
+    one of the lower two, lower row). As in torch, the first of equal values is chosen.
     """
 
     @staticmethod
@@ -125,7 +125,7 @@ class _PoolCorners(torch.autograd.Function):
             right, lower_right, lower = (mask[span].to(bits) for mask in ctx.saved_tensors)
             down = share & lower
             for row, part, mask in ((0, share ^ down, right), (1, down, lower_right)):
-                # Written by the operations themselves: a copy into every other pixel takes four times as long.
+                # The operations write directly to every other pixel; a copy takes four times as long.
                 torch.bitwise_and(part, mask, out=into[:, :, row, :, 1])
                 torch.bitwise_and(part, mask.bitwise_not_(), out=into[:, :, row, :, 0])
         return out.view(ctx.shape)
@@ -142,8 +142,8 @@ def pool(x: Tensor) -> Tensor:
 class ImageEncoder(nn.Module):
     """(N, S, S, 3) uint8 -> (N, E): stages of convolution, maximum over 2x2, RMSNorm, SiLU.
 
-    ``stem="pool"`` is the reference's, four stages. ``stem="blocks"`` is for CPUs: 4x4 pixels become channels first and take the place of
-    the first two stages, in which nearly all of the arithmetic is.
+    ``stem="pool"`` is the reference's, four stages. ``stem="blocks"`` is for CPUs: 4x4 pixels become channels, which
+    replaces the first two stages with nearly all of the arithmetic.
     """
 
     feed_forward = True  # --compile compiles it
@@ -165,9 +165,9 @@ class ImageEncoder(nn.Module):
 
 
 class ImageDecoder(nn.Module):
-    """deter (N, D), flat latent (N, Z) -> logits of pixels, in the patches in which the last convolution makes them; mirror of the encoder.
+    """deter (N, D), flat latent (N, Z) -> logits of pixels, in the patch layout of the last convolution; mirror of the encoder.
 
-    The state reaches the coarsest map through a block-linear layer (each block makes its own channels), the latent through two layers.
+    A block-linear layer maps the state to the coarsest map (each block to its own channels), two layers map the latent.
     """
 
     feed_forward = True  # --compile compiles it
@@ -210,7 +210,7 @@ class ImageDecoder(nn.Module):
 
 
 class _PixelLoss(torch.autograd.Function):
-    """Squared error of sigmoid(logits) to uint8 pixels, summed over a picture: (N,). The gradient is made beside the loss."""
+    """Squared error of sigmoid(logits) to uint8 pixels, summed over a picture: (N,). The gradient is computed with the loss."""
 
     @staticmethod
     def forward(ctx: object, logits: Tensor, truth: Tensor) -> Tensor:
@@ -238,7 +238,7 @@ def pixel_loss(logits: Tensor, truth: Tensor) -> Tensor:
 
 
 class ObservationModel(nn.Module):
-    """Encoder and decoder of what is observed: pictures (B,T,S,S,3) uint8, vectors (B,T,V), or both."""
+    """Encoder and decoder of observations: pictures (B,T,S,S,3) uint8, vectors (B,T,V), or both."""
 
     def __init__(
         self,
@@ -275,7 +275,7 @@ class ObservationModel(nn.Module):
             self.embed_dim += self.image_encoder.embed_dim
 
     def encode(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Embeddings (B, T, E), the vector's part first."""
+        """Embeddings (B, T, E), with the vector's part first."""
         parts = []
         if self.vector_encoder is not None:
             parts.append(self.vector_encoder(symlog(batch["vector"].float())))

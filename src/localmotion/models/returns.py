@@ -1,4 +1,4 @@
-"""lambda-returns (DRP Eq. 10, IPV spec 2.5)."""
+"""lambda-returns (DRP, Eq. 10)."""
 
 from __future__ import annotations
 

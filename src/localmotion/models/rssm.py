@@ -1,4 +1,4 @@
-"""Recurrent state-space model with categorical latents (DreamerV2; IPV spec 0.2-0.3), written so that little is left inside the recurrence.
+"""Recurrent state-space model with categorical latents (DreamerV2; IPV's sizes), with as little work as possible inside the recurrence.
 
 Shapes: B sequences, T positions, S categoricals, C classes, D deter, H hidden, E embedding, A action columns, F = S*C + D.
 """
@@ -31,12 +31,12 @@ def _linear(inputs: int, outputs: int) -> nn.Linear:
 
 
 def kl_loss(post: Tensor, prior: Tensor, balance: float = 0.8, free: float = 0.0) -> tuple[Tensor, dict[str, Tensor]]:
-    """Balanced KL of (B,T,S,C) logits, summed over S, in fp32 (IPV 0.3).
+    """Balanced KL of (B,T,S,C) logits, summed over S, in fp32 (DreamerV2, section 2.1).
 
     (1 - balance) max(KL(post || sg prior), free) + balance max(KL(sg post || prior), free), both means over the batch: ``balance``
     trains the prior, the rest the posterior; free nats apply to the mean. Metrics: ``kl`` and ``post_entropy`` in nats.
     """
-    # Two log-softmaxes serve both terms, the gradient stop comes after them.
+    # Both terms share two log-softmaxes; the gradient stop is after them.
     log_p, log_q = F.log_softmax(post.float(), -1), F.log_softmax(prior.float(), -1)
     to_post = categorical_kl(log_p, log_q.detach()).mean()
     to_prior = categorical_kl(log_p.detach(), log_q).mean()
@@ -45,10 +45,10 @@ def kl_loss(post: Tensor, prior: Tensor, balance: float = 0.8, free: float = 0.0
 
 
 class _DeferredWeight(torch.autograd.Function):
-    """Identity on a term (T, B, O) whose slices are added to products x_t W^T; gives W its gradient, in one product at the end.
+    """Identity on a term (T, B, O) whose slices are added to products x_t W^T. Computes W's gradient in one product at the end.
 
-    A recurrence that multiplies by W at each position would form and add up a gradient as large as W at each position, which is
-    most of the time of a backward pass at small B. The gradient of the added term is that of the product, so W's gradient is
+    If a recurrence multiplies by W at each position, autograd computes and adds a gradient as large as W at each position, which
+    takes most of the time of a backward pass at small B. The gradient of the added term is that of the product, so W's gradient is
     ``grad^T x`` over all T*B rows at once; `inputs` is filled with the x_t while the recurrence runs.
     """
 
@@ -66,7 +66,7 @@ class _DeferredWeight(torch.autograd.Function):
 
 
 class RecurrentProduct:
-    """x_t W^T + term_t inside a recurrence: W is cast once, and its gradient is formed once."""
+    """x_t W^T + term_t inside a recurrence: W is cast once, and its gradient is computed once."""
 
     def __init__(self, weight: Tensor, term: Tensor) -> None:
         """``weight`` (O, I); ``term`` (T, B, O), in the precision to compute in."""
@@ -85,7 +85,7 @@ class RSSM(nn.Module):
     """h_t = GRU(h_{t-1}, z_{t-1}, a_t), prior p(z_t | h_t), posterior q(z_t | h_t, e_t).
 
     The GRU has LayerNorm (eps 1e-3) and an update bias of -1; activations are ELU. ``action_pad`` widens the action input with
-    zero columns (IPV pads to 50); ``action_free`` feeds zeros whatever action is passed (None too); ``unimix`` mixes that share
+    zero columns (IPV pads to 50); ``action_free`` uses zeros for any action (also None); ``unimix`` mixes that share
     of the uniform distribution into every latent distribution (DreamerV3; 0 in IPV).
     """
 
@@ -141,7 +141,7 @@ class RSSM(nn.Module):
         return F.linear(action, self.img_in.weight[:, self.flat : self.flat + self.action_dim], self.img_in.bias)
 
     def _gates(self, parts: Tensor, deter: Tensor) -> Tensor:
-        """New deter (B, D) from the GRU's linear output (B, 3D): normalisation, gates and state are fp32, so that small changes add up."""
+        """New deter (B, D) from the GRU's linear output (B, 3D): normalisation, gates and state are fp32, so small changes accumulate."""
         norm = self.gru_norm
         with torch.autocast(parts.device.type, enabled=False):
             parts = F.layer_norm(parts.float(), norm.normalized_shape, norm.weight, norm.bias, norm.eps)
@@ -204,7 +204,7 @@ class RSSM(nn.Module):
     ) -> tuple[RSSMState, Tensor]:
         """Posterior over a sequence: embed (B,T,E), action (B,T,A), is_first (B,T) -> states (B,T,...) and prior logits (B,T,S,C).
 
-        Outside the recurrence, each as one product over B*T: the action's part of the first layer, the embedding's part of the
+        These are outside the recurrence, each as one product over B*T: the action's part of the first layer, the embedding's part of the
         posterior's first layer, all prior logits, and in the backward pass the gradient of every weight.
         """
         batch, time = is_first.shape
@@ -220,7 +220,7 @@ class RSSM(nn.Module):
         post_in = RecurrentProduct(self.post_in.weight[:, : self.deter], embed_part)
         post_out = RecurrentProduct(self.post_out.weight, self.post_out.bias.to(low).expand(rows))
         noise = gumbel((time, batch, self.stoch, self.classes), embed, generator).unbind(0) if sample else (None,) * time
-        # Only the positions where some sequence starts pay for the reset; asking which they are would make a GPU wait.
+        # On a CPU only positions where a sequence starts are reset; on a GPU reading which they are would make it wait.
         reset = is_first.any(0).tolist() if is_first.device.type == "cpu" else [True] * time
         stoch, deter = state.stoch.flatten(-2), state.deter.float()
         logits, stochs, deters = [], [], []

@@ -1,7 +1,7 @@
 """Recurrent state-space model of DreamerV3: block GRU, RMSNorm, categorical latents with a share of the uniform distribution.
 
-Source: danijar/dreamerv3, commit e3f0224, dreamerv3/rssm.py. As `models.rssm`, written so that little is left inside the recurrence; unlike
-the reference the deterministic state is kept in fp32 when products are bf16, so that small changes add up.
+Source: danijar/dreamerv3, commit e3f0224, dreamerv3/rssm.py. As little work as possible is inside the recurrence. Unlike
+the reference, the deterministic state is fp32 when products are bf16, so small changes accumulate.
 
 Shapes: B sequences, T positions, S categoricals, C classes, D deter, G blocks, H hidden, E embedding, A actions, F = S*C + D.
 """
@@ -30,7 +30,7 @@ class State(NamedTuple):
 def kl_losses(post: Tensor, prior: Tensor, free: float = 1.0) -> tuple[Tensor, Tensor]:
     """(dyn, rep), each (...), of log-probabilities (..., S, C): max(free, KL(sg post || prior)) and max(free, KL(post || sg prior)).
 
-    The KL is summed over S, in nats. Free nats hold at each position, before any mean: a position below them has no gradient.
+    The KL is summed over S, in nats. Free nats apply at each position, before any mean, so a position below them has no gradient.
     """
     dyn = categorical_kl(post.detach(), prior).clamp(min=free)
     rep = categorical_kl(post, prior.detach()).clamp(min=free)
@@ -56,7 +56,7 @@ class _DeferredBlocks(torch.autograd.Function):
 
 
 class _TimesKernel(torch.autograd.Function):
-    """term + x K whose backward pass multiplies by a transposed kernel made beforehand: `baddbmm`'s own would copy one at each position."""
+    """term + x K whose backward pass uses a prepared transposed kernel; that of `baddbmm` would copy one at each position."""
 
     @staticmethod
     def forward(ctx: Any, term: Tensor, x: Tensor, kernel: Tensor, transposed: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ class _TimesKernel(torch.autograd.Function):
 
 
 class _BlockProduct:
-    """x_t K + term_t inside a recurrence, x_t (G, B, I): K is cast once, and its gradient is formed once."""
+    """x_t K + term_t inside a recurrence, x_t (G, B, I): K is cast once, and its gradient is computed once."""
 
     def __init__(self, kernel: Tensor, term: Tensor) -> None:
         self.kernel = kernel.detach().to(term.dtype)
@@ -88,10 +88,10 @@ class _BlockProduct:
 
 
 class Weights(NamedTuple):
-    """The core's and the GRU's weights arranged for single steps; made once for a rollout."""
+    """The core's and the GRU's weights arranged for single steps; computed once per rollout."""
 
     own: Tensor  # (G, D/G, D/G), from a block of the state to itself
-    shared: Tensor  # (D, 3H), from the inputs that all blocks share
+    shared: Tensor  # (D, 3H), from the shared inputs of all blocks
     gru: Tensor  # (G, D/G, 3D/G)
     bias: Tensor  # (G, 1, 3D/G)
 
@@ -99,8 +99,8 @@ class Weights(NamedTuple):
 class BlockRSSM(nn.Module):
     """h_t = block GRU(h_{t-1}, z_{t-1}, a_t), prior p(z_t | h_t), posterior q(z_t | h_t, e_t).
 
-    State, latent and action go through a layer each; the three results stand beside every block of the state as input of its block of the
-    GRU. ``unimix`` of every latent distribution is uniform. Actions beyond [-1, 1] are clipped: a / max(1, |a|).
+    State, latent and action each pass one layer. The three results, concatenated with a block of the state, are the input of that block of
+    the GRU. A share ``unimix`` of every latent distribution is uniform. Actions beyond [-1, 1] are clipped: a / max(1, |a|).
     """
 
     recurrent = True  # the recurrence stays as it is under --compile
@@ -117,7 +117,7 @@ class BlockRSSM(nn.Module):
         blocks: int = 8,
         unimix: float = 0.01,
     ) -> None:
-        """Raises ValueError where ``deter`` cannot be shared out over ``blocks``."""
+        """Raises ValueError if ``deter`` is not divisible by ``blocks``."""
         super().__init__()
         self.deter, self.stoch, self.classes, self.blocks, self.unimix = deter, stoch, classes, blocks, unimix
         flat = stoch * classes
@@ -153,7 +153,7 @@ class BlockRSSM(nn.Module):
         return out
 
     def _split(self) -> tuple[Tensor, Tensor]:
-        """The core's kernel as (G, D/G, D/G) for the state, and (D, 3H) for the three inputs that all blocks share."""
+        """The core's kernel as (G, D/G, D/G) for the state, and (D, 3H) for the three shared inputs of all blocks."""
         width = self.deter // self.blocks
         return self.core.kernel[:, :width], self.core.kernel[:, width:].transpose(1, 2).flatten(0, 1)
 
@@ -175,7 +175,7 @@ class BlockRSSM(nn.Module):
         return logits
 
     def weights(self) -> Weights:
-        """What single steps multiply by, in the precision of products."""
+        """Weights for single steps, in the precision of products."""
         device = self.gru.kernel.device.type
         low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.gru.kernel.dtype
         own, shared = self._split()
@@ -194,7 +194,7 @@ class BlockRSSM(nn.Module):
         return self._gates_in_pieces(torch.bmm(x, gru), self._in_blocks(self.gru.bias.unsqueeze(0)), deter)
 
     def _gates_in_pieces(self, parts: Tensor, bias: Tensor, deter: Tensor) -> Tensor:
-        """`_gates` of parts + bias without gradient, in place and a piece at a time, so that on a CPU all of it stays in the cache.
+        """`_gates` of parts + bias without gradient, in place and in pieces, so on a CPU it stays in the cache.
 
         tanh x is 2 sigmoid(2x) - 1, which is six times as fast there and differs by 1e-7, far below the rounding of bf16 products.
         """
@@ -223,7 +223,7 @@ class BlockRSSM(nn.Module):
         generator: torch.Generator | None = None,
         weights: Weights | None = None,
     ) -> State:
-        """One step of the prior; ``sample=False`` takes the most likely class. A rollout passes `weights`, made once."""
+        """One step of the prior; ``sample=False`` takes the most likely class. A rollout passes `weights`, computed once."""
         deter = self._recur(state.stoch.flatten(-2), state.deter, self._action(action), weights)
         logits = self.prior(deter)
         return State(logits, self._sample(logits, sample, generator), deter)
@@ -255,8 +255,8 @@ class BlockRSSM(nn.Module):
     ) -> tuple[State, Tensor]:
         """Posterior over a sequence: embed (B,T,E), action (B,T,A), is_first (B,T) -> states (B,T,...) and prior logits (B,T,S,C).
 
-        Outside the recurrence, each as one product over B*T: the action's and the embedding's parts, all prior logits, and in the backward
-        pass the gradient of every weight.
+        These are outside the recurrence, each as one product over B*T: the action's and the embedding's parts, all prior logits, and in the
+        backward pass the gradient of every weight.
         """
         batch, time = is_first.shape
         state = self.initial(batch) if state is None else state
@@ -279,7 +279,7 @@ class BlockRSSM(nn.Module):
         post_in = RecurrentProduct(self.post_in.weight[:, : self.deter], embed_part)
         post_out = RecurrentProduct(self.post_out.weight, bias(self.post_out.bias))
         noise = gumbel((time, batch, self.stoch, self.classes), embed, generator).unbind(0) if sample else (None,) * time
-        # Only the positions where some sequence starts pay for the reset; asking which they are would make a GPU wait.
+        # On a CPU only positions where a sequence starts are reset; on a GPU reading which they are would make it wait.
         reset = is_first.any(0).tolist() if is_first.device.type == "cpu" else [True] * time
         stoch, deter = state.stoch.flatten(-2), state.deter.float()
         logits, stochs, deters = [], [], []

@@ -21,18 +21,18 @@ def symexp(x: Tensor) -> Tensor:
 
 
 def symexp_bins(count: int = 255) -> Tensor:
-    """(count,) fp32: symexp of evenly spaced points in [-20, 20], built from one half so that they are exactly symmetric.
+    """(count,) fp32: symexp of evenly spaced points in [-20, 20], built from one half, so they are exactly symmetric.
 
     Raises ValueError for an even count, which would have no bin at zero.
     """
     if count < 3 or count % 2 == 0:
-        raise ValueError(f"bins={count}: two-hot needs an odd number of at least 3, so that one bin is zero")
+        raise ValueError(f"bins={count}: two-hot needs an odd number of at least 3, so one bin is zero")
     half = symexp(torch.linspace(-20, 0, count // 2 + 1))
     return torch.cat([half, -half[:-1].flip(0)])
 
 
 class TwoHot:
-    """Distribution over bins that stands for a number: logits (..., K), bins (K,) ascending, symmetric, zero in the middle."""
+    """Distribution over bins that represents a number: logits (..., K), bins (K,) ascending, symmetric, zero in the middle."""
 
     def __init__(self, logits: Tensor, bins: Tensor) -> None:
         self.logits, self.bins = logits.float(), bins
@@ -40,26 +40,26 @@ class TwoHot:
 
     @property
     def log_probs(self) -> Tensor:
-        """Log-probabilities (..., K), made once."""
+        """Log-probabilities (..., K), computed once."""
         if self._log_probs is None:
             self._log_probs = F.log_softmax(self.logits, -1)
         return self._log_probs
 
     @torch.no_grad()
     def pred(self) -> Tensor:
-        """Expected value (...), without a gradient: it is only ever a target.
+        """Expected value (...), without a gradient, because it is only used as a target.
 
-        Opposite bins are taken together, (p_k - p_-k) b_k: with uniform probabilities the sum is then exactly zero, where a sum from
-        the left would leave rounding errors of bins as large as 5e8. Same value as the reference's symmetric sum, one rounding less.
+        Opposite bins are combined, (p_k - p_-k) b_k, so with uniform probabilities the sum is exactly zero. A sum from the left would
+        have rounding errors from bins as large as 5e8. Same value as the reference's symmetric sum, with one rounding less.
         """
         probs, middle = F.softmax(self.logits, -1), len(self.bins) // 2
         difference = probs[..., middle + 1 :] - probs[..., :middle].flip(-1)
         return (difference * self.bins[middle + 1 :]).sum(-1)
 
     def loss(self, target: Tensor) -> Tensor:
-        """Cross-entropy (...) with the two bins next to ``target`` (...), weighted by nearness; outside the range, the last bin.
+        """Cross-entropy (...) with the two bins next to ``target`` (...), weighted by distance; outside the range, the last bin.
 
-        No gradient reaches the target. A target that is not a number gives a loss that is not.
+        The target gets no gradient. A NaN target gives a NaN loss.
         """
         target = target.detach().float()
         low = (torch.searchsorted(self.bins, target.contiguous(), right=True) - 1).clamp(0, len(self.bins) - 2)
@@ -72,13 +72,13 @@ class TwoHot:
 def bootstrapped_return(
     last: Tensor, terminal: Tensor, reward: Tensor, value: Tensor, *, discount: float, lambda_: float
 ) -> Tensor:
-    """lambda-returns where the world may end or be cut off; time is the first axis, (T, ...) -> (T - 1, ...).
+    """lambda-returns with termination and truncation; time is the first axis, (T, ...) -> (T - 1, ...).
 
         R_t = r_{t+1} + d_{t+1} [(1 - c_{t+1}) v_{t+1} + c_{t+1} R_{t+1}],  R_{T-1} = v_{T-1}
         d = discount (1 - terminal),  c = lambda (1 - last)
 
-    ``terminal`` may be a probability; ``last`` marks positions after which the data is of another episode. ``reward[t]`` came with
-    the arrival at t (decision 0001). ``value`` is what bootstraps: in replayed data the imagined return from each position.
+    ``terminal`` may be a probability; ``last`` marks the last position of an episode. ``reward[t]`` belongs to the step to
+    position t (decision 0001). ``value`` is used for bootstrapping: in replayed data, the imagined return from each position.
     """
     live = (1 - terminal[1:]) * discount
     carry = (1 - last[1:]) * lambda_
@@ -91,17 +91,17 @@ def bootstrapped_return(
 
 
 class ReturnRange(nn.Module):
-    """Moving range of returns: averages of their 5th and 95th percentile, by which advantages are divided.
+    """Moving range of returns, for dividing advantages: the averages of their 5th and 95th percentile.
 
-    In training mode a call takes its returns into the averages first, as the reference does; they start at 0 and are not debiased. A
-    batch with returns that are not finite leaves them as they are.
+    In training mode a call first updates the averages with its returns, as in the reference; they start at 0 without bias correction. A
+    batch with non-finite returns does not change them.
     """
 
     low: Tensor
     high: Tensor
 
     def __init__(self, *, rate: float = 0.01, limit: float = 1.0, percentiles: tuple[float, float] = (5.0, 95.0)) -> None:
-        """``rate`` of the averages; ``limit``: the least range, so that small returns are not blown up."""
+        """``rate`` of the averages; ``limit``: the minimum range, so small returns are not amplified."""
         super().__init__()
         self.rate, self.limit = rate, limit
         self.register_buffer("low", torch.zeros(()))
