@@ -22,11 +22,11 @@ TASK = "dmc:cheetah_run"
 BODIES = ("walker", "hopper", "finger", "reacher", "acrobot", "fish", "swimmer", "pendulum")
 PRESET = "tiny"
 RECIPE = Recipe(**sizes.RECIPE[PRESET])
-PRETRAIN = ("updates=1000", "pretrain.log_every=50", "pretrain.eval_every=500", "pretrain.save_every=500", "eval_batches=4")
+PRETRAIN = ("updates=500", "pretrain.log_every=50", "pretrain.eval_every=250", "pretrain.save_every=250", "eval_batches=4")
 # Four env steps an agent step, PlaNet's choice for this task: twice the experience for the same number of updates.
 FINETUNE = (
     "action_repeat=4",
-    "env_steps=18000",
+    "env_steps=20000",
     "prefill=3000",
     "online.eval_every=750",
     "online.save_every=1500",
