@@ -162,7 +162,7 @@ def test_an_unknown_load_leaves_all_cores_free(monkeypatch: pytest.MonkeyPatch) 
 def test_threads_spin_for_a_moment_and_sleep_and_torch_is_not_yet_loaded() -> None:
     """By the first import of the package, so for the command line, for workers and for a library's user; a user's word stands."""
     show = "import os, sys; print(os.environ.get('OMP_WAIT_POLICY'), os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
-    assert python(f"import localmotion.cli; {show}") == "passive 1000 False"
+    assert python(f"import localmotion.cli; {show}") == "passive 2000 False"
     assert python(f"import localmotion; {show}", OMP_WAIT_POLICY="active") == "active None False"
     assert python(f"import localmotion; {show}", GOMP_SPINCOUNT="7") == "None 7 False"
     late = (

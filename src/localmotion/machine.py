@@ -18,8 +18,8 @@ WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 """Variables by which a user says how OpenMP's threads wait."""
 
 
-SPINS = "1000"
-"""Rounds that a waiting thread of libgomp spins before it sleeps: some 15 to 50 microseconds (docs/performance.md)."""
+SPINS = "2000"
+"""Rounds that a waiting thread of libgomp spins before it sleeps: some 30 to 100 microseconds (docs/performance.md)."""
 
 
 def wait_passively() -> None:
