@@ -152,7 +152,7 @@ def test_behaviour_update_leaves_the_world_model_alone() -> None:
 
 
 def test_freeze_keeps_pretrained_weights_through_the_first_updates() -> None:
-    """IPV 2.2 on Meta-World: encoder and latent dynamics do not move in the first updates, the new parts do."""
+    """As in IPV's release on Meta-World: encoder and latent dynamics do not move in the first updates, the new parts do."""
     run, method = make("finetune", freeze_updates=2)
     updater = Updater(method, run, CPU, pretrained=True)
     before = {k: v.clone() for k, v in method.state_dict().items()}
@@ -251,7 +251,7 @@ def test_heldout_figures_are_consistent() -> None:
     assert set(pictures) == {"truth", "last_frame", "motion", "zero_motion"}
 
 
-# --- the paper's variants (drp.md 7) ----------------------------------------------------------------------------------
+# --- the paper's variants (METHODS.md) -----------------------------------------------------------------------------------
 
 VARIANTS = {
     "global flow": {"motion_encoder": "global"},

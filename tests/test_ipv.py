@@ -142,7 +142,7 @@ def test_pretraining_needs_pictures_alone() -> None:
     missing = [name for (name, _), g in zip(model.named_parameters(), gradients, strict=True) if g is None]
     assert not missing
     columns = gradients[[name for name, _ in model.named_parameters()].index("latent.img_in.weight")][:, model.latent.flat :]
-    assert columns.abs().max() == 0  # of 50 columns of zeros (spec 6.2, 5)
+    assert columns.abs().max() == 0  # of 50 columns of zeros, as in IPV's release
     assert [g.name for g in groups_of(model, run, False)] == ["model"]
 
 

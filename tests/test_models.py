@@ -1,4 +1,4 @@
-"""Shared models against IPV's golden numbers (spec section 8), invariants, and independent computations."""
+"""Shared models against golden numbers of IPV's release (thuml/ContextWM), invariants, and independent computations."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def count(module: nn.Module) -> int:
 
 
 def test_parameter_counts_of_the_paper_preset() -> None:
-    """IPV spec 8.2, exactly."""
+    """Exactly the numbers of IPV's release."""
     encoder = ResNetEncoder()
     assert count(encoder) == 1_562_112
     assert 2 * count(encoder) == 3_124_224  # with its context twin
@@ -42,7 +42,7 @@ def test_parameter_counts_of_the_paper_preset() -> None:
 
 
 def test_shapes_of_the_paper_preset() -> None:
-    """IPV spec 8.1 and 8.3, for the model that DRP's paper preset builds."""
+    """Shapes and kept tokens of IPV's release, for the model that DRP's paper preset builds."""
     world = compose("drp", "pretrain", preset="paper").model.world
     assert world == WorldModelConfig()
     model = ImageModel(world, image_size=64)
@@ -59,7 +59,7 @@ def test_shapes_of_the_paper_preset() -> None:
 
 
 def test_lambda_return_golden() -> None:
-    """IPV spec 8.4."""
+    """Golden values of IPV's lambda-return."""
     found = lambda_return(
         torch.tensor([1.0, 2, 3]), torch.tensor([0.2, 0.3, 0.4]), torch.tensor(0.4), discount=0.99, lambda_=0.95
     )
@@ -67,7 +67,7 @@ def test_lambda_return_golden() -> None:
 
 
 def test_bonus_golden() -> None:
-    """IPV spec 8.5: 46 targets from 50 positions; the running mean after (.02, .04) is .9903."""
+    """As in IPV's release: 46 targets from 50 positions; the running mean after (.02, .04) is .9903."""
     torch.manual_seed(0)
     bonus = IntrinsicBonus(8)
     assert bonus(torch.randn(3, 50, 8)).shape == (3, 46)
@@ -96,7 +96,7 @@ def test_bonus_against_a_loop() -> None:
 
 @pytest.mark.parametrize("free", [0.0, 1.0])
 def test_kl_is_balanced_and_free_nats_are_on_the_mean(free: float) -> None:
-    """IPV spec 8.6: 0.8 of the gradient to the prior, 0.2 to the posterior."""
+    """As in IPV's release: 0.8 of the gradient to the prior, 0.2 to the posterior."""
     torch.manual_seed(0)
     post = (torch.randn(4, 3, 5, 6) * 2).requires_grad_()
     prior = torch.randn(4, 3, 5, 6, requires_grad=True)
@@ -118,7 +118,7 @@ def make_rssm() -> RSSM:
 
 
 def test_rssm_step_by_the_equations() -> None:
-    """IPV spec 0.2, written out."""
+    """The RSSM of IPV's release, written out."""
     rssm = make_rssm()
     state = RSSMState(torch.zeros(2, 4, 5), torch.nn.functional.one_hot(torch.randint(5, (2, 4)), 5).float(), torch.randn(2, 16))
     action = torch.randn(2, 3)

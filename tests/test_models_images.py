@@ -87,7 +87,7 @@ def test_context_attention_equals_the_library_attention_when_nothing_is_dropped(
 
 
 def test_each_frame_draws_its_own_context_tokens_in_evaluation_too() -> None:
-    """IPV 1.4: a fresh subset per sequence and time, no train/eval switch."""
+    """As in IPV's release: a new random subset per sequence and time, no train/eval switch."""
     torch.manual_seed(0)
     attention = ContextAttention(8, 8, norm="none", dropout=0.0).eval()
     x, context = torch.randn(1, 8, 8, 8).expand(5, -1, -1, -1), torch.randn(1, 8, 8, 8)
@@ -126,7 +126,7 @@ def test_composite_adds_the_context_frame_where_the_mask_says_so(stem: str) -> N
 
 
 def test_plain_cnn_shapes() -> None:
-    """IPV spec 1.2."""
+    """DreamerV2's CNN, as in IPV's release."""
     encoder = CNNEncoder(depth=8)
     assert encoder(torch.randn(2, 3, 64, 64)).shape == (2, encoder.embed_dim) == (2, 8 * 8 * 2 * 2)
     assert CNNDecoder(10, depth=8)(torch.randn(2, 10)).shape == (2, 3, 64, 64)
@@ -148,7 +148,7 @@ def test_erasing_is_a_rectangle_and_its_generator_decides() -> None:
 
 
 def test_heads_start_as_the_spec_says() -> None:
-    """Xavier-uniform weights, zero biases (IPV spec 0.1)."""
+    """Xavier-uniform weights, zero biases, as in IPV's release."""
     torch.manual_seed(0)
     head = MLP(50, 3, units=40, layers=2)
     linears = [m for m in head.modules() if isinstance(m, nn.Linear)]

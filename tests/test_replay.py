@@ -57,7 +57,7 @@ def test_windows_never_cross_episodes(lengths: list[int], ends: bool, seed: int)
 
 
 def test_prioritised_ends_have_the_specified_probability() -> None:
-    # IPV 2.6: 501 records, windows of 50: the last window has probability 51/502 instead of 1/452
+    # as in IPV's release: 501 records, windows of 50: the last window has probability 51/502 instead of 1/452
     replay = Replay(SPEC, capacity=10_000, length=50, prioritize_ends=True, seed=0)
     fill(replay, [501])
     last = (replay.sample(20_000)["reward"][:, -1] == 500).float().mean().item()

@@ -263,10 +263,10 @@ def test_damaged_media_are_told_and_never_unpickled(tmp_path: Path, monkeypatch:
         "embedding_object.npz: needs labels",
         "embedding_length.npz: an emb",
         "flow_empty.npz: has no finite",
-        "atomic_text.png: is no PNG",
+        "atomic_text.png: is not a PNG",
         "atomic_empty.png: is empty",
-        "eval_000000000.mp4: is no readable video",
-        "eval_000000010.mp4: is no readable video",
+        "eval_000000000.mp4: is not a readable video",
+        "eval_000000010.mp4: is not a readable video",
     ):
         assert name in said, name
     assert not Path("pickle_was_run").exists()
@@ -303,7 +303,7 @@ def test_seeds_that_differ_in_more_than_their_seed_are_named(tmp_path: Path) -> 
     said = read(report(runs, tmp_path / "r.html")).said()
     assert "differ in 1 setting beside the seed: optim.clip." in said
     assert "several runs have the same seed" in said
-    assert "Seeds that ended at different env steps are compared as they stand." in said
+    assert "Seeds that ended at different env steps are compared at their own last evaluation." in said
     assert "40K to 50K" in said
 
 

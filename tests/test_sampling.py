@@ -72,7 +72,7 @@ def test_every_start_is_drawn_alike() -> None:
 
 
 def test_prioritised_ends_draw_the_last_window_as_often_as_all_that_would_overhang() -> None:
-    """Starts 0 to 12 are drawn and those beyond 7 clamped to it (IPV 2.6)."""
+    """Starts 0 to 12 are drawn and those beyond 7 are clamped to 7, as in IPV's release."""
     starts = Counter(replay_of([12], prioritize_ends=True).sample(DRAWN)["reward"][:, 0].int().tolist())
     check_shares(starts, {**dict.fromkeys(range(7), 1 / 13), 7: 6 / 13}, DRAWN)
 

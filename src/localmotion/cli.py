@@ -1,7 +1,7 @@
 """The command line: parses, calls, prints. No logic.
 
-Exit codes: 0 done, 2 a LocalmotionError (one line on stderr), 130 Ctrl-C (what was done is saved where the command saves); a training run
-that a signal asked to stop has saved and exits with 128 + the signal: 130 SIGINT, 143 SIGTERM, 138 SIGUSR1.
+Exit codes: 0 done, 2 a LocalmotionError (one line on stderr), 130 Ctrl-C (commands that save keep finished work). A training run that is
+stopped by a signal saves first and exits with 128 + the signal: 130 SIGINT, 143 SIGTERM, 138 SIGUSR1.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from localmotion.files import trust_links
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line, like every other error here."""
+    """argparse with one-line errors, like all errors here."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{self.prog}: {message}")
@@ -28,7 +28,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> _Parser:
     parser = _Parser(
         prog="localmotion",
-        description="Unlabeled video in, a world model that knows motion out, and an agent that learns.",
+        description="Pre-trains world models on unlabeled video and fine-tunes them into agents.",
     )
     parser.add_argument("--version", action="version", version=f"localmotion {__version__}")
     group = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
@@ -41,25 +41,25 @@ def _parser() -> _Parser:
         sub.set_defaults(call=call)
         return sub
 
-    sub = add("info", "Versions, device, threads, bf16, GL backend actually tested, extras found.", commands.info)
+    sub = add("info", "Versions, device, threads, bf16, tested GL backend, installed extras.", commands.info)
 
-    sub = add("scan", "What is in a folder of videos, what is unusable and why.", commands.scan)
+    sub = add("scan", "List the usable videos of a folder, and the reasons for the rejected ones.", commands.scan)
     _videos(sub)
-    sub.add_argument("--manifest", type=Path, help="write the findings here, one JSON line a video")
+    sub.add_argument("--manifest", type=Path, help="write the results here, one JSON line per video")
 
     sub = add(
         "extract",
-        "Atomic Actions of a folder of videos into a clip store. The same command goes on where it stopped.",
+        "Write Atomic Actions of a folder of videos to a clip store. The same command continues where it stopped.",
         commands.extract,
     )
     _videos(sub)
     sub.add_argument("--out", type=Path, required=True, help="the clip store, a directory")
     sub.add_argument("--max-frames", type=int, default=300, help="frames of a clip; a longer video becomes several (default 300)")
-    sub.add_argument("--max-clips", type=int, help="clips taken of one video at most, from its beginning; default: all of it")
+    sub.add_argument("--max-clips", type=int, help="maximum number of clips per video, from its beginning; default: all")
     sub.add_argument(
         "--together",
         type=int,
-        help="videos a worker takes at once, so that networks look at many in one batch; default: 16 with a network on a GPU, else 1",
+        help="videos per worker and batch of the networks; default: 16 with a network on a GPU, else 1",
     )
     _recipe(sub)
 
@@ -72,7 +72,7 @@ def _parser() -> _Parser:
         sub = add(name, text, commands.train)
         sub.add_argument("--method", help="registry name of the method, e.g. drp")
         sub.add_argument("--preset", default="small", help="paper, small, tiny or debug")
-        sub.add_argument("--run", type=Path, help="run directory; an existing one of the same settings is continued")
+        sub.add_argument("--run", type=Path, help="run directory; an existing one with the same settings is continued")
         sub.add_argument(
             "--set",
             action="append",
@@ -84,8 +84,8 @@ def _parser() -> _Parser:
 
     sub = add("study", "Run a grid of methods, tasks, seeds and settings, several at a time, and report it.", commands.study)
     sub.add_argument("file", type=Path, help="the study, .yaml (docs/studies.md)")
-    sub.add_argument("--out", type=Path, required=True, help="where its runs, its page and its table go")
-    sub.add_argument("--jobs", type=int, default=0, help="runs at a time; 0: one a core")
+    sub.add_argument("--out", type=Path, required=True, help="folder for its runs, page and table")
+    sub.add_argument("--jobs", type=int, default=0, help="runs at a time; 0: one per core")
 
     sub = add("evaluate", "Play evaluation episodes with a trained agent.", commands.evaluate)
     sub.add_argument("run", type=Path, help="run directory")
@@ -103,12 +103,12 @@ def _parser() -> _Parser:
     sub = add("collect", "Record unlabeled videos of an environment, as mp4 files or into a clip store.", commands.collect)
     sub.add_argument("env", help="environment, e.g. dmc:walker_walk")
     sub.add_argument("--out", type=Path, required=True, help="folder of mp4 files, or with --store a clip store")
-    sub.add_argument("--store", action="store_true", help="perceive and write a clip store instead of mp4 files")
+    sub.add_argument("--store", action="store_true", help="run perception and write a clip store instead of mp4 files")
     sub.add_argument(
         "--policy", default="smooth", help="random, smooth (random, changing smoothly), expert (Meta-World), or a run directory"
     )
     sub.add_argument("--episodes", type=int, default=16)
-    sub.add_argument("--steps", type=int, default=0, help="agent steps a video at most; 0 for whole episodes")
+    sub.add_argument("--steps", type=int, default=0, help="maximum agent steps per video; 0 for whole episodes")
     sub.add_argument("--noise", type=float, default=0.0, help="standard deviation of noise added to the actions")
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--action-repeat", type=int, help="env steps per agent step; default: the suite's")
@@ -121,7 +121,7 @@ def _parser() -> _Parser:
     )
     sub.add_argument("--checkpoint", type=Path, required=True, nargs="+", help="pre-training runs")
     sub.add_argument("--data", type=Path, required=True, help="clip store, video file, or folder of videos")
-    sub.add_argument("--out", type=Path, required=True, help="strips, .png; the scores go beside it, .json")
+    sub.add_argument("--out", type=Path, required=True, help="strips, .png; the scores are written beside it, .json")
     sub.add_argument("--clips", type=int, default=4, help="windows drawn")
     sub.add_argument("--windows", type=int, default=32, help="windows scored")
     sub.add_argument("--split", choices=("heldout", "train", "all"), default="heldout")
@@ -129,7 +129,7 @@ def _parser() -> _Parser:
     sub.add_argument("--device", default="auto")
 
     sub = add(
-        "probe", "What motion codes know of true velocities and actions, by ridge regression and a small network.", commands.probe
+        "probe", "Predict true velocities and actions from motion codes, by ridge regression and a small network.", commands.probe
     )
     sub.add_argument("runs", type=Path, nargs="*", help="run directories of methods with a motion code")
     sub.add_argument(
@@ -140,18 +140,22 @@ def _parser() -> _Parser:
     sub.add_argument("--no-ceilings", action="store_true", help="leave out the networks trained on the targets themselves")
     sub.add_argument("--out", type=Path, help="write the numbers here, .json")
     sub.add_argument("--device", default="auto")
-    sub.add_argument("--threads", type=int, default=1, help="CPU threads of torch (default 1; 0: one a free core)")
+    sub.add_argument("--threads", type=int, default=1, help="CPU threads of torch (default 1; 0: one per free core)")
 
     sub = add(
         "perception-report",
-        "How good flow, foreground and tracks are, against the exact motion of environments and of warped pictures.",
+        "Measure flow, foreground and tracks against the exact motion of environments and of warped pictures.",
         commands.perception_report,
     )
     sub.add_argument(
         "--env", action="append", dest="envs", metavar="NAME", help="environment, repeatable; default: ten of all suites"
     )
     sub.add_argument(
-        "--percept", action="append", type=int, dest="percepts", help="side perception works at, repeatable; default: 64, 128"
+        "--percept",
+        action="append",
+        type=int,
+        dest="percepts",
+        help="side of the perceived pictures, repeatable; default: 64, 128",
     )
     sub.add_argument("--quality", action="append", dest="qualities", help="fast, reference or auto, repeatable; default: fast")
     sub.add_argument("--supersample", type=int, help="draw pictures at n times their side and average them (default 1)")
@@ -159,14 +163,14 @@ def _parser() -> _Parser:
         "--backend", action="append", dest="backends", help="name, embedded (default) or all that are installed; repeatable"
     )
     sub.add_argument("--policy", help="random (default) or smooth")
-    sub.add_argument("--episodes", type=int, help="episodes an environment (default 2)")
-    sub.add_argument("--frames", type=int, help="frames an episode (default 26)")
+    sub.add_argument("--episodes", type=int, help="episodes per environment (default 2)")
+    sub.add_argument("--frames", type=int, help="frames per episode (default 26)")
     sub.add_argument("--seed", type=int, help="seed of episodes, actions and points (default 0)")
     sub.add_argument(
         "--pictures", type=Path, help="video or folder of videos whose frames are warped; default: procedural pictures"
     )
     sub.add_argument("--out", type=Path, help="write all numbers here, .json")
-    sub.add_argument("--draw", type=Path, help="directory for pictures of true and found flow, one an environment and size")
+    sub.add_argument("--draw", type=Path, help="directory for pictures of true and estimated flow, one per environment and size")
 
     sub = add("report", "One self-contained HTML page of one or more runs.", commands.report)
     sub.add_argument("runs", type=Path, nargs="+", help="run directories")
@@ -192,25 +196,25 @@ def _videos(sub: argparse.ArgumentParser) -> None:
         "--list",
         type=Path,
         dest="list_file",
-        help="use these videos only: ids a line, `id n_frames class_id`, CSV or JSON, say SSV2's lists",
+        help="use only these videos: one id per line, `id n_frames class_id`, CSV or JSON, e.g. SSV2's lists",
     )
     sub.add_argument("--min-frames", type=int, default=25, help="shorter videos are rejected (paper: 25)")
     sub.add_argument(
         "--workers",
         type=int,
-        help="processes that decode; default: one a core. 0: decode in this process, without the two limits",
+        help="processes that decode; default: one per core. 0: decode in this process, without the two limits",
     )
     sub.add_argument(
         "--timeout",
         type=float,
         default=600.0,
-        help="seconds a video, for extract one clip of it, may take before it is rejected (default 600)",
+        help="maximum seconds per video (for extract, per clip) before it is rejected (default 600)",
     )
     sub.add_argument(
         "--memory",
         type=float,
         default=4.0,
-        help="GiB that decoding one video may take before it is rejected (default 4; 0: no limit)",
+        help="maximum GiB for decoding one video before it is rejected (default 4; 0: no limit)",
     )
 
 
@@ -251,7 +255,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         errors.print(f"error: {error}", markup=False, style="red")
         sys.exit(2)
     except KeyboardInterrupt as interruption:
-        errors.print("interrupted; what was finished is kept, and the same command goes on from there", style="yellow")
+        errors.print("interrupted; finished work is kept, and the same command goes on from there", style="yellow")
         sys.exit(getattr(interruption, "code", 130))
 
 

@@ -54,7 +54,7 @@ class PretrainConfig:
 
 @dataclass(frozen=True)
 class OnlineConfig:
-    """Learning in an environment: fine-tuning and training from scratch (Table 5, lower half; IPV 2.6)."""
+    """Learning in an environment: fine-tuning and training from scratch (DRP, Table 5, lower half; IPV's release)."""
 
     env_steps: int = 255_000
     """Budget in environment steps (after action repeat: agent steps x repeat). Paper: 255K Meta-World, 1.02M DMC Remastered."""
@@ -66,9 +66,9 @@ class OnlineConfig:
     """Random exploration before learning, environment steps. Paper: 5000 Meta-World, 1000 DMC. Learning begins with the next episode; a
     random episode that would last to the end of the run ends where the prefill does."""
     warmup_updates: int = 100
-    """Updates on the prefill data before acting with the policy (IPV 2.3)."""
+    """Updates on the prefill data before acting with the policy (IPV's release)."""
     freeze_updates: int = 100
-    """The first updates leave the pre-trained encoder and latent dynamics as they are (IPV 2.2; Meta-World only)."""
+    """The first updates leave the pre-trained encoder and latent dynamics as they are (IPV's release; Meta-World only)."""
     train_every: int = 5
     """Agent steps per update (paper: training frequency)."""
     replay_capacity: int = 1_000_000
@@ -79,7 +79,7 @@ class OnlineConfig:
     replay_flow: Literal["int8", "float16"] = "int8"
     """How flow is stored: one logarithmic byte a component (error below 0.001 pixel or 3 %), or as it was perceived."""
     prioritize_ends: bool = False
-    """Sample windows at episode ends more often (IPV 2.6; Meta-World)."""
+    """Sample windows at episode ends more often (IPV's release; Meta-World)."""
     lr: float = 3e-4
     """Learning rate of the world model."""
     actor_lr: float = 8e-5
@@ -126,9 +126,9 @@ class WorldModelConfig:
     depth: int = 48
     """Width of the first stage of encoder and decoder."""
     context_mask: float = 0.75
-    """Share of context tokens dropped at random in each cross-attention (IPV 1.4)."""
+    """Share of context tokens dropped at random in each cross-attention (IPV's release)."""
     context_dropout: float = 0.1
-    """Dropout inside that cross-attention (IPV 1.4)."""
+    """Dropout inside that cross-attention (IPV's release)."""
     context_side: int = 16
     """Finest context map, in cells a side, that the decoder attends to (IPV: 16)."""
     context_copy: bool = False
@@ -158,7 +158,7 @@ class WorldModelConfig:
 
 @dataclass(frozen=True)
 class BehaviourConfig:
-    """Actor-critic in imagination (DRP Eqs. 10-12; IPV 2.5)."""
+    """Actor-critic in imagination (DRP Eqs. 10-12; IPV's release)."""
 
     horizon: int = 15
     """Imagination horizon H."""
@@ -229,7 +229,7 @@ class RunConfig:
     online: OnlineConfig = field(default_factory=OnlineConfig)
 
 
-# What the papers set per benchmark (IPV 4.2, DRP Table 5), for every method of the family. `model` keys that a method does not have
+# What the papers set per benchmark (IPV's release, DRP Table 5), for every method of the family. `model` keys that a method does not have
 # are dropped for it: DreamerV2 has no intrinsic weight.
 SUITES: dict[str, dict[str, Any]] = {
     "metaworld": {

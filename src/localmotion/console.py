@@ -1,4 +1,4 @@
-"""What long work shows: a progress bar with rate and ETA on a terminal, a plain line now and then elsewhere."""
+"""Progress of long work: a bar with rate and ETA on a terminal, else a plain line now and then."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class Advance(Protocol):
 
 
 def say(text: str) -> None:
-    """Print one line of what was decided or found."""
+    """Print one line about a decision or result."""
     console.print(text, markup=False)
 
 
 def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, width: int = 180) -> None:
-    """Print a table; a file or pipe, which has no width to keep to, gets ``width`` characters."""
+    """Print a table; ``width`` characters wide in a file or pipe."""
     table = Table(*columns, title=title)
     for row in rows:
         table.add_row(*row)
@@ -36,11 +36,11 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
 
 
 FORECAST = 5.0
-"""Seconds of work after which `progress` says how long the whole will take."""
+"""Seconds of work after which `progress` prints the expected total time."""
 
 
 def duration(seconds: float) -> str:
-    """A span of time as people say it: 40 s, 3 minutes, 2.5 hours."""
+    """A duration for people: 40 s, 3 minutes, 2.5 hours."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
@@ -48,13 +48,13 @@ def duration(seconds: float) -> str:
 
 @contextmanager
 def progress(label: str, total: int, unit: str, start: int = 0, every: float = 30.0, forecast: bool = True) -> Iterator[Advance]:
-    """Show progress of ``total`` units; the yielded callback takes how many are done and a short note.
+    """Show progress of ``total`` units; the yielded callback takes the number of finished units and a short note.
 
-    On a terminal a bar; otherwise a line with rate and ETA at most every ``every`` seconds. With ``forecast`` one more line says after
-    `FORECAST` seconds how long the work takes on this machine, for work whose units take about the same time.
+    On a terminal it is a bar; else a line with rate and ETA at most every ``every`` seconds. With ``forecast`` another line prints the
+    expected total time after `FORECAST` seconds, for work whose units take about the same time.
     """
     began = time.monotonic()
-    base: tuple[int, float] | None = None  # what was done when the first report came: work that goes on has done some before
+    base: tuple[int, float] | None = None  # units done at the first report: resumed work starts above 0
     waiting = forecast
 
     def foresee(done: int, total: int, now: float) -> None:

@@ -1,7 +1,7 @@
-"""The main job end to end on a CPU: source videos, Atomic Actions, pre-training, fine-tuning, evaluation, one report.
+"""The whole chain on a CPU: source videos, Atomic Actions, pre-training, fine-tuning, evaluation, one report.
 
-The source videos show other bodies than the task's: transfer is across bodies, as in the paper. Every part is the command a user would
-give; each is printed before it runs, and running the demo again continues where it stopped.
+The source videos show other bodies than the task, so transfer is across bodies, as in the paper. Every part is a command of the command
+line; each is printed before it runs. Running the demo again continues where it stopped.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ BODIES = ("walker", "hopper", "finger", "reacher", "acrobot", "fish", "swimmer",
 PRESET = "tiny"
 RECIPE = Recipe(**sizes.RECIPE[PRESET])
 PRETRAIN = ("updates=500", "pretrain.log_every=50", "pretrain.eval_every=250", "pretrain.save_every=250", "eval_batches=4")
-# Four env steps an agent step, PlaNet's choice for this task: twice the experience for the same number of updates.
+# Four env steps per agent step, as in PlaNet for this task: twice the experience for the same number of updates.
 FINETUNE = (
     "action_repeat=4",
     "env_steps=20000",
@@ -66,7 +66,7 @@ def demo(root: Path, *, videos: Path | None = None, task: str = TASK, seed: int 
         say(line)
     store = ClipStore(store_path)
     if not len(store):
-        raise LocalmotionError(f"{source}: no usable video of at least 25 frames; localmotion scan {source} says why")
+        raise LocalmotionError(f"{source}: no usable video of at least 25 frames; run localmotion scan {source} for the reasons")
     inspect(store, root / "atomic_actions.png", None)
     say(f"the first picture: {(root / 'atomic_actions.png').resolve()} shows a clip, its points and its flow")
     pre, fine = root / "pretrain", root / "finetune"
@@ -76,7 +76,7 @@ def demo(root: Path, *, videos: Path | None = None, task: str = TASK, seed: int 
     motion_media(pre, store_path)
     say(f"4. localmotion finetune --method drp --checkpoint {pre} --env {task} --preset {PRESET} --seed {seed} --run {fine}")
     finetune(_settings("finetune", FINETUNE, env=task, checkpoint=str(pre), seed=seed), fine)
-    # An agent of this budget is not steady. Its evaluations choose the best weights; episodes of another seed measure them.
+    # The returns of an agent with this budget vary. Its evaluations choose the best weights; episodes of another seed measure them.
     say(f"5. localmotion evaluate {fine} --which best --episodes 10 --seed {seed + 1}")
     score = evaluate_run(fine, episodes=10, seed=seed + 1, video=fine / "media" / "eval_best.mp4", which="best")
     floor = random_floor(fine)

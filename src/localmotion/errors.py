@@ -1,4 +1,4 @@
-"""Errors a user can act on. Each is one line: what is wrong, with what, and the mend."""
+"""Errors that a user can fix. Each message is one line with the object, the cause and the fix."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pathlib import Path
 
 
 class LocalmotionError(Exception):
-    """Base of every error that the command line prints as one line and leaves with exit code 2."""
+    """Base of all errors. The command line prints them as one line and exits with code 2."""
 
 
 class ConfigError(LocalmotionError):
-    """A setting, preset, method, backend or environment name that does not exist or has an impossible value."""
+    """A setting, preset, method, backend or environment name that does not exist or has an invalid value."""
 
 
 class VideoError(LocalmotionError):
@@ -36,7 +36,7 @@ class EnvError(LocalmotionError):
 
 
 class SimulationError(EnvError):
-    """The simulator or its renderer failed while it ran, or its reward is not a number; a fresh environment may go on."""
+    """The simulator or its renderer failed while it ran, or its reward is not a number. The run may continue with a new environment."""
 
 
 class MissingExtraError(LocalmotionError):
@@ -44,7 +44,7 @@ class MissingExtraError(LocalmotionError):
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> ConfigError:
-    """Build the error for a name that is in no registry, naming the nearest ones."""
+    """The error for an unknown name; the message suggests the nearest known ones."""
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
     hint = f"; did you mean {', '.join(near)}?" if near else f"; known: {', '.join(known[:40])}"

@@ -1,7 +1,7 @@
 """Reading small files that may come from somebody else: text and JSON that are bounded, plain, and inside their folder.
 
-Everything that a run directory or a clip store says about itself goes through here. A file that is too large, that is no regular file (a
-pipe would make the reader wait for ever), that is no JSON object, or that is nested deeper than any of ours is refused with one line.
+All metadata of run directories and clip stores is read here. A file is refused with one line if it is too large, not a regular file (a
+pipe would block the reader), not a JSON object, or nested deeper than any of ours.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ MAX_TEXT = 16 << 20
 MAX_DEPTH = 32
 """Deepest nesting of a JSON or YAML value; ours have six."""
 MAX_VALUES = 4_000_000
-"""Most values in one JSON or YAML value, each alias of YAML counted as often as it stands there."""
+"""Most values in one JSON or YAML value. Each use of a YAML alias counts."""
 
 
 def one_line(error: object, limit: int = 300) -> str:
-    """Text of an error (or of a value out of a file) on one line of at most ``limit`` characters, without control characters."""
+    """Text of an error (or of a value from a file) on one line of at most ``limit`` characters, without control characters."""
     text = " ".join("".join(c if c.isprintable() else " " for c in str(error)).split())
     if not text and isinstance(error, BaseException):
         text = type(error).__name__
@@ -38,7 +38,7 @@ def one_line(error: object, limit: int = 300) -> str:
 def check_tree(value: Any, depth: int = MAX_DEPTH, values: int = MAX_VALUES) -> None:
     """Raise ValueError for a value of dicts and lists that is nested too deep (or in itself) or holds too many values.
 
-    What walks such a value afterwards (comparing, flattening, writing it as JSON) then ends, and stays within Python's stack.
+    Code that traverses such a value later (comparing, flattening, writing JSON) then terminates within Python's stack.
     """
     level, count = [value], 0
     for _ in range(depth + 1):
@@ -57,20 +57,18 @@ def check_tree(value: Any, depth: int = MAX_DEPTH, values: int = MAX_VALUES) -> 
 
 def read_bytes(path: Path, limit: int) -> bytes:
     """Content of a regular file of at most ``limit`` bytes. Raises OSError (also for a pipe or device) or ValueError."""
-    # Without waiting: opening a pipe for reading blocks until somebody writes.
+    # Non-blocking: opening a pipe for reading would block until somebody writes.
     with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)), "rb") as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise ValueError("is not a regular file")
         if status.st_size > limit:
-            raise ValueError(
-                f"has {status.st_size / 2**20:.1f} MB, more than the {limit / 2**20:.0f} MB that are read of such a file"
-            )
+            raise ValueError(f"has {status.st_size / 2**20:.1f} MB, more than the {limit / 2**20:.0f} MB allowed for such a file")
         return file.read(limit + 1)[:limit]
 
 
 def parse_json(text: str | bytes, values: int = MAX_VALUES) -> Any:
-    """A JSON value. Raises ValueError for anything that is not one, that is nested too deep, or that holds more than ``values`` values."""
+    """A JSON value. Raises ValueError for invalid JSON, a value nested too deep, or more than ``values`` values."""
     try:
         value = json.loads(text)
     except RecursionError as error:
@@ -83,7 +81,7 @@ def read_json(path: Path, error: type[LocalmotionError], mend: str, *, limit: in
     """The JSON object in a file.
 
     Raises ``error`` with one line (file, cause, ``mend``) for a file that is missing, unreadable, not regular, larger than ``limit``
-    bytes, no JSON, no object, or nested deeper than `MAX_DEPTH`.
+    bytes, not JSON, not an object, or nested deeper than `MAX_DEPTH`.
     """
     try:
         value = parse_json(read_bytes(path, limit))
@@ -102,7 +100,7 @@ def links_out_of(root: Path) -> Iterator[Path]:
         try:
             with os.scandir(folders.pop()) as listing:
                 entries = list(listing)
-        except OSError:  # no such folder, or not to be listed: whoever reads in it meets the same error and tells it
+        except OSError:  # no such folder, or not readable: the code that reads it raises the same error
             continue
         for entry in entries:
             if entry.is_symlink():
@@ -117,24 +115,24 @@ _trusted = False  # whether links out of stores and runs are followed; set by `t
 
 
 def trust_links(trusted: bool = True) -> None:
-    """Let `refuse_links` accept every link, in this process: for stores and runs of one's own that lie partly elsewhere.
+    """Let `refuse_links` accept every link in this process, for the user's own stores and runs with parts elsewhere.
 
-    Clusters and git-annex put links to other disks in the place of large files. The command line sets it with ``--follow-links``.
+    Clusters and git-annex replace large files by links to other disks. The command line sets it with ``--follow-links``.
     """
     global _trusted
     _trusted = trusted
 
 
 def links_trusted() -> bool:
-    """Whether `trust_links` is on, for those who start further processes of this program."""
+    """Whether `trust_links` is on, for code that starts further processes of this program."""
     return _trusted
 
 
 def refuse_links(root: Path, error: type[LocalmotionError], *, folders: bool = True) -> None:
     """Raise ``error`` for a symbolic link below ``root`` that leads out of it; without ``folders`` links to folders are accepted.
 
-    A folder from somebody else must not make us show one of the user's files, or write into one, under a name of its own. Does nothing
-    after `trust_links`.
+    A folder from somebody else must not make us show or overwrite one of the user's files through a link. Does nothing after
+    `trust_links`.
     """
     if _trusted:
         return
@@ -147,9 +145,9 @@ def refuse_links(root: Path, error: type[LocalmotionError], *, folders: bool = T
 
 
 def check_output(path: Path, error: type[LocalmotionError], *, folder: bool = False, suffixes: tuple[str, ...] = ()) -> None:
-    """Raise ``error`` with one line unless ``path`` can be written: before the work whose result goes there.
+    """Raise ``error`` with one line unless ``path`` can be written. Call it before the work starts.
 
-    A file in the nearest folder that exists is really made, because permission bits do not bind every user; it is removed again.
+    Creates and removes a file in the nearest existing folder, because permission bits do not apply to every user.
 
     Args:
         path: a file, or with ``folder`` a directory; both may exist, and their folders need not.
@@ -160,13 +158,13 @@ def check_output(path: Path, error: type[LocalmotionError], *, folder: bool = Fa
     if os.path.isdir(path) and not folder:
         raise error(f"{path}: is a folder; give the name of a file")
     place = path if folder else path.parent
-    found = next(p for p in (place, *place.parents) if os.path.lexists(p) or p == p.parent)  # the nearest that exists
+    found = next(p for p in (place, *place.parents) if os.path.lexists(p) or p == p.parent)  # the nearest existing path
     if not os.path.isdir(found):
         what = "is not a folder" if os.path.exists(found) else "is a link that leads nowhere"
         raise error(f"{path}: {what}; choose another place" if found == path else f"{path}: {found} {what}; choose another place")
     try:
         with contextlib.suppress(FileNotFoundError):
-            os.lstat(path)  # a name that is too long, say
+            os.lstat(path)  # fails for a name that is too long, for example
         with tempfile.TemporaryFile(dir=found):
             pass
         if os.path.exists(path) and not os.access(path, os.W_OK):
@@ -178,24 +176,24 @@ def check_output(path: Path, error: type[LocalmotionError], *, folder: bool = Fa
 
 
 LOCK = ".lock"
-"""Held by the process that writes in a run directory, a study or a collection."""
+"""Name of the lock file of a run directory, a study or a collection; held by the process that writes there."""
 
 
 class Lock:
-    """A file that one process at a time holds: `taken` is True for the one that does.
+    """A lock file: `taken` is True for the one process that holds it.
 
-    The kernel releases it when its process ends, however it ends, so nobody has to clear up after a kill. The file names the holder's
-    host and pid and stays where it is. On a file system without locks `taken` is True for everybody.
+    The kernel releases it when the process ends in any way, so no cleanup is needed after a kill. The file contains the holder's host and
+    pid and is not removed. On a file system without locks `taken` is True for every process.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        # Not through a link: it may lead to somebody's file, which would be emptied.
+        # Do not follow a link: it may lead to another file, which would be emptied.
         self.handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o666)
         if not stat.S_ISREG(os.fstat(self.handle).st_mode):
             os.close(self.handle)
             raise OSError(errno.EINVAL, "is not a regular file")
-        # A file that its holder has removed since it was opened is nobody's lock.
+        # A file that its holder has removed after we opened it is not a lock.
         self.taken = _flock(self.handle) and os.fstat(self.handle).st_nlink > 0
         if self.taken:
             os.ftruncate(self.handle, 0)
@@ -207,7 +205,7 @@ class Lock:
         return f"process {one_line(pid, 20)} on {one_line(host, 100)}" if host else "another process"
 
     def release(self) -> None:
-        """Let another process have it. Does nothing the second time."""
+        """Release the lock. Does nothing the second time."""
         if self.handle >= 0:
             os.close(self.handle)
             self.handle, self.taken = -1, False
@@ -215,9 +213,9 @@ class Lock:
 
 @contextlib.contextmanager
 def locked(path: Path, refusal: str, kind: type[LocalmotionError]) -> Iterator[None]:
-    """Hold the lock ``path`` within.
+    """Context that holds the lock ``path``.
 
-    Raises ``kind`` with "``refusal`` (process PID on HOST)" where another process holds it, and where the file cannot be opened.
+    Raises ``kind`` with "``refusal`` (process PID on HOST)" if another process holds it, and if the file cannot be opened.
     """
     try:
         lock = Lock(path)
@@ -232,7 +230,7 @@ def locked(path: Path, refusal: str, kind: type[LocalmotionError]) -> Iterator[N
 
 
 def _flock(handle: int) -> bool:
-    """Whether this process holds the lock now. True as well where there are no locks."""
+    """Whether this process holds the lock now. Also True if there are no locks."""
     try:
         import fcntl
     except ImportError:  # not a POSIX system

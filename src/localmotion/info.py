@@ -1,4 +1,4 @@
-"""What this installation is and can do: versions, device, precision, GL backend actually tested, extras found."""
+"""Properties of this installation: versions, device, precision, tested GL backend, installed extras."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def report_lines() -> list[str]:
     free, whole = machine.measure_free_cores(), os.cpu_count() or 1
     of = f" of {whole}" if whole != machine.cores() else ""
     lines.append(
-        f"{'cpu':24s} {machine.cores()}{of} cores, {free:.1f} free now; torch's own choice is {torch.get_num_threads()} thread(s)"
+        f"{'cpu':24s} {machine.cores()}{of} cores, {free:.1f} free now; torch's default is {torch.get_num_threads()} thread(s)"
     )
     lines.append(f"{'waiting threads':24s} {machine.waiting()}")
     lines.append(f"{'precision (measured)':24s} {verdict}: bf16 {fast / 1e9:.0f}, fp32 {slow / 1e9:.0f} GFLOP/s a thread")

@@ -1,6 +1,6 @@
-"""What the machine gives this process: its cores, how many of them are free, and what must be set before torch is loaded.
+"""Resources of this process: its cores, the number of free ones, and variables to set before torch is loaded.
 
-Nothing here imports torch. Linux is measured in full; elsewhere the cores count as free.
+This module does not import torch. Only Linux is measured completely; on other systems all cores count as free.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path("/")
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
-"""Variables by which a user says how OpenMP's threads wait."""
+"""Environment variables that set how OpenMP's threads wait."""
 
 
 SPINS = "2000"
@@ -23,20 +23,21 @@ SPINS = "2000"
 
 
 def wait_passively() -> None:
-    """Let threads of torch sleep soon while they wait for each other, if torch is not loaded yet and the user chose nothing.
+    """Make waiting threads of torch spin shortly and then sleep, if torch is not loaded yet and the user has set nothing.
 
-    OpenMP's threads spin at the end of each parallel part. When another process holds one of the cores, the others spin for as long as
-    that process runs, and an update takes up to ten times as long. Threads that sleep at once are no cure: small models reach the end of a
-    parallel part every few microseconds, and waking a thread takes longer than the part. So threads spin for a moment and then sleep.
-    The OpenMP library reads the variables when torch is loaded, so a program that imports torch before localmotion sets them itself. Child
-    processes inherit them. Only libgomp, which the wheels of torch for Linux ship, knows the second one; others sleep at once.
+    By default OpenMP's threads spin at the end of each parallel part. If another process uses one of the cores, the others spin while that
+    process runs, and an update takes up to ten times as long. Sleeping at once is not a solution: small models reach the end of a parallel
+    part every few microseconds, and waking a thread takes longer than the part. So threads spin for a moment and then sleep.
+    The OpenMP library reads the variables when torch is loaded, so a program that imports torch before localmotion must set them
+    itself. Child processes inherit them. Only libgomp, which the wheels of torch for Linux ship, knows the second one; others sleep at
+    once.
     """
     if "torch" not in sys.modules and not any(name in os.environ for name in WAITING):
         os.environ |= {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": SPINS}
 
 
 def waiting() -> str:
-    """How OpenMP's threads wait in this process, as far as its environment says."""
+    """How OpenMP's threads wait in this process, by its environment variables."""
     given = [f"{name}={os.environ[name]}" for name in WAITING if name in os.environ]
     return ", ".join(given) or f"spinning: torch was loaded first; set OMP_WAIT_POLICY=passive GOMP_SPINCOUNT={SPINS}"
 
@@ -44,8 +45,8 @@ def waiting() -> str:
 def cores(root: Path = ROOT) -> int:
     """CPU cores that this process may use, at least 1.
 
-    The least of: the cores of its affinity (taskset, cpusets, Slurm), the CPU quota of its control groups (containers, systemd) rounded up,
-    and ``SLURM_CPUS_PER_TASK`` where Slurm limits no affinity.
+    The minimum of: the cores of its affinity (taskset, cpusets, Slurm), the CPU quota of its control groups (containers, systemd)
+    rounded up, and ``SLURM_CPUS_PER_TASK`` if Slurm sets no affinity.
 
     Args:
         root: folder in which ``proc`` and ``sys`` are looked up.
@@ -61,7 +62,7 @@ def cores(root: Path = ROOT) -> int:
 
 
 def _cpus() -> list[int]:
-    """Numbers of the CPUs that the scheduler may give to this process."""
+    """Numbers of the CPUs in this process's affinity."""
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))
     counted: Callable[[], int | None] = getattr(os, "process_cpu_count", os.cpu_count)  # Python 3.13 has the first
@@ -73,7 +74,7 @@ def _cpus() -> list[int]:
 
 @dataclass(frozen=True)
 class _Group:
-    """A control group with a CPU quota: cores a second, and the file that counts what its processes used, in ``unit`` seconds."""
+    """A control group with a CPU quota: its cores, and the file with the CPU time of its processes, in ``unit`` seconds."""
 
     quota: float
     usage: Path
@@ -81,10 +82,10 @@ class _Group:
 
 
 def _read(path: Path) -> str:
-    """Text of a small system file, "" where it cannot be read."""
+    """Text of a small system file, "" if it cannot be read."""
     try:
         return path.read_text()
-    except (OSError, ValueError):  # a directory, not there, not allowed, not text
+    except (OSError, ValueError):  # a directory, missing, no permission, not text
         return ""
 
 
@@ -99,7 +100,7 @@ def _groups(root: Path) -> Iterator[_Group]:
         for mount in mounts:
             top = root / "sys/fs/cgroup" / mount
             parts = [part for part in path.split("/") if part not in ("", "..")]
-            # A container may see its path on the host, with its own group mounted at the top: folders that are not there are passed over.
+            # A container may see its path on the host, with its own group mounted at the top, so missing folders are skipped.
             for depth in range(len(parts), -1, -1):
                 folder = top.joinpath(*parts[:depth])
                 found = _quota_v1(folder) if names else _quota_v2(folder)
@@ -126,7 +127,7 @@ def _tightest(root: Path) -> _Group | None:
 
 
 def _used(group: _Group) -> float | None:
-    """CPU seconds of all processes of a group, None where they are not counted."""
+    """CPU seconds of all processes of a group, None if they are not counted."""
     for line in _read(group.usage).splitlines():
         words = line.split()
         if len(words) == 1 or words[0] == "usage_usec":
@@ -151,7 +152,7 @@ class Load:
 
 
 def load(root: Path = ROOT) -> Load | None:
-    """The load counters of now; None where the system does not count. Processes of low priority count as idle: they give way."""
+    """The current load counters; None if the system has none. Processes of low priority count as idle, because they give way."""
     ours = {f"cpu{number}" for number in _cpus()}
     seen, busy = 0, 0.0
     for line in _read(root / "proc/stat").splitlines():
@@ -169,9 +170,9 @@ def load(root: Path = ROOT) -> Load | None:
 
 
 def free_cores(before: Load, after: Load, root: Path = ROOT) -> float:
-    """Cores that other processes left to this one between two moments, on average: 0 up to `cores`.
+    """Mean number of cores that other processes left idle between two moments: 0 up to `cores`.
 
-    What this process used itself counts as free.
+    Cores used by this process count as free.
     """
     wall = max(after.wall - before.wall, 1e-9)
     own = after.own - before.own
@@ -183,7 +184,7 @@ def free_cores(before: Load, after: Load, root: Path = ROOT) -> float:
 
 
 def measure_free_cores(seconds: float = 0.3) -> float:
-    """Cores that are free now, measured while this process sleeps for ``seconds``. `cores` where that cannot be measured."""
+    """Cores that are free now, measured while this process sleeps for ``seconds``. `cores` if this cannot be measured."""
     before = load()
     if before is None:
         return float(cores())

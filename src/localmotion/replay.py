@@ -1,16 +1,17 @@
-"""Replay: transitions in, training sequences out.
+"""Replay: stores transitions and samples training sequences.
 
 Time convention (docs/decisions/0001): a record holds what led to its frame. An episode of n agent steps has n + 1 records; record 0 is
-the reset, with is_first, a zero action, zero reward and no motion. Only complete episodes are sampled (IPV 2.6).
+the reset, with is_first, a zero action, zero reward and no motion. Only complete episodes are sampled, as in IPV's
+release (thuml/ContextWM).
 
-A training sequence has T records. It is a window of one episode, or, where an episode is shorter than T, several pieces of episodes one
-after another (docs/decisions/0011): each piece is a whole episode or the window of one that fills the rest. `is_first` is forced at the
-start of every piece, so that each begins from the zero state and nothing is learned across two of them.
+A training sequence has T records. It is a window of one episode or, if an episode is shorter than T, several pieces of episodes in a row
+(docs/decisions/0011). Each piece is a whole episode or a window that fills the rest. `is_first` is set at the start of every piece, so
+each starts from the zero state and no information crosses between pieces.
 
-A complete episode is one safetensors file, written once and whole, so a checkpoint costs what is new. Its arrays are also held in
-memory, or, where they would not fit (``storage="disk"``), read from the file a window at a time: by position, into the batch. A memory
-mapping would do the same reading, but every page that was ever sampled would count as resident memory. With ``storage="device"`` they
-lie on the GPU that learns from them, and no batch passes through the host.
+A complete episode is one safetensors file, written once and atomically, so a checkpoint only adds new episodes. The arrays are also in
+memory or, if they do not fit (``storage="disk"``), each window is read from the file by position into the batch. With a memory mapping,
+every page that was ever sampled would count as resident memory. With ``storage="device"`` the arrays are on the GPU, and no batch passes
+through the host.
 """
 
 from __future__ import annotations
@@ -40,9 +41,9 @@ class Coder(Protocol):
     """How one key of a record is stored: encoded when it is added, decoded when it is sampled."""
 
     dtype: np.dtype[Any]
-    """Of the codes, one byte. They have the shape of what they stand for."""
+    """Type of the codes, one byte. Codes have the shape of the value."""
     table: NDArray[Any]
-    """(256,): what the codes stand for, by their bits as an unsigned number."""
+    """(256,): the decoded value of each code, indexed by its bits as an unsigned number."""
 
     def encode(self, value: NDArray[Any]) -> NDArray[Any]: ...
 
@@ -51,7 +52,7 @@ class Coder(Protocol):
 
 @dataclass(frozen=True)
 class Episode:
-    """A complete episode: its arrays in memory, or where they begin in its file, and its first row in the arena if there is one."""
+    """A complete episode: its arrays in memory, or their offsets in its file, and its first row in the arena if there is one."""
 
     serial: int
     length: int
@@ -78,12 +79,12 @@ class _Piece(NamedTuple):
 
 
 class _Ready(NamedTuple):
-    """A batch that was made before it was asked for."""
+    """A batch prepared in advance."""
 
     size: int
     serial: int
     rng: Any
-    """The sampler's state before it."""
+    """The sampler's state before this batch."""
     batch: dict[str, Tensor]
 
 
@@ -92,8 +93,8 @@ class Arena:
 
     Args:
         spec: per key, the shape and dtype of one record as it is stored.
-        records: rows of the ring. What is put overwrites what was put longest ago.
-        device: where.
+        records: rows of the ring. New records overwrite the oldest ones.
+        device: of the ring.
     """
 
     def __init__(self, spec: Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]], records: int, device: torch.device) -> None:
@@ -104,13 +105,13 @@ class Arena:
         }
 
     def put(self, arrays: Mapping[str, NDArray[Any]]) -> int:
-        """Take in arrays (n, ...); the row of the first record. Raises LocalmotionError for more records than rows."""
+        """Store arrays (n, ...); returns the row of the first record. Raises LocalmotionError for more records than rows."""
         count, first = len(next(iter(arrays.values()))), self.next
         if count > self.records:
             raise LocalmotionError(
                 f"an episode of {count:,} records does not fit a replay of {self.records:,} on the device; raise online.replay_capacity"
             )
-        before = min(count, self.records - first)  # rows until the ring begins anew
+        before = min(count, self.records - first)  # rows until the end of the ring
         for key, held in self.held.items():
             found = torch.from_numpy(arrays[key])
             held[first : first + before].copy_(found[:before])
@@ -119,7 +120,7 @@ class Arena:
         return first
 
     def gather(self, rows: NDArray[np.int64]) -> dict[str, Tensor]:
-        """Batch (B, T, ...) of the records in ``rows`` (B, T), counted on past the ring's end."""
+        """Batch (B, T, ...) of the records in ``rows`` (B, T), modulo the length of the ring."""
         index = _sent(rows % self.records, self.device)
         return {key: held[index] for key, held in self.held.items()}
 
@@ -132,10 +133,11 @@ class Replay:
             is_terminal () bool, and for methods with motion: flow, tracks, visible, track_id as in `StepMotion`).
         capacity: records kept; the oldest episodes leave first.
         length: window length T of a training sequence, in records.
-        prioritize_ends: draw the start from an extended range and clamp it, so that episode ends are met more often (IPV 2.6).
+        prioritize_ends: draw the start from an extended range and clamp it, so episode ends are sampled more often (IPV's release,
+            Meta-World).
         seed: of the sampling; the generator's state is part of `state()`.
-        coders: per key, how it is stored if not as it is.
-        folder: where episodes are filed, by `save` or, with ``storage="disk"``, when they are complete. None: nothing can be saved.
+        coders: per key, its coder; other keys are stored unchanged.
+        folder: of the episode files, written by `save` or, with ``storage="disk"``, when an episode is complete. None: no saving.
         storage: where episodes are sampled from. All give the same batches.
         rows, device: see `place`.
     """
@@ -170,15 +172,14 @@ class Replay:
 
     @property
     def bytes_per_record(self) -> int:
-        """What one record takes, in memory or on disk."""
+        """Bytes of one record, in memory or on disk."""
         return int(sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.stored.values()))
 
     def place(self, storage: Storage, rows: int = 0, device: torch.device | str = "cpu") -> None:
-        """Where episodes are sampled from, before there are any.
+        """Set where episodes are sampled from. Call it while the replay is empty.
 
-        With ``storage="device"`` batches come from a ring of ``rows`` records on ``device`` (no more are held then), and lie there;
-        the others give them on the CPU. Raises ValueError without a folder where one is needed, torch's OutOfMemoryError where the ring
-        does not fit.
+        With ``storage="device"`` batches come from a ring of ``rows`` records on ``device`` (the maximum then) and are on it; otherwise
+        they are on the CPU. Raises ValueError if a folder is needed and missing, torch's OutOfMemoryError if the ring does not fit.
         """
         if storage != "memory" and self.folder is None:
             raise ValueError(f"storage={storage!r} needs a folder")
@@ -187,9 +188,9 @@ class Replay:
         self.tables = {key: torch.from_numpy(c.table).to(device) for key, c in self.coders.items()} if self.arena else {}
 
     def add(self, record: Record, *, last: bool) -> None:
-        """Append one record to the open episode; ``last`` closes it. An episode of a reset alone is dropped (counted in ``dropped``).
+        """Append one record to the open episode; ``last`` closes it. An episode with only a reset is dropped (counted in ``dropped``).
 
-        Raises LocalmotionError for a key, shape or non-finite value that does not fit, CheckpointError when an episode cannot be filed.
+        Raises LocalmotionError for a key, shape or non-finite value that does not fit, CheckpointError if an episode cannot be written.
         """
         if set(record) != set(self.spec):
             raise LocalmotionError(f"replay record has keys {sorted(record)}, expected {sorted(self.spec)}")
@@ -216,12 +217,12 @@ class Replay:
         self.open = []
 
     def cut(self) -> None:
-        """End the open episode where it is, as a time limit would: what it holds is kept if that is more than a reset."""
+        """End the open episode now, as a time limit would. It is kept if it has more than a reset."""
         if self.open:
             self._close()
 
     def _insert(self, episode: Episode, arrays: Mapping[str, NDArray[Any]] | None = None) -> None:
-        """Take in an episode, after those that have to leave for it. An arena is given its ``arrays``, or what its file holds."""
+        """Add an episode and remove old ones to make room. An arena gets its ``arrays``, or those of its file."""
         room = min(self.capacity, self.arena.records) if self.arena else self.capacity
         while self.episodes and self.records + episode.length > room:
             self.records -= self.episodes.pop(0).length
@@ -234,9 +235,9 @@ class Replay:
         return self.records
 
     def sample(self, batch_size: int) -> dict[str, Tensor]:
-        """A batch of sequences (B, T, ...): uniform episode, then a window within it; after a shorter episode more of the same.
+        """A batch of sequences (B, T, ...): uniform episode, then a window within it; after a short episode further episodes.
 
-        Raises LocalmotionError while no complete episode is stored, CheckpointError for an episode file that is gone or damaged.
+        Raises LocalmotionError while no complete episode is stored, CheckpointError for an episode file that is missing or damaged.
         """
         if self._ready:
             ready, self._ready = self._ready, None
@@ -246,9 +247,9 @@ class Replay:
         return self._sample(batch_size)
 
     def prepare(self, batch_size: int, send: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None) -> None:
-        """Make the next batch now, while the device is at work and the host would wait, and ``send`` it on, to the device for example.
+        """Make the next batch now, while the device computes and the host would wait, and ``send`` it, for example to the device.
 
-        The batches are those of a replay that prepares nothing: where an episode comes in before the next `sample`, it is drawn again.
+        The batches equal those without `prepare`: if an episode is added before the next `sample`, the batch is drawn again.
         """
         if self._ready is None:
             before = self.rng.bit_generator.state
@@ -264,7 +265,7 @@ class Replay:
             while (at := pieces[-1].at + pieces[-1].length) < self.length:
                 pieces.append(self._cut(row, at, self.episodes[self.rng.integers(len(self.episodes))]))
         batch = self._from_device(pieces, batch_size) if self.arena else self._from_host(pieces, batch_size)
-        # What led to the first frame of a piece lies before it: unknown, like at a reset.
+        # Motion and action of a piece's first frame are before the piece, so they are unknown, as at a reset.
         starts = tuple(_sent(np.array(x), batch["action"].device) for x in ([p.row for p in pieces], [p.at for p in pieces]))
         batch["is_first"] = torch.zeros_like(batch["is_terminal"])
         for key, value in {"is_first": True, "action": 0, "visible": False, "flow": 0}.items():
@@ -273,7 +274,7 @@ class Replay:
         return batch
 
     def _cut(self, row: int, at: int, episode: Episode) -> _Piece:
-        """A piece of the episode for position ``at`` of a sequence: all of it, or a window where it holds more than there is room for."""
+        """A piece of the episode for position ``at`` of a sequence: all of it, or a window if it is longer than the rest."""
         length = min(self.length - at, episode.length)
         spare = episode.length - length
         start = int(self.rng.integers(spare + (length if self.prioritize_ends else 0) + 1))
@@ -306,7 +307,7 @@ class Replay:
             yield self.coders[key].decode(found) if key in self.coders else found
 
     def _whole(self, episode: Episode, *keys: str) -> dict[str, NDArray[Any]]:
-        """All records (T, ...) of an episode as they are stored, of some keys or of all."""
+        """All stored records (T, ...) of an episode, for some keys or all."""
         arrays = {key: np.empty((episode.length, *self.stored[key][0]), self.stored[key][1]) for key in keys or self.stored}
         self._read(episode, 0, arrays)
         return arrays
@@ -322,7 +323,7 @@ class Replay:
             handle = os.open(path, os.O_RDONLY)
             try:
                 for key, target in targets.items():
-                    into = target.reshape(-1).view(np.uint8)  # of one row of a batch: contiguous, so not a copy
+                    into = target.reshape(-1).view(np.uint8)  # one row of a batch is contiguous, so this is not a copy
                     if os.preadv(handle, [into.data], episode.offsets[key] + start * (into.nbytes // len(target))) != into.nbytes:
                         raise OSError("shorter than it was")
             finally:
@@ -333,7 +334,7 @@ class Replay:
     # Saving -----------------------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        """JSON-able position: which episodes, the counters, the sampler's random state. The open episode is not part of it."""
+        """JSON-able state: the episodes, the counters, the sampler's random state. Without the open episode."""
         return {
             "episodes": [episode.serial for episode in self.episodes],
             "serial": self.serial,
@@ -342,13 +343,13 @@ class Replay:
         }
 
     def save(self) -> None:
-        """File the episodes that are not filed yet. Raises CheckpointError when the disk is full; what is filed stays."""
+        """Write the episodes without a file. Raises CheckpointError if the disk is full; written files stay."""
         for episode in self.episodes:
             if episode.arrays is not None and not self._path(episode.serial).exists():
                 self._file(episode.serial, episode.arrays)
 
     def prune(self, keep: set[int]) -> None:
-        """Delete filed episodes that have left the buffer and that no kept checkpoint names (``keep``)."""
+        """Delete files of episodes that have left the buffer and are in no kept checkpoint (``keep``)."""
         assert self.folder
         held = keep | {episode.serial for episode in self.episodes}
         for path in self.folder.glob("episode_*.safetensors"):
@@ -356,9 +357,9 @@ class Replay:
                 path.unlink()
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state` names. Raises CheckpointError for a missing or unreadable episode.
+        """Restore a `state`. Raises CheckpointError for a missing or unreadable episode.
 
-        Episodes filed after that state was saved are removed: they will be played again.
+        Episodes written after that state was saved are removed, because they will be played again.
         """
         assert self.folder
         self.episodes, self.open, self.records, self._ready = [], [], 0, None
@@ -379,7 +380,7 @@ class Replay:
         return self.folder / f"episode_{serial:07d}.safetensors"
 
     def _file(self, serial: int, arrays: Mapping[str, NDArray[Any]]) -> Path:
-        """Write an episode: beside its place, to the disk, then renamed."""
+        """Write an episode to a temporary file, sync it to the disk, and rename it."""
         path = self._path(serial)
         temporary = path.with_suffix(".tmp")
         try:
@@ -388,16 +389,16 @@ class Replay:
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
-        except Exception as error:  # safetensors tells a full disk by an error class of its own
+        except Exception as error:  # safetensors reports a full disk with its own error class
             temporary.unlink(missing_ok=True)
             raise CheckpointError(
-                f"{path}: replay episode could not be written ({error}); free some disk space and give the same command again: it goes on"
+                f"{path}: replay episode could not be written ({error}); free some disk space and run the same command again; it continues"
                 " from the last checkpoint"
             ) from error
         return path
 
     def _recode(self, path: Path) -> None:
-        """File an episode again that holds a key as it was added, by a run of before it was coded."""
+        """Write an episode of an older run again, with coders for keys that it stored without."""
         found, _ = _header(path)
         plain = [key for key in self.coders if found.get(key, {}).get("dtype") == _NAMES[self.spec[key][1].name]]
         if plain:
@@ -405,7 +406,7 @@ class Replay:
             self._file(int(path.stem.split("_")[1]), {**arrays, **{key: self.coders[key].encode(arrays[key]) for key in plain}})
 
     def _described(self, path: Path) -> Episode:
-        """Length and offsets of a filed episode, from its header. Raises CheckpointError when it does not fit the spec."""
+        """Length and offsets of an episode's file, from its header. Raises CheckpointError if it does not match the spec."""
         found, begin = _header(path)
         try:
             length = int(found["reward"]["shape"][0])
@@ -425,12 +426,12 @@ class Replay:
 def _sent(index: NDArray[np.int64], device: torch.device) -> Tensor:
     """Indices on a device, without waiting for it."""
     found = torch.from_numpy(index)
-    # From memory that is not pinned the host would wait for the copy, and so for all that is queued before it.
+    # With memory that is not pinned, the host would wait for the copy and for all queued work before it.
     return found.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else found.to(device)
 
 
 def _header(path: Path) -> tuple[dict[str, Any], int]:
-    """Header of a safetensors file and where its data begin. Raises CheckpointError unless the file is as long as the header says."""
+    """Header of a safetensors file and the offset of its data. Raises CheckpointError unless the file has the length in the header."""
     try:
         with path.open("rb") as file:
             (size,) = struct.unpack("<Q", file.read(8))
@@ -439,7 +440,7 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
             found: dict[str, Any] = {key: value for key, value in json.loads(file.read(size)).items() if key != "__metadata__"}
             end = 8 + size + max(int(value["data_offsets"][1]) for value in found.values())
             if os.fstat(file.fileno()).st_size != end:
-                raise ValueError(f"has not the {end} bytes that its header says")
+                raise ValueError(f"does not have the {end} bytes of its header")
     except (OSError, struct.error, ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
         raise _unreadable(path, error) from error
     return found, 8 + size

@@ -195,7 +195,8 @@ class BlockEnv(DotEnv):
     """The easiest task from pictures, for learning tests: move a large block to the middle of a plain ground.
 
     The block's side is a quarter of the picture's. Its start is random at every reset; the goal is always the middle and not visible.
-    Reward of an env step: 1 within 0.1 of the goal, falling to 0 at a distance of 0.5, as in DeepMind Control; never terminated.
+    Reward of an env step: 1 within 0.1 of the goal, falling to 0 at a distance of 0.5, like DeepMind Control's tolerances; never
+    terminated.
     """
 
     task = "block"

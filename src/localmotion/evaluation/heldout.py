@@ -13,7 +13,7 @@ CONTEXT_FRAMES = 5
 
 
 def trivial_reconstructions(motion: Motion, masked: Tensor) -> dict[str, Tensor]:
-    """Three predictors without a model (drp.md 3), each (B,T,K,P,P,2) in scaled flow.
+    """Three predictors without a model, each (B,T,K,P,P,2) in scaled flow.
 
     zero: no motion. frame_mean: mean of the visible patches of the same frame (zero if there is none). nearest_time: the same track's
     patch at the nearest time where it is visible and not masked, the earlier one on a tie (frame mean if there is none).

@@ -1,4 +1,4 @@
-"""What a method's motion code knows of true motion: probes on the simulator's velocities and actions (drp.md 8.2).
+"""What a method's motion code knows of true motion: probes on the simulator's velocities and actions (docs/studies.md).
 
 The code of each frame, frozen, is asked by ridge regression (is it there, linearly?) and by a small MLP (is it there at all?) for the
 velocities and for the action that led to the frame. Episodes are split, so no frame of a tested episode is seen in fitting. The score is

@@ -58,7 +58,7 @@ class Group:
     parameters: list[nn.Parameter]
     lr: float
     freeze_updates: int = 0
-    """Learning rate is zero for this many first updates (statistics and moments move on, as in IPV 2.2)."""
+    """Learning rate is zero for this many first updates (statistics and moments move on, as in IPV's release)."""
     optimizer: str = "adam"
     """Registry name in `training.optimizers`."""
     warmup: int = 0

@@ -1,7 +1,7 @@
 """DreamerV2: a world model learned from scratch in the environment, the baseline without pre-training and without motion.
 
 Paper: "Mastering Atari with Discrete World Models" (arXiv 2010.02193), with the settings that IPV's experiments give it for continuous
-control (plain CNN, one RSSM, no intrinsic bonus, no context, no representative head; IPV 4.3).
+control (plain CNN, one RSSM, no intrinsic bonus, no context, no representative head; IPV's release).
 """
 
 from __future__ import annotations

@@ -72,9 +72,9 @@ class DRPConfig:
     intrinsic_weight: float = 1.0
     """Intrinsic reward weight lambda: 1.0 Meta-World, 0.1 DMC (Table 5)."""
     free_nats: float = 0.0
-    """Free nats of the action-conditional KL: 0 Meta-World, 1 DMC (IPV 4.2)."""
+    """Free nats of the action-conditional KL: 0 Meta-World, 1 DMC (IPV's release)."""
     context_erasing: bool = False
-    """Random erasing on the context frame while fine-tuning (IPV 1.5: Meta-World, but for drawer-open)."""
+    """Random erasing on the context frame while fine-tuning (IPV's release: Meta-World, but for drawer-open)."""
 
 
 class Carry(NamedTuple):

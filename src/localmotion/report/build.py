@@ -1,4 +1,4 @@
-"""From run directories to one page: what belongs together, which numbers, and what is missing, in plain sentences."""
+"""Collects run directories into one page: groups of runs, their numbers, and sentences about missing data."""
 
 from __future__ import annotations
 
@@ -73,11 +73,11 @@ def _heldout(report: Gathered) -> tuple[list[Block], list[tuple[str, str]]]:
                 reference_label="1: no better", target=0.6,
             )  # fmt: skip
             caption = (
-                "Squared error of the model on hidden Atomic Actions over that of each predictor that needs no model;"
-                " lower is better. The longest bar is the ratio to the best of them."
+                "Squared error of the model on hidden Atomic Actions, divided by that of each predictor without a model;"
+                " lower is better. The longest bar is the ratio to the best of these predictors."
             )
             blocks.append(Picture(chart, caption, "Ratio of the model's error to each trivial predictor"))
-            tiles.append((f"{best:.2f}", f"{run.name}: held-out masked error over that of the best trivial predictor"))
+            tiles.append((f"{best:.2f}", f"{run.name}: held-out masked error divided by that of the best trivial predictor"))
         scores = {k: v for k in _PREDICTORS if (v := number(line, f"psnr/{k}")) is not None}
         if scores and (first := next(iter(scores))) != "last_frame":
             others = [f"{_PREDICTORS[k]} {v:.1f}" for k, v in scores.items() if k != first]
@@ -96,7 +96,7 @@ def _horizon(run: RunData, line: Line) -> list[Block]:
     }
     if any(lines.values()):
         chart = plots.horizon_curves(lines, title=f"Open-loop prediction of held-out clips, {run.name}")
-        caption = "PSNR of imagined frames by how far ahead they lie; the value at the end of each line is its last frame."
+        caption = "PSNR of imagined frames over the prediction horizon; the number at the end of each line is its last frame."
         blocks.append(Picture(chart, caption, "PSNR over the prediction horizon"))
     names = [k[5:] for k in line if k.startswith("psnr/") and not k.endswith("_horizon")]
     rows = [
@@ -116,7 +116,7 @@ def _flow(report: Gathered) -> list[Block]:
     if named:
         chart = plots.flow_histogram({name: np.concatenate(v) for name, v in named.items()})
         caption = "Flow magnitude over all pixels, in pixels of the model's picture; a tick marks each 99th percentile."
-        caption += " Sources that lie far apart mean that the recipes of pre-training and fine-tuning do not match."
+        caption += " If sources differ a lot, the recipes of pre-training and fine-tuning do not match."
         blocks.append(Picture(chart, caption, "Histograms of flow magnitude"))
     keys = sorted({k for run in report.runs for kind in run.lines for k in run.keys(kind) if k.startswith("flow/")})
     rows: dict[str, list[str]] = {}
@@ -134,7 +134,7 @@ def _flow(report: Gathered) -> list[Block]:
 
 
 def _losses(report: Gathered, runs: Sequence[RunData], kind: str, what: str) -> list[Block]:
-    """Losses of all runs in one figure, one colour a group of seeds; other logged scalars in a second one."""
+    """Losses of all runs in one figure, one colour per group of seeds; other logged scalars in a second one."""
 
     def figure(keys: Sequence[str], caption: str, source: str = kind) -> list[Block]:
         panels = {
@@ -171,7 +171,7 @@ def duration(seconds: float) -> str:
 
 
 def seconds_per_update(run: RunData) -> dict[str, float]:
-    """Mean seconds of each part per update: "train" lines hold sums since the line before, "pretrain" lines means."""
+    """Mean seconds of each part per update: "train" lines have sums since the line before, "pretrain" lines have means."""
     parts: dict[str, float] = {}
     for kind in ("train", "pretrain"):
         lines = run.lines.get(kind, [])
@@ -200,7 +200,7 @@ def _speed(report: Gathered) -> list[Block]:
     if not means:
         report.missing.append("No run logged where its time goes (seconds/<part>).")
         return []
-    caption = "Share of each part in the time of a run (mean over seeds); at the right, seconds per gradient update in all."
+    caption = "Share of each part in the time of a run (mean over seeds); on the right, total seconds per update."
     return [Picture(plots.share_bars(means), caption, "Time by part")]
 
 
@@ -249,9 +249,9 @@ def report(run_dirs: Sequence[str | Path], out: str | Path) -> Path:
     """Write one self-contained HTML page about one or more run directories and return its path.
 
     Online runs are grouped by environment, method, origin (pre-trained or from scratch) and preset; seeds of a group
-    become one curve with its spread. What is missing or damaged is told on the page. Raises CheckpointError if no
-    directory is given, or one is no run directory or given twice; OSError if ``out`` cannot be written (what stood
-    there before is kept).
+    become one curve with its spread. The page lists what is missing or damaged. Raises CheckpointError if no
+    directory is given, or one is not a run directory or given twice; OSError if ``out`` cannot be written (the old file
+    is kept).
     """
     paths = [Path(p) for p in run_dirs]
     if not paths:
@@ -324,7 +324,7 @@ def report(run_dirs: Sequence[str | Path], out: str | Path) -> Path:
 
 
 def _write(out: Path, page: str) -> Path:
-    """Through a sibling temporary file: a full disk leaves the former page as it was."""
+    """Write through a temporary file in the same folder, so a full disk does not damage the old page."""
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(out.name + ".tmp")
     try:

@@ -1,14 +1,14 @@
-"""What runs leave in RUN/media, read with suspicion and turned into blocks of the page.
+"""Files in RUN/media, checked and turned into blocks of the page.
 
     openloop_*.npz   truth, prediction (N, T, H, W, 3) uint8, context int; any prediction_<name> of the same shape
     mae_*.npz        truth, masked, reconstruction (M, P, P, 2) float: flow patches
     embedding_*.npz  xy (n, 2) float, labels (or label) (n,) strings, title; optional angle (n,) radians
     flow_*.npz       magnitudes (n,) float, name
     atomic_*.png     Atomic Actions drawn on clips
-    eval_<env step>.mp4   film of an evaluation episode; eval_<word>.mp4 for one apart, e.g. eval_best.mp4
+    eval_<env step>.mp4   film of an evaluation episode; eval_<word>.mp4 for a special one, e.g. eval_best.mp4
 
-Arrays are loaded without pickle and bounded in size. A file that cannot be used raises MediaError, which the report
-turns into a sentence.
+Arrays are loaded without pickle and bounded in size. A file that cannot be used raises MediaError, and the
+report prints its message.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class MediaError(LocalmotionError):
 def read_arrays(path: Path, names: tuple[str, ...]) -> dict[str, NDArray[Any]]:
     """All arrays of an npz file. Raises MediaError if it is damaged, too large, holds objects or lacks a name.
 
-    What the file claims (of its parts in the archive, of each array in its own head) is added up before anything of that size is made.
+    The sizes in the archive and in each array's header are added up before anything is allocated.
     """
     try:
         if not path.is_file():
@@ -56,7 +56,7 @@ def read_arrays(path: Path, names: tuple[str, ...]) -> dict[str, NDArray[Any]]:
             arrays = {name: file[name] for name in file.files}
     except MediaError:
         raise
-    except Exception as error:  # zip, its compressors, and numpy's parser of heads each have their own error types
+    except Exception as error:  # zip, its compressors, and numpy's header parser have different error types
         raise MediaError(f"{path.name}: cannot be read ({one_line(str(error) or 'damaged', 120)})") from error
     if missing := [name for name in names if name not in arrays]:
         raise MediaError(f"{path.name}: lacks {', '.join(missing)}")
@@ -64,7 +64,7 @@ def read_arrays(path: Path, names: tuple[str, ...]) -> dict[str, NDArray[Any]]:
 
 
 def _claimed(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> int:
-    """Bytes that reading one array would take: what the archive says of it, or its own head, whichever is more."""
+    """Bytes needed to read one array: by the archive or by its own header, the larger of both."""
     with archive.open(entry) as part:
         version = np.lib.format.read_magic(part)
         head = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
@@ -77,7 +77,7 @@ def _text(arrays: dict[str, NDArray[Any]], name: str, default: str) -> str:
 
 
 def open_loop(path: Path, run: str, clips: int = 3) -> list[Picture]:
-    """Prediction strips, one picture a clip, for at most ``clips`` clips."""
+    """Prediction strips, one picture per clip, for at most ``clips`` clips."""
     arrays = read_arrays(path, ("truth", "prediction", "context"))
     truth, context = arrays["truth"], arrays["context"]
     if context.size != 1 or context.dtype.kind not in "iu":
@@ -110,7 +110,7 @@ def masked_patches(path: Path, run: str) -> Picture:
     except (ValueError, TypeError, IndexError) as error:
         raise MediaError(f"{path.name}: {error}") from error
     caption = (
-        f"{run}: flow patches that were hidden from the motion encoder, and what it made of them. Colour is direction,"
+        f"{run}: flow patches that were hidden from the motion encoder, and their reconstruction. Colour is direction,"
         " saturation is magnitude."
     )
     return Picture(data, caption, "Flow patches: truth and reconstruction")
@@ -157,7 +157,7 @@ def atomic_actions(path: Path, run: str) -> Picture:
     """A drawing of Atomic Actions on a clip."""
     data = _read_file(path)
     if not data.startswith(b"\x89PNG\r\n\x1a\n"):
-        raise MediaError(f"{path.name}: is no PNG")
+        raise MediaError(f"{path.name}: is not a PNG")
     name = path.stem.removeprefix("atomic_").replace("_", " ")
     return Picture(data, f"{run}, {name}: tracked points, flow and patches.", f"Atomic Actions on {name}")
 
@@ -174,7 +174,7 @@ def film(path: Path, label: str) -> Video:
     try:
         image = next(iter_frames(VideoRef(path.name, path, "file"), None, max_frames=1))
     except (VideoError, StopIteration) as error:
-        raise MediaError(f"{path.name}: is no readable video") from error
+        raise MediaError(f"{path.name}: is not a readable video") from error
     step = env_step_of(path)
     when = f"after {short(step)} env steps" if step is not None else path.stem.removeprefix("eval_").replace("_", " ")
     return Video(data, f"{label}, {when}.", strips.png(image))

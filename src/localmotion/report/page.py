@@ -26,14 +26,14 @@ class Text:
 
 @dataclass(frozen=True)
 class Notice:
-    """One plain sentence about something missing, left out or to be read with care."""
+    """One sentence about something missing, left out, or uncertain."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure with its caption: PNG, JPEG, GIF or SVG bytes (an SVG chart gets its dark twin by itself)."""
+    """A figure with its caption: PNG, JPEG, GIF or SVG bytes (an SVG chart automatically gets a dark version)."""
 
     data: bytes
     caption: str
@@ -51,7 +51,7 @@ class Video:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of text cells; columns whose cells all look like numbers are set flush right."""
+    """A table of text cells; columns that contain only numbers are aligned to the right."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -68,7 +68,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Fold:
-    """Blocks folded away under a title until it is opened; ``note`` stands beside the title."""
+    """Blocks hidden under a title until it is opened; ``note`` is shown beside the title."""
 
     title: str
     blocks: Sequence[Block]
@@ -77,14 +77,14 @@ class Fold:
 
 @dataclass(frozen=True)
 class Code:
-    """Text to be copied, as it is."""
+    """Text to copy, unchanged."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """A few key numbers: (value, what it is)."""
+    """A few key numbers: (value, description)."""
 
     items: Sequence[tuple[str, str]]
 
@@ -101,7 +101,7 @@ Block = Text | Notice | Picture | Video | Table | Settings | Fold | Code | Tiles
 
 @dataclass(frozen=True)
 class Section:
-    """A heading of the page and of its table of contents, with what stands under it."""
+    """A heading of the page and of its table of contents, with its blocks."""
 
     title: str
     blocks: Sequence[Block]
@@ -141,7 +141,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _esc(text: object) -> str:
-    # Control characters are no HTML; a lone surrogate (from a damaged file name) cannot be encoded.
+    # Control characters are invalid in HTML; a lone surrogate (from a damaged file name) cannot be encoded.
     clean = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in str(text))
     return html.escape(clean, quote=True)
 
@@ -272,15 +272,15 @@ footer { color: var(--muted); font-size: 13px; padding-block: 18px 50px; }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; } }
 """
 
-# Nothing may be fetched or run, whatever text found its way into the page.
+# Nothing may be fetched or run, for any text on the page.
 _POLICY = "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'"
 
 
 def build_page(title: str, sections: Sequence[Section], *, subtitle: str = "", footer: str = "") -> str:
     """The whole page as one string of HTML5 that opens offline.
 
-    Pictures and videos become data URIs, SVG charts carry a dark twin, the table of contents links every section.
-    Raises ValueError for picture bytes of an unknown format, or a table row that is not as long as its header.
+    Pictures and videos become data URIs, SVG charts have a dark version, the table of contents links every section.
+    Raises ValueError for picture bytes of an unknown format, or a table row with another length than its header.
     """
     links = "".join(f'<li><a href="#s{i}">{_esc(s.title)}</a></li>' for i, s in enumerate(sections, 1))
     body = "\n".join(

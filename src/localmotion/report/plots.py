@@ -1,8 +1,8 @@
-"""Charts of the report, as SVG bytes on a transparent ground, all in one style.
+"""Charts of the report, as SVG bytes on a transparent background, all in one style.
 
-Every chart is drawn in the light palette; `dark_variant` turns its bytes into the dark one by exchanging colours, so
-that a page carries both without drawing twice. Colours follow Okabe and Ito's colour-blind-safe set, and no chart is
-told by colour alone. Only `matplotlib.figure.Figure` is used: no pyplot, hence no global state and no display.
+Every chart is drawn in the light palette. `dark_variant` exchanges the colours in its bytes, so a page has both
+versions without drawing twice. Colours are from Okabe and Ito's set for colour-blind readers, and no chart depends on
+colour alone. Only `matplotlib.figure.Figure` is used: no pyplot, so no global state and no display.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def _title(figure: Figure, text: str) -> None:
 
 
 def _chart(draw: Callable[P, Figure]) -> Callable[P, bytes]:
-    """Decorator: draw in the house style and return the chart as SVG bytes."""
+    """Decorator: draw in the report's style and return the chart as SVG bytes."""
 
     @functools.wraps(draw)
     def chart(*args: P.args, **kwargs: P.kwargs) -> bytes:
@@ -66,7 +66,7 @@ def _chart(draw: Callable[P, Figure]) -> Callable[P, bytes]:
 
 @dataclass(frozen=True)
 class CurveGroup:
-    """Runs that differ only in their seed: a label, one curve a seed, and their final numbers (None: not shown)."""
+    """Runs that differ only in their seed: a label, one curve per seed, and their final numbers (None: not shown)."""
 
     label: str
     curves: tuple[Curve, ...]
@@ -84,9 +84,9 @@ def learning_curves(
 ) -> Figure:
     """Learning curves over env steps with their final numbers beside them.
 
-    One colour a group: thick mean, shaded mean +- population standard deviation over seeds, thin line a seed. Where
-    not all seeds of a group have a value the mean is dashed (see `aggregate_curves`). ``random_policy`` draws a
-    dotted level; ``percent`` shows values in [0, 1] as percentages. Raises ValueError without groups or for a group
+    Each group has one colour: a thick line for the mean, a band for mean +- population standard deviation over seeds, a
+    thin line per seed. The mean is dashed where not all seeds have a value (see `aggregate_curves`). ``random_policy``
+    is a dotted line; ``percent`` shows values in [0, 1] as percentages. Raises ValueError without groups or for a group
     without curves.
     """
     if not groups:
@@ -147,7 +147,7 @@ def _legend_entry(figure: Figure, top: float, colour: str, group: CurveGroup, pe
 
 
 def thin(xs: ArrayLike, ys: ArrayLike, points: int = 300) -> tuple[Floats, Floats]:
-    """Average a long series in ``points`` bins of equally many entries; a bin's mean leaves out non-finite values."""
+    """Average a long series in ``points`` bins with equal numbers of entries; means ignore non-finite values."""
     x, y = np.asarray(xs, dtype=np.float64), np.asarray(ys, dtype=np.float64)
     if len(x) <= points:
         return x, np.where(np.isfinite(y), y, np.nan)
@@ -163,9 +163,9 @@ def thin(xs: ArrayLike, ys: ArrayLike, points: int = 300) -> tuple[Floats, Float
 def loss_curves(
     series: Mapping[str, Sequence[tuple[str, ArrayLike, ArrayLike]]], *, xlabel: str = "updates", columns: int = 3
 ) -> Figure:
-    """Small multiples: one panel a loss, in each the (run label, x, y) lines of the runs in the same colours.
+    """One panel per loss, with the (run label, x, y) lines of the runs in the same colours.
 
-    Long series are averaged to 300 points. A panel is logarithmic when its values are positive and span more than a
+    Long series are averaged to 300 points. A panel is logarithmic if its values are positive and span more than a
     factor of 30. Raises ValueError without any series.
     """
     if not series:
@@ -209,9 +209,9 @@ def loss_curves(
 
 @_chart
 def horizon_curves(lines: Mapping[str, Sequence[float]], *, title: str = "", ylabel: str = "PSNR, dB") -> Figure:
-    """Quality of open-loop prediction against how far ahead: one line a predictor, a value each frame ahead.
+    """Quality of open-loop prediction over the horizon: one line per predictor, one value per frame ahead.
 
-    The name of each line stands at its end. Raises ValueError without any value.
+    The name of each line is at its end. Raises ValueError without any value.
     """
     kept = {name: np.asarray(v, dtype=np.float64) for name, v in lines.items() if len(v)}
     if not kept:
@@ -227,7 +227,7 @@ def horizon_curves(lines: Mapping[str, Sequence[float]], *, title: str = "", yla
         )  # fmt: skip
         ends.append((float(values[-1]), i, name, len(values)))
     low, high = axes.get_ylim()
-    floor, apart = -math.inf, (high - low) * 0.1  # labels that would overlap are pushed up
+    floor, apart = -math.inf, (high - low) * 0.1  # overlapping labels move up
     for value, i, name, length in sorted(ends):
         floor = max(value if math.isfinite(value) else low, floor + apart)
         axes.annotate(
@@ -246,8 +246,8 @@ def horizon_curves(lines: Mapping[str, Sequence[float]], *, title: str = "", yla
 def tsne_scatter(xy: ArrayLike, labels: Sequence[str], *, title: str = "", angles: ArrayLike | None = None) -> Figure:
     """Scatter of a 2-d embedding (n, 2), coloured by label or, with ``angles`` (n,) in radians, by direction of motion.
 
-    Labels beyond the eight commonest are drawn grey as "other". Angles use the colours of `flow_to_rgb` (0: right, pi
-    / 2: down, as in image coordinates), with a wheel as legend. Raises ValueError when lengths differ.
+    Labels after the eight most frequent are grey, as "other". Angles use the colours of `flow_to_rgb` (0: right, pi
+    / 2: down, as in image coordinates), with a wheel as legend. Raises ValueError if lengths differ.
     """
     points = np.asarray(xy, dtype=np.float64)
     if points.ndim != 2 or points.shape[1] != 2 or len(points) != len(labels) or not np.isfinite(points).all():
@@ -255,13 +255,13 @@ def tsne_scatter(xy: ArrayLike, labels: Sequence[str], *, title: str = "", angle
     figure = Figure(figsize=(WIDTH * 0.72, 4.4))
     axes = figure.add_axes((0.01, 0.02, 0.62, 0.9))
     axes.set_axis_off()
-    many = len(points) > 1500  # one SVG element a point would swell the page
+    many = len(points) > 1500  # one SVG element per point would make the page too large
     style: dict[str, Any] = {"s": 30 if len(points) < 400 else 14, "linewidths": 0.5, "edgecolors": GROUND}
     style["rasterized"] = many
     if angles is not None:
         turn = np.asarray(angles, dtype=np.float64)
         if turn.shape != (len(points),):
-            raise ValueError(f"needs one angle a point: {turn.shape} angles for {len(points)} points")
+            raise ValueError(f"needs one angle per point: {turn.shape} angles for {len(points)} points")
         unit = np.stack([np.cos(turn), np.sin(turn)], axis=-1).astype(np.float32)
         axes.scatter(points[:, 0], points[:, 1], c=flow_to_rgb(unit[None], 1.0)[0] / 255.0, **style)
         _direction_wheel(figure, (0.7, 0.52, 0.2, 0.32))
@@ -301,7 +301,7 @@ def _direction_wheel(figure: Figure, place: tuple[float, float, float, float]) -
 
 @_chart
 def share_bars(parts: Mapping[str, Mapping[str, float]], *, title: str = "", unit: str = " s") -> Figure:
-    """Where the time goes: one stacked bar a run, each part's share of the run's total, largest parts first.
+    """Shares of time: one stacked bar per run with each part's share of the total, largest parts first.
 
     ``parts`` maps run label -> part -> amount (seconds); parts keep one colour over all bars. Raises ValueError if
     nothing is positive.
@@ -344,10 +344,10 @@ def share_bars(parts: Mapping[str, Mapping[str, float]], *, title: str = "", uni
 
 @_chart
 def flow_histogram(magnitudes: Mapping[str, ArrayLike], *, title: str = "") -> Figure:
-    """Distributions of flow magnitude (pixels), one outlined histogram a source, on a logarithmic axis.
+    """Distributions of flow magnitude (pixels), one outlined histogram per source, on a logarithmic axis.
 
-    Values below 0.01 px count as 0.01: still background. A tick marks each source's 99th percentile. A source whose
-    motion lies elsewhere than another's is out of the scale that the model was trained on. Raises ValueError without
+    Values below 0.01 px count as 0.01 (background without motion). A tick marks each source's 99th percentile. If
+    sources differ a lot, the model gets flow of another scale than in training. Raises ValueError without
     finite values.
     """
     cleaned = {name: np.asarray(v, dtype=np.float64).ravel() for name, v in magnitudes.items()}
@@ -395,7 +395,7 @@ def comparison_bars(
     """Horizontal bars with their numbers, for held-out comparisons.
 
     ``rows`` label -> value, drawn from the top; ``reference`` a dashed line (e.g. ratio 1: no better than the trivial
-    predictor) and ``target`` a dotted one; bars named in ``highlight`` are the model's own. Raises ValueError without
+    predictor) and ``target`` a dotted one; bars named in ``highlight`` are the model's. Raises ValueError without
     a finite value.
     """
     kept = {name: float(v) for name, v in rows.items() if math.isfinite(v)}

@@ -1,4 +1,4 @@
-"""Results of online runs: which belong together, their learning curves, final numbers and films."""
+"""Results of online runs: groups, learning curves, final numbers and films."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _MAY_DIFFER |= {f"online.{name}" for name in ("log_every", "eval_every", "save_e
 
 @dataclass(frozen=True)
 class Group:
-    """Runs in one environment that differ only in their seed (and, told in a notice, by mistake)."""
+    """Runs in one environment that differ only in their seed. A notice reports other differences."""
 
     env: str
     label: str
@@ -56,14 +56,14 @@ def group_runs(runs: Sequence[RunData]) -> list[Group]:
 
 
 def differing_settings(runs: Sequence[RunData]) -> list[str]:
-    """Names of settings in which runs differ though they should differ in the seed only."""
+    """Names of settings in which runs differ, although only the seed should differ."""
     flat = [{k: repr(v) for k, v in flatten(run.config).items() if k not in _MAY_DIFFER} for run in runs]
     return sorted(k for k in {k for f in flat for k in f} if len({f.get(k) for f in flat}) > 1)
 
 
 @dataclass
 class Gathered:
-    """The runs of a report and the sentences about what could not be shown."""
+    """The runs of a report, and sentences about data that could not be shown."""
 
     runs: list[RunData]
     missing: list[str] = field(default_factory=list)
@@ -74,14 +74,14 @@ class Gathered:
         self._labels = {run.path: f"{g.label}, {g.env}" if several else g.label for g in self.groups for run in g.runs}
 
     def label(self, run: RunData) -> str:
-        """What a run is called in a chart of all runs: its group's label, or its own name."""
+        """Name of a run in a chart of all runs: its group's label, or its own name."""
         return self._labels.get(run.path, run.name)
 
     def of(self, *stages: str) -> list[RunData]:
         return [run for run in self.runs if run.stage in stages]
 
     def each(self, runs: Iterable[RunData], pattern: str, show: Callable[[Path, RunData], R]) -> list[R]:
-        """``show`` of every media file that matches; a file that cannot be shown becomes a sentence."""
+        """``show`` of every matching media file; a file that cannot be shown becomes a sentence."""
         found = []
         for run in runs:
             for path in run.media(pattern):
@@ -93,7 +93,7 @@ class Gathered:
 
 
 def eval_curve(report: Gathered, run: RunData, key: str) -> Curve | None:
-    """A run's evaluations over env steps, None without any finite one; what is left out is told in the report."""
+    """A run's evaluations over env steps, None without any finite one. The report mentions values that are left out."""
     steps, values = run.series("eval", key)
     good = np.isfinite(values)
     if not good.all():
@@ -102,7 +102,7 @@ def eval_curve(report: Gathered, run: RunData, key: str) -> Curve | None:
 
 
 def random_score(runs: Sequence[RunData], key: str) -> float | None:
-    """The random policy's score: measured (random.json) if there, else, for returns, of the random prefill episodes."""
+    """The random policy's score: from random.json if it exists, else, for returns, from the random prefill episodes."""
     measured = [value for run in runs if (value := number(run.random, key)) is not None]
     if not measured and key == "return_mean":
         lines = [line for run in runs for line in run.lines.get("episode", ()) if line.get("random") is True]
@@ -111,7 +111,7 @@ def random_score(runs: Sequence[RunData], key: str) -> float | None:
 
 
 def results(report: Gathered, env: str, groups: Sequence[Group]) -> tuple[list[Block], list[tuple[str, str]]]:
-    """Curves, final numbers and films of one environment; and tiles for the head of the page."""
+    """Curves, final numbers and films of one environment, and tiles for the top of the page."""
     blocks: list[Block] = []
     tiles: list[tuple[str, str]] = []
     for group in groups:
@@ -162,7 +162,7 @@ def _doubts(group: Group) -> list[str]:
 
 
 def _headline(env: str, name: str, groups: Sequence[plots.CurveGroup], floor: float | None, percent: bool) -> tuple[str, str]:
-    """The best group's final score, and beside it those of all the others: no number stands alone."""
+    """The best group's final score, with those of all other groups for comparison."""
 
     def text(final: Summary) -> str:
         return score(final.mean, final.std if len(final.scores) > 1 else None, percent=percent)
@@ -203,9 +203,9 @@ def _final_table(drawn: Sequence[tuple[Group, plots.CurveGroup]], floor: float |
         " bootstrap over seeds (5000 resamples)."
     )
     if any(len(c.curves) < 5 for _, c in drawn):
-        caption += " With fewer than five seeds the interval says little."
+        caption += " With fewer than five seeds the interval is not reliable."
     if any(len({curve.env_steps[-1] for curve in c.curves}) > 1 for _, c in drawn):
-        caption += " Seeds that ended at different env steps are compared as they stand."
+        caption += " Seeds that ended at different env steps are compared at their own last evaluation."
     return Table(header, rows, caption)
 
 
@@ -225,12 +225,12 @@ def _training_episodes(env: str, groups: Sequence[Group]) -> list[Block]:
     if not drawn:
         return []
     chart = plots.learning_curves(drawn, title=f"Return of training episodes in {env}", ylabel="episode return")
-    caption = "Episodes played while learning, with exploration noise, averaged in at most 40 bins a run."
+    caption = "Episodes played while learning, with exploration noise, averaged in at most 40 bins per run."
     return [Picture(chart, caption, f"Return of training episodes in {env}")]
 
 
 def _films(report: Gathered, groups: Sequence[Group]) -> list[Block]:
-    """Of each group's first run with films: the first and the last one by env step, and those with a name of their own."""
+    """From each group's first run with films: the first and the last film by env step, and those with special names."""
     videos: list[Block] = []
     for group in groups:
         run = next((r for r in group.runs if r.media("eval_*.mp4")), None)

@@ -1,6 +1,6 @@
 """Pictures of the report, as PNG bytes: flow as colour, prediction strips, masked reconstructions of flow patches.
 
-Labels are drawn in a grey that reads on white and on a dark page, on a transparent ground, so one picture serves both.
+Labels are grey on a transparent background and readable on white and on a dark page, so one picture serves both.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ HIDDEN = (148, 152, 160)
 DPI = 200
 
 # The wheel of Baker et al., "A Database and Evaluation Methodology for Optical Flow" (2011): arcs between six pure
-# hues, their lengths chosen for how many steps the eye tells apart.
+# hues, with lengths by the number of steps that the eye can distinguish.
 _WHEEL_AT = np.cumsum([0, 15, 6, 4, 11, 13, 6]) / 55.0
 _WHEEL = np.array([[1, 0, 0], [1, 1, 0], [0, 1, 0], [0, 1, 1], [0, 0, 1], [1, 0, 1], [1, 0, 0]], dtype=np.float64)
 
@@ -63,7 +63,7 @@ def error_to_rgb(error: ArrayLike, top: float) -> Pixels:
 
 
 def _canvas(width: float, height: float, pixels_across: float, pixels_down: float) -> tuple[Figure, Axes]:
-    """A transparent figure whose one axes is measured in picture pixels, y down, filling all of it."""
+    """A transparent figure with one axes in picture pixels, y down, that fills it."""
     figure = Figure(figsize=(width, height), dpi=DPI)
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_axis_off()
@@ -85,9 +85,9 @@ def _frame_psnr(truth: Pixels, prediction: Pixels) -> NDArray[np.float64]:
 
 
 def strip_times(frames: int, context: int, columns: int = 12) -> list[int]:
-    """Frames a strip shows: the last observed ones (at most 3), then evenly spread imagined ones up to the end.
+    """Frames of a strip: the last observed ones (at most 3), then evenly spaced imagined ones up to the end.
 
-    Needs ``columns`` >= 4 for a first and a last imagined frame beside two observed ones.
+    Needs ``columns`` >= 4, for two observed frames and a first and a last imagined one.
     """
     observed = min(3, context, columns // 2)
     times = list(range(context - observed, context))
@@ -108,9 +108,9 @@ def prediction_strips(
     """Open-loop predictions of N clips as one PNG: a row of truth, then each named prediction with its error.
 
     ``truth`` and each of ``predictions`` (N, T, H, W, 3) uint8; the first ``context`` frames were observed (framed
-    green), the rest imagined (framed red). Under each imagined frame stands its PSNR in dB. The error is the absolute
-    difference, averaged over channels, on one scale for the whole picture. ``transparent`` leaves the ground to the
-    page; otherwise it is white. Raises ValueError for other shapes or dtypes, no clip or no prediction.
+    green), the rest imagined (framed red). The PSNR in dB is below each imagined frame. The error is the absolute
+    difference, averaged over channels, on one scale for the whole picture. ``transparent``: transparent background,
+    else white. Raises ValueError for other shapes or dtypes, no clip or no prediction.
     """
     shapes = [x.shape for x in (truth, *predictions.values())]
     if truth.ndim != 5 or truth.shape[-1] != 3 or len(truth) == 0 or len(shapes) < 2 or len(set(shapes)) > 1:
@@ -181,12 +181,12 @@ def masked_reconstruction(
     max_magnitude: float | None = None,
     columns: int = 12,
 ) -> bytes:
-    """Flow patches as a PNG: truth, what the encoder saw, and its reconstruction, with bars of mean magnitude.
+    """Flow patches as a PNG: truth, the encoder's input, and the reconstruction, with bars of mean magnitude.
 
     Three arrays (M, P, P, 2) float, x then y, in pixels or the model's scaled units; the first ``columns`` patches
-    are drawn. A patch is hidden where ``masked`` is not finite, or zero although the truth is not; it is drawn grey,
-    and where all are hidden that row is left out. Colours as `flow_to_rgb`, one scale for all (``max_magnitude``;
-    default the truth's 99th percentile). Raises ValueError for shapes.
+    are drawn. A patch is hidden if ``masked`` is not finite, or zero where the truth is not. Hidden patches are
+    grey; if all are hidden, that row is left out. Colours as in `flow_to_rgb`, one scale for all (``max_magnitude``;
+    default: the truth's 99th percentile). Raises ValueError for shapes.
     """
     t, m, r = (np.asarray(x, dtype=np.float64)[:columns] for x in (truth, masked, reconstruction))
     if t.ndim != 4 or t.shape[-1] != 2 or t.shape != m.shape or t.shape != r.shape or len(t) == 0:
@@ -199,7 +199,7 @@ def masked_reconstruction(
     m = np.where(empty[:, None, None, None], np.nan, m)
     rows = [("truth", t), ("seen", m), ("reconstruction", r)]
     if not np.isfinite(m).any():
-        del rows[1]  # every patch was hidden: a row of grey says nothing
+        del rows[1]  # every patch was hidden: leave out a row of grey
     bars = [s.mean(axis=(1, 2)) for s in sizes]  # (M,) each
     full = max(float(np.max(bars)), 1e-9)
 
@@ -248,13 +248,13 @@ ROWS = {
     "zero_motion": "prediction, zero motion",
     "last_frame": "last frame, copied",
 }
-"""What a strip calls the predictors of held-out evaluation."""
+"""Names of the held-out evaluation's predictors in a strip."""
 
 
 def save_strips(arrays: Mapping[str, Pixels], out: Path, *, context: int = 5, title: str = "") -> Path:
     """Write prediction strips of ``arrays["truth"]`` and every other entry, (N, T, H, W, 3) uint8 each, to a PNG file.
 
-    The first ``context`` frames (drp.md 4: 5) were observed. Returns ``out``; raises as `prediction_strips`, KeyError
+    The first ``context`` frames were observed. Returns ``out``; raises as `prediction_strips`, KeyError
     without truth, OSError if the file cannot be written.
     """
     predictions = {ROWS.get(name, name.replace("_", " ")): x for name, x in arrays.items() if name != "truth"}

@@ -1,4 +1,4 @@
-"""The look that charts and pictures of a report share: palette, fonts, number and label formats, light and dark."""
+"""Common style of charts and pictures of a report: palette, fonts, number and label formats, light and dark."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ _DARK = {
     "#7a6a55": "#c2b29a",
 }
 WIDTH = 9.6
-"""Width of a full-page chart in inches: 96 CSS pixels each, so that charts stand in the page unscaled."""
+"""Width of a full-page chart in inches: 96 CSS pixels each, so charts are not scaled on the page."""
 _FONTS = ("Inter", "Helvetica Neue", "Helvetica", "Arial", "Liberation Sans", "Noto Sans")
 
 
 @functools.cache
 def font() -> list[str]:
-    """The first of the page's font families that this machine has, with matplotlib's own one for its gaps."""
+    """The first of the page's font families on this machine, and matplotlib's own for missing characters."""
     known = set(font_manager.get_font_names())
     return [next((f for f in _FONTS if f in known), "DejaVu Sans"), "DejaVu Sans"]
 
@@ -57,7 +57,7 @@ def short(number: float) -> str:
 
 
 def score(mean: float, std: float | None = None, *, percent: bool = False) -> str:
-    """A score with its spread, to the digits that the mean's size deserves: "646 ± 23", "3.20 ± 0.41", "87 ± 4 %"."""
+    """A score with its spread, with digits that depend on the size of the mean: "646 ± 23", "3.20 ± 0.41", "87 ± 4 %"."""
     scale, unit = (100.0, " %") if percent else (1.0, "")
     size = abs(mean * scale)
     digits = 0 if percent or size >= 100 else 1 if size >= 10 else 2 if size >= 1 else 3
@@ -66,7 +66,7 @@ def score(mean: float, std: float | None = None, *, percent: bool = False) -> st
 
 
 def short_ticks() -> FuncFormatter:
-    """Axis labels as `short` writes them. A new one each time: a formatter belongs to one axis."""
+    """Axis labels as `short` writes them. A new one each time, because a formatter belongs to one axis."""
     return FuncFormatter(lambda x, _: short(x))
 
 
@@ -95,7 +95,7 @@ def _settings() -> Any:
 
 
 def dark_variant(svg: bytes) -> bytes:
-    """A chart for a dark page: exchanges every colour of the light palette in an SVG for its dark twin."""
+    """A chart for a dark page: replaces every colour of the light palette in an SVG by its dark counterpart."""
     text = svg.decode("utf-8")
     for light, dark in _DARK.items():
         text = text.replace(light, dark)
@@ -103,7 +103,7 @@ def dark_variant(svg: bytes) -> bytes:
 
 
 def styled(draw: Callable[P, R]) -> Callable[P, R]:
-    """Decorator: run a drawing function under the house style; the caller's matplotlib settings come back."""
+    """Decorator: run a drawing function in the report's style; the caller's matplotlib settings are restored."""
 
     @functools.wraps(draw)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:

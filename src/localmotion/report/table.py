@@ -16,7 +16,7 @@ from localmotion.runs.read import read_run
 def write_table(run_dirs: Sequence[Path], out: Path) -> list[str]:
     """Write ``out/table.md`` and ``out/curves.json`` of online runs and return the table's lines.
 
-    A row a variant and task: seeds, env steps of the last evaluations, mean and population standard deviation of each seed's last
+    One row per variant and task: seeds, env steps of the last evaluations, mean and population standard deviation of each seed's last
     evaluation, IQM with its 95 % bootstrap interval over seeds. curves.json is a list of {task, method, seed, score, xs (env steps), ys}.
     """
     data = Gathered([read_run(path) for path in run_dirs])

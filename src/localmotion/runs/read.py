@@ -1,16 +1,16 @@
-"""Reading run directories: plain files that describe a run, so that a report needs no service and no training code.
+"""Reading run directories: plain files describe a run, so a report needs no service and no training code.
 
     RUN/config.json        settings, a nested dict with at least method, stage (pretrain, finetune, train), preset, seed
                            and env
     RUN/command.txt        the command that made it
     RUN/environment.json   versions, device, threads, precision, GL backend
     RUN/status.json        {"state": "running" | "finished" | "interrupted" | "failed", ...}
-    RUN/metrics.jsonl      one JSON object a line, told apart by "kind": train, episode, eval, pretrain, heldout
+    RUN/metrics.jsonl      one JSON object per line, with "kind": train, episode, eval, pretrain, heldout
     RUN/random.json        an "eval" line of the uniform random policy, if it was measured
-    RUN/media/             pictures, videos and arrays written on the way
+    RUN/media/             pictures, videos and arrays written during the run
 
-Only config.json or metrics.jsonl must be there. Whatever else is missing or damaged becomes a sentence in
-`RunData.notices`; a torn last line (a killed run) is counted and left out.
+Only config.json or metrics.jsonl is required. Other missing or damaged files are reported in `RunData.notices`. An
+incomplete last line (of a killed run) is counted and left out.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from localmotion.errors import CheckpointError
 from localmotion.files import MAX_TEXT, one_line, parse_json, read_bytes, refuse_links
 
 MAX_METRICS = 1 << 28
-"""Largest metrics.jsonl that is read, bytes; the longest runs here write 30 MB."""
+"""Largest metrics.jsonl that is read, bytes; the longest runs so far wrote 30 MB."""
 MAX_LINE = 1 << 20
 """Longest line of it, bytes."""
 Floats = NDArray[np.float64]
@@ -37,7 +37,7 @@ Line = dict[str, Any]
 
 @dataclass(frozen=True)
 class RunData:
-    """One run directory in memory. ``lines`` keeps the order of the file, by kind; ``notices`` are plain sentences."""
+    """One run directory in memory. ``lines`` has the lines by kind, in the order of the file; ``notices`` are sentences."""
 
     path: Path
     config: dict[str, Any]
@@ -48,7 +48,7 @@ class RunData:
     """Score of the uniform random policy in the run's environment; empty if it was not measured."""
     lines: dict[str, list[Line]]
     bad_lines: int
-    """Lines of metrics.jsonl that are not a JSON object with a "kind": torn by a kill, or damaged."""
+    """Number of lines of metrics.jsonl that are not a JSON object with a "kind": cut by a kill, or damaged."""
     notices: tuple[str, ...]
 
     @property
@@ -82,16 +82,16 @@ class RunData:
 
     @property
     def label(self) -> str:
-        """What its study calls it, "" outside a study."""
+        """Its name in its study, "" outside a study."""
         return str(self.config.get("label", "") or "")
 
     @property
     def checkpoint(self) -> str:
-        """The run or file whose weights it started from, "" for a run from scratch."""
+        """The run or file of its initial weights, "" for a run from scratch."""
         return str(self.setting("checkpoint", "") or "")
 
     def setting(self, name: str, default: Any = None) -> Any:
-        """A setting by its last name: the top level's, else the first found in the nested dicts, breadth first."""
+        """A setting by its last name: at the top level, else the first in the nested dicts, breadth first."""
         level: list[Mapping[str, Any]] = [self.config]
         while level:
             for values in level:
@@ -107,8 +107,8 @@ class RunData:
     def series(self, kind: str, key: str, x: str = "env_step") -> tuple[Floats, Floats]:
         """``key`` against ``x`` over the lines of one kind that have both: two (n,) vectors, x strictly increasing.
 
-        A resumed run may write some steps again: where x falls back, what stood from there on is superseded by the
-        later lines. Non-finite values are kept, as NaN or infinity.
+        A resumed run may write some steps again. If x falls back, the later lines replace the earlier ones from there
+        on. Non-finite values are kept, as NaN or infinity.
         """
         pairs = [
             (line[x], line[key]) for line in self.lines.get(kind, ()) if _is_number(line.get(x)) and _is_number(line.get(key))
@@ -137,7 +137,7 @@ class RunData:
 
 
 def superseded_by_none(xs: Floats) -> NDArray[np.bool_]:
-    """(n,) True where no later entry is equal or smaller: what remains increases strictly. Non-finite entries go."""
+    """(n,) True where no later entry is equal or smaller, so the rest increases strictly. False for non-finite entries."""
     xs = np.where(np.isfinite(xs), xs, np.inf)
     return xs < np.append(np.minimum.accumulate(xs[::-1])[::-1], np.inf)[1:]
 
@@ -191,7 +191,7 @@ def _parse_lines(path: Path) -> Iterator[Line | None]:
                 continue
             try:
                 line = json.loads(raw)
-            except (ValueError, RecursionError):  # also UnicodeDecodeError: a line torn inside a character
+            except (ValueError, RecursionError):  # also UnicodeDecodeError: a line cut inside a character
                 yield None
                 continue
             yield line if isinstance(line, dict) and isinstance(line.get("kind"), str) else None
@@ -219,9 +219,9 @@ def _read_lines(path: Path, notices: list[str]) -> tuple[dict[str, list[Line]], 
 def read_run(path: str | Path) -> RunData:
     """Read a run directory.
 
-    Raises CheckpointError if ``path`` is no directory, holds neither config.json nor metrics.jsonl, or holds links that
-    lead out of it (a page that is shown around must not carry one of the user's other files); anything else that is
-    missing or damaged is told in `RunData.notices`.
+    Raises CheckpointError if ``path`` is not a directory, has neither config.json nor metrics.jsonl, or has links that
+    lead out of it (a shared page must not contain another file of the user). Other missing or damaged files are
+    reported in `RunData.notices`.
     """
     path = Path(path)
     if not path.is_dir():
