@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from localmotion.config import OptimConfig
+from localmotion.methods.base import Group
 from localmotion.models.distributions import TruncatedNormal
 from localmotion.models.rssm import RSSM, RSSMState
 from localmotion.models.rssm_block import BlockRSSM
 from localmotion.models.values import ReturnRange
+from localmotion.runs import checkpoint
+from localmotion.runs.rundir import RunDir
+from localmotion.training import optimizers
+from localmotion.training.transfer import load_pretrained
 from localmotion.training.update import Updater
 from method_batches import ACTIONS, CPU, make, make_batch
 
@@ -124,3 +132,50 @@ def test_learning_rates_of_a_decay_fall_in_a_line_or_a_cosine() -> None:
 def test_a_method_learns_from_as_many_actions_as_it_is_built_for() -> None:
     assert make("ipv", "pretrain")[1].acts is False
     assert make("ipv", "finetune")[1].action_dim == ACTIONS
+
+
+def test_a_pass_runs_every_so_many_updates_and_steps_its_groups_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    run, method = make("dreamer_v2", "train")
+    world, behaviour = method.passes("train")
+    monkeypatch.setattr(method, "passes", lambda stage: (world, behaviour._replace(every=3)))
+    updater = Updater(method, run, CPU)
+    moved, told = [], []
+    for seed in range(5):
+        before = [p.detach().clone() for p in method.behaviour.actor.parameters()]
+        told.append("loss/actor" in updater.learn(make_batch(seed=seed)))
+        moved.append(any(not torch.equal(a, b) for a, b in zip(before, method.behaviour.actor.parameters(), strict=True)))
+    assert moved == told == [True, False, False, True, False]
+
+
+def test_a_group_that_no_pass_steps_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    run, method = make("dreamer_v2", "train")
+    monkeypatch.setattr(method, "passes", lambda stage, passes=method.passes: passes(stage)[:1])
+    with pytest.raises(AssertionError, match=r"\['actor', 'critic'\] are in no pass"):
+        Updater(method, run, CPU)
+
+
+@pytest.mark.parametrize(("name", "decoupled"), [("adam", False), ("adamw", True)])
+def test_a_group_has_its_own_weight_decay_and_adamw_takes_it_off_the_weights(name: str, decoupled: bool) -> None:
+    """First step by hand: both moments corrected, so the step is the rate times the sign of the gradient that Adam sees."""
+    weight = torch.nn.Parameter(torch.tensor([2.0, -3.0]))
+    group = Group("g", [weight], 0.1, optimizer=name, weight_decay=0.5)
+    weight.grad = torch.tensor([0.25, 0.25])
+    optimizers.make(group, OptimConfig(eps=0.0, weight_decay=7.0)).step()
+    # Adam: gradients 0.25 + 0.5 w = (1.25, -1.25). AdamW: gradients (0.25, 0.25), and w shrinks by 0.1 * 0.5 of itself.
+    expected = [2.0 * 0.95 - 0.1, -3.0 * 0.95 - 0.1] if decoupled else [1.9, -2.9]
+    assert weight.tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_part_of_a_checkpoint_may_go_where_another_name_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, source = make("ipv", "pretrain")
+    out = RunDir(tmp_path / "pre", run)
+    checkpoint.save(out.path / "checkpoints", 1, tensors={"weights": source.state_dict()}, state={"stage": "pretrain"})
+    run, method = make("ipv", "finetune", f"checkpoint={out.path}")
+    method.teacher = copy.deepcopy(method.latent)
+    for parameter in [*method.teacher.parameters(), *method.latent.parameters()]:
+        parameter.data.normal_()
+    student = {key: value.clone() for key, value in method.latent.state_dict().items()}
+    monkeypatch.setattr(type(method), "transfers", {"latent": "teacher"})
+    load_pretrained(method, run)
+    assert all(torch.equal(value, source.latent.state_dict()[key]) for key, value in method.teacher.state_dict().items())
+    assert all(torch.equal(value, student[key]) for key, value in method.latent.state_dict().items())

@@ -17,13 +17,13 @@ def _recipe_of(args: argparse.Namespace) -> Recipe:
     """The recipe that the flags of `_recipe` describe."""
     from dataclasses import fields
 
-    from localmotion.recipe import Recipe
+    from localmotion.recipe import Recipe, read_recipe
 
     given: dict[str, Any] = {f.name: getattr(args, f"recipe_{f.name}", None) for f in fields(Recipe)}
     given = {name: value for name, value in given.items() if value is not None}
     if "size" in given and "percept_size" not in given:
         given["percept_size"] = max(128, given["size"]) if max(128, given["size"]) % given["size"] == 0 else given["size"]
-    return Recipe(**given)
+    return read_recipe(given) or Recipe()
 
 
 def _limits(args: argparse.Namespace) -> dict[str, Any]:

@@ -11,8 +11,9 @@ import gymnasium
 import numpy as np
 from numpy.typing import NDArray
 
-from localmotion.config import Recipe, RunConfig
+from localmotion.config import RunConfig
 from localmotion.errors import LocalmotionError, SimulationError
+from localmotion.recipe import Recipe
 
 if TYPE_CHECKING:
     from localmotion.perception.stream import StreamingExtractor

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from localmotion.config import DMC_SUITES, BehaviourConfig, WorldModelConfig
-from localmotion.methods.base import BEHAVIOUR_SCALES, FROM_VIDEO, Batch, Counters, Group, Method, Pass, Rates, same
+from localmotion.methods.base import FROM_VIDEO, Batch, Counters, Group, Method, Pass, Rates, imagination_passes, same, video_pass
 from localmotion.methods.sizes import presets
 from localmotion.models.actor_critic import ActorCritic
 from localmotion.models.bonus import WINDOW, IntrinsicBonus
@@ -157,11 +157,8 @@ class APV(Method):
 
     def passes(self, stage: str) -> tuple[Pass, ...]:
         if stage == "pretrain":
-            return (Pass(lambda batch, _: (*self.pretrain_losses(batch), None), self.loss_scales(stage), ("model",)),)
-        return (
-            Pass(lambda batch, _: self.world_model_losses(batch), self.loss_scales(stage), ("encoder", "model")),
-            Pass(lambda _, start: (*self.behaviour_losses(start), None), BEHAVIOUR_SCALES, ("actor", "critic")),
-        )
+            return video_pass(self, self.loss_scales(stage))
+        return imagination_passes(self, self.loss_scales(stage), ("encoder", "model"))
 
     def groups(self, stage: str, rates: Rates) -> list[Group]:
         if stage == "pretrain":

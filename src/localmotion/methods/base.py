@@ -16,7 +16,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -113,8 +113,34 @@ class Pass(NamedTuple):
     """Updates between two of it."""
 
 
-BEHAVIOUR_SCALES: Mapping[str, float] = {"actor": 1.0, "critic": 1.0}
-"""Weights of the losses of `models.actor_critic.ActorCritic`, whose parts share no parameter."""
+class LearnsFromVideo(Protocol):
+    """A method with losses of video segments."""
+
+    def pretrain_losses(self, batch: Batch) -> tuple[Losses, Metrics]: ...
+
+
+class LearnsInImagination(Protocol):
+    """A method with a world model and a behaviour that is learned in it."""
+
+    def world_model_losses(self, batch: Batch) -> tuple[Losses, Metrics, Any]: ...
+
+    def behaviour_losses(self, start: Any) -> tuple[Losses, Metrics]: ...
+
+
+def video_pass(method: LearnsFromVideo, scales: Mapping[str, float], groups: tuple[str, ...] = ("model",)) -> tuple[Pass]:
+    """The one pass of a stage on video segments."""
+    return (Pass(lambda batch, _: (*method.pretrain_losses(batch), None), scales, groups),)
+
+
+def imagination_passes(method: LearnsInImagination, scales: Mapping[str, float], groups: tuple[str, ...]) -> tuple[Pass, Pass]:
+    """The two passes of a Dreamer: the world model, then actor and critic in the updated model, from the states it hands on.
+
+    ``scales`` and ``groups`` are those of the world model. Actor and critic share no parameter, so their losses need no weights.
+    """
+    return (
+        Pass(lambda batch, _: method.world_model_losses(batch), scales, groups),
+        Pass(lambda _, start: (*method.behaviour_losses(start), None), {"actor": 1.0, "critic": 1.0}, ("actor", "critic")),
+    )
 
 
 class Method(nn.Module):
@@ -193,13 +219,6 @@ class Method(nn.Module):
     def motion_code(self, batch: Batch) -> Tensor | None:
         """The method's code of the motion that led to each frame, (B,T,d); None where it has none."""
         return None
-
-    # Transfer ---------------------------------------------------------------------------------------------------------------
-
-    def pretrained_state(self) -> dict[str, Tensor]:
-        """Weights that fine-tuning takes over."""
-        prefixes = tuple(f"{name}." for name in self.transfers)
-        return {key: value for key, value in self.state_dict().items() if key.startswith(prefixes)}
 
     def parameter_counts(self) -> dict[str, int]:
         """Parameters per child module."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from localmotion.config import BehaviourConfig, WorldModelConfig
-from localmotion.methods.base import BEHAVIOUR_SCALES, FROM_SCRATCH, Batch, Counters, Group, Method, Pass, Rates
+from localmotion.methods.base import FROM_SCRATCH, Batch, Counters, Group, Method, Pass, Rates, imagination_passes
 from localmotion.methods.sizes import presets
 from localmotion.models.actor_critic import ActorCritic
 from localmotion.models.heads import MLP
@@ -92,10 +92,7 @@ class DreamerV2(Method):
         return {"image": world.image_weight, "kl": self.config.beta, "reward": world.reward_weight}
 
     def passes(self, stage: str) -> tuple[Pass, ...]:
-        return (
-            Pass(lambda batch, _: self.world_model_losses(batch), self.loss_scales(stage), ("model",)),
-            Pass(lambda _, start: (*self.behaviour_losses(start), None), BEHAVIOUR_SCALES, ("actor", "critic")),
-        )
+        return imagination_passes(self, self.loss_scales(stage), ("model",))
 
     def groups(self, stage: str, rates: Rates) -> list[Group]:
         model = [p for module in (self.image, self.dynamics, self.reward) for p in module.parameters()]

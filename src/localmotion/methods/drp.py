@@ -31,7 +31,19 @@ from torch import Tensor, nn
 
 from localmotion.config import BehaviourConfig, WorldModelConfig
 from localmotion.errors import ConfigError
-from localmotion.methods.base import BEHAVIOUR_SCALES, FROM_VIDEO, MOTION, Batch, Counters, Group, Method, Pass, Rates, same
+from localmotion.methods.base import (
+    FROM_VIDEO,
+    MOTION,
+    Batch,
+    Counters,
+    Group,
+    Method,
+    Pass,
+    Rates,
+    imagination_passes,
+    same,
+    video_pass,
+)
 from localmotion.methods.sizes import presets
 from localmotion.models.actor_critic import ActorCritic
 from localmotion.models.adapters import make_adapter
@@ -222,11 +234,8 @@ class DRP(Method):
 
     def passes(self, stage: str) -> tuple[Pass, ...]:
         if stage == "pretrain":
-            return (Pass(lambda batch, _: (*self.pretrain_losses(batch), None), self.loss_scales(stage), ("model",)),)
-        return (
-            Pass(lambda batch, _: self.world_model_losses(batch), self.loss_scales(stage), ("motion", "encoder", "model")),
-            Pass(lambda _, start: (*self.behaviour_losses(start), None), BEHAVIOUR_SCALES, ("actor", "critic")),
-        )
+            return video_pass(self, self.loss_scales(stage))
+        return imagination_passes(self, self.loss_scales(stage), ("motion", "encoder", "model"))
 
     def groups(self, stage: str, rates: Rates) -> list[Group]:
         if stage == "pretrain":

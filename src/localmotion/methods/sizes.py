@@ -65,7 +65,7 @@ RECIPE: dict[str, dict[str, Any]] = {"tiny": {"size": 32, "percept_size": 64}}
 """Perception of a run that begins without clips: `tiny` sees 32-pixel pictures. With a checkpoint its clips decide."""
 
 RUN: dict[str, dict[str, Any]] = {"tiny": {"precision": "fp32"}}
-"""Settings of the run. Products this small gain nothing by bf16, and casting costs 8 % of an update (docs/performance.md)."""
+"""Settings of the run. Products this small gain nothing by bf16 (docs/performance.md)."""
 
 PRETRAIN: dict[str, dict[str, Any]] = {
     "small": {"updates": 8_000, "lr": 1e-3, "lr_decay": 0.25, "eval_every": 2_000, "save_every": 1_000},

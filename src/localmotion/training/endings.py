@@ -33,7 +33,7 @@ def recorded(out: RunDir, method: Method, where: Callable[[], dict[str, int]], s
     Args:
         out: directory of the run.
         method: what learns; its weights go into the dump of a run that diverged.
-        where: counters of the run for its status, e.g. {"update": 7}; the first one is told to people.
+        where: counters of the run for its status, e.g. {"update": 7}; the message of an interrupted run names the first one.
         save: writes a checkpoint if there is anything to save; says whether it did.
     """
     try:
@@ -50,9 +50,9 @@ def recorded(out: RunDir, method: Method, where: Callable[[], dict[str, int]], s
         out.status("interrupted", **where())
         raise
     except DivergedError as error:
-        said = dump(out.path, method, error)
-        out.status("failed", **where(), error=str(said))
-        raise said from error
+        explained = dump(out.path, method, error)
+        out.status("failed", **where(), error=str(explained))
+        raise explained from error
     except BaseException as error:
         if isinstance(error, EnvError):
             save()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -138,17 +139,13 @@ def _laprop_on_device(
     torch._foreach_addcmul_(params, mean, list((good * lr / torch.expm1(times * math.log(first))).unbind(0)))
 
 
-def _adam(group: Group, settings: OptimConfig, lr: float | Tensor) -> torch.optim.Optimizer:
+def _adam(
+    group: Group, settings: OptimConfig, lr: float | Tensor, kind: type[torch.optim.Adam] = torch.optim.Adam
+) -> torch.optim.Optimizer:
     # torch takes `capturable` on a GPU only; the counts of the fused kernel lie on the device anyway.
     graphs = torch.is_tensor(lr) and lr.device.type == "cuda"
     decay = settings.weight_decay if group.weight_decay is None else group.weight_decay
-    return torch.optim.Adam(group.parameters, lr=lr, eps=settings.eps, weight_decay=decay, fused=True, capturable=graphs)
-
-
-def _adamw(group: Group, settings: OptimConfig, lr: float | Tensor) -> torch.optim.Optimizer:
-    graphs = torch.is_tensor(lr) and lr.device.type == "cuda"
-    decay = settings.weight_decay if group.weight_decay is None else group.weight_decay
-    return torch.optim.AdamW(group.parameters, lr=lr, eps=settings.eps, weight_decay=decay, fused=True, capturable=graphs)
+    return kind(group.parameters, lr=lr, eps=settings.eps, weight_decay=decay, fused=True, capturable=graphs)
 
 
 def _make_laprop(group: Group, settings: OptimConfig, lr: float | Tensor) -> torch.optim.Optimizer:
@@ -157,7 +154,7 @@ def _make_laprop(group: Group, settings: OptimConfig, lr: float | Tensor) -> tor
 
 _OPTIMIZERS: dict[str, Callable[[Group, OptimConfig, float | Tensor], torch.optim.Optimizer]] = {
     "adam": _adam,
-    "adamw": _adamw,
+    "adamw": partial(_adam, kind=torch.optim.AdamW),
     "laprop": _make_laprop,
 }
 

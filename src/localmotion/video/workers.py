@@ -2,7 +2,7 @@
 
 If a worker dies, a pool of the standard library fails as a whole and does not know the cause. Here every worker has its
 own pipe, so a crash or a hang is assigned to the item of that worker, and a new worker replaces it. This contains
-crashes. It is not a sandbox: somebody who makes a decoder run his code has the rights of the user.
+crashes. It is not a sandbox: a video that makes a decoder run foreign code runs it with the user's rights.
 """
 
 from __future__ import annotations
