@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from localmotion.recipe import Recipe
 from localmotion.runs import checkpoint
 from localmotion.runs.load import load_run
 from localmotion.runs.rundir import RunDir
-from localmotion.runs.settings import compose
+from localmotion.runs.settings import compose, read_config
 from localmotion.training.update import Updater
 from method_batches import ACTIONS, CPU, groups_of, make, make_batch
 
@@ -363,3 +364,7 @@ def test_commands_run_end_to_end_without_motion(
     assert '"return_mean"' in said
     page = (tmp_path / "r.html").read_text()
     assert "from the observed frames alone" in page
+    shutil.rmtree(tmp_path / "pre")  # the run keeps its recipe, which says how large its pictures are
+    recipe = read_config(tmp_path / "fine").recipe
+    assert recipe
+    assert (recipe.percept_size, recipe.tracks) == (64, 8)
