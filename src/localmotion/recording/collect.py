@@ -1,6 +1,6 @@
 """Record unlabeled videos of an environment under some policy, as mp4 files or straight into a clip store.
 
-What a policy did is kept in a file of its own, for probes alone: pre-training reads the videos and nothing else. Episode i is a pure
+What a policy did is kept too, for probes and offline stages: pre-training reads the videos and nothing else. Episode i is a pure
 function of (environment, policy, seed, i), so the same command goes on where it stopped, and adds episodes when asked for more.
 """
 
@@ -28,8 +28,10 @@ from localmotion.errors import ConfigError, LocalmotionError
 from localmotion.files import check_output
 from localmotion.methods.base import MOTION
 from localmotion.recipe import Recipe
+from localmotion.recording.logs import REQUIRED, logged
 from localmotion.runs.load import at_least, load_run
 from localmotion.runs.rundir import claimed
+from localmotion.video.shards import Extra
 from localmotion.video.store import Clip, ClipStoreWriter, write_error
 from localmotion.video.write import write_video
 
@@ -84,7 +86,9 @@ def collect(
         progress: called with (episodes done, of how many, "").
 
     Beside the videos: actions/ID.npy, (T, A) float32 with row t the action that led to frame t (row 0 zero); velocities/ID.npy, (T, n)
-    float32 with row t the simulator's velocities in frame t, where it has any; and collection.json.
+    float32 with row t the simulator's velocities in frame t, where it has any; and collection.json. A clip store has further arrays for
+    each frame: action, reward, is_terminal, and the agent's mask where the environment knows it (`recording.logs`); the offline stages
+    learn from them, pre-training does not read them.
 
     Raises:
         ConfigError: unknown policy or environment, an expert where there is none, numbers out of range, a folder of other settings.
@@ -101,7 +105,7 @@ def collect(
     if steps and recipe is not None and steps < 2:
         raise ConfigError(f"steps={steps} is too short for motion; at least 2")
     side = recipe.percept_size if recipe else size
-    player = _Player(env, policy, side, settings)
+    player = _Player(env, policy, side, settings, recipe.size if recipe else 0)
     label = policy if policy in POLICIES else "agent"
     header = {
         "env": player.env.describe(),  # type: ignore[attr-defined]
@@ -115,16 +119,16 @@ def collect(
     with claimed(out, "collection"):
         kept = _open(out, header)
         names = [f"{env.replace(':', '_')}-{label}-{seed}-{number:06d}" for number in range(episodes)]
-        sink = _Store(out, recipe, names) if recipe else _Files(out, player.fps)
+        sink = _Store(out, recipe, names, player.extra) if recipe else _Files(out, player.fps)
         result = Collected(out)
         for number, name in enumerate(names):
             if name not in kept or not sink.has(name):
-                entry, pictures, actions, velocities = player.play(seed, number, steps, noise)
-                _save_array(out / "actions" / f"{name}.npy", actions)
-                if velocities is not None:
-                    _save_array(out / "velocities" / f"{name}.npy", velocities)
-                kept[name] = {"id": name, **entry}
-                sink.put(name, pictures)
+                played = player.play(seed, number, steps, noise)
+                _save_array(out / "actions" / f"{name}.npy", played.extra["action"])
+                if played.velocities is not None:
+                    _save_array(out / "velocities" / f"{name}.npy", played.velocities)
+                kept[name] = {"id": name, **played.entry}
+                sink.put(name, played.pictures, played.extra)
                 _save(out, header, kept)
                 result.new += 1
             if progress:
@@ -134,10 +138,24 @@ def collect(
     return result
 
 
-class _Player:
-    """An environment with a policy and a camera."""
+@dataclass(frozen=True)
+class _Played:
+    """One episode of T frames."""
 
-    def __init__(self, env: str, policy: str, side: int, settings: dict[str, Any]) -> None:
+    entry: dict[str, Any]
+    """Its entry in collection.json."""
+    pictures: NDArray[np.uint8]
+    """(T, S, S, 3)"""
+    extra: dict[str, NDArray[Any]]
+    """Arrays of `logged` by name."""
+    velocities: NDArray[np.float32] | None
+    """(T, n), if there are any."""
+
+
+class _Player:
+    """An environment with a policy and a camera. ``stored``: side of the pictures and masks of a clip store; 0 for none."""
+
+    def __init__(self, env: str, policy: str, side: int, settings: dict[str, Any], stored: int) -> None:
         self.policy, self.side = policy, side
         self.act: Policy | None = None
         self.compute = PLAIN
@@ -161,26 +179,24 @@ class _Player:
             raise ConfigError(f"policy {policy!r}: is neither a run directory nor one of {', '.join(POLICIES)}")
         self.env = self.observer.env
         self.fps = float(self.env.metadata.get("render_fps", 20))
+        self.masked = stored if hasattr(self.env, "agent_mask") else 0
+        self.extra = logged(self.observer.action_dim, self.masked)
 
-    def play(
-        self, seed: int, number: int, steps: int, noise: float
-    ) -> tuple[dict[str, Any], NDArray[np.uint8], NDArray[np.float32], NDArray[np.float32] | None]:
-        """One episode: its entry in collection.json, pictures (T, S, S, 3), actions (T, A), velocities (T, n) if there are any."""
+    def play(self, seed: int, number: int, steps: int, noise: float) -> _Played:
+        """One episode."""
         begin = episode_seed(seed, "collect", number)
         with self.compute.own_randomness():
             torch.manual_seed(begin)
             return self._play(begin, steps, noise)
 
-    def _play(
-        self, begin: int, steps: int, noise: float
-    ) -> tuple[dict[str, Any], NDArray[np.uint8], NDArray[np.float32], NDArray[np.float32] | None]:
+    def _play(self, begin: int, steps: int, noise: float) -> _Played:
         from localmotion.envs.bodies import smooth_actions
 
         rng = np.random.default_rng(begin)
         dim = self.observer.action_dim
         info: dict[str, Any] = {}
         record, done = self.observer.reset(begin), False
-        pictures, actions, velocities = [self._picture(record)], [np.zeros(dim, np.float32)], [self._velocities()]
+        pictures, rows, velocities = [self._picture(record)], [self._row(record)], [self._velocities()]
         total, success = 0.0, 0.0
         waves = smooth_actions(rng, 2048, dim) if self.policy == "smooth" else np.zeros((1, dim))
         while not done and (not steps or len(pictures) < steps + 1):
@@ -198,13 +214,21 @@ class _Player:
             record, done, info = self.observer.step(action)
             total, success = total + record["reward"], max(success, float(info.get("success", 0)))
             pictures.append(self._picture(record))
-            actions.append(action)
+            rows.append(self._row(record))
             velocities.append(self._velocities())
         entry = {"seed": begin, "frames": len(pictures), "return": total}
         if "success" in info:
             entry["success"] = success
         moved = np.stack(velocities)
-        return entry, np.stack(pictures), np.stack(actions), moved if moved.size else None
+        extra = {name: np.stack([row[name] for row in rows]) for name in self.extra}
+        return _Played(entry, np.stack(pictures), extra, moved if moved.size else None)
+
+    def _row(self, record: dict[str, Any]) -> dict[str, NDArray[Any]]:
+        """What a store keeps of a record beside its picture."""
+        row = {name: np.asarray(record[name], np.dtype(dtype)) for name, dtype in REQUIRED.items()}
+        if self.masked:
+            row["mask"] = np.packbits(self.env.agent_mask(self.masked), axis=-1)  # type: ignore[attr-defined]
+        return row
 
     def _velocities(self) -> NDArray[np.float32]:
         found = getattr(self.env, "velocities", None)
@@ -235,7 +259,7 @@ class _Files:
     def has(self, name: str) -> bool:
         return (self.out / f"{name}.mp4").exists()
 
-    def put(self, name: str, pictures: NDArray[np.uint8]) -> None:
+    def put(self, name: str, pictures: NDArray[np.uint8], extra: Mapping[str, NDArray[Any]]) -> None:
         write_video(self.out / f"{name}.mp4", pictures, self.fps, crf=12)
 
     def close(self) -> None:
@@ -245,11 +269,11 @@ class _Files:
 class _Store:
     """A clip store; finished clips wait on the disk until their shard is full."""
 
-    def __init__(self, out: Path, recipe: Recipe, names: list[str]) -> None:
+    def __init__(self, out: Path, recipe: Recipe, names: list[str], extra: Extra) -> None:
         from localmotion.perception.clips import ClipExtractor
         from localmotion.video.spool import Spool
 
-        self.writer = ClipStoreWriter.open(out, recipe.size, recipe.to_json(), recipe.hash(), recipe.tracks, SHARD_CLIPS)
+        self.writer = ClipStoreWriter.open(out, recipe.size, recipe.to_json(), recipe.hash(), recipe.tracks, SHARD_CLIPS, extra)
         self.extractor, self.spool = ClipExtractor(recipe), Spool(out)
         self.done = self.writer.done_ids()
         self.shards = self.writer.pending(names)
@@ -258,10 +282,10 @@ class _Store:
     def has(self, name: str) -> bool:
         return name in self.done or self.spool.get(name) is not None
 
-    def put(self, name: str, pictures: NDArray[np.uint8]) -> None:
+    def put(self, name: str, pictures: NDArray[np.uint8], extra: Mapping[str, NDArray[Any]]) -> None:
         from localmotion.perception.extract import clip_of
 
-        self.spool.put(name, clip_of(pictures, name, self.extractor))
+        self.spool.put(name, replace(clip_of(pictures, name, self.extractor), extra=extra))
         if any(members[-1] == name for _, members in self.shards):
             self.close()
 

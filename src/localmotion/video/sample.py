@@ -11,7 +11,7 @@ convention of `docs/decisions/0001`: position t of a batch has the motion that L
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Literal
 
@@ -76,14 +76,7 @@ class WindowSampler:
         """Number of valid starts of each of them, (n,) int64."""
         self.index = 0
         """Index of the batch that `next` returns."""
-        size, tracks, shape = store.size, store.tracks, (batch_size, length)
-        self._layout: dict[str, tuple[tuple[int, ...], Any]] = {"image": ((*shape, size, size, 3), np.uint8)}
-        if motion:
-            self._layout["flow"] = ((*shape, size, size, 2), np.float16)
-            self._layout["tracks"] = ((*shape, tracks, 2), np.float32)
-            self._layout["visible"] = ((*shape, tracks), np.bool_)
-            self._layout["track_id"] = ((*shape, tracks), np.int32)
-        self._motion = motion
+        self._layout = layout(store, motion)
         self._thread = ThreadPoolExecutor(1, "windows") if prefetch else None
         self._ahead: tuple[int, Future[Batch]] | None = None
 
@@ -107,22 +100,10 @@ class WindowSampler:
         """The batch of given windows: indices in the store and first frames, both (n,), any n."""
         T = self.length
         buffers: dict[str, NDArray[Any]] = {
-            name: np.empty((len(clips), *shape[1:]), dtype) for name, (shape, dtype) in self._layout.items()
+            name: np.empty((len(clips), T, *shape), dtype) for name, (shape, dtype) in self._layout.items()
         }
         for b, (clip, start) in enumerate(zip(clips.tolist(), starts.tolist(), strict=True)):
-            buffers["image"][b] = self.store.window("frames", clip, start, start + T)
-            if not self._motion:
-                continue
-            # Motion stored at t leads to t+1, so it moves one position up; the first position has no motion.
-            buffers["flow"][b, 0] = 0
-            buffers["flow"][b, 1:] = self.store.window("flow", clip, start, start + T - 1)
-            tracks = self.store.window("tracks", clip, start, start + T)
-            buffers["tracks"][b, 0], buffers["tracks"][b, 1:] = tracks[0], tracks[:-1]
-            ids = self.store.window("track_id", clip, start, start + T)
-            buffers["track_id"][b, 0], buffers["track_id"][b, 1:] = ids[0], ids[:-1]
-            buffers["visible"][b, 0] = False
-            seen = self.store.window("visible", clip, start, start + T)
-            np.logical_and(seen[:-1], ids[1:] == ids[:-1], out=buffers["visible"][b, 1:])
+            read_window(self.store, clip, start, {name: buffer[b] for name, buffer in buffers.items()})
         batch = {name: torch.from_numpy(buffer) for name, buffer in buffers.items()}
         first = torch.zeros(len(clips), T, dtype=torch.bool)
         first[:, 0] = True
@@ -167,6 +148,36 @@ class WindowSampler:
         if self._ahead is not None:
             self._ahead[1].cancel()
             self._ahead = None
+
+
+def layout(store: ClipStore, motion: bool) -> dict[str, tuple[tuple[int, ...], Any]]:
+    """Per key of a batch, the shape and element type of one frame's entry."""
+    size, tracks = store.size, store.tracks
+    found: dict[str, tuple[tuple[int, ...], Any]] = {"image": ((size, size, 3), np.uint8)}
+    if motion:
+        found["flow"] = ((size, size, 2), np.float16)
+        found |= {"tracks": ((tracks, 2), np.float32), "visible": ((tracks,), np.bool_), "track_id": ((tracks,), np.int32)}
+    return found
+
+
+def read_window(store: ClipStore, clip: int, start: int, into: Mapping[str, NDArray[Any]]) -> None:
+    """Fill arrays (n, ...), by the keys of `layout`, with frames start to start + n of a clip and the motion that led to each.
+
+    Motion stored at t leads to t+1, so it moves one position up; the first position has no motion.
+    """
+    stop = start + len(into["image"])
+    into["image"][:] = store.window("frames", clip, start, stop)
+    if "flow" not in into:
+        return
+    into["flow"][0] = 0
+    into["flow"][1:] = store.window("flow", clip, start, stop - 1)
+    tracks = store.window("tracks", clip, start, stop)
+    into["tracks"][0], into["tracks"][1:] = tracks[0], tracks[:-1]
+    ids = store.window("track_id", clip, start, stop)
+    into["track_id"][0], into["track_id"][1:] = ids[0], ids[:-1]
+    into["visible"][0] = False
+    seen = store.window("visible", clip, start, stop)
+    np.logical_and(seen[:-1], ids[1:] == ids[:-1], out=into["visible"][1:])
 
 
 def _clips_of(store: ClipStore, length: int, split: Split, fraction: float) -> NDArray[np.int64]:

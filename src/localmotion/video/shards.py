@@ -7,6 +7,7 @@
         tracks.f32                (sum of T, N, 2)     float32, x, y in pixels
         visible.u8                (sum of T, N)        0 or 1
         track_id.i32              (sum of T, N)        int32
+        NAME.KIND                 (sum of T, ...)      further arrays per frame, listed in store.json; none in most stores
         shard.json                clips: id, label, offset, frames, source, info; size and SHA-256 of each array file;
                                   replaces: videos whose entries in shards of lower numbers are obsolete (left out if none)
         rejected.jsonl            videos of this shard that were refused, one JSON object per line
@@ -28,10 +29,12 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import re
 import socket
 import stat
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,6 +65,12 @@ class Clip:
     label: int | str | None = None
     source: dict[str, Any] = field(default_factory=dict)
     info: dict[str, Any] = field(default_factory=dict)
+    extra: Mapping[str, NDArray[Any]] = field(default_factory=dict)  # further arrays (T, ...) by name, those of `Extra`
+
+    def array(self, name: str) -> NDArray[Any]:
+        """One of its arrays, by the name it has in a store."""
+        found: NDArray[Any] = self.extra[name] if name in self.extra else getattr(self, name)
+        return found
 
 
 @dataclass(frozen=True)
@@ -77,8 +86,19 @@ class ArraySpec:
         return int(np.prod(self.shape)) * np.dtype(self.dtype).itemsize
 
 
-def array_specs(size: int, tracks: int) -> dict[str, ArraySpec]:
-    """The arrays of a store with frames of side `size` and clips with `tracks` track slots."""
+Extra = Mapping[str, tuple[str, tuple[int, ...]]]
+"""Further arrays of a store by name: element type, one of `KINDS`, and the shape of one frame's entry."""
+KINDS = {"|u1": "u8", "<i4": "i32", "<f2": "f16", "<f4": "f32"}
+_MAX_EXTRA, _LARGEST_ENTRY = 16, 1 << 24  # most further arrays of a store; most values of one frame's entry
+
+
+def array_specs(size: int, tracks: int, extra: Extra | None = None) -> dict[str, ArraySpec]:
+    """The arrays of a store with frames of side `size` and clips with `tracks` track slots, the further ones last."""
+    more = {name: ArraySpec(f"{name}.{KINDS[dtype]}", dtype, tuple(shape)) for name, (dtype, shape) in (extra or {}).items()}
+    return _plain_specs(size, tracks) | more
+
+
+def _plain_specs(size: int, tracks: int) -> dict[str, ArraySpec]:
     return {
         "frames": ArraySpec("frames.u8", "|u1", (size, size, 3)),
         "flow": ArraySpec("flow.f16", "<f2", (size, size, 2)),
@@ -94,8 +114,8 @@ def check_id(clip_id: str) -> None:
         raise StoreError(f"clip id {clip_id!r} is not a plain relative name; rename the video")
 
 
-def arrays_json(size: int, tracks: int) -> dict[str, Any]:
-    specs = array_specs(size, tracks)
+def arrays_json(size: int, tracks: int, extra: Extra | None = None) -> dict[str, Any]:
+    specs = array_specs(size, tracks, extra)
     return {name: {"file": s.file, "dtype": s.dtype, "shape": list(s.shape)} for name, s in specs.items()}
 
 
@@ -116,9 +136,24 @@ def read_header(path: Path) -> dict[str, Any]:
     want = {"size": int, "tracks": int, "shard_clips": int, "recipe": dict, "recipe_hash": str}
     bad = [key for key, kind in want.items() if type(header.get(key)) is not kind]
     fits = not bad and all(1 <= header[key] <= _LARGEST for key in ("size", "tracks"))
-    if not fits or header.get("arrays") != arrays_json(header["size"], header["tracks"]):
+    if not fits or header.get("arrays") != arrays_json(header["size"], header["tracks"], extra_of(header)):
         raise StoreError(f"{file}: is damaged ({', '.join(bad) or 'size, tracks or arrays'}); extract into a new folder")
     return header
+
+
+def extra_of(header: dict[str, Any]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """The further arrays of a store's header. One that is not well described is left out, so that the header does not match."""
+    listed = header.get("arrays")
+    found: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for name, entry in (listed if isinstance(listed, dict) else {}).items():
+        if name in _plain_specs(1, 1) or not re.fullmatch(r"[a-z][a-z0-9_]{0,31}", name) or not isinstance(entry, dict):
+            continue
+        dtype, shape = entry.get("dtype"), entry.get("shape")
+        if not isinstance(dtype, str) or dtype not in KINDS or not isinstance(shape, list) or len(shape) > 4:
+            continue
+        if all(type(n) is int and 1 <= n <= _LARGEST_ENTRY for n in shape) and math.prod(shape) <= _LARGEST_ENTRY:
+            found[name] = (dtype, tuple(shape))
+    return found if len(found) <= _MAX_EXTRA else {}
 
 
 def shard_indices(path: Path) -> list[int]:
@@ -184,6 +219,9 @@ def _read_lines(path: Path, index: int, name: str) -> list[dict[str, Any]]:
 
 
 def other_recipe(path: Path, key: str, have: dict[str, Any], want: dict[str, Any]) -> str:
+    if key == "arrays":
+        old, new = (", ".join(sorted(extra_of(header))) or "none" for header in (have, want))
+        return f"{path}: holds a store with further arrays {old}, this command writes {new}; use another folder"
     if key in ("recipe", "recipe_hash"):
         old, new = have["recipe"], want["recipe"]
         keys = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]

@@ -20,6 +20,7 @@ import numpy as np
 from localmotion.video.shards import Clip, write_error
 
 _ARRAYS = ("frames", "flow", "tracks", "visible", "track_id")
+_EXTRA = "extra."
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError, EOFError, MemoryError, zipfile.BadZipFile)
 Result = Clip | dict[str, Any]
 
@@ -40,7 +41,8 @@ class Spool:
         arrays: dict[str, Any] = {}
         if isinstance(result, Clip):
             arrays = {key: getattr(result, key) for key in _ARRAYS}
-            rest = {f.name: getattr(result, f.name) for f in dataclasses.fields(Clip) if f.name not in _ARRAYS}
+            arrays |= {f"{_EXTRA}{key}": value for key, value in result.extra.items()}
+            rest = {f.name: getattr(result, f.name) for f in dataclasses.fields(Clip) if f.name not in (*_ARRAYS, "extra")}
             text = json.dumps({"id": name, "stamp": stamp, "clip": rest})
         else:
             text = json.dumps({"id": name, "stamp": stamp, "rejected": result})
@@ -72,7 +74,8 @@ class Spool:
                     return None
                 if "rejected" in text:
                     return dict(text["rejected"])
-                return Clip(**text["clip"], **{key: found[key] for key in _ARRAYS})
+                extra = {key.removeprefix(_EXTRA): found[key] for key in found.files if key.startswith(_EXTRA)}
+                return Clip(**text["clip"], **{key: found[key] for key in _ARRAYS}, extra=extra)
         except _UNREADABLE:
             return None
 

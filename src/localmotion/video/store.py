@@ -20,6 +20,7 @@ from localmotion.video.shards import (
     Clip,
     array_specs,
     check_id,
+    extra_of,
     read_header,
     read_rejected,
     read_shard,
@@ -59,7 +60,9 @@ class ClipStore:
         self.tracks: int = header["tracks"]
         self.recipe: dict[str, Any] = header["recipe"]
         self.recipe_hash: str = header["recipe_hash"]
-        self.specs = array_specs(self.size, self.tracks)
+        self.extra = extra_of(header)
+        """Further arrays per frame by name: element type and shape of one frame's entry."""
+        self.specs = array_specs(self.size, self.tracks, self.extra)
         self.ids: list[str] = []
         self.labels: list[int | str | None] = []
         self.infos: list[dict[str, Any]] = []
@@ -123,8 +126,8 @@ class ClipStore:
         return self._newest.get(video, shard) > shard
 
     def window(self, name: str, i: int, start: int = 0, stop: int | None = None) -> NDArray[Any]:
-        """Frames `start:stop` of array `name` ("frames", "flow", "tracks", "visible", "track_id") of clip `i`, a
-        read-only view."""
+        """Frames `start:stop` of array `name` ("frames", "flow", "tracks", "visible", "track_id", or one of `extra`) of
+        clip `i`, a read-only view."""
         length = int(self.lengths[i])
         stop = length if stop is None else stop
         if not 0 <= start <= stop <= length:
@@ -135,8 +138,9 @@ class ClipStore:
     def clip(self, i: int) -> Clip:
         """Clip `i`; its arrays are read-only views of the files (copy before changing or handing to
         torch.from_numpy)."""
-        arrays = {name: self.window(name, i) for name in self.specs}
-        return Clip(self.ids[i], **arrays, label=self.labels[i], source=self.sources[i], info=self.infos[i])
+        arrays = {name: self.window(name, i) for name in self.specs if name not in self.extra}
+        extra = {name: self.window(name, i) for name in self.extra}
+        return Clip(self.ids[i], **arrays, label=self.labels[i], source=self.sources[i], info=self.infos[i], extra=extra)
 
     def verify(self) -> None:
         """Read everything and compare with the stored SHA-256. Raises StoreError naming the first damaged shard."""

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from localmotion.errors import StoreError
 from localmotion.files import LOCK
@@ -24,6 +23,7 @@ from localmotion.video.shards import (
     FORMAT,
     VERSION,
     Clip,
+    Extra,
     alive,
     array_specs,
     arrays_json,
@@ -42,6 +42,8 @@ from localmotion.video.shards import (
     write_atomic,
     write_error,
 )
+
+_OWN = tuple(array_specs(1, 1))
 
 
 @dataclass(frozen=True)
@@ -68,9 +70,9 @@ def _runs(names: Sequence[str], length: int) -> Iterator[list[str]]:
 class ClipStoreWriter:
     """Writes a clip store shard by shard. Create it with `open`; several processes may write to the same folder."""
 
-    def __init__(self, path: Path, size: int, tracks: int, shard_clips: int) -> None:
+    def __init__(self, path: Path, size: int, tracks: int, shard_clips: int, extra: Extra | None = None) -> None:
         self.path, self.size, self.tracks, self.shard_clips = path, size, tracks, shard_clips
-        self.specs = array_specs(size, tracks)
+        self.specs = array_specs(size, tracks, extra)
 
     @classmethod
     def open(
@@ -81,11 +83,12 @@ class ClipStoreWriter:
         recipe_hash: str,
         tracks: int,
         shard_clips: int = 64,
+        extra: Extra | None = None,
     ) -> ClipStoreWriter:
         """Create a store, or open one to continue; leftovers of interrupted shards are removed.
 
-        Raises StoreError if the folder contains something else, or a store of another recipe, size or number of tracks
-        (the message names both), or is not writable.
+        `extra`: further arrays that every clip brings. Raises StoreError if the folder contains something else, or a
+        store of another recipe, size, number of tracks or further arrays (the message names both), or is not writable.
         """
         path = Path(path)
         if size < 1 or tracks < 1 or shard_clips < 1:
@@ -98,13 +101,13 @@ class ClipStoreWriter:
             "shard_clips": shard_clips,
             "recipe": recipe,
             "recipe_hash": recipe_hash,
-            "arrays": arrays_json(size, tracks),
+            "arrays": arrays_json(size, tracks, extra),
         }
         text = dump(header, indent=1)
         try:
             if (path / "store.json").exists():
                 have = read_header(path)
-                for key in ("recipe_hash", "recipe", "size", "tracks", "shard_clips"):
+                for key in ("recipe_hash", "recipe", "size", "tracks", "shard_clips", "arrays"):
                     if have[key] != json.loads(text)[key]:
                         raise StoreError(other_recipe(path, key, have, json.loads(text)))
             else:
@@ -113,7 +116,7 @@ class ClipStoreWriter:
                 path.mkdir(parents=True, exist_ok=True)
                 write_atomic(path / "store.json", text)
             (path / "shards").mkdir(exist_ok=True)
-            writer = cls(path, size, tracks, shard_clips)
+            writer = cls(path, size, tracks, shard_clips, extra)
             writer._remove_leftovers()
         except OSError as error:
             raise write_error(path, "the store", error) from error
@@ -229,7 +232,7 @@ class ClipStoreWriter:
                 if shutil.disk_usage(self.path).free < len(clip.frames) * bytes_a_frame:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 for name, spec in self.specs.items():
-                    block = np.ascontiguousarray(getattr(clip, name), spec.dtype).data
+                    block = np.ascontiguousarray(clip.array(name), spec.dtype).data
                     files[name].write(block)
                     digests[name].update(block)
                 entry = {"id": clip.id, "label": clip.label, "offset": offset, "frames": len(clip.frames)}
@@ -250,14 +253,14 @@ class ClipStoreWriter:
     def _check(self, clip: Clip) -> None:
         check_id(clip.id)
         frames = len(clip.frames)
-        kinds = {"frames": "u1", "flow": "f2", "tracks": "f4", "visible": "b1", "track_id": "i4"}
+        if lacking := sorted(set(self.specs) ^ {*_OWN, *clip.extra}):
+            raise StoreError(f"{self.path}: clip {clip.id}: arrays {lacking} are not in both, the clip and the store")
         for name, spec in self.specs.items():
-            array: NDArray[Any] = getattr(clip, name)
-            if frames < 1 or array.shape != (frames, *spec.shape) or array.dtype != np.dtype(kinds[name]):
-                want = f"({max(frames, 1)}, {', '.join(map(str, spec.shape))}) {np.dtype(kinds[name])}"
+            array, kind = clip.array(name), np.dtype(bool if name == "visible" else spec.dtype)
+            if frames < 1 or array.shape != (frames, *spec.shape) or array.dtype != kind:
+                want = f"({max(frames, 1)}, {', '.join(map(str, spec.shape))}) {kind}"
                 raise StoreError(f"{self.path}: clip {clip.id}: {name} is {array.shape} {array.dtype}, not {want}")
-        for name in ("flow", "tracks"):
-            if not np.isfinite(getattr(clip, name)).all():
+            if kind.kind == "f" and not np.isfinite(array).all():
                 raise StoreError(f"{self.path}: clip {clip.id}: {name} has non-finite values")
         if clip.flow[-1].any():
             raise StoreError(f"{self.path}: clip {clip.id}: the flow of the last frame is not zero")

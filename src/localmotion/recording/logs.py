@@ -1,0 +1,155 @@
+"""Sequences of logged episodes, with actions and rewards, out of a clip store: what the offline stages learn from.
+
+`collect --store` writes such a store. Its further arrays (`LOGGED`) hold what led to each frame, as in a replay
+(docs/decisions/0001): row t has the action and the reward of the agent step from frame t-1 to t, row 0 zeros.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from localmotion.errors import StoreError
+from localmotion.video.sample import is_heldout, layout, read_window
+from localmotion.video.shards import Extra
+from localmotion.video.store import ClipStore
+
+REQUIRED = {"action": "<f4", "reward": "<f4", "is_terminal": "|u1"}
+
+
+def logged(action_dim: int, mask_size: int = 0) -> Extra:
+    """The further arrays of a store of logged episodes.
+
+    =============== ================== =============================================================================
+    action          (A,) float32       action that led to the frame, in [-1, 1]; zeros in the first row
+    reward          () float32         reward of that agent step; zero in the first row
+    is_terminal     () uint8           1 where the episode ended there by the task's rules, not by a time limit
+    mask            (S, ceil(S/8))     uint8, bits of the agent's pixels, first column in the highest bit (`numpy.packbits`);
+                                       with ``mask_size`` S, for environments that know the mask
+    =============== ================== =============================================================================
+    """
+    found: dict[str, tuple[str, tuple[int, ...]]] = {
+        "action": ("<f4", (action_dim,)),
+        "reward": ("<f4", ()),
+        "is_terminal": ("|u1", ()),
+    }
+    return found | ({"mask": ("|u1", (mask_size, -(-mask_size // 8)))} if mask_size else {})
+
+
+class _Piece(NamedTuple):
+    """Frames of one episode within a sequence: position of the first in the sequence, clip, first frame, and number."""
+
+    at: int
+    clip: int
+    start: int
+    length: int
+
+
+class EpisodeSampler:
+    """Batches of B sequences of T positions from logged episodes, with the keys and the conventions of a replay's.
+
+    An episode is drawn uniformly, then a window of it; a shorter one is followed by further episodes, each from its own
+    ``is_first`` on (docs/decisions/0011). Batch ``index`` is a pure function of ``index``, ``seed`` and the store, so a resumed
+    run gets the batches of an uninterrupted one.
+
+        image (B,T,S,S,3) uint8   action (B,T,A) float32   reward (B,T) float32   is_terminal, is_first (B,T) bool
+        flow, tracks, visible, track_id as `video.sample.WindowSampler`, with ``motion``
+        mask (B,T,S,S) bool, with ``mask``
+
+    Args:
+        store: of `collect --store`, or any other with the arrays of `logged`.
+        length, batch_size: T and B.
+        seed: of the sampling, 0 or more.
+        motion, mask: whether batches have these keys.
+        prioritize_ends: draw ends of episodes more often, as `Replay` does.
+        heldout_fraction: share of the videos, by a hash of their id, that is left out.
+
+    Raises StoreError for a store without actions, rewards or (if asked for) masks, and for one without an episode of two frames.
+    """
+
+    def __init__(
+        self,
+        store: ClipStore,
+        length: int,
+        batch_size: int,
+        seed: int,
+        *,
+        motion: bool = False,
+        mask: bool = False,
+        prioritize_ends: bool = False,
+        heldout_fraction: float = 0.0,
+    ) -> None:
+        if length < 1 or batch_size < 1 or seed < 0 or not 0 <= heldout_fraction < 1:
+            raise ValueError(f"length {length}, batch {batch_size}, seed {seed}, heldout {heldout_fraction}: out of range")
+        self.store, self.length, self.batch_size, self.seed = store, length, batch_size, seed
+        self.prioritize_ends = prioritize_ends
+        self.action_dim = action_dim(store)
+        if mask and "mask" not in store.extra:
+            raise StoreError(
+                f"{store.path}: has no masks of the agent; collect it with --store from an environment that knows them"
+            )
+        store.require_clips()
+        kept = np.array([not is_heldout(video, heldout_fraction) for video in store.videos])
+        self.clips = np.flatnonzero(kept & (store.lengths >= 2))
+        """Indices in the store of the episodes that are drawn from, (n,) int64."""
+        if not len(self.clips):
+            raise StoreError(f"{store.path}: no episode of two frames or more to learn from")
+        self._motion = layout(store, motion)
+        self._mask = mask
+
+    def batch(self, index: int) -> dict[str, torch.Tensor]:
+        """Batch ``index`` of the stream, independent of earlier calls."""
+        rng = np.random.Generator(np.random.Philox(key=self.seed, counter=[0, 0, 1, index]))
+        shape = (self.batch_size, self.length)
+        plain: dict[str, NDArray[Any]] = {
+            "action": np.zeros((*shape, self.action_dim), np.float32),
+            "reward": np.zeros(shape, np.float32),
+            "is_terminal": np.zeros(shape, np.bool_),
+            "is_first": np.zeros(shape, np.bool_),
+        }
+        if self._mask:
+            plain["mask"] = np.zeros((*shape, self.store.size, self.store.size), np.bool_)
+        seen = {name: np.empty((*shape, *entry), dtype) for name, (entry, dtype) in self._motion.items()}
+        for row in range(self.batch_size):
+            for piece in self._pieces(rng):
+                part = (row, slice(piece.at, piece.at + piece.length))
+                read_window(self.store, piece.clip, piece.start, {name: array[part] for name, array in seen.items()})
+                self._read(piece, {name: array[part] for name, array in plain.items()})
+        return {name: torch.from_numpy(array) for name, array in (seen | plain).items()}
+
+    def _pieces(self, rng: np.random.Generator) -> list[_Piece]:
+        """What a sequence consists of: a window, or several short episodes in a row."""
+        found: list[_Piece] = []
+        at = 0
+        while at < self.length:
+            clip = int(self.clips[rng.integers(len(self.clips))])
+            length = min(self.length - at, int(self.store.lengths[clip]))
+            spare = int(self.store.lengths[clip]) - length
+            start = int(rng.integers(spare + (length if self.prioritize_ends else 0) + 1))
+            found.append(_Piece(at, clip, min(start, spare), length))
+            at += length
+        return found
+
+    def _read(self, piece: _Piece, into: dict[str, NDArray[Any]]) -> None:
+        _, clip, start, length = piece
+        window = {name: self.store.window(name, clip, start, start + length) for name in REQUIRED}
+        into["reward"][:] = window["reward"]
+        into["is_terminal"][:] = window["is_terminal"] != 0
+        into["action"][1:] = window["action"][1:]  # the action before the piece is unknown, as at a reset
+        into["is_first"][0] = True
+        if "mask" in into:
+            packed = self.store.window("mask", clip, start, start + length)
+            into["mask"][:] = np.unpackbits(packed, axis=-1, count=self.store.size)
+
+
+def action_dim(store: ClipStore) -> int:
+    """Number A of action dimensions of a store of logged episodes. Raises StoreError for one that lacks actions or rewards."""
+    if lacking := [name for name, dtype in REQUIRED.items() if store.extra.get(name, ("", ()))[0] != dtype]:
+        raise StoreError(
+            f"{store.path}: has no {', '.join(lacking)} for each frame, so it is no store of logged episodes; "
+            "make one with localmotion collect ENV --out DIR --store"
+        )
+    return int(store.extra["action"][1][0])
