@@ -31,7 +31,6 @@ from localmotion.perception.companding import Companding
 from localmotion.recipe import Recipe
 from localmotion.replay import Replay, Storage
 from localmotion.training.graphs import CudaGraph, Replayed
-from localmotion.training.pretrain import to_device
 
 CASES = {
     "DreamerV3 12M, 16 x 64, pictures": ("dreamer_v3", "train", "paper", *SETTINGS),
@@ -69,7 +68,7 @@ def batches(add: Callable[..., None], device: torch.device, batch: int = 50) -> 
             for t in range(4 * 501):
                 replay.add(record, last=t % 501 == 500)
             sample = partial(replay.sample, batch)
-            add(f"a batch of {batch} x 50 from the replay", storage, lambda sample=sample: to_device(sample(), compute), 0)
+            add(f"a batch of {batch} x 50 from the replay", storage, lambda sample=sample: compute.to_device(sample()), 0)
 
 
 def extraction(device: str = "auto", clips: int = 16, frames: int = 25) -> dict[str, Callable[[], object]]:

@@ -26,7 +26,8 @@ from localmotion.models.rssm_block import State
 from localmotion.models.values import TwoHot, symexp_bins
 from localmotion.runs import checkpoint
 from localmotion.runs.settings import compose
-from localmotion.training import finetune as training
+from localmotion.training.finetune import finetune
+from localmotion.training.online import OnlineLoop
 from localmotion.training.optimizers import LaProp, clip_adaptive_
 from localmotion.training.update import Updater
 
@@ -333,11 +334,11 @@ def test_a_run_trains_evaluates_and_resumes_to_the_same_weights(tmp_path: Path, 
     flags = {"precision": "fp32", "device": "cpu", "threads": 1}
     few = ("env_steps=210", "prefill=60")
     run = compose("dreamer_v3", "train", preset="debug", env="toy:dot", flags=flags, settings=few)
-    whole = training.finetune(run, tmp_path / "whole")
+    whole = finetune(run, tmp_path / "whole")
     rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["final"] is True
     assert {"loss/repval", "grad/model", "return_range/scale"} <= set(next(row for row in rows if row["kind"] == "train"))
-    saved, calls = training._Learner.save, []
+    saved, calls = OnlineLoop.save, []
 
     def stop(self: Any) -> None:
         if calls:
@@ -346,10 +347,10 @@ def test_a_run_trains_evaluates_and_resumes_to_the_same_weights(tmp_path: Path, 
         saved(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training._Learner, "save", stop)
+        patch.setattr(OnlineLoop, "save", stop)
         with pytest.raises(SystemExit):
-            training.finetune(run, tmp_path / "run")
-    training.finetune(run, tmp_path / "run")
+            finetune(run, tmp_path / "run")
+    finetune(run, tmp_path / "run")
     expected = checkpoint.read(checkpoint.newest(whole), "weights")
     for name, value in checkpoint.read(checkpoint.newest(tmp_path / "run"), "weights").items():
         assert torch.equal(value, expected[name]), name

@@ -23,9 +23,10 @@ from localmotion.methods.dreamer_v2 import DreamerV2
 from localmotion.methods.drp import DRP
 from localmotion.runs import checkpoint
 from localmotion.runs.settings import compose
-from localmotion.training import finetune as finetuning
 from localmotion.training import optimizers
-from localmotion.training.finetune import FAULTS, finetune
+from localmotion.training.finetune import finetune
+from localmotion.training.online import FAULTS
+from localmotion.training.playing import Playing
 from localmotion.training.pretrain import pretrain
 from localmotion.training.update import BAD_LIMIT, DivergedError, Updater
 from method_batches import CPU, make, make_batch
@@ -226,7 +227,7 @@ class Faulty:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, fails: dict[int, Any], *, training: bool = True) -> None:
         self.steps, self.fails, self.inside = 0, fails, False
-        step, advance = toy().step, finetuning._Learner._advance
+        step, advance = toy().step, Playing.take
 
         def stepped(env: Any, action: Any) -> Any:
             self.steps += self.inside == training
@@ -236,15 +237,15 @@ class Faulty:
             found = step(env, action)
             return (found[0], fault, *found[2:]) if fault is not None else found
 
-        def advanced(learner: Any, *args: Any) -> bool:
+        def advanced(playing: Any, *args: Any) -> bool:
             self.inside = True
             try:
-                return advance(learner, *args)
+                return advance(playing, *args)
             finally:
                 self.inside = False
 
         monkeypatch.setattr(toy(), "step", stepped)
-        monkeypatch.setattr(finetuning._Learner, "_advance", advanced)
+        monkeypatch.setattr(Playing, "take", advanced)
 
 
 def toy() -> type[PixelEnv]:
@@ -321,16 +322,16 @@ def test_a_simulator_whose_renderer_is_gone_is_replaced(tmp_path: Path, monkeypa
     """The real thing: what OpenGL holds for the environment is freed under its feet in the middle of an episode."""
     few = ("action_repeat=20", "env_steps=1200", "prefill=400", "warmup_updates=1", "online.eval_every=100000", "eval_episodes=1")
     run = compose("dreamer_v2", "train", preset="debug", env="dmc:cartpole_balance", flags=FLAGS, settings=few)
-    advance = finetuning._Learner._advance
+    advance = Playing.take
     steps = [0]
 
-    def advanced(learner: Any, *args: Any) -> bool:
+    def advanced(playing: Any, *args: Any) -> bool:
         steps[0] += 1
         if steps[0] == 30:
-            learner.observer.env._renderer._context.free()
-        return advance(learner, *args)
+            playing.observer.env._renderer._context.free()
+        return advance(playing, *args)
 
-    monkeypatch.setattr(finetuning._Learner, "_advance", advanced)
+    monkeypatch.setattr(Playing, "take", advanced)
     out = finetune(run, tmp_path / "run")
     (fault,) = rows_of(out, "fault")
     assert fault["agent_step"] == 29

@@ -172,7 +172,7 @@ class Memoriser:
     def __init__(self, method: Method, *arguments: Any, **options: Any) -> None:
         self.inner = Updater(method, *arguments, **options)
         method.memory = set()  # type: ignore[assignment]
-        self.method, self.update, self.healthy = method, 0, True
+        self.method, self.update, self.healthy, self.compute = method, 0, True, self.inner.compute
         SEEN.append(self)
         self.clips: set[int] = set()
 

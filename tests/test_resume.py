@@ -28,7 +28,7 @@ from localmotion.errors import CheckpointError
 from localmotion.runs import checkpoint
 from localmotion.runs.load import load_run
 from localmotion.runs.settings import compose
-from localmotion.training import finetune as training
+from localmotion.training import trials
 from localmotion.training.finetune import finetune
 from localmotion.training.interrupt import Interrupted, StopRequest
 from localmotion.training.pretrain import pretrain
@@ -101,7 +101,7 @@ SHORT = {**FLAGS, "recipe": {"percept_size": 64, "tracks": 8}, "env_options": {"
 @pytest.fixture
 def no_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs end without their ten episodes of evaluation, which take longer than the learning here."""
-    monkeypatch.setattr(training, "evaluate", lambda *_, **__: Rollout([0.0], [1]))
+    monkeypatch.setattr(trials, "evaluate", lambda *_, **__: Rollout([0.0], [1]))
 
 
 @pytest.mark.parametrize("name", methods.names())
@@ -163,7 +163,7 @@ def test_a_killed_pretraining_goes_on_from_its_checkpoint(
 
 
 def test_a_replay_kept_elsewhere_learns_the_same(no_evaluation: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("localmotion.training.finetune.device_memory", lambda device: 10**9)  # as if the CPU were a GPU
+    monkeypatch.setattr("localmotion.training.online.device_memory", lambda device: 10**9)  # as if the CPU were a GPU
     few = (
         "env_steps=95",
         "prefill=25",
@@ -320,8 +320,8 @@ def test_the_best_weights_are_those_of_the_best_evaluation(tmp_path: Path, monke
         policy_for()
         return Rollout([next(scores)], [1])
 
-    monkeypatch.setattr(training, "MethodPolicy", Spy)
-    monkeypatch.setattr(training, "evaluate", scripted)
+    monkeypatch.setattr(trials, "MethodPolicy", Spy)
+    monkeypatch.setattr(trials, "evaluate", scripted)
     few = ("env_steps=200", "prefill=60", "online.eval_every=50")
     run = compose("dreamer_v2", "train", preset="debug", env="toy:dot", flags=FLAGS, settings=few)
     with pytest.raises(CheckpointError, match="no best checkpoint yet"):

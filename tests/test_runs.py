@@ -137,10 +137,10 @@ def test_interrupted_finetuning_resumes_to_the_same_weights(
     pretrained: Path, finetuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped right after a checkpoint (taken at an episode's end), as after kill -9."""
-    from localmotion.training import finetune as module
+    from localmotion.training.online import OnlineLoop
 
     run = settings("finetune", *SHORT, env=TOY, checkpoint=str(pretrained))
-    saved = module._Learner.save
+    saved = OnlineLoop.save
     calls = {"left": 2}
 
     def stop(self: Any) -> None:
@@ -150,7 +150,7 @@ def test_interrupted_finetuning_resumes_to_the_same_weights(
         saved(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module._Learner, "save", stop)
+        patch.setattr(OnlineLoop, "save", stop)
         with pytest.raises(SystemExit):
             finetune(run, tmp_path / "run")
     finetune(run, tmp_path / "run")

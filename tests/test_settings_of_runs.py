@@ -19,8 +19,11 @@ from localmotion.config import OnlineConfig, OptimConfig, PretrainConfig
 from localmotion.methods.dreamer_v2 import DreamerV2
 from localmotion.replay import Replay
 from localmotion.runs.settings import compose
-from localmotion.training import finetune as loop
+from localmotion.training import online as online_loop
 from localmotion.training import pretrain as pretraining
+from localmotion.training import trials
+from localmotion.training.finetune import finetune
+from localmotion.training.online import OnlineLoop
 from localmotion.training.update import Updater
 from method_batches import make
 from test_settings_reach import UNCLIPPED, build, changed, difference, doing, stepped
@@ -142,7 +145,7 @@ def record(path: Path, *settings: str) -> dict[str, Any]:
         seen["judged"].add(seen["made"][-1])
         return Rollout([0.0] * episodes, [0.0] * episodes, [1] * episodes)
 
-    save = loop._Learner.save
+    save = OnlineLoop.save
 
     def saved(self: Any, *args: Any, **kwargs: Any) -> Any:
         seen["saved"].append(self.agent_step)
@@ -151,11 +154,12 @@ def record(path: Path, *settings: str) -> dict[str, Any]:
     run = compose("dreamer_v2", "train", preset="debug", env="toy:dot", flags={"threads": 1}, settings=(*BASE, *settings))
     with (
         mock.patch.object(Updater, "learn", online),
-        mock.patch.object(loop, "evaluate", evaluate),
-        mock.patch.object(loop, "MethodPolicy", Policy),
-        mock.patch.object(loop._Learner, "save", saved),
+        mock.patch.object(trials, "evaluate", evaluate),
+        mock.patch.object(trials, "MethodPolicy", Policy),
+        mock.patch.object(online_loop, "MethodPolicy", Policy),
+        mock.patch.object(OnlineLoop, "save", saved),
     ):
-        loop.finetune(run, path)
+        finetune(run, path)
     rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     return {
         "updates": [row["update"] for row in rows][-1],
@@ -178,6 +182,7 @@ def test_every_setting_of_a_run_is_looked_at() -> None:
     """A new setting needs a row in one of the tables of this file."""
     looked = {setting for _, setting, _, _ in RATES} | {setting for setting, _ in (*STEPS, *DECAY)}
     looked |= {f"online.{name}" for name in (*LOOP, *STORED)} | {f"pretrain.{name}" for name in PRETRAINING}
+    looked |= {"online.updates"}  # in test_logged
     parts = {"online": OnlineConfig, "pretrain": PretrainConfig, "optim": OptimConfig}
     assert looked == {f"{part}.{item.name}" for part, config in parts.items() for item in dataclasses.fields(config)}
 
@@ -216,7 +221,7 @@ def stored(path: Path, *settings: str) -> tuple[str, int]:
 
     run = compose("drp", "train", preset="debug", env="toy:dot", flags={"threads": 1}, settings=(*BASE, *settings))
     with mock.patch.object(Replay, "add", add), pytest.raises(FirstRecordError) as found:
-        loop.finetune(run, path)
+        finetune(run, path)
     storage, size = found.value.args
     return storage, size
 
@@ -278,7 +283,7 @@ def watched(path: Path, *settings: str) -> Watched:
         mock.patch.object(Observer, "step", steps),
         mock.patch.object(DreamerV2, "act", acts),
     ):
-        loop.finetune(run, path)
+        finetune(run, path)
     return seen
 
 
@@ -330,8 +335,10 @@ def pretrained(store: Path, path: Path, *settings: str) -> dict[str, Any]:
         seen["heldout"].add(hashlib.sha256(sampler.batch(0)["image"].numpy().tobytes()).hexdigest())
         return {}
 
-    def save(out: Any, method: Any, updater: Updater) -> None:
-        seen["saved"].append(updater.update)
+    def save(loop: Any) -> bool:
+        seen["saved"].append(loop.updater.update)
+        loop.saves.set(loop.count)
+        return True
 
     base = ("updates=12", "batch_size=2", "length=6", "heldout_fraction=0.3", "log_every=4", "eval_every=6", "eval_batches=2")
     texts = [f"pretrain.{text}" for text in (*base, "save_every=5", *settings)]
@@ -339,7 +346,7 @@ def pretrained(store: Path, path: Path, *settings: str) -> dict[str, Any]:
     with (
         mock.patch.object(Updater, "learn", update),
         mock.patch.object(pretraining, "measure_heldout", measure),
-        mock.patch.object(pretraining, "_save", save),
+        mock.patch.object(pretraining.VideoLoop, "save", save),
     ):
         pretraining.pretrain(run, path)
     rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]

@@ -89,7 +89,7 @@ def test_every_method_learns_from_episodes_shorter_than_its_sequences(name: str,
 def test_a_run_of_short_episodes_goes_on_where_it_stopped(storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = run_of("dreamer_v2", "env_options={time_limit: 3}", f"replay_storage={storage}", "replay_capacity=50", "env_steps=60")
     if storage == "device":  # on this machine the CPU stands for the device
-        monkeypatch.setattr("localmotion.training.finetune.device_memory", lambda device: 10**9)
+        monkeypatch.setattr("localmotion.training.online.device_memory", lambda device: 10**9)
     whole = finetune(run, tmp_path / "whole")
     calls, check = iter(range(10**6)), StopRequest.check
 

@@ -99,6 +99,7 @@ def _parser() -> _Parser:
         "--which", choices=("newest", "best"), default="newest", help="weights: the newest, or of the best evaluation"
     )
     sub.add_argument("--device", default="auto")
+    sub.add_argument("--env", default="", help="where to play an agent that learned from logged episodes without an environment")
 
     sub = add("collect", "Record unlabeled videos of an environment, as mp4 files or into a clip store.", commands.collect)
     sub.add_argument("env", help="environment, e.g. dmc:walker_walk")

@@ -202,6 +202,7 @@ def evaluate(args: argparse.Namespace) -> None:
         device=args.device,
         policy=args.policy,
         which=args.which,
+        env=args.env,
     )
     say(json.dumps(result))
     if args.video:

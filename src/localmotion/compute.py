@@ -79,6 +79,14 @@ class Compute:
         precision = "bf16" if self.bf16 else "fp32"
         return {"compute": self.note, "device": self.device.type, "precision": precision, "threads": self.threads}
 
+    def to_device(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """A batch on the device (no copy of what is there). From pinned memory: the copy of any other makes the host wait."""
+        if all(value.device.type == self.device.type for value in batch.values()):
+            return batch
+        if self.device.type == "cuda":
+            batch = {key: value.pin_memory() for key, value in batch.items()}
+        return {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
+
     def own_randomness(self) -> AbstractContextManager[None]:
         """Within, random numbers are drawn without moving on the generators outside: measuring does not change what is measured."""
         return torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else [])

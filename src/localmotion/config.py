@@ -58,6 +58,9 @@ class OnlineConfig:
 
     env_steps: int = 255_000
     """Budget in environment steps (after action repeat: agent steps x repeat). Paper: 255K Meta-World, 1.02M DMC Remastered."""
+    updates: int = 100_000
+    """Updates of a run that learns from logged episodes (``data``), where no agent step is counted. With an environment `env_steps`
+    decides."""
     batch_size: int = 50
     """Sequences a batch. Paper: 50 Meta-World, 16 DMC."""
     length: int = 50
@@ -90,13 +93,13 @@ class OnlineConfig:
     """The pre-trained motion encoder and latent dynamics learn this much slower ("slowly fine-tuned", 4.4; no number in the
     paper). Applies only when a checkpoint was loaded."""
     eval_every: int = 10_000
-    """Agent steps between evaluations."""
+    """Agent steps between evaluations; updates in a run that learns from logged episodes."""
     eval_episodes: int = 10
     """Episodes an evaluation averages over."""
     log_every: int = 100
     """Updates between lines in metrics.jsonl."""
     save_every: int = 5_000
-    """Agent steps between checkpoints (taken at the next episode end)."""
+    """Agent steps between checkpoints (taken at the next episode end); updates in a run that learns from logged episodes."""
 
 
 @dataclass(frozen=True)
@@ -203,7 +206,7 @@ class RunConfig:
     """For a GPU: torch.compile of encoders, decoders, attention blocks and heads: fewer and larger kernels, other rounding. Compiling took
     30 to 70 s of the first updates on two CPU cores."""
     env: str = ""
-    """Environment name, suite:task."""
+    """Environment name, suite:task. With logged episodes (``data``) it serves evaluation only."""
     action_repeat: int = 0
     """Env steps per agent step; 0 for the suite's own (DMC 2, Meta-World 1)."""
     quality: Literal["auto", "fast", "reference"] = "auto"
@@ -216,7 +219,8 @@ class RunConfig:
     """Options of the environment, e.g. {difficulty: easy} of distracting: `time_limit` (env steps), `camera` where the suite has cameras,
     and the suite's own; `localmotion.envs.list_options` has their names."""
     data: str = ""
-    """Clip store (pre-training)."""
+    """Clip store: the videos of pre-training; in fine-tuning and training logged episodes (`collect --store`) to learn from in place of an
+    environment."""
     checkpoint: str = ""
     """Pre-trained run to start from (fine-tuning)."""
     load: str = ""

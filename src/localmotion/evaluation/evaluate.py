@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from localmotion import methods
 from localmotion.acting.episodes import episode_seed, evaluate
 from localmotion.acting.observer import Observer, make_observer
 from localmotion.acting.policy import MethodPolicy, random_policy
+from localmotion.envs import check_env
 from localmotion.errors import CheckpointError, ConfigError
 from localmotion.files import check_output, read_json
 from localmotion.methods.base import MOTION
@@ -34,8 +36,10 @@ def evaluate_run(
     device: str = "auto",
     policy: str = "agent",
     which: Which = "newest",
+    env: str = "",
 ) -> dict[str, Any]:
     """Play ``episodes`` evaluation episodes of a run's environment; ``policy`` is "agent" or "random" (the floor).
+    ``env``: where to play an agent that learned from logged episodes without an environment.
     ``which`` weights: the newest, or those of the best evaluation during training. ``video``: a film of the first episode, .mp4.
 
     Everything random follows from ``seed`` (default: the run's, or the next one for the best weights, because training chose those on the
@@ -52,7 +56,13 @@ def evaluate_run(
     asked = read_config(path)
     if asked.stage not in methods.get(asked.method).acts_after:
         raise CheckpointError(f"{path}: is a pre-training run and has no actor; fine-tune it first")
+    if not (asked.env or env):
+        raise ConfigError(f"{path}: learned from logged episodes without an environment; say with --env where to play")
+    if env and asked.env not in ("", env):
+        raise ConfigError(f"{path}: was trained in {asked.env}, not in {env}")
+    check_env(asked.env or env, asked.env_options)
     run, method, compute = load_run(path, device=device, which=which)
+    run = replace(run, env=asked.env or env)
     recipe = run.recipe if bool(method.wants & MOTION) else None
     base = run.seed + (which == "best") if seed is None else seed
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
 
+from localmotion.compute import Compute
 from localmotion.evaluation.metrics import psnr, ssim
 from localmotion.methods.base import Batch, Method, images
 from localmotion.models.dae import Motion, mae_loss
+from localmotion.video.sample import WindowSampler
 
 CONTEXT_FRAMES = 5
 
@@ -79,3 +85,61 @@ def open_loop_errors(method: Method, batch: Batch, context: int = CONTEXT_FRAMES
         scores[f"psnr/{name}"] = psnr(guess[:, context:], truth[:, context:]).clamp(max=60.0).mean(0)
         scores[f"ssim/{name}"] = ssim(guess[:, context:], truth[:, context:]).mean(0)
     return scores, {"truth": truth, **guesses}
+
+
+def measure_heldout(
+    method: Method, sampler: WindowSampler, batches: int, compute: Compute, media: Path | None, update: int
+) -> dict[str, Any]:
+    """Held-out figures: masked reconstruction against trivial predictors, open-loop PSNR and SSIM. Same clips and masks every time.
+
+    The training random state is left as it was, so that measuring does not change the run.
+    """
+    with compute.own_randomness():
+        torch.manual_seed(1234)
+        return _measure_heldout(method, sampler, batches, compute, media, update)
+
+
+def _measure_heldout(
+    method: Method, sampler: WindowSampler, batches: int, compute: Compute, media: Path | None, update: int
+) -> dict[str, Any]:
+    generator = torch.Generator(device=compute.device).manual_seed(1234)
+    method.eval()
+    sums: dict[str, float] = {}
+    weight = 0.0
+    scores: dict[str, list[Tensor]] = {}
+    for index in range(batches):
+        batch = compute.to_device(sampler.batch(index))
+        with compute.autocast():
+            found = reconstruction_errors(method, batch, generator)
+            errors, pictures = open_loop_errors(method, batch)
+        for name, value in errors.items():
+            scores.setdefault(name, []).append(value)
+        if found:
+            count = float(found[0].pop("count"))
+            weight += count
+            for name, value in found[0].items():
+                sums[name] = sums.get(name, 0.0) + float(value) * count
+        if index == 0 and media:
+            keep = {k: (v[:6] * 255).round().byte().permute(0, 1, 3, 4, 2).cpu().numpy() for k, v in pictures.items()}
+            rolled = [k for k in keep if k not in ("truth", "last_frame")]
+            if rolled:
+                arrays = {"truth": keep["truth"], "prediction": keep[rolled[0]], "context": np.array(CONTEXT_FRAMES)}
+                if len(rolled) > 1:
+                    arrays["prediction_zero"] = keep[rolled[1]]
+                np.savez_compressed(media / "openloop_heldout.npz", allow_pickle=False, **arrays)
+            if found:
+                truth, rebuilt = (x.cpu().numpy() for x in found[1].values())
+                np.savez_compressed(media / "mae_heldout.npz", truth=truth, masked=np.zeros_like(truth), reconstruction=rebuilt)
+    method.train()
+    result: dict[str, Any] = {}
+    if weight:
+        means = {name: value / weight for name, value in sums.items()}
+        trivial = {name: value for name, value in means.items() if name != "model"}
+        result = {f"mae/{name}": value for name, value in means.items()}
+        result["mae/ratio_best"] = means["model"] / min(trivial.values())
+        result |= {f"mae/ratio_{name}": means["model"] / value for name, value in trivial.items()}
+    for name, values in scores.items():
+        horizon = torch.stack(values).mean(0)
+        result[name] = float(horizon.mean())
+        result[f"{name}_horizon"] = [round(x, 4) for x in horizon.tolist()]
+    return result

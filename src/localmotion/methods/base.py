@@ -3,8 +3,9 @@
 Batches follow the house time convention (docs/decisions/0001), legend B sequences, T positions, S side, N tracks, A actions:
 
     image (B,T,S,S,3) uint8      is_first (B,T) bool         vector (B,T,V) float32           (where the run observes vectors)
-    action (B,T,A) float32       reward (B,T) float32       is_terminal (B,T) bool            (online only)
+    action (B,T,A) float32       reward (B,T) float32       is_terminal (B,T) bool            (from a replay or logged episodes)
     flow (B,T,S,S,2) float16     tracks (B,T,N,2) float32   visible (B,T,N) bool   track_id (B,T,N) int32   (where wanted)
+    mask (B,T,S,S) bool                                                               (logged episodes, where wanted)
 
 `is_first` is true at the start of every sequence, and online also within one where an episode shorter than T ended (docs/decisions/0011):
 nothing may be carried, averaged or bootstrapped across it. Action and motion are zero there.
@@ -35,8 +36,11 @@ class Source(Enum):
 
     CLIPS = "clips"
     """Video segments of a clip store, without actions."""
+    LOGGED = "logged"
+    """Sequences of episodes that others played, with actions and rewards, out of a clip store."""
     REPLAY = "replay"
-    """Sequences of the agent's own episodes, which it goes on to play."""
+    """Sequences of the agent's own episodes, which it goes on to play. With a store of logged episodes (``data``) such a stage learns from
+    these: the keys of a batch are the same."""
 
 
 FROM_VIDEO: Mapping[str, Source] = {"pretrain": Source.CLIPS, "finetune": Source.REPLAY, "train": Source.REPLAY}

@@ -84,6 +84,7 @@ PRETRAIN: dict[str, dict[str, Any]] = {
 ONLINE: dict[str, dict[str, Any]] = {
     "small": {
         "env_steps": 50_000,
+        "updates": 10_000,
         "batch_size": 8,
         "length": 32,
         "prefill": 2_500,
@@ -96,6 +97,7 @@ ONLINE: dict[str, dict[str, Any]] = {
     },
     "tiny": {
         "env_steps": 40_000,
+        "updates": 4_000,
         "batch_size": 4,
         "length": 32,
         "train_every": 2,
@@ -110,6 +112,7 @@ ONLINE: dict[str, dict[str, Any]] = {
     },
     "debug": {
         "env_steps": 400,
+        "updates": 20,
         "batch_size": 2,
         "length": 8,
         "prefill": 120,

@@ -43,7 +43,7 @@ def load_run(path: Path, *, device: str = "auto", threads: int = 0, which: Which
     run = replace(read_config(path), device=device, threads=threads)
     cls = methods.get(run.method)
     acts = run.stage in cls.acts_after
-    if acts:
+    if acts and (run.env or not run.data):
         _check_env(run, path)
     if acts and cls.wants & MOTION and not run.recipe:
         raise CheckpointError(f"{path / 'config.json'}: has no recipe, so its motion cannot be perceived; restore it")

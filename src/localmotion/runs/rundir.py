@@ -23,6 +23,7 @@ from localmotion.runs.settings import from_dict
 MAY_CHANGE = {
     "pretrain.updates",
     "online.env_steps",
+    "online.updates",
     "device",
     "threads",
     "cuda_graph",

@@ -1,0 +1,83 @@
+"""The loop of an offline stage: sequences of logged episodes, with actions and rewards, from a clip store."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from localmotion.acting.observer import Observer
+from localmotion.config import RunConfig
+from localmotion.methods.base import MOTION, Method
+from localmotion.recording.logs import EpisodeSampler
+from localmotion.runs.rundir import RunDir
+from localmotion.training.loop import Clock, Loop
+from localmotion.training.trials import Trials
+from localmotion.training.update import Updater
+from localmotion.video.store import ClipStore
+
+
+class LoggedLoop(Loop):
+    """A count is an update. An environment, if one is given, serves evaluation only."""
+
+    kind = "train"
+    unit = "update"
+
+    def __init__(
+        self,
+        run: RunConfig,
+        out: RunDir,
+        store: ClipStore,
+        method: Method,
+        updater: Updater,
+        make: Callable[[], Observer] | None,
+    ) -> None:
+        online = run.online
+        super().__init__(run, out, method, updater, Clock(online.log_every), Clock(online.eval_every), Clock(online.save_every))
+        self.store = store
+        self.sampler = EpisodeSampler(
+            store,
+            online.length,
+            online.batch_size,
+            run.seed,
+            motion=bool(method.wants & MOTION),
+            mask="mask" in method.wants,
+            prioritize_ends=online.prioritize_ends,
+        )
+        self.trials = Trials(run, out, method, self.compute, make, lambda: self.stop.check()) if make else None
+        self.spent |= {"data": 0.0, "eval": 0.0}
+
+    @property
+    def total(self) -> int:
+        return self.run.online.updates
+
+    def lines(self) -> list[str]:
+        frames = int(self.store.lengths[self.sampler.clips].sum())
+        online = self.run.online
+        judged = f"evaluated in {self.run.env}" if self.trials else "not evaluated: no --env"
+        return [
+            f"{self.run.method} on logged episodes ({self.run.data}): {self.compute.note}",
+            f"{len(self.sampler.clips):,} episodes, {frames:,} frames",
+            f"{self.total:,} updates ({online.batch_size} x {online.length}); {judged}",
+        ]
+
+    def record(self) -> dict[str, Any]:
+        return {"recipe": self.store.recipe}
+
+    def advance(self) -> None:
+        with self.timed("data"):
+            batch = self.compute.to_device(self.sampler.batch(self.updater.update))
+        self.learn(batch)
+
+    def measure(self, final: bool) -> None:
+        if self.trials:
+            self.trials(self.counters(), self.count, place=("update", self.count), final=final)
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Mapping[str, Tensor]]]:
+        return {"action_dim": self.method.action_dim, "best": self.trials.best if self.trials else None}, {}
+
+    def restore(self, state: Mapping[str, Any], folder: Path) -> None:
+        if self.trials:
+            self.trials.best = state.get("best")

@@ -1,0 +1,285 @@
+"""The loop of an online stage: the agent plays episodes into a replay and learns from it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from localmotion.acting.episodes import episode_seed
+from localmotion.acting.observer import Observer, make_observer
+from localmotion.acting.policy import MethodPolicy, Policy, random_policy
+from localmotion.config import RunConfig
+from localmotion.console import say
+from localmotion.errors import EnvError, SimulationError
+from localmotion.methods.base import Method
+from localmotion.perception.companding import Companding
+from localmotion.replay import Replay
+from localmotion.runs import checkpoint
+from localmotion.runs.rundir import RunDir
+from localmotion.training.checks import never_learned
+from localmotion.training.loop import Clock, Loop
+from localmotion.training.pace import Pace
+from localmotion.training.playing import Playing
+from localmotion.training.storage import choose_storage, device_memory, records_needed
+from localmotion.training.trials import Trials
+from localmotion.training.update import Updater
+
+FAULTS = 3
+"""Failures of the environment without a complete episode between them after which a run stops."""
+
+
+class OnlineLoop(Loop):
+    """Prefill with random episodes, warm up, then act, with an update every few agent steps.
+
+    A count is an agent step. It is an evaluation's turn only while the agent plays, and a checkpoint's only between episodes that
+    it played; a signal saves between any two agent steps.
+    """
+
+    kind = "train"
+    unit = "agent_step"
+    steady = False
+
+    def __init__(self, run: RunConfig, out: RunDir, observer: Observer, method: Method, updater: Updater, repeat: int) -> None:
+        online = run.online
+        super().__init__(
+            run, out, method, updater, Clock(online.log_every), Clock(online.eval_every, -1), Clock(online.save_every)
+        )
+        self.observer, self.repeat = observer, repeat
+        limit: int = observer.env.describe()["time_limit"]  # type: ignore[attr-defined]
+        self.longest = -(-limit // repeat)  # agent steps of an episode that its time limit ends
+        recipe = observer.recipe if online.replay_flow == "int8" else None
+        self.replay = Replay(
+            observer.spec(),
+            capacity=records_needed(online, self.total, self.longest),
+            length=online.length,
+            prioritize_ends=online.prioritize_ends,
+            seed=run.seed,
+            coders={"flow": Companding(recipe.size)} if recipe else None,
+            folder=out.path / "replay",
+        )
+        device, size = self.compute.device, self.replay.bytes_per_record
+        free = device_memory(device)
+        storage, self.replay_note = choose_storage(online, self.total, size, out.path / "replay", free, self.longest)
+        self.replay.place(storage, max(self.replay.capacity, self.longest + 1), device)
+        self.ahead = free is not None and storage != "device"  # make the next batch while the device is at work
+        self.agent_step = self.episode = 0
+        self.playing: Playing | None = None
+        self.learned = False  # whether the agent played the newest episode that ended
+        self.faults = 0
+        self.final: int | None = None  # agent step of the final evaluation
+        self.trials = Trials(run, out, method, self.compute, self._fresh, lambda: self.stop.check())
+        self.spent |= {"act": 0.0, "replay": 0.0, "eval": 0.0}
+        self.pace = Pace(self.total, online)
+
+    @property
+    def total(self) -> int:
+        """Agent steps in all."""
+        return -(-self.run.online.env_steps // self.repeat)
+
+    @property
+    def count(self) -> int:
+        return self.agent_step
+
+    @property
+    def over(self) -> bool:
+        return self.agent_step >= self.total and self.playing is None
+
+    @property
+    def may_evaluate(self) -> bool:
+        return self.playing is not None and self.playing.learning
+
+    @property
+    def may_save(self) -> bool:
+        return self.playing is None and self.learned
+
+    def counters(self) -> dict[str, int]:
+        env_step = self.agent_step * self.repeat
+        return {"update": self.updater.update, "agent_step": self.agent_step, "env_step": env_step, "episode": self.episode}
+
+    def where(self) -> dict[str, int]:
+        return {"agent_step": self.agent_step, "env_step": self.agent_step * self.repeat}
+
+    def lines(self) -> list[str]:
+        online, described = self.run.online, self.observer.env.describe()  # type: ignore[attr-defined]
+        gl = described.get("gl")
+        drawn = f", {gl['message']}" if isinstance(gl, dict) else ""
+        return [
+            f"{self.run.method} on {self.run.env}: {self.compute.note}",
+            f"rendering {described.get('quality')}{drawn}; action repeat {self.repeat}",
+            self.replay_note,
+            f"{self.total:,} agent steps = {self.total * self.repeat:,} env steps, one update per {online.train_every} agent steps"
+            f" ({online.batch_size} x {online.length}): {self.total // online.train_every:,} updates",
+        ]
+
+    def record(self) -> dict[str, Any]:
+        recipe = self.observer.recipe
+        env = self.observer.env.describe()  # type: ignore[attr-defined]
+        return {"env": env, "recipe": recipe.to_json() if recipe else None}
+
+    # Playing and learning ---------------------------------------------------------------------------------------------------
+
+    def advance(self) -> None:
+        """Begin an episode, or make one agent step of it."""
+        try:
+            if self.playing is None:
+                self._begin()
+            else:
+                self._step(self.playing)
+        except SimulationError as error:
+            self._broken(error)
+
+    def _begin(self) -> None:
+        """Start a training episode: at random while the replay is prefilled, from then on with the policy."""
+        online = self.run.online
+        learning = self.agent_step * self.repeat >= online.prefill and bool(self.replay.episodes)
+        while learning and self.updater.update < online.warmup_updates:
+            self.stop.check()
+            self._update()
+        self.playing = self._open(learning)
+
+    def _open(self, learning: bool) -> Playing:
+        if learning:
+            policy: Policy = MethodPolicy(self.method, self.compute, explore=True, window=self.run.online.length)
+        else:
+            policy = random_policy(self.observer.action_dim, episode_seed(self.run.seed, "prefill", self.episode))
+        playing = Playing(self.observer, policy, episode_seed(self.run.seed, "train", self.episode), learning=learning)
+        self.replay.add(playing.record, last=False)
+        return playing
+
+    def _step(self, playing: Playing) -> None:
+        """One agent step; updates are made between agent steps, `train_every` apart."""
+        with self.timed("act"):
+            if self.method.training:  # looked at first: it visits every module
+                self.method.eval()
+            action = playing.choose()
+        done = playing.take(action)
+        self.agent_step += 1
+        done = done or self.agent_step >= self.total or self._prefilled(playing)
+        self.replay.add(playing.record, last=done)
+        if playing.learning and self.agent_step % self.run.online.train_every == 0:
+            self._update()
+        if playing.learning and (text := self.pace.forecast(self.agent_step, self.spent["eval"])):
+            say(text)
+        if done:
+            self._end(playing)
+
+    def _end(self, playing: Playing) -> None:
+        self.playing, self.learned = None, playing.learning
+        self.episode += 1
+        self.faults = 0
+        values = {"return": playing.total, "length": len(playing.actions), "random": not playing.learning}
+        self.out.log("episode", **self.counters(), **values, **({} if playing.success is None else {"success": playing.success}))
+
+    def _prefilled(self, playing: Playing) -> bool:
+        """Whether a random episode ends here: the prefill is over, and it would last to the end of the run, so nothing would be learned."""
+        began = self.agent_step - len(playing.actions)
+        reached = self.agent_step * self.repeat >= self.run.online.prefill
+        return not playing.learning and reached and began + self.longest >= self.total
+
+    def _update(self) -> None:
+        size = self.run.online.batch_size
+        with self.timed("replay"):
+            batch = self.compute.to_device(self.replay.sample(size))
+        self.learn(batch)
+        if self.ahead:
+            with self.timed("replay"):
+                self.replay.prepare(size, self.compute.to_device)
+
+    def _fresh(self) -> Observer:
+        """An environment of the run, with its perception."""
+        return make_observer(self.run, self.observer.recipe, size=self.method.image_size)
+
+    def _broken(self, error: SimulationError) -> None:
+        """The environment failed: its episode ends there, as by a time limit, and a fresh environment begins the next one.
+
+        Nothing is dropped in silence: the fault is logged, and after `FAULTS` without a complete episode between them the run stops, saved.
+        """
+        self.faults += 1
+        self.replay.cut()
+        self.playing = None
+        self.learned = False
+        self.episode += 1
+        self.out.log("fault", **self.counters(), error=str(error), dropped=self.replay.dropped)
+        if self.faults >= FAULTS:
+            raise EnvError(
+                f"{error} ({self.faults} failures without a complete episode between them; saved at this point)"
+            ) from error
+        say(f"{error}; the episode ends at agent step {self.agent_step:,} and a fresh environment goes on")
+        with contextlib.suppress(Exception):  # it is broken: whatever closing it raises says nothing new
+            self.observer.env.close()
+        self.observer.env = self._fresh().env
+
+    # Measuring --------------------------------------------------------------------------------------------------------------
+
+    def measure(self, final: bool) -> None:
+        place = ("env step", self.agent_step * self.repeat)
+        self.trials(self.counters(), self.agent_step, place=place, final=final)
+        self.final = self.agent_step if final else self.final
+
+    def seconds(self) -> dict[str, float]:
+        return {**self.spent, **self.observer.seconds}
+
+    def extra(self) -> dict[str, Any]:
+        if not self.observer.extractor:
+            return {}
+        return {f"flow/{k}": v for k, v in self.observer.extractor.magnitudes.quantiles().items()}
+
+    def finish(self) -> None:
+        if not self.updater.update:
+            self.save()
+            raise never_learned(self.run)
+        if self.final != self.agent_step:  # else only the word "finished" was missing
+            self.evaluate(final=True)
+        self._keep_flow()
+        self.save()
+
+    def _keep_flow(self) -> None:
+        """Flow magnitudes of the newest episodes for the report, to be held against those of pre-training."""
+        if "flow" not in self.replay.spec or not self.replay.episodes:
+            return
+        newest = self.replay.newest("flow", 10)
+        some = [np.linalg.norm(flow[1::8, ::4, ::4].astype(np.float32), axis=-1).ravel() for flow in newest]
+        np.savez_compressed(self.out.path / "media" / "flow_downstream.npz", magnitudes=np.concatenate(some), name=self.run.env)
+
+    # Saving -----------------------------------------------------------------------------------------------------------------
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Mapping[str, Tensor]]]:
+        values = {
+            "action_dim": self.observer.action_dim,
+            "agent_step": self.agent_step,
+            "episode": self.episode,
+            "best": self.trials.best,
+            "final": self.final,
+            "playing": {"learning": self.playing.learning} if self.playing else None,
+            "replay": self.replay.state(),
+        }
+        return values, {"episode": self.playing.saved() if self.playing else {}}
+
+    def save(self) -> bool:
+        """Checkpoint and replay; files of episodes that no kept checkpoint needs go."""
+        if self.updater.healthy:
+            self.replay.save()
+        if not super().save():
+            return False
+        kept = checkpoint.complete(self.out.path / "checkpoints")
+        self.replay.prune({serial for path in kept for serial in checkpoint.read_state(path)["replay"]["episodes"]})
+        return True
+
+    def start(self) -> None:
+        self.replay.load(self.replay.state())  # what a run filed that died before its first checkpoint
+
+    def restore(self, state: Mapping[str, Any], folder: Path) -> None:
+        self.agent_step, self.episode = int(state["agent_step"]), int(state["episode"])
+        self.trials.best, self.final = state.get("best"), state.get("final")
+        self.replay.load(state["replay"])
+        if state.get("playing"):
+            try:
+                self.playing = self._open(bool(state["playing"]["learning"]))
+                self.playing.replay(checkpoint.read(folder, "episode"), lambda record: self.replay.add(record, last=False))
+            except SimulationError as error:
+                self._broken(error)

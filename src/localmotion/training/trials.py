@@ -1,0 +1,86 @@
+"""Evaluation episodes during training: on environments of their own, with seeds of their own stream."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from localmotion.acting.episodes import Rollout, evaluate
+from localmotion.acting.observer import Observer
+from localmotion.acting.policy import MethodPolicy, Policy
+from localmotion.compute import Compute
+from localmotion.config import RunConfig
+from localmotion.console import say
+from localmotion.errors import SimulationError
+from localmotion.methods.base import Method
+from localmotion.runs import checkpoint
+from localmotion.runs.rundir import RunDir
+from localmotion.video.write import write_video
+
+
+class Trials:
+    """Plays evaluation episodes, logs them, films the first, and keeps the weights of the best evaluation.
+
+    Args:
+        make: makes an environment.
+        check: called at every agent step; raises to end an evaluation, which is then made again when the run goes on.
+    """
+
+    def __init__(
+        self,
+        run: RunConfig,
+        out: RunDir,
+        method: Method,
+        compute: Compute,
+        make: Callable[[], Observer],
+        check: Callable[[], None],
+    ) -> None:
+        self.run, self.out, self.method, self.compute, self.make, self.check = run, out, method, compute, make, check
+        self.observers: list[Observer] = []
+        self.best: list[float] | None = None
+        """Success rate and return of the best evaluation so far."""
+
+    def __call__(self, counters: dict[str, int], count: int, *, place: tuple[str, int], final: bool) -> None:
+        """Evaluate at ``count``. ``place`` (unit, number) names it in what is said and in the film's file."""
+        unit, number = place
+        try:
+            result = self._play(count, final)
+        except SimulationError as error:
+            say(f"{error}; the evaluation is made again with fresh environments")
+            self.observers.clear()
+            result = self._play(count, final)
+        self.out.log("eval", **counters, **result.summary(), seed=self.run.seed, final=final)
+        if result.frames is not None:
+            write_video(self.out.path / "media" / f"eval_{number:09d}.mp4", result.frames, fps=25)
+        found = [float(np.mean(result.successes or [0.0])), float(np.mean(result.returns))]
+        if self.best is None or found >= self.best:
+            self.best = found
+            state = {"stage": self.run.stage, "action_dim": self.method.action_dim, **counters, "score": found}
+            checkpoint.save_best(self.out.path / "checkpoints", self.method.state_dict(), state)
+        score = f"success {np.mean(result.successes):.2f} " if result.successes else ""
+        say(f"{unit} {number:,}: {score}return {np.mean(result.returns):.1f} +- {np.std(result.returns):.1f}")
+
+    def _play(self, count: int, final: bool) -> Rollout:
+        torch.manual_seed(self.run.seed + count)
+        episodes = self.run.online.eval_episodes
+        return evaluate(
+            self._policy,
+            self.make,
+            seed=self.run.seed,
+            episodes=max(10, episodes) if final else episodes,
+            observers=self.observers,
+            keep_frames=True,
+        )
+
+    def _policy(self) -> Policy:
+        chosen = MethodPolicy(self.method, self.compute, explore=False, window=self.run.online.length)
+
+        def act(records: list[dict[str, Any]], first: bool) -> NDArray[np.float32]:
+            self.check()  # an evaluation may take minutes
+            return chosen(records, first)
+
+        return act
