@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from localmotion.compute import Compute, uncompiled
-from localmotion.methods.base import Method
+from localmotion.methods.base import Method, acted
 
 Policy = Callable[[list[dict[str, Any]], bool], NDArray[np.float32]]
 
@@ -38,7 +38,7 @@ class MethodPolicy:
             self.carry = self.method.initial_carry(len(records))
         batch = to_batch(records, first=first, device=self.compute.device)
         with self.compute.acting(len(records)), uncompiled(self.method):
-            action, self.carry = self.method.act(batch, self.carry, explore=self.explore, window=self.window)
+            action, self.carry, _ = acted(self.method, batch, self.carry, explore=self.explore, window=self.window)
         result: NDArray[np.float32] = action.float().clamp(-1, 1).cpu().numpy()
         return result
 

@@ -41,6 +41,8 @@ class Source(Enum):
     REPLAY = "replay"
     """Sequences of the agent's own episodes, which it goes on to play. With a store of logged episodes (``data``) such a stage learns from
     these: the keys of a batch are the same."""
+    ROLLOUT = "rollout"
+    """The newest steps of the agent, used once."""
 
 
 FROM_VIDEO: Mapping[str, Source] = {"pretrain": Source.CLIPS, "finetune": Source.REPLAY, "train": Source.REPLAY}
@@ -165,6 +167,8 @@ class Method(nn.Module):
     """Keys of a batch that the method needs beside pictures, actions and rewards, e.g. `MOTION`."""
     transfers: ClassVar[Mapping[str, str]] = {}
     """What a later stage takes over: name of the child module in the checkpoint -> name of the child module that gets its weights."""
+    extras: ClassVar[Mapping[str, tuple[int, ...]]] = {}
+    """Names and shapes of what `act` returns for each agent step besides action and carry, e.g. {"value": ()}. The loop stores them."""
     vectors: ClassVar[bool] = False
     """Can learn from vectors in place of pictures or beside them; then its Config has ``pixels`` and ``vector_dim``."""
 
@@ -204,10 +208,14 @@ class Method(nn.Module):
         """Recurrent state before the first observation of an episode."""
 
     @abstractmethod
-    def act(self, obs: Batch, carry: Any, *, explore: bool, window: int) -> tuple[Tensor, Any]:
-        """Actions (B, A) for the newest frames; ``obs`` holds one position (B, 1, ...) with the keys of a batch but reward.
+    def act(
+        self, obs: Batch, carry: Any, *, explore: bool, window: int
+    ) -> tuple[Tensor, Any] | tuple[Tensor, Any, Mapping[str, Tensor]]:
+        """Actions (B, A) in [-1, 1] for the newest frames, and the new carry. A method that declares `extras` returns them third.
 
-        ``window`` is the sequence length of training, for methods that attend over time.
+        ``obs`` holds one position (B, 1, ...) with the keys of a batch except reward and is_terminal. ``carry`` is None, a tensor, or a
+        (named) tuple of those. ``window`` is the sequence length of training, for methods that attend over time. Each extra is a float
+        tensor (B, *shape), with the shape that `extras` declares. `acted` calls this and gives both forms as one.
         """
 
     # Looking ----------------------------------------------------------------------------------------------------------------
@@ -227,6 +235,28 @@ class Method(nn.Module):
     def parameter_counts(self) -> dict[str, int]:
         """Parameters per child module."""
         return {name: sum(p.numel() for p in child.parameters()) for name, child in self.named_children()}
+
+
+def acted(method: Method, obs: Batch, carry: Any, *, explore: bool, window: int) -> tuple[Tensor, Any, Mapping[str, Tensor]]:
+    """One agent step: action (B, A), carry, and the declared extras, {} for a method without.
+
+    Raises AssertionError where what `Method.act` returns does not match `Method.extras`: names, shapes or float type.
+    """
+    found = method.act(obs, carry, explore=explore, window=window)
+    if len(found) != (3 if method.extras else 2):
+        wanted = "(action, carry, extras)" if method.extras else "(action, carry); declare `extras` to return more"
+        raise AssertionError(f"{method.name}: act returned {len(found)} values, expected {wanted}")
+    action, carry, *rest = found
+    extras: Mapping[str, Tensor] = rest[0] if rest else {}
+    if set(extras) != set(method.extras):
+        raise AssertionError(f"{method.name}: act returned the extras {sorted(extras)}, declared are {sorted(method.extras)}")
+    for name, shape in method.extras.items():
+        value = extras[name]
+        if tuple(value.shape) != (len(action), *shape) or not value.is_floating_point():
+            raise AssertionError(
+                f"{method.name}: extra {name!r} is {value.dtype} {tuple(value.shape)}, declared is a float ({len(action)}, *{shape})"
+            )
+    return action, carry, extras
 
 
 def images(batch: Batch) -> Tensor:

@@ -17,7 +17,7 @@ from localmotion.recipe import Recipe, read_recipe
 
 
 def compose(
-    method: str,
+    method: str | type[methods.Method],
     stage: Stage,
     *,
     preset: str = "small",
@@ -27,9 +27,11 @@ def compose(
 ) -> RunConfig:
     """Settings of a run: defaults, then suite, then preset, then ``flags`` (nested), then ``settings`` (name=value texts).
 
+    ``method`` is a registry name or the class itself.
+
     Raises ConfigError for unknown names, wrong types and ranges, and for a recipe that cannot be followed here.
     """
-    cls = methods.get(method)
+    cls = methods.get(method) if isinstance(method, str) else method
     if preset not in PRESETS:
         raise unknown_name("preset", preset, PRESETS)
     sizes = dict(cls.PRESETS[preset])
