@@ -13,11 +13,11 @@ from localmotion.compute import Compute, choose
 from localmotion.config import Stage
 from localmotion.errors import ConfigError, LocalmotionError
 from localmotion.runs.settings import compose
+from localmotion.testing import RecordedGraph
 from localmotion.training import graphs, optimizers
 from localmotion.training.graphs import CudaGraph, Replayed
 from localmotion.training.update import Updater
 from method_batches import CASES, CPU, make, make_batch
-from recorded_graph import RecordedGraph
 
 # Clocks that a recording would stop if they were part of it.
 CLOCKS = ("warmup=4", "freeze_updates=3", "slow_critic_every=2")

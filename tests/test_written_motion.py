@@ -19,7 +19,7 @@ from localmotion.models.bonus import IntrinsicBonus
 from localmotion.models.dae import DAEConfig, MaskedMotion, Motion, atomic_actions, crop_patches, random_mask
 from localmotion.models.global_flow import GlobalFlow
 from localmotion.models.image import ImageModel, image_losses
-from update_check import Noise, Written, _InDouble
+from localmotion.testing.written import Noise, Written, _InDouble
 from written_out import adapters, context, core, images, motion
 
 SIDE, PARTS = 16, 3

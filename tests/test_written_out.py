@@ -14,7 +14,7 @@ from localmotion.methods.apv import APV
 from localmotion.methods.base import Counters
 from localmotion.methods.dreamer_v2 import DreamerV2
 from localmotion.methods.dreamer_v3 import DreamerV3
-from update_check import Case, check_update
+from localmotion.testing.written import Case, check_update
 from written_out import apv, dreamer_v2, dreamer_v3
 
 WORLD = {

@@ -13,7 +13,7 @@ from localmotion import config
 from localmotion.config import RunConfig
 from localmotion.methods.drp import DRP
 from localmotion.methods.ipv import IPV
-from update_check import Case, check_update, fill_, make_batch
+from localmotion.testing.written import Case, check_update, fill_, make_batch
 from written_out import drp, ipv
 
 PLAIN = {"depth": 4, "deter": 16, "hidden": 12, "stoch": 3, "classes": 4, "units": 10, "layers": 2}

@@ -4,12 +4,12 @@ The product (`training.update.Updater` over one of our methods) and the written-
 batch and the same noise. Losses, metrics, gradient norms, the optimisers' moments, and every weight and buffer must agree after each
 of a few updates. The product computes in float64 here (`_InDouble`), so a difference is a difference of meaning, not of rounding.
 
-A method joins with one file in `written_out/` and one `Case` in `test_written_out.py`. The written-out function is
+The written-out function of a `Case` is
 
     function(state: Written, batch, noise: Noise, run: RunConfig) -> dict of losses, metrics and gradient norms by the product's names
 
 It reads and changes ``state.weights`` (float64, by the names of the method's ``state_dict``) and takes what is random from ``noise``.
-It uses no module and no function of the product; `written_out/core.py` has the parts that several papers share.
+It uses no module and no function of the product. `tests/written_out` has those of the methods here.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class _InDouble(TorchFunctionMode):
             )
         if func is torch.randint:
             if len(args) != 2:
-                raise NotImplementedError("update_check knows torch.randint(high, size)")
+                raise NotImplementedError("check_update knows torch.randint(high, size)")
             return self.noise.integers(*args)
         if func is F.dropout:
             rate = args[1] if len(args) > 1 else kwargs.get("p", 0.5)
@@ -259,7 +259,7 @@ def _check_update(case: Case) -> None:
     sizes = {"actions": 2, "side": 64, **case.batch}
     batch = make_batch(**sizes)
     method = case.method(
-        run.model, image_size=sizes["side"], action_dim=None if case.stage == "pretrain" else sizes["actions"]
+        run.model, image_size=sizes["side"], action_dim=sizes["actions"] if case.stage in case.method.acts_after else None
     ).double()
     fill_(method)
     if case.prepare:
@@ -280,7 +280,7 @@ def _check_update(case: Case) -> None:
         if lines:
             raise AssertionError("\n".join([f"{case}, update {update}: {len(lines)} differences", *lines[:40]]))
     if not torch.equal(torch.get_rng_state(), shared):
-        raise AssertionError(f"{case}: an update draws random numbers that update_check does not hold fixed")
+        raise AssertionError(f"{case}: an update draws random numbers that check_update does not hold fixed")
 
 
 def _moments(updater: Updater, method: Method) -> dict[str, Tensor]:

@@ -1,0 +1,170 @@
+"""What a rule is: a check of one method in one stage, with the sentence of docs/add_a_method.md that it enforces."""
+
+from __future__ import annotations
+
+import functools
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from localmotion.compute import Compute
+from localmotion.config import RunConfig, Stage
+from localmotion.files import one_line
+from localmotion.methods.base import Group, Method, Source
+from localmotion.runs.settings import compose
+from localmotion.testing.batches import ACTIONS, SIZE, BatchMaker, random_batch
+from localmotion.training.update import Updater, rates
+
+CPU = Compute(torch.device("cpu"), False, 1, "test")
+
+
+class BrokenRuleError(AssertionError):
+    """A method breaks a rule. The message has the rule, what was found, and the fix."""
+
+    def __init__(self, rule: str, message: str) -> None:
+        self.rule = rule
+        super().__init__(message)
+
+
+class _Found(AssertionError):  # noqa: N818  # raised by `require`, always turned into a BrokenRuleError
+    def __init__(self, found: str, fix: str) -> None:
+        self.found, self.fix = found, fix
+        super().__init__(found)
+
+
+def require(condition: bool, found: str, fix: str) -> None:
+    """Within a rule: say what was found and how to fix it, unless ``condition`` holds."""
+    if not condition:
+        raise _Found(found, fix)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A method in one of its stages, with the settings that it is checked at."""
+
+    method: type[Method]
+    stage: str
+    preset: str = "debug"
+    settings: tuple[str, ...] = ()
+    env: str = "toy:dot"
+    batch: BatchMaker = random_batch
+    across: Mapping[str, str] = field(default_factory=dict)
+    """Losses that may depend on several episodes of a sequence: name -> reason."""
+
+    def __str__(self) -> str:
+        return f"{self.method.__name__}, stage {self.stage}"
+
+    @property
+    def source(self) -> Source:
+        return self.method.stages[self.stage]
+
+    @property
+    def acts(self) -> bool:
+        """Whether the stage's result acts: then its model knows the number of actions."""
+        return self.stage in self.method.acts_after
+
+    @functools.cached_property
+    def run(self) -> RunConfig:
+        """Settings of the stage."""
+        env = "" if self.source is Source.CLIPS else self.env
+        return compose(self.method, cast(Stage, self.stage), preset=self.preset, env=env, settings=self.settings)
+
+    def at(self, stage: str) -> Subject:
+        """The same method in another stage."""
+        return Subject(self.method, stage, self.preset, self.settings, self.env, self.batch, self.across)
+
+    def build(self) -> Any:
+        """The method, with weights that depend on its settings only."""
+        torch.manual_seed(0)
+        return self.method(self.run.model, image_size=SIZE, action_dim=ACTIONS if self.acts else None)
+
+    def awake(self) -> Any:
+        """The same with noise on every weight: a layer that begins at zero hides all before it."""
+        method = self.build()
+        with torch.no_grad():
+            for parameter in method.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        return method
+
+    @property
+    def time(self) -> int:
+        """Length of the sequences, 8 where the method can take it."""
+        low, high = self.method.lengths(self.run.model, self.stage)
+        return max(min(8, high or 8), low)
+
+    def data(self, seed: int = 0) -> dict[str, Tensor]:
+        """A batch of two sequences."""
+        return self.batch(self.method, self.stage, batch=2, time=self.time, seed=seed)
+
+    def groups(self, method: Method, *, pretrained: bool = False) -> list[Group]:
+        """Optimisers of the stage."""
+        return method.groups(self.stage, rates(self.run, self.source, pretrained))
+
+    def updater(self, method: Method, compute: Compute = CPU, **options: Any) -> Updater:
+        """What steps the method."""
+        return Updater(method, self.run, compute, **options)
+
+
+Rule = Callable[[Subject], None]
+
+
+def rule(check: Rule) -> Rule:
+    """Make a rule of a function whose docstring begins with the rule's sentence.
+
+    The rule leaves torch's generator as it was and raises BrokenRuleError, also where the method raises an error of its own.
+    """
+    sentence = (check.__doc__ or "").strip().splitlines()[0]
+
+    @functools.wraps(check)
+    def checked(subject: Subject) -> None:
+        try:
+            with torch.random.fork_rng(devices=[]):
+                check(subject)
+        except BrokenRuleError:
+            raise
+        except Exception as error:
+            found, fix = _told(error)
+            message = f"{subject}: {found}\n  rule: {sentence} ({check.__name__}, docs/add_a_method.md)\n  fix: {fix}"
+            raise BrokenRuleError(check.__name__, message) from (None if isinstance(error, _Found) else error)
+
+    return checked
+
+
+def _told(error: Exception) -> tuple[str, str]:
+    """What was found, and the fix."""
+    if isinstance(error, _Found):
+        return error.found, error.fix
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
+    return (
+        f"{kind}{one_line(error, 300)}",
+        f"look at line {frame.lineno} of {frame.filename}, in {frame.name}, where this was raised",
+    )
+
+
+@dataclass(frozen=True)
+class Check:
+    """A rule for a method in a stage. Calling it raises BrokenRuleError where the method breaks the rule."""
+
+    rule: Rule
+    subject: Subject
+
+    def __call__(self) -> None:
+        self.rule(self.subject)
+
+    def __str__(self) -> str:
+        return f"{self.subject.method.name}-{self.subject.stage}-{name_of(self.rule)}"
+
+
+def name_of(rule: Rule) -> str:
+    """Name of a rule."""
+    return str(getattr(rule, "__name__", rule))
+
+
+def sentence_of(rule: Rule) -> str:
+    """The rule in one sentence."""
+    return (rule.__doc__ or "").strip().splitlines()[0]
