@@ -144,15 +144,28 @@ def presets(
         pretrain: whether the method has that stage.
         online: `OnlineConfig` values of `small`, `tiny` and `debug` that differ from the shared ones.
     """
-    out: dict[str, dict[str, Any]] = {"paper": dict(paper or {})}
+    models = {
+        name: {**(own or {}).get(name, {}), "world": {**WORLD[name], **(world or {})}, "behaviour": dict(BEHAVIOUR[name])}
+        for name in ("small", "tiny", "debug")
+    }
+    return {**budgets(own=models, pretrain=pretrain, online=online), "paper": dict(paper or {})}
+
+
+def budgets(
+    *, own: Mapping[str, Mapping[str, Any]] | None = None, pretrain: bool = True, online: Mapping[str, Any] | None = None
+) -> dict[str, dict[str, Any]]:
+    """PRESETS of a method without the shared world model: updates, env steps, batches and rates.
+
+    Args:
+        own: per preset, settings of the method's model.
+        pretrain: whether the method has that stage.
+        online: `OnlineConfig` values of `small`, `tiny` and `debug` that differ from the shared ones.
+    """
+    out: dict[str, dict[str, Any]] = {"paper": {}}
     for name in ("small", "tiny", "debug"):
         out[name] = {
             **RUN.get(name, {}),
-            "model": {
-                **((own or {}).get(name, {})),
-                "world": {**WORLD[name], **(world or {})},
-                "behaviour": dict(BEHAVIOUR[name]),
-            },
+            "model": dict((own or {}).get(name, {})),
             **({"pretrain": dict(PRETRAIN[name])} if pretrain else {}),
             "online": {**ONLINE[name], **(online or {})},
             "recipe": dict(RECIPE.get(name, {})),

@@ -51,6 +51,8 @@ def _documented(config: type, item: dataclasses.Field[Any]) -> bool:
 def presets_compose(subject: Subject) -> None:
     """All four presets compose for all stages, and no smaller preset has a larger budget than `paper`."""
     cls = subject.method
+    lacking = sorted(set(PRESETS) - set(cls.PRESETS))
+    require(not lacking, f"PRESETS lacks {lacking}", "use `presets` or `budgets` of localmotion.methods.sizes")
     for preset in PRESETS:
         for stage, source in cls.stages.items():
             for env in ("",) if source is Source.CLIPS else ENVS:

@@ -15,6 +15,11 @@ def decodes(subject: Subject) -> bool:
     return subject.source is Source.LOGGED
 
 
+def knows_labels(subject: Subject) -> bool:
+    """Whether the stage also tells at which positions the action is known."""
+    return decodes(subject) and "labelled" in subject.method.wants
+
+
 def _losses(subject: Subject, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     with torch.no_grad():
         return losses_of(subject.awake().eval(), subject.stage, batch)
@@ -38,12 +43,11 @@ def labels_matter(subject: Subject) -> None:
 @rule
 def unlabelled_actions_are_not_read(subject: Subject) -> None:
     """A method that wants `labelled` reads no action at a position where it is false."""
-    if "labelled" not in subject.method.wants:
-        return
     batch = subject.data()
     plain, other = _losses(subject, batch), _losses(subject, _with_other_actions(batch, ~batch["labelled"]))
     leaks = sorted(name for name, value in plain.items() if not torch.equal(value, other[name]))
     require(not leaks, f"the losses {leaks} read actions of unlabelled positions", "mask them with batch['labelled']")
 
 
-DECODES: tuple[Rule, ...] = (labels_matter, unlabelled_actions_are_not_read)
+DECODES: tuple[Rule, ...] = (labels_matter,)
+LABELLED: tuple[Rule, ...] = (unlabelled_actions_are_not_read,)

@@ -120,6 +120,11 @@ def each_parameter_has_one_optimiser(subject: Subject) -> None:
         )
 
 
+def has_episodes(subject: Subject) -> bool:
+    """Whether an episode may end within a sequence. Clips are sequences of one shot each."""
+    return subject.source is not Source.CLIPS
+
+
 def _updates(subject: Subject, method: Any) -> int:
     """As many updates as it takes for every pass to run twice."""
     return 1 + max(each.every for each in method.passes(subject.stage))
@@ -213,8 +218,6 @@ def episodes_stay_apart(subject: Subject) -> None:
     Losses are means over positions. Where an episode's terms depend on that episode alone, the loss of two episodes is a sum of two
     functions, and f(a, b) + f(c, d) = f(a, d) + f(c, b). A method's `across` names the losses that may break this, with the reason.
     """
-    if subject.source is Source.CLIPS or subject.time < 4:
-        return
     half = subject.time // 2
     method = subject.awake().eval()  # statistics of a batch would mix episodes
     kept = {key: value.clone() for key, value in method.state_dict().items()}
@@ -272,12 +275,12 @@ def saved_state_resumes(subject: Subject) -> None:
 LEARNS: tuple[Rule, ...] = (
     losses_match_their_scales,
     losses_are_pure,
-    every_group_learns,
     each_parameter_has_one_optimiser,
+    every_group_learns,
     updates_change_every_group,
     updates_work_in_bf16,
     frozen_parts_stay,
     updates_can_be_replayed,
-    episodes_stay_apart,
     saved_state_resumes,
 )
+EPISODES: tuple[Rule, ...] = (episodes_stay_apart,)

@@ -75,7 +75,7 @@ def predictions_see_no_future(subject: Subject) -> None:
                 # A sum over other values in another order may round otherwise; what is seen changes more.
                 same = torch.allclose(other[row], pictures, atol=1e-6, rtol=1e-5)
                 fix = f"cut the batch at `context`, or call the row {row_with!r}" if row_with else "cut the batch at `context`"
-                require(same, f"row {row!r} changes with a {what} after its {CONTEXT} frames of context", fix)
+                require(same, f"row {row!r} changes with another {what} after its {CONTEXT} frames of context", fix)
 
 
 PREDICTS: tuple[Rule, ...] = (predictions_have_their_shape, predictions_see_no_future)

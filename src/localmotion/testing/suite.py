@@ -9,18 +9,20 @@ from localmotion.errors import unknown_name
 from localmotion.methods.base import Method
 from localmotion.testing.acts import ACTS, PLANS, acts, plans
 from localmotion.testing.declares import DECLARES
-from localmotion.testing.labels import DECODES, decodes
-from localmotion.testing.learns import LEARNS
+from localmotion.testing.labels import DECODES, LABELLED, decodes, knows_labels
+from localmotion.testing.learns import EPISODES, LEARNS, has_episodes
 from localmotion.testing.predicts import CODES, PREDICTS, has_code, predicts
 from localmotion.testing.rules import Check, Rule, Subject
 
 CAPABILITIES: Mapping[str, tuple[Callable[[Subject], bool], tuple[Rule, ...]]] = {
     "learns": (lambda subject: True, LEARNS),
+    "learns from episodes": (has_episodes, EPISODES),
     "predicts video": (predicts, PREDICTS),
     "codes motion": (has_code, CODES),
     "acts": (acts, ACTS),
     "plans": (plans, PLANS),
     "decodes labels": (decodes, DECODES),
+    "decodes few labels": (knows_labels, LABELLED),
 }
 """Capability of a method in a stage -> whether it is declared, and its rules."""
 RULES: tuple[Rule, ...] = (*DECLARES, *(rule for _, rules in CAPABILITIES.values() for rule in rules))
@@ -63,18 +65,18 @@ def check_method(method: type[Method], *, stages: Sequence[str] | None = None, *
     return checks
 
 
-def _of(capability: str) -> Callable[..., list[Check]]:
-    rules = CAPABILITIES[capability][1]
+def _of(*capabilities: str) -> Callable[..., list[Check]]:
+    rules = tuple(rule for capability in capabilities for rule in CAPABILITIES[capability][1])
 
     def check(method: type[Method], *, stages: Sequence[str] | None = None, **options: Any) -> list[Check]:
         return check_method(method, stages=stages, rules=rules, **options)
 
-    check.__doc__ = f"`check_method` with the rules of one capability: {capability}. Returns [] where no stage declares it."
+    check.__doc__ = f"`check_method` with the rules of: {', '.join(capabilities)}. Returns [] where no stage declares it."
     return check
 
 
-check_learns = _of("learns")
-check_predicts = _of("predicts video")
+check_learns = _of("learns", "learns from episodes")
+check_predicts = _of("predicts video", "codes motion")
 check_acts = _of("acts")
 check_plans = _of("plans")
-check_decodes = _of("decodes labels")
+check_decodes = _of("decodes labels", "decodes few labels")
