@@ -1,6 +1,7 @@
 """A complete example of a method: a world model without memory. docs/add_a_method.md explains it.
 
-python examples/add_a_method.py train --method flat --env toy:dot --preset debug --run runs/flat
+python examples/add_a_method.py                   # checks the method
+localmotion train --plugin examples.add_a_method:Flat --method flat --env toy:dot --preset debug --run runs/flat
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from localmotion import methods
 from localmotion.config import BehaviourConfig, WorldModelConfig
 from localmotion.methods.base import FROM_VIDEO, Batch, Counters, Group, Method, Pass, Rates, imagination_passes, same, video_pass
 from localmotion.methods.sizes import presets
@@ -117,9 +117,7 @@ class Flat(Method):
         return policy.rsample() if explore else policy.mode, None
 
 
-methods.register("flat", __name__, "Flat")
-
 if __name__ == "__main__":
-    from localmotion.cli import main
+    from localmotion.testing import check_method
 
-    main()
+    print(*check_method(Flat), sep="\n")

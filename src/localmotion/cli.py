@@ -38,6 +38,14 @@ def _parser() -> _Parser:
         sub.add_argument(
             "--follow-links", action="store_true", help="accept links that lead out of stores and runs, if they are your own"
         )
+        if name in WITH_METHODS:
+            sub.add_argument(
+                "--plugin",
+                action="append",
+                default=[],
+                metavar="MODULE:CLASS",
+                help="import a method from outside the package (docs/add_a_method.md); repeatable",
+            )
         sub.set_defaults(call=call)
         return sub
 
@@ -189,6 +197,8 @@ TRAINING = {
     "finetune": "Fine-tune a pre-trained method in an environment. The same command with the same run directory resumes.",
     "train": "Learn in an environment from scratch. The same command with the same run directory resumes.",
 }
+WITH_METHODS = {*TRAINING, "study", "evaluate", "collect", "predict", "probe", "report"}
+"""Commands that take a method or read a run of one."""
 
 
 def _videos(sub: argparse.ArgumentParser) -> None:
@@ -251,6 +261,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise unknown_name(f"option of {args.command}", rest[0], known)
         args.rest = rest
         trust_links(args.follow_links)
+        if plugins := getattr(args, "plugin", []):
+            from localmotion import methods
+
+            for text in plugins:
+                methods.plug_in(text)
         args.call(args)
     except LocalmotionError as error:
         errors.print(f"error: {error}", markup=False, style="red")

@@ -1,10 +1,15 @@
-"""The registry of methods: name -> module and class. Nothing else in the code asks for a method by name."""
+"""The registry of methods: name -> module and class. Nothing else in the code asks for a method by name.
+
+A method outside the package comes in by the entry point of an installed package, by ``--plugin`` of the command line (`plug_in`), or by
+`register`. A file that is read names a method only; it cannot make us import one that is not known by that name already.
+"""
 
 from __future__ import annotations
 
 import importlib
 
 from localmotion.errors import ConfigError, unknown_name
+from localmotion.methods import plugins
 from localmotion.methods.base import Batch, Group, Method
 
 _METHODS = {
@@ -14,27 +19,55 @@ _METHODS = {
     "dreamer_v3": ("localmotion.methods.dreamer_v3", "DreamerV3"),
     "ipv": ("localmotion.methods.ipv", "IPV"),
 }
+_PLUGGED_IN: list[str] = []
 
 
 def names() -> list[str]:
-    """All registered methods."""
-    return sorted(_METHODS)
+    """All known methods: built in, registered, and those of installed packages."""
+    return sorted({*_METHODS, *plugins.installed()})
 
 
 def register(name: str, module: str, cls: str) -> None:
     """Add a method of your own: class ``cls`` of ``module``, imported when it is first asked for.
 
     After this the name works wherever a method's name does, in this process: `compose`, `pretrain`, `finetune`, `localmotion.cli.main`.
-    docs/add_a_method.md has an example. Raises ConfigError for a name that another class has.
+    Raises ConfigError for a name that another class has.
     """
     if _METHODS.setdefault(name, (module, cls)) != (module, cls):
         raise ConfigError(f"method {name!r} is {'.'.join(_METHODS[name])}; register {module}.{cls} by another name")
 
 
+def plug_in(text: str) -> type[Method]:
+    """Import and register the method that ``--plugin MODULE:CLASS`` names, by the class's own `name`.
+
+    Modules are also looked for in the working folder. For texts that the user typed, never for those of a file: importing runs code.
+
+    Raises ConfigError for a text of another form, a module or class that cannot be imported, a class that is not a method, and a name
+    that another class has.
+    """
+    module, cls = plugins.parse(text)
+    plugins.see_working_folder()
+    who = f"--plugin {text}"
+    found = plugins.import_class(module, cls, who)
+    taken = [".".join(_METHODS[found.name])] if found.name in _METHODS else []
+    taken += [f"{point.module}.{point.attr}" for point in plugins.installed().get(found.name, [])]
+    if other := next((place for place in taken if place != f"{module}.{cls}"), None):
+        raise ConfigError(f"{who}: the name {found.name!r} belongs to {other}; give {cls} another `name`")
+    register(found.name, module, cls)
+    if text not in _PLUGGED_IN:
+        _PLUGGED_IN.append(text)
+    return found
+
+
+def plugged_in() -> tuple[str, ...]:
+    """The texts that `plug_in` was given, for code that starts further processes of this program."""
+    return tuple(_PLUGGED_IN)
+
+
 def get(name: str) -> type[Method]:
     """The class of a method. Raises ConfigError naming the nearest ones for an unknown name, or for a class that cannot be imported."""
     if name not in _METHODS:
-        raise unknown_name("method", name, _METHODS)
+        return _get_installed(name)
     module, cls = _METHODS[name]
     try:
         found: type[Method] = getattr(importlib.import_module(module), cls)
@@ -43,4 +76,23 @@ def get(name: str) -> type[Method]:
     return found
 
 
-__all__ = ["Batch", "Group", "Method", "get", "names", "register"]
+def _get_installed(name: str) -> type[Method]:
+    """The method that an entry point has under this name."""
+    points = plugins.installed().get(name, [])
+    if not points:
+        raise unknown(name)
+    told = [f"{point.value} ({point.dist.name if point.dist else 'no package'})" for point in points]
+    if len(points) > 1:
+        raise ConfigError(f"method {name!r} is an entry point of several packages: {', '.join(told)}; uninstall all but one")
+    found = plugins.import_class(points[0].module, points[0].attr, f"method {name!r}, entry point {told[0]}")
+    if found.name != name:
+        raise ConfigError(f"entry point {name!r} = {told[0]} has the method {found.name!r}; both names must be the same")
+    return found
+
+
+def unknown(name: str) -> ConfigError:
+    """The error for a name that no method has."""
+    return ConfigError(f"{unknown_name('method', name, names())}; a method outside the package needs --plugin MODULE:CLASS")
+
+
+__all__ = ["Batch", "Group", "Method", "get", "names", "plug_in", "plugged_in", "register", "unknown"]

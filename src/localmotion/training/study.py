@@ -211,6 +211,7 @@ def _start(job: Job, out: Path, jobs: int) -> subprocess.Popen[bytes]:
         arguments += ["--set", f"threads={max(cores() // jobs, 1)}"]
     if links_trusted():
         arguments += ["--follow-links"]
+    arguments += [part for text in methods.plugged_in() for part in ("--plugin", text)]
     # A session of its own: Ctrl-C reaches it through us, once.
     with (out / "console" / f"{job.name}.log").open("ab") as log:
         return subprocess.Popen([sys.executable, "-m", "localmotion", *arguments], stdout=log, stderr=log, start_new_session=True)
@@ -271,7 +272,7 @@ def _table(path: Path, study: Mapping[str, Any], key: str) -> dict[str, dict[str
 def _method(path: Path, given: Mapping[str, Any]) -> str:
     name = str(given.get("method", ""))
     if name not in methods.names():
-        raise ConfigError(f"{path}: {unknown_name('method', name, methods.names())}")
+        raise ConfigError(f"{path}: {methods.unknown(name)}")
     return name
 
 
