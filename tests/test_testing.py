@@ -91,13 +91,16 @@ def test_the_page_has_every_rule() -> None:
 
 def test_a_batch_has_the_keys_of_its_loop() -> None:
     class Moving(Small):
-        wants = frozenset({"flow", "tracks"})
+        wants = frozenset({"flow", "tracks", "mask"})
 
     assert set(random_batch(Small, "pretrain")) == {"image", "is_first", "goal", "clip", "start"}
     logged = {"image", "is_first", "action", "reward", "is_terminal", "goal", "labelled"}
     assert set(random_batch(Small, "decode")) == logged
     assert set(random_batch(Small, "finetune")) == logged | {"code", "value"}
-    assert {"flow", "tracks", "visible", "track_id"} <= set(random_batch(Moving, "pretrain"))
+    moving = {"image", "is_first", "flow", "tracks", "visible", "track_id"}
+    assert set(random_batch(Moving, "pretrain")) == moving | {"clip", "start"}
+    assert set(random_batch(Moving, "decode")) == moving | {"action", "reward", "is_terminal", "mask"}
+    assert random_batch(Moving, "decode")["mask"].shape == (2, 8, 64, 64)
     batch = random_batch(Small, "decode", batch=3, time=5, seed=1)
     assert batch["action"].shape == (3, 5, 3)
     assert not batch["action"][:, 0].any()

@@ -51,6 +51,7 @@ def random_batch(method: type[Method], stage: str, *, batch: int = 2, time: int 
     `Source.CLIPS` gives pictures without actions and rewards; the other sources give both. `Method.wants` adds
 
         flow, tracks   all four keys of motion
+        mask           (B,T,S,S) bool, where the agent is seen; `Source.LOGGED` only
         goal           (B,T,S,S,3) uint8, a picture of the goal
         labelled       (B,T) bool, whether the action at a position is known
 
@@ -59,7 +60,7 @@ def random_batch(method: type[Method], stage: str, *, batch: int = 2, time: int 
     Raises ConfigError for a key in `Method.wants` that is none of these.
     """
     source = method.stages[stage]
-    known = MOTION | {"goal", "labelled"}
+    known = MOTION | {"mask", "goal", "labelled"}
     if unknown := sorted(method.wants - known - MOTION_KEYS):
         raise ConfigError(f"random_batch cannot make {', '.join(unknown)}; give check_method a `batch` of your own, which can")
     keys = CLIPS_KEYS if source is Source.CLIPS else EPISODE_KEYS
@@ -69,6 +70,8 @@ def random_batch(method: type[Method], stage: str, *, batch: int = 2, time: int 
     if "goal" in method.wants:
         goal = torch.randint(0, 256, (batch, 1, SIZE, SIZE, 3), generator=g, dtype=torch.uint8)
         found["goal"] = goal.expand(-1, time, -1, -1, -1).clone()
+    if "mask" in method.wants and source is Source.LOGGED:
+        found["mask"] = torch.rand(batch, time, SIZE, SIZE, generator=g) < 0.3
     if "labelled" in method.wants and source is not Source.CLIPS:
         found["labelled"] = torch.rand(batch, time, generator=g) < 0.5
         found["labelled"][:, 1] = True  # some position is, and some is not
