@@ -207,7 +207,9 @@ def test_a_study_hands_its_plugins_on(folder: Path, monkeypatch: pytest.MonkeyPa
 # --- entry points ------------------------------------------------------------------------------------------------------------
 
 
-def test_an_installed_package_has_methods(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_installed_package_has_methods(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """They are listed without an import, and found for commands and for runs."""
     module(folder, "theirs_installed")
     sys.path.append(str(folder))
@@ -219,6 +221,7 @@ def test_an_installed_package_has_methods(folder: Path, capsys: pytest.CaptureFi
     assert "settings of mine" in capsys.readouterr().out
     assert "holds no complete checkpoint" in fails(capsys, "evaluate", str(run_of(folder, "mine")))
     main(["train", "--plugin", "theirs_installed:Mine", "--method", "mine", *FAST, "--help"])  # the same class again
+    monkeypatch.setattr(methods, "_METHODS", dict(BUILT_IN))  # as another command
     module(folder, "theirs_other")
     said = fails(capsys, "train", "--plugin", "theirs_other:Mine", "--method", "mine", *FAST, "--help")
     assert "the name 'mine' belongs to theirs_installed.Mine" in said
