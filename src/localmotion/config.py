@@ -103,6 +103,23 @@ class OnlineConfig:
 
 
 @dataclass(frozen=True)
+class RolloutConfig:
+    """Learning on-policy from several environments at once (stages whose source is `ROLLOUT`). Budget, clocks, rates and evaluation are
+    those of `OnlineConfig`."""
+
+    environments: int = 8
+    """Environments side by side."""
+    workers: int = 0
+    """Processes that they run in; 0: one per core."""
+    steps: int = 64
+    """Agent steps of each environment between updates."""
+    epochs: int = 4
+    """Times that each rollout is learned from."""
+    minibatches: int = 4
+    """Parts of the environments in which an epoch makes its updates; at most as many as environments."""
+
+
+@dataclass(frozen=True)
 class OptimConfig:
     """Adam as IPV sets it (0.6), used by every optimiser."""
 
@@ -231,6 +248,7 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     online: OnlineConfig = field(default_factory=OnlineConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
 
 
 # What the papers set per benchmark (IPV's release, DRP Table 5), for every method of the family. `model` keys that a method does not have

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,9 +16,11 @@ from localmotion.methods.base import Method, acted
 Policy = Callable[[list[dict[str, Any]], bool], NDArray[np.float32]]
 
 
-def to_batch(records: Sequence[dict[str, Any]], *, first: bool, device: torch.device) -> dict[str, Tensor]:
-    """Records of several environments at one time as a batch (B, 1, ...)."""
-    keys = [key for key in records[0] if key not in ("reward", "is_terminal")]
+def to_batch(
+    records: Sequence[dict[str, Any]], *, first: bool, device: torch.device, without: Collection[str] = ()
+) -> dict[str, Tensor]:
+    """Records of several environments at one time as a batch (B, 1, ...) of what `Method.act` sees: all but reward and ``without``."""
+    keys = [key for key in records[0] if key not in ("reward", "is_terminal", *without)]
     batch = {key: torch.from_numpy(np.stack([np.asarray(r[key]) for r in records])[:, None]).to(device) for key in keys}
     batch["is_first"] = torch.full((len(records), 1), first, device=device)
     return batch
@@ -30,15 +32,28 @@ class MethodPolicy:
     def __init__(self, method: Method, compute: Compute, *, explore: bool, window: int) -> None:
         self.method, self.compute, self.explore, self.window = method, compute, explore, window
         self.carry: Any = None
+        self.extras: dict[str, NDArray[np.float32]] = {}
+        """What the method returned beside the newest actions, (E, *shape) by name: `Method.extras`."""
 
-    @torch.inference_mode()
     def __call__(self, records: list[dict[str, Any]], first: bool) -> NDArray[np.float32]:
         """Actions (E, A) for the newest record of each environment; ``first``: the first of an episode."""
         if first:
-            self.carry = self.method.initial_carry(len(records))
-        batch = to_batch(records, first=first, device=self.compute.device)
-        with self.compute.acting(len(records)), uncompiled(self.method):
-            action, self.carry, _ = acted(self.method, batch, self.carry, explore=self.explore, window=self.window)
+            self.carry = None
+        return self._act(to_batch(records, first=first, device=self.compute.device, without=self.method.extras))
+
+    def act(self, record: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+        """The same for environments whose episodes begin at different times: records (E, ...) by key, with ``is_first`` (E,)."""
+        keys = [key for key in record if key not in ("reward", "is_terminal", *self.method.extras)]
+        return self._act({key: torch.from_numpy(record[key][:, None]).to(self.compute.device) for key in keys})
+
+    @torch.inference_mode()
+    def _act(self, batch: dict[str, Tensor]) -> NDArray[np.float32]:
+        count = len(batch["is_first"])
+        if self.carry is None:
+            self.carry = self.method.initial_carry(count)
+        with self.compute.acting(count), uncompiled(self.method):
+            action, self.carry, extras = acted(self.method, batch, self.carry, explore=self.explore, window=self.window)
+        self.extras = {name: value.float().cpu().numpy() for name, value in extras.items()}
         result: NDArray[np.float32] = action.float().clamp(-1, 1).cpu().numpy()
         return result
 

@@ -68,7 +68,7 @@ def _layers(
 
 
 # Counts of the training loops that may be zero; all others are at least 1.
-_MAY_BE_ZERO = {"env_steps", "prefill", "warmup_updates", "freeze_updates", "seed", "threads", "action_repeat"}
+_MAY_BE_ZERO = {"env_steps", "prefill", "warmup_updates", "freeze_updates", "seed", "threads", "action_repeat", "workers"}
 
 
 def _check_ranges(config: RunConfig) -> None:

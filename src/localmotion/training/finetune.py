@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from localmotion import methods
@@ -15,8 +17,9 @@ from localmotion.compute import choose
 from localmotion.config import RunConfig
 from localmotion.console import say
 from localmotion.envs import check_env
+from localmotion.envs.vector import VectorEnv
 from localmotion.errors import ConfigError
-from localmotion.methods.base import MOTION, Method
+from localmotion.methods.base import MOTION, Method, Source
 from localmotion.recipe import Recipe
 from localmotion.recording.logs import action_dim
 from localmotion.runs.rundir import RunDir, claimed, read_environment
@@ -25,6 +28,7 @@ from localmotion.training import graphs
 from localmotion.training.checks import check_learns, check_length
 from localmotion.training.logged import LoggedLoop
 from localmotion.training.online import OnlineLoop
+from localmotion.training.rollout import RolloutLoop
 from localmotion.training.transfer import load_pretrained
 from localmotion.training.update import Updater
 from localmotion.video.store import ClipStore
@@ -53,8 +57,14 @@ def finetune(run: RunConfig, path: Path) -> Path:
     if run.env:
         check_env(run.env, run.env_options)
     check_length(cls, run)
+    if run.data:
+        work = _logged
+    elif cls.stages[run.stage] is Source.ROLLOUT:
+        work = _rollout
+    else:
+        work = _online
     with claimed(path):
-        return _logged(run, path, cls) if run.data else _online(run, path, cls)
+        return work(run, path, cls)
 
 
 def _online(run: RunConfig, path: Path, cls: type[Method]) -> Path:
@@ -73,6 +83,10 @@ def _online(run: RunConfig, path: Path, cls: type[Method]) -> Path:
 def _logged(run: RunConfig, path: Path, cls: type[Method]) -> Path:
     if run.observed != "pixels":
         raise ConfigError(f"observed={run.observed}: logged episodes have pictures only; leave it out")
+    if cls.extras:
+        raise ConfigError(
+            f"{run.method}: learns from what it thought while it acted ({', '.join(cls.extras)}), which logs do not hold"
+        )
     store = ClipStore(Path(run.data))
     recipe = streaming_recipe(recipe_of(store.recipe, store.path))
     run, dim = replace(run, recipe=recipe), action_dim(store)
@@ -90,6 +104,28 @@ def _logged(run: RunConfig, path: Path, cls: type[Method]) -> Path:
         observer.env.close()
     method, updater = _built(run, path, cls, store.size, dim)
     LoggedLoop(run, RunDir(path, run), store, method, updater, make).go()
+    return path
+
+
+def _rollout(run: RunConfig, path: Path, cls: type[Method]) -> Path:
+    rollout = run.rollout
+    if rollout.minibatches > rollout.environments:
+        raise ConfigError(f"rollout.minibatches={rollout.minibatches} is more than rollout.environments={rollout.environments}")
+    if cls.wants & MOTION or run.observed != "pixels":
+        raise ConfigError(f"{run.method}: learns on-policy from pictures only; neither motion nor vectors are perceived there")
+    run = replace(run, recipe=with_recipe(run, path).recipe or Recipe())
+    size = run.recipe.size if run.recipe else Recipe().size
+    settings = {
+        "size": size,
+        "quality": run.quality,
+        "action_repeat": run.action_repeat or None,
+        "supersample": run.supersample,
+        **run.env_options,
+    }
+    with closing(VectorEnv(run.env, rollout.environments, seed=run.seed, workers=rollout.workers or None, **settings)) as envs:
+        dim = int(np.prod(envs.single_action_space.shape or ()))
+        method, updater = _built(run, path, cls, size, dim)
+        RolloutLoop(run, RunDir(path, run), envs, method, updater, int(envs.description["action_repeat"])).go()
     return path
 
 

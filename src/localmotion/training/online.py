@@ -54,7 +54,7 @@ class OnlineLoop(Loop):
         self.longest = -(-limit // repeat)  # agent steps of an episode that its time limit ends
         recipe = observer.recipe if online.replay_flow == "int8" else None
         self.replay = Replay(
-            observer.spec(),
+            observer.spec() | {name: (shape, "float32") for name, shape in method.extras.items()},
             capacity=records_needed(online, self.total, self.longest),
             length=online.length,
             prioritize_ends=online.prioritize_ends,
@@ -147,7 +147,8 @@ class OnlineLoop(Loop):
             policy: Policy = MethodPolicy(self.method, self.compute, explore=True, window=self.run.online.length)
         else:
             policy = random_policy(self.observer.action_dim, episode_seed(self.run.seed, "prefill", self.episode))
-        playing = Playing(self.observer, policy, episode_seed(self.run.seed, "train", self.episode), learning=learning)
+        seed = episode_seed(self.run.seed, "train", self.episode)
+        playing = Playing(self.observer, policy, seed, learning=learning, extras=self.method.extras)
         self.replay.add(playing.record, last=False)
         return playing
 

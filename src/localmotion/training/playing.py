@@ -16,12 +16,29 @@ from localmotion.training.trees import leaves_of, with_leaves
 
 
 class Playing:
-    """One episode in progress. ``learning``: the agent plays it; else random actions do."""
+    """One episode in progress.
 
-    def __init__(self, observer: Observer, policy: Policy, seed: int, *, learning: bool) -> None:
+    Args:
+        learning: the agent plays it; else random actions do.
+        extras: names and shapes of what the method's `act` returns for the replay; it stands in the record of its action, and zeros
+            stand at the reset and in random episodes.
+    """
+
+    def __init__(
+        self,
+        observer: Observer,
+        policy: Policy,
+        seed: int,
+        *,
+        learning: bool,
+        extras: Mapping[str, tuple[int, ...]] | None = None,
+    ) -> None:
         self.observer, self.policy, self.learning = observer, policy, learning
-        self.record: dict[str, Any] = observer.reset(seed)
+        self.kept = dict(extras or {})
+        self.record: dict[str, Any] = observer.reset(seed) | self._zeros()
         """The newest record, for the replay."""
+        self.extras: dict[str, list[NDArray[np.float32]]] = {name: [] for name in self.kept}
+        """What the policy returned beside each action."""
         self.actions: list[NDArray[np.float32]] = []
         self.total = 0.0
         self.success: float | None = None
@@ -33,27 +50,39 @@ class Playing:
 
     def take(self, action: NDArray[np.float32]) -> bool:
         """Take an action in the environment; whether the episode is over."""
-        self.record, done, info = self.observer.step(action)
+        record, done, info = self.observer.step(action)
+        chosen = self.policy.extras if isinstance(self.policy, MethodPolicy) else {}
+        kept = self._zeros() | {name: value[0] for name, value in chosen.items()}
+        self.record = record | kept
         self.actions.append(action)
+        for name, values in self.extras.items():
+            values.append(kept[name])
         self.total += self.record["reward"]
         if "success" in info:
             self.success = max(self.success or 0.0, float(info["success"]))
         return done
 
     def saved(self) -> dict[str, Tensor]:
-        """Its actions and the policy's carry. Environment, perception and records follow from the actions and the seed."""
+        """Its actions with their extras, and the policy's carry. Environment, perception and records follow from these and the seed."""
         found = {"actions": torch.from_numpy(np.array(self.actions, np.float32))}
+        found |= {f"extra.{name}": torch.from_numpy(np.array(values, np.float32)) for name, values in self.extras.items()}
         if isinstance(self.policy, MethodPolicy):
             found |= {f"carry.{i:03d}": leaf for i, leaf in enumerate(leaves_of(self.policy.carry))}
         return found
 
     def replay(self, saved: Mapping[str, Tensor], add: Callable[[dict[str, Any]], None]) -> None:
         """Take the saved actions again, ``add`` each record, and give the policy its carry back."""
-        for action in saved["actions"].numpy():
-            if not isinstance(self.policy, MethodPolicy):
+        extras = {name: saved[f"extra.{name}"].numpy() for name in self.kept}
+        for index, action in enumerate(saved["actions"].numpy()):
+            if isinstance(self.policy, MethodPolicy):
+                self.policy.extras = {name: values[index : index + 1] for name, values in extras.items()}
+            else:
                 self.choose()  # its generator moves on
             self.take(action)
             add(self.record)
         if isinstance(self.policy, MethodPolicy) and self.actions:
             leaves = [saved[key].to(self.policy.compute.device) for key in sorted(saved) if key.startswith("carry.")]
             self.policy.carry = with_leaves(self.policy.method.initial_carry(1), leaves)
+
+    def _zeros(self) -> dict[str, NDArray[np.float32]]:
+        return {name: np.zeros(shape, np.float32) for name, shape in self.kept.items()}

@@ -1,0 +1,205 @@
+"""The loop of an on-policy stage: several environments side by side, and each piece of experience is used once and forgotten."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from localmotion.acting.episodes import episode_seed
+from localmotion.acting.observer import SHOWN, make_observer
+from localmotion.acting.policy import MethodPolicy
+from localmotion.config import RunConfig
+from localmotion.envs.vector import VectorEnv
+from localmotion.methods.base import Method
+from localmotion.runs import checkpoint
+from localmotion.runs.rundir import RunDir
+from localmotion.training.loop import Clock, Loop
+from localmotion.training.trees import leaves_of, with_leaves
+from localmotion.training.trials import Trials
+from localmotion.training.update import Updater
+
+Record = dict[str, NDArray[Any]]
+
+
+class RolloutLoop(Loop):
+    """All environments take ``rollout.steps`` agent steps with the policy; then come ``rollout.epochs`` times ``rollout.minibatches``
+    updates on what they saw. A count is an agent step of one environment.
+
+    A batch (B environments, T = steps + 1 positions) has the keys of a replay's and the extras that `Method.act` returned. Position 0
+    is the last one of the rollout before, so every step is in one batch with the frame at which it was chosen. Environments that ended
+    wait one position and go on with a new episode, from its ``is_first`` on.
+    """
+
+    kind = "train"
+    unit = "agent_step"
+
+    def __init__(self, run: RunConfig, out: RunDir, envs: VectorEnv, method: Method, updater: Updater, repeat: int) -> None:
+        online = run.online
+        super().__init__(
+            run, out, method, updater, Clock(online.log_every), Clock(online.eval_every, -1), Clock(online.save_every)
+        )
+        self.envs, self.repeat, self.agent_step = envs, repeat, 0
+        count = envs.num_envs
+        self.policy = MethodPolicy(method, self.compute, explore=True, window=run.rollout.steps + 1)
+        self.episodes = np.zeros(count, np.int64)  # episodes that each environment began
+        self.actions: list[list[NDArray[np.float32]]] = [[] for _ in range(count)]  # of the episodes that are played
+        self.returns = np.zeros(count)
+        self.success = np.full(count, np.nan)
+        self.ended = np.ones(count, bool)  # whether an environment waits for its reset
+        self.now: Record = {}
+        self.final: int | None = None
+        self.trials = Trials(run, out, method, self.compute, self._judge, lambda: self.stop.check())
+        self.spent |= {"act": 0.0, "env": 0.0, "eval": 0.0}
+
+    @property
+    def total(self) -> int:
+        return -(-self.run.online.env_steps // self.repeat)
+
+    @property
+    def count(self) -> int:
+        return self.agent_step
+
+    def counters(self) -> dict[str, int]:
+        env_step, episode = self.agent_step * self.repeat, int(self.episodes.sum())
+        return {"update": self.updater.update, "agent_step": self.agent_step, "env_step": env_step, "episode": episode}
+
+    def where(self) -> dict[str, int]:
+        return {"agent_step": self.agent_step, "env_step": self.agent_step * self.repeat}
+
+    def lines(self) -> list[str]:
+        rollout = self.run.rollout
+        return [
+            f"{self.run.method} on {self.run.env}: {self.compute.note}",
+            f"{self.total:,} agent steps = {self.total * self.repeat:,} env steps in {self.envs.num_envs} environments;"
+            f" {rollout.epochs} x {rollout.minibatches} updates after {rollout.steps} steps of each",
+        ]
+
+    def record(self) -> dict[str, Any]:
+        return {"env": self.envs.description, "recipe": self.run.recipe.to_json() if self.run.recipe else None}
+
+    # Playing and learning ---------------------------------------------------------------------------------------------------
+
+    def advance(self) -> None:
+        """One rollout, and the updates on it."""
+        rollout = self.run.rollout
+        if not self.now:
+            self.now = self._next(np.zeros((self.envs.num_envs, self.method.action_dim), np.float32))
+        records = [self.now]
+        for _ in range(rollout.steps):
+            with self.timed("act"):
+                if self.method.training:
+                    self.method.eval()
+                action = self.policy.act(self.now)
+            with self.timed("env"):
+                self.now = self._next(action)
+            records.append(self.now)
+        batch = {key: torch.from_numpy(np.stack([record[key] for record in records], 1)) for key in self.now}  # (E, T, ...)
+        order = np.random.default_rng([self.run.seed, self.agent_step])
+        for _ in range(rollout.epochs):
+            for part in np.array_split(order.permutation(self.envs.num_envs), rollout.minibatches):
+                rows = torch.from_numpy(np.sort(part))
+                self.learn(self.compute.to_device({key: value[rows] for key, value in batch.items()}))
+        self.agent_step += rollout.steps * self.envs.num_envs
+
+    def _next(self, action: NDArray[np.float32]) -> Record:
+        """The records (E, ...) after the actions (E, A): a step where an episode runs, a reset where one had ended."""
+        fresh, playing = self.ended.copy(), ~self.ended
+        reward = np.zeros(len(fresh), np.float32)
+        terminal = np.zeros(len(fresh), bool)
+        observed: dict[str, NDArray[Any]] = {}
+        if playing.any():
+            observed, gained, terminated, truncated, info = self.envs.step(action)
+            reward[playing], terminal[playing] = gained[playing], terminated[playing]
+            self.ended = playing & (terminated | truncated)
+            for index in np.flatnonzero(playing).tolist():
+                self.actions[index].append(action[index].copy())
+                self.returns[index] += gained[index]
+                if "success" in info:
+                    self.success[index] = np.fmax(self.success[index], float(info["success"][index]))
+        for index in np.flatnonzero(self.ended & playing).tolist():
+            self._log_episode(index)
+        if fresh.any():
+            self.ended &= ~fresh
+            observed = self._reset(fresh)
+        extras = self.policy.extras or {
+            name: np.zeros((len(fresh), *shape), np.float32) for name, shape in self.method.extras.items()
+        }
+        led = {"action": np.asarray(action, np.float32).copy(), "reward": reward, **{k: v.copy() for k, v in extras.items()}}
+        for value in led.values():
+            value[fresh] = 0
+        pictures = {key: observed[key].copy() for key in SHOWN if key in observed}
+        return {**pictures, **led, "is_terminal": terminal, "is_first": fresh}
+
+    def _reset(self, mask: NDArray[np.bool_]) -> dict[str, NDArray[Any]]:
+        """Begin the next episode of some environments. Its seed is a function of the run's, the environment and its number."""
+        for index in np.flatnonzero(mask).tolist():
+            self.episodes[index] += 1
+            self.actions[index], self.returns[index], self.success[index] = [], 0.0, np.nan
+        return self.envs.reset(seed=self._seeds(), options={"reset_mask": mask})[0]
+
+    def _seeds(self) -> list[int | None]:
+        count = self.envs.num_envs
+        return [episode_seed(self.run.seed, "train", index + count * int(self.episodes[index])) for index in range(count)]
+
+    def _log_episode(self, index: int) -> None:
+        values = {"return": float(self.returns[index]), "length": len(self.actions[index]), "random": False}
+        extra = {} if np.isnan(self.success[index]) else {"success": float(self.success[index])}
+        self.out.log("episode", **self.counters(), **values, **extra)
+
+    # Measuring and saving ---------------------------------------------------------------------------------------------------
+
+    def _judge(self) -> Any:
+        return make_observer(self.run, None, size=self.method.image_size)
+
+    def measure(self, final: bool) -> None:
+        place = ("env step", self.agent_step * self.repeat)
+        self.trials(self.counters(), self.agent_step, place=place, final=final)
+        self.final = self.agent_step if final else self.final
+
+    def finish(self) -> None:
+        if self.final != self.agent_step:
+            super().finish()
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Mapping[str, Tensor]]]:
+        values = {
+            "action_dim": self.method.action_dim,
+            "agent_step": self.agent_step,
+            "best": self.trials.best,
+            "final": self.final,
+            "episodes": self.episodes.tolist(),
+        }
+        dim = self.method.action_dim
+        tensors = {f"now.{key}": torch.from_numpy(value) for key, value in self.now.items()}
+        tensors |= {f"carry.{i:03d}": leaf for i, leaf in enumerate(leaves_of(self.policy.carry))}
+        tensors |= {
+            f"actions.{i}": torch.from_numpy(np.array(x, np.float32).reshape(-1, dim)) for i, x in enumerate(self.actions)
+        }
+        tensors |= {"ended": torch.from_numpy(self.ended), "returns": torch.from_numpy(self.returns)}
+        return values, {"rollout": tensors | {"success": torch.from_numpy(self.success)}}
+
+    def restore(self, state: Mapping[str, Any], folder: Path) -> None:
+        """Bring every environment back to where it was saved: its episode's seed and its actions again."""
+        self.agent_step, self.trials.best, self.final = int(state["agent_step"]), state.get("best"), state.get("final")
+        self.episodes = np.array(state["episodes"], np.int64)
+        saved = checkpoint.read(folder, "rollout")
+        count = self.envs.num_envs
+        self.now = {key[4:]: value.numpy() for key, value in saved.items() if key.startswith("now.")}
+        self.ended, self.returns, self.success = (saved[key].numpy() for key in ("ended", "returns", "success"))
+        played = [saved[f"actions.{index}"].numpy() for index in range(count)]
+        self.actions = [list(actions) for actions in played]
+        if self.now:
+            longest, lengths = max(map(len, played)), np.array([len(actions) for actions in played])
+            for step in range(longest + 1):  # the shorter an episode, the later it begins: all arrive together
+                if (begins := lengths == longest - step).any():
+                    self.envs.reset(seed=self._seeds(), options={"reset_mask": begins})
+                if step < longest:
+                    taken = [x[step - longest] if len(x) >= longest - step else np.zeros(self.method.action_dim) for x in played]
+                    self.envs.step(np.array(taken, np.float32))
+            leaves = [saved[key].to(self.compute.device) for key in sorted(saved) if key.startswith("carry.")]
+            self.policy.carry = with_leaves(self.method.initial_carry(count), leaves)
