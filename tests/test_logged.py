@@ -239,6 +239,13 @@ def test_without_an_environment_it_is_judged_where_one_says(
     assert '"env": "toy:block"' in capsys.readouterr().out
 
 
+def test_the_environment_that_judges_acts_at_the_rate_of_the_logs(tmp_path: Path) -> None:
+    collect("toy:block", tmp_path / "logs", policy="random", episodes=2, recipe=TINY, time_limit=18, action_repeat=3)
+    run = finetune(settings(tmp_path / "logs", "updates=2", "online.length=5"), tmp_path / "run")
+    rows = [json.loads(text) for text in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["length_mean"] for row in rows if row["kind"] == "eval"] == [6]
+
+
 def test_what_cannot_be_learned_from_is_refused_before_the_work(store: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="logged with 2 action dimensions, dmc:cartpole_balance has 1"):
         finetune(
