@@ -96,7 +96,11 @@ def test_a_batch_has_the_keys_of_its_loop() -> None:
     assert set(random_batch(Small, "pretrain")) == {"image", "is_first", "goal", "clip", "start"}
     logged = {"image", "is_first", "action", "reward", "is_terminal", "goal", "labelled"}
     assert set(random_batch(Small, "decode")) == logged
-    assert set(random_batch(Small, "finetune")) == logged | {"code", "value"}
+    played = random_batch(Small, "finetune")
+    assert set(played) == logged | {"code", "value"}
+    assert played["code"].shape == (2, 8, 16)
+    assert not played["value"][:, 0].any()
+    assert played["value"][:, 1:].all()
     moving = {"image", "is_first", "flow", "tracks", "visible", "track_id"}
     assert set(random_batch(Moving, "pretrain")) == moving | {"clip", "start"}
     assert set(random_batch(Moving, "decode")) == moving | {"action", "reward", "is_terminal", "mask"}

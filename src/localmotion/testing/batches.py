@@ -55,7 +55,7 @@ def random_batch(method: type[Method], stage: str, *, batch: int = 2, time: int 
         goal           (B,T,S,S,3) uint8, a picture of the goal
         labelled       (B,T) bool, whether the action at a position is known
 
-    and `Method.extras` adds what acting stored, (B,T,*shape), to `Source.REPLAY` and `Source.ROLLOUT`.
+    and `Method.extras` adds what acting stored with each action, (B,T,*shape), to `Source.REPLAY` and `Source.ROLLOUT`.
 
     Raises ConfigError for a key in `Method.wants` that is none of these.
     """
@@ -78,6 +78,8 @@ def random_batch(method: type[Method], stage: str, *, batch: int = 2, time: int 
         found["labelled"][:, -1] = False
     if source in (Source.REPLAY, Source.ROLLOUT):
         found |= {name: torch.randn(batch, time, *shape, generator=g) for name, shape in method.extras.items()}
+        for name in method.extras:
+            found[name][:, 0] = 0  # nothing led to the first frame
     if source is Source.CLIPS:
         found |= {"clip": torch.arange(batch), "start": torch.zeros(batch, dtype=torch.int64)}
     return found

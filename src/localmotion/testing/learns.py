@@ -224,7 +224,7 @@ def episodes_stay_apart(subject: Subject) -> None:
     one, two = subject.data(0), subject.data(1)
     for data in (one, two):
         data["is_first"][:, half] = True
-        for key in ("action", "flow", "visible"):
+        for key in ("action", "flow", "visible", *subject.method.extras):
             if key in data:
                 data[key][:, half] = 0
     for key, value in two.items():
