@@ -110,7 +110,8 @@ class RolloutConfig:
     environments: int = 8
     """Environments side by side."""
     workers: int = 0
-    """Processes that they run in; 0: one per core."""
+    """Processes that they run in; 0: one per core. They are spawned, so a script that starts such a run guards its work with
+    `if __name__ == "__main__"`."""
     steps: int = 64
     """Agent steps of each environment between updates."""
     epochs: int = 4
