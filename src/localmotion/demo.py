@@ -28,8 +28,8 @@ FINETUNE = (
     "action_repeat=4",
     "env_steps=20000",
     "prefill=3000",
-    "online.eval_every=1500",
-    "online.save_every=1500",
+    "online.eval_every=2500",
+    "online.save_every=2500",
     "online.log_every=50",
 )
 

@@ -66,8 +66,11 @@ def evaluate_run(
     recipe = run.recipe if bool(method.wants & MOTION) else None
     base = run.seed + (which == "best") if seed is None else seed
 
+    blind = policy == "random" and video is None  # nobody looks: nothing is drawn, and the returns are the same
+    shown = replace(run, observed="vectors") if blind else run
+
     def make() -> Observer:
-        return make_observer(run, recipe if policy == "agent" else None, size=method.image_size)
+        return make_observer(shown, recipe if policy == "agent" else None, size=method.image_size)
 
     observers = [make()]
     dim = observers[0].action_dim
