@@ -2,6 +2,7 @@
 
 python examples/two_stages.py                                # checks the method
 localmotion pretrain --plugin examples.two_stages:TwoStages --method two_stages --data store --preset debug --run runs/two
+localmotion decode --plugin examples.two_stages:TwoStages --method two_stages --data logs --preset debug --checkpoint runs/two --run runs/decode
 """
 
 from __future__ import annotations

@@ -386,7 +386,7 @@ def test_methods_are_registry_names(name: Any) -> None:
         ({"_target_": "os.system"}, "unknown setting '_target_'"),
         ({"model": {"_target_": "os.system"}}, "unknown setting 'model._target_'"),
         ({"model": 3}, "model"),
-        ({"stage": "run:me"}, "must be one of"),
+        ({"stage": "run:me"}, "has no stage"),
         ({"optim": None}, "optim"),
         ({"online": {"lr": float("nan")}}, "online.lr=nan: expected float"),
         ({"online": {"lr": "1e999"}}, "expected float"),

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from localmotion.acting.episodes import Rollout
 from localmotion.cli import main
 from localmotion.config import RunConfig
 from localmotion.envs import make_env
@@ -22,7 +23,9 @@ from localmotion.recording import collect as collecting
 from localmotion.recording.collect import collect
 from localmotion.recording.logs import EpisodeSampler
 from localmotion.replay import Replay
+from localmotion.runs import checkpoint
 from localmotion.runs.settings import compose
+from localmotion.training import trials
 from localmotion.training.finetune import finetune
 from localmotion.video.sample import WindowSampler
 from localmotion.video.store import ClipStore
@@ -222,6 +225,15 @@ def test_a_run_from_logs_in_pieces_is_the_whole_run(
     assert_same(whole, tmp_path / "pieces")
     again = evaluate_run(whole, episodes=2)
     assert again == evaluate_run(whole, episodes=2)
+
+
+def test_a_resumed_run_keeps_its_best_evaluation(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = iter([3.0, 1.0, 2.0])
+    monkeypatch.setattr(trials, "evaluate", lambda *_, **__: Rollout([next(scores)], [1]))
+    run = settings(store, "updates=12", "online.eval_every=5", "online.save_every=3")
+    Stops(monkeypatch, 8, 100)
+    assert in_pieces(finetune, run, tmp_path) == 1
+    assert checkpoint.read_state(checkpoint.best(tmp_path))["update"] == 5
 
 
 def test_without_an_environment_it_is_judged_where_one_says(

@@ -15,6 +15,8 @@ from localmotion import methods
 from localmotion.cli import WITH_METHODS, main
 from localmotion.config import to_dict
 from localmotion.errors import ConfigError
+from localmotion.recipe import Recipe
+from localmotion.recording.collect import collect
 from localmotion.runs.settings import compose, from_dict
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -255,3 +257,33 @@ def test_packages_that_disagree(folder: Path, capsys: pytest.CaptureFixture[str]
     assert "is an entry point of several packages" in said
     assert "theirs_named:Mine (theirs_a)" in said
     assert methods.get("drp").__module__ == "localmotion.methods.drp"  # the package's own come first
+
+
+def test_a_stage_of_a_methods_own_is_a_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Video, then logged actions, then the environment: two offline stages of a method from outside."""
+    store = tmp_path / "logs"
+    collect("toy:block", store, policy="random", episodes=12, recipe=Recipe(size=32, percept_size=32, tracks=8), time_limit=5)
+    plugin = ["--plugin", "examples.two_stages:TwoStages"]
+    head = [*plugin, "--method", "two_stages", "--preset", "debug", "--data", str(store)]
+    few = ["--updates", "6", "--batch_size", "2", "--length", "5"]
+    main(["pretrain", *head, "--run", str(tmp_path / "pre"), *few])
+    decode = ["decode", *head, "--run", str(tmp_path / "decode"), *few, "--env", "toy:block", "--eval_episodes", "1"]
+    with pytest.raises(SystemExit):
+        main(decode)
+    assert "decode needs --checkpoint" in capsys.readouterr().err
+    main([*decode, "--checkpoint", str(tmp_path / "pre"), "--env_options", "{time_limit: 5}"])
+    told = capsys.readouterr().out
+    assert "loaded 2 tensors of encoder" in told
+    assert "two_stages on logged episodes" in told
+    main(["evaluate", str(tmp_path / "decode"), *plugin, "--episodes", "1"])
+    assert '"length_mean": 5.0' in capsys.readouterr().out
+    main(["decode", *head, "--help"])
+    assert "--online.updates" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["decod", *head, "--run", str(tmp_path / "x")])
+    assert "method two_stages has no stage 'decod'; it has pretrain, decode" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(
+            ["decode", *plugin, "--method", "two_stages", "--preset", "debug", "--run", str(tmp_path / "y"), "--checkpoint", "z"]
+        )
+    assert "decode: say with --data which logged episodes" in capsys.readouterr().err

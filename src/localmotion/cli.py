@@ -25,20 +25,22 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{self.prog}: {message}")
 
 
-def _parser() -> _Parser:
+def _parser(stage: str = "") -> _Parser:
+    """The parser of all commands; ``stage``: a further command, a stage that only some methods have."""
     parser = _Parser(
         prog="localmotion",
         description="Pre-trains world models on unlabeled video and fine-tunes them into agents.",
+        epilog="A stage that only some methods have is a command too: localmotion decode --method ...",
     )
     parser.add_argument("--version", action="version", version=f"localmotion {__version__}")
     group = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
 
     def add(name: str, text: str, call: Callable[..., Any]) -> _Parser:
-        sub: _Parser = group.add_parser(name, help=text, description=text, add_help=name not in TRAINING)
+        sub: _Parser = group.add_parser(name, help=text, description=text, add_help=name not in (*TRAINING, stage))
         sub.add_argument(
             "--follow-links", action="store_true", help="accept links that lead out of stores and runs, if they are your own"
         )
-        if name in WITH_METHODS:
+        if name in (*WITH_METHODS, stage):
             sub.add_argument(
                 "--plugin",
                 action="append",
@@ -76,7 +78,8 @@ def _parser() -> _Parser:
     sub.add_argument("--out", type=Path, required=True, help="picture.png or film.mp4")
     sub.add_argument("--clip", help="clip id or number; default: one with much motion")
 
-    for name, text in TRAINING.items():
+    own = {stage: f"Run the stage {stage} of a method. The same command with the same run directory resumes."} if stage else {}
+    for name, text in (TRAINING | own).items():
         sub = add(name, text, commands.train)
         sub.add_argument("--method", help="registry name of the method, e.g. drp")
         sub.add_argument("--preset", default="small", help="paper, small, tiny or debug")
@@ -250,13 +253,23 @@ def _recipe(sub: argparse.ArgumentParser, without: tuple[str, ...] = ()) -> None
     )
 
 
+def _own_stage(argv: Sequence[str]) -> str:
+    """The command, if it is none of ours but a method is named with it: then it is a stage of that method's own."""
+    command = argv[0] if argv else ""
+    if command.startswith("-") or not any(text.partition("=")[0] == "--method" for text in argv):
+        return ""
+    known = _parser()._subparsers._group_actions[0].choices  # type: ignore[union-attr]
+    return "" if command in (known or ()) else command
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
     from localmotion.console import errors
 
     try:
-        args, rest = _parser().parse_known_args(argv)
-        if rest and args.command not in TRAINING:
+        stage = _own_stage(sys.argv[1:] if argv is None else argv)
+        args, rest = _parser(stage).parse_known_args(argv)
+        if rest and args.command not in (*TRAINING, stage):
             known = [s for a in _parser()._subparsers._group_actions[0].choices[args.command]._actions for s in a.option_strings]  # type: ignore[union-attr,index]
             raise unknown_name(f"option of {args.command}", rest[0], known)
         args.rest = rest

@@ -122,8 +122,9 @@ def inspect(args: argparse.Namespace) -> None:
 
 
 def train(args: argparse.Namespace) -> None:
-    """`localmotion pretrain | finetune | train`"""
+    """`localmotion pretrain | finetune | train`, and further stages of a method by their names"""
     from localmotion import methods
+    from localmotion.methods.base import Source
     from localmotion.runs.settings import compose
 
     if not args.method:
@@ -139,7 +140,7 @@ def train(args: argparse.Namespace) -> None:
         return
     if not args.run:
         raise ConfigError(f"{args.command}: say where with --run DIRECTORY")
-    if args.command == "pretrain":
+    if methods.get(args.method).stages.get(args.command, Source.CLIPS) is Source.CLIPS:
         from localmotion.training.pretrain import pretrain
 
         pretrain(run, args.run)

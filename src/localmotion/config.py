@@ -22,7 +22,8 @@ import yaml
 from localmotion.errors import ConfigError, unknown_name
 from localmotion.recipe import Recipe, read_recipe
 
-Stage = Literal["pretrain", "finetune", "train"]
+Stage = str
+"""Name of one of the method's `stages`: pretrain, finetune, train, or one of its own."""
 PRESETS = ("paper", "small", "tiny", "debug")
 
 
@@ -200,7 +201,7 @@ class RunConfig:
     method: str
     """Registry name of the method."""
     stage: Stage
-    """pretrain, finetune or train."""
+    """pretrain, finetune, train, or a further stage of the method."""
     model: Any
     """The method's own settings."""
     preset: str = "small"
@@ -363,10 +364,11 @@ def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{item.name}", value
 
 
-def assign(config: Any, text: str) -> Any:
+def assign(config: Any, text: str, video: bool | None = None) -> Any:
     """Apply one ``name=value`` (as given to --set). A short name is enough where it is unique.
 
-    One that both sources of data have, `batch_size` say, means that of the run's own stage: pretrain.batch_size or online.batch_size.
+    One that both sources of data have, `batch_size` say, means that of the run's own stage: pretrain.batch_size where it learns from
+    ``video`` (default: in the stage of that name), else online.batch_size.
 
     Raises ConfigError for a name that is unknown or ambiguous, or a value of the wrong type.
     """
@@ -378,7 +380,8 @@ def assign(config: Any, text: str) -> Any:
     if name not in names:
         found = [dotted for dotted in names if dotted.rsplit(".", 1)[-1] == name]
         if len(found) > 1:
-            other = "online." if config.stage == "pretrain" else "pretrain."
+            video = config.stage == "pretrain" if video is None else video
+            other = "online." if video else "pretrain."
             found = [dotted for dotted in found if not dotted.startswith(other)]
         if len(found) > 1:
             raise ConfigError(f"setting {name!r} is ambiguous: {', '.join(found)}")

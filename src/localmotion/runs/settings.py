@@ -12,6 +12,7 @@ from localmotion import methods
 from localmotion.config import PRESETS, SUITES, RunConfig, Stage, assign, leaves, update
 from localmotion.errors import CheckpointError, ConfigError, unknown_name
 from localmotion.files import one_line, read_json, refuse_links
+from localmotion.methods.base import Source
 from localmotion.perception.trust import check_recipe
 from localmotion.recipe import Recipe, read_recipe
 
@@ -34,10 +35,11 @@ def compose(
     cls = methods.get(method) if isinstance(method, str) else method
     if preset not in PRESETS:
         raise unknown_name("preset", preset, PRESETS)
+    _check_stage(cls, stage)
     sizes = dict(cls.PRESETS[preset])
     recipe = sizes.pop("recipe", {})
     config = _layers(cls, stage, preset, env, (sizes, flags or {}), settings)
-    if recipe and stage != "pretrain" and not config.checkpoint:  # else the clips decide, which are there already
+    if recipe and not _from_video(cls, stage) and not config.checkpoint:  # else the clips decide, which are there already
         config = _layers(cls, stage, preset, env, ({**sizes, "recipe": recipe}, flags or {}), settings)
     _check_ranges(config)
     if config.recipe:
@@ -63,8 +65,18 @@ def _layers(
     for values in layers:
         config = update(config, values)
     for text in settings:
-        config = assign(config, text)
+        config = assign(config, text, _from_video(cls, stage))
     return config
+
+
+def _from_video(cls: type[methods.Method], stage: Stage) -> bool:
+    return cls.stages.get(stage) is Source.CLIPS
+
+
+def _check_stage(cls: type[methods.Method], stage: Any) -> None:
+    """Raise ConfigError for a stage that the method does not have. That one has no pre-training is said where it would begin."""
+    if stage != "pretrain" and (not isinstance(stage, str) or stage not in cls.stages):
+        raise ConfigError(f"method {cls.name} has no stage {stage!r:.40}; it has {', '.join(cls.stages)}")
 
 
 # Counts of the training loops that may be zero; all others are at least 1.
@@ -96,6 +108,7 @@ def from_dict(values: Mapping[str, Any]) -> RunConfig:
         if key not in values:
             raise ConfigError(f"configuration lacks {key!r}")
     cls = methods.get(str(values["method"])[:80])
+    _check_stage(cls, values["stage"])
     config: RunConfig = update(RunConfig(method=values["method"], stage=values["stage"], model=cls.Config()), values)
     if type(config.model) is not cls.Config:
         raise ConfigError(f"setting model={values['model']!r:.80}: expected a mapping of settings")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, cast
+from typing import Any
 
 import torch
 
-from localmotion.config import PRESETS, SUITES, Stage, field_docs
+from localmotion.config import PRESETS, SUITES, field_docs
 from localmotion.methods.base import Method, Source
 from localmotion.runs.settings import compose
 from localmotion.testing.batches import ACTIONS, SIZE
@@ -56,7 +56,7 @@ def presets_compose(subject: Subject) -> None:
     for preset in PRESETS:
         for stage, source in cls.stages.items():
             for env in ("",) if source is Source.CLIPS else ENVS:
-                run = compose(cls, cast(Stage, stage), preset=preset, env=env)
+                run = compose(cls, stage, preset=preset, env=env)
                 require(isinstance(run.model, cls.Config), f"model settings are {type(run.model).__name__}", "use Config")
                 require(run.pretrain.updates > 0, f"preset {preset} makes no updates", "set pretrain.updates")
     if "train" in cls.stages:

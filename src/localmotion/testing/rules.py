@@ -6,13 +6,13 @@ import functools
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from localmotion.compute import Compute
-from localmotion.config import RunConfig, Stage
+from localmotion.config import RunConfig
 from localmotion.files import one_line
 from localmotion.methods.base import Group, Method, Source
 from localmotion.runs.settings import compose
@@ -71,7 +71,7 @@ class Subject:
     def run(self) -> RunConfig:
         """Settings of the stage."""
         env = "" if self.source is Source.CLIPS else self.env
-        return compose(self.method, cast(Stage, self.stage), preset=self.preset, env=env, settings=self.settings)
+        return compose(self.method, self.stage, preset=self.preset, env=env, settings=self.settings)
 
     def at(self, stage: str) -> Subject:
         """The same method in another stage."""

@@ -35,7 +35,8 @@ from localmotion.video.store import ClipStore
 
 
 def finetune(run: RunConfig, path: Path) -> Path:
-    """Learn a task with ``run.method`` in the run directory ``path``; continues where a run of the same settings stopped.
+    """Run a stage of ``run.method`` that learns from actions, in the run directory ``path``; continues where a run of the same settings
+    stopped.
 
     With ``run.data``, a store of logged episodes, it learns from these alone, and ``run.env`` (if given) serves evaluation. Otherwise
     the agent plays in ``run.env``.
@@ -44,22 +45,30 @@ def finetune(run: RunConfig, path: Path) -> Path:
     it saves and raises Interrupted.
     """
     cls = methods.get(run.method)
+    source = cls.stages[run.stage]
+    if source is Source.LOGGED and not run.data:
+        raise ConfigError(
+            f"{run.stage}: say with --data which logged episodes to learn from (localmotion collect ENV --out DIR --store)"
+        )
     if not run.env and not run.data:
         raise ConfigError(
             f"{run.stage}: say which --env, e.g. dmc:walker_walk or metaworld:reach, or with --data which logged episodes to learn from"
         )
-    if run.stage == "finetune" and not run.checkpoint and not run.data:
-        raise ConfigError("finetune needs --checkpoint; to learn without pre-training use localmotion train")
+    first = next(iter(cls.stages)) if source is Source.LOGGED else ""
+    if run.stage not in ("train", first) and not run.checkpoint and (source is Source.LOGGED or not run.data):
+        raise ConfigError(f"{run.stage} needs --checkpoint; to learn without pre-training use localmotion train")
     if run.load and not run.checkpoint:
         raise ConfigError(f"load={run.load} needs --checkpoint, the pre-trained run to load from")
-    if run.checkpoint and "pretrain" not in cls.stages:
+    if run.checkpoint and not any(
+        stage is not source and stage in (Source.CLIPS, Source.LOGGED) for stage in cls.stages.values()
+    ):
         raise ConfigError(f"method {run.method} has no pre-training stage; use localmotion train without --checkpoint")
     if run.env:
         check_env(run.env, run.env_options)
     check_length(cls, run)
     if run.data:
         work = _logged
-    elif cls.stages[run.stage] is Source.ROLLOUT:
+    elif source is Source.ROLLOUT:
         work = _rollout
     else:
         work = _online

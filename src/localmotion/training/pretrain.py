@@ -15,23 +15,25 @@ from localmotion.config import RunConfig
 from localmotion.console import say
 from localmotion.errors import ConfigError, StoreError
 from localmotion.evaluation.heldout import measure_heldout
-from localmotion.methods.base import MOTION, Method
+from localmotion.methods.base import MOTION, Method, Source
 from localmotion.runs.rundir import RunDir, claimed, read_environment
 from localmotion.training import graphs
 from localmotion.training.checks import check_length
 from localmotion.training.loop import Clock, Loop
+from localmotion.training.transfer import load_pretrained
 from localmotion.training.update import Updater
 from localmotion.video.sample import Split, WindowSampler
 from localmotion.video.store import ClipStore
 
 
 def pretrain(run: RunConfig, path: Path) -> Path:
-    """Pre-train ``run.method`` on ``run.data`` in the run directory ``path``; continues where a run of the same settings stopped.
+    """Run a stage of ``run.method`` that learns from video, on ``run.data``, in the run directory ``path``; continues where a run of the
+    same settings stopped.
 
     Raises ConfigError, StoreError or CheckpointError with the fix; when a signal asks it to stop, it saves and raises Interrupted.
     """
     cls = methods.get(run.method)
-    if "pretrain" not in cls.stages:
+    if cls.stages.get(run.stage) is not Source.CLIPS:
         raise ConfigError(f"method {run.method} has no pre-training stage; use localmotion train")
     check_length(cls, run)
     with claimed(path):
@@ -45,7 +47,9 @@ def _pretrain(run: RunConfig, path: Path, cls: type[Method]) -> Path:
     out = RunDir(path, run)
     torch.manual_seed(run.seed)
     method = cls(run.model, image_size=store.size, action_dim=None).to(compute.device)
-    updater = Updater(method, run, compute, graph=graphs.wanted(run))
+    if run.checkpoint:
+        say(load_pretrained(method, run).line())
+    updater = Updater(method, run, compute, pretrained=bool(run.checkpoint), graph=graphs.wanted(run))
     with closing(train):
         VideoLoop(run, out, store, method, updater, train, heldout).go()
     return path

@@ -15,10 +15,11 @@ from pathlib import Path
 
 from torch import Tensor
 
+from localmotion import methods
 from localmotion.config import RunConfig
 from localmotion.errors import CheckpointError, ConfigError, unknown_name
 from localmotion.files import one_line
-from localmotion.methods.base import Method
+from localmotion.methods.base import Method, Source
 from localmotion.models.rssm import RSSM
 from localmotion.runs import checkpoint
 from localmotion.runs.settings import read_config
@@ -55,7 +56,8 @@ def load_pretrained(method: Method, run: RunConfig) -> Transfer:
             f"{source}: was pre-trained with method {theirs.method}, this run is {run.method}; give a {run.method} checkpoint,"
             f" or name the parts to take over with --load ({', '.join(method.transfers)})"
         )
-    if theirs.stage != "pretrain":
+    stages = methods.get(theirs.method).stages
+    if stages[theirs.stage] not in (Source.CLIPS, Source.LOGGED) or (not foreign and theirs.stage == run.stage):
         raise CheckpointError(f"{source}: is a {theirs.stage} run, not a pre-training run")
     path = checkpoint.newest(source)
     weights = checkpoint.read(path, "weights")
