@@ -1,6 +1,5 @@
-"""An example of a method with two offline stages: it learns pictures from video, then actions from logged episodes.
+"""A method with two offline stages: it learns pictures from video, then actions from logged episodes. To check it, run this file.
 
-python examples/two_stages.py                                # checks the method
 localmotion pretrain --plugin examples.two_stages:TwoStages --method two_stages --data store --preset debug --run runs/two
 localmotion decode --plugin examples.two_stages:TwoStages --method two_stages --data logs --preset debug --checkpoint runs/two --run runs/decode
 """
