@@ -1,7 +1,7 @@
 """A method with two offline stages: it learns pictures from video, then actions from logged episodes. To check it, run this file.
 
-localmotion pretrain --plugin examples.two_stages:TwoStages --method two_stages --data store --preset debug --run runs/two
-localmotion decode --plugin examples.two_stages:TwoStages --method two_stages --data logs --preset debug --checkpoint runs/two --run runs/decode
+localmotion pretrain --plugin examples.two_stages:TwoStages --method two_stages --data store --run runs/two
+localmotion decode --plugin examples.two_stages:TwoStages --method two_stages --data logs --checkpoint runs/two --run runs/2
 """
 
 from __future__ import annotations
