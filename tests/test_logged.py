@@ -23,6 +23,7 @@ from localmotion.recording import collect as collecting
 from localmotion.recording.collect import collect
 from localmotion.recording.logs import EpisodeSampler
 from localmotion.replay import Replay
+from localmotion.report.build import report
 from localmotion.runs import checkpoint
 from localmotion.runs.settings import compose
 from localmotion.training import trials
@@ -225,6 +226,15 @@ def test_a_run_from_logs_in_pieces_is_the_whole_run(
     assert_same(whole, tmp_path / "pieces")
     again = evaluate_run(whole, episodes=2)
     assert again == evaluate_run(whole, episodes=2)
+    page = report([whole], tmp_path / "page.html").read_text()
+    for text in (
+        "Results in toy:block, from logged episodes",
+        "Learning from logged episodes",
+        "after 12 updates",
+        "<th>updates</th>",
+    ):
+        assert text in page, text
+    assert "env steps." not in page
 
 
 def test_a_resumed_run_keeps_its_best_evaluation(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -272,6 +272,7 @@ def report(run_dirs: Sequence[str | Path], out: str | Path) -> Path:
     tiles += found
 
     strips = [p for ps in data.each(data.runs, "openloop_*.npz", lambda p, r: media.open_loop(p, r.name)) for p in ps]
+    acting = [run for run in data.runs if "train" in run.lines]
     topics: list[tuple[str, Sequence[Block], str]] = [
         ("Held-out figures of pre-training", heldout, ""),
         ("Open-loop prediction", strips, "No run saved an open-loop prediction (media/openloop_*.npz)."),
@@ -294,7 +295,12 @@ def report(run_dirs: Sequence[str | Path], out: str | Path) -> Path:
         ("Pre-training", _losses(data, data.of("pretrain"), "pretrain", "pre-training"), ""),
         (
             "Training in the environment",
-            _losses(data, data.of("finetune", "train"), "train", "training in the environment"),
+            _losses(data, [run for run in acting if not run.offline], "train", "training in the environment"),
+            "",
+        ),
+        (
+            "Learning from logged episodes",
+            _losses(data, [run for run in acting if run.offline], "train", "learning from logged episodes"),
             "",
         ),
         ("Speed", _speed(data), ""),

@@ -163,18 +163,18 @@ def atomic_actions(path: Path, run: str) -> Picture:
 
 
 def env_step_of(path: Path) -> int | None:
-    """The env step in a name like eval_000050000.mp4, None if it has none."""
+    """The env step (or update) in a name like eval_000050000.mp4, None if it has none."""
     found = re.fullmatch(r"eval_([0-9]{1,15})", path.stem)
     return int(found[1]) if found else None
 
 
-def film(path: Path, label: str) -> Video:
-    """An evaluation film with its first frame as poster."""
+def film(path: Path, label: str, unit: str = "env steps") -> Video:
+    """An evaluation film with its first frame as poster. ``unit``: what the number in its name counts."""
     data = _read_file(path)
     try:
         image = next(iter_frames(VideoRef(path.name, path, "file"), None, max_frames=1))
     except (VideoError, StopIteration) as error:
         raise MediaError(f"{path.name}: is not a readable video") from error
     step = env_step_of(path)
-    when = f"after {short(step)} env steps" if step is not None else path.stem.removeprefix("eval_").replace("_", " ")
+    when = f"after {short(step)} {unit}" if step is not None else path.stem.removeprefix("eval_").replace("_", " ")
     return Video(data, f"{label}, {when}.", strips.png(image))

@@ -78,6 +78,7 @@ def learning_curves(
     groups: Sequence[CurveGroup],
     *,
     title: str,
+    xlabel: str = "env steps",
     ylabel: str = "episode return",
     random_policy: float | None = None,
     percent: bool = False,
@@ -127,7 +128,7 @@ def learning_curves(
     axes.xaxis.set_major_formatter(short_ticks())
     axes.xaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 2.5, 5, 10]))
     axes.margins(x=0.015)
-    axes.set_xlabel("environment steps")
+    axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
     _title(figure, title)
     return figure

@@ -28,8 +28,14 @@ class Group:
     """Runs in one environment that differ only in their seed. A notice reports other differences."""
 
     env: str
+    """The environment, and whether the runs learned in it or from logged episodes."""
     label: str
     runs: tuple[RunData, ...]
+
+    @property
+    def unit(self) -> str:
+        """What its evaluations count: "env steps" or "updates"."""
+        return "updates" if self.runs[0].offline else "env steps"
 
 
 def origin(run: RunData) -> str:
@@ -48,7 +54,7 @@ def group_runs(runs: Sequence[RunData]) -> list[Group]:
             label = f"{run.method}, {origin(run)}"
             if len(presets) > 1:
                 label += f", {run.preset or 'no preset'}"
-        found.setdefault((run.env, label), []).append(run)
+        found.setdefault((f"{run.env}, from logged episodes" if run.offline else run.env, label), []).append(run)
     return [
         Group(env, label, tuple(sorted(members, key=lambda r: (r.seed is None, r.seed or 0))))
         for (env, label), members in found.items()
@@ -93,8 +99,8 @@ class Gathered:
 
 
 def eval_curve(report: Gathered, run: RunData, key: str) -> Curve | None:
-    """A run's evaluations over env steps, None without any finite one. The report mentions values that are left out."""
-    steps, values = run.series("eval", key)
+    """A run's evaluations over env steps or updates, None without any finite one. The report mentions values that are left out."""
+    steps, values = run.series("eval", key, x="update" if run.offline else "env_step")
     good = np.isfinite(values)
     if not good.all():
         report.missing.append(f"{run.name}: {int((~good).sum())} values of {key} are not finite and left out.")
@@ -129,7 +135,12 @@ def results(report: Gathered, env: str, groups: Sequence[Group]) -> tuple[list[B
             continue
         floor = random_score(runs, key)
         chart = plots.learning_curves(
-            [g for _, g in drawn], title=f"{name} in {env}", ylabel=name.lower(), random_policy=floor, percent=percent
+            [g for _, g in drawn],
+            title=f"{name} in {env}",
+            xlabel=groups[0].unit,
+            ylabel=name.lower(),
+            random_policy=floor,
+            percent=percent,
         )
         caption = (
             f"{name} of evaluation episodes. Thick: mean over seeds; shade: one population standard deviation; thin:"
@@ -197,7 +208,8 @@ def _final_table(drawn: Sequence[tuple[Group, plots.CurveGroup]], floor: float |
         )
     if floor is not None:
         rows.append(["random policy", "–", "–", "–", score(floor, percent=percent), "–", "–", "–"])
-    header = ["", "seeds", "env steps", "episodes", "mean", "std", "IQM", "95 % interval of the IQM"]
+    unit = drawn[0][0].unit
+    header = ["", "seeds", unit, "episodes", "mean", "std", "IQM", "95 % interval of the IQM"]
     caption = (
         f"{name} at each seed's last evaluation. std: population, over seeds; IQM: mean of the middle half; interval:"
         " bootstrap over seeds (5000 resamples)."
@@ -205,7 +217,7 @@ def _final_table(drawn: Sequence[tuple[Group, plots.CurveGroup]], floor: float |
     if any(len(c.curves) < 5 for _, c in drawn):
         caption += " With fewer than five seeds the interval is not reliable."
     if any(len({curve.env_steps[-1] for curve in c.curves}) > 1 for _, c in drawn):
-        caption += " Seeds that ended at different env steps are compared at their own last evaluation."
+        caption += f" Seeds that ended at different {unit} are compared at their own last evaluation."
     return Table(header, rows, caption)
 
 
@@ -243,7 +255,7 @@ def _films(report: Gathered, groups: Sequence[Group]) -> list[Block]:
         seed = f", seed {run.seed}" if run.seed is not None else ""
         for path in dict.fromkeys(chosen):
             try:
-                videos.append(media.film(path, f"{group.label}{seed}"))
+                videos.append(media.film(path, f"{group.label}{seed}", group.unit))
             except (LocalmotionError, OSError) as error:
                 report.missing.append(f"{run.name}: {error}.")
     return [Row(videos)] if videos else []

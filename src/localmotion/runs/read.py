@@ -72,6 +72,11 @@ class RunData:
         return str(self.setting("env", "") or "")
 
     @property
+    def offline(self) -> bool:
+        """Whether it learned from logged episodes; its evaluations then count updates, not env steps."""
+        return bool(self.setting("data", "")) and "train" in self.lines and not any("env_step" in x for x in self.lines["train"])
+
+    @property
     def seed(self) -> int | None:
         value = self.setting("seed")
         return value if isinstance(value, int) and not isinstance(value, bool) else None
