@@ -170,7 +170,7 @@ def test_extras_reach_the_replay_with_their_actions(tmp_path: Path, monkeypatch:
 def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"rollout\.minibatches=4 is more than rollout\.environments=3"):
         finetune(settings("minibatches=4"), tmp_path)
-    with pytest.raises(ConfigError, match="learns from what it thought while it acted"):
+    with pytest.raises(ConfigError, match="learns from values that its policy computes while acting"):
         finetune(replace(settings(), data=str(tmp_path)), tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""Settings of an online run that cannot lead to an update: refused before the run starts."""
+"""Checks before a run starts: they refuse settings with which the run could never make an update."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ def check_length(method: type[Method], run: RunConfig) -> None:
 
 
 def check_learns(run: RunConfig, repeat: int = 1) -> None:
-    """Raise ConfigError for settings with which an online run could never make an update; ``repeat``: env steps per agent step."""
+    """Raise ConfigError if an online run with these settings could never make an update.
+
+    ``repeat``: env steps per agent step.
+    """
     online = run.online
     steps = -(-online.env_steps // repeat)  # agent steps
     if online.replay_capacity < online.length:
@@ -41,7 +44,7 @@ def check_learns(run: RunConfig, repeat: int = 1) -> None:
 
 
 def never_learned(run: RunConfig) -> LocalmotionError:
-    """The error of a run that ended without an update."""
+    """Return the error for a run that ended without an update."""
     online = run.online
     return LocalmotionError(
         f"{run.env}: no update was made in {online.env_steps:,} env steps; learning begins with the first episode that starts after"

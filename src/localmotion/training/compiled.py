@@ -1,7 +1,8 @@
 """torch.compile of a method's feed-forward parts: encoders, decoders, attention blocks, heads.
 
-On a GPU an elementwise chain between two products is one kernel instead of several. Recurrences stay as they are: Dynamo would unroll
-them, position by position. On a CPU it was measured to win nothing and to cost most of a minute (docs/performance.md).
+On a GPU, compilation turns a chain of elementwise operations into one kernel. Recurrent parts are not compiled, because
+Dynamo would unroll them position by position. On a CPU, compilation saves nothing and takes most of a minute
+(docs/performance.md).
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ BACKEND: Any = "inductor"
 
 
 def feed_forward(module: nn.Module) -> list[nn.Module]:
-    """The outermost children whose class says ``feed_forward = True``, outside of those that say ``recurrent = True``."""
+    """The outermost children whose class sets ``feed_forward = True``.
+
+    Children that set ``recurrent = True`` are not searched.
+    """
     found: list[nn.Module] = []
     for child in module.children():
         if getattr(child, "feed_forward", False):
@@ -27,10 +31,11 @@ def feed_forward(module: nn.Module) -> list[nn.Module]:
 
 
 def compile_parts(method: Method, *, whole: bool = False) -> int:
-    """Compile the `feed_forward` parts of a method, in place; names of parameters stay. Returns how many there are.
+    """Compile the `feed_forward` parts of a method in place. Parameter names do not change.
 
-    They are compiled when they are first called, once for each set of shapes. ``whole``: raise an error where Dynamo would break a part's
-    graph, or has compiled it too often, instead of going on without.
+    Returns the number of parts. A part is compiled at its first call, once for each set of shapes. ``whole``: raise an
+    error if Dynamo would break a part's graph or has recompiled it too often. The default then runs the part without
+    compilation.
     """
     parts = feed_forward(method)
     for part in parts:

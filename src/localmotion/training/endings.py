@@ -1,4 +1,4 @@
-"""The ways in which a run ends, each written into its directory. Every training loop runs inside `recorded`."""
+"""How a run ends, and the status that its directory then holds. Every training loop runs inside `recorded`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from localmotion.training.update import DivergedError
 
 @contextmanager
 def recorded(out: RunDir, method: Method, where: Callable[[], dict[str, int]], save: Callable[[], bool]) -> Iterator[StopRequest]:
-    """Run a training loop within; yields what the loop asks whether it shall stop. What ends the loop is raised again.
+    """Run a training loop inside this context. Yields the `StopRequest` that the loop checks.
+
+    Raises again what ended the loop.
 
     =========================================  ======  ===========
     end                                        saves   status
@@ -24,17 +26,18 @@ def recorded(out: RunDir, method: Method, where: Callable[[], dict[str, int]], s
     a signal                                   yes     interrupted
     a second signal                            no      interrupted
     an environment that keeps failing          yes     failed
-    losses that are not finite (DivergedError) no      failed
+    non-finite losses (DivergedError)          no      failed
     any other error                            no      failed
     =========================================  ======  ===========
 
-    Without saving, the checkpoint before stays. The loop itself writes "finished".
+    If nothing is saved, the previous checkpoint stays. The loop itself writes "finished".
 
     Args:
         out: directory of the run.
-        method: what learns; its weights go into the dump of a run that diverged.
-        where: counters of the run for its status, e.g. {"update": 7}; the message of an interrupted run names the first one.
-        save: writes a checkpoint if there is anything to save; says whether it did.
+        method: the method that learns. If the run diverges, its weights go into the dump.
+        where: returns the run's counters for its status, e.g. {"update": 7}. The message of an interrupted run names
+            the first.
+        save: writes a checkpoint if there is anything to save, and returns whether it did.
     """
     try:
         with StopRequest() as stop:

@@ -1,4 +1,4 @@
-"""What is left behind when a run cannot go on, so that the cause can be looked for."""
+"""The dump of a run that diverged: what is needed to find the cause."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ DUMP = "diverged"
 
 
 def dump(path: Path, method: Method, error: DivergedError) -> LocalmotionError:
-    """Write RUN/diverged: the batch, the weights, the states of the generators, and every loss and gradient norm. Returns what to raise.
+    """Write RUN/diverged and return the error to raise.
 
-    ``checkpoint.read(RUN / "diverged", "batch")`` and the method's passes repeat the failure.
+    The dump holds the batch, the weights, the generator states, and every loss and gradient norm. To repeat the
+    failure, run the method's passes on ``checkpoint.read(RUN / "diverged", "batch")``.
     """
     state = {"update": error.update, "first": error.first, "terms": {name: repr(value) for name, value in error.terms.items()}}
     tensors = {"batch": error.batch, "weights": method.state_dict(), "rng": checkpoint.rng_state()}

@@ -1,4 +1,4 @@
-"""Learning a task: fine-tuning from a pre-trained run or from scratch, in an environment or from logged episodes."""
+"""Learn a task from a pre-trained run or from scratch, in an environment or from logged episodes."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ from localmotion.video.store import ClipStore
 
 
 def finetune(run: RunConfig, path: Path) -> Path:
-    """Run a stage of ``run.method`` that learns from actions, in the run directory ``path``; continues where a run of the same settings
-    stopped.
+    """Run a stage of ``run.method`` that learns from actions, in the run directory ``path``. Returns ``path``.
 
-    With ``run.data``, a store of logged episodes, it learns from these alone, and ``run.env`` (if given) serves evaluation. Otherwise
+    If ``path`` holds a stopped run with the same settings, that run continues. If ``run.data`` names a store of logged
+    episodes, the stage learns from these episodes only; ``run.env`` (optional) is then used for evaluation. Otherwise
     the agent plays in ``run.env``.
 
-    Raises LocalmotionError with the cause and the fix, also at the end of a run in which no update was made; when a signal asks it to stop,
-    it saves and raises Interrupted.
+    Raises LocalmotionError with the cause and the fix, also if the run ends without an update. On a stop signal it
+    saves and raises Interrupted.
     """
     cls = methods.get(run.method)
     source = cls.stages[run.stage]
@@ -94,7 +94,8 @@ def _logged(run: RunConfig, path: Path, cls: type[Method]) -> Path:
         raise ConfigError(f"observed={run.observed}: logged episodes have pictures only; leave it out")
     if cls.extras:
         raise ConfigError(
-            f"{run.method}: learns from what it thought while it acted ({', '.join(cls.extras)}), which logs do not hold"
+            f"{run.method}: learns from values that its policy computes while acting ({', '.join(cls.extras)});"
+            " logs do not hold them"
         )
     store = ClipStore(Path(run.data))
     recipe = streaming_recipe(recipe_of(store.recipe, store.path))
@@ -139,18 +140,18 @@ def _rollout(run: RunConfig, path: Path, cls: type[Method]) -> Path:
 
 
 def _as_logged(run: RunConfig) -> RunConfig:
-    """The run with the action repeat that its episodes were logged with. Raises ConfigError where the settings name another."""
+    """The run with the action repeat of its logged episodes. Raises ConfigError if the settings name another."""
     try:
         logged = int(json.loads((Path(run.data) / "collection.json").read_text())["settings"]["env"]["action_repeat"])
     except (OSError, ValueError, KeyError, TypeError):
-        return run  # not made by `collect`: nothing is known
+        return run  # `collect` did not make this store, so the logged action repeat is unknown
     if run.action_repeat not in (0, logged):
         raise ConfigError(f"action_repeat={run.action_repeat}: {run.data} was logged with {logged}; leave it out")
     return replace(run, action_repeat=logged)
 
 
 def _built(run: RunConfig, path: Path, cls: type[Method], size: int, dim: int) -> tuple[Method, Updater]:
-    """The method with the weights it starts from, and its updater."""
+    """Build the method, load its pre-trained weights (if any), and build its updater."""
     compute = choose(run, read_environment(path))
     torch.manual_seed(run.seed)
     method = cls(run.model, image_size=size, action_dim=dim).to(compute.device)
@@ -160,7 +161,10 @@ def _built(run: RunConfig, path: Path, cls: type[Method], size: int, dim: int) -
 
 
 def _shown(run: RunConfig, observer: Observer) -> RunConfig:
-    """The run with a model for vectors of the environment's length. Raises ConfigError for a method that sees pictures only."""
+    """The run with model settings for the environment's vector.
+
+    Raises ConfigError if the method learns from pictures only.
+    """
     if not methods.get(run.method).vectors:
         able = ", ".join(name for name in methods.names() if methods.get(name).vectors)
         raise ConfigError(f"observed={run.observed}: {run.method} learns from pictures only; methods that take vectors: {able}")

@@ -1,8 +1,9 @@
-"""The work of an update recorded once and replayed: on a GPU one launch in place of thousands.
+"""Record the work of an update once and replay it: one GPU launch instead of thousands.
 
-The models here are small: launching their operations takes a GPU longer than running them. A CUDA graph repeats the recorded operations on
-the same memory without Python. What holds for it: fixed shapes, no value read from the device, no Python state that changes between
-updates, results written in place. `Updater` keeps to that; learning rates are tensors, slow copies and clocks stay outside.
+The models here are small, so launching their operations takes longer than running them. A CUDA graph repeats the
+recorded operations on the same memory without Python. It has four conditions: shapes are fixed, no value is read from
+the device, no Python state changes between updates, and results are written in place. `Updater` meets them: learning
+rates are tensors, and slow copies and clocks are outside the recorded work.
 """
 
 from __future__ import annotations
@@ -19,30 +20,33 @@ from localmotion.methods.base import Batch
 
 Work = Callable[[Batch], dict[str, Tensor]]
 WARMUP = 3
-"""Updates launched one operation at a time before recording: optimisers make their moments, libraries choose their kernels."""
+"""Updates before recording.
+
+They run normally, so that optimisers create their moments and libraries choose their kernels.
+"""
 
 
 class Graph(Protocol):
-    """What records device work and repeats it."""
+    """Records device work and replays it."""
 
     def warm(self, work: Callable[[], Any]) -> Any:
-        """Run work as it must run before it can be recorded."""
+        """Run work in the way that recording requires."""
 
     def record(self, work: Callable[[], Any]) -> Any:
-        """Take down what work would do, without doing it; returns what it returns, tensors that `replay` fills."""
+        """Record work without running it. Returns the tensors that work returns; `replay` fills them."""
 
     def replay(self) -> None:
-        """Do what was recorded, on the same memory."""
+        """Run the recorded work on the same memory."""
 
 
 class CudaGraph:
-    """`Graph` by torch.cuda.CUDAGraph. Random numbers of the default generator are new in each replay."""
+    """`Graph` with torch.cuda.CUDAGraph. Each replay draws new random numbers from the default generator."""
 
     def __init__(self) -> None:
         self.graph, self.stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
 
     def warm(self, work: Callable[[], Any]) -> Any:
-        """On a stream of its own, as torch asks: what is recorded must not depend on work of the default stream."""
+        """Run work on a separate stream. torch requires that recorded work does not depend on the default stream."""
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             found = work()
@@ -50,7 +54,7 @@ class CudaGraph:
         return found
 
     def record(self, work: Callable[[], Any]) -> Any:
-        # thread_local: the thread that reads the next batch may allocate pinned memory meanwhile.
+        # thread_local: another thread reads the next batch and may allocate pinned memory during the recording.
         with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
             return work()
 
@@ -59,13 +63,13 @@ class CudaGraph:
 
 
 class Replayed:
-    """Runs an update's work: `WARMUP` times as it is, then recorded, then replayed.
+    """Runs the work of an update: first `WARMUP` times normally, then it records the work and replays it.
 
-    Work on a batch of other shapes than the recorded one is run as it is.
+    If a batch has other shapes than the recorded one, its work runs normally.
 
     Args:
         graph: records and replays.
-        warmup: runs before recording.
+        warmup: number of normal runs before recording.
     """
 
     def __init__(self, graph: Graph, warmup: int = WARMUP) -> None:
@@ -77,9 +81,9 @@ class Replayed:
         self._found: dict[str, Tensor] = {}
 
     def __call__(self, work: Work, batch: Batch) -> dict[str, Tensor]:
-        """What ``work(batch)`` returns; from the recording on the same tensors each time, filled anew.
+        """Return what ``work(batch)`` returns. A replay returns the same tensors each time, with new values.
 
-        Raises LocalmotionError when the work cannot be recorded.
+        Raises LocalmotionError if the work cannot be recorded.
         """
         key = (work, tuple((name, value.shape, value.dtype) for name, value in batch.items()))
         if self._key is None:
@@ -108,5 +112,5 @@ class Replayed:
 
 
 def wanted(run: RunConfig) -> Replayed | None:
-    """What the run's `cuda_graph` asks for; that there is a GPU was made sure by `compute.choose`."""
+    """A `Replayed` if the run sets `cuda_graph`, else None. `compute.choose` has verified the GPU."""
     return Replayed(CudaGraph()) if run.cuda_graph else None

@@ -1,8 +1,9 @@
-"""Signals that ask a run to stop: it finishes the step it is in, saves, and leaves with a status that says why.
+"""Stop signals: the run finishes its current update or agent step, saves, and exits with a code that names the signal.
 
-SIGINT (Ctrl-C), SIGTERM (a scheduler, `kill`) and SIGUSR1 (Slurm's warning, ``--signal=USR1@120``) are requests; loops look at them between
-two updates or agent steps, where the state is whole. The process then exits with 128 + the signal's number: 130, 143, 138. A second SIGINT
-stops at once, without saving; the checkpoint before stays.
+SIGINT (Ctrl-C), SIGTERM (a scheduler, `kill`) and SIGUSR1 (Slurm's warning, ``--signal=USR1@120``) request a stop.
+Loops check for a request between two updates or agent steps, because the state is complete there. The process then
+exits with 128 + the signal's number: 130, 143, 138. A second SIGINT stops the run immediately, without saving; the
+previous checkpoint stays.
 """
 
 from __future__ import annotations
@@ -30,10 +31,11 @@ class Interrupted(KeyboardInterrupt):
 
 
 class StopRequest:
-    """Within ``with StopRequest() as stop``, signals become requests, and ``stop.check()`` raises Interrupted once there is one.
+    """Inside ``with StopRequest() as stop``, signals become requests.
 
-    Outside the main thread, where Python cannot handle signals, it never does. A signal that is ignored stays so (a shell ignores SIGINT
-    for its background jobs).
+    After a request, ``stop.check()`` raises Interrupted. Outside the main thread Python cannot handle signals, so
+    ``check`` never raises there. A signal that was ignored before stays ignored (a shell ignores SIGINT for its
+    background jobs).
     """
 
     def __init__(self) -> None:
@@ -49,7 +51,7 @@ class StopRequest:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for number, handler in self._before.items():
-            if handler is not None:  # None: not set from Python, nothing that could be given back
+            if handler is not None:  # None: the handler was not set from Python, so it cannot be restored
                 signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
@@ -58,6 +60,6 @@ class StopRequest:
         self.signum = number
 
     def check(self) -> None:
-        """Raise Interrupted if a stop was asked for."""
+        """Raise Interrupted if a signal requested a stop."""
         if self.signum:
             raise Interrupted(self.signum)

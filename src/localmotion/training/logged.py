@@ -1,4 +1,7 @@
-"""The loop of an offline stage: sequences of logged episodes, with actions and rewards, from a clip store."""
+"""The loop of an offline stage.
+
+Batches are sequences of logged episodes, with actions and rewards, from a clip store.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ from localmotion.video.store import ClipStore
 
 
 class LoggedLoop(Loop):
-    """A count is an update. An environment, if one is given, serves evaluation only."""
+    """A count is an update. The environment (optional) is used for evaluation only."""
 
     kind = "train"
     unit = "update"

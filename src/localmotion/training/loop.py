@@ -1,13 +1,13 @@
-"""The skeleton of every training loop: clocks, updates, the log, checkpoints, and how a run ends.
+"""The base class of all training loops: clocks, updates, the log, checkpoints, and the end of a run.
 
-Each source of data has a loop of its own (`pretrain`, `logged`, `online`), which says what one count is and where batches come
-from. The course of a run is `Loop.go`:
+Each source of data has a subclass (`pretrain`, `logged`, `online`, `rollout`). The subclass defines what one count is
+and where batches come from. `Loop.go` runs these parts:
 
     resume     from the newest checkpoint, if there is one
-    stop       between two counts, when a signal asks for it
+    stop       between two counts, if a signal requested it
     evaluate   every eval_every counts, and at the end
     save       every save_every counts, and at the end
-    advance    by one count: an update, or an agent step with the updates that are due
+    advance    by one count or several: an update, an agent step with its updates, or a rollout with its updates
     log        every log_every updates: losses, gradient norms, seconds
 """
 
@@ -35,7 +35,7 @@ from localmotion.training.update import Updater, to_floats
 
 
 class Clock:
-    """Is due when its counter has passed a multiple of ``every`` since it was last set; once, however far the counter went."""
+    """Is due if its counter has passed a multiple of ``every`` since the last `set`. Several multiples count as one."""
 
     def __init__(self, every: int, last: int = 0) -> None:
         self.every, self.last = every, last
@@ -45,7 +45,7 @@ class Clock:
         return count // self.every > self.last // self.every
 
     def set(self, count: int) -> None:
-        """What it was due for is done at ``count``."""
+        """Mark the clock's work as done at ``count``."""
         self.last = count
 
 
@@ -53,15 +53,18 @@ class Loop(ABC):
     """One run: a method, its updater, its directory, and the clocks.
 
     Args:
-        log, evaluate, save: the clocks; ``log`` counts updates, the others count the loop's ``unit``.
+        log, evaluate, save: the clocks. ``log`` counts updates; the others count the loop's ``unit``.
     """
 
     kind: ClassVar[str]
-    """Name of its lines in metrics.jsonl."""
+    """The "kind" of this loop's lines in metrics.jsonl."""
     unit: ClassVar[Literal["update", "agent_step"]]
-    """What is counted to the end of the run."""
+    """The unit of `count` and `total`."""
     steady: ClassVar[bool] = True
-    """Whether all counts take about the same time, so that the first ones tell how long the run takes."""
+    """Whether all counts take about the same time.
+
+    If so, the progress bar estimates the remaining time from the first ones.
+    """
 
     def __init__(
         self, run: RunConfig, out: RunDir, method: Method, updater: Updater, log: Clock, evaluate: Clock, save: Clock
@@ -71,78 +74,84 @@ class Loop(ABC):
         self.logs, self.evaluates, self.saves = log, evaluate, save
         self.stop = StopRequest()
         self.note = ""
-        """What the progress bar shows beside the counts."""
+        """Text in the progress bar beside the counts."""
         self.spent: dict[str, float] = {"update": 0.0}
-        """Seconds by part of the work."""
-        self._logged: dict[str, float] = {}  # `spent` at the line before
+        """Seconds spent, by part of the work."""
+        self._logged: dict[str, float] = {}  # `seconds()` at the previous line of the log
         self._clock = time.perf_counter()
         self._begun: tuple[int, int] | None = None  # count and update at which this process began
 
-    # What a loop says of itself ---------------------------------------------------------------------------------------------
+    # What a subclass defines ------------------------------------------------------------------------------------------
 
     @property
     @abstractmethod
     def total(self) -> int:
-        """Counts of the whole run."""
+        """Number of counts in the whole run."""
 
     @property
     def count(self) -> int:
-        """Counts made."""
+        """Number of counts so far."""
         return self.updater.update
 
     @property
     def over(self) -> bool:
-        """Whether the last count was made."""
+        """Whether the run has made its last count."""
         return self.count >= self.total
 
     @property
     def may_evaluate(self) -> bool:
-        """Whether an evaluation that is due may come now."""
+        """Whether the loop is in a state in which it can evaluate. If not, a due evaluation waits."""
         return True
 
     @property
     def may_save(self) -> bool:
-        """Whether a checkpoint that is due may come now."""
+        """Whether the loop is in a state in which it can save. If not, a due checkpoint waits."""
         return True
 
     @abstractmethod
     def lines(self) -> list[str]:
-        """What the run tells at its start: what learns from what, then further decisions."""
+        """Lines that the run prints at its start: first the method and its data, then further decisions."""
 
     def record(self) -> dict[str, Any]:
-        """What environment.json keeps beside device and parameters."""
+        """Further entries for environment.json, beside device and parameters."""
         return {}
 
     @abstractmethod
     def advance(self) -> None:
-        """Make one count: get a batch and `learn` from it, or act and learn."""
+        """Make one count or several: get a batch and `learn` from it, or act and learn."""
 
     @abstractmethod
     def measure(self, final: bool) -> None:
-        """The evaluation: measure, log and say it."""
+        """Evaluate, log the result and print it. ``final``: this is the evaluation at the end of the run."""
 
     def state(self) -> tuple[dict[str, Any], dict[str, Mapping[str, Tensor]]]:
-        """What a checkpoint holds beside weights, optimisers and random state: JSON-able values, and tensors by file."""
+        """Further contents of a checkpoint: values for JSON, and tensors by file name.
+
+        Weights, optimisers and random state are in every checkpoint.
+        """
         return {}, {}
 
     def restore(self, state: Mapping[str, Any], folder: Path) -> None:  # noqa: B027  # nothing by default
-        """Take what `state` gave; ``folder`` is the checkpoint's."""
+        """Restore the values that `state` returned. ``folder``: the checkpoint, for reading its tensors."""
 
     def start(self) -> None:  # noqa: B027
-        """Called in place of `restore` where there is no checkpoint."""
+        """Called instead of `restore` if there is no checkpoint."""
 
     def counters(self) -> dict[str, int]:
-        """Where the run stands, in every unit."""
+        """The run's counters in every unit, for lines of the log."""
         return {"update": self.updater.update}
 
     def extra(self) -> dict[str, Any]:
-        """Further values of a line of the log."""
+        """Further values for a line of the log."""
         return {}
 
     # The course of a run ----------------------------------------------------------------------------------------------------
 
     def go(self) -> None:
-        """Run to the end. Raises what ends it early, after writing that down (`endings.recorded`)."""
+        """Run to the end.
+
+        If an error ends the run early, writes it to the run's status and raises it (`endings.recorded`).
+        """
         with recorded(self.out, self.method, self.where, self._save_progress) as self.stop:
             self._resume()
             self._announce()
@@ -162,18 +171,18 @@ class Loop(ABC):
         self.out.status("finished", **self.where())
 
     def finish(self) -> None:
-        """The end of a whole run."""
+        """The last evaluation and the last checkpoint of a complete run."""
         self.evaluate(final=True)
         self.save()
 
     def where(self) -> dict[str, int]:
-        """Counters of the run's status, its own unit first."""
+        """Counters for the run's status, beginning with ``unit``."""
         return {self.unit: self.count}
 
     def learn(self, batch: Batch) -> None:
         """One update from a batch on the device."""
         with self.timed("update"):
-            if not self.method.training:  # looked at first: it visits every module
+            if not self.method.training:  # the check saves time: train() visits every module
                 self.method.train()
             self.updater.progress = self.count / self.total
             metrics = self.updater.learn(batch)
@@ -185,7 +194,7 @@ class Loop(ABC):
             self._log(metrics)
 
     def evaluate(self, final: bool = False) -> None:
-        """`measure`, without a trace in the run's random numbers."""
+        """Call `measure`, and leave the run's random generators unchanged."""
         with self.timed("eval"):
             try:
                 self.method.eval()
@@ -193,11 +202,11 @@ class Loop(ABC):
                     self.measure(final)
             finally:
                 self.method.train()
-        self.evaluates.set(self.count)  # not before: one that a signal ended is made again
+        self.evaluates.set(self.count)  # set at the end: a continued run repeats an evaluation that a signal ended
 
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:
-        """Counts the seconds within as those of ``part``."""
+        """Add the seconds spent inside this context to ``part``."""
         began = time.perf_counter()
         try:
             yield
@@ -205,11 +214,11 @@ class Loop(ABC):
             self.spent[part] = self.spent.get(part, 0.0) + time.perf_counter() - began
 
     def seconds(self) -> dict[str, float]:
-        """Seconds since the start by part, also of parts that time themselves."""
+        """Seconds since the start by part, including parts that measure their own time."""
         return self.spent
 
     def times(self, parts: Mapping[str, float], whole: float) -> dict[str, float]:
-        """What a line of the log says of time, from the seconds of each part and of the whole since the line before."""
+        """Time fields of a line of the log. ``parts`` and ``whole`` are seconds since the previous line."""
         return {**{f"seconds/{part}": value for part, value in parts.items()}, "seconds/all": whole}
 
     def _log(self, metrics: Mapping[str, Tensor]) -> None:
@@ -231,7 +240,7 @@ class Loop(ABC):
     # Saving -----------------------------------------------------------------------------------------------------------------
 
     def save(self) -> bool:
-        """Write a checkpoint; False (said aloud) where the newest update was not finite."""
+        """Write a checkpoint. If the newest update was not finite, print a message and return False instead."""
         if not self.updater.healthy:
             say("not saved: the newest update was not finite; the checkpoint before stays")
             return False
@@ -244,7 +253,7 @@ class Loop(ABC):
         return True
 
     def _save_progress(self) -> bool:
-        """Save if this process made anything that is not saved yet."""
+        """Save if this process made progress. Returns whether it saved."""
         return self._begun is not None and (self.count, self.updater.update) != self._begun and self.save()
 
     def _resume(self) -> None:

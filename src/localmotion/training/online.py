@@ -30,14 +30,15 @@ from localmotion.training.trials import Trials
 from localmotion.training.update import Updater
 
 FAULTS = 3
-"""Failures of the environment without a complete episode between them after which a run stops."""
+"""The run stops after this many failures of the environment without a complete episode between them."""
 
 
 class OnlineLoop(Loop):
-    """Prefill with random episodes, warm up, then act, with an update every few agent steps.
+    """Prefill the replay with random episodes, make the warm-up updates, then act and learn.
 
-    A count is an agent step. It is an evaluation's turn only while the agent plays, and a checkpoint's only between episodes that
-    it played; a signal saves between any two agent steps.
+    While the agent acts, an update follows every few agent steps. A count is an agent step. Evaluations happen only
+    during an episode that the agent plays. Scheduled checkpoints are written only after such an episode. A stop signal
+    saves between any two agent steps.
     """
 
     kind = "train"
@@ -51,7 +52,7 @@ class OnlineLoop(Loop):
         )
         self.observer, self.repeat = observer, repeat
         limit: int = observer.env.describe()["time_limit"]  # type: ignore[attr-defined]
-        self.longest = -(-limit // repeat)  # agent steps of an episode that its time limit ends
+        self.longest = -(-limit // repeat)  # agent steps of an episode that ends at its time limit
         recipe = observer.recipe if online.replay_flow == "int8" else None
         self.replay = Replay(
             observer.spec() | {name: (shape, "float32") for name, shape in method.extras.items()},
@@ -66,19 +67,19 @@ class OnlineLoop(Loop):
         free = device_memory(device)
         storage, self.replay_note = choose_storage(online, self.total, size, out.path / "replay", free, self.longest)
         self.replay.place(storage, max(self.replay.capacity, self.longest + 1), device)
-        self.ahead = free is not None and storage != "device"  # make the next batch while the device is at work
+        self.ahead = free is not None and storage != "device"  # prepare the next batch while the device works
         self.agent_step = self.episode = 0
         self.playing: Playing | None = None
-        self.learned = False  # whether the agent played the newest episode that ended
+        self.learned = False  # whether the agent (not the random policy) played the last complete episode
         self.faults = 0
-        self.final: int | None = None  # agent step of the final evaluation
+        self.final: int | None = None  # agent step of the final evaluation, None before it
         self.trials = Trials(run, out, method, self.compute, self._fresh, lambda: self.stop.check())
         self.spent |= {"act": 0.0, "replay": 0.0, "eval": 0.0}
         self.pace = Pace(self.total, online)
 
     @property
     def total(self) -> int:
-        """Agent steps in all."""
+        """Number of agent steps in the whole run."""
         return -(-self.run.online.env_steps // self.repeat)
 
     @property
@@ -134,7 +135,7 @@ class OnlineLoop(Loop):
             self._broken(error)
 
     def _begin(self) -> None:
-        """Start a training episode: at random while the replay is prefilled, from then on with the policy."""
+        """Start a training episode: with random actions during the prefill, with the policy after it."""
         online = self.run.online
         learning = self.agent_step * self.repeat >= online.prefill and bool(self.replay.episodes)
         while learning and self.updater.update < online.warmup_updates:
@@ -153,9 +154,9 @@ class OnlineLoop(Loop):
         return playing
 
     def _step(self, playing: Playing) -> None:
-        """One agent step; updates are made between agent steps, `train_every` apart."""
+        """One agent step, and the update if one is due (every `train_every` agent steps)."""
         with self.timed("act"):
-            if self.method.training:  # looked at first: it visits every module
+            if self.method.training:  # the check saves time: eval() visits every module
                 self.method.eval()
             action = playing.choose()
         done = playing.take(action)
@@ -177,7 +178,11 @@ class OnlineLoop(Loop):
         self.out.log("episode", **self.counters(), **values, **({} if playing.success is None else {"success": playing.success}))
 
     def _prefilled(self, playing: Playing) -> bool:
-        """Whether a random episode ends here: the prefill is over, and it would last to the end of the run, so nothing would be learned."""
+        """Whether to cut a random episode here.
+
+        True if the prefill is complete and the episode could last to the end of the run. Without the cut, the agent
+        would never play and the run would make no update.
+        """
         began = self.agent_step - len(playing.actions)
         reached = self.agent_step * self.repeat >= self.run.online.prefill
         return not playing.learning and reached and began + self.longest >= self.total
@@ -196,9 +201,9 @@ class OnlineLoop(Loop):
         return make_observer(self.run, self.observer.recipe, size=self.method.image_size)
 
     def _broken(self, error: SimulationError) -> None:
-        """The environment failed: its episode ends there, as by a time limit, and a fresh environment begins the next one.
+        """Handle a failed environment: end its episode as a time limit would, and make a fresh environment.
 
-        Nothing is dropped in silence: the fault is logged, and after `FAULTS` without a complete episode between them the run stops, saved.
+        The fault is logged. After `FAULTS` faults without a complete episode between them, the run saves and stops.
         """
         self.faults += 1
         self.replay.cut()
@@ -211,7 +216,7 @@ class OnlineLoop(Loop):
                 f"{error} ({self.faults} failures without a complete episode between them; saved at this point)"
             ) from error
         say(f"{error}; the episode ends at agent step {self.agent_step:,} and a fresh environment goes on")
-        with contextlib.suppress(Exception):  # it is broken: whatever closing it raises says nothing new
+        with contextlib.suppress(Exception):  # an error while closing it adds no information
             self.observer.env.close()
         self.observer.env = self._fresh().env
 
@@ -234,13 +239,16 @@ class OnlineLoop(Loop):
         if not self.updater.update:
             self.save()
             raise never_learned(self.run)
-        if self.final != self.agent_step:  # else only the word "finished" was missing
+        if self.final != self.agent_step:  # equal: the checkpoint already has the final evaluation
             self.evaluate(final=True)
         self._keep_flow()
         self.save()
 
     def _keep_flow(self) -> None:
-        """Flow magnitudes of the newest episodes for the report, to be held against those of pre-training."""
+        """Save flow magnitudes of the newest episodes.
+
+        The report compares them with those of the pre-training videos.
+        """
         if "flow" not in self.replay.spec or not self.replay.episodes:
             return
         newest = self.replay.newest("flow", 10)
@@ -262,7 +270,7 @@ class OnlineLoop(Loop):
         return values, {"episode": self.playing.saved() if self.playing else {}}
 
     def save(self) -> bool:
-        """Checkpoint and replay; files of episodes that no kept checkpoint needs go."""
+        """Save checkpoint and replay, then delete the files of episodes that no kept checkpoint needs."""
         if self.updater.healthy:
             self.replay.save()
         if not super().save():
@@ -272,7 +280,7 @@ class OnlineLoop(Loop):
         return True
 
     def start(self) -> None:
-        self.replay.load(self.replay.state())  # what a run filed that died before its first checkpoint
+        self.replay.load(self.replay.state())  # removes episode files of a run that died before its first checkpoint
 
     def restore(self, state: Mapping[str, Any], folder: Path) -> None:
         self.agent_step, self.episode = int(state["agent_step"]), int(state["episode"])

@@ -1,7 +1,8 @@
-"""Optimisers by name, and gradient clipping by the size of the parameter.
+"""Optimisers by name, and gradient clipping relative to the norm of the parameter.
 
-LaProp is Adam with the two halves in the other order: gradients are divided by their root mean square first, momentum is taken of the
-result (Ziyin et al., arXiv 2002.04839). DreamerV3 uses it with adaptive gradient clipping (Brock et al., arXiv 2102.06171).
+LaProp is Adam with its two steps in reverse order: it first divides the gradient by its root mean square, then takes
+momentum of the result (Ziyin et al., arXiv 2002.04839). DreamerV3 uses LaProp with adaptive gradient clipping (Brock et
+al., arXiv 2102.06171).
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ from localmotion.methods.base import Group
 
 @torch.no_grad()
 def clip_adaptive_(parameters: Sequence[nn.Parameter], clip: float, least: float = 1e-3) -> Tensor:
-    """Scale each gradient down to ``clip * max(least, |parameter|)``, both norms over the whole tensor; returns their global norm before.
+    """Scale each gradient down to norm ``clip * max(least, |parameter|)``.
 
-    As in the reference of DreamerV3 (danijar/dreamerv3, embodied/jax/opt.py), whose norm is of the tensor, not of each unit.
+    Returns the global gradient norm before scaling. Both norms are over the whole tensor, not over each unit, as in
+    DreamerV3's reference code (danijar/dreamerv3, embodied/jax/opt.py).
     """
     with_grad: list[Tensor] = [p for p in parameters if p.grad is not None]
     if not with_grad:
@@ -39,11 +41,12 @@ def clip_adaptive_(parameters: Sequence[nn.Parameter], clip: float, least: float
 class LaProp(torch.optim.Optimizer):
     """nu <- b2 nu + (1 - b2) g^2;  mu <- b1 mu + (1 - b1) g / (sqrt(nu / (1 - b2^t)) + eps);  p <- p - lr mu / (1 - b1^t).
 
-    Constants are those of DreamerV3's reference. State of each parameter: ``exp_avg`` (mu), ``exp_avg_sq`` (nu), ``step`` (t).
+    The constants are those of DreamerV3's reference code. Each parameter's state is ``exp_avg`` (mu), ``exp_avg_sq``
+    (nu) and ``step`` (t).
 
-    With ``capturable`` the counts t lie on the device and no number is read from it, so that a step can be part of a CUDA graph; the
-    rate may then be a tensor. As torch's fused Adam such a step does nothing where the attribute ``found_inf``, a tensor, is 1:
-    parameters and moments stay as they are, only t goes on.
+    With ``capturable`` the counts t are on the device and a step reads no value from it, so a CUDA graph can record the
+    step. The learning rate may then be a tensor. If the tensor attribute ``found_inf`` is 1, such a step leaves
+    parameters and moments unchanged and only increases t. torch's fused Adam does the same.
     """
 
     found_inf: Tensor | None = None
@@ -80,7 +83,7 @@ class LaProp(torch.optim.Optimizer):
                 if params:
                     _laprop_on_device(params, states, found_inf=self.found_inf, **constants)
                 continue
-            counts: dict[float, list[int]] = {}  # parameters by how often they were updated: as a rule there is one number
+            counts: dict[float, list[int]] = {}  # number of updates -> parameters; usually all have the same number
             for index, state in enumerate(states):
                 state["step"] += 1
                 counts.setdefault(float(state["step"]), []).append(index)
@@ -91,7 +94,7 @@ class LaProp(torch.optim.Optimizer):
 def _laprop(
     params: list[Tensor], states: list[dict[str, Tensor]], *, count: float, lr: float, betas: tuple[float, float], eps: float
 ) -> None:
-    """The three lines of `LaProp` over lists of tensors, updated ``count`` times including this one."""
+    """The three formulas of `LaProp` for lists of tensors. ``count``: number of updates, including this one."""
     first, second = betas
     grads = [p.grad for p in params if p.grad is not None]
     mean, square = [state["exp_avg"] for state in states], [state["exp_avg_sq"] for state in states]
@@ -114,9 +117,9 @@ def _laprop_on_device(
     eps: float,
     found_inf: Tensor | None,
 ) -> None:
-    """The same with counts, corrections and the decision whether to step on the device.
+    """As `_laprop`, but the counts, the bias corrections and the decision to step are on the device.
 
-    Where ``found_inf`` is 1 gradients become zero and factors one, so nothing changes.
+    If ``found_inf`` is 1, gradients become zero and factors become one, so nothing changes.
     """
     first, second = betas
     grads = [p.grad for p in params if p.grad is not None]
@@ -131,7 +134,7 @@ def _laprop_on_device(
     torch._foreach_addcmul_(square, grads, grads, 1 - second)
     scale = list(torch._foreach_sqrt(square))
     times = torch.stack(counts)
-    # 1 - b^t as expm1: the difference would lose four of its seven digits for the first steps of b2 = 0.999.
+    # expm1 computes 1 - b^t: a plain difference loses four of seven digits in the first steps with b2 = 0.999.
     torch._foreach_mul_(scale, list((-torch.expm1(times * math.log(second))).rsqrt().unbind(0)))
     torch._foreach_add_(scale, eps)
     torch._foreach_mul_(mean, 1 - (1 - first) * good)
@@ -142,7 +145,7 @@ def _laprop_on_device(
 def _adam(
     group: Group, settings: OptimConfig, lr: float | Tensor, kind: type[torch.optim.Adam] = torch.optim.Adam
 ) -> torch.optim.Optimizer:
-    # torch takes `capturable` on a GPU only; the counts of the fused kernel lie on the device anyway.
+    # torch accepts `capturable` on a GPU only; the fused kernel keeps its counts on the device in any case.
     graphs = torch.is_tensor(lr) and lr.device.type == "cuda"
     decay = settings.weight_decay if group.weight_decay is None else group.weight_decay
     return kind(group.parameters, lr=lr, eps=settings.eps, weight_decay=decay, fused=True, capturable=graphs)
@@ -160,9 +163,10 @@ _OPTIMIZERS: dict[str, Callable[[Group, OptimConfig, float | Tensor], torch.opti
 
 
 def make(group: Group, settings: OptimConfig, *, on_device: bool = False) -> torch.optim.Optimizer:
-    """The optimiser of a group. Adam takes ``settings``; LaProp's constants are its own. Raises ConfigError for an unknown name.
+    """Make the optimiser of a group. Adam uses ``settings``; LaProp has fixed constants.
 
-    ``on_device``: the learning rate is a tensor beside the parameters and a step reads nothing back from the device.
+    Raises ConfigError for an unknown name. ``on_device``: the learning rate is a tensor on the parameters' device, and
+    a step reads no value from the device.
     """
     if group.optimizer not in _OPTIMIZERS:
         raise unknown_name("optimizer", group.optimizer, _OPTIMIZERS)

@@ -1,4 +1,4 @@
-"""How long the rest of an online run takes on this machine, from its first agent steps of learning."""
+"""Estimate the remaining time of an online run from its first agent steps of learning."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from localmotion.config import OnlineConfig
 from localmotion.console import duration
 
 STEPS = 50
-"""Agent steps of learning that are timed."""
+"""Number of agent steps of learning that `Pace` times."""
 
 
 class Pace:
-    """Times the first `STEPS` agent steps of learning. Evaluations are timed by the run."""
+    """Times the first `STEPS` agent steps of learning. The loop times the evaluations."""
 
     def __init__(self, budget: int, online: OnlineConfig) -> None:
         """``budget``: agent steps of the whole run."""
@@ -20,9 +20,10 @@ class Pace:
         self.began: tuple[int, float] | None = None  # agent step and time without evaluations
 
     def forecast(self, agent_step: int, evaluating: float) -> str:
-        """What to say after this agent step of learning: once how long the rest takes, "" at all others.
+        """The estimate to print after this agent step. Only one agent step returns a text; all others return "".
 
-        ``evaluating``: seconds that evaluations took so far. The run has made one by now, unless it goes on from a checkpoint.
+        ``evaluating``: seconds spent in evaluations so far. One evaluation is complete by now, unless the run continues
+        from a checkpoint.
         """
         now = time.perf_counter() - evaluating
         self.began = self.began or (agent_step, now)

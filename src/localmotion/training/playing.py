@@ -1,4 +1,4 @@
-"""The training episode that an online run is playing: between any two agent steps it can be saved and played again, bit for bit."""
+"""The training episode in progress. Between any two agent steps it can be saved and replayed, bit for bit."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Playing:
     """One episode in progress.
 
     Args:
-        learning: the agent plays it; else random actions do.
-        extras: names and shapes of what the method's `act` returns for the replay; it stands in the record of its action, and zeros
-            stand at the reset and in random episodes.
+        learning: whether the agent plays the episode. Otherwise the actions are random.
+        extras: names and shapes of the extras that the method's `act` returns for the replay. The record of an action
+            holds its extras. The record of the reset and the records of random episodes hold zeros.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Playing:
         self.record: dict[str, Any] = observer.reset(seed) | self._zeros()
         """The newest record, for the replay."""
         self.extras: dict[str, list[NDArray[np.float32]]] = {name: [] for name in self.kept}
-        """What the policy returned beside each action."""
+        """The policy's extras for each action."""
         self.actions: list[NDArray[np.float32]] = []
         self.total = 0.0
         self.success: float | None = None
@@ -49,7 +49,7 @@ class Playing:
         return action
 
     def take(self, action: NDArray[np.float32]) -> bool:
-        """Take an action in the environment; whether the episode is over."""
+        """Take an action in the environment. Returns whether the episode is over."""
         record, done, info = self.observer.step(action)
         chosen = self.policy.extras if isinstance(self.policy, MethodPolicy) else {}
         kept = self._zeros() | {name: value[0] for name, value in chosen.items()}
@@ -63,7 +63,10 @@ class Playing:
         return done
 
     def saved(self) -> dict[str, Tensor]:
-        """Its actions with their extras, and the policy's carry. Environment, perception and records follow from these and the seed."""
+        """The actions with their extras, and the policy's carry.
+
+        With the seed they determine environment, perception and records.
+        """
         found = {"actions": torch.from_numpy(np.array(self.actions, np.float32))}
         found |= {f"extra.{name}": torch.from_numpy(np.array(values, np.float32)) for name, values in self.extras.items()}
         if isinstance(self.policy, MethodPolicy):
@@ -71,13 +74,13 @@ class Playing:
         return found
 
     def replay(self, saved: Mapping[str, Tensor], add: Callable[[dict[str, Any]], None]) -> None:
-        """Take the saved actions again, ``add`` each record, and give the policy its carry back."""
+        """Take the saved actions again, call ``add`` with each record, and restore the policy's carry."""
         extras = {name: saved[f"extra.{name}"].numpy() for name in self.kept}
         for index, action in enumerate(saved["actions"].numpy()):
             if isinstance(self.policy, MethodPolicy):
                 self.policy.extras = {name: values[index : index + 1] for name, values in extras.items()}
             else:
-                self.choose()  # its generator moves on
+                self.choose()  # advances the generator of the random policy
             self.take(action)
             add(self.record)
         if isinstance(self.policy, MethodPolicy) and self.actions:

@@ -1,4 +1,4 @@
-"""The loop of a video stage: pre-training on the windows of a clip store. Data order is a pure function of (seed, update)."""
+"""The loop of a video stage: pre-training on windows of a clip store. Batches are a pure function of (seed, update)."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from localmotion.video.store import ClipStore
 
 
 def pretrain(run: RunConfig, path: Path) -> Path:
-    """Run a stage of ``run.method`` that learns from video, on ``run.data``, in the run directory ``path``; continues where a run of the
-    same settings stopped.
+    """Run a stage of ``run.method`` that learns from the videos in ``run.data``, in the run directory ``path``.
 
-    Raises ConfigError, StoreError or CheckpointError with the fix; when a signal asks it to stop, it saves and raises Interrupted.
+    Returns ``path``. If ``path`` holds a stopped run with the same settings, that run continues. Raises ConfigError,
+    StoreError or CheckpointError with the fix. On a stop signal it saves and raises Interrupted.
     """
     cls = methods.get(run.method)
     if cls.stages.get(run.stage) is not Source.CLIPS:
@@ -56,7 +56,7 @@ def _pretrain(run: RunConfig, path: Path, cls: type[Method]) -> Path:
 
 
 class VideoLoop(Loop):
-    """A count is an update. It is evaluated on clips of the store that are never trained on."""
+    """A count is an update. Evaluation uses held-out clips of the store."""
 
     kind = "pretrain"
     unit = "update"
@@ -90,7 +90,7 @@ class VideoLoop(Loop):
     def advance(self) -> None:
         self.train.load_state_dict({"index": self.updater.update})
         with self.timed("data"):
-            batch = self.compute.to_device(next(self.train))  # batch `update`; the next one is read meanwhile
+            batch = self.compute.to_device(next(self.train))  # the batch of this update; a thread reads the next one
         self.learn(batch)
 
     def measure(self, final: bool) -> None:
@@ -100,7 +100,7 @@ class VideoLoop(Loop):
             self.out.log("heldout", update=update, **result)
 
     def times(self, parts: Mapping[str, float], whole: float) -> dict[str, float]:
-        """Means over the updates since the line before."""
+        """Mean seconds per update since the previous line."""
         count = self.run.pretrain.log_every
         means = {f"seconds/{part}": parts[part] / count for part in ("data", "update")}
         return means | {"updates_per_second": count / (whole - parts.get("eval", 0.0))}
@@ -121,7 +121,7 @@ def _sampler(store: ClipStore, run: RunConfig, split: Split) -> WindowSampler:
 
 
 def _heldout(store: ClipStore, run: RunConfig) -> WindowSampler | None:
-    """Sampler of the clips that are never trained on; None (said aloud) when the store is too small to have any."""
+    """Sampler over held-out clips. Returns None, with a message, if the store is too small to hold any out."""
     try:
         return _sampler(store, run, "heldout")
     except StoreError as error:

@@ -1,4 +1,4 @@
-"""The loop of an on-policy stage: several environments side by side, and each piece of experience is used once and forgotten."""
+"""The loop of an on-policy stage: environments run in lockstep; the method learns from each rollout and drops it."""
 
 from __future__ import annotations
 
@@ -28,12 +28,15 @@ Record = dict[str, NDArray[Any]]
 
 
 class RolloutLoop(Loop):
-    """All environments take ``rollout.steps`` agent steps with the policy; then come ``rollout.epochs`` times ``rollout.minibatches``
-    updates on what they saw. A count is an agent step of one environment.
+    """All environments take ``rollout.steps`` agent steps with the policy.
 
-    A batch (B environments, T = steps + 1 positions) has the keys of a replay's and the extras that `Method.act` returned. Position 0
-    is the last one of the rollout before, so every step is in one batch with the frame at which it was chosen. Environments that ended
-    wait one position and go on with a new episode, from its ``is_first`` on.
+    Then ``rollout.epochs`` x ``rollout.minibatches`` updates learn from this rollout. A count is an agent step of one
+    environment, so one rollout makes many counts.
+
+    A batch has B environments and T = steps + 1 positions. Its keys are those of a replay batch and the extras of
+    `Method.act`. Position 0 is the last position of the previous rollout, so each action is in the same batch as the
+    frame from which the policy chose it. After the end of an episode, the next position is the reset (``is_first``) of
+    a new one; the action of that position is not used.
     """
 
     kind = "train"
@@ -47,11 +50,11 @@ class RolloutLoop(Loop):
         self.envs, self.repeat, self.agent_step = envs, repeat, 0
         count = envs.num_envs
         self.policy = MethodPolicy(method, self.compute, explore=True, window=run.rollout.steps + 1)
-        self.episodes = np.zeros(count, np.int64)  # episodes that each environment began
-        self.actions: list[list[NDArray[np.float32]]] = [[] for _ in range(count)]  # of the episodes that are played
+        self.episodes = np.zeros(count, np.int64)  # number of episodes begun, by environment
+        self.actions: list[list[NDArray[np.float32]]] = [[] for _ in range(count)]  # of the current episodes
         self.returns = np.zeros(count)
         self.success = np.full(count, np.nan)
-        self.ended = np.ones(count, bool)  # whether an environment waits for its reset
+        self.ended = np.ones(count, bool)  # whether an environment needs a reset
         self.now: Record = {}
         self.final: int | None = None
         self.trials = Trials(run, out, method, self.compute, self._judge, lambda: self.stop.check())
@@ -86,7 +89,7 @@ class RolloutLoop(Loop):
     # Playing and learning ---------------------------------------------------------------------------------------------------
 
     def advance(self) -> None:
-        """One rollout, and the updates on it."""
+        """One rollout, and the updates that learn from it."""
         rollout = self.run.rollout
         if not self.now:
             self.now = self._next(np.zeros((self.envs.num_envs, self.method.action_dim), np.float32))
@@ -108,7 +111,10 @@ class RolloutLoop(Loop):
         self.agent_step += rollout.steps * self.envs.num_envs
 
     def _next(self, action: NDArray[np.float32]) -> Record:
-        """The records (E, ...) after the actions (E, A): a step where an episode runs, a reset where one had ended."""
+        """The records (E, ...) after the actions (E, A).
+
+        An environment whose episode has ended is reset instead of stepped.
+        """
         fresh, playing = self.ended.copy(), ~self.ended
         reward = np.zeros(len(fresh), np.float32)
         terminal = np.zeros(len(fresh), bool)
@@ -137,7 +143,10 @@ class RolloutLoop(Loop):
         return {**pictures, **led, "is_terminal": terminal, "is_first": fresh}
 
     def _reset(self, mask: NDArray[np.bool_]) -> dict[str, NDArray[Any]]:
-        """Begin the next episode of some environments. Its seed is a function of the run's, the environment and its number."""
+        """Begin the next episode in the environments of ``mask``.
+
+        Its seed depends on the run's seed, environment and episode.
+        """
         for index in np.flatnonzero(mask).tolist():
             self.episodes[index] += 1
             self.actions[index], self.returns[index], self.success[index] = [], 0.0, np.nan
@@ -184,7 +193,7 @@ class RolloutLoop(Loop):
         return values, {"rollout": tensors | {"success": torch.from_numpy(self.success)}}
 
     def restore(self, state: Mapping[str, Any], folder: Path) -> None:
-        """Bring every environment back to where it was saved: its episode's seed and its actions again."""
+        """Restore every environment: reset it with its episode's seed and repeat the episode's actions."""
         self.agent_step, self.trials.best, self.final = int(state["agent_step"]), state.get("best"), state.get("final")
         self.episodes = np.array(state["episodes"], np.int64)
         saved = checkpoint.read(folder, "rollout")
@@ -195,7 +204,7 @@ class RolloutLoop(Loop):
         self.actions = [list(actions) for actions in played]
         if self.now:
             longest, lengths = max(map(len, played)), np.array([len(actions) for actions in played])
-            for step in range(longest + 1):  # the shorter an episode, the later it begins: all arrive together
+            for step in range(longest + 1):  # shorter episodes begin later, so that all end together
                 if (begins := lengths == longest - step).any():
                     self.envs.reset(seed=self._seeds(), options={"reset_mask": begins})
                 if step < longest:

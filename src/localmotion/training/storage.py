@@ -1,6 +1,6 @@
-"""Where a replay lives: on the GPU if it fits, else in memory, else on disk.
+"""Choose where the replay is stored: on the GPU if it fits, else in memory, else on disk.
 
-Decided and told before a run starts, and refused if it fits nowhere.
+The choice is made and printed before a run starts. If the replay fits nowhere, the run is refused.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from localmotion.errors import ConfigError
 from localmotion.replay import Storage
 
 SHARE = 0.5
-"""Of the memory that is available at the start, the machine's or a GPU's, what a replay may take at most."""
+"""Maximum share of free memory (CPU or GPU) that the replay may use."""
 
 
 def available_memory() -> int:
-    """Bytes that can still be used without swapping: the machine's, or less where a control group (container, Slurm job) allows less."""
+    """Bytes of memory available without swapping, on the machine or within its control group (container, Slurm job)."""
     try:
         lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         available = int(lines["MemAvailable"].split()[0]) * 1024
@@ -30,21 +30,22 @@ def available_memory() -> int:
         group = Path("/sys/fs/cgroup")
         limit, used = (group / "memory.max").read_text().strip(), (group / "memory.current").read_text()
         available = min(available, int(limit) - int(used)) if limit != "max" else available
-    except (OSError, ValueError):  # no control groups, or of the first version
+    except (OSError, ValueError):  # no control groups, or version 1 of them
         pass
     return available
 
 
 def device_memory(device: torch.device) -> int | None:
-    """Bytes free on a GPU, for all its processes; None for a device without memory of its own."""
+    """Free bytes on a GPU, which all its processes share. None for a device without its own memory."""
     return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else None
 
 
 def records_needed(online: OnlineConfig, budget: int, episode: int | None = None) -> int:
-    """Records that the replay of a run of ``budget`` agent steps holds: an episode has one record more than steps.
+    """Number of records in the replay of a run of ``budget`` agent steps.
 
-    ``episode``: agent steps of an episode that its time limit ends; None where that is unknown. Where episodes end much earlier by
-    themselves, there are more records than this, and the oldest episodes leave, as they do when `replay_capacity` is reached.
+    An episode has one more record than agent steps. ``episode``: agent steps of an episode that ends at its time limit,
+    or None if unknown. If episodes end much earlier, the run produces more records than this. The replay then drops its
+    oldest episodes, as it does at `replay_capacity`.
     """
     shortest = max(min(online.length - 1, episode or budget), 1)
     return min(online.replay_capacity, budget + budget // shortest + 1)
@@ -58,12 +59,13 @@ def choose_storage(
     on_device: int | None = None,
     episode: int | None = None,
 ) -> tuple[Storage, str]:
-    """Where to sample from, and what was decided in words.
+    """Choose where to sample from. Returns the choice and a sentence that describes it.
 
-    ``on_device``: `device_memory` of the device that learns; ``episode``: see `records_needed`.
+    ``on_device``: `device_memory` of the device that learns. ``episode``: see `records_needed`.
 
-    In every way each complete episode is filed in ``folder`` sooner or later, so the disk must hold the replay in any case, and what left
-    it since the last two checkpoints. Raises ConfigError naming the capacity that would fit.
+    With every choice, each complete episode is eventually written to ``folder``. The disk must therefore hold the
+    replay and the episodes that left it since the last two checkpoints. Raises ConfigError and names the capacity that
+    would fit.
     """
     records = records_needed(online, budget, episode)
     need = records * bytes_per_record

@@ -11,12 +11,13 @@
       DRP: {method: drp, checkpoint: clips}
       DRP w/o pre: {method: drp}
       DRP w/o dyn.: {method: drp, checkpoint: clips, settings: {load: "motion,image"}}
-      DRP, K: {method: drp, checkpoint: clips, sweep: {keypoints: [8, 16, 32]}}    # one variant a value
+      DRP, K: {method: drp, checkpoint: clips, sweep: {keypoints: [8, 16, 32]}}    # one variant for each value
       DreamerV2: {method: dreamer_v2}
 
-Each run is a process of its own (`localmotion pretrain | finetune | train`) with a directory of its own below OUT/runs and its output in
-OUT/console. Seed 0 of all variants comes before seed 1, so that a study that is stopped early can be read. A run that ended is not run
-again, one that was stopped goes on, one that failed is told and does not stop the others.
+Each run is a separate process (`localmotion pretrain | finetune | train`) with its own directory below OUT/runs. Its
+output goes to OUT/console. Seed 0 of all variants comes before seed 1, so a study that is stopped early still compares
+all variants. If the command is repeated, it skips finished runs and continues stopped ones. A failed run is reported
+and does not stop the others.
 """
 
 from __future__ import annotations
@@ -53,17 +54,17 @@ from localmotion.training.interrupt import StopRequest
 _STUDY = {"name", "preset", "settings", "tasks", "seeds", "pretrain", "variants"}
 _VARIANT = {"method", "preset", "settings", "checkpoint", "sweep", "tasks", "seeds"}
 _PRETRAIN = {"method", "preset", "settings", "seed"}
-MAX_STUDY, MAX_RUNS = 1 << 20, 10_000  # bytes (and values) of a study's file, and runs that it may describe
-PATIENCE = 120.0  # seconds that interrupted runs get to save
+MAX_STUDY, MAX_RUNS = 1 << 20, 10_000  # most bytes (and values) of a study file, and most runs that it may describe
+PATIENCE = 120.0  # seconds that interrupted runs have to save
 
 
 class RunsFailedError(LocalmotionError):
-    """Some runs of a study failed; the others have ended."""
+    """Some runs of a study failed. The others have finished."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run: its directory's name, the arguments of `localmotion`, and the run that has to end before it."""
+    """One run: the name of its directory, the arguments of `localmotion`, and the run that must finish before it."""
 
     name: str
     stage: Stage
@@ -81,14 +82,14 @@ class Job:
 
 
 def load_study(path: Path) -> list[Job]:
-    """The runs of a study file in the order in which they start.
+    """The runs of a study file, in the order in which they start.
 
-    Raises ConfigError for a file that cannot be read, unknown keys, names or settings (all runs are composed before any starts), and runs
-    that would share a directory.
+    Raises ConfigError if the file cannot be read, if it has unknown keys, names or settings, or if two runs would share
+    a directory. The settings of all runs are checked before the first run starts.
     """
     try:
         study = yaml.safe_load(read_bytes(path, MAX_STUDY))
-        check_tree(study, values=MAX_STUDY)  # aliases can make a few lines unfold into more than a machine holds
+        check_tree(study, values=MAX_STUDY)  # YAML aliases can expand a few lines to more values than memory holds
     except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: also a date such as 2026-13-45
         raise ConfigError(f"{path}: cannot be read as a study ({one_line(error)}); see docs/studies.md") from error
     if not isinstance(study, dict):
@@ -112,7 +113,7 @@ def load_study(path: Path) -> list[Job]:
         after = ""
         if checkpoint in sources:
             after = sources[checkpoint].name
-        elif checkpoint:  # a run from elsewhere
+        elif checkpoint:  # a run outside this study
             own.append(f"checkpoint={_resolved(path, checkpoint)}")
         tasks, seeds, swept = _list(path, given, study, "tasks"), _list(path, given, study, "seeds"), _sweep(path, given)
         if len(jobs) + len(tasks) * len(seeds) * math.prod(len(values) for _, values in swept) > MAX_RUNS:
@@ -141,10 +142,11 @@ def load_study(path: Path) -> list[Job]:
 
 
 def run_study(path: Path, out: Path, *, jobs: int = 0) -> None:
-    """Run what is left of the study, ``jobs`` processes at a time (0: one a core), below ``out``/runs.
+    """Run the unfinished runs of the study below ``out``/runs, ``jobs`` processes at a time (0: one for each core).
 
-    Raises ConfigError as `load_study` does, and for another study in ``out``; CheckpointError where one is running there already, or
-    nothing can be written; RunsFailedError at the end, naming the runs that failed.
+    Raises ConfigError as `load_study` does, and if ``out`` holds another study. Raises CheckpointError if a study is
+    already running there or if nothing can be written. At the end, raises RunsFailedError with the names of the failed
+    runs.
     """
     todo = load_study(path)
     with claimed(out, "study"):
@@ -193,10 +195,10 @@ def _run_study(path: Path, out: Path, todo: Sequence[Job], jobs: int) -> None:
 
 
 def state(run: Path) -> str:
-    """running, finished, interrupted or failed, as the run said last; "" if it has not begun."""
+    """The run's last status: running, finished, interrupted or failed. "" if it has not begun."""
     try:
         return str(read_json(run / "status.json", LocalmotionError, "").get("state", ""))
-    except LocalmotionError:  # not there yet, or torn: the run begins, or goes on
+    except LocalmotionError:  # the file is missing or incomplete: the run begins or continues
         return ""
 
 
@@ -212,15 +214,15 @@ def _start(job: Job, out: Path, jobs: int) -> subprocess.Popen[bytes]:
     if links_trusted():
         arguments += ["--follow-links"]
     arguments += [part for text in methods.plugged_in() for part in ("--plugin", text)]
-    # A session of its own: Ctrl-C reaches it through us, once.
+    # A new session: otherwise Ctrl-C would reach the run twice, from the terminal and from `_stop`.
     with (out / "console" / f"{job.name}.log").open("ab") as log:
         return subprocess.Popen([sys.executable, "-m", "localmotion", *arguments], stdout=log, stderr=log, start_new_session=True)
 
 
 def _stop(running: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Let the runs save, then leave."""
+    """Ask the runs to save and exit, and wait for them."""
     for process in running:
-        process.send_signal(signal.SIGTERM)  # which no shell makes a background job ignore
+        process.send_signal(signal.SIGTERM)  # not SIGINT: a shell makes its background jobs ignore that
     until = time.monotonic() + PATIENCE
     for process in running:
         try:
@@ -230,7 +232,7 @@ def _stop(running: Sequence[subprocess.Popen[bytes]]) -> None:
 
 
 def _last_words(out: Path, job: Job, code: int) -> str:
-    """What a failed run said last, in one line."""
+    """The last line that a failed run printed, and how it ended."""
     log = out / "console" / f"{job.name}.log"
     lines = [line.strip() for line in log.read_bytes()[-4000:].decode(errors="replace").splitlines() if line.strip()]
     cause = f"signal {-code}" if code < 0 else f"exit code {code}"
@@ -238,7 +240,7 @@ def _last_words(out: Path, job: Job, code: int) -> str:
 
 
 def _same_study(path: Path, out: Path, jobs: Sequence[Job]) -> None:
-    """Keep the study beside its runs; its runs may become more, and may not change. Raises ConfigError when one has changed."""
+    """Write the study beside its runs. A study may gain runs. Raises ConfigError if an existing run has changed."""
     kept = out / "study.json"
     now = {job.name: [job.stage, job.method, job.preset, *job.settings, job.after] for job in jobs}
     if kept.exists():
@@ -292,7 +294,7 @@ def _pairs(path: Path, settings: Any) -> list[str]:
 
 
 def _json(path: Path, value: Any) -> str:
-    """A value of YAML as JSON. Raises ConfigError for what JSON has not: dates, sets, bytes."""
+    """A YAML value as JSON. Raises ConfigError for values that JSON does not have: dates, sets, bytes."""
     try:
         return json.dumps(value)
     except (TypeError, ValueError) as error:
@@ -311,7 +313,7 @@ def _sweep(path: Path, given: Mapping[str, Any]) -> list[tuple[str, list[Any]]]:
 
 
 def _swept(name: str, sweep: Sequence[tuple[str, list[Any]]]) -> list[tuple[str, list[str]]]:
-    """Labels and settings of a variant's sweep: every combination of the values given."""
+    """Labels and settings of a variant's sweep, one for each combination of the values."""
     out = []
     for combination in itertools.product(*([(key, value) for value in values] for key, values in sweep)):
         label = ", ".join([name, *(f"{key} {value}" for key, value in combination)])
@@ -327,7 +329,7 @@ def _list(path: Path, given: Mapping[str, Any], study: Mapping[str, Any], key: s
 
 
 def _resolved(path: Path, checkpoint: str) -> Path:
-    """A checkpoint's path, relative to the study's file if it is there."""
+    """The checkpoint's path, relative to the study file if it exists there."""
     near = path.parent / checkpoint
     return near if near.exists() else Path(checkpoint)
 

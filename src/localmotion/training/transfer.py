@@ -1,6 +1,6 @@
-"""What a run takes from a pre-trained one: everything its method transfers, or the parts that the setting `load` names.
+"""Load weights from a pre-trained run: all parts that the method transfers, or those that the setting `load` names.
 
-`load` is how the paper's comparisons are made:
+With `load` you can repeat the paper's comparisons:
 
     DRP without pre-trained dynamics (Table 1)      finetune --method drp --checkpoint DRP_RUN --load motion,image
     IPV without pre-trained dynamics (Table 1)      finetune --method ipv --checkpoint IPV_RUN --load image
@@ -27,7 +27,7 @@ from localmotion.runs.settings import read_config
 
 @dataclass
 class Transfer:
-    """What was loaded, and what was not."""
+    """What was loaded and what was not."""
 
     source: str
     method: str
@@ -36,7 +36,7 @@ class Transfer:
     notes: list[str] = field(default_factory=list)
 
     def line(self) -> str:
-        """For the run's log."""
+        """One line for the console."""
         head = f"loaded {len(self.loaded)} tensors of {', '.join(self.parts)} from {self.source} ({self.method})"
         return "; ".join([head, *self.notes])
 
@@ -44,8 +44,9 @@ class Transfer:
 def load_pretrained(method: Method, run: RunConfig) -> Transfer:
     """Load weights of ``run.checkpoint`` by name.
 
-    Raises CheckpointError for a run of another method unless ``run.load`` names parts, for a run that is not a pre-training, for other
-    shapes, and for parts that it lacks; ConfigError for parts that the method does not transfer, and for a recipe that runs foreign code.
+    Raises CheckpointError for a run that is not a pre-training run, for missing parts, for other shapes, and for a run
+    of another method if ``run.load`` names no parts. Raises ConfigError for parts that the method does not transfer,
+    and for a recipe that runs foreign code.
     """
     source = Path(run.checkpoint)
     theirs = read_config(source)
@@ -88,7 +89,7 @@ def load_pretrained(method: Method, run: RunConfig) -> Transfer:
 
 
 def _parts(method: Method, run: RunConfig) -> tuple[str, ...]:
-    """Names of the child modules to load. Raises ConfigError for one that the method does not transfer."""
+    """Names of the child modules to load. Raises ConfigError for a part that the method does not transfer."""
     if not run.load:
         return tuple(method.transfers)
     parts = tuple(part.strip() for part in run.load.split(","))
@@ -101,9 +102,10 @@ def _parts(method: Method, run: RunConfig) -> tuple[str, ...]:
 
 
 def _without_actions(method: Method, chosen: dict[str, Tensor]) -> list[str]:
-    """Give the first layer of each recurrent model this method's own columns where only those for actions differ in number.
+    """Load only the latent's columns of each recurrent model's first layer, and keep this method's columns for actions.
 
-    Actions of one method (none, motion, the environment's) mean nothing to another; the columns of the latent come first in all.
+    Methods use different actions (none, motion, the environment's), so weights for one kind are useless for another.
+    The columns for the latent come first in every method. Returns the keys that were changed in ``chosen``.
     """
     found = []
     for name, module in method.named_modules():

@@ -1,4 +1,4 @@
-"""Nested tuples of tensors, such as the carry of a policy, as a flat list and back: safetensors keeps flat names only."""
+"""Flatten nested tuples of tensors, such as a policy's carry, and restore them. safetensors stores flat names only."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ from torch import Tensor
 
 
 def leaves_of(tree: Any) -> list[Tensor]:
-    """Tensors of a (named) tuple of tensors, None and such tuples, in order."""
+    """The tensors of a nested (named) tuple, in order. Leaves are tensors or None."""
     if isinstance(tree, Tensor):
         return [tree]
     return [leaf for branch in tree or () for leaf in leaves_of(branch)]
 
 
 def with_leaves(like: Any, leaves: Sequence[Tensor]) -> Any:
-    """A tree built as ``like`` of other tensors, of any shapes. Raises ValueError when there are too many or too few."""
+    """A tree with the structure of ``like`` and other tensors, of any shapes.
+
+    Raises ValueError if their number differs.
+    """
     rest = iter(leaves)
     tree = _filled(like, rest)
     if next(rest, None) is not None:

@@ -1,4 +1,4 @@
-"""Evaluation episodes during training: on environments of their own, with seeds of their own stream."""
+"""Evaluation episodes during training. They use separate environments and a separate stream of seeds."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from localmotion.video.write import write_video
 
 
 class Trials:
-    """Plays evaluation episodes, logs them, films the first, and keeps the weights of the best evaluation.
+    """Plays evaluation episodes, logs them, films the first one, and saves the weights of the best evaluation.
 
     Args:
         make: makes an environment.
-        check: called at every agent step; raises to end an evaluation, which is then made again when the run goes on.
+        check: called at every agent step. It raises to end an evaluation; a continued run then repeats the evaluation.
     """
 
     def __init__(
@@ -45,7 +45,10 @@ class Trials:
         """Success rate and return of the best evaluation so far."""
 
     def __call__(self, counters: dict[str, int], count: int, *, place: tuple[str, int], final: bool) -> None:
-        """Evaluate at ``count``. ``place`` (unit, number) names it in what is said and in the film's file."""
+        """Evaluate at ``count``.
+
+        ``place`` (unit, number) names the evaluation in messages and in the film's file name.
+        """
         unit, number = place
         try:
             result = self._play(count, final)

@@ -1,4 +1,7 @@
-"""One gradient update: precision, clipping, optimisers. No host synchronisation inside on a GPU; metrics stay tensors."""
+"""One gradient update: precision, clipping, optimisers.
+
+On a GPU it does not wait for the device; metrics stay tensors.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from localmotion.training import optimizers
 from localmotion.training.compiled import compile_parts
 from localmotion.training.graphs import Replayed
 
-BAD_LIMIT = 10  # non-finite updates in a row after which a run stops
+BAD_LIMIT = 10  # a run stops after this many non-finite updates in a row
 
 
 class DivergedError(LocalmotionError):
@@ -34,7 +37,10 @@ class DivergedError(LocalmotionError):
 
 
 def rates(run: RunConfig, source: Source, pretrained: bool) -> Rates:
-    """Learning rates of a run's stage; ``pretrained``: a checkpoint was loaded, whose parts learn slowly or are held at first."""
+    """Learning rates of a run's stage.
+
+    ``pretrained``: a checkpoint was loaded; its parts learn slowly or are frozen at first.
+    """
     if source is Source.CLIPS:
         return Rates(run.pretrain.lr)
     online = run.online
@@ -43,22 +49,23 @@ def rates(run: RunConfig, source: Source, pretrained: bool) -> Rates:
 
 
 def _check(passes: Sequence[Pass], groups: Sequence[Group]) -> None:
-    """Raise AssertionError for a group that no pass steps."""
+    """Raise AssertionError if a group is in no pass."""
     stepped = {name for each in passes for name in each.groups}
     if idle := [group.name for group in groups if group.name not in stepped]:
         raise AssertionError(f"groups {idle} are in no pass: they would never learn")
 
 
 class Updater:
-    """Runs a method's passes with one optimiser per parameter group; it knows no loss and no group by name.
+    """Runs a method's passes with one optimiser per parameter group. It knows no loss and no group by name.
 
-    An update whose loss or gradients are not finite leaves weights and moments as they are and is counted; after `BAD_LIMIT` in a row
-    DivergedError is raised. On a GPU that is decided on the device, and looked at only in `check`, at the log clock.
+    If a loss or gradient is not finite, the update leaves weights and moments unchanged and is counted as skipped.
+    After `BAD_LIMIT` such updates in a row the updater raises DivergedError. On a GPU the device decides whether to
+    skip; the host reads the counts only in `check`, when the run logs.
 
     Args:
-        deferred: decide on the device. Default: on a GPU.
-        graph: what runs an update's work on the device, e.g. as a CUDA graph (`training.graphs`); needs ``deferred``. Default: nothing
-            between, each operation is launched by itself.
+        deferred: let the device decide. Default: True on a GPU.
+        graph: runs the device work of an update, e.g. as a CUDA graph (`training.graphs`); needs ``deferred``. Default:
+            each operation is launched separately.
     """
 
     def __init__(
@@ -83,21 +90,22 @@ class Updater:
             compile_parts(method)
         self.update = 0
         self.progress = 0.0
-        """Share of the stage that is over, kept by the training loop for schedules."""
+        """Share of the stage that is complete, in [0, 1]. The training loop sets it; schedules read it."""
         self._works: dict[
             tuple[int, ...], Callable[[Batch], dict[str, Tensor]]
         ] = {}  # by the passes that are due; a graph records one
         self._bad = torch.zeros((), device=compute.device if self.deferred else None)  # updates in a row that were not finite
         self._skipped = torch.zeros_like(self._bad)
         self._found = torch.zeros_like(self._bad)  # 1 where a part of this update was not finite
-        # Losses and norms of this update if it is bad (deferred: in any case), and its batch: for whoever looks for the cause.
+        # The batch, losses and norms of a non-finite update (deferred: of every update), for the dump of a run that
+        # diverged.
         self._terms: dict[str, Tensor] = {}
         self._batch: Mapping[str, Tensor] = {}
 
     def learn(self, batch: Batch) -> dict[str, Tensor]:
         """One update: the passes that are due, in order, each followed by the steps of its groups.
 
-        Returns detached losses, metrics and gradient norms; with a graph the next update overwrites them.
+        Returns detached losses, metrics and gradient norms. With a graph, the next update overwrites them.
         """
         due = tuple(index for index, each in enumerate(self.passes) if self.update % each.every == 0)
         return self._apply(self._works.setdefault(due, partial(self._run, due)), batch)
@@ -121,9 +129,9 @@ class Updater:
         return {**{f"loss/{k}": v.detach() for k, v in losses.items()}, **metrics, **norms}
 
     def _backward(self, names: tuple[str, ...], terms: Mapping[str, Tensor], loss: Tensor) -> dict[str, Tensor]:
-        """Backward from ``loss`` to the groups ``names`` and `step` of them; nothing if it is not finite.
+        """Compute gradients of ``loss`` for the groups ``names`` and `step` them. Do nothing if the loss is not finite.
 
-        Gradients of other groups are never computed: those of the world model's weights along an imagined trajectory, say.
+        Gradients of other groups are never computed. The actor's pass, for example, computes none for the world model.
         """
         fine = torch.isfinite(loss.detach())
         if not self.deferred and not bool(fine):
@@ -134,7 +142,10 @@ class Updater:
     def step(
         self, names: Sequence[str], terms: Mapping[str, Tensor] | None = None, fine: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """Clip the gradients of the groups ``names`` and apply them, if they (and ``fine``) are finite. Returns their norms by group."""
+        """Clip the gradients of the groups ``names`` and apply them if all are finite and ``fine`` is true.
+
+        Returns norms by group.
+        """
         groups = [group for group in self.groups if group.name in names]
         norms = {f"grad/{group.name}": self._clip(group) for group in groups}
         good = torch.isfinite(torch.stack(list(norms.values()))).all()
@@ -151,7 +162,7 @@ class Updater:
         for group in groups:
             optimiser = self.optimisers[group.name]
             if self.deferred:
-                optimiser.found_inf = found  # type: ignore[attr-defined]  # as torch's GradScaler asks: no step where it is 1
+                optimiser.found_inf = found  # type: ignore[attr-defined]  # as torch's GradScaler: 1 means no step
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
         return norms
@@ -167,7 +178,7 @@ class Updater:
         return {}
 
     def check(self) -> int:
-        """How many updates were skipped so far. Raises DivergedError when it was the last `BAD_LIMIT` in a row."""
+        """Number of skipped updates so far. Raises DivergedError if the last `BAD_LIMIT` updates were all skipped."""
         bad, skipped = torch.stack([self._bad, self._skipped]).tolist()
         if bad >= BAD_LIMIT:
             raise DivergedError(self.update, to_floats(self._terms), self._batch)
@@ -175,19 +186,19 @@ class Updater:
 
     @property
     def healthy(self) -> bool:
-        """Whether the newest update was finite; what is saved now can be trusted."""
+        """Whether the newest update was finite. If not, no checkpoint is written."""
         return not bool(self._bad)
 
     def resume(self, update: int, skipped: int) -> None:
-        """Counters of a run that goes on."""
+        """Set the counters of a continued run."""
         self.update = update
         self._skipped.fill_(skipped)
 
     def _apply(self, work: Callable[[Batch], dict[str, Tensor]], batch: Batch) -> dict[str, Tensor]:
-        """One update: ``work`` between what is done on the host, which is learning rates, slow copies and counting.
+        """One update: ``work`` on the device, and on the host learning rates, slow copies and counting.
 
-        Within ``work`` nothing may depend on the update's number or on a value of the device, and what outlives it is written in place:
-        then it can be replayed.
+        A graph can replay ``work`` only if it depends neither on the update's number nor on a value read from the
+        device, and if it writes lasting results in place.
         """
         for group in self.groups:
             now, settings = group.lr * self._share(group), self.optimisers[group.name].param_groups[0]
@@ -200,8 +211,8 @@ class Updater:
         except RuntimeError as error:
             if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
                 cause = " ".join(str(error).split())[:200]
-                mend = "run it with --compile false: the run goes on from its checkpoint"
-                raise LocalmotionError(f"torch.compile cannot compile this method's parts ({cause}); {mend}") from error
+                fix = "run it with --compile false: the run goes on from its checkpoint"
+                raise LocalmotionError(f"torch.compile cannot compile this method's parts ({cause}); {fix}") from error
             raise
         self._batch = batch
         self.update += 1
@@ -211,13 +222,16 @@ class Updater:
         return found
 
     def _share(self, group: Group) -> float:
-        """What a group uses of its learning rate at this update: nothing while frozen, a growing part in its warm-up."""
+        """Factor on a group's learning rate at this update: 0 while it is frozen, then growing to 1 in its warm-up."""
         if self.update < group.freeze_updates:
             return 0.0
         return self._decay(group.decay) * (min(1.0, self.update / group.warmup) if group.warmup else 1.0)
 
     def _decay(self, shape: str) -> float:
-        """What is left of the learning rate at this update: 1, in pre-training falling to 0 over the last `lr_decay` of the updates."""
+        """Factor on the learning rate at this update: 1.
+
+        In pre-training it falls to 0 over the last `lr_decay` of the updates.
+        """
         settings = self.run.pretrain
         if self.source is not Source.CLIPS or settings.lr_decay <= 0:
             return 1.0
@@ -235,7 +249,7 @@ class Updater:
         return out
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Restore what `state` gave. Raises CheckpointError for tensors that are not of these optimisers."""
+        """Restore what `state` returned. Raises CheckpointError for tensors that do not fit these optimisers."""
         states: dict[str, dict[int, dict[str, Tensor]]] = {name: {} for name in self.optimisers}
         for key, value in tensors.items():
             group, index, field = [*key.rsplit(".", 2), "", ""][:3]
@@ -253,8 +267,8 @@ class Updater:
                     f"optimizer state of {name!r} lacks parts of parameter {lacking[0]}; is the checkpoint whole?"
                 )
             optimiser.load_state_dict({**optimiser.state_dict(), "state": states[name]})
-            # Files hold plain row-major tensors, but the fused kernel walks parameter and moments side by side in memory:
-            # moments must lie as their parameter does (channels last for convolutions).
+            # Files hold row-major tensors, but the fused kernel reads parameter and moments in memory order. Moments
+            # therefore need the memory layout of their parameter (channels last for convolutions).
             for parameter, values in optimiser.state.items():
                 for field, value in values.items():
                     if torch.is_tensor(value) and value.shape == parameter.shape:
@@ -262,7 +276,7 @@ class Updater:
 
 
 def to_floats(metrics: Mapping[str, Tensor]) -> dict[str, float]:
-    """Metrics as numbers, moved from the device in one copy."""
+    """Metrics as Python numbers. One copy moves them all from the device."""
     if not metrics:
         return {}
     values = torch.stack([value.detach().float().reshape(()) for value in metrics.values()]).tolist()
