@@ -1,4 +1,4 @@
-"""Episodes played by a policy, and the evaluation protocol."""
+"""Episodes of a policy, and the evaluation protocol."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from localmotion.acting.policy import Policy
 def episode_seed(seed: int, stream: str, episode: int) -> int:
     """Seed of one episode: a pure function of the run's seed, the stream (train, eval, ...) and the episode's number.
 
-    Training and evaluation never share random numbers, and a resumed run meets the same episodes.
+    Training and evaluation therefore never share random numbers, and a resumed run gets the same episodes.
     """
     mixed = np.random.SeedSequence([seed, {"train": 0, "eval": 1, "prefill": 2, "collect": 3, "policy": 4}[stream], episode])
     return int(mixed.generate_state(1)[0] >> 1)
@@ -29,9 +29,9 @@ class Rollout:
     returns: list[float] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
     successes: list[float] = field(default_factory=list)
-    """1.0 where success was signalled at any step; empty for suites without a success signal."""
+    """For each episode, 1.0 if any agent step signalled success. Empty if the suite has no success signal."""
     frames: NDArray[np.uint8] | None = None
-    """(T, S, S, 3) of the first episode."""
+    """Pictures (T, S, S, 3) of the first episode."""
 
     def summary(self) -> dict[str, Any]:
         """Fields of an "eval" line."""
@@ -48,7 +48,10 @@ class Rollout:
 
 
 def run_episodes(observers: Sequence[Observer], seeds: Sequence[int], policy: Policy, *, keep_frames: bool = False) -> Rollout:
-    """One episode in each environment, in lockstep; ``policy(records, first)`` gives the actions (E, A) of all at once."""
+    """Play one episode in each of E environments, in lockstep.
+
+    ``policy(records, first)`` returns all actions (E, A).
+    """
     records = [observer.reset(seed) for observer, seed in zip(observers, seeds, strict=True)]
     count = len(observers)
     returns, lengths, success = np.zeros(count), np.zeros(count, int), np.zeros(count)
@@ -77,11 +80,11 @@ def run_episodes(observers: Sequence[Observer], seeds: Sequence[int], policy: Po
 
 
 SMALLEST_FILM = 64
-"""Pixels a side from which people can tell what a picture shows."""
+"""Smallest side of a film's pictures, in pixels. People cannot recognise the scene in smaller pictures."""
 
 
 def _picture(observer: Observer, record: dict[str, Any]) -> NDArray[np.uint8]:
-    """What a film shows of a record: what the agent saw. If that is small or no picture, the scene is drawn for the film."""
+    """The film's picture for a record: the agent's picture, or a new rendering if that is too small or missing."""
     seen: NDArray[np.uint8] | None = record.get("image")
     if seen is not None and len(seen) >= SMALLEST_FILM:
         return seen
@@ -99,9 +102,9 @@ def evaluate(
     observers: list[Observer] | None = None,
     keep_frames: bool = False,
 ) -> Rollout:
-    """The evaluation protocol: ``episodes`` episodes with seeds of the eval stream, a few environments in lockstep.
+    """The evaluation protocol: play ``episodes`` episodes with seeds of the eval stream, ``at_once`` in lockstep.
 
-    ``observers`` (if given) is filled once and reused by later evaluations.
+    The function adds environments to ``observers`` (if given), so that later evaluations can reuse them.
     """
     pool = observers if observers is not None else []
     while len(pool) < min(at_once, episodes):

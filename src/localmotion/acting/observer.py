@@ -19,14 +19,15 @@ if TYPE_CHECKING:
     from localmotion.perception.stream import StreamingExtractor
 
 SHOWN = ("image", "vector")
-"""Parts of an observation that the agent is shown and the replay keeps."""
+"""Keys of an observation that the agent gets and the replay stores."""
 
 
 class Observer:
     """One environment with its stream of Atomic Actions: what the agent sees and what the replay stores.
 
     Args:
-        env: a localmotion environment whose observation has "image" or "vector", and "percept" when the recipe perceives at another size.
+        env: a localmotion environment. Its observation has "image" or "vector", and "percept" if perception uses
+            another picture size.
         recipe: perception recipe, or None for methods without motion.
     """
 
@@ -62,7 +63,7 @@ class Observer:
         return spec
 
     def reset(self, seed: int) -> dict[str, Any]:
-        """Start an episode: record 0, with a zero action and no motion. Raises SimulationError as `step`."""
+        """Start an episode. Returns record 0, with a zero action and no motion. Raises SimulationError as `step`."""
         obs, _ = self._ask(lambda: self.env.reset(seed=seed))
         if self.recipe:
             from localmotion.perception.stream import StreamingExtractor
@@ -72,9 +73,9 @@ class Observer:
         return self._record(obs, zeros, 0.0, False, first=True)
 
     def step(self, action: NDArray[np.float32]) -> tuple[dict[str, Any], bool, dict[str, Any]]:
-        """One agent step: the record, whether the episode is over, and the environment's info.
+        """Make one agent step. Returns the record, whether the episode is over, and the environment's info.
 
-        Raises SimulationError when the simulator fails or gives a reward that is not finite.
+        Raises SimulationError if the simulator fails or returns a non-finite reward.
         """
         obs, reward, terminated, truncated, info = self._ask(lambda: self.env.step(action))
         if not np.isfinite(reward):
@@ -86,7 +87,10 @@ class Observer:
         return str(getattr(self.env, "name", type(self.env).__name__))
 
     def _ask(self, ask: Callable[[], Any]) -> Any:
-        """What the environment answers. Simulators raise what they like; misuse (of wrong actions, say) keeps its own error."""
+        """Call ``ask``, and raise a simulator's error, of any type, as SimulationError.
+
+        Errors of misuse, for example a wrong action, stay as they are.
+        """
         began = time.perf_counter()
         try:
             return ask()
@@ -116,9 +120,9 @@ class Observer:
 
 
 def make_observer(run: RunConfig, recipe: Recipe | None, *, size: int = 64) -> Observer:
-    """The environment of a run with the perception it uses. The picture is rendered once, at the size perception wants.
+    """The environment of a run with its perception. A picture is rendered once, at the size that perception needs.
 
-    ``size`` is the side of "image" for methods without motion; with a recipe it is the recipe's.
+    ``size`` is the side of "image" for methods without motion. A recipe sets its own size.
     """
     from localmotion.envs import make_env
 
@@ -140,5 +144,5 @@ def make_observer(run: RunConfig, recipe: Recipe | None, *, size: int = 64) -> O
 
 
 def streaming_recipe(recipe: Recipe) -> Recipe:
-    """The recipe of a clip store as the streaming side uses it: no look-ahead, every environment frame."""
+    """A clip store's recipe, changed for streaming perception: no look-ahead, every frame of the environment."""
     return replace(recipe, redraw_rounds=0, frame_stride=1, fps=0.0)

@@ -19,7 +19,7 @@ Policy = Callable[[list[dict[str, Any]], bool], NDArray[np.float32]]
 def to_batch(
     records: Sequence[dict[str, Any]], *, first: bool, device: torch.device, without: Collection[str] = ()
 ) -> dict[str, Tensor]:
-    """Records of several environments at one time as a batch (B, 1, ...) of what `Method.act` sees: all but reward and ``without``."""
+    """The newest records of B environments as a batch (B, 1, ...) for `Method.act`, without reward and ``without``."""
     keys = [key for key in records[0] if key not in ("reward", "is_terminal", *without)]
     batch = {key: torch.from_numpy(np.stack([np.asarray(r[key]) for r in records])[:, None]).to(device) for key in keys}
     batch["is_first"] = torch.full((len(records), 1), first, device=device)
@@ -27,22 +27,25 @@ def to_batch(
 
 
 class MethodPolicy:
-    """A trained method as a policy with its own recurrent state, ``carry``, for environments stepped in lockstep."""
+    """A method as a policy for environments in lockstep. It keeps the recurrent state, ``carry``."""
 
     def __init__(self, method: Method, compute: Compute, *, explore: bool, window: int) -> None:
         self.method, self.compute, self.explore, self.window = method, compute, explore, window
         self.carry: Any = None
         self.extras: dict[str, NDArray[np.float32]] = {}
-        """What the method returned beside the newest actions, (E, *shape) by name: `Method.extras`."""
+        """The method's extras for the newest actions, (E, *shape) by name (`Method.extras`)."""
 
     def __call__(self, records: list[dict[str, Any]], first: bool) -> NDArray[np.float32]:
-        """Actions (E, A) for the newest record of each environment; ``first``: the first of an episode."""
+        """Actions (E, A) for the newest record of each environment.
+
+        ``first``: all episodes begin with these records.
+        """
         if first:
             self.carry = None
         return self._act(to_batch(records, first=first, device=self.compute.device, without=self.method.extras))
 
     def act(self, record: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
-        """The same for environments whose episodes begin at different times: records (E, ...) by key, with ``is_first`` (E,)."""
+        """Actions (E, A) for records (E, ...) by key. Episodes may begin at different times: ``is_first`` is (E,)."""
         keys = [key for key in record if key not in ("reward", "is_terminal", *self.method.extras)]
         return self._act({key: torch.from_numpy(record[key][:, None]).to(self.compute.device) for key in keys})
 

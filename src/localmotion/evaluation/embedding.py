@@ -1,6 +1,6 @@
-"""How motion embeddings fall into classes: a t-SNE picture and, beside it, two numbers (kNN accuracy, silhouette).
+"""How well motion embeddings separate classes: a t-SNE picture and two numbers (kNN accuracy, silhouette).
 
-The picture alone can be read into; kNN accuracy and silhouette are computed on the vectors themselves, never on the
+A t-SNE picture alone can mislead, so kNN accuracy and silhouette are computed on the vectors themselves, not on the
 t-SNE.
 """
 
@@ -29,9 +29,9 @@ def _labels(labels: ArrayLike, n: int) -> NDArray[np.int64]:
 def tsne(vectors: ArrayLike, *, perplexity: float = 30.0, seed: int = 0) -> NDArray[np.float32]:
     """Two-dimensional t-SNE (van der Maaten and Hinton 2008) of (n, d) vectors, n >= 4: (n, 2) float32.
 
-    Initialised with the first two principal components, so that equal input and seed give an equal picture.
-    ``perplexity`` is lowered to (n - 1) / 3 for few vectors. Vectors are reduced to their first 50 principal
-    components before, as is usual. Raises ValueError for fewer than 4 or non-finite vectors.
+    t-SNE starts from the first two principal components, so equal input and seed give an equal picture. ``perplexity``
+    is at most (n - 1) / 3. As usual, vectors are first reduced to 50 principal components. Raises ValueError for fewer
+    than 4 vectors and for non-finite ones.
     """
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
@@ -40,14 +40,14 @@ def tsne(vectors: ArrayLike, *, perplexity: float = 30.0, seed: int = 0) -> NDAr
     x = x - x.mean(axis=0)
     scale = np.abs(x).max()
     if scale == 0:
-        return np.zeros((len(x), 2), dtype=np.float32)  # one and the same vector: PCA would divide by a zero spread
+        return np.zeros((len(x), 2), dtype=np.float32)  # all vectors are equal: PCA would divide by zero
     x = x / scale
     if x.shape[1] < 2:
-        x = np.concatenate([x, np.zeros((len(x), 1))], axis=1)
+        x = np.concatenate([x, np.zeros((len(x), 1))], axis=1)  # (n, 2)
     if x.shape[1] > 50 and len(x) > 50:
-        x = PCA(n_components=50, svd_solver="full").fit_transform(x)
-    start = PCA(n_components=2, svd_solver="full").fit_transform(x)
-    start = 1e-4 * start / start[:, 0].std()  # the scale of scikit-learn's own PCA start
+        x = PCA(n_components=50, svd_solver="full").fit_transform(x)  # (n, 50)
+    start = PCA(n_components=2, svd_solver="full").fit_transform(x)  # (n, 2)
+    start = 1e-4 * start / start[:, 0].std()  # the scale of scikit-learn's PCA initialisation
     model = TSNE(
         n_components=2,
         perplexity=min(perplexity, (len(x) - 1) / 3),
@@ -63,10 +63,10 @@ def tsne(vectors: ArrayLike, *, perplexity: float = 30.0, seed: int = 0) -> NDAr
 def knn_accuracy(vectors: ArrayLike, labels: ArrayLike, *, k: int = 5, groups: ArrayLike | None = None) -> float:
     """Leave-one-out accuracy in [0, 1] of the majority label among the k nearest (Euclidean) vectors.
 
-    ``vectors`` (n, d), ``labels`` (n,). With ``groups`` (n,), e.g. the clip a window was cut from, neighbours of the
-    same group do not vote: windows of one clip are near-copies, and counting them measures memory, not motion. Equal
-    votes go to the label of the nearer neighbour. A vector without any allowed neighbour counts as wrong. Raises
-    ValueError for k < 1, fewer than two vectors, or labels or groups of another length.
+    ``vectors`` (n, d), ``labels`` (n,). ``groups`` (n,), for example the clip of each window: neighbours of the same
+    group do not vote, because windows of one clip are near-copies. If two labels have equal votes, the label of the
+    nearer neighbour wins. A vector without any allowed neighbour counts as wrong. Raises ValueError for k < 1, fewer
+    than two vectors, or labels or groups of another length.
     """
     x = _vectors(vectors, 2)
     n = len(x)
@@ -76,19 +76,22 @@ def knn_accuracy(vectors: ArrayLike, labels: ArrayLike, *, k: int = 5, groups: A
         raise ValueError(f"k must be at least 1, not {k}")
     k = min(k, n - 1)
     square = (x * x).sum(axis=1)
-    distance = square[:, None] + square[None, :] - 2 * x @ x.T
+    distance = square[:, None] + square[None, :] - 2 * x @ x.T  # (n, n), squared
     distance[own[:, None] == own[None, :]] = np.inf
     order = np.argsort(distance, axis=1, kind="stable")[:, :k]  # (n, k), nearest first
-    allowed = np.isfinite(np.take_along_axis(distance, order, axis=1))
-    # A vote weighs 1 plus 2^-rank: the extras sum to less than 1, so they only ever decide between equal counts.
-    weight = allowed * (1.0 + 0.5 ** np.arange(1, k + 1))
-    votes = np.zeros((n, y.max() + 1))
+    allowed = np.isfinite(np.take_along_axis(distance, order, axis=1))  # (n, k)
+    # A vote weighs 1 plus 2^-rank. The additions sum to less than 1, so they decide only between equal counts.
+    weight = allowed * (1.0 + 0.5 ** np.arange(1, k + 1))  # (n, k)
+    votes = np.zeros((n, y.max() + 1))  # (n, labels)
     np.add.at(votes, (np.arange(n)[:, None], y[order]), weight)
     return float(((votes.argmax(axis=1) == y) & allowed.any(axis=1)).mean())
 
 
 def majority_share(labels: ArrayLike) -> float:
-    """Share of the commonest label in [0, 1]: the accuracy of always saying it, the floor beside `knn_accuracy`."""
+    """Share of the most common label, in [0, 1].
+
+    This is the accuracy of a constant answer, the floor of `knn_accuracy`.
+    """
     counts = np.unique(np.asarray(labels), return_counts=True)[1]
     if counts.size == 0:
         raise ValueError("no labels")

@@ -24,7 +24,7 @@ from localmotion.runs.settings import read_config
 from localmotion.video.write import write_video
 
 VIDEOS = (".mp4",)
-"""Kinds of film that are written."""
+"""File endings of films that can be written."""
 
 
 def evaluate_run(
@@ -38,17 +38,25 @@ def evaluate_run(
     which: Which = "newest",
     env: str = "",
 ) -> dict[str, Any]:
-    """Play ``episodes`` evaluation episodes of a run's environment; ``policy`` is "agent" or "random" (the floor).
-    ``env``: where to play an agent that learned from logged episodes without an environment.
-    ``which`` weights: the newest, or those of the best evaluation during training. ``video``: a film of the first episode, .mp4.
+    """Play evaluation episodes of a run's environment. Returns the fields of an "eval" line of metrics.jsonl.
 
-    Everything random follows from ``seed`` (default: the run's, or the next one for the best weights, because training chose those on the
-    episodes of the run's seed), and the caller's generators are left as they were: on a CPU the same call
-    gives the same numbers. Five episodes are played at a time and share their generator, so the first five returns of ten are those of
-    five, but not those of three.
+    Args:
+        path: run directory.
+        episodes: number of episodes.
+        seed: decides everything random. Default: the run's seed. For the best weights the default is the next seed,
+            because training chose these weights on the episodes of the run's seed.
+        video: film of the first episode, .mp4.
+        device: as `--device`.
+        policy: "agent", or "random" for the floor.
+        which: "newest" weights, or "best" for those of the best evaluation during training.
+        env: where an agent plays that learned from logged episodes without an environment.
 
-    Returns the fields of an "eval" line. Raises CheckpointError for a pre-training run, ConfigError for numbers out of range and for a film
-    that cannot be written.
+    The caller's random generators do not change. On a CPU the same call gives the same numbers. Five episodes are
+    played at a time and share a generator: the first five returns do not change from ``episodes=5`` to ``episodes=10``,
+    but those of ``episodes=3`` differ.
+
+    Raises CheckpointError for a pre-training run, ConfigError for numbers out of range and for a film that cannot be
+    written.
     """
     at_least(episodes=(episodes, 1), seed=(seed or 0, 0))
     if video is not None:
@@ -66,7 +74,7 @@ def evaluate_run(
     recipe = run.recipe if bool(method.wants & MOTION) else None
     base = run.seed + (which == "best") if seed is None else seed
 
-    blind = policy == "random" and video is None  # nobody looks: nothing is drawn, and the returns are the same
+    blind = policy == "random" and video is None  # nobody sees the pictures: skip rendering, returns are equal
     shown = replace(run, observed="vectors") if blind else run
 
     def make() -> Observer:
@@ -91,7 +99,7 @@ def evaluate_run(
 
 
 def random_floor(path: Path, episodes: int = 10) -> dict[str, Any]:
-    """Score of the uniform random policy on a run's environment, kept in the run directory so that reports can draw it."""
+    """Score of the uniform random policy on a run's environment. It is saved in the run directory for reports."""
     target = path / "random.json"
     if target.exists():
         found = read_json(target, CheckpointError, "remove it, it is made again")

@@ -1,4 +1,4 @@
-"""What a pre-trained model can do on clips it never saw: masked reconstruction and open-loop prediction, against trivial predictors."""
+"""Held-out figures of a pre-trained model: masked reconstruction and open-loop prediction, and trivial predictors."""
 
 from __future__ import annotations
 
@@ -21,23 +21,26 @@ CONTEXT_FRAMES = 5
 def trivial_reconstructions(motion: Motion, masked: Tensor) -> dict[str, Tensor]:
     """Three predictors without a model, each (B,T,K,P,P,2) in scaled flow.
 
-    zero: no motion. frame_mean: mean of the visible patches of the same frame (zero if there is none). nearest_time: the same track's
-    patch at the nearest time where it is visible and not masked, the earlier one on a tie (frame mean if there is none).
+    zero: no motion.
+    frame_mean: the mean of the visible, unmasked patches of the same frame, or zero if there is none.
+    nearest_time: the patch of the same track at the nearest time at which it is visible and unmasked; of two equally
+    near times the earlier one; frame_mean if there is none.
     """
-    patches = motion.patches.float()
+    patches = motion.patches.float()  # (B, T, K, P, P, 2)
     seen = motion.visible & ~masked  # (B, T, K)
-    weight = seen.float()[..., None, None, None]
-    mean = (patches * weight).sum(2, keepdim=True) / weight.sum(2, keepdim=True).clamp(min=1.0)
-    mean = mean.expand_as(patches)
+    weight = seen.float()[..., None, None, None]  # (B, T, K, 1, 1, 1)
+    mean = (patches * weight).sum(2, keepdim=True) / weight.sum(2, keepdim=True).clamp(min=1.0)  # (B, T, 1, P, P, 2)
+    mean = mean.expand_as(patches)  # (B, T, K, P, P, 2)
     time = torch.arange(patches.shape[1], device=patches.device)
     distance = (time[:, None] - time[None, :]).abs() * 2 + (time[None, :] > time[:, None])  # (T, T'): earlier wins a tie
     track = motion.track.transpose(1, 2)  # (B, K, T)
     usable = seen.transpose(1, 2)[:, :, None] & (track[..., None] == track[:, :, None])  # (B, K, T, T')
-    cost = torch.where(usable, distance, torch.iinfo(torch.int64).max)
+    cost = torch.where(usable, distance, torch.iinfo(torch.int64).max)  # (B, K, T, T')
     found, index = cost.min(-1)  # (B, K, T)
     by_part = patches.transpose(1, 2)  # (B, K, T, P, P, 2)
-    picked = torch.gather(by_part, 2, index[..., None, None, None].expand_as(by_part)).transpose(1, 2)
-    has = (found < torch.iinfo(torch.int64).max).transpose(1, 2)[..., None, None, None]
+    picked = torch.gather(by_part, 2, index[..., None, None, None].expand_as(by_part))  # (B, K, T, P, P, 2)
+    picked = picked.transpose(1, 2)  # (B, T, K, P, P, 2)
+    has = (found < torch.iinfo(torch.int64).max).transpose(1, 2)[..., None, None, None]  # (B, T, K, 1, 1, 1)
     return {"zero": torch.zeros_like(patches), "frame_mean": mean, "nearest_time": torch.where(has, picked, mean)}
 
 
@@ -45,9 +48,10 @@ def trivial_reconstructions(motion: Motion, masked: Tensor) -> dict[str, Tensor]
 def reconstruction_errors(
     method: Method, batch: Batch, generator: torch.Generator
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
-    """Eq. 5's error of the model and of the trivial predictors on one batch, and example patches; None without a motion code.
+    """The error of DRP's Eq. 5 on one batch, for the model and the trivial predictors, and example patches.
 
-    Errors are scalars by name, means over "count" masked tokens; examples are truth and reconstruction (M,P,P,2), scaled flow.
+    Returns (errors, examples), or None if the method has no masked reconstruction. Errors are scalars by name, means
+    over "count" masked tokens. Examples are "truth" and "reconstruction", (M,P,P,2) in scaled flow.
     """
     found = method.masked_reconstruction(batch, generator)
     if found is None:
@@ -56,43 +60,45 @@ def reconstruction_errors(
     errors = {"model": mae_loss(rebuilt, motion.patches, masked), "count": masked.sum()}
     for name, guess in trivial_reconstructions(motion, masked).items():
         errors[name] = mae_loss(guess, motion.patches, masked)
-    energy = motion.patches.square().flatten(-3).sum(-1).masked_fill(~masked, -1.0).flatten()
-    best = energy.topk(min(64, energy.numel())).indices[::4]
+    energy = motion.patches.square().flatten(-3).sum(-1).masked_fill(~masked, -1.0).flatten()  # (B T K,)
+    best = energy.topk(min(64, energy.numel())).indices[::4]  # (M,), every fourth of the patches with most motion
     best = best[energy[best] > 0]
     return errors, {"truth": motion.patches.flatten(0, 2)[best], "reconstruction": rebuilt.float().flatten(0, 2)[best]}
 
 
 def predicts(method: Method) -> bool:
-    """Whether the method has an open-loop prediction."""
+    """Whether the method predicts video (it overrides `Method.open_loop`)."""
     return type(method).open_loop is not Method.open_loop
 
 
 @torch.no_grad()
 def open_loop_errors(method: Method, batch: Batch, context: int = CONTEXT_FRAMES) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """PSNR and SSIM per horizon (T - context,) of each prediction and of the last-frame copy; and the pictures themselves.
+    """Returns (scores, pictures) of the method's open-loop predictions and of a copy of the last observed frame.
 
-    Nothing for a method that does not predict.
+    Scores are PSNR and SSIM, (T - context,): one number for each frame after the context. Pictures are (B,T,3,S,S) in
+    [0, 1]. Both are empty if the method does not predict video.
     """
     if not predicts(method):
         return {}, {}
     shape = batch["image"].shape
-    truth = images(batch).view(shape[0], shape[1], 3, *shape[2:4]) + 0.5
+    truth = images(batch).view(shape[0], shape[1], 3, *shape[2:4]) + 0.5  # (B, T, 3, S, S)
     guesses = {name: (x.float() + 0.5).clamp(0, 1) for name, x in method.open_loop(batch, context).items()}
-    guesses["last_frame"] = truth[:, context - 1 : context].expand_as(truth)
+    guesses["last_frame"] = truth[:, context - 1 : context].expand_as(truth)  # (B, T, 3, S, S)
     scores: dict[str, Tensor] = {}
     for name, guess in guesses.items():
-        # A still clip is copied without error; 60 dB stands for it, so that a mean stays finite.
-        scores[f"psnr/{name}"] = psnr(guess[:, context:], truth[:, context:]).clamp(max=60.0).mean(0)
-        scores[f"ssim/{name}"] = ssim(guess[:, context:], truth[:, context:]).mean(0)
+        # The copy of a still clip has no error and infinite PSNR. At most 60 dB count, so that a mean stays finite.
+        scores[f"psnr/{name}"] = psnr(guess[:, context:], truth[:, context:]).clamp(max=60.0).mean(0)  # (T - context,)
+        scores[f"ssim/{name}"] = ssim(guess[:, context:], truth[:, context:]).mean(0)  # (T - context,)
     return scores, {"truth": truth, **guesses}
 
 
 def measure_heldout(
     method: Method, sampler: WindowSampler, batches: int, compute: Compute, media: Path | None, update: int
 ) -> dict[str, Any]:
-    """Held-out figures: masked reconstruction against trivial predictors, open-loop PSNR and SSIM. Same clips and masks every time.
+    """Measure masked reconstruction against trivial predictors, and PSNR and SSIM of open-loop prediction.
 
-    The training random state is left as it was, so that measuring does not change the run.
+    Every call uses the same clips and masks. The random state of training does not change, so measuring does not change
+    the run. ``media``: folder for examples, or None.
     """
     with compute.own_randomness():
         torch.manual_seed(1234)

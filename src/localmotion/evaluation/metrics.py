@@ -1,7 +1,8 @@
-"""Picture quality of predicted frames: mean squared error, PSNR and SSIM, batched over any leading dimensions.
+"""Picture quality of predicted frames: mean squared error, PSNR and SSIM, over any leading dimensions.
 
-All three take tensors of equal shape (..., C, H, W) and return one float64 number a picture, shape (...). uint8
-tensors are measured with a data range of 255, floating tensors with 1.0, unless ``data_range`` says otherwise.
+All three take two tensors of equal shape (..., C, H, W), here with the picture's height H and width W. They return one
+float64 number for each picture, shape (...). The default ``data_range`` is 255 for uint8 tensors and 1.0 for floating
+tensors.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ def _prepare(prediction: Tensor, truth: Tensor, data_range: float | None) -> tup
     if prediction.shape != truth.shape or prediction.dim() < 3:
         raise ValueError(f"pictures must share a shape (..., C, H, W): {tuple(prediction.shape)} and {tuple(truth.shape)}")
     if prediction.dtype != truth.dtype:
-        # A uint8 picture against a [0, 1] one is the commonest slip here and would give a plausible wrong number.
+        # Comparing a uint8 picture with one in [0, 1] is a common mistake that would give a plausible wrong number.
         raise ValueError(f"pictures must share a dtype, and with it a range: {prediction.dtype} and {truth.dtype}")
     if data_range is None:
         if prediction.dtype == torch.uint8:
@@ -27,29 +28,29 @@ def _prepare(prediction: Tensor, truth: Tensor, data_range: float | None) -> tup
         elif prediction.is_floating_point():
             data_range = 1.0
         else:
-            raise ValueError(f"say data_range for pictures of {prediction.dtype}")
+            raise ValueError(f"give data_range for pictures of {prediction.dtype}")
     if not data_range > 0:
         raise ValueError(f"data_range must be positive, not {data_range}")
-    # float64: variances in SSIM are differences of nearly equal numbers.
+    # float64, because the variances in SSIM are differences of nearly equal numbers.
     return prediction.to(torch.float64), truth.to(torch.float64), float(data_range)
 
 
 def mse(prediction: Tensor, truth: Tensor) -> Tensor:
     """Mean squared error of each picture, in squared units of the input: (..., C, H, W) twice -> (...) float64.
 
-    Raises ValueError when shapes or dtypes differ.
+    Raises ValueError if shapes or dtypes differ.
     """
     a, b, _ = _prepare(prediction, truth, 1.0)
-    return (a - b).square().mean(dim=(-3, -2, -1))
+    return (a - b).square().mean(dim=(-3, -2, -1))  # (...)
 
 
 def psnr(prediction: Tensor, truth: Tensor, data_range: float | None = None) -> Tensor:
     """Peak signal-to-noise ratio in dB, ``10 log10(data_range^2 / mse)``: (..., C, H, W) twice -> (...) float64.
 
-    Equal pictures give +inf. Raises ValueError when shapes or dtypes differ, or the range is unknown or not positive.
+    Equal pictures give +inf. Raises ValueError if shapes or dtypes differ, or if the range is unknown or not positive.
     """
     a, b, span = _prepare(prediction, truth, data_range)
-    error = (a - b).square().mean(dim=(-3, -2, -1))
+    error = (a - b).square().mean(dim=(-3, -2, -1))  # (...)
     return 10.0 * torch.log10(span**2 / error)
 
 
@@ -58,8 +59,8 @@ def ssim(prediction: Tensor, truth: Tensor, data_range: float | None = None) -> 
 
     Wang, Bovik, Sheikh, Simoncelli, "Image Quality Assessment: From Error Visibility to Structural Similarity"
     (2004), Eqs. 13-17: 11x11 Gaussian window of standard deviation 1.5 and unit sum, K1 = 0.01, K2 = 0.03, population
-    moments, windows that lie wholly inside the picture, mean over windows and then over channels. Raises ValueError
-    as `psnr`, and for pictures smaller than the window.
+    moments, only windows completely inside the picture. The result is the mean over windows, then over channels. Raises
+    ValueError as `psnr`, and for pictures smaller than the window.
     """
     a, b, span = _prepare(prediction, truth, data_range)
     channels, height, width = a.shape[-3:]
@@ -67,16 +68,16 @@ def ssim(prediction: Tensor, truth: Tensor, data_range: float | None = None) -> 
         raise ValueError(f"SSIM needs pictures of at least {SSIM_WINDOW}x{SSIM_WINDOW} pixels, not {height}x{width}")
     offset = torch.arange(SSIM_WINDOW, dtype=a.dtype, device=a.device) - SSIM_WINDOW // 2
     kernel = torch.exp(-offset.square() / (2 * SSIM_SIGMA**2))
-    kernel = kernel / kernel.sum()
+    kernel = kernel / kernel.sum()  # (11,)
 
     def blur(x: Tensor) -> Tensor:  # (N, 1, H, W) -> (N, 1, H - 10, W - 10); the Gaussian window is separable
         return conv2d(conv2d(x, kernel.view(1, 1, -1, 1)), kernel.view(1, 1, 1, -1))
 
-    x, y = a.reshape(-1, 1, height, width), b.reshape(-1, 1, height, width)
+    x, y = a.reshape(-1, 1, height, width), b.reshape(-1, 1, height, width)  # (N, 1, H, W), N pictures x channels
     mean_x, mean_y = blur(x), blur(y)
     var_x = blur(x * x) - mean_x.square()
     var_y = blur(y * y) - mean_y.square()
     cov = blur(x * y) - mean_x * mean_y
     c1, c2 = (SSIM_K1 * span) ** 2, (SSIM_K2 * span) ** 2
     score = ((2 * mean_x * mean_y + c1) * (2 * cov + c2)) / ((mean_x.square() + mean_y.square() + c1) * (var_x + var_y + c2))
-    return score.mean(dim=(-3, -2, -1)).reshape(*a.shape[:-3], channels).mean(dim=-1)
+    return score.mean(dim=(-3, -2, -1)).reshape(*a.shape[:-3], channels).mean(dim=-1)  # (N,) -> (..., C) -> (...)

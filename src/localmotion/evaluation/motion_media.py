@@ -1,4 +1,4 @@
-"""Pictures of what a pre-trained run has learned, as arrays the report draws."""
+"""Arrays of what a pre-trained run has learned. The report draws them."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ DIRECTIONS = ("right", "down", "left", "up")
 
 
 def motion_media(run_dir: Path, data: Path, *, windows: int = 192, seed: int = 0) -> None:
-    """t-SNE of the method's motion code (paper Fig. 14) and the store's flow magnitudes, into RUN/media.
+    """Write a t-SNE of the method's motion code (paper Fig. 14) and the store's flow magnitudes to RUN/media.
 
-    A window's vector is its mean code (DRP: a^agg); without labels in the store, windows are coloured by their dominant direction of
-    motion (mean displacement of the tracks), which the model was never told.
+    The vector of a window is its mean code (DRP: a^agg). If the store has no labels, the colour of a window is its
+    dominant direction of motion (mean displacement of the tracks). The model never gets this direction as input.
     """
     run, method, compute = load_run(run_dir)
     store = ClipStore(data)

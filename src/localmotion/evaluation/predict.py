@@ -1,4 +1,4 @@
-"""Open-loop prediction of clips by pre-trained runs, side by side: pure-video evaluation, no environment and no actions."""
+"""Open-loop prediction of clips by pre-trained runs, side by side. It needs video only: no environment, no actions."""
 
 from __future__ import annotations
 
@@ -24,27 +24,30 @@ from localmotion.video.sample import Split, WindowSampler
 from localmotion.video.store import Clip, ClipStore, ClipStoreWriter
 
 AT_ONCE = 8
-"""Windows predicted together."""
+"""Number of windows that are predicted in one batch."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What `predict` found. Rows are the predictors: ``last_frame``, and each run's own (with several runs "RUN: row")."""
+    """Result of `predict`.
+
+    Its rows are the predictors: ``last_frame`` and each run's rows (with several runs "RUN: row").
+    """
 
     scores: dict[str, dict[str, list[float]]]
-    """By row, then "psnr" (dB) and "ssim": mean over the windows at each horizon, 1 frame ahead first."""
+    """By row, then "psnr" (dB) and "ssim": means over the windows, for 1, 2, ... frames ahead."""
     pictures: dict[str, NDArray[np.uint8]]
-    """By row and for "truth": the first windows, (N, T, S, S, 3)."""
+    """By row, and "truth": pictures of the first windows, (N, T, S, S, 3)."""
     windows: int
-    """Windows that the scores average over."""
+    """Number of windows that the scores average over."""
     length: int
-    """Frames of a window; the first ``context`` were observed."""
+    """Number of frames of a window. The first ``context`` are observed."""
     context: int = CONTEXT_FRAMES
     rejected: tuple[str, ...] = ()
-    """Videos that could not be used, "ID: reason: detail"; empty where the data is a store."""
+    """Videos that could not be used, as "ID: reason: detail". Empty if the data is a store."""
 
     def table(self, kind: str) -> tuple[list[str], list[list[str]]]:
-        """Head and rows of the scores of ``kind`` ("psnr" or "ssim") at some horizons, and their mean over all."""
+        """Header and rows of a table: scores of ``kind`` ("psnr" or "ssim") at some horizons, and the mean over all."""
         ahead = self.length - self.context
         horizons = sorted({h for h in (1, 2, 5, 10, 20, 50, ahead) if h <= ahead})
         digits = 2 if kind == "psnr" else 3
@@ -75,19 +78,21 @@ def predict(
     device: str = "auto",
     progress: Callable[[int, int | None, str], object] | None = None,
 ) -> Prediction:
-    """Predict windows of clips after 5 observed frames with every run; all see the same windows.
+    """Predict windows of clips after 5 observed frames with every run. All runs predict the same windows.
 
     Args:
         checkpoints: pre-training runs of methods that predict video.
-        data: clip store, or a video file, a folder of videos or of frame folders, which is extracted by each run's own recipe for the call.
-        clips: windows kept as pictures.
-        windows: windows scored; of videos as many, one each, if there are that many.
-        split: of a store, by the first run's ``heldout_fraction``. Videos are not split: all of them.
-        seed: of the choice of windows, and of videos.
+        data: clip store, video file, or folder of videos or frame folders. Videos are extracted for this call with each
+            run's recipe.
+        clips: number of windows whose pictures are kept.
+        windows: number of windows to score. From videos at most one window each.
+        split: part of a store, by the first run's ``heldout_fraction``. Videos are not split.
+        seed: of the choice of windows and videos.
 
-    Rows of the methods: DRP: motion, with a^agg of the tracked points as in the paper's Fig. 8, and zero_motion, with no information from
-    the future; IPV and APV: prior. Raises CheckpointError, StoreError or VideoError; ConfigError when a run cannot predict from video
-    alone.
+    DRP has two rows. ``motion`` uses a^agg of the tracked points, as in the paper's Fig. 8. ``zero_motion`` uses no
+    information from the future. IPV and APV have the row ``prior``.
+
+    Raises CheckpointError, StoreError or VideoError, and ConfigError if a run cannot predict from video alone.
     """
     at_least(checkpoints=(len(checkpoints), 1), clips=(clips, 1), windows=(windows, 1), seed=(seed, 0))
     runs = _load(checkpoints, device)
@@ -186,7 +191,10 @@ def _row(row: str, each: _Loaded, runs: Sequence[_Loaded]) -> str:
 
 
 def _spread(sampler: WindowSampler, windows: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Clips and starts (n,) of windows spread over as many clips as there are, in random order; no window twice."""
+    """Clips and starts (n,) of windows in random order, spread over as many clips as possible.
+
+    No window occurs twice.
+    """
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(sampler.clips))
     starts = {i: rng.permutation(int(sampler.starts[i])) for i in order}
@@ -205,7 +213,10 @@ def _extracted(
     scratch: Path,
     progress: Callable[[int, int | None, str], object] | None,
 ) -> tuple[dict[str, ClipStore], list[str]]:
-    """Clips of ``count`` of the videos in ``data``, drawn at random, by each recipe; and why others were left out."""
+    """Extract ``count`` random videos of ``data`` with each recipe.
+
+    Returns the clips, and reasons for unusable videos.
+    """
     refs = usable_videos(data)
     refs = [refs[i] for i in np.random.default_rng(seed).permutation(len(refs))]
     stores: dict[str, ClipStore] = {}
@@ -220,7 +231,7 @@ def _extracted(
                 clips.append(found)
             elif isinstance(found, dict):
                 reasons[ref.id] = f"{ref.id}: {found['reason']}: {found['detail']}"
-            else:  # the recipe or the machine, not this video
+            else:  # the cause is the recipe or the machine, not this video
                 raise LocalmotionError(found.message)
             if progress:
                 progress(len(clips), min(count, len(refs)), "extracting")

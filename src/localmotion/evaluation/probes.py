@@ -1,12 +1,16 @@
-"""What a method's motion code knows of true motion: probes on the simulator's velocities and actions (docs/studies.md).
+"""Probes: how well a method's motion code predicts the simulator's velocities and actions (docs/studies.md).
 
-The code of each frame, frozen, is asked by ridge regression (is it there, linearly?) and by a small MLP (is it there at all?) for the
-velocities and for the action that led to the frame. Episodes are split, so no frame of a tested episode is seen in fitting. The score is
-R^2 on the tested episodes, averaged over the target's dimensions that vary: 1 is all of it, 0 no more than its mean.
+The probed network is frozen. Ridge regression (linear) and a small MLP (nonlinear) predict two targets from the code of
+each frame: the velocities, and the action that led to the frame. Training and test use different episodes. The score is
+R^2 on the test episodes, averaged over the dimensions of the target that vary. 1 is a perfect prediction; 0 is no
+better than the mean of the target.
 
-Floors and ceilings beside the methods: `flow`, the flow field averaged on an 8x8 grid (what perception alone gives); NAME `untrained`, the
-same network as a method's with fresh weights; `idm`, a convolutional network trained on the same episodes' pictures and the target itself;
-`true velocities`, an MLP on the velocities before and after, for actions: torque is only weakly visible in motion.
+Four references stand beside the methods:
+
+    flow, 8x8 grid     floor: the flow field averaged on a grid, which is what perception alone gives
+    NAME, untrained    floor: the method's network with new random weights
+    idm                ceiling: a convolutional network trained on the pictures of the same episodes and the target
+    true velocities    ceiling for actions: an MLP on the velocities before and after (motion shows torque only weakly)
 """
 
 from __future__ import annotations
@@ -34,27 +38,27 @@ from localmotion.video.store import ClipStore
 
 Floats = NDArray[np.float32]
 LAMBDAS = tuple(10.0**k for k in range(-4, 5))
-"""Ridge penalties tried, times the number of samples; chosen on a tenth of the fitted episodes."""
-SKIP = 4  # first positions of a window: too little history for a code that looks back
+"""Candidate ridge penalties, as factors on the number of samples. A tenth of the training episodes selects one."""
+SKIP = 4  # first positions of a window to leave out: a code that uses past frames has too little history there
 TARGETS = ("velocities", "actions")
 
 
 @dataclass(frozen=True)
 class Episodes:
-    """A collection's targets by frame: rows belong together, ``episode`` (n,) says which clip."""
+    """Targets of a collection, one row for each frame. ``episode`` (n,) is the clip of each row."""
 
     name: str
     episode: NDArray[np.int64]
     targets: dict[str, Floats]
-    """velocities (n, nv) and actions (n, A), what is there"""
+    """`velocities` (n, nv) and `actions` (n, A), if the collection has them."""
     before: Floats | None
-    """velocities one frame earlier (n, nv)"""
+    """Velocities one frame earlier, (n, nv)."""
     tested: NDArray[np.bool_]
-    """rows of the tested episodes, a fifth of them"""
+    """(n,) rows of the test episodes, a fifth of all episodes."""
 
 
 class _Data:
-    """Windows that tile a collection's clips, in batches, and the targets of the frames that count."""
+    """Windows that cover a collection's clips, in batches, and the targets of their frames after the first `SKIP`."""
 
     def __init__(self, path: Path, length: int, batch_size: int = 16) -> None:
         store = ClipStore(path)
@@ -72,7 +76,7 @@ class _Data:
                 if not file.exists():
                     continue
                 try:
-                    found = np.load(file, mmap_mode="r", allow_pickle=False)  # mapped: a claim beyond the file's end is refused
+                    found = np.load(file, mmap_mode="r", allow_pickle=False)  # mmap fails if the header claims too much
                 except (OSError, ValueError, EOFError) as error:
                     raise ConfigError(f"{file}: cannot be read ({error}); collect it again") from error
                 if len(found) != store.lengths[clip]:
@@ -97,22 +101,29 @@ class _Data:
         self.episodes = Episodes(path.name, ids, joined, earlier, np.isin(ids, held))
 
     def code(self, of: Callable[[Batch], Tensor]) -> Floats:
-        """(n, d) codes of the frames that count; ``of`` gives (B, T, d) of a batch."""
+        """Codes (n, d) of all frames after the first `SKIP` of a window.
+
+        ``of`` returns the codes (B, T, d) of a batch.
+        """
         out = []
         for at in range(0, len(self.clips), self.batch_size):
             batch = self.sampler.windows(self.clips[at : at + self.batch_size], self.starts[at : at + self.batch_size])
-            out.append(of(batch)[:, SKIP:].float().cpu().flatten(0, 1).numpy())
+            out.append(of(batch)[:, SKIP:].float().cpu().flatten(0, 1).numpy())  # (B (T - SKIP), d)
         return np.concatenate(out)
 
 
 def grid_flow(batch: Batch, cells: int = 8) -> Tensor:
-    """Flow averaged on a grid, (B, T, 2 cells^2) pixels: the floor that perception alone gives."""
-    flow = batch["flow"].float().permute(0, 1, 4, 2, 3)
-    return F.adaptive_avg_pool2d(flow.flatten(0, 1), cells).flatten(1).unflatten(0, flow.shape[:2])
+    """Flow averaged on a grid, (B, T, 2 cells^2), in pixels. It is the floor: what perception alone gives."""
+    flow = batch["flow"].float().permute(0, 1, 4, 2, 3)  # (B, T, 2, S, S)
+    pooled = F.adaptive_avg_pool2d(flow.flatten(0, 1), cells)  # (B T, 2, cells, cells)
+    return pooled.flatten(1).unflatten(0, flow.shape[:2])  # (B, T, 2 cells^2)
 
 
 def r_squared(predicted: Floats, true: Floats) -> float:
-    """1 - squared error / variance on the same rows, mean over the dimensions of (n, d) that vary. 0 if none does."""
+    """R^2 of two arrays (n, d): 1 - squared error / variance, averaged over the dimensions that vary.
+
+    0 if none varies.
+    """
     spread = true.astype(np.float64).var(0)
     varies = spread > 1e-10
     if not varies.any():
@@ -128,7 +139,7 @@ def _standard(x: Floats, fit: NDArray[np.bool_]) -> Floats:
 
 
 def _folds(data: Episodes) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Rows to fit on, and rows of other episodes to choose penalties and stopping on."""
+    """Rows for training, and rows of other episodes for choosing the penalty and the time to stop."""
     known = np.unique(data.episode[~data.tested])
     chosen = np.random.default_rng(1).permutation(known)[: max(len(known) // 10, 1)]
     check = np.isin(data.episode, chosen)
@@ -136,15 +147,15 @@ def _folds(data: Episodes) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
 
 
 def ridge(x: Floats, y: Floats, data: Episodes) -> float:
-    """R^2 of ridge regression from (n, d) to (n, k) on the tested episodes, penalty chosen on others."""
+    """R^2 of ridge regression from (n, d) to (n, k) on the test episodes. Other episodes choose the penalty."""
     fit, check = _folds(data)
     z = _standard(x, fit).astype(np.float64)
     mean = y[fit].mean(0).astype(np.float64)
-    values, vectors = np.linalg.eigh(z[fit].T @ z[fit])
-    moment = vectors.T @ (z[fit].T @ (y[fit] - mean))
+    values, vectors = np.linalg.eigh(z[fit].T @ z[fit])  # (d,), (d, d)
+    moment = vectors.T @ (z[fit].T @ (y[fit] - mean))  # (d, k)
 
     def answer(penalty: float, rows: NDArray[np.bool_]) -> Floats:
-        weights = vectors @ (moment / (np.maximum(values, 0) + penalty * fit.sum())[:, None])
+        weights = vectors @ (moment / (np.maximum(values, 0) + penalty * fit.sum())[:, None])  # (d, k)
         return (z[rows] @ weights + mean).astype(np.float32)
 
     best = max(LAMBDAS, key=lambda penalty: r_squared(answer(penalty, check), y[check]))
@@ -152,7 +163,10 @@ def ridge(x: Floats, y: Floats, data: Episodes) -> float:
 
 
 def mlp(x: Floats, y: Floats, data: Episodes, *, updates: int = 1500, seed: int = 0) -> float:
-    """R^2 of a two-layer network (256 wide, dropout 0.1), stopped where other episodes are predicted best."""
+    """R^2 of an MLP with two hidden layers (width 256, dropout 0.1) on the test episodes.
+
+    Other episodes choose when to stop.
+    """
     fit, check = _folds(data)
     z, t = _standard(x, fit), _standard(y, fit)
     torch.manual_seed(seed)
@@ -178,7 +192,7 @@ def idm(
     seed: int = 0,
     compute: Compute = PLAIN,
 ) -> float:
-    """R^2 of a small convolutional network on pictures (n, 2, S, S, 3), the frames before and after, trained for this target."""
+    """R^2 of a small convolutional network that predicts ``y`` from the frames before and after, (n, 2, S, S, 3)."""
     fit, check = _folds(data)
     torch.manual_seed(seed)
     widths = (6, 32, 64, 64, 64)
@@ -191,7 +205,7 @@ def idm(
     )
 
     def inputs(rows: NDArray[np.int64]) -> Tensor:
-        both = torch.from_numpy(pictures[rows]).to(compute.device).permute(0, 1, 4, 2, 3).flatten(1, 2)
+        both = torch.from_numpy(pictures[rows]).to(compute.device).permute(0, 1, 4, 2, 3).flatten(1, 2)  # (n, 6, S, S)
         return both.float().div_(255.0).sub_(0.5).contiguous(memory_format=torch.channels_last)
 
     return _best(net.to(compute.device), inputs, _standard(y, fit), data, fit, check, updates, seed, compute, batch_size=64)
@@ -209,7 +223,10 @@ def _best(
     compute: Compute = PLAIN,
     batch_size: int = 128,
 ) -> float:
-    """Fit, keep the R^2 on tested rows of the moment at which the check rows were predicted best. R^2 does not mind standard units."""
+    """Train ``net``. Returns the R^2 on the test rows at the update with the best R^2 on the check rows.
+
+    ``t`` holds standardized targets; R^2 does not depend on their scale.
+    """
     rng, rows = np.random.default_rng(seed), np.flatnonzero(fit)
     optimiser = torch.optim.AdamW(net.parameters(), lr=1e-3, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, updates)
@@ -240,7 +257,7 @@ def _best(
     return kept
 
 
-@torch.random.fork_rng(devices=[])  # the networks of the probes are seeded, and the caller's generator is left as it was
+@torch.random.fork_rng(devices=[])  # probes seed torch's generator; the caller's state must not change
 def probe(
     runs: Sequence[Path],
     collections: Sequence[Path],
@@ -252,12 +269,24 @@ def probe(
     threads: int = 1,
     progress: Callable[[int, int | None, str], Any] | None = None,
 ) -> list[dict[str, Any]]:
-    """Probe the motion code of each run on each collection (`localmotion collect --store`).
+    """Probe the motion code of each run on each collection (made by `localmotion collect --store`).
 
-    Rows: {data, code, width, frames, "ridge velocities", "mlp velocities", "ridge actions", "mlp actions"}; scores are R^2, absent where a
-    collection lacks the target. ``untrained`` adds each run's network with fresh weights, ``ceilings`` those trained on the target.
-    ``threads`` of torch (0: its own choice): the small networks are many tiny products, for which threads mostly wait for each other.
-    Raises ConfigError for a run whose method has no motion code, and for collections without targets or with too few clips.
+    Args:
+        runs: run directories.
+        collections: clip stores with actions/ or velocities/.
+        length: frames of a window.
+        untrained: also probe each run's network with new random weights.
+        ceilings: also train networks on the targets directly.
+        device: as `--device`.
+        threads: CPU threads of torch, 0 for torch's own choice. The default is 1, because the small networks of the
+            probes are many tiny products, and more threads mostly wait for each other.
+        progress: called with (rows done, rows in total, name).
+
+    Returns rows {data, code, width, frames, "ridge velocities", "mlp velocities", "ridge actions", "mlp actions"}.
+    Scores are R^2. A row lacks the scores of targets that the collection does not have.
+
+    Raises ConfigError for a run whose method has no motion code, and for collections without targets or with too few
+    clips.
     """
     at_least(length=(length, SKIP + 1), threads=(threads, 0))
     sources: list[tuple[str, Method | None, Compute]] = [("flow, 8x8 grid", None, PLAIN)]
@@ -318,7 +347,7 @@ def _scores(code: Floats, data: Episodes) -> dict[str, float]:
 def _ceilings(data: _Data, compute: Compute) -> list[dict[str, Any]]:
     def both(batch: Batch) -> Tensor:
         image = batch["image"]
-        return torch.stack([torch.cat([image[:, :1], image[:, :-1]], 1), image], 2).flatten(2)
+        return torch.stack([torch.cat([image[:, :1], image[:, :-1]], 1), image], 2).flatten(2)  # (B, T, 2 S S 3)
 
     episodes, side = data.episodes, data.sampler.store.size
     out = []

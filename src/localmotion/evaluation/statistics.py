@@ -1,7 +1,7 @@
-"""Numbers over seeds and tasks: mean, standard deviations, IQM, bootstrap intervals, learning curves on one grid.
+"""Statistics over seeds and tasks: mean, standard deviations, IQM, bootstrap intervals, learning curves on one grid.
 
-A score is one number a run (one seed on one task). Every statistic refuses empty and non-finite input with a
-ValueError: a NaN in a table of results is a fact about a run and must be met where the run is read.
+A score is one number for one run (one seed on one task). Every statistic raises ValueError for empty and non-finite
+input. Code that reads a run must handle a NaN before it comes here.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 Floats = NDArray[np.float64]
 Statistic = Callable[..., Any]
-"""Maps (..., n) scores with ``axis=-1`` to (...): `mean`, `iqm`, numpy.median."""
+"""A function that reduces (..., n) scores to (...) with ``axis=-1``: `mean`, `iqm`, numpy.median."""
 
 
 def _scores(values: ArrayLike) -> Floats:
@@ -33,7 +33,7 @@ def mean(values: ArrayLike, axis: int = -1) -> Any:
 
 
 def population_std(values: ArrayLike, axis: int = -1) -> Any:
-    """Standard deviation with divisor n: what the papers of this field print as "+-". One score gives 0."""
+    """Standard deviation with divisor n. The papers of this field print it after "+-". One score gives 0."""
     return _scores(values).std(axis=axis)
 
 
@@ -46,10 +46,10 @@ def sample_std(values: ArrayLike, axis: int = -1) -> Any:
 
 
 def iqm(values: ArrayLike, axis: int = -1) -> Any:
-    """Interquartile mean: the mean of what is left after cutting floor(n / 4) scores at either end.
+    """Interquartile mean: the mean without the floor(n / 4) lowest and the floor(n / 4) highest scores.
 
-    Agarwal et al., "Deep Reinforcement Learning at the Edge of the Statistical Precipice" (2021), with the cut of its
-    released code (a 25 % trimmed mean). With fewer than four scores nothing is cut and the IQM is the mean.
+    Agarwal et al., "Deep Reinforcement Learning at the Edge of the Statistical Precipice" (2021); the number of removed
+    scores is that of its released code (a 25 % trimmed mean). The IQM of fewer than four scores is their mean.
     """
     scores = np.sort(_scores(values), axis=axis)
     n = scores.shape[axis]
@@ -77,8 +77,8 @@ def bootstrap_interval(
 ) -> Interval:
     """Stratified percentile bootstrap of a statistic of pooled scores (Agarwal et al. 2021).
 
-    ``groups`` holds one (n_task,) array of scores a task (several tasks must be on a common scale, e.g. success
-    rates). Each resample draws n_task scores with replacement within each task, pools them and takes ``statistic``
+    ``groups`` holds one (n_task,) array of scores for each task. Several tasks must have a common scale, e.g. success
+    rates. Each resample draws n_task scores with replacement within each task, pools them and takes ``statistic``
     over axis -1. The same ``seed`` gives the same interval. Raises ValueError for empty or non-finite scores, or a
     level outside (0, 1).
     """
@@ -119,8 +119,8 @@ class CurveBand:
     """Several seeds on one grid of env steps.
 
     env_steps (G,)    the grid
-    values    (S, G)  each seed's value, NaN outside the range that the seed itself covers
-    count     (G,)    how many seeds have a value there, at least 1
+    values    (S, G)  each seed's value, NaN outside the seed's own range
+    count     (G,)    number of seeds with a value, at least 1
     mean, std (G,)    over the seeds that have a value (population standard deviation)
     """
 
@@ -132,17 +132,17 @@ class CurveBand:
 
     @property
     def complete(self) -> NDArray[np.bool_]:
-        """(G,) where every seed has a value: only there is the mean a mean over the same runs."""
+        """(G,) True where every seed has a value. Only there does the mean cover the same runs."""
         return self.count == len(self.values)
 
 
 def aggregate_curves(curves: Sequence[Curve], grid: ArrayLike | None = None) -> CurveBand:
     """Put the curves of several seeds on a common grid.
 
-    The grid is the union of all seeds' env steps unless given. Between two points of a seed the value is interpolated
-    linearly; before its first and after its last point a seed has no value: nothing is extrapolated, a run that
-    stopped early simply no longer counts. Grid points without any seed are dropped. Raises ValueError without curves,
-    or if no grid point is left.
+    The default grid is the union of all seeds' env steps. Between two points of a seed, its value is interpolated
+    linearly. Before its first and after its last point a seed has no value, so a run that stopped early does not count
+    after its end. Grid points without any seed are dropped. Raises ValueError without curves, or if no grid point
+    remains.
     """
     if not curves:
         raise ValueError("no curves to aggregate")
@@ -161,7 +161,7 @@ def aggregate_curves(curves: Sequence[Curve], grid: ArrayLike | None = None) -> 
 
 
 def final_scores(curves: Sequence[Curve], last: int = 1) -> Floats:
-    """One final score a seed, (S,): the mean of its last ``last`` evaluations (fewer if the curve is shorter)."""
+    """One final score for each seed, (S,): the mean of its last ``last`` evaluations, or of all if there are fewer."""
     if last < 1:
         raise ValueError(f"last must be at least 1, not {last}")
     if not curves:
@@ -171,7 +171,7 @@ def final_scores(curves: Sequence[Curve], last: int = 1) -> Floats:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a table of results prints of one group of seeds. ``interval`` is None for a single seed."""
+    """Statistics of one group of seeds for a table of results. ``interval`` is None for a single seed."""
 
     scores: tuple[float, ...]
     mean: float

@@ -1,1 +1,1 @@
-"""Episodes of an environment recorded as videos or as a clip store."""
+"""Record episodes of an environment as videos or as a clip store, and read logged episodes."""

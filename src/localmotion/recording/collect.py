@@ -1,7 +1,8 @@
-"""Record unlabeled videos of an environment under some policy, as mp4 files or straight into a clip store.
+"""Record unlabeled videos of an environment with a policy, as mp4 files or directly into a clip store.
 
-What a policy did is kept too, for probes and offline stages: pre-training reads the videos and nothing else. Episode i is a pure
-function of (environment, policy, seed, i), so the same command goes on where it stopped, and adds episodes when asked for more.
+Pre-training reads only the videos. Actions, rewards and velocities are stored too, for probes and offline stages.
+Episode i is a pure function of (environment, policy, seed, i), so the same command continues where it stopped, and a
+larger ``episodes`` adds episodes.
 """
 
 from __future__ import annotations
@@ -41,14 +42,14 @@ SHARD_CLIPS = 32
 
 @dataclass
 class Collected:
-    """What a collection holds."""
+    """Contents of a collection."""
 
     path: Path
     episodes: list[dict[str, Any]] = field(default_factory=list)
     new: int = 0
 
     def lines(self) -> list[str]:
-        """For people."""
+        """Lines for the console."""
         returns = np.array([episode["return"] for episode in self.episodes])
         frames = sum(episode["frames"] for episode in self.episodes)
         out = [f"{len(self.episodes)} videos, {frames:,} frames in {self.path} ({self.new} new)"]
@@ -76,24 +77,29 @@ def collect(
     Args:
         env: environment name; ``settings`` go to `make_env` (action_repeat, quality, camera, ...).
         out: folder of mp4 files, or with a ``recipe`` a clip store.
-        policy: "random" (uniform), "smooth" (random, changing smoothly), "expert" (Meta-World's scripted policies), or a run directory,
-            whose agent then acts as it did in training.
-        seed: with the episode's number decides everything random.
-        steps: agent steps a video at most; 0 for whole episodes.
-        size: side of the mp4's pictures.
-        recipe: perceive and write a clip store; pictures are then rendered at its percept_size.
+        policy: "random" (uniform), "smooth" (random, changing smoothly), "expert" (Meta-World's scripted policies), or
+            a run directory, whose agent then acts as in training.
+        seed: with the episode's number it decides everything random.
+        steps: most agent steps of a video; 0 for whole episodes.
+        size: side of the mp4's pictures, in pixels.
+        recipe: write a clip store with this recipe. Pictures are then rendered at its percept_size.
         noise: standard deviation of Gaussian noise added to each action (clipped to [-1, 1]).
-        progress: called with (episodes done, of how many, "").
+        progress: called with (episodes done, episodes in total, "").
 
-    Beside the videos: actions/ID.npy, (T, A) float32 with row t the action that led to frame t (row 0 zero); velocities/ID.npy, (T, n)
-    float32 with row t the simulator's velocities in frame t, where it has any; and collection.json. A clip store has further arrays for
-    each frame: action, reward, is_terminal, and the agent's mask where the environment knows it (`recording.logs`); the offline stages
-    learn from them, pre-training does not read them.
+    Files beside the videos:
+
+        actions/ID.npy       (T, A) float32; row t is the action that led to frame t, row 0 is zero
+        velocities/ID.npy    (T, n) float32; row t holds the simulator's velocities in frame t, if it has any
+        collection.json      settings and one entry for each episode
+
+    A clip store has further arrays for each frame: action, reward, is_terminal, and the agent's mask if the environment
+    knows it (`recording.logs`). Offline stages learn from these arrays; pre-training does not read them.
 
     Raises:
-        ConfigError: unknown policy or environment, an expert where there is none, numbers out of range, a folder of other settings.
-        CheckpointError, EnvError, LocalmotionError: what loading, simulating and writing raise; CheckpointError too where another
-            process collects into ``out``.
+        ConfigError: unknown policy or environment, no expert for this environment, numbers out of range, or ``out``
+            holds a collection with other settings.
+        CheckpointError, EnvError, LocalmotionError: loading, simulating or writing failed. CheckpointError also if
+            another process collects into ``out``.
     """
     at_least(episodes=(episodes, 1), steps=(steps, 0), noise=(noise, 0), seed=(seed, 0))
     check_output(out, ConfigError, folder=True)
@@ -149,11 +155,14 @@ class _Played:
     extra: dict[str, NDArray[Any]]
     """Arrays of `logged` by name."""
     velocities: NDArray[np.float32] | None
-    """(T, n), if there are any."""
+    """(T, n), or None if the simulator has no velocities."""
 
 
 class _Player:
-    """An environment with a policy and a camera. ``stored``: side of the pictures and masks of a clip store; 0 for none."""
+    """An environment with a policy and a camera.
+
+    ``stored``: side of a clip store's pictures and masks, 0 without a store.
+    """
 
     def __init__(self, env: str, policy: str, side: int, settings: dict[str, Any], stored: int) -> None:
         self.policy, self.side = policy, side
@@ -171,7 +180,7 @@ class _Player:
                 raise ConfigError(f"{policy}: was trained in {run.env}, not in {env}")
             run = _changed(run, settings)
             if run.observed == "vectors":
-                run = replace(run, observed="both")  # it sees what it saw; the pictures are for the collection
+                run = replace(run, observed="both")  # as in training, and pictures for the collection
             recipe = run.recipe if bool(method.wants & MOTION) else None
             self.observer = make_observer(run, recipe, size=method.image_size)
             self.act, self.compute = MethodPolicy(method, compute, explore=True, window=run.online.length), compute
@@ -183,7 +192,7 @@ class _Player:
         self.extra = logged(self.observer.action_dim, self.masked)
 
     def play(self, seed: int, number: int, steps: int, noise: float) -> _Played:
-        """One episode."""
+        """Play one episode."""
         begin = episode_seed(seed, "collect", number)
         with self.compute.own_randomness():
             torch.manual_seed(begin)
@@ -224,7 +233,7 @@ class _Player:
         return _Played(entry, np.stack(pictures), extra, moved if moved.size else None)
 
     def _row(self, record: dict[str, Any]) -> dict[str, NDArray[Any]]:
-        """What a store keeps of a record beside its picture."""
+        """The store's further arrays of a record, without its picture."""
         row = {name: np.asarray(record[name], np.dtype(dtype)) for name, dtype in REQUIRED.items()}
         if self.masked:
             row["mask"] = np.packbits(self.env.agent_mask(self.masked), axis=-1)  # type: ignore[attr-defined]
@@ -243,7 +252,7 @@ class _Player:
 
 
 def _changed(run: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
-    """The run with the settings of `make_env` that were given; what is left out stays as in training. Raises ConfigError."""
+    """The run with the given settings of `make_env`. Other settings stay as in training. Raises ConfigError."""
     given = {name: value for name, value in settings.items() if value not in (None, "auto")}
     own = {name: given.pop(name) for name in ("action_repeat", "quality", "supersample") if name in given}
     check_env(run.env, given)
@@ -263,11 +272,11 @@ class _Files:
         write_video(self.out / f"{name}.mp4", pictures, self.fps, crf=12)
 
     def close(self) -> None:
-        """Files are whole as they are written."""
+        """Nothing to do: each file is complete when it is written."""
 
 
 class _Store:
-    """A clip store; finished clips wait on the disk until their shard is full."""
+    """A clip store. Finished clips are kept on disk until their shard is complete."""
 
     def __init__(self, out: Path, recipe: Recipe, names: list[str], extra: Extra) -> None:
         from localmotion.perception.clips import ClipExtractor
@@ -290,7 +299,7 @@ class _Store:
             self.close()
 
     def close(self) -> None:
-        """Write the shards all of whose clips are there."""
+        """Write the shards that have all their clips."""
         for index, members in self.shards:
             clips = [clip for clip in map(self.spool.get, members) if isinstance(clip, Clip)]
             if len(clips) == len(members):
@@ -303,7 +312,7 @@ class _Store:
 
 
 def _open(out: Path, header: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Episodes of an earlier call of the same settings, by id. Raises ConfigError when they differ."""
+    """Episodes of an earlier call with the same settings, by id. Raises ConfigError if the settings differ."""
     path = out / "collection.json"
     if not path.exists():
         return {}
@@ -329,7 +338,7 @@ def _save_array(path: Path, array: NDArray[np.float32]) -> None:
 
 
 def _write(path: Path, fill: Callable[[Any], Any]) -> None:
-    """Write a file whole or not at all."""
+    """Write a file completely or not at all."""
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

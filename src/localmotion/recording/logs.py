@@ -1,7 +1,7 @@
-"""Sequences of logged episodes, with actions and rewards, out of a clip store: what the offline stages learn from.
+"""Sequences of logged episodes, with actions and rewards, from a clip store. Offline stages learn from them.
 
-`collect --store` writes such a store. Its further arrays (`LOGGED`) hold what led to each frame, as in a replay
-(docs/decisions/0001): row t has the action and the reward of the agent step from frame t-1 to t, row 0 zeros.
+`collect --store` writes such a store. Its further arrays (`logged`) hold what led to each frame, as in a replay
+(docs/decisions/0001): row t has the action and the reward of the agent step from frame t-1 to t. Row 0 is zero.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ REQUIRED = {"action": "<f4", "reward": "<f4", "is_terminal": "|u1"}
 
 
 def logged(action_dim: int, mask_size: int = 0) -> Extra:
-    """The further arrays of a store of logged episodes.
+    """The arrays that a store of logged episodes has in addition to those of a clip store.
 
     =============== ================== =============================================================================
     action          (A,) float32       action that led to the frame, in [-1, 1]; zeros in the first row
@@ -40,7 +40,7 @@ def logged(action_dim: int, mask_size: int = 0) -> Extra:
 
 
 class _Piece(NamedTuple):
-    """Frames of one episode within a sequence: position of the first in the sequence, clip, first frame, and number."""
+    """Frames of one episode in a sequence: position in the sequence, clip, first frame, and number of frames."""
 
     at: int
     clip: int
@@ -49,25 +49,26 @@ class _Piece(NamedTuple):
 
 
 class EpisodeSampler:
-    """Batches of B sequences of T positions from logged episodes, with the keys and the conventions of a replay's.
+    """Batches of B sequences of T positions from logged episodes. Keys and conventions are those of a replay's batches.
 
-    An episode is drawn uniformly, then a window of it; a shorter one is followed by further episodes, each from its own
-    ``is_first`` on (docs/decisions/0011). Batch ``index`` is a pure function of ``index``, ``seed`` and the store, so a resumed
-    run gets the batches of an uninterrupted one.
+    The sampler draws an episode uniformly, then a window of it. If the episode is shorter than T, further episodes
+    follow, each from its ``is_first`` on (docs/decisions/0011). Batch ``index`` is a pure function of ``index``,
+    ``seed`` and the store, so a resumed run gets the batches of an uninterrupted one.
 
         image (B,T,S,S,3) uint8   action (B,T,A) float32   reward (B,T) float32   is_terminal, is_first (B,T) bool
-        flow, tracks, visible, track_id as `video.sample.WindowSampler`, with ``motion``
-        mask (B,T,S,S) bool, with ``mask``
+        flow, tracks, visible, track_id as in `video.sample.WindowSampler`, if ``motion``
+        mask (B,T,S,S) bool, if ``mask``
 
     Args:
-        store: of `collect --store`, or any other with the arrays of `logged`.
+        store: a store of `collect --store`, or any other store with the arrays of `logged`.
         length, batch_size: T and B.
         seed: of the sampling, 0 or more.
         motion, mask: whether batches have these keys.
         prioritize_ends: draw ends of episodes more often, as `Replay` does.
-        heldout_fraction: share of the videos, by a hash of their id, that is left out.
+        heldout_fraction: share of the videos that is left out, chosen by a hash of their id.
 
-    Raises StoreError for a store without actions, rewards or (if asked for) masks, and for one without an episode of two frames.
+    Raises StoreError for a store without actions, rewards or (with ``mask``) masks, and for a store without any episode
+    of two frames.
     """
 
     def __init__(
@@ -94,7 +95,7 @@ class EpisodeSampler:
         store.require_clips()
         kept = np.array([not is_heldout(video, heldout_fraction) for video in store.videos])
         self.clips = np.flatnonzero(kept & (store.lengths >= 2))
-        """Indices in the store of the episodes that are drawn from, (n,) int64."""
+        """Store indices of the episodes that the sampler draws from, (n,) int64."""
         if not len(self.clips):
             raise StoreError(f"{store.path}: no episode of two frames or more to learn from")
         self._motion = layout(store, motion)
@@ -121,7 +122,7 @@ class EpisodeSampler:
         return {name: torch.from_numpy(array) for name, array in (seen | plain).items()}
 
     def _pieces(self, rng: np.random.Generator) -> list[_Piece]:
-        """What a sequence consists of: a window, or several short episodes in a row."""
+        """The pieces of a sequence: one window, or several short episodes in a row."""
         found: list[_Piece] = []
         at = 0
         while at < self.length:
@@ -138,7 +139,7 @@ class EpisodeSampler:
         window = {name: self.store.window(name, clip, start, start + length) for name in REQUIRED}
         into["reward"][:] = window["reward"]
         into["is_terminal"][:] = window["is_terminal"] != 0
-        into["action"][1:] = window["action"][1:]  # the action before the piece is unknown, as at a reset
+        into["action"][1:] = window["action"][1:]  # the action that led to the first frame is unknown, as at a reset
         into["is_first"][0] = True
         if "mask" in into:
             packed = self.store.window("mask", clip, start, start + length)
@@ -146,7 +147,10 @@ class EpisodeSampler:
 
 
 def action_dim(store: ClipStore) -> int:
-    """Number A of action dimensions of a store of logged episodes. Raises StoreError for one that lacks actions or rewards."""
+    """Number A of action dimensions of a store of logged episodes.
+
+    Raises StoreError if actions or rewards are missing.
+    """
     if lacking := [name for name, dtype in REQUIRED.items() if store.extra.get(name, ("", ()))[0] != dtype]:
         raise StoreError(
             f"{store.path}: has no {', '.join(lacking)} for each frame, so it is no store of logged episodes; "

@@ -1,7 +1,8 @@
-"""Checkpoints: safetensors and JSON in a directory that appears whole or not at all. Nothing is ever unpickled.
+"""Checkpoints: directories of safetensors and JSON, written completely or not at all. Nothing is ever unpickled.
 
-RUN/checkpoints/0000001000/{weights,optimizer,rng,...}.safetensors, state.json, COMPLETE. Written in a sibling directory, fsynced, renamed;
-the newest complete one wins; the last two are kept. RUN/checkpoints/best holds the weights of the best evaluation.
+A checkpoint is RUN/checkpoints/0000001000 with {weights,optimizer,rng,...}.safetensors, state.json and COMPLETE. It is
+written to a sibling directory, synced to the disk, and renamed. A run resumes from the newest complete checkpoint. The
+last two are kept. RUN/checkpoints/best holds the weights of the best evaluation.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def rng_state() -> dict[str, Tensor]:
 
 
 def set_rng_state(state: Mapping[str, Tensor]) -> None:
-    """Restore what `rng_state` gave."""
+    """Restore the states that `rng_state` returned."""
     torch.set_rng_state(state["torch"])
     version, *values, _ = state["python"].tolist()
     random.setstate((version, tuple(values), None))
@@ -70,28 +71,31 @@ def save(
     state: Mapping[str, Any],
     keep: int = 2,
 ) -> Path:
-    """Write a checkpoint of ``tensors`` (groups by file name: weights, optimizer, ...) atomically and remove all but the last ``keep``.
+    """Write a checkpoint atomically, then remove all but the last ``keep``.
 
-    The states of the global generators go with it. Raises CheckpointError when the disk has too little room or writing fails; what was
-    there before stays.
+    ``tensors`` are groups by file name: weights, optimizer, ... The states of the global generators are saved too.
+    Raises CheckpointError if the disk is too full or writing fails. Earlier checkpoints then stay.
     """
     target = folder / f"{update:010d}"
     write(target, {**tensors, "rng": rng_state()}, {"update": update, **state})
     whole = complete(folder)
     for old in [*whole[:-keep], *(path for path in folder.glob("[0-9]*") if path not in whole)]:
-        # No longer complete before the first file goes: a kill in between must not leave half a checkpoint that calls itself whole.
+        # Remove the mark COMPLETE first: after a kill in between, half a checkpoint must not look complete.
         (old / "COMPLETE").unlink(missing_ok=True)
         shutil.rmtree(old, ignore_errors=True)
     return target
 
 
 def save_best(folder: Path, weights: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-    """Write ``folder``/best: what evaluation needs, no more. Atomic, raises as `save`."""
+    """Write ``folder``/best, with only what evaluation needs. Atomic. Raises as `save`."""
     write(folder / BEST, {"weights": weights}, state)
 
 
 def write(target: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
-    """Write the directory ``target`` whole or not at all: a file for each group of tensors, state.json. Raises as `save`."""
+    """Write the directory ``target`` completely or not at all: one file for each group of tensors, and state.json.
+
+    Raises as `save`.
+    """
     folder = target.parent
     temporary, replaced = folder / f".{target.name}.tmp", folder / f".{target.name}.old"
     need = sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values()) + 1_000_000
@@ -110,7 +114,7 @@ def write(target: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapp
         for path in temporary.iterdir():
             _sync(path)
         shutil.rmtree(replaced, ignore_errors=True)
-        if target.exists():  # of the same update, or the best before: out of the way in one step, not file by file
+        if target.exists():  # the same update again, or an earlier best: move it away in one step
             os.replace(target, replaced)
         os.replace(temporary, target)
         _sync(folder)
@@ -128,7 +132,7 @@ def complete(folder: Path) -> list[Path]:
 
 
 def newest(run_dir: Path) -> Path:
-    """The newest complete checkpoint of a run. Raises CheckpointError when there is none."""
+    """The newest complete checkpoint of a run. Raises CheckpointError if there is none."""
     if not run_dir.exists():
         raise CheckpointError(f"{run_dir}: no such run; give the directory that --run named when it was trained")
     found = complete(run_dir / "checkpoints")
@@ -138,7 +142,7 @@ def newest(run_dir: Path) -> Path:
 
 
 def best(run_dir: Path) -> Path:
-    """The weights of the run's best evaluation. Raises CheckpointError when there was none."""
+    """The checkpoint with the weights of the run's best evaluation. Raises CheckpointError if there is none."""
     found = run_dir / "checkpoints" / BEST
     if not (found / "COMPLETE").exists():
         raise CheckpointError(f"{run_dir}: has no best checkpoint yet; it is kept from the first evaluation on. Use the newest")
@@ -146,7 +150,7 @@ def best(run_dir: Path) -> Path:
 
 
 class _Named(dict[str, Any]):
-    """A dict out of a file: asking for a name that the file lacks is the file's fault, and says so."""
+    """A dict from a file. A missing key raises CheckpointError with the file's name."""
 
     def __init__(self, path: Path, values: Mapping[str, Any]) -> None:
         super().__init__(values)
@@ -157,10 +161,13 @@ class _Named(dict[str, Any]):
 
 
 def read(path: Path, name: str) -> dict[str, Tensor]:
-    """One tensor file of a checkpoint. Raises CheckpointError when it is damaged, or holds no generator states where it should (rng)."""
+    """Read one tensor file of a checkpoint.
+
+    Raises CheckpointError if it is damaged, or if "rng" holds no generator states.
+    """
     file = path / f"{name}.safetensors"
     try:
-        if not file.is_file():  # a pipe would be waited for
+        if not file.is_file():  # reading a pipe would block
             raise ValueError("is not there" if not file.exists() else "is not a regular file")
         found: dict[str, Tensor] = load_file(file)
         if name == "rng":
@@ -173,7 +180,7 @@ def read(path: Path, name: str) -> dict[str, Tensor]:
 
 
 def _check_rng(state: Mapping[str, Tensor]) -> None:
-    """Raise ValueError unless `set_rng_state` can restore this."""
+    """Raise ValueError if `set_rng_state` cannot restore this."""
     words = state["python"].tolist(), state["numpy"].tolist(), state["numpy_position"].tolist()
     for name, values, count in zip(("python", "numpy", "numpy_position"), words, (627, 624, 1), strict=True):
         if state[name].dtype != torch.int64 or state[name].shape != (count,):
@@ -186,9 +193,10 @@ def _check_rng(state: Mapping[str, Tensor]) -> None:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """state.json of a checkpoint. Raises CheckpointError when it is damaged, of another format, or a number in it is none.
+    """Read state.json of a checkpoint.
 
-    Asking the result for a name that the file lacks raises CheckpointError too.
+    Raises CheckpointError if it is damaged, of another format, or has invalid values. Reading a missing key of the
+    result raises CheckpointError too.
     """
     file = path / "state.json"
     state = read_json(file, CheckpointError, _REMOVE)
@@ -203,7 +211,7 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def _check_state(state: Mapping[str, Any]) -> None:
-    """Raise ValueError (or what asking for a name that is not there raises) unless what stands in a state.json can be used."""
+    """Raise ValueError, KeyError or CheckpointError if the values of a state.json cannot be used."""
     for key in ("update", "agent_step", "env_step", "episode", "next_eval", "metrics_offset", "action_dim"):
         if key in state and (type(state[key]) is not int or not 0 <= state[key] < 2**53):
             raise ValueError(f"{key} is no count")
@@ -228,9 +236,10 @@ def _check_state(state: Mapping[str, Any]) -> None:
 
 
 def load_weights(module: torch.nn.Module, weights: Mapping[str, Tensor], where: str, *, partial: bool = False) -> list[str]:
-    """Load weights by name with every shape checked. ``partial``: only the names given, which must all exist in the module.
+    """Load weights by name and check every shape. Returns the loaded names.
 
-    Returns the loaded names. Raises CheckpointError naming the first few that do not fit.
+    ``partial``: ``weights`` may lack names of the module, but all its names must exist there. Raises CheckpointError
+    with the first names that do not fit.
     """
     check_weights(module, weights, where, partial=partial)
     module.load_state_dict(dict(weights), strict=not partial)
@@ -238,7 +247,10 @@ def load_weights(module: torch.nn.Module, weights: Mapping[str, Tensor], where: 
 
 
 def check_weights(module: torch.nn.Module, weights: Mapping[str, Tensor], where: str, *, partial: bool = False) -> None:
-    """Raise CheckpointError unless names, shapes and types fit, as `load_weights` does; ``module`` may be on the device "meta"."""
+    """Raise CheckpointError unless names, shapes and types fit (see `load_weights`).
+
+    ``module`` may be on device "meta".
+    """
     own = module.state_dict()
     missing = [] if partial else sorted(set(own) - set(weights))
     foreign = sorted(set(weights) - set(own))

@@ -1,4 +1,4 @@
-"""A trained run back in memory: settings, method, weights."""
+"""Load a run: settings, method, weights."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ Which = Literal["newest", "best"]
 
 
 def at_least(**given: tuple[float, float]) -> None:
-    """Raise ConfigError for an argument ``name=(value, least)`` below its least value."""
+    """Raise ConfigError for an argument ``name=(value, least)`` whose value is below ``least``."""
     for name, (value, least) in given.items():
         if value < least:
             raise ConfigError(f"{name}={value} must be at least {least}")
 
 
 def load_run(path: Path, *, device: str = "auto", threads: int = 0, which: Which = "newest") -> tuple[RunConfig, Method, Compute]:
-    """Settings, method (evaluation mode) with its newest weights or those of its best evaluation, and where it computes.
+    """Load a run. Returns its settings, its method in evaluation mode, and the device settings (`Compute`).
 
-    Torch's generator is left as it was.
+    ``which``: the newest weights, or those of the best evaluation. The state of torch's generator does not change.
 
-    Raises CheckpointError when the run is missing, incomplete, damaged, or claims a model that its weights do not make; ConfigError when
-    its settings or its recipe do not fit this version.
+    Raises CheckpointError if the run is missing, incomplete or damaged, or if its weights do not fit the model of its
+    settings. Raises ConfigError if its settings or its recipe do not fit this version.
     """
     run = replace(read_config(path), device=device, threads=threads)
     cls = methods.get(run.method)
@@ -51,11 +51,11 @@ def load_run(path: Path, *, device: str = "auto", threads: int = 0, which: Which
     weights = checkpoint.read(found, "weights")
     action_dim = None
     if acts:
-        # The actor's last layer knows the number of actions: two numbers (mean, deviation) each.
+        # The actor's last layer has two outputs (mean, deviation) for each action dimension.
         action_dim = int(checkpoint.read_state(found)["action_dim"])
     size = (run.recipe or Recipe()).size
     _check_model(run, size, action_dim, weights, found)
-    with torch.random.fork_rng(devices=[]):  # measuring and building draw numbers
+    with torch.random.fork_rng(devices=[]):  # measuring and building draw random numbers
         compute = choose(run, read_environment(path))
         method = cls(run.model, image_size=size, action_dim=action_dim)
     checkpoint.load_weights(method, weights, str(found))
@@ -63,7 +63,7 @@ def load_run(path: Path, *, device: str = "auto", threads: int = 0, which: Which
 
 
 def _check_env(run: RunConfig, path: Path) -> None:
-    """Raise ConfigError for an environment or options that a run could not have begun with."""
+    """Raise ConfigError for an environment or options with which no run could have begun."""
     try:
         check_env(run.env, run.env_options)
     except ConfigError as error:
@@ -71,9 +71,10 @@ def _check_env(run: RunConfig, path: Path) -> None:
 
 
 def _check_model(run: RunConfig, size: int, action_dim: int | None, weights: Mapping[str, Tensor], found: Path) -> None:
-    """Build the model without memory and hold its shapes against the weights', before a number in a file makes us allocate.
+    """Build the model without memory and compare its shapes with the weights.
 
-    Raises CheckpointError as `checkpoint.load_weights` does, and for settings of which no model can be built.
+    This check comes first, because a number in a file from somebody else could make the real model allocate too much.
+    Raises CheckpointError as `checkpoint.load_weights` does, and if no model can be built from the settings.
     """
     most = 2 * len(weights) + 100
     made = 0
@@ -81,7 +82,7 @@ def _check_model(run: RunConfig, size: int, action_dim: int | None, weights: Map
     def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         nonlocal made
         made += 1
-        if made > most:  # a number of layers would go on for ever
+        if made > most:  # stop early: a huge number of layers would take forever
             raise CheckpointError(f"{found}: its settings describe more than {most} parameters, its weights are {len(weights)}")
 
     hook = nn.modules.module.register_module_parameter_registration_hook(count)
@@ -90,7 +91,7 @@ def _check_model(run: RunConfig, size: int, action_dim: int | None, weights: Map
             method: Any = methods.get(run.method)(run.model, image_size=size, action_dim=action_dim)
     except LocalmotionError:
         raise
-    except Exception as error:  # whatever torch or Python says of sizes that nobody checked
+    except Exception as error:  # unchecked sizes can raise any error of torch or Python
         raise CheckpointError(
             f"{found}: no {run.method} can be built of its settings ({one_line(error)}); has config.json been changed?"
         ) from error

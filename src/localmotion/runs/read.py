@@ -1,7 +1,7 @@
-"""Reading run directories: plain files describe a run, so a report needs no service and no training code.
+"""Read run directories. Plain files describe a run, so a report needs no service and no training code.
 
-    RUN/config.json        settings, a nested dict with at least method, stage (pretrain, finetune, train), preset, seed
-                           and env
+    RUN/config.json        settings, a nested dict with at least method, stage (pretrain, finetune, train, ...), preset,
+                           seed and env
     RUN/command.txt        the command that made it
     RUN/environment.json   versions, device, threads, precision, GL backend
     RUN/status.json        {"state": "running" | "finished" | "interrupted" | "failed", ...}
@@ -9,8 +9,8 @@
     RUN/random.json        an "eval" line of the uniform random policy, if it was measured
     RUN/media/             pictures, videos and arrays written during the run
 
-Only config.json or metrics.jsonl is required. Other missing or damaged files are reported in `RunData.notices`. An
-incomplete last line (of a killed run) is counted and left out.
+A run needs config.json or metrics.jsonl. Other missing or damaged files are reported in `RunData.notices`. A killed run
+may leave an incomplete last line; it is counted and skipped.
 """
 
 from __future__ import annotations
@@ -28,16 +28,19 @@ from localmotion.errors import CheckpointError
 from localmotion.files import MAX_TEXT, one_line, parse_json, read_bytes, refuse_links
 
 MAX_METRICS = 1 << 28
-"""Largest metrics.jsonl that is read, bytes; the longest runs so far wrote 30 MB."""
+"""Largest metrics.jsonl that is read, in bytes. The longest runs so far wrote 30 MB."""
 MAX_LINE = 1 << 20
-"""Longest line of it, bytes."""
+"""Longest line of metrics.jsonl that is read, in bytes."""
 Floats = NDArray[np.float64]
 Line = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class RunData:
-    """One run directory in memory. ``lines`` has the lines by kind, in the order of the file; ``notices`` are sentences."""
+    """One run directory in memory. ``lines``: lines by kind, in file order.
+
+    ``notices``: sentences about missing files.
+    """
 
     path: Path
     config: dict[str, Any]
@@ -45,10 +48,10 @@ class RunData:
     environment: dict[str, Any]
     status: dict[str, Any]
     random: dict[str, Any]
-    """Score of the uniform random policy in the run's environment; empty if it was not measured."""
+    """Score of the uniform random policy in the run's environment. Empty if it was not measured."""
     lines: dict[str, list[Line]]
     bad_lines: int
-    """Number of lines of metrics.jsonl that are not a JSON object with a "kind": cut by a kill, or damaged."""
+    """Number of unreadable lines of metrics.jsonl: cut by a kill, damaged, or without a "kind"."""
     notices: tuple[str, ...]
 
     @property
@@ -87,16 +90,19 @@ class RunData:
 
     @property
     def label(self) -> str:
-        """Its name in its study, "" outside a study."""
+        """The run's label in its study, "" outside a study."""
         return str(self.config.get("label", "") or "")
 
     @property
     def checkpoint(self) -> str:
-        """The run or file of its initial weights, "" for a run from scratch."""
+        """The run or file with the initial weights, "" for a run from scratch."""
         return str(self.setting("checkpoint", "") or "")
 
     def setting(self, name: str, default: Any = None) -> Any:
-        """A setting by its last name: at the top level, else the first in the nested dicts, breadth first."""
+        """A setting by the last part of its name.
+
+        If it occurs several times, the first in a breadth-first search counts.
+        """
         level: list[Mapping[str, Any]] = [self.config]
         while level:
             for values in level:
@@ -112,8 +118,8 @@ class RunData:
     def series(self, kind: str, key: str, x: str = "env_step") -> tuple[Floats, Floats]:
         """``key`` against ``x`` over the lines of one kind that have both: two (n,) vectors, x strictly increasing.
 
-        A resumed run may write some steps again. If x falls back, the later lines replace the earlier ones from there
-        on. Non-finite values are kept, as NaN or infinity.
+        A resumed run may write some lines again. If x decreases, the later lines replace the earlier ones from that x
+        on. Non-finite values stay, as NaN or infinity.
         """
         pairs = [
             (line[x], line[key]) for line in self.lines.get(kind, ()) if _is_number(line.get(x)) and _is_number(line.get(key))
@@ -142,18 +148,18 @@ class RunData:
 
 
 def superseded_by_none(xs: Floats) -> NDArray[np.bool_]:
-    """(n,) True where no later entry is equal or smaller, so the rest increases strictly. False for non-finite entries."""
+    """(n,) True where no later entry is equal or smaller, so these entries increase strictly. False if not finite."""
     xs = np.where(np.isfinite(xs), xs, np.inf)
     return xs < np.append(np.minimum.accumulate(xs[::-1])[::-1], np.inf)[1:]
 
 
 def _is_number(value: Any) -> TypeGuard[int | float]:
-    """Whether a JSON value is a number that a float can hold (NaN and infinities are, 10**400 is not)."""
+    """Whether a JSON value is a number that fits a float (true for NaN and infinities, false for 10**400)."""
     return isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 63)
 
 
 def number(line: Mapping[str, Any] | None, key: str) -> float | None:
-    """The finite number that a line holds under ``key``, None if there is none."""
+    """The finite number under ``key`` of a line, or None."""
     value = line.get(key) if line else None
     return float(value) if _is_number(value) and np.isfinite(value) else None
 
@@ -184,7 +190,10 @@ def _read_text(path: Path, notices: list[str]) -> str:
 
 
 def _parse_lines(path: Path) -> Iterator[Line | None]:
-    """Each line of a metrics file as a dict, None for one that is not an object with a kind, or is longer than `MAX_LINE`."""
+    """The lines of a metrics file as dicts.
+
+    None for a line longer than `MAX_LINE`, or without an object with a "kind".
+    """
     with path.open("rb") as file:
         while raw := file.readline(MAX_LINE):
             if len(raw) == MAX_LINE and not raw.endswith(b"\n"):
@@ -196,14 +205,14 @@ def _parse_lines(path: Path) -> Iterator[Line | None]:
                 continue
             try:
                 line = json.loads(raw)
-            except (ValueError, RecursionError):  # also UnicodeDecodeError: a line cut inside a character
+            except (ValueError, RecursionError):  # also UnicodeDecodeError, if a line is cut inside a character
                 yield None
                 continue
             yield line if isinstance(line, dict) and isinstance(line.get("kind"), str) else None
 
 
 def _read_lines(path: Path, notices: list[str]) -> tuple[dict[str, list[Line]], int]:
-    """Lines of metrics.jsonl by kind, and how many could not be read."""
+    """Lines of metrics.jsonl by kind, and the number of unreadable lines."""
     lines: dict[str, list[Line]] = {}
     bad = 0
     if not path.is_file():
@@ -225,7 +234,7 @@ def read_run(path: str | Path) -> RunData:
     """Read a run directory.
 
     Raises CheckpointError if ``path`` is not a directory, has neither config.json nor metrics.jsonl, or has links that
-    lead out of it (a shared page must not contain another file of the user). Other missing or damaged files are
+    lead out of it (a shared report must not contain other files of the user). Other missing or damaged files are
     reported in `RunData.notices`.
     """
     path = Path(path)

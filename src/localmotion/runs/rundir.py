@@ -1,4 +1,4 @@
-"""A run directory describes itself: settings, command, versions, metrics, status, checkpoints, media. This is its write side."""
+"""Write a run directory: settings, command, versions, metrics, status, checkpoints, media."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from localmotion.errors import CheckpointError, ConfigError
 from localmotion.files import LOCK, check_output, locked, read_json, refuse_links
 from localmotion.runs.settings import from_dict
 
-# Settings that may differ when a run is continued: they change how long it goes on and where, not what it computes (but for rounding).
+# Settings that may differ when a run continues. They change its length and its machine, but not what it computes
+# (except for rounding).
 MAY_CHANGE = {
     "pretrain.updates",
     "online.env_steps",
@@ -40,7 +41,7 @@ MAY_CHANGE = {
 
 
 def versions() -> dict[str, str]:
-    """Versions of what decides a result."""
+    """Versions of the packages that affect a result."""
     packages = ["localmotion", "torch", "numpy", "opencv-python-headless", "av", "gymnasium", "mujoco", "dm_control", "metaworld"]
     found = {"python": platform.python_version(), "platform": platform.platform()}
     for name in packages:
@@ -52,25 +53,28 @@ def versions() -> dict[str, str]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON through a sibling temporary file, so that a reader never sees half of it."""
+    """Write JSON through a temporary file in the same folder, so that a reader never sees an incomplete file."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(value, indent=1, sort_keys=True, default=str) + "\n")
     os.replace(temporary, path)
 
 
 def read_environment(path: Path) -> dict[str, Any]:
-    """environment.json of a run, what was found and decided when it began; empty where there is none yet. Raises CheckpointError."""
+    """Read environment.json of a run: its machine, and the decisions at its start. Empty if there is none yet.
+
+    Raises CheckpointError if it cannot be read.
+    """
     file = path / "environment.json"
     return read_json(file, CheckpointError, "restore it from where the run was made") if file.exists() else {}
 
 
 @contextlib.contextmanager
 def claimed(path: Path, what: str = "run") -> Iterator[None]:
-    """Keep the directory ``path`` of a run (or a study), which is made, for this process within.
+    """Lock the directory ``path`` of a run (or of a study) for this process while the context is open.
 
-    Where it was not there and nothing was written in it, it is removed again.
+    The directory is created if needed. If it was created here and stays empty, it is removed at the end.
 
-    Raises CheckpointError where another process has it, or where nothing can be written.
+    Raises CheckpointError if another process holds the lock, or if nothing can be written there.
     """
     check_output(path, CheckpointError, folder=True)
     made = not path.exists()
@@ -90,10 +94,10 @@ def claimed(path: Path, what: str = "run") -> Iterator[None]:
 
 
 class RunDir:
-    """Creates a run directory, or reopens one of the same settings to continue it.
+    """Creates a run directory, or reopens one with the same settings to continue it.
 
-    Raises ConfigError when the directory holds a run of other settings, CheckpointError when it holds something else, or links that lead
-    out of it (files are written here by names that are known beforehand).
+    Raises ConfigError if the directory holds a run with other settings. Raises CheckpointError if it holds something
+    else, or links that lead out of it (the run writes files with known names, which such links could redirect).
     """
 
     def __init__(self, path: Path, run: RunConfig) -> None:
@@ -115,11 +119,14 @@ class RunDir:
         self.began = time.time()
 
     def _compare(self, old: Mapping[str, Any], run: RunConfig) -> None:
-        """Raise ConfigError unless the settings are equal. One that an older version did not know counts as its default."""
+        """Raise ConfigError unless the settings are equal.
+
+        A setting that an older version lacks counts as its default.
+        """
         try:
             kept = from_dict(old)
             before, now = ({**dict(leaves(x)), "recipe": to_dict(x)["recipe"]} for x in (kept, run))
-            if not kept.recipe:  # older versions did not write down the one of the checkpoint
+            if not kept.recipe:  # older versions did not save the checkpoint's recipe
                 now["recipe"] = before["recipe"]
         except ConfigError as error:
             raise ConfigError(f"{self.path}: holds a run of other settings ({error}); choose another --run") from error
@@ -134,7 +141,7 @@ class RunDir:
             raise ConfigError(f"{self.path}: holds a run of other settings: {shown}; choose another --run or the same settings")
 
     def environment(self, values: Mapping[str, Any]) -> None:
-        """Record versions and what was decided at start (device, GL, environment description)."""
+        """Save versions and the decisions at the start (device, GL, environment description)."""
         write_json(self.path / "environment.json", {"versions": versions(), **values})
 
     def status(self, state: str, **more: Any) -> None:
@@ -152,7 +159,7 @@ class RunDir:
         return self.metrics_path.stat().st_size if self.metrics_path.exists() else 0
 
     def truncate_metrics(self, offset: int) -> None:
-        """Drop lines written after the checkpoint that is being resumed from: they will be written again."""
+        """Drop lines that follow the checkpoint from which the run resumes. The run writes them again."""
         if self.metrics_path.exists() and self.metrics_path.stat().st_size > offset:
             with self.metrics_path.open("r+b") as file:
                 file.truncate(offset)

@@ -1,4 +1,4 @@
-"""The settings of a run, composed of a command or read from a file. Here, and only here, a recipe is parsed and checked."""
+"""Settings of a run: composed from a command, or read from a file. Only this module parses and checks a recipe."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def compose(
 
     ``method`` is a registry name or the class itself.
 
-    Raises ConfigError for unknown names, wrong types and ranges, and for a recipe that cannot be followed here.
+    Raises ConfigError for unknown names, wrong types and ranges, and for a recipe that cannot be used here.
     """
     cls = methods.get(method) if isinstance(method, str) else method
     if preset not in PRESETS:
@@ -39,7 +39,7 @@ def compose(
     sizes = dict(cls.PRESETS[preset])
     recipe = sizes.pop("recipe", {})
     config = _layers(cls, stage, preset, env, (sizes, flags or {}), settings)
-    if recipe and not _from_video(cls, stage) and not config.checkpoint:  # else the clips decide, which are there already
+    if recipe and not _from_video(cls, stage) and not config.checkpoint:  # otherwise the existing clips determine it
         config = _layers(cls, stage, preset, env, ({**sizes, "recipe": recipe}, flags or {}), settings)
     _check_ranges(config)
     if config.recipe:
@@ -74,7 +74,10 @@ def _from_video(cls: type[methods.Method], stage: Stage) -> bool:
 
 
 def _check_stage(cls: type[methods.Method], stage: Any) -> None:
-    """Raise ConfigError for a stage that the method does not have. That one has no pre-training is said where it would begin."""
+    """Raise ConfigError for a stage that the method does not have.
+
+    `pretrain` itself reports a missing pre-training stage.
+    """
     if stage != "pretrain" and (not isinstance(stage, str) or stage not in cls.stages):
         raise ConfigError(f"method {cls.name} has no stage {stage!r:.40}; it has {', '.join(cls.stages)}")
 
@@ -84,12 +87,12 @@ _MAY_BE_ZERO = {"env_steps", "prefill", "warmup_updates", "freeze_updates", "see
 
 
 def _check_ranges(config: RunConfig) -> None:
-    """Raise ConfigError for a number that no run can have: a clock of zero would divide by it, a share lies in 0..1."""
+    """Raise ConfigError for an invalid number. A clock must not be zero, for example, and a share is in 0..1."""
     for name, value in leaves(config):
         last = name.rsplit(".", 1)[-1]
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             continue
-        if name.startswith("model."):  # what else a model makes of its numbers is its own affair
+        if name.startswith("model."):  # the model checks its other numbers itself
             low, high = -(2.0**31), 2.0**31
         else:
             low = 1 if isinstance(value, int) and last not in _MAY_BE_ZERO else 0
@@ -99,9 +102,10 @@ def _check_ranges(config: RunConfig) -> None:
 
 
 def from_dict(values: Mapping[str, Any]) -> RunConfig:
-    """The RunConfig of a saved config.json. Strict: unknown keys and methods, wrong types and ranges raise ConfigError.
+    """The RunConfig of a saved config.json. Raises ConfigError for unknown keys and methods, wrong types and ranges.
 
-    So does a recipe that runs code which nobody here has trusted: the file may come from somebody else.
+    Also raises ConfigError for a recipe that runs code which the user has not trusted, because the file may come from
+    somebody else.
     """
     values = dict(values)
     for key in ("method", "stage", "model"):
@@ -119,16 +123,18 @@ def from_dict(values: Mapping[str, Any]) -> RunConfig:
 
 
 def read_config(path: Path) -> RunConfig:
-    """Settings of the run in ``path``, with the recipe it perceives by (None: it needs none, or it was begun without clips).
+    """Settings of the run in ``path``, with its perception recipe.
 
-    The recipe is that of its settings, else the one it began with (pre-training: of its clips), else its checkpoint's.
+    The recipe is None if the run needs none, or if it began without clips. The recipe comes from the settings, else
+    from the start of the run (pre-training: from its clips), else from its checkpoint.
 
-    Raises CheckpointError when there are none or the run holds links out of its folder, ConfigError when they do not fit this version.
+    Raises CheckpointError if there are no settings or the run has links out of its folder, ConfigError if the settings
+    do not fit this version.
     """
     file = path / "config.json"
     if not file.exists():
         raise CheckpointError(f"{path}: no such run (no config.json)")
-    refuse_links(path, CheckpointError, folders=False)  # weights may lie on another disk: they are not shown to anybody
+    refuse_links(path, CheckpointError, folders=False)  # linked folders are accepted: weights may be on another disk
     values = read_json(file, CheckpointError, "give a run directory as localmotion wrote it")
     try:
         run = from_dict(values)
@@ -138,9 +144,10 @@ def read_config(path: Path) -> RunConfig:
 
 
 def with_recipe(run: RunConfig, path: Path) -> RunConfig:
-    """``run``, to be made or made in ``path``, with the recipe of the run there or of its checkpoint where its settings name none.
+    """``run`` with a recipe.
 
-    Raises ConfigError for a recipe that cannot be followed, CheckpointError for a file that cannot be read.
+    If its settings have none, it comes from the run directory ``path``, else from its checkpoint. Raises ConfigError
+    for a recipe that cannot be used here, CheckpointError for a file that cannot be read.
     """
     if run.recipe:
         return run
@@ -155,7 +162,7 @@ def with_recipe(run: RunConfig, path: Path) -> RunConfig:
 
 
 def recipe_of(values: Any, where: Path | str) -> Recipe:
-    """The recipe out of a file. Raises ConfigError, naming ``where``, for one that cannot be read or followed."""
+    """The recipe from a file. Raises ConfigError with ``where`` if it cannot be read or used."""
     try:
         recipe = read_recipe(values) or Recipe()
         check_recipe(recipe)
