@@ -1,7 +1,8 @@
-"""The command line: parses, calls, prints. No logic.
+"""The command line: parses arguments, calls a command, prints errors. No logic.
 
-Exit codes: 0 done, 2 a LocalmotionError (one line on stderr), 130 Ctrl-C (commands that save keep finished work). A training run that is
-stopped by a signal saves first and exits with 128 + the signal: 130 SIGINT, 143 SIGTERM, 138 SIGUSR1.
+Exit codes: 0 success, 2 a LocalmotionError (one line on stderr), 130 Ctrl-C (commands that save keep finished work). A
+training run that is stopped by a signal saves first and exits with 128 + the signal: 130 SIGINT, 143 SIGTERM, 138
+SIGUSR1.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ from localmotion.files import trust_links
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse with one-line errors, like all errors here."""
+    """argparse with one-line errors, as for all other errors."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{self.prog}: {message}")
 
 
 def _parser(stage: str = "") -> _Parser:
-    """The parser of all commands; ``stage``: a further command, a stage that only some methods have."""
+    """The parser of all commands. ``stage``: an additional command, for a stage that only some methods have."""
     parser = _Parser(
         prog="localmotion",
         description="Pre-trains world models on unlabeled video and fine-tunes them into agents.",
@@ -191,7 +192,7 @@ def _parser(stage: str = "") -> _Parser:
     sub = add("demo", "The whole chain on this machine, from videos to a report. Needs no data and no network.", commands.demo)
     sub.add_argument("--run", type=Path, default=Path("demo_run"), help="where everything goes")
     sub.add_argument("--videos", type=Path, help="your own folder of videos instead of rendered ones")
-    sub.add_argument("--seed", type=int, default=0, help="of the rendered videos, both trainings and the last evaluation")
+    sub.add_argument("--seed", type=int, default=0, help="seed of videos, training runs and last evaluation")
     return parser
 
 
@@ -201,7 +202,7 @@ TRAINING = {
     "train": "Learn in an environment from scratch. The same command with the same run directory resumes.",
 }
 WITH_METHODS = {*TRAINING, "study", "evaluate", "collect", "predict", "probe", "report"}
-"""Commands that take a method or read a run of one."""
+"""Commands that take a method or read a run."""
 
 
 def _videos(sub: argparse.ArgumentParser) -> None:
@@ -254,7 +255,10 @@ def _recipe(sub: argparse.ArgumentParser, without: tuple[str, ...] = ()) -> None
 
 
 def _own_stage(argv: Sequence[str]) -> str:
-    """The command, if it is none of ours but a method is named with it: then it is a stage of that method's own."""
+    """The command, if it is not built in and the arguments name a method. It is then a stage of that method.
+
+    Else "".
+    """
     command = argv[0] if argv else ""
     if command.startswith("-") or not any(text.partition("=")[0] == "--method" for text in argv):
         return ""

@@ -1,4 +1,4 @@
-"""What each command of the command line does with its parsed arguments: calls the library, prints. No logic."""
+"""The commands of the command line. Each function gets parsed arguments, calls the library and prints. No logic."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def _recipe_of(args: argparse.Namespace) -> Recipe:
 
 
 def _limits(args: argparse.Namespace) -> dict[str, Any]:
-    """What one video may take in its worker."""
+    """Time and memory limits for one video in its worker."""
     if not (args.timeout > 0 and 0 <= args.memory < 2**20):
         raise ConfigError("--timeout takes seconds above 0, and --memory GiB, 0 for no limit")
     return {"timeout": args.timeout, "memory": int(args.memory * 2**30) or None}
 
 
 def _settings(rest: list[str]) -> list[str]:
-    """Typed flags ``--name value`` or ``--name=value`` as name=value texts."""
+    """Flags ``--name value`` or ``--name=value`` as name=value texts."""
     out, items = [], list(rest)
     while items:
         flag = items.pop(0)
@@ -179,7 +179,7 @@ def study(args: argparse.Namespace) -> None:
     failed: RunsFailedError | None = None
     try:
         run_study(args.file, args.out, jobs=args.jobs)
-    except RunsFailedError as error:  # the others are reported
+    except RunsFailedError as error:  # raised again below, after the report of the other runs
         failed = error
     runs = sorted(path.parent for path in (args.out / "runs").glob("*/metrics.jsonl"))
     if runs:
@@ -254,7 +254,7 @@ def probe(args: argparse.Namespace) -> None:
         key for key in ("ridge velocities", "mlp velocities", "ridge actions", "mlp actions") if any(key in r for r in rows)
     ]
     cells = [[r["data"], r["code"], str(r["width"] or "–"), *(f"{r[k]:.3f}" if k in r else "–" for k in scores)] for r in rows]
-    title = "R^2 on episodes not fitted to: 1 all of it, 0 no more than the mean"
+    title = "R^2 on test episodes: 1 is perfect, 0 is no better than the mean"
     show_table(title, ["data", "code", "width", *scores], cells, width=160)
     if args.out:
         save_probes(rows, args.out)
@@ -269,7 +269,7 @@ def perception_report(args: argparse.Namespace) -> None:
     from localmotion.perception_eval.report import ReportSettings, draw_report, save_report, tables
     from localmotion.perception_eval.report import perception_report as measure
 
-    cv2.setNumThreads(1)  # the times a pair are those of one core
+    cv2.setNumThreads(1)  # times per pair of frames are for one core
     names = ("envs", "percepts", "qualities", "supersample", "backends", "policy", "episodes", "frames", "seed", "pictures")
     chosen = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     given: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in chosen.items()}

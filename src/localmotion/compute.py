@@ -1,4 +1,4 @@
-"""Device, precision and threads, chosen by measurement at start and said aloud."""
+"""Device, precision and threads. They are chosen by measurement at the start of a run and printed."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ from localmotion.errors import ConfigError
 from localmotion.files import one_line
 
 LOOK_EVERY = 10.0
-"""Seconds between two looks at the cores that are free."""
+"""Seconds between two measurements of the free cores."""
 FEW = 16
-"""Up to this many environments a policy's step takes one thread: its products are too small to share out."""
+"""A policy's step uses one thread for at most this many environments, because its products are too small to split."""
 
 
 class Threads:
-    """Threads of torch of a run on a CPU that sets none (``threads=0``): as many as cores are free, looked at again while it runs.
+    """Number of torch threads of a CPU run with ``threads=0``: as many as cores are free.
 
-    Threads that wait for one without a core cost more than they bring. Sums in another order round otherwise, so runs that have to repeat
-    bit for bit set ``threads``.
+    It follows the load during the run. If one thread has no core, the others wait for it, which costs more than the
+    additional thread gains. Another number of threads sums in another order and rounds differently, so runs that must
+    repeat bit for bit set ``threads``.
     """
 
     def __init__(self, most: int) -> None:
@@ -37,9 +38,10 @@ class Threads:
         self._seen = machine.load() if most > 1 else None
 
     def look(self) -> str:
-        """At most every `LOOK_EVERY` seconds: set the threads that the cores free since the last look call for.
+        """Set the number of threads to the number of free cores, at most every `LOOK_EVERY` seconds.
 
-        Returns a line for people when the number changes, else "".
+        The free cores are a mean over the time since the last measurement. Returns a line for the console if the number
+        changes, else "".
         """
         before = self._seen
         if before is None or time.monotonic() - before.wall < LOOK_EVERY:
@@ -48,7 +50,8 @@ class Threads:
         if after is None:
             return ""
         self.free = machine.free_cores(before, after)
-        # Between the two thresholds nothing changes, so that a load near one of them does not move the number to and fro.
+        # Between the two thresholds nothing changes, so that the number does not alternate if the load is near one of
+        # them.
         slack = max(0.5, self.now / 16)
         wanted = min(self.most, max(1, round(self.free)))
         if self.now - slack <= self.free < self.now + slack + 0.25 or wanted == self.now:
@@ -68,19 +71,25 @@ class Compute:
     threads: int
     note: str
     adaptive: Threads | None = None
-    """Where the number of threads follows the load of the machine."""
+    """Set if the number of threads follows the load of the machine."""
 
     def look_again(self) -> str:
-        """Between updates: fit the number of threads to the cores that are free. A line for people when it changes, else ""."""
+        """Adapt the number of threads to the free cores; call it between updates.
+
+        Returns a line if it changes, else "".
+        """
         return self.adaptive.look() if self.adaptive else ""
 
     def record(self) -> dict[str, Any]:
-        """What environment.json keeps: device, precision, threads, and how they were found."""
+        """Entries for environment.json: device, precision, threads, and how they were chosen."""
         precision = "bf16" if self.bf16 else "fp32"
         return {"compute": self.note, "device": self.device.type, "precision": precision, "threads": self.threads}
 
     def to_device(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """A batch on the device (no copy of what is there). From pinned memory: the copy of any other makes the host wait."""
+        """A batch on the device, without a copy if it is already there.
+
+        The copy goes through pinned memory, because the host would wait for any other copy.
+        """
         if all(value.device.type == self.device.type for value in batch.values()):
             return batch
         if self.device.type == "cuda":
@@ -88,23 +97,24 @@ class Compute:
         return {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
 
     def own_randomness(self) -> AbstractContextManager[None]:
-        """Within, random numbers are drawn without moving on the generators outside: measuring does not change what is measured."""
+        """Context with its own random generators, so that measuring does not change a run."""
         return torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else [])
 
     def autocast(self) -> AbstractContextManager[None]:
-        """Autocast to bf16 where it was found to be faster; parameters stay fp32."""
+        """Autocast to bf16 if it was measured to be faster. Parameters stay fp32."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
     @contextmanager
     def acting(self, environments: int = 1) -> Iterator[None]:
-        """Settings for a policy's step in ``environments``. On a GPU autocast as above.
+        """Context for a policy's step with ``environments`` environments. On a GPU it is `autocast`.
 
-        On a CPU no autocast, because casting the weights costs more than the few products with them, and one thread for few environments.
+        On a CPU it disables autocast, because casting the weights costs more than the few products gain, and it uses
+        one thread for few environments.
         """
         cpu, threads = self.device.type == "cpu", torch.get_num_threads()
         alone = cpu and threads > 1 and environments <= FEW
         if alone:
-            torch.set_num_threads(1)  # a fifth of a microsecond
+            torch.set_num_threads(1)  # takes only 0.2 microseconds
         try:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16 and not cpu):
                 yield
@@ -114,20 +124,24 @@ class Compute:
 
 
 def uncompiled(module: torch.nn.Module) -> AbstractContextManager[Any]:
-    """Within, a method's parts run as they are, also if `training.compiled` has compiled them: acting has shapes of its own."""
+    """Context in which a method's compiled parts run without compilation.
+
+    Acting has other shapes and would recompile them.
+    """
     return torch.compiler.set_stance("force_eager") if getattr(module, "compiled", False) else nullcontext()
 
 
 PLAIN = Compute(torch.device("cpu"), False, 0, "cpu, fp32")
-"""The CPU as it is, for work that is no run's."""
+"""The CPU with torch's current settings, for work outside a run."""
 
 
 def bf16_speedup(size: int = 512, rounds: int = 12) -> tuple[float, float]:
     """(bf16 FLOP/s, fp32 FLOP/s) of one thread of this CPU.
 
-    One thread, the two types in turn, and the best of each: with other work on the machine several threads wait for each other, one of the
-    two more than the other by chance, and a wrong answer here would cost the whole run. A CPU without bf16 arithmetic takes some 60 times
-    as long as with fp32: the measurement then ends after one round, or it would cost every run seven seconds at its start.
+    The measurement uses one thread, alternates the two types, and takes the best of each. Other work on the machine
+    would make several threads wait for each other, by chance more for one type, and a wrong choice slows the whole run.
+    A CPU without bf16 arithmetic takes about 60 times as long as with fp32. The measurement then ends after one round;
+    otherwise every run would start seven seconds later.
     """
     pairs = {
         dtype: (torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)) for dtype in (torch.bfloat16, torch.float32)
@@ -137,7 +151,7 @@ def bf16_speedup(size: int = 512, rounds: int = 12) -> tuple[float, float]:
     torch.set_num_threads(1)
     try:
         for a, b in pairs.values():
-            torch.mm(a, b)  # builds the kernel
+            torch.mm(a, b)  # warm-up: the first call builds the kernel
         for done in range(rounds):
             if done and best[torch.bfloat16] > 4 * best[torch.float32]:
                 break
@@ -153,10 +167,11 @@ def bf16_speedup(size: int = 512, rounds: int = 12) -> tuple[float, float]:
 
 
 def keep_buffers() -> None:
-    """Let glibc keep what tensors free for those that follow: fresh pages cost more than the arithmetic done on them.
+    """Make glibc keep the memory of freed tensors for later tensors.
 
-    Measured 8 % of an update of small models, 21 % of DreamerV3 12M (400,000 page faults an update to none) for 8 % more memory. Without
-    mappings of their own even the largest buffers come from the heap and stay there. No effect where the C library is another.
+    New pages cost more than the arithmetic on them. This saves 8 % of the time of an update of small models and 21 %
+    for DreamerV3 12M (400,000 page faults per update become none). It needs 8 % more memory. Large buffers then come
+    from the heap instead of separate mappings, and stay there. It has no effect with another C library.
     """
     try:
         libc = ctypes.CDLL("libc.so.6")
@@ -167,7 +182,7 @@ def keep_buffers() -> None:
         return
 
 
-_SET: tuple[int, int] | None = None  # (threads set here last, those that torch had before)
+_SET: tuple[int, int] | None = None  # (number of threads that this module set last, number before that)
 
 
 def _set_threads(count: int) -> None:
@@ -177,13 +192,16 @@ def _set_threads(count: int) -> None:
 
 
 def _threads_of_torch() -> int:
-    """Threads that torch has of its own accord or by its user's word: what an earlier run of this process set does not count."""
+    """Number of torch's threads, by default or set by the user.
+
+    A number that an earlier run of this process set is ignored.
+    """
     now = torch.get_num_threads()
     return _SET[1] if _SET and _SET[0] == now else now
 
 
 def devices() -> list[str]:
-    """Devices of this machine that torch can compute on, as `--device` takes them."""
+    """Devices of this machine on which torch can compute, in the form of `--device`."""
     found = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0))]
     if torch.backends.mps.is_available():
         found.append("mps")
@@ -193,9 +211,9 @@ def devices() -> list[str]:
 
 
 def find_device(name: str) -> torch.device:
-    """The device called ``name``; "auto" is CUDA's first one if there is one, else the CPU.
+    """The device ``name``. "auto" is the first CUDA device if there is one, else the CPU.
 
-    Raises ConfigError for a device that is not here, or that cannot compute; the message names those that are.
+    Raises ConfigError for a device that does not exist or cannot compute. The message names the available devices.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -220,20 +238,21 @@ def find_device(name: str) -> torch.device:
 
 
 def choose(run: RunConfig, earlier: Mapping[str, Any] | None = None) -> Compute:
-    """Decide device, precision and threads of a run. Raises ConfigError for a device that is not there, or not fit for `cuda_graph`.
+    """Choose device, precision and threads of a run.
 
-    ``earlier``: environment.json of a run that goes on. What was measured to be faster when it began holds to its end, on the same kind of
-    device: another day's measurement must not make it another run.
+    Raises ConfigError for a missing device, or one without `cuda_graph`. ``earlier``: environment.json of a run that
+    continues. On the same kind of device the run keeps the precision that was measured to be faster at its start,
+    because a new measurement could change the results.
 
-    ``run.threads`` of 0 takes as many threads as cores are free, at most torch's own choice and `machine.cores`, and on a CPU the result
-    goes on to follow the load (`Compute.look_again`). With ``OMP_NUM_THREADS`` in the environment, or ``run.compile`` (compiled code holds
-    its number of threads), the number is fixed.
+    With ``run.threads=0`` the number of threads is the number of free cores, at most torch's default and
+    `machine.cores`. On a CPU it then follows the load (`Compute.look_again`). The number is fixed if
+    ``OMP_NUM_THREADS`` is set, or with ``run.compile``, because compiled code has a fixed number of threads.
     """
     device = find_device(run.device)
     if run.cuda_graph and device.type != "cuda":
         raise ConfigError(f"cuda_graph needs a CUDA device, and this run computes on {device.type}; leave it off here")
     if run.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS may add in another order
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # otherwise cuBLAS may sum in another order
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
     threads, adaptive, of = _choose_threads(run, device)
@@ -256,7 +275,7 @@ def choose(run: RunConfig, earlier: Mapping[str, Any] | None = None) -> Compute:
 
 
 def _choose_threads(run: RunConfig, device: torch.device) -> tuple[int, Threads | None, str]:
-    """Set torch's threads: (their number, what makes it follow the load, a word on the choice)."""
+    """Set torch's threads. Returns (number, `Threads` if it follows the load, text for the note)."""
     if run.threads:
         _set_threads(run.threads)
         return run.threads, None, ""

@@ -1,9 +1,10 @@
 """Settings: frozen dataclasses, presets, and strict loading.
 
-The defaults of every dataclass are the paper's (DRP Table 5, and IPV where the paper is silent). A run's settings are composed
-in this order, later wins: defaults, suite (what the paper sets per benchmark), preset (`paper` changes nothing; `small` takes hours
-on two CPU cores, `tiny` minutes, `debug` seconds), flags. Unknown names are errors that name the nearest ones. Nothing in a configuration
-is code: methods, backends and environments are registry names, values are JSON scalars or lists of them.
+The defaults of every dataclass are the paper's (DRP Table 5, and IPV where the paper is silent). A run's settings are
+composed in this order, and later ones win: defaults, suite (the paper's settings for a benchmark), preset, flags. The
+preset `paper` changes nothing; `small` takes hours on two CPU cores, `tiny` minutes, `debug` seconds. An unknown name
+is an error that names the nearest known ones. A configuration contains no code: methods, backends and environments are
+registry names, and values are JSON scalars or lists of them.
 """
 
 from __future__ import annotations
@@ -34,21 +35,22 @@ class PretrainConfig:
     updates: int = 600_000
     """Training iterations."""
     batch_size: int = 16
-    """Video segments a batch."""
+    """Video segments in a batch."""
     length: int = 25
     """Video segment length T, frames."""
     lr: float = 3e-4
     """Learning rate of Adam."""
     lr_decay: float = 0.0
-    """Share of the updates, the last ones, over which the learning rate falls linearly to zero. The paper names none."""
+    """Share of the updates, at the end, over which the learning rate falls linearly to zero. The paper gives no
+    value."""
     heldout_fraction: float = 0.1
-    """Share of clips (by a hash of their id) never trained on, for the held-out figures."""
+    """Share of clips that are never trained on, for the held-out figures. A hash of the clip's id selects them."""
     log_every: int = 100
     """Updates between lines in metrics.jsonl."""
     eval_every: int = 5_000
     """Updates between measurements on the held-out clips (masked reconstruction, open-loop prediction)."""
     eval_batches: int = 8
-    """Held-out batches a measurement averages over."""
+    """Number of held-out batches in one measurement."""
     save_every: int = 5_000
     """Updates between checkpoints."""
 
@@ -58,30 +60,31 @@ class OnlineConfig:
     """Learning in an environment: fine-tuning and training from scratch (DRP, Table 5, lower half; IPV's release)."""
 
     env_steps: int = 255_000
-    """Budget in environment steps (after action repeat: agent steps x repeat). Paper: 255K Meta-World, 1.02M DMC Remastered."""
+    """Budget in env steps (agent steps x action repeat). Paper: 255K Meta-World, 1.02M DMC Remastered."""
     updates: int = 100_000
-    """Updates of a run that learns from logged episodes (``data``), where no agent step is counted. With an environment `env_steps`
-    decides."""
+    """Updates of a run that learns from logged episodes (``data``). With an environment, `env_steps` sets the
+    length."""
     batch_size: int = 50
-    """Sequences a batch. Paper: 50 Meta-World, 16 DMC."""
+    """Sequences in a batch. Paper: 50 Meta-World, 16 DMC."""
     length: int = 50
     """Trajectory segment length T, agent steps."""
     prefill: int = 5_000
-    """Random exploration before learning, environment steps. Paper: 5000 Meta-World, 1000 DMC. Learning begins with the next episode; a
-    random episode that would last to the end of the run ends where the prefill does."""
+    """Random exploration before learning, in env steps. Paper: 5000 Meta-World, 1000 DMC. Learning begins with the next
+    episode. If a random episode could last to the end of the run, it ends with the prefill."""
     warmup_updates: int = 100
     """Updates on the prefill data before acting with the policy (IPV's release)."""
     freeze_updates: int = 100
-    """The first updates leave the pre-trained encoder and latent dynamics as they are (IPV's release; Meta-World only)."""
+    """The pre-trained encoder and latent dynamics are frozen for this many updates (IPV's release; Meta-World only)."""
     train_every: int = 5
-    """Agent steps per update (paper: training frequency)."""
+    """Agent steps between updates (paper: training frequency)."""
     replay_capacity: int = 1_000_000
     """Replay buffer capacity, agent steps."""
     replay_storage: Literal["auto", "memory", "disk", "device"] = "auto"
-    """Where sequences are sampled from. auto: the GPU if the replay takes at most half of what is free there, else memory by the same
-    rule, else its files on disk. All give the same batches."""
+    """Where sequences are sampled from. auto: the GPU if the replay needs at most half of its free memory, else memory
+    by the same rule, else its files on disk. All give the same batches."""
     replay_flow: Literal["int8", "float16"] = "int8"
-    """How flow is stored: one logarithmic byte a component (error below 0.001 pixel or 3 %), or as it was perceived."""
+    """Storage of flow. int8: one logarithmic byte per component (error below 0.001 pixel or 3 %). float16:
+    unchanged."""
     prioritize_ends: bool = False
     """Sample windows at episode ends more often (IPV's release; Meta-World)."""
     lr: float = 3e-4
@@ -91,44 +94,44 @@ class OnlineConfig:
     critic_lr: float = 8e-5
     """Learning rate of the critic."""
     pretrained_lr_factor: float = 0.1
-    """The pre-trained motion encoder and latent dynamics learn this much slower ("slowly fine-tuned", 4.4; no number in the
-    paper). Applies only when a checkpoint was loaded."""
+    """Factor on the learning rate of the pre-trained motion encoder and latent dynamics ("slowly fine-tuned", 4.4; the
+    paper gives no number). It applies only if a checkpoint was loaded."""
     eval_every: int = 10_000
-    """Agent steps between evaluations; updates in a run that learns from logged episodes."""
+    """Agent steps between evaluations. In a run on logged episodes: updates."""
     eval_episodes: int = 10
-    """Episodes an evaluation averages over."""
+    """Episodes in one evaluation."""
     log_every: int = 100
     """Updates between lines in metrics.jsonl."""
     save_every: int = 5_000
-    """Agent steps between checkpoints (taken at the next episode end); updates in a run that learns from logged episodes."""
+    """Agent steps between checkpoints (written at the next end of an episode). In a run on logged episodes: updates."""
 
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    """Learning on-policy from several environments at once (stages whose source is `ROLLOUT`). Budget, clocks, rates and evaluation are
-    those of `OnlineConfig`."""
+    """On-policy learning from several environments (stages whose source is `ROLLOUT`). Budget, clocks, learning rates
+    and evaluation are those of `OnlineConfig`."""
 
     environments: int = 8
-    """Environments side by side."""
+    """Number of environments in lockstep."""
     workers: int = 0
-    """Processes that they run in; 0: one per core. They are spawned, so a script that starts such a run guards its work with
+    """Processes for the environments; 0: one per core. They are spawned, so a script that starts such a run needs
     `if __name__ == "__main__"`."""
     steps: int = 64
     """Agent steps of each environment between updates."""
     epochs: int = 4
-    """Times that each rollout is learned from."""
+    """Number of passes over each rollout."""
     minibatches: int = 4
-    """Parts of the environments in which an epoch makes its updates; at most as many as environments."""
+    """Number of updates in an epoch. Each update uses a part of the environments, so there are at most as many."""
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """Adam as IPV sets it (0.6), used by every optimiser."""
+    """Adam with IPV's settings (version 0.6), for every optimiser."""
 
     eps: float = 1e-5
     """Adam's epsilon."""
     clip: float = 100.0
-    """Each optimiser clips the global norm of its own gradients to this."""
+    """Maximum global gradient norm of each optimiser; larger gradients are clipped."""
     weight_decay: float = 1e-6
     """L2 term added to the gradient."""
 
@@ -140,9 +143,10 @@ class WorldModelConfig:
     encoder: Literal["resnet", "cnn"] = "resnet"
     """Image encoder and decoder: residual (IPV) or plain CNN (DreamerV2)."""
     context: bool = True
-    """IPV's context: one random frame of the segment goes through its own encoder and is attended to by the decoder."""
+    """IPV's context: a separate encoder encodes one random frame of the segment, and the decoder attends to it."""
     stem: Literal["conv", "unshuffle"] = "conv"
-    """conv: full-resolution first convolution (paper); unshuffle: 4x4 pixels become channels first, for CPUs."""
+    """conv: first convolution at full resolution (paper). unshuffle: blocks of 4x4 pixels become channels (for
+    CPUs)."""
     norm: Literal["batch", "none"] = "batch"
     """Normalisation inside the residual layers."""
     depth: int = 48
@@ -154,8 +158,8 @@ class WorldModelConfig:
     context_side: int = 16
     """Finest context map, in cells a side, that the decoder attends to (IPV: 16)."""
     context_copy: bool = False
-    """Add the context frame, weighted by a predicted mask, to the decoded picture (not in IPV). Without it a CPU-sized decoder
-    spends its updates on redrawing what stands still."""
+    """Add the context frame, weighted by a predicted mask, to the decoded picture (not in IPV). Without it, a small
+    decoder spends its updates on drawing what does not move."""
     deter: int = 1024
     """Deterministic state width."""
     hidden: int = 1024
@@ -171,11 +175,12 @@ class WorldModelConfig:
     kl_balance: float = 0.8
     """Share of the KL that trains the prior."""
     image_weight: float = 1.0
-    """Weight of the image losses, which are sums over a picture's values. Pictures of 32 pixels have a quarter of the values of the
-    paper's 64: 4 keeps the balance with the KL, without which the latent stays empty."""
+    """Weight of the image losses, which are sums over a picture's values. A picture of 32 pixels has a quarter of the
+    values of the paper's 64. Weight 4 then keeps the balance with the KL; without this balance the latent stays
+    empty."""
     reward_weight: float = 1.0
-    """Weight of the reward losses, which are squared errors: where a step's rewards are small (cheetah run: 0.1), they are a
-    thousandth of the other losses, and the latent does not care about them."""
+    """Weight of the reward losses, which are squared errors. If rewards are small (cheetah run: 0.1 per agent step),
+    these losses are a thousandth of the others, and the latent ignores rewards."""
 
 
 @dataclass(frozen=True)
@@ -201,60 +206,65 @@ class RunConfig:
     method: str
     """Registry name of the method."""
     stage: Stage
-    """pretrain, finetune, train, or a further stage of the method."""
+    """pretrain, finetune, train, or another stage of the method."""
     model: Any
     """The method's own settings."""
     preset: str = "small"
-    """paper (Table 5 to the letter), small (hours on two CPU cores), tiny (minutes, 32-pixel pictures), debug (seconds)."""
+    """paper (exactly Table 5), small (hours on two CPU cores), tiny (minutes, 32-pixel pictures), debug (seconds)."""
     seed: int = 0
     """Seed of weights, sampling, exploration and environments."""
     label: str = ""
-    """What the run is called in reports; runs of one label differ in their seed only. Empty: by method and origin."""
+    """Name of the run in reports. Runs with the same label differ only in their seed. Empty: named by method and
+    origin."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto measures at start whether bf16 autocast is faster here."""
     threads: int = 0
-    """CPU threads of torch; 0: as many as cores are free, looked at again during a CPU run (docs/performance.md). Runs that must repeat bit
-    for bit set it."""
+    """CPU threads of torch. 0: as many as cores are free; a CPU run checks this again while it runs
+    (docs/performance.md). Set a number if runs must repeat bit for bit."""
     deterministic: bool = False
-    """On a GPU: only kernels that give the same bits every time, slower, an error where there is none. A CPU run is so anyway."""
+    """Use only deterministic GPU kernels. Slower; raises an error if an operation has none. CPU runs are always
+    deterministic."""
     cuda_graph: bool = False
-    """On a GPU: record the whole update as a CUDA graph after its first three and replay it, one launch in place of thousands."""
+    """On a GPU: record the update as a CUDA graph after the first three updates and replay it. This takes one launch
+    instead of thousands."""
     compile: bool = False
-    """For a GPU: torch.compile of encoders, decoders, attention blocks and heads: fewer and larger kernels, other rounding. Compiling took
-    30 to 70 s of the first updates on two CPU cores."""
+    """For a GPU: torch.compile for encoders, decoders, attention blocks and heads. Kernels are fewer and larger, and
+    round differently. Compilation during the first updates took 30 to 70 s on two CPU cores."""
     env: str = ""
-    """Environment name, suite:task. With logged episodes (``data``) it serves evaluation only."""
+    """Environment name, suite:task. With logged episodes (``data``) it is used for evaluation only."""
     action_repeat: int = 0
-    """Env steps per agent step; 0 for the suite's own (DMC 2, Meta-World 1)."""
+    """Env steps per agent step; 0: the suite's default (DMC 2, Meta-World 1)."""
     quality: Literal["auto", "fast", "reference"] = "auto"
-    """Rendering quality; auto is fast on software GL."""
+    """Rendering quality. auto is `fast` with software GL, else `reference`."""
     supersample: int = 1
-    """Pictures drawn at n times their side and averaged; 2 finds slow motion far better (Meta-World) for 2 to 5 ms a frame."""
+    """Render pictures at n times their side and average them. With 2, flow finds slow motion far better (Meta-World),
+    at a cost of 2 to 5 ms per frame."""
     observed: Literal["pixels", "vectors", "both"] = "pixels"
-    """What the agent is shown: pictures, the suite's own low-dimensional observation, or both (methods that can: dreamer_v3)."""
+    """The agent's observation: pictures, the suite's low-dimensional vector, or both. dreamer_v3 supports vectors."""
     env_options: dict[str, Any] = field(default_factory=dict)
-    """Options of the environment, e.g. {difficulty: easy} of distracting: `time_limit` (env steps), `camera` where the suite has cameras,
-    and the suite's own; `localmotion.envs.list_options` has their names."""
+    """Options of the environment: `time_limit` (env steps), `camera` if the suite has cameras, and the suite's own,
+    e.g. {difficulty: easy} of distracting. `localmotion.envs.list_options` lists their names."""
     data: str = ""
-    """Clip store: the videos of pre-training; in fine-tuning and training logged episodes (`collect --store`) to learn from in place of an
-    environment."""
+    """Clip store. In pre-training: the videos. In fine-tuning and training: logged episodes (`collect --store`) to
+    learn from, instead of an environment."""
     checkpoint: str = ""
     """Pre-trained run to start from (fine-tuning)."""
     load: str = ""
-    """Parts to take from the checkpoint, e.g. image,latent; empty for all that the method transfers, from a run of the method itself.
-    Naming them is the ablation without the others, and lets the checkpoint be of another method of the same sizes."""
+    """Parts to load from the checkpoint, e.g. image,latent. Empty: all parts that the method transfers, from a run of
+    the same method. With named parts, the other parts start untrained (an ablation), and the checkpoint may be of
+    another method with the same sizes."""
     recipe: Recipe | None = None
-    """Perception recipe of the streaming side; None: that of the checkpoint's clip store, or the default one."""
+    """Recipe of the streaming perception. None: the recipe of the checkpoint's clip store, or the default recipe."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     online: OnlineConfig = field(default_factory=OnlineConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
 
 
-# What the papers set per benchmark (IPV's release, DRP Table 5), for every method of the family. `model` keys that a method does not have
-# are dropped for it: DreamerV2 has no intrinsic weight.
+# The papers' settings for a benchmark (IPV's release, DRP Table 5), for every method of the family. `model` keys that a
+# method does not have are dropped for it. DreamerV2, for example, has no intrinsic weight.
 SUITES: dict[str, dict[str, Any]] = {
     "metaworld": {
         "online": {
@@ -272,7 +282,7 @@ SUITES: dict[str, dict[str, Any]] = {
     },
 }
 DMC_SUITES = ("dmc", "dmcr", "distracting", "diswm", "masklam")
-"""The suites that stand on DeepMind Control."""
+"""The suites based on DeepMind Control."""
 SUITES |= dict.fromkeys(DMC_SUITES, SUITES["dmc"]) | {"dmw": SUITES["metaworld"]}
 SUITES["toy"] = {
     "online": {"env_steps": 10_000, "batch_size": 16, "prefill": 500, "freeze_updates": 0},
@@ -281,7 +291,7 @@ SUITES["toy"] = {
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A configuration as nested JSON-able dicts."""
+    """A configuration as nested dicts of JSON values."""
     out = dataclasses.asdict(config)
     if isinstance(config, RunConfig):
         out["recipe"] = config.recipe.to_json() if config.recipe else {}
@@ -289,7 +299,10 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def update(config: Any, values: Mapping[str, Any], where: str = "", ignore_unknown: bool = False) -> Any:
-    """A copy of a (nested) frozen dataclass with some values changed. Unknown keys and wrong types raise ConfigError."""
+    """A copy of a (nested) frozen dataclass with changed values.
+
+    Raises ConfigError for unknown keys and wrong types.
+    """
     hints = get_type_hints(type(config))
     changes: dict[str, Any] = {}
     for key, value in values.items():
@@ -308,7 +321,7 @@ def update(config: Any, values: Mapping[str, Any], where: str = "", ignore_unkno
 
 
 def _coerce(name: str, value: Any, hint: Any) -> Any:
-    """Check ``value`` against a type hint; numbers written as text (flags) become numbers."""
+    """Check ``value`` against a type hint. Numbers in text form (from flags) become numbers."""
     if hint is Any:
         return value
     origin = get_origin(hint)
@@ -355,7 +368,7 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
 
 
 def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """All (dotted name, value) pairs of a nested configuration; a recipe counts as one value."""
+    """All (dotted name, value) pairs of a nested configuration. A recipe counts as one value."""
     for item in dataclasses.fields(config):
         value = getattr(config, item.name)
         if dataclasses.is_dataclass(value) and not isinstance(value, Recipe):
@@ -365,10 +378,11 @@ def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def assign(config: Any, text: str, video: bool | None = None) -> Any:
-    """Apply one ``name=value`` (as given to --set). A short name is enough where it is unique.
+    """Apply one ``name=value``, as given to --set. A short name is enough if it is unique.
 
-    One that both sources of data have, `batch_size` say, means that of the run's own stage: pretrain.batch_size where it learns from
-    ``video`` (default: in the stage of that name), else online.batch_size.
+    A short name that `pretrain` and `online` share, e.g. `batch_size`, means the setting for the run's stage:
+    pretrain.batch_size if the stage learns from ``video``, else online.batch_size. Default of ``video``: whether the
+    stage is called "pretrain".
 
     Raises ConfigError for a name that is unknown or ambiguous, or a value of the wrong type.
     """
@@ -399,7 +413,7 @@ def assign(config: Any, text: str, video: bool | None = None) -> Any:
 
 
 def field_docs(cls: type) -> dict[str, str]:
-    """The docstring line under each field of a dataclass, for --help and the report's settings table."""
+    """The docstring under each field of a dataclass, for --help and the report's table of settings."""
     import ast
     import inspect
     import textwrap

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar with rate and ETA on a terminal, else a plain line now and then."""
+"""Console output. Long work shows a bar with rate and ETA on a terminal, else a plain line at intervals."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The whole chain on a CPU: source videos, Atomic Actions, pre-training, fine-tuning, evaluation, one report.
 
-The source videos show other bodies than the task, so transfer is across bodies, as in the paper. Every part is a command of the command
-line; each is printed before it runs. Running the demo again continues where it stopped.
+The source videos show other bodies than the task, so transfer is across bodies, as in the paper. Each step is a command
+of the command line and is printed before it runs. If you run the demo again, it continues where it stopped.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def _settings(stage: Stage, extra: tuple[str, ...], **flags: Any) -> RunConfig:
 
 
 def demo(root: Path, *, videos: Path | None = None, task: str = TASK, seed: int = 0) -> Path:
-    """Run the whole chain under ``root`` and return the report's path. ``videos``: a folder of the user's own."""
+    """Run the whole chain under ``root`` and return the report's path. ``videos``: a folder of your own videos."""
     from localmotion.envs.bodies import render_videos
     from localmotion.evaluation.evaluate import evaluate_run, random_floor
     from localmotion.evaluation.motion_media import motion_media

@@ -1,7 +1,7 @@
-"""Reading small files that may come from somebody else: text and JSON that are bounded, plain, and inside their folder.
+"""Read small text and JSON files that may come from somebody else, with limits on size and depth. Also locks and links.
 
-All metadata of run directories and clip stores is read here. A file is refused with one line if it is too large, not a regular file (a
-pipe would block the reader), not a JSON object, or nested deeper than any of ours.
+All metadata of run directories and clip stores is read here. A file is refused with one line if it is too large, not a
+regular file (a pipe would block the reader), not a JSON object, or nested deeper than `MAX_DEPTH`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from localmotion.errors import LocalmotionError
 MAX_TEXT = 16 << 20
 """Largest text or JSON file that is read, bytes. A shard's index of 64 clips has 0.1 MB, a state of 20,000 episodes 0.2 MB."""
 MAX_DEPTH = 32
-"""Deepest nesting of a JSON or YAML value; ours have six."""
+"""Deepest nesting of a JSON or YAML value. Files of this package use at most six levels."""
 MAX_VALUES = 4_000_000
 """Most values in one JSON or YAML value. Each use of a YAML alias counts."""
 
@@ -77,23 +77,23 @@ def parse_json(text: str | bytes, values: int = MAX_VALUES) -> Any:
     return value
 
 
-def read_json(path: Path, error: type[LocalmotionError], mend: str, *, limit: int = MAX_TEXT) -> dict[str, Any]:
+def read_json(path: Path, error: type[LocalmotionError], fix: str, *, limit: int = MAX_TEXT) -> dict[str, Any]:
     """The JSON object in a file.
 
-    Raises ``error`` with one line (file, cause, ``mend``) for a file that is missing, unreadable, not regular, larger than ``limit``
-    bytes, not JSON, not an object, or nested deeper than `MAX_DEPTH`.
+    Raises ``error`` with one line (file, cause, ``fix``) for a file that is missing, unreadable, not regular, larger
+    than ``limit`` bytes, not JSON, not an object, or nested deeper than `MAX_DEPTH`.
     """
     try:
         value = parse_json(read_bytes(path, limit))
         if not isinstance(value, dict):
             raise ValueError(f"holds a {type(value).__name__}, not an object")
     except (OSError, ValueError) as cause:
-        raise error(f"{path}: cannot be read ({one_line(cause)}); {mend}") from cause
+        raise error(f"{path}: cannot be read ({one_line(cause)}); {fix}") from cause
     return value
 
 
 def links_out_of(root: Path) -> Iterator[Path]:
-    """Symbolic links below ``root`` (which may be one itself) that lead out of it, without following any."""
+    """Symbolic links below ``root`` that lead out of it. No link is followed. ``root`` itself may be a link."""
     real = os.path.realpath(root)
     folders = [os.fspath(root)]
     while folders:

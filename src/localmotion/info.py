@@ -52,9 +52,9 @@ def report_lines() -> list[str]:
     lines.append(f"{'methods':24s} {', '.join(methods.names())}")
     for kind in ("flow", "segment", "track"):
         lines.append(f"{kind + ' backends':24s} {', '.join(backends(kind))}")
-    for name, (module, mend) in EXTRAS.items():
+    for name, (module, fix) in EXTRAS.items():
         found = importlib.util.find_spec(module) is not None
-        lines.append(f"{name:34s} {'found' if found else 'not installed: ' + mend}")
+        lines.append(f"{name:34s} {'found' if found else 'not installed: ' + fix}")
     return lines
 
 

@@ -23,14 +23,16 @@ SPINS = "2000"
 
 
 def wait_passively() -> None:
-    """Make waiting threads of torch spin shortly and then sleep, if torch is not loaded yet and the user has set nothing.
+    """Make waiting threads of torch spin briefly and then sleep.
 
-    By default OpenMP's threads spin at the end of each parallel part. If another process uses one of the cores, the others spin while that
-    process runs, and an update takes up to ten times as long. Sleeping at once is not a solution: small models reach the end of a parallel
-    part every few microseconds, and waking a thread takes longer than the part. So threads spin for a moment and then sleep.
-    The OpenMP library reads the variables when torch is loaded, so a program that imports torch before localmotion must set them
-    itself. Child processes inherit them. Only libgomp, which the wheels of torch for Linux ship, knows the second one; others sleep at
-    once.
+    This has an effect only if torch is not loaded yet and the user has set nothing.
+
+    By default OpenMP's threads spin at the end of each parallel part. If another process uses one of the cores, all
+    threads spin until their part on that core is complete, and an update takes up to ten times as long. Sleeping at
+    once is not a solution: small models reach the end of a parallel part every few microseconds, and waking a thread
+    takes longer than the part. So threads spin for a moment and then sleep. The OpenMP library reads the variables when
+    torch is loaded, so a program that imports torch before localmotion must set them itself. Child processes inherit
+    them. Only libgomp, which torch's wheels for Linux contain, knows the second one; other libraries sleep at once.
     """
     if "torch" not in sys.modules and not any(name in os.environ for name in WAITING):
         os.environ |= {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": SPINS}
@@ -144,11 +146,11 @@ class Load:
 
     wall: float
     own: float
-    """Of this process."""
+    """CPU seconds of this process."""
     busy: float
-    """Of all processes on the CPUs that this process may use."""
+    """CPU seconds of all processes on the CPUs that this process may use."""
     group: float | None
-    """Of all processes that share its tightest CPU quota."""
+    """CPU seconds of all processes that share this process's smallest CPU quota."""
 
 
 def load(root: Path = ROOT) -> Load | None:

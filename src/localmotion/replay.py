@@ -79,7 +79,7 @@ class _Piece(NamedTuple):
 
 
 class _Ready(NamedTuple):
-    """A batch prepared in advance."""
+    """A batch that was prepared in advance."""
 
     size: int
     serial: int
@@ -89,7 +89,9 @@ class _Ready(NamedTuple):
 
 
 class Arena:
-    """Records of episodes on a device, in a ring: a batch of windows is one gather per key, launched without waiting for the device.
+    """Records of episodes on a device, in a ring.
+
+    A batch of windows takes one gather per key and does not wait for the device.
 
     Args:
         spec: per key, the shape and dtype of one record as it is stored.
