@@ -46,7 +46,7 @@ def main() -> None:
     given = parser.parse_args()
     if unknown := [part for part in given.parts if part not in PARTS]:
         parser.error(f"unknown benchmark {unknown[0]!r}; known: {', '.join(PARTS)}")
-    import torch  # not at the top: workers of extraction import this file, and torch takes five times as long as their other imports
+    import torch  # not at the top: workers of extraction import this file, and torch would make their start slow
 
     torch.set_num_threads(given.threads or min(torch.get_num_threads(), cores()))
     paths: dict[str, object] = {"r2dreamer_path": given.r2dreamer, "dreamerv3_path": given.dreamerv3}

@@ -1,4 +1,4 @@
-"""Agent steps per second of the environments, step and picture, in both rendering qualities, in one process and in two."""
+"""Agent steps per second of the environments with pictures, in both rendering qualities, in one process and in two."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def run() -> list[dict[str, object]]:
 
 
 def measure(name: str, size: int, percept: int | None, quality: str) -> tuple[float, float]:
-    """Agent steps per second over the budget, without resets, and the median milliseconds of one."""
+    """Agent steps per second over the budget, without resets, and the median milliseconds of one agent step."""
     env = make_env(name, size=size, percept_size=percept, quality=quality)  # type: ignore[arg-type]
     shape = env.action_space.shape
     assert shape is not None

@@ -1,4 +1,4 @@
-"""Lower bound for the time of an update: each of its matrix products and convolutions alone on this machine, compared with the whole.
+"""Compare the time of an update with a lower bound: the time of its matrix products and convolutions alone.
 
 The floor of an update adds up the time that each product and convolution takes alone, with warm caches, in the layout that the update
 uses. The rest of an update is elementwise operations, copies, Python and waiting. A `peak floor` is the time of all FLOPs at the rate of

@@ -19,7 +19,7 @@ CASE = ("drp", "finetune", "small")
 
 
 def _serve(pipe: Connection, threads: int, updates: int, device: str, graph: bool) -> None:
-    """In its own process: build, warm up, report ready, run ``updates`` updates when told to, and send the seconds."""
+    """Body of a process: build, warm up, report ready, wait for a message, make the updates, send the seconds."""
     from benchmarks.bench_update import setup  # not at the top: only the processes that update need these imports
     from localmotion.training.graphs import WARMUP, CudaGraph, Replayed
 

@@ -30,7 +30,7 @@ def ours(bf16: bool) -> tuple[Callable[[], object], int]:
 
 
 def _serve(pipe: Connection, what: str, path: str, bf16: bool, threads: int, keep: bool) -> None:
-    """In its own process: build one of the two, then update once per message and send the seconds."""
+    """Body of a process: build one of the two, then make one update per message and send the seconds."""
     torch.set_num_threads(threads)
     if hasattr(os, "sched_setaffinity"):  # XLA takes as many threads as the process may use cores
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])

@@ -1,4 +1,4 @@
-"""How costs grow: an update with batch, length and sizes, extraction with resolution, clip length and workers, the replay with its size.
+"""Measure how costs grow: updates with batch, length and sizes; extraction with pixels, frames and workers; the replay.
 
 Along an axis one size doubles and the others stay as in preset `small` (with batch 4, to be quick). A cost has a fixed part, which does
 not depend on the axis (pictures cost the same for every K), and a growing part. `expected` is the order of the growing part.

@@ -1,1 +1,1 @@
-"""Long, heavy checks of promises: run by hand or by `make fuzz` and `make soak`, each with a short form in the tests."""
+"""Long checks of promises, run by hand or by `make fuzz` and `make soak`. The tests contain a short form of each."""

@@ -1,4 +1,4 @@
-"""What every mutation of the fuzz corpus works with, and what it gives back."""
+"""Input and output of every mutation of the fuzz corpus."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from soak.sources import Source
 
 @dataclass
 class Bench:
-    """What a mutation works with: its own random numbers, the sources, where to write."""
+    """Input of a mutation: its random generator, the sources, and where to write."""
 
     rng: np.random.Generator
     sources: list[Source]
@@ -31,15 +31,15 @@ class Bench:
 
 @dataclass(frozen=True)
 class Made:
-    """What was written: ids it should be listed under, and what must come of it where that is certain."""
+    """Output of a mutation: the ids under which the file must be listed, and the result, if only one is correct."""
 
     kind: str
     ids: tuple[str, ...]
     source: str = ""
     accept: str | None = None
-    """Digest that the extracted frames must have; the file must be accepted."""
+    """Digest of the extracted frames. If set, the file must be accepted."""
     reject: bool = False
-    """It must be rejected."""
+    """Whether the file must be rejected."""
 
 
 Mutation = Callable[[Bench], Made]

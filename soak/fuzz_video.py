@@ -1,11 +1,12 @@
-"""Thousands of hostile videos through `scan` and `extract`: nothing a folder may hold crashes, hangs or silently changes a run.
+"""Run `scan` and `extract` on thousands of hostile videos. No file may crash them, hang them or silently change a run.
 
     python -m soak.fuzz_video --files 10000 --out DIR --seed 0 [--videos FOLDER] [--workers 2]
 
-The corpus is made in parts, each in a process of its own that decodes with one worker, so that times and memory can be told of each
-file; a part's files are removed when it is done. Prints a table by family, writes DIR/fuzz_video.json, and leaves with exit code 1 when
-a promise is broken (`soak.part.PROMISES`). The same seed and sources make the same files, to the byte. After an interruption (Ctrl-C or
-SIGTERM: the result is then of the parts that are done) the same command goes on.
+The corpus is made in parts. Each part runs in a separate process that decodes with one worker, so that time and memory
+can be measured for each file. The files of a part are removed at its end. The program prints a table by family, writes
+DIR/fuzz_video.json, and exits with code 1 if a promise is broken (`soak.part.PROMISES`). The same seed and sources make
+the same files, byte for byte. After an interruption (Ctrl-C or SIGTERM) the result covers the finished parts, and the
+same command continues.
 """
 
 from __future__ import annotations
@@ -35,11 +36,11 @@ from localmotion.machine import cores
 from soak.part import PROMISES, RECIPE, Limits, run_part, scratch
 from soak.sources import Source, make_sources
 
-SHOWN = 20  # broken cases of one promise that the summary names
+SHOWN = 20  # most broken cases of one promise that the summary names
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; the exit code."""
+    """Entry point. Returns the exit code."""
     args = _parser().parse_args(argv)
     if args.part is not None:
         return _one_part(args)
@@ -69,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _check_settings(args: argparse.Namespace) -> None:
-    """Raise LocalmotionError when the folder holds parts of another corpus."""
+    """Raise LocalmotionError if the folder holds parts of another corpus."""
     names = ("files", "seed", "part_files", "timeout", "family", "videos")
     settings = {**{name: str(getattr(args, name)) for name in names}, **versions()}
     file = args.out / "settings.json"
@@ -98,11 +99,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _one_part(args: argparse.Namespace) -> int:
-    """Body of a part's process: DIR/part_00000.json holds what it found, DIR/part_00000.beat is touched after each file."""
+    """Body of a part's process.
+
+    It writes its findings to DIR/part_00000.json and touches DIR/part_00000.beat for each file.
+    """
     cv2.setNumThreads(1)
     sources = [Source(**{**entry, "path": Path(entry["path"])}) for entry in json.loads((args.out / "sources.json").read_text())]
     stem = args.out / f"part_{args.part:05d}"
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that its worker is ended too
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that its worker ends too
     plan = [
         (number, args.family) for number in range(args.part * args.part_files, min(args.files, (args.part + 1) * args.part_files))
     ]
@@ -118,8 +122,11 @@ def _one_part(args: argparse.Namespace) -> int:
 
 
 def _run_parts(args: argparse.Namespace, total: int) -> list[dict[str, Any]]:
-    """Run parts as processes, `--workers` at a time. One that dies or stands still breaks the last promise. Parts that an earlier
-    call finished are taken as they are; an interruption gives those that are done."""
+    """Run parts as processes, `--workers` at a time. A part that dies or hangs breaks the last promise.
+
+    Results of parts that an earlier call finished are reused. After an interruption, the results of the finished parts
+    are returned.
+    """
     running: dict[int, tuple[subprocess.Popen[bytes], float]] = {}
     done = {number: file for number in range(total) if (file := args.out / f"part_{number:05d}.json").exists()}
     results: dict[int, dict[str, Any]] = {number: json.loads(file.read_text()) for number, file in done.items()}
@@ -166,7 +173,7 @@ def _run_parts(args: argparse.Namespace, total: int) -> list[dict[str, Any]]:
 
 
 def _beat(args: argparse.Namespace, number: int) -> float:
-    """When a part last said that it lives."""
+    """Time of a part's last sign of life."""
     file = args.out / f"part_{number:05d}.beat"
     return file.stat().st_mtime if file.exists() else 0.0
 
@@ -179,7 +186,7 @@ def _result(stem: Path, number: int, code: int, stuck: bool) -> dict[str, Any]:
 
 
 def summarise(parts: list[dict[str, Any]], limits: dict[str, Any]) -> dict[str, Any]:
-    """The table by family and the promises, of all parts together (each as `Findings.to_json`, or {"died": why})."""
+    """The table by family and the promises of all parts. A part is a `Findings.to_json` or {"died": reason}."""
     families: dict[str, dict[str, Any]] = {}
     checked: Counter[str] = Counter()
     differences: Counter[str] = Counter()
@@ -219,7 +226,7 @@ def summarise(parts: list[dict[str, Any]], limits: dict[str, Any]) -> dict[str, 
 
 
 def versions() -> dict[str, str]:
-    """Of what decodes."""
+    """Versions of the system and of the packages that decode."""
     libraries = {name: ".".join(map(str, version)) for name, version in av.library_versions.items() if name in _LIBRARIES}
     return {
         "localmotion": localmotion.__version__,

@@ -1,11 +1,14 @@
-"""kill -9 at random moments of extraction, pre-training and fine-tuning: what is resumed ends as if nothing had happened.
+"""Kill extraction, pre-training and fine-tuning at random moments (kill -9).
+
+The resumed work must have the same result.
 
     python -m soak.kills --kills 50 --out DIR --seed 0 [--stages extract pretrain finetune]
 
-Each stage is run once undisturbed, then again and again in processes that are killed at moments drawn at random from their whole life, the
-start and the writing of checkpoints included; the same command goes on until it is finished. After every kill each checkpoint that calls
-itself complete must be readable, with every replay episode it names. At the end the clip store must have the same bytes, the run the same
-weights, bit by bit, and the same metrics but for times. Writes DIR/kills.json; exit code 1 if a promise is broken.
+Each stage runs once undisturbed. Then it runs many times in processes that are killed at random moments of their whole
+life, including their start and the writing of checkpoints. The same command is repeated until it finishes. After every
+kill, each complete checkpoint must be readable, with every replay episode that it names. At the end, the clip store
+must have the same bytes, and the run the same weights, bit by bit, and the same metrics except for times. The program
+writes DIR/kills.json and exits with code 1 if a promise is broken.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from typing import Any, NoReturn
 import cv2
 import numpy as np
 
-# Imported here so that a child, which is forked, begins with the work and not with seconds of importing.
+# Imported here, because children are forked and must not spend seconds on imports.
 import localmotion.perception.extract
 import localmotion.training.finetune
 import localmotion.training.pretrain  # noqa: F401
@@ -42,30 +45,30 @@ EXACT = ["--precision", "fp32", "--threads", "1", "--device", "cpu"]
 
 @dataclass
 class Found:
-    """What happened to one stage."""
+    """Result of the kills of one stage."""
 
     kills: int = 0
     finished: int = 0
-    """Times the work was brought to its end, each compared with the undisturbed one."""
+    """Number of times that the work reached its end. Each result was compared with the undisturbed one."""
     undisturbed_seconds: float = 0.0
     resumed: int = 0
-    """Kills after which there was something to go on from."""
+    """Number of kills that left something to resume from."""
     broken: list[str] = field(default_factory=list)
-    """Promises broken, in words."""
+    """Broken promises, one sentence each."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One kind of work: its command for an output folder, what must hold after a kill, and what must be equal at the end."""
+    """One kind of work: its command for an output folder, the check after a kill, and the result to compare."""
 
     command: Callable[[Path], list[str]]
     check: Callable[[Path], bool]
-    """Raises for what is damaged; whether there is something to go on from."""
+    """Raises an error for a damaged file. Returns whether there is something to resume from."""
     result: Callable[[Path], dict[str, str]]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; the exit code."""
+    """Entry point. Returns the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--out", type=Path, required=True)
@@ -84,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     summary: dict[str, Any] = {}
     for name, stage in stages(work, args.length).items():
         if STAGES.index(name) > max(map(STAGES.index, args.stages)):
-            break  # earlier ones make what later ones need, and are run undisturbed where they are not asked for
+            break  # later stages need the results of earlier ones, so those run undisturbed if they are not requested
         found = torment(name, stage, work, args.kills if name in args.stages else 0, rng)
         summary[name] = asdict(found)
         broken = "; ".join(found.broken) or "nothing broken"
@@ -99,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def torment(name: str, stage: Stage, work: Path, kills: int, rng: np.random.Generator) -> Found:
-    """Run a stage undisturbed, then under ``kills`` kills; the last victim is brought to its end."""
+    """Run a stage undisturbed, then with ``kills`` kills. After the last kill the work runs to its end."""
     found = Found()
     whole = work / f"{name}_whole"
     began = time.monotonic()
@@ -114,7 +117,7 @@ def torment(name: str, stage: Stage, work: Path, kills: int, rng: np.random.Gene
         victim = work / f"{name}_{number}"
         number += 1
         while True:
-            # From the first millisecond to the end of the whole work: some die at once, some get far, some finish.
+            # A random moment of the whole work: some processes die at their start, some late, and some finish.
             moment = float(rng.uniform(0, found.undisturbed_seconds)) if found.kills < kills else float("inf")
             child = start(stage.command(victim), work / f"{name}_{number - 1}.log")
             code = wait_for(child, moment)
@@ -124,7 +127,7 @@ def torment(name: str, stage: Stage, work: Path, kills: int, rng: np.random.Gene
                 found.kills += 1
                 try:
                     found.resumed += stage.check(victim)
-                except Exception as error:  # whatever a reader says of what is left is what we look for
+                except Exception as error:  # any error of a reader breaks the promise
                     found.broken.append(f"after kill {found.kills}: {type(error).__name__}: {error}")
                     break
             elif code:
@@ -143,7 +146,7 @@ def torment(name: str, stage: Stage, work: Path, kills: int, rng: np.random.Gene
 
 
 def start(command: list[str], log: Path) -> int:
-    """Run a localmotion command in a forked child; its process id."""
+    """Run a localmotion command in a forked child. Returns its process id."""
     child = os.fork()
     if not child:
         _live(command, log)
@@ -166,7 +169,7 @@ def _live(command: list[str], log: Path) -> NoReturn:
 
 
 def wait_for(child: int, seconds: float = float("inf")) -> int | None:
-    """Exit code of a child; None if it still lives after ``seconds``."""
+    """Exit code of a child, or None if it still runs after ``seconds``."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         ended, status = os.waitpid(child, os.WNOHANG)
@@ -177,7 +180,7 @@ def wait_for(child: int, seconds: float = float("inf")) -> int | None:
 
 
 def stages(work: Path, length: int) -> dict[str, Stage]:
-    """The three kinds of work, the later ones on what the undisturbed earlier ones made."""
+    """The three kinds of work. Later ones use the results of the undisturbed earlier ones."""
     store, pre = work / "extract_whole", work / "pretrain_whole"
 
     def extract(out: Path) -> list[str]:
@@ -211,7 +214,7 @@ def stages(work: Path, length: int) -> dict[str, Stage]:
 
 
 def make_videos(folder: Path, seed: int, count: int) -> None:
-    """Short clips of a textured square that moves over a textured ground."""
+    """Write short clips of a textured square that moves over a textured background."""
     folder.mkdir()
     rng = np.random.default_rng(seed)
     for number in range(count):
@@ -225,14 +228,20 @@ def make_videos(folder: Path, seed: int, count: int) -> None:
 
 
 def check_store(path: Path) -> bool:
-    """Shards of an unfinished store are whole or absent: what names itself finished must open."""
+    """Check that a finished store opens. Shards of an unfinished store are complete or absent.
+
+    Returns whether any exist.
+    """
     if (path / "store.json").exists() and json.loads((path / "store.json").read_text()).get("complete"):
         ClipStore(path)
     return path.exists() and any(path.iterdir())
 
 
 def check_run(path: Path) -> bool:
-    """Every complete checkpoint can be read whole, with the episodes it names, and the lines of metrics it counts on are there."""
+    """Check that every complete checkpoint is readable, with its episodes and its lines of metrics.
+
+    Returns whether there is a checkpoint.
+    """
     found = checkpoint.complete(path / "checkpoints")
     for each in found:
         state = checkpoint.read_state(each)
@@ -257,7 +266,7 @@ def files_of(store: Path) -> dict[str, str]:
 
 
 def result_of_run(run: Path) -> dict[str, str]:
-    """Weights and metrics of a run, the latter without what is measured in seconds."""
+    """Weights (as hashes) and metrics of a run, without measured times."""
     weights = checkpoint.read(checkpoint.newest(run), "weights")
     out = {name: hashlib.sha256(value.contiguous().numpy().tobytes()).hexdigest() for name, value in weights.items()}
     for number, text in enumerate((run / "metrics.jsonl").read_text().splitlines()):

@@ -1,11 +1,12 @@
-"""Hours of a run with flat memory: resident memory, file descriptors, threads and GPU memory of a command, and their slope.
+"""Check for leaks over hours: slopes of a command's resident memory, file descriptors, threads and GPU memory.
 
     python -m soak.memory --hours 2 --out DIR [-- localmotion arguments ...]
 
-Without arguments it trains DRP (`debug`) on DMC's walker with its replay on disk, evaluations and checkpoints included. The slope is that
-of a straight line through the samples after the first fifth, in which buffers fill and the environments of evaluations are made. A replay
-in memory grows until it is full: use ``--replay_storage disk`` where the slope is to say something. Writes DIR/memory.json; exit code 1
-when memory grows by more than 20 MB an hour, or file descriptors or threads at all.
+Without arguments it trains DRP (`debug`) on DMC's walker, with the replay on disk, evaluations and checkpoints. The
+slope is that of a straight line through the samples after the first fifth. In the first fifth, buffers fill and the
+environments for evaluation are made. A replay in memory grows until it is full, so use ``--replay_storage disk``. The
+program writes DIR/memory.json. It exits with code 1 if memory grows by more than 20 MB per hour, or if the number of
+file descriptors or threads grows at all.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ import numpy as np
 from localmotion.runs.rundir import versions
 
 MOST = 20.0
-"""MB an hour."""
+"""MB per hour."""
 
 
 def default_command(run: Path) -> list[str]:
-    """Small enough for many updates, episodes, evaluations and checkpoints an hour."""
+    """A run that is small enough for many updates, episodes, evaluations and checkpoints per hour."""
     clocks = ["--env_steps", "100000000", "--replay_capacity", "20000", "--replay_storage", "disk", "--prefill", "2000"]
     clocks += ["--online.eval_every", "2000", "--online.save_every", "1000", "--eval_episodes", "1"]
     return [
@@ -72,14 +73,14 @@ def gpu_megabytes(pid: int) -> float:
 
 
 def slope(seconds: Sequence[float], values: Sequence[float]) -> float:
-    """Units an hour of the straight line through the samples after the first fifth."""
+    """Slope, in units per hour, of the straight line through the samples after the first fifth."""
     first = len(seconds) // 5
     hours = np.asarray(seconds[first:]) / 3600
     return float(np.polyfit(hours, np.asarray(values[first:]), 1)[0])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; the exit code."""
+    """Entry point. Returns the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--hours", type=float, default=2.0)
     parser.add_argument("--every", type=float, default=10.0, help="seconds between samples")

@@ -1,4 +1,4 @@
-"""The mutations of the fuzz corpus: each writes one hostile file (or folder, or node) and says what it is."""
+"""The mutations of the fuzz corpus. Each writes one hostile file, folder or node and returns its description."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def structure(bench: Bench) -> Made:
 
 
 def grown(bench: Bench) -> Made:
-    """Something behind the end, or before the beginning."""
+    """Additional bytes after the end or before the beginning."""
     source, other, rng = bench.source(), bench.source(), bench.rng
     data = source.path.read_bytes()
     kind = ("noise", "zeros", "other_file", "itself", "noise_before", "text")[rng.integers(6)]
@@ -164,7 +164,7 @@ def zero_frames(bench: Bench) -> Made:
                 blank[found[name].body + offset : found[name].body + offset + 4] = bytes(4)
         return write(
             bench, bytes(blank), source.path.suffix, kind, source.key, reject="moof" not in found
-        )  # fragments have their own
+        )  # fragments have their own header
     if kind in ("header_only", "no_samples"):
         end = next((p.start for p in parts(data) if p.kind in ("mdat", "1F43B675", "00dc", "rest")), 20)
         return write(bench, data[:end], source.path.suffix, "header_only", source.key, reject=True)
@@ -176,7 +176,7 @@ def zero_frames(bench: Bench) -> Made:
 
 
 def huge_claims(bench: Bench) -> Made:
-    """Small files that say they are enormous: sides, numbers of frames, lengths of parts, durations."""
+    """Small files that claim to be enormous: sides, numbers of frames, lengths of parts, durations."""
     rng = bench.rng
     kind = ("side", "side", "count", "count", "duration", "part_length", "sparse", "mp4_samples")[rng.integers(8)]
     source = bench.source(*((".mp4", ".mov") if kind in ("count", "mp4_samples") else ()))
@@ -203,7 +203,7 @@ def huge_claims(bench: Bench) -> Made:
         number = struct.pack(">I", int(bench.pick((0x7FFFFFFF, 0xFFFFFFFF, 100_000_000, 3_000_000))))
         put(("stsz", "stts", "stsc", "stco")[rng.integers(4)], 8 if rng.random() < 0.5 else 4, number)
     elif kind == "mp4_samples":
-        # One size for all samples, so that no table bounds their number.
+        # One size for all samples, because a table of sizes would limit their number.
         put("stsz", 4, struct.pack(">II", int(rng.integers(1, 100)), int(bench.pick((1_000_000, 20_000_000, 0x7FFFFFFF)))))
         put("stts", 8, struct.pack(">II", 0x7FFFFFFF, 1))
         put("stsc", 8, struct.pack(">III", 1, 0x7FFFFFFF, 1))
@@ -220,7 +220,7 @@ def huge_claims(bench: Bench) -> Made:
     if kind == "sparse":
         path = bench.root / f"{bench.stem}{source.path.suffix}"
         path.write_bytes(data[: int(rng.integers(8, len(data)))])
-        # Holes: no disk is used. Matroska and AVI are searched byte by byte for where they go on: seconds a GB.
+        # A sparse file uses no disk. FFmpeg searches Matroska and AVI byte by byte for the next part: seconds per GB.
         sizes = (2**24, 2**26) if source.path.suffix in (".mkv", ".webm", ".avi") else (2**31, 2**33)
         os.truncate(path, int(bench.pick(sizes)) + 7)
         return Made(kind, (path.name,), source.key)
@@ -290,7 +290,7 @@ def no_pictures(bench: Bench) -> Made:
 
 def _of_family(family: str) -> Mutation:
     def mutate(bench: Bench) -> Made:
-        """An undamaged file of the family, or one with a few bits turned over."""
+        """An undamaged file of the family, or one with a few flipped bits."""
         source = bench.source(family=family)
         data = bytearray(source.path.read_bytes())
         whole = bench.rng.random() < 0.3
@@ -303,7 +303,7 @@ def _of_family(family: str) -> Mutation:
 
 
 def control(bench: Bench) -> Made:
-    """Nothing is done to it: it must come out as it went in."""
+    """An unchanged file. Its frames must be extracted unchanged."""
     source = bench.source()
     name = f"{bench.stem}{source.path.suffix}"
     (bench.root / name).write_bytes(source.path.read_bytes())
@@ -328,11 +328,14 @@ FAMILIES: dict[str, tuple[int, Mutation]] = {
     "frame_folders": (6, frame_folders),
     "control": (3, control),
 }
-"""Every family with its share of the corpus, and what makes a file of it."""
+"""Every family with its share of the corpus and its mutation."""
 
 
 def make(index: int, seed: int, sources: list[Source], root: Path, size: int, family: str | None = None) -> tuple[str, Made]:
-    """Write file number `index` of the corpus of `seed` below `root`: the same bytes whatever else is made. Returns its family."""
+    """Write file number `index` of the corpus of `seed` below `root`. Returns its family and description.
+
+    The bytes do not depend on other files.
+    """
     rng = np.random.default_rng([seed, index])
     if family is None:
         order = [name for name, (share, _) in FAMILIES.items() for _ in range(share)]

@@ -1,4 +1,4 @@
-"""Mutations of the fuzz corpus that are not about a file's bytes: odd names, links and nodes, folders of pictures."""
+"""Mutations of the fuzz corpus that do not change a file's bytes: odd names, links and nodes, folders of pictures."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _NAMES = (
 
 
 def names(bench: Bench) -> Made:
-    """An undamaged file whose name is odd, itself or its folder; bytes that are no UTF-8 are to be refused."""
+    """An undamaged file with an odd name, or in a folder with one. Names that are not UTF-8 must be rejected."""
     source, rng = bench.source(), bench.rng
     odd = _NAMES[rng.integers(len(_NAMES))]
     data = source.path.read_bytes()
@@ -109,7 +109,7 @@ def links_and_nodes(bench: Bench) -> Made:
     elif kind == "no_rights":
         path.write_bytes(source.path.read_bytes())
         path.chmod(0)
-        if os.access(path, os.R_OK):  # the superuser may read all
+        if os.access(path, os.R_OK):  # the superuser can read everything
             accept, reject = source.digest, False
     elif kind == "no_rights_folder":
         (root / stem).mkdir()
@@ -134,7 +134,7 @@ def links_and_nodes(bench: Bench) -> Made:
 
 
 def _bind(path: Path) -> None:
-    """A socket node. Its path may be longer than sockets take: it is made through the folder's handle."""
+    """Make a socket node. Its path may be too long for a socket, so the path goes through the folder's handle."""
     handle = os.open(path.parent, os.O_RDONLY)
     try:
         with socket.socket(socket.AF_UNIX) as node:
@@ -184,7 +184,7 @@ FOLDERS = (
 
 
 def frame_folders(bench: Bench) -> Made:
-    """Folders of numbered pictures, one of which is not what it should be."""
+    """Folders of numbered pictures, one of them faulty."""
     rng = bench.rng
     folder = bench.root / bench.stem
     folder.mkdir()
@@ -211,7 +211,7 @@ def frame_folders(bench: Bench) -> Made:
             os.mkfifo(victim)
         elif kind == "folder_as_picture":
             victim.mkdir()
-            reject = False  # a folder is no picture: the series has a gap, as if it had been left out
+            reject = False  # a folder is no picture, so the series has a gap
         else:
             victim.symlink_to({"device": "/dev/zero", "dangling": "nowhere.png", "link_to_itself": victim.name}[kind])
     elif kind == "two_series":
@@ -243,7 +243,7 @@ def frame_folders(bench: Bench) -> Made:
             "tiff_inside": lambda: bytes(cv2.imencode(".tiff", frame)[1].tobytes()) + b"IEND",
             "grey": lambda: packed(frame[..., 0]),
             "deep16": lambda: packed(frame.astype(np.uint16) * 257),
-            "palette": lambda: png(64, 64, 8, 3, zlib.compress(bytes(64 * 65))),  # and no palette
+            "palette": lambda: png(64, 64, 8, 3, zlib.compress(bytes(64 * 65))),  # without a palette
             "alpha": lambda: packed(np.concatenate([frame, frame[..., :1]], 2)),
             "no_end": lambda: bytes(data[:-12]),
             "tiny": lambda: packed(frame[:2, :2]),

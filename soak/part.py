@@ -1,4 +1,4 @@
-"""One part of the corpus through `scan` and `extract`, and whether the promises hold."""
+"""Run `scan` and `extract` on one part of the corpus and check the promises."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from localmotion.video.workers import Lost, map_isolated
 from soak.mutations import make
 from soak.sources import Source, digest
 
-_SCALING = 0x20 | 0x2000 | 0x4000 | 0x40000 | 0x80000  # area, full chroma, accurate and the same on every machine: swscale.h
+_SCALING = 0x20 | 0x2000 | 0x4000 | 0x40000 | 0x80000  # swscale.h: area, full chroma, accurate, bit-exact
 RECIPE = Recipe(size=64, percept_size=64, tracks=4, redraw_rounds=0)
 MIN_FRAMES = 8
 PROMISES = (
@@ -46,12 +46,12 @@ PROMISES = (
     "the process that called lives",
 )
 ONLY_SCAN = ("static", "duplicate")
-"""Reasons that only the scan has: such a video can be decoded, and extraction takes it."""
+"""Reasons that only the scan reports. Such a video can be decoded, and extraction accepts it."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one file in its worker: seconds, bytes that decoding may take, and what the process has before any."""
+    """Limits for one file in its worker: seconds, bytes for decoding, and bytes of the idle process."""
 
     seconds: float = 60.0
     memory: int = 512 * 2**20
@@ -60,7 +60,7 @@ class Limits:
 
 @dataclass
 class Entry:
-    """One id of the corpus and what became of it."""
+    """One id of the corpus and its results."""
 
     id: str
     family: str
@@ -69,23 +69,23 @@ class Entry:
     accept: str | None
     reject: bool
     scanned: str | None = None
-    """Reason of the scan, empty when usable; None when the scan did not list it."""
+    """The scan's reason for rejection. Empty if usable, None if the scan did not list the file."""
     extracted: str | None = None
     detail: str = ""
     seconds: float = 0.0
     memory: int = 0
-    """Highest resident memory of the worker that had it, bytes."""
+    """Highest resident memory of the worker that processed the file, in bytes."""
 
 
 @dataclass
 class Findings:
-    """What a part found: its entries, how often each promise was looked at, and where it was broken."""
+    """Findings of a part: its entries, the number of checks of each promise, and the broken cases."""
 
     entries: dict[str, Entry]
     checked: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PROMISES, 0))
     broken: dict[str, list[str]] = field(default_factory=lambda: {name: [] for name in PROMISES})
     differences: dict[str, int] = field(default_factory=dict)
-    """Differences of scan and extraction that are as they should be, counted."""
+    """Allowed differences between scan and extraction, with their counts."""
 
     def check(self, promise: str, holds: bool, text: str) -> None:
         self.checked[promise] += 1
@@ -102,7 +102,10 @@ class Findings:
 
 
 class Meter:
-    """Seconds and highest memory between two calls, of the one worker of this process: videos come in the order of their ids."""
+    """Measures seconds and highest memory of the one worker between two calls.
+
+    Videos come in the order of their ids.
+    """
 
     def __init__(self, findings: Findings, ids: list[str], beat: Callable[[], None]) -> None:
         self.findings, self.ids, self.beat = findings, ids, beat
@@ -113,14 +116,14 @@ class Meter:
         peak = max((_peak(child.pid) for child in multiprocessing.active_children()), default=0)
         if done and (entry := self.findings.entries.get(self.ids[done - 1])):
             entry.memory = max(entry.memory, peak)
-            if self.last is not None:  # the first one waits for its worker to start
+            if self.last is not None:  # the first time includes the start of the worker
                 entry.seconds = max(entry.seconds, now - self.last)
         self.last = now
         self.beat()
 
 
 def _peak(pid: int | None) -> int:
-    """Highest resident memory of a process since the last call, bytes; 0 where it is gone."""
+    """Highest resident memory of a process since the last call, in bytes. 0 if the process has ended."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
         Path(f"/proc/{pid}/clear_refs").write_text("5")
@@ -130,12 +133,13 @@ def _peak(pid: int | None) -> int:
 
 
 def alone(item: tuple[VideoRef, str], size: int) -> str:
-    """Digest of a video's frames, decoded as plainly as can be: for files without the library's decoder, so that an error of that
-    would show; rotated ones and folders with it. The item has the digest that is expected.
+    """Digest of a video's frames from a plain decoder, for comparison with the library's decoder.
 
-    "undefined" when the plain decoder gives other pictures if frames are held longer or looked at more, while the library gives the
-    expected ones again: there is damage that this codec cannot tell, and what shows in its place are remains of the file's own
-    older pictures, of which ones depends on whose buffers are free.
+    Rotated files and folders use the library's decoder. ``item`` is (video, expected digest).
+
+    Returns "undefined" if two things hold: the plain decoder returns other pictures when frames are kept longer or read
+    more often, and the library returns the expected pictures again. The codec then does not detect the damage. It shows
+    older pictures of the same file instead, and which ones depends on the buffers that are free.
     """
     ref, expected = item
     if ref.kind == "frames":
@@ -148,8 +152,10 @@ def alone(item: tuple[VideoRef, str], size: int) -> str:
 
 
 def _plain(path: Path, size: int, held: int = 0, look: bool = False) -> str | None:
-    """Digest of all frames by av alone, with so many decoded ones held, and the data beside each looked at or not; None when they
-    are to be turned to be shown, deinterlaced or mapped from HDR."""
+    """Digest of all frames, decoded by av alone. None if the library rotates, deinterlaces or maps them from HDR.
+
+    ``held``: number of decoded frames to keep. ``look``: whether to read each frame's side data.
+    """
     frames: list[NDArray[np.uint8]] = []
     recent: deque[Any] = deque(maxlen=held)
     reformatter = VideoReformatter()
@@ -161,7 +167,7 @@ def _plain(path: Path, size: int, held: int = 0, look: bool = False) -> str | No
                 turned = frame.side_data.get("DISPLAYMATRIX")
                 if turned and struct.unpack("=9i", bytes(turned))[:5] != (1 << 16, 0, 0, 0, 1 << 16):
                     return None
-            if frame.interlaced_frame or frame.color_trc in (16, 18):  # these the library changes
+            if frame.interlaced_frame or frame.color_trc in (16, 18):  # the library changes these frames
                 return None
             small = reformatter.reformat(frame, size, size, "gbrp", interpolation=_SCALING, threads=1)
             frames.append(np.asarray(small.to_ndarray(), np.uint8))
@@ -179,10 +185,10 @@ def run_part(
     both: bool = False,
     beat: Callable[[], None] = lambda: None,
 ) -> Findings:
-    """Make the files of `plan` (number and family; None: the number decides) below `folder`, take them through scan and extraction
-    with one worker, and check.
+    """Make the files of `plan` below `folder`, scan and extract them with one worker, and check the promises.
 
-    `both`: scan with two workers as well and compare. Writes `manifest.jsonl`, removes the files it made.
+    `plan` has (number, family) for each file; for family None the number selects it. `both`: also scan with two workers
+    and compare. Writes `manifest.jsonl` and removes the files that it made.
     """
     root, store = folder / "corpus", folder / "store"
     root.mkdir(parents=True)
@@ -248,20 +254,22 @@ def _check_text(findings: Findings, lines: list[str]) -> None:
 
 
 def _check_entry(findings: Findings, entry: Entry, limits: Limits) -> None:
-    told = f"{entry.id!r} ({entry.kind}): scan {entry.scanned!r}, extract {entry.extracted!r}, {entry.seconds:.1f} s"
-    findings.check("every file is usable or rejected with a reason", None not in (entry.scanned, entry.extracted), told)
+    text = f"{entry.id!r} ({entry.kind}): scan {entry.scanned!r}, extract {entry.extracted!r}, {entry.seconds:.1f} s"
+    findings.check("every file is usable or rejected with a reason", None not in (entry.scanned, entry.extracted), text)
     findings.check(
-        "no file takes longer than the limit", entry.seconds < limits.seconds + 15, told
-    )  # a new worker starts meanwhile
-    memory = f"{told}, {entry.memory / 2**20:.0f} MiB"
+        "no file takes longer than the limit", entry.seconds < limits.seconds + 15, text
+    )  # + 15: a new worker may start in this time
+    memory = f"{text}, {entry.memory / 2**20:.0f} MiB"
     findings.check("no worker takes more memory than the limit", entry.memory < limits.memory + limits.idle, memory)
     if entry.reject:
-        findings.check("files that hold no video are rejected", bool(entry.scanned and entry.extracted), told)
+        findings.check("files that hold no video are rejected", bool(entry.scanned and entry.extracted), text)
 
 
 def _check_frames(findings: Findings, clips: ClipStore, root: Path, limits: Limits, beat: Callable[[], None]) -> None:
-    """The clips of every video of the store against its file decoded by other means, in the opposite order, so that nothing left over
-    from the video before could be the same both times."""
+    """Compare the clips of every video with a second decoding of its file (`alone`).
+
+    The order is reversed, so that remains of the previous video cannot be equal in both.
+    """
     refs = {ref.id: ref for ref in find_videos(root)}
     stored: dict[str, list[int]] = {}
     for number, name in enumerate(clips.videos):
@@ -276,44 +284,44 @@ def _check_frames(findings: Findings, clips: ClipStore, root: Path, limits: Limi
     for name, (_, have) in zip(order, items, strict=True):
         entry, want = findings.entries[name], found[name]
         if want == "undefined":
-            why = "damage that the codec cannot tell, with remains of older pictures in its place"
+            why = "damage that the codec does not detect; it shows older pictures of the file"
             findings.differences[why] = findings.differences.get(why, 0) + 1
         elif name not in cut_short:
             other = want if isinstance(want, Lost) else f"other frames ({have[:8]}, not {want[:8]})"
-            told = f"{name!r} ({entry.kind} of {entry.source}): {other}"
-            findings.check("stored frames are those of the file decoded alone", have == want, told)
+            text = f"{name!r} ({entry.kind} of {entry.source}): {other}"
+            findings.check("stored frames are those of the file decoded alone", have == want, text)
     for entry in findings.entries.values():
         if entry.accept is not None:
             holds = entry.extracted == "" and found.get(entry.id) == entry.accept and entry.scanned in ("", *ONLY_SCAN)
-            told = f"{entry.id!r} ({entry.kind} of {entry.source}): scan {entry.scanned!r}, extract {entry.extracted!r} {entry.detail}"
-            findings.check("undamaged files come out as they went in", holds, told)
+            text = f"{entry.id!r} ({entry.kind} of {entry.source}): scan {entry.scanned!r}, extract {entry.extracted!r} {entry.detail}"
+            findings.check("undamaged files come out as they went in", holds, text)
 
 
 def _cut_short(clips: ClipStore) -> set[str]:
-    """Videos with frames that are in no clip."""
+    """Names of videos with frames that are in no clip."""
     return {name for name, info in zip(clips.videos, clips.infos, strict=True) if info.get("cut_short")}
 
 
 def _check_agreement(findings: Findings, entry: Entry, cut_short: bool) -> None:
-    told = f"{entry.id!r} ({entry.kind}): scan {entry.scanned!r}, extract {entry.extracted!r}"
+    text = f"{entry.id!r} ({entry.kind}): scan {entry.scanned!r}, extract {entry.extracted!r}"
     scanned, extracted = entry.scanned, entry.extracted
     if scanned in ONLY_SCAN and extracted == "":
         why = f"{scanned}: only the scan looks for it"
     elif scanned and extracted == "" and cut_short:
         why = f"{scanned} behind the frames that extraction takes"
     elif "decoder_timeout" in (scanned, extracted):
-        why = "decoder_timeout: how long is a matter of the machine"
+        why = "decoder_timeout: the time depends on the machine"
     elif scanned and extracted and scanned != extracted:
         why = f"rejected by both, as {scanned} and as {extracted}"
     else:
-        findings.check("scan and extract agree about what is usable", bool(scanned) == bool(extracted), told)
+        findings.check("scan and extract agree about what is usable", bool(scanned) == bool(extracted), text)
         return
     findings.checked["scan and extract agree about what is usable"] += 1
     findings.differences[why] = findings.differences.get(why, 0) + 1
 
 
 def remove(folder: Path) -> None:
-    """Remove a folder of the corpus, also what has no rights."""
+    """Remove a folder of the corpus, including files without permissions."""
     for where, names, _ in os.walk(folder):
         for name in names:
             if not (path := Path(where) / name).is_symlink():
@@ -323,7 +331,7 @@ def remove(folder: Path) -> None:
 
 @contextlib.contextmanager
 def scratch(folder: Path) -> Iterator[Path]:
-    """A fresh folder that goes when the block ends well; after an error it stays, to be looked at."""
+    """A new folder that is removed after the context. After an error it stays, for inspection."""
     remove(folder)
     folder.mkdir(parents=True)
     yield folder

@@ -1,10 +1,10 @@
-"""A replay of a million DRP transitions: what it takes on disk and in memory, and how fast sequences come out of it.
+"""Measure a replay of a million DRP transitions: size on disk, memory, and speed of sampling.
 
     python -m soak.replay --records 1000000 --out DIR
 
-Fills a replay with ``storage="disk"`` from random pictures and flow, closes it, opens it again as a resumed run does, and samples.
-Writes DIR/replay.json; exit code 1 if a million records would take more than 25 GB on disk or the process more than 2 GB of memory. The
-episodes are removed at the end.
+The program fills a replay with ``storage="disk"`` from random pictures and flow, closes it, opens it again as a resumed
+run does, and samples. It writes DIR/replay.json. It exits with code 1 if a million records would take more than 25 GB
+on disk, or if the process takes more than 2 GB of memory. The episodes are removed at the end.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ BATCHES = 300
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; the exit code."""
+    """Entry point. Returns the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--records", type=int, default=1_000_000)
     parser.add_argument("--out", type=Path, required=True)

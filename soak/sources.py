@@ -1,4 +1,4 @@
-"""The undamaged clips that a fuzz corpus is made from, in many containers and codecs, and what they decode to."""
+"""The undamaged clips from which a fuzz corpus is made, in many containers and codecs, and digests of their frames."""
 
 from __future__ import annotations
 
@@ -21,12 +21,15 @@ from localmotion.video import decode, video_ref
 from localmotion.video.listing import usable_videos
 
 SIDE, FRAMES = 96, 24
-"""The sources' longer side in pixels and their length: small, so that thousands of files are quick and cost little disk."""
+"""Longer side of the sources in pixels, and their length.
+
+They are small, so that thousands of files are fast to make.
+"""
 
 
 @dataclass(frozen=True)
 class Format:
-    """A container and codec to encode a source in, and the family that its undamaged files are counted in."""
+    """A container and codec for encoding a source, and the family of its undamaged files."""
 
     name: str
     suffix: str
@@ -36,7 +39,7 @@ class Format:
     options: tuple[tuple[str, str], ...] = ()
     family: str = "control"
     exact: bool = False
-    """The codec loses nothing: what comes out must be what went in, to the bit."""
+    """Whether the codec is lossless. Decoded frames must then equal the encoded ones bit for bit."""
 
 
 _X264 = (("preset", "ultrafast"), ("g", "8"))
@@ -76,7 +79,7 @@ FORMATS = (
 
 @dataclass(frozen=True)
 class Source:
-    """One undamaged file: `digest` is that of its frames at the size they are extracted at."""
+    """One undamaged file. `digest`: digest of its frames at the extracted size."""
 
     key: str
     path: Path
@@ -85,7 +88,7 @@ class Source:
 
 
 def rendered(number: int, seed: int) -> NDArray[np.uint8]:
-    """(FRAMES, H, W, 3): a patch of one texture moves over another, which drifts; sizes and speeds differ by `number`."""
+    """(FRAMES, H, W, 3): a textured patch moves over a drifting texture. Sizes and speeds depend on `number`."""
     rng = np.random.default_rng([seed, number])
     width, height = ((96, 64), (64, 96), (80, 80), (96, 54), (72, 96))[number % 5]
     ground, patch = (
@@ -102,14 +105,14 @@ def rendered(number: int, seed: int) -> NDArray[np.uint8]:
 
 
 def real(folder: Path, count: int, seed: int) -> Iterator[tuple[Path, NDArray[np.uint8]]]:
-    """Files of `folder`, drawn by `seed`, with their first frames made small: (path, (FRAMES, h, w, 3))."""
+    """Files of `folder`, drawn with `seed`, with their first frames scaled down: (path, (FRAMES, h, w, 3))."""
     refs = [ref for ref in usable_videos(folder) if ref.kind == "file"]
     found = 0
     for number in np.random.default_rng(seed).permutation(len(refs)):
         try:
             frames = decode(refs[number], None, max_frames=FRAMES)
         except VideoError:
-            continue  # the folder of a user may hold a broken one; another is taken
+            continue  # a user's folder may hold broken files: take another one
         if len(frames) < FRAMES:
             continue
         scale = SIDE / max(frames.shape[1:3])
@@ -125,23 +128,23 @@ def real(folder: Path, count: int, seed: int) -> Iterator[tuple[Path, NDArray[np
 
 @contextlib.contextmanager
 def usual_scheduling() -> Iterator[None]:
-    """Afterwards all threads of this process are scheduled as usual.
+    """Context at whose end all threads of this process get the usual scheduling.
 
-    SVT-AV1 gives the thread that opens its encoder the highest real-time priority when it runs as root, and leaves it so. Threads of torch
-    that inherit it and wait for each other then keep every other process off the cores.
+    If SVT-AV1 runs as root, it sets the thread that opens its encoder to the highest real-time priority and does not
+    reset it. Threads of torch inherit this priority. While they wait for each other, no other process gets the cores.
     """
     try:
         yield
     finally:
         if hasattr(os, "sched_setscheduler"):
             for thread in os.listdir("/proc/self/task"):
-                with contextlib.suppress(ProcessLookupError):  # it has ended
+                with contextlib.suppress(ProcessLookupError):  # the thread has ended
                     os.sched_setscheduler(int(thread), os.SCHED_OTHER, os.sched_param(0))
 
 
 @usual_scheduling()
 def encode(path: Path, frames: NDArray[np.uint8], form: Format, times: list[int] | None = None) -> Path:
-    """Encode (T, H, W, 3) uint8; `times` are the frames' times in 1/30 s. Raises av's errors where the codec is not there."""
+    """Encode (T, H, W, 3) uint8. `times`: times of the frames in 1/30 s. Raises av's errors if the codec is missing."""
     with av.open(str(path), "w", options={**dict(form.muxer), "fflags": "+bitexact"}) as container:
         stream: Any = container.add_stream(form.codec, rate=30, options=dict(form.options))
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], form.pix_fmt
@@ -156,7 +159,7 @@ def encode(path: Path, frames: NDArray[np.uint8], form: Format, times: list[int]
 
 
 def encode_sound(path: Path, codec: str, rate: int = 48000) -> Path:
-    """A second of tone without pictures."""
+    """Encode one second of sound without pictures."""
     with av.open(str(path), "w", options={"fflags": "+bitexact"}) as container:
         stream: Any = container.add_stream(codec, rate=rate, layout="mono")
         form, size = stream.codec_context.format.name, stream.codec_context.frame_size or 960
@@ -176,10 +179,13 @@ def digest(frames: NDArray[np.uint8]) -> str:
 
 
 def make_sources(folder: Path, seed: int, size: int, videos: Path | None = None, clips: int = 4) -> list[Source]:
-    """Write every source in every format that this FFmpeg can encode, and a few real files untouched; check that each decodes to
-    what went in. Raises LocalmotionError when one does not: then nothing built on it would mean anything."""
+    """Write every source in every format that this FFmpeg can encode, and copy a few real files.
+
+    Raises LocalmotionError if a file does not decode to the frames that were encoded, because the corpus would then be
+    useless.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    os.environ.setdefault("SVT_LOG", "1")  # the AV1 encoder would print its settings
+    os.environ.setdefault("SVT_LOG", "1")  # otherwise the AV1 encoder prints its settings
     if videos is None:
         pictures = [rendered(number, seed) for number in range(clips)]
         originals: list[Path] = []
@@ -194,7 +200,7 @@ def make_sources(folder: Path, seed: int, size: int, videos: Path | None = None,
             path = folder / f"{number}_{form.name}{form.suffix}"
             try:
                 encode(path, frames, form)
-            except av.error.FFmpegError:  # this build has no encoder, or not of this pixel format
+            except av.error.FFmpegError:  # this build has no such encoder, or not for this pixel format
                 path.unlink(missing_ok=True)
                 continue
             native = decode(video_ref(path), None)

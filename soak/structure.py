@@ -1,4 +1,4 @@
-"""Where things are inside video files: just enough of each container to damage it where it hurts."""
+"""Positions of the parts inside video files, as far as the mutations need them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ class Part:
 
 
 def parts(data: bytes) -> list[Part]:
-    """All parts of a file, outer before inner; for GIF its fixed header fields. Empty for what is not known."""
+    """All parts of a file, outer ones before inner ones. For GIF: its fixed header fields.
+
+    Empty for unknown formats.
+    """
     if data[:4] == b"\x1a\x45\xdf\xa3":
         return list(_ebml(data, 0, len(data)))
     if data[:4] == b"RIFF":
@@ -68,13 +71,13 @@ def _riff(data: bytes, at: int, end: int) -> Iterator[Part]:
 
 
 def png_chunk(kind: bytes, content: bytes) -> bytes:
-    """A PNG chunk with its right checksum."""
+    """A PNG chunk with a correct checksum."""
     import zlib
 
     return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
 
 def png(width: int, height: int, depth: int, colour: int, content: bytes) -> bytes:
-    """A PNG file of any claims: `content` is what lies, packed, where the pixels should be."""
+    """A PNG file with any claims in its header. `content`: compressed bytes in place of the pixels."""
     head = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", head) + png_chunk(b"IDAT", content) + png_chunk(b"IEND", b"")

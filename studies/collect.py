@@ -1,4 +1,4 @@
-"""Keep what a study measured: per-seed curves, settings, commands and versions of run directories, as JSON beside the study's README.
+"""Write the results of run directories as JSON: per-seed curves, settings, commands and versions.
 
     python studies/collect.py OUT.json RUN [RUN ...]
 
@@ -15,7 +15,7 @@ from typing import Any
 
 
 def rows(run: Path) -> list[dict[str, Any]]:
-    """Lines of metrics.jsonl that are whole."""
+    """Complete lines of metrics.jsonl."""
     out = []
     for text in (run / "metrics.jsonl").read_text().splitlines():
         try:
@@ -26,7 +26,7 @@ def rows(run: Path) -> list[dict[str, Any]]:
 
 
 def collect(run: Path) -> dict[str, Any]:
-    """Everything of one run that a reader needs to judge it."""
+    """All results of one run that a reader needs to judge it."""
     config = json.loads((run / "config.json").read_text())
     found = rows(run)
     kept: dict[str, Any] = {
@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("runs", type=Path, nargs="+")
     given = parser.parse_args()
     kept = [collect(run) for run in given.runs]
-    # Folders of the machine it ran on tell a reader nothing: only the last part of an absolute path is kept.
+    # Keep only the last part of an absolute path: folders of the machine mean nothing to a reader.
     given.out.write_text(re.sub(r"(?<![\w.])/(?:[\w.-]+/)+", "", json.dumps(kept, indent=1)) + "\n")
     for item in kept:
         tail = item.get("ys", [None])[-1]

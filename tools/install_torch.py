@@ -1,10 +1,11 @@
-"""Install torch into the environment of this Python: a CPU build where there is no NVIDIA GPU, else the CUDA build. Standard library only.
+"""Install torch into the environment of this Python: a CPU build without an NVIDIA GPU, else the CUDA build.
 
     .venv/bin/python tools/install_torch.py 2.13.0
 
-The wheel of torch on pypi.org for Linux is the CUDA build: with its libraries several GB, which a machine without an NVIDIA GPU cannot use.
-CPU builds lie in an index of their own. ``TORCH_INDEX=URL`` sets the index to ask, for any build; ``TORCH_INDEX=`` (empty) leaves the
-choice to pip's own configuration (``PIP_INDEX_URL``, ``PIP_FIND_LINKS``, pip.conf), which also decides where the index cannot be reached.
+This script uses only the standard library. The wheel of torch on pypi.org for Linux is the CUDA build. With its
+libraries it has several GB, and a machine without an NVIDIA GPU cannot use them. CPU builds have a separate index.
+``TORCH_INDEX=URL`` sets another index. With an empty ``TORCH_INDEX=``, pip's own configuration decides
+(``PIP_INDEX_URL``, ``PIP_FIND_LINKS``, pip.conf). It also decides if the index cannot be reached.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from typing import NamedTuple
 
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 QUICK = ("--retries", "1", "--timeout", "10")
-"""For the first question to an index that may be out of reach: seconds, not minutes."""
+"""pip options that limit the wait for an index that cannot be reached to seconds."""
 
 
 class Choice(NamedTuple):
-    """``index`` to ask for torch, "" for pip's own configuration, and why."""
+    """``index`` for torch ("" for pip's own configuration), and the reason for this choice."""
 
     index: str
     why: str
@@ -43,7 +44,10 @@ def has_gpu() -> bool:
 
 
 def choose(given: str | None, gpu: bool, system: str) -> Choice:
-    """The index for ``TORCH_INDEX`` (None: not set), with or without an NVIDIA GPU, on a system of `platform.system`."""
+    """Choose the index. ``given``: ``TORCH_INDEX`` or None. ``gpu``: an NVIDIA GPU is present.
+
+    ``system``: `platform.system`.
+    """
     if given is not None:
         return Choice(given, f"TORCH_INDEX={given}")
     if gpu:
@@ -65,11 +69,11 @@ def install(version: str, choice: Choice) -> int:
     wanted = f"torch=={version}"
     if choice.index:
         print(f"torch {version}, {choice.why}; asking {choice.index}", flush=True)
-        # Without dependencies: those are no different there, and `pip install -e .` brings them from pip's own index.
+        # Without dependencies: `pip install -e .` installs them from pip's own index, where they are the same.
         code, said = pip("--no-deps", "--index-url", choice.index, *QUICK, wanted)
         if code == 0:
             return 0
-        if "Downloading" in said:  # the index has it, and the download broke: no reason to take another build
+        if "Downloading" in said:  # only the download failed, so do not install another build
             code, said = pip("--no-deps", "--index-url", choice.index, wanted)
             if code:
                 print(
@@ -91,7 +95,10 @@ def install(version: str, choice: Choice) -> int:
 
 
 def built_for() -> str:
-    """CUDA version that the installed torch is built for, "" for none. torch itself is not imported: its dependencies come later."""
+    """CUDA version of the installed torch, "" for a CPU build.
+
+    torch itself is not imported, because its dependencies are not installed yet.
+    """
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         raise RuntimeError("pip installed torch, but this Python does not find it")

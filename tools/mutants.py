@@ -1,7 +1,8 @@
 """`make mutants`: wrong edits that the tests must notice, made one at a time in a copy of this tree.
 
-The edits are lists in `tests/mutants/*.yaml`; tests/README.md explains an entry. Each edit gets a process of its own. It is forked from
-one that has loaded torch and pytest but nothing of localmotion, so that a run pays for its tests and little else.
+The edits are lists in `tests/mutants/*.yaml`; tests/README.md explains an entry. Each edit runs in a separate process.
+It is forked from a process that has loaded torch and pytest, but nothing of localmotion, so that a run takes little
+more time than its tests.
 
 Exit codes: 0 every edit is caught, 1 an edit survived or could not be tried, 2 an entry is wrong.
 """
@@ -37,19 +38,22 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path("runs/mutants.json")
 KEYS = {"what", "file", "old", "new", "tests", "equivalent"}
-# What most tests load and what is safe to fork: no GPU, no graphics, no threads. Missing modules are skipped.
+# Modules that most tests load and that are safe to fork: no GPU, no graphics, no threads. Missing modules are skipped.
 PRELOAD = (
     "pytest,numpy,yaml,torch,torch._dynamo,cv2,hypothesis,jaxtyping,beartype,einops,safetensors.torch,rich.console"
     ",scipy.stats,sklearn.manifold,matplotlib.pyplot,av"
 )
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-PATIENCE = (60.0, 5.0)  # seconds, and times the seconds that the tests take without an edit
+PATIENCE = (60.0, 5.0)  # time limit: these seconds, plus this factor times the seconds without an edit
 
 CAUGHT, TIMEOUT, SURVIVED, BROKEN = "caught", "caught by the time limit", "SURVIVED", "BROKEN"
 
 
 class Mutant(NamedTuple):
-    """One wrong edit: `old` becomes `new` in `file`, and one of `tests` fails; or a reason why nothing observable changes."""
+    """One wrong edit: `old` becomes `new` in `file`.
+
+    Either one of `tests` must fail, or `equivalent` says why none can.
+    """
 
     what: str
     file: str
@@ -57,7 +61,7 @@ class Mutant(NamedTuple):
     new: str
     tests: tuple[str, ...]
     equivalent: str
-    listed: str  # the list it is from
+    listed: str  # name of the list that holds it
 
     @property
     def name(self) -> str:
@@ -68,7 +72,7 @@ class Mutant(NamedTuple):
 
 
 def load(root: Path) -> tuple[list[Mutant], list[str]]:
-    """Every entry of `tests/mutants/*.yaml`, and what is wrong with those that cannot be read."""
+    """Every entry of `tests/mutants/*.yaml`, and the errors of entries that cannot be read."""
     mutants, wrong = [], []
     for path in sorted((root / "tests" / "mutants").glob("*.yaml")):
         entries = yaml.safe_load(path.read_text())
@@ -94,7 +98,7 @@ def load(root: Path) -> tuple[list[Mutant], list[str]]:
 
 
 def misread(entry: Any) -> str:
-    """Why an entry cannot be read; empty if it can."""
+    """The reason why an entry cannot be read, or ""."""
     if not isinstance(entry, dict):
         return "is not a mapping"
     if unknown := set(entry) - KEYS:
@@ -111,7 +115,7 @@ def misread(entry: Any) -> str:
 
 
 def validate(root: Path, mutants: Iterable[Mutant]) -> list[str]:
-    """What is wrong with entries that can be read: one line each."""
+    """Errors of readable entries, one line each."""
     wrong = []
     seen: dict[tuple[str, str, str], str] = {}
     for mutant in mutants:
@@ -137,7 +141,7 @@ def misplaced(root: Path, mutant: Mutant) -> str:
         tree = ast.parse(edited)
     except SyntaxError as error:
         return f"the edited {mutant.file} is not Python: {error.msg}, line {error.lineno}"
-    # Comparing trees takes time; only spaces and comments can make it necessary.
+    # Comparing syntax trees takes time, and is needed only if the edit may change nothing but spaces and comments.
     alike = "".join(mutant.old.split()) == "".join(mutant.new.split()) or "#" in mutant.old + mutant.new
     return "'new' is the same code as 'old'" if alike and ast.dump(tree) == ast.dump(ast.parse(text)) else ""
 
@@ -158,7 +162,7 @@ def unknown_test(root: Path, test: str) -> str:
 
 
 def preload(names: str) -> None:
-    """Load what every test run would load anyway."""
+    """Load the modules that every test run needs."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for name in filter(None, names.split(",")):
@@ -169,11 +173,14 @@ def preload(names: str) -> None:
 
 
 def start(tree: Path, tests: Iterable[str], log: Path) -> int:
-    """Fork a process that runs pytest on `tests` in `tree` and ends with pytest's exit code; returns its id, which is its group's too."""
+    """Fork a process that runs pytest on `tests` in `tree` and exits with pytest's exit code.
+
+    Returns the process id, which is also the id of its process group.
+    """
     sys.stdout.flush()
     pid = os.fork()
     if pid:
-        with contextlib.suppress(OSError):  # the child may have done it, or may have ended
+        with contextlib.suppress(OSError):  # the child may already have done this, or have ended
             os.setpgid(pid, pid)
         return pid
     code = 3  # pytest's own for an internal error
@@ -185,7 +192,7 @@ def start(tree: Path, tests: Iterable[str], log: Path) -> int:
         for source, target in ((null, 0), (out, 1), (out, 2)):
             os.dup2(source, target)
         os.chdir(tree)
-        # The copy comes before an installed localmotion here and in every process that a test starts.
+        # The copy takes precedence over an installed localmotion, here and in every process that a test starts.
         os.environ |= {"PYTHONPATH": str(tree / "src"), "PYTHONDONTWRITEBYTECODE": "1"}
         sys.path[:] = [str(tree / "src"), *(entry for entry in sys.path if entry not in ("", str(ROOT), str(ROOT / "tools")))]
         sys.dont_write_bytecode = True
@@ -203,8 +210,11 @@ def start(tree: Path, tests: Iterable[str], log: Path) -> int:
 
 
 def copies(root: Path, count: int, into: Path) -> list[Path]:
-    """`count` copies of what git would list in `root`, or of everything if that is no checkout. Source is compiled once; a compiled file
-    is checked by its source's content, because an edit may keep size and second."""
+    """Make `count` copies of the files that git lists in `root`, or of all files if `root` is no checkout.
+
+    Source is compiled once. Python checks a compiled file by the content of its source, because an edit may keep the
+    file's size and its time in seconds.
+    """
     listed = subprocess.run(
         ["git", "-C", str(root), "ls-files", "-coz", "--exclude-standard", "."], capture_output=True, text=True, check=False
     )
@@ -245,7 +255,7 @@ class Done(NamedTuple):
 
 
 def run(jobs: list[Job], trees: list[Path]) -> Iterator[Done]:
-    """Run the jobs, one per tree at a time; yields each when it has ended, its tree restored."""
+    """Run the jobs, at most one in each tree at a time. Yields each job after its end; its tree is then restored."""
     waiting, free, running = list(jobs), list(trees), list[Job]()
     try:
         while waiting or running:
@@ -277,7 +287,7 @@ def write(job: Job, *, edited: bool) -> None:
     if job.mutant:
         path, pair = job.tree / job.mutant.file, (job.mutant.old, job.mutant.new)
         text = path.read_text()
-        # Never by replacing backwards: the new text may occur elsewhere in the file.
+        # Restore the saved text. Replacing `new` by `old` would be wrong if `new` also occurs elsewhere in the file.
         saved = job.tree.parent / "saved"
         if edited:
             saved.write_text(text)
@@ -285,7 +295,7 @@ def write(job: Job, *, edited: bool) -> None:
 
 
 def stop(job: Job, *, ended: bool) -> None:
-    """End the job's process, unless it has ended, and what it started."""
+    """End the job's process, unless it has ended, and all processes that it started."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(job.pid, signal.SIGKILL)
     if not ended:
@@ -304,7 +314,10 @@ def files_of(tests: Iterable[str]) -> tuple[str, ...]:
 
 
 def key(root: Path, mutant: Mutant) -> str:
-    """A result holds as long as the edit, its file, its tests and what tests share are as they were."""
+    """Key of a result.
+
+    The result is valid while the edit, its file, its tests and the shared test files do not change.
+    """
     shared = [path for path in sorted((root / "tests").rglob("*.py")) if not path.name.startswith("test_")]
     own = [root / file for file in (mutant.file, *files_of(mutant.tests))]
     texts = [path.read_bytes() for path in (*own, *shared)]
@@ -312,7 +325,7 @@ def key(root: Path, mutant: Mutant) -> str:
 
 
 def tests_per_file(mutants: Iterable[Mutant]) -> dict[str, tuple[str, ...]]:
-    """The tests that the entries name, by file; the file alone where an entry names all of it."""
+    """The tests that the entries name, by file. If an entry names a whole file, the file alone."""
     named: dict[str, set[str]] = {}
     for test in (test for mutant in mutants for test in mutant.tests):
         named.setdefault(test.split("::")[0], set()).add(test)
@@ -320,7 +333,7 @@ def tests_per_file(mutants: Iterable[Mutant]) -> dict[str, tuple[str, ...]]:
 
 
 class Results:
-    """What earlier runs found, in a JSON file that is written after each result."""
+    """Results of earlier runs, in a JSON file that is written after each result."""
 
     def __init__(self, path: Path, fresh: bool) -> None:
         self.path = path
@@ -341,7 +354,7 @@ class Results:
 
 
 def without_edits(root: Path, mutants: list[Mutant], trees: list[Path], results: Results) -> dict[str, float]:
-    """Seconds of each test file's named tests without an edit; negative if they fail."""
+    """Seconds of each test file's named tests without an edit. Negative if they fail."""
     source = digest(*(path.read_bytes() for path in sorted((root / "src").rglob("*.py"))))
     wanted = {
         file: (tests, digest(source, (root / file).read_bytes(), *tests)) for file, tests in tests_per_file(mutants).items()
@@ -390,7 +403,8 @@ def main(arguments: list[str] | None = None) -> int:
     tried = sorted((m for m in mutants if m.tests), key=lambda m: (m.tests, m.file))
     results = Results(root / RESULTS, options.fresh)
     found: dict[Mutant, str] = {}
-    marks = {mutant: key(root, mutant) for mutant in tried}  # now, as the copies are made now: the user may go on editing
+    # The keys are computed now, like the copies, because the user may edit files during the run.
+    marks = {mutant: key(root, mutant) for mutant in tried}
     for mutant in tried:
         if marks[mutant] in results.known:
             found[mutant] = results.known[marks[mutant]]["result"]
