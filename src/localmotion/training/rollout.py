@@ -35,8 +35,8 @@ class RolloutLoop(Loop):
 
     A batch has B environments and T = steps + 1 positions. Its keys are those of a replay batch and the extras of
     `Method.act`. Position 0 is the last position of the previous rollout, so each action is in the same batch as the
-    frame from which the policy chose it. After the end of an episode, the next position is the reset (``is_first``) of
-    a new one; the action of that position is not used.
+    frame from which the policy chose it. The position after the end of an episode is the reset of the next episode
+    (``is_first``), with a zero action. The environment does not step there.
     """
 
     kind = "train"
