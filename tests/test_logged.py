@@ -255,7 +255,7 @@ def test_without_an_environment_it_is_judged_where_one_says(
     assert "not evaluated: no --env" in told
     with pytest.raises(SystemExit):
         main(["evaluate", str(tmp_path / "run"), "--episodes", "1"])
-    assert "say with --env where to play" in capsys.readouterr().err
+    assert "give the environment with --env" in capsys.readouterr().err
     main(["evaluate", str(tmp_path / "run"), "--episodes", "1", "--env", "toy:block"])
     assert '"env": "toy:block"' in capsys.readouterr().out
 

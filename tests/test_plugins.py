@@ -286,4 +286,4 @@ def test_a_stage_of_a_methods_own_is_a_command(tmp_path: Path, capsys: pytest.Ca
         main(
             ["decode", *plugin, "--method", "two_stages", "--preset", "debug", "--run", str(tmp_path / "y"), "--checkpoint", "z"]
         )
-    assert "decode: say with --data which logged episodes" in capsys.readouterr().err
+    assert "decode: give the logged episodes with --data" in capsys.readouterr().err

@@ -129,7 +129,7 @@ def train(args: argparse.Namespace) -> None:
 
     if not args.method:
         if not args.help:
-            raise ConfigError(f"{args.command}: say which --method; registered: {', '.join(methods.names())}")
+            raise ConfigError(f"{args.command}: give a --method; registered: {', '.join(methods.names())}")
         args.method = "drp"
     rest = [item for item in args.rest if item not in ("-h", "--help")]
     texts = _settings(rest) + args.set
@@ -139,7 +139,7 @@ def train(args: argparse.Namespace) -> None:
         _show_settings(args.command, run)
         return
     if not args.run:
-        raise ConfigError(f"{args.command}: say where with --run DIRECTORY")
+        raise ConfigError(f"{args.command}: give the run directory with --run DIRECTORY")
     if methods.get(args.method).stages.get(args.command, Source.CLIPS) is Source.CLIPS:
         from localmotion.training.pretrain import pretrain
 

@@ -65,7 +65,7 @@ def evaluate_run(
     if asked.stage not in methods.get(asked.method).acts_after:
         raise CheckpointError(f"{path}: is a pre-training run and has no actor; fine-tune it first")
     if not (asked.env or env):
-        raise ConfigError(f"{path}: learned from logged episodes without an environment; say with --env where to play")
+        raise ConfigError(f"{path}: learned from logged episodes without an environment; give the environment with --env")
     if env and asked.env not in ("", env):
         raise ConfigError(f"{path}: was trained in {asked.env}, not in {env}")
     check_env(asked.env or env, asked.env_options)

@@ -48,11 +48,11 @@ def finetune(run: RunConfig, path: Path) -> Path:
     source = cls.stages[run.stage]
     if source is Source.LOGGED and not run.data:
         raise ConfigError(
-            f"{run.stage}: say with --data which logged episodes to learn from (localmotion collect ENV --out DIR --store)"
+            f"{run.stage}: give the logged episodes with --data STORE (made by localmotion collect ENV --out STORE --store)"
         )
     if not run.env and not run.data:
         raise ConfigError(
-            f"{run.stage}: say which --env, e.g. dmc:walker_walk or metaworld:reach, or with --data which logged episodes to learn from"
+            f"{run.stage}: give an environment with --env, e.g. dmc:walker_walk or metaworld:reach, or logged episodes with --data"
         )
     first = next(iter(cls.stages)) if source is Source.LOGGED else ""
     if run.stage not in ("train", first) and not run.checkpoint and (source is Source.LOGGED or not run.data):

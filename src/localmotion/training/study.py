@@ -236,7 +236,7 @@ def _last_words(out: Path, job: Job, code: int) -> str:
     log = out / "console" / f"{job.name}.log"
     lines = [line.strip() for line in log.read_bytes()[-4000:].decode(errors="replace").splitlines() if line.strip()]
     cause = f"signal {-code}" if code < 0 else f"exit code {code}"
-    return f"{(lines[-1] if lines else 'said nothing').removeprefix('error: ')[:300]} ({cause}; all of it in {log})"
+    return f"{(lines[-1] if lines else 'no output').removeprefix('error: ')[:300]} ({cause}; full output in {log})"
 
 
 def _same_study(path: Path, out: Path, jobs: Sequence[Job]) -> None:
