@@ -36,7 +36,7 @@ from localmotion.machine import cores
 from soak.part import PROMISES, RECIPE, Limits, run_part, scratch
 from soak.sources import Source, make_sources
 
-SHOWN = 20  # most broken cases of one promise that the summary names
+SHOWN = 20  # the summary names at most this many broken cases of a promise
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -27,8 +27,8 @@ def wait_passively() -> None:
 
     This has an effect only if torch is not loaded yet and the user has set nothing.
 
-    By default OpenMP's threads spin at the end of each parallel part. If another process uses one of the cores, all
-    threads spin until their part on that core is complete, and an update takes up to ten times as long. Sleeping at
+    By default OpenMP's threads spin at the end of each parallel part. If another process uses one of the cores, the
+    other threads spin while that process runs, and an update takes up to ten times as long. Sleeping at
     once is not a solution: small models reach the end of a parallel part every few microseconds, and waking a thread
     takes longer than the part. So threads spin for a moment and then sleep. The OpenMP library reads the variables when
     torch is loaded, so a program that imports torch before localmotion must set them itself. Child processes inherit
