@@ -131,6 +131,12 @@ def test_equation_19_mlp_on_layer_norm_with_residual() -> None:
     torch.testing.assert_close(out, z + block.mlp(torch.nn.functional.layer_norm(z, z.shape[-1:])))
 
 
+def test_each_attention_has_a_norm_in_front_unless_the_form_is_literal() -> None:
+    for config, kind in ((SMALL, torch.nn.LayerNorm), (LITERAL, torch.nn.Identity)):
+        block = DualAttentionBlock(config)
+        assert type(block.intra_norm) is type(block.inter_norm) is type(DualAttentionEncoder(config).out_norm) is kind
+
+
 def test_equations_13_to_19_whole_block_literal_form() -> None:
     block, z, intra, inter = first_block()
     torch.testing.assert_close(block(z, intra, inter)[0], literal_block(block, z[0]), atol=1e-5, rtol=1e-5)

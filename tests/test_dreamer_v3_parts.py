@@ -13,9 +13,20 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import dreamer_v3_parity as parity
+from localmotion.errors import ConfigError
 from localmotion.models import blocks
 from localmotion.models.blocks import BlockLinear, NormMLP, NormSiLU
-from localmotion.models.observations import ImageDecoder, ImageEncoder, UpConv, from_patches, pixel_loss, pool, to_patches
+from localmotion.models.observations import (
+    ImageDecoder,
+    ImageEncoder,
+    ObservationModel,
+    UpConv,
+    from_patches,
+    pixel_loss,
+    pool,
+    shapes,
+    to_patches,
+)
 from localmotion.models.policies import BoundedNormal, OneHotPolicy
 from localmotion.models.rssm_block import BlockRSSM, State, kl_losses
 from localmotion.models.values import ReturnRange, TwoHot, bootstrapped_return, follow, symexp, symexp_bins, symlog
@@ -179,6 +190,19 @@ def test_pool_is_torchs_with_its_gradient(dtype: torch.dtype, monkeypatch: pytes
     pool(ours[..., ::2]).sum().backward()  # not contiguous
     assert ours.grad.sum() == 5 * 4 * 6 * 2
     assert not ours.grad[..., 1].any()
+    monkeypatch.setattr(
+        torch.compiler, "is_compiling", lambda: True
+    )  # what is compiled, and what is not on a CPU, is torch's own
+    assert torch.equal(pool(x), want)
+
+
+def test_norm_silu_is_computed_in_fp32_whatever_it_is_given() -> None:
+    torch.manual_seed(0)
+    layer = NormSiLU(64)
+    x = (3 * torch.randn(50, 64)).bfloat16()
+    found, exact = layer(x), layer(x.float())
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, exact.bfloat16())
 
 
 def test_gates_in_pieces_are_the_gates(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,6 +272,30 @@ def test_decoder_draws_in_the_layout_of_the_truth(stem: Any) -> None:
     want = (pictures - image / 255).square().sum((1, 2, 3))
     torch.testing.assert_close(pixel_loss(logits, decoder.patches(image)), want, rtol=1e-4, atol=1e-3)
     assert torch.equal(from_patches(to_patches(image, 4), 4), image)
+
+
+def test_sizes_of_pictures_are_those_of_the_reference() -> None:
+    assert shapes("pool", 3, 48) == ([6, 9, 12, 12], 3)
+    assert shapes("pool", 3, 256) == ([6, 9, 12, 12], 16)
+    assert shapes("blocks", 3, 32) == ([12, 12], 2)
+    for stem, size in (("pool", 32), ("blocks", 16), ("pool", 272), ("pool", 56)):
+        with pytest.raises(ConfigError, match=f"image_size={size}.*multiples of 16 from {32 if stem == 'blocks' else 48} to 256"):
+            shapes(stem, 3, size)
+
+
+def test_pictures_have_colours_first() -> None:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"deter": 16, "latent": 8, "stem": "pool", "depth": 2, "units": 4, "blocks": 4}
+    model = ObservationModel(image_size=64, vector_dim=0, **sizes)
+    feat = torch.randn(2, 3, 24)
+    found = model.pictures(feat)
+    assert found.shape == (2, 3, 3, 64, 64)
+    decoder = model.image_decoder
+    assert decoder is not None
+    one = decoder.picture(decoder(feat[1, 2:, :16], feat[1, 2:, 16:]))[0]
+    torch.testing.assert_close(found[1, 2], one.permute(2, 0, 1))
+    with pytest.raises(ConfigError, match="cannot draw"):
+        ObservationModel(image_size=0, vector_dim=3, **sizes).pictures(feat)
 
 
 def test_pixel_loss_has_the_gradient_of_its_formula() -> None:
@@ -350,6 +398,35 @@ def test_observe_equals_its_steps_in_value_and_gradient(monkeypatch: pytest.Monk
     theirs = torch.autograd.grad(score(*stacked), list(model.parameters()))
     for (name, _), mine, step in zip(model.named_parameters(), ours, theirs, strict=True):
         torch.testing.assert_close(mine, step, rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_observe_without_a_gradient_gives_the_same_numbers() -> None:
+    model = rssm()
+    embed, action, is_first = sequence()
+    kept, kept_prior = model.observe(embed, action, is_first, sample=False)
+    with torch.no_grad():
+        plain, plain_prior = model.observe(embed, action, is_first, sample=False)
+    assert kept.deter.requires_grad
+    assert not plain.deter.requires_grad
+    for one, other in zip((*kept, kept_prior), (*plain, plain_prior), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_observing_on_a_device_does_not_wait_for_it() -> None:
+    """On `meta`, where there is no value to wait for, all of it can be launched."""
+    embed, action, is_first = (x.to("meta") for x in sequence())
+    post, prior = rssm().to("meta").observe(embed, action, is_first)
+    assert post.deter.shape == (3, 6, 12)
+    assert prior.device.type == "meta"
+
+
+def test_the_first_state_is_nothing_for_every_sequence() -> None:
+    logits, stoch, deter = rssm().initial(5)
+    assert logits.shape == stoch.shape == (5, 3, 4)
+    assert deter.shape == (5, 12)
+    assert not logits.any()
+    assert not stoch.any()
+    assert not deter.any()
 
 
 def test_a_generator_decides_every_latent() -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from localmotion.models.adapters import AttentionAdapter, make_adapter
 from localmotion.models.heads import MLP
 from localmotion.models.rssm import RSSM
 from method_batches import make
@@ -67,3 +68,15 @@ def test_the_bonus_begins_with_an_empty_queue_and_a_mean_of_one() -> None:
         assert not bonus.queue.any()
         assert bonus.queue.shape == (4096, 128)
         assert float(bonus.projection.std()) == pytest.approx(1 / 128, rel=0.05)
+
+
+def test_the_adapter_begins_with_small_queries_and_positions_of_a_size_that_follows_the_state() -> None:
+    torch.manual_seed(0)
+    for deter, width, slices in ((64, 64, 4), (256, 64, 16), (512, 128, 16)):
+        adapter = make_adapter("attention", deter=deter, stoch=8, classes=8, out_dim=10)
+        assert isinstance(adapter, AttentionAdapter)
+        assert adapter.position.shape == (8 + slices, width)
+        assert adapter.query.shape == (8, width)
+        assert adapter.deter_embed.in_features == deter // slices
+        for value in (adapter.position, adapter.query):
+            assert float(value.detach().std()) == pytest.approx(0.02, rel=0.1)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from localmotion.config import WorldModelConfig
+from localmotion.config import Stage, WorldModelConfig
 from localmotion.models.adapters import make_adapter
 from localmotion.models.bonus import IntrinsicBonus
 from localmotion.models.decoders import CNNDecoder, ContextAttention, ResNetDecoder
@@ -19,6 +19,7 @@ from localmotion.models.image import ImageModel
 from localmotion.models.returns import lambda_return
 from localmotion.models.rssm import RSSM, RSSMState, kl_loss
 from localmotion.runs.settings import compose
+from method_batches import CASES, make, make_batch
 
 
 def count(module: nn.Module) -> int:
@@ -75,6 +76,8 @@ def test_bonus_golden() -> None:
     found = fresh.normalise(torch.tensor([0.02, 0.04]))
     assert fresh.mean.item() == pytest.approx(0.9903)
     torch.testing.assert_close(found, torch.tensor([0.02, 0.04]) / 0.9903)
+    fresh.mean.zero_()
+    torch.testing.assert_close(fresh.normalise(torch.tensor([1e-8])), torch.tensor([1e-8 / (1e-10 + 1e-8)]))
 
 
 def test_bonus_against_a_loop() -> None:
@@ -259,3 +262,33 @@ def test_adapter_shapes_and_gate(kind: str) -> None:
         assert adapter.gate.grad is not None
         assert math.isfinite(adapter.gate.grad.item())
         assert adapter.gate.grad.abs() > 0
+
+
+DEVICES = [*((name, stage, ()) for name, stage in CASES if stage != "train")]
+DEVICES += [("dreamer_v2", "train", ()), ("dreamer_v3", "train", ())]
+DEVICES += [("ipv", "finetune", ("model.context_erasing=true",)), ("drp", "finetune", ("model.motion_encoder=global",))]
+
+
+@pytest.mark.parametrize(("name", "stage", "settings"), DEVICES)
+def test_no_part_makes_a_tensor_on_the_default_device(name: str, stage: Stage, settings: tuple[str, ...]) -> None:
+    """A tensor without a device of its own is on the CPU, which a model on a GPU cannot use. Here the default device has no values."""
+    _, method = make(name, stage, *settings)
+    batch = make_batch()
+    batch["is_first"][1, 5] = True
+    torch.set_default_device("meta")
+    try:
+        handed, found = None, {}
+        for each in method.passes(stage):
+            losses, metrics, handed = each.losses(batch, handed)
+            sum(losses.values()).backward()
+            found |= losses | metrics
+        if method.acts:
+            carry = method.initial_carry(2)
+            for t in range(4):
+                seen = {key: value[:, t : t + 1] for key, value in batch.items() if key != "reward"}
+                found["action"], carry = method.act(seen, carry, explore=True, window=2)
+        found |= method.open_loop(batch, 3)
+    finally:
+        torch.set_default_device(None)
+    assert {value.device.type for value in found.values()} == {"cpu"}
+    assert all(torch.isfinite(value).all() for value in found.values())

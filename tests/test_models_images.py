@@ -98,6 +98,15 @@ def test_each_frame_draws_its_own_context_tokens_in_evaluation_too() -> None:
     torch.testing.assert_close(whole[0], whole[1])
 
 
+def test_context_attention_drops_in_training_alone() -> None:
+    torch.manual_seed(0)
+    attention = ContextAttention(8, 4, mask=0.0, norm="none", dropout=0.5).eval()
+    x, context = torch.randn(1, 8, 4, 4), torch.randn(1, 8, 4, 4)
+    torch.testing.assert_close(attention(x, context), attention(x, context))
+    attention.train()
+    assert not torch.allclose(attention(x, context), attention(x, context))
+
+
 def test_a_decoder_with_context_says_so() -> None:
     encoder = ResNetEncoder(depth=8, image_size=32)
     with pytest.raises(ValueError, match="needs context maps"):
@@ -147,6 +156,22 @@ def test_erasing_is_a_rectangle_and_its_generator_decides() -> None:
     assert ((random_erasing(frame, probability=1.0) == 128).flatten(1).any(1)).all()
 
 
+def test_what_is_erased_by_the_rule() -> None:
+    """Tall and wide rectangles from the same numbers by the rule of IPV's release, in a picture that is not square."""
+    height, width = 24, 40
+    out = random_erasing(torch.zeros(200, height, width, 3, dtype=torch.uint8), 0.7, torch.Generator().manual_seed(1))
+    for picture, numbers in zip(out, torch.rand(200, 6, generator=torch.Generator().manual_seed(1)).tolist(), strict=True):
+        kind, shape, size, down, right, whether = numbers
+        ratio = 0.3 + 0.7 * shape if kind < 0.5 else 1 + 2.3 * shape
+        area = (0.02 + 0.31 * size) * height * width
+        tall, wide = min(math.sqrt(area * ratio), height), min(math.sqrt(area / ratio), width)
+        top, left = down * (height - tall), right * (width - wide)
+        expected = torch.zeros(height, width, dtype=torch.uint8)
+        if whether < 0.7:
+            expected[math.ceil(top) : math.ceil(top + tall), math.ceil(left) : math.ceil(left + wide)] = 128
+        assert torch.equal(picture, expected[..., None].expand(-1, -1, 3))
+
+
 def test_heads_start_as_the_spec_says() -> None:
     """Xavier-uniform weights, zero biases, as in IPV's release."""
     torch.manual_seed(0)
@@ -163,6 +188,8 @@ def test_actor_distribution_ranges() -> None:
     dist = actor_distribution(torch.tensor([[0.0, -50.0, 50.0, 0.0, -50.0, 50.0]]))
     torch.testing.assert_close(dist.mean, torch.tensor([[0.0, -1.0, 1.0]]))
     torch.testing.assert_close(dist.std, torch.tensor([[1.1, 0.1, 2.1]]))
+    several = actor_distribution(torch.randn(2, 3, 8))
+    assert several.mean.shape == several.rsample().shape == (2, 3, 4)
     with torch.autocast("cpu", torch.bfloat16):
         low = actor_distribution(torch.randn(4, 6).bfloat16())
         assert low.rsample().dtype == low.entropy().dtype == torch.float32
@@ -177,6 +204,9 @@ def test_truncated_normal_extremes_are_finite_with_gradients() -> None:
     assert sample.abs().max() < 1
     assert out.grad is not None
     assert torch.isfinite(out.grad).all()
+    for end in (-1.0, 1.0):  # both clips: a sample at an end would have an infinite density in the next layer's inverse
+        at_end = TruncatedNormal(torch.full((9,), end), torch.full((9,), 1e-7)).rsample()
+        assert float(at_end.detach().abs().max()) <= 1 - 0.9e-6
     wide = TruncatedNormal(torch.zeros(1), torch.full((1,), 1e3))
     assert wide.entropy().item() == pytest.approx(math.log(2), abs=1e-4)  # the uniform distribution on [-1, 1]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -216,6 +217,15 @@ def test_imagine_along_actions_equals_a_policy_that_gives_them() -> None:
     assert torch.equal(rssm.imagine(start, action, horizon=2, sample=False).deter, along.deter[:, :2])
     with pytest.raises(ValueError, match="horizon"):
         rssm.imagine(start, lambda state: action[:, 0])
+
+
+def test_observing_on_a_device_does_not_wait_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On `meta`, where there is no value to wait for, all of it can be launched."""
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())  # torch knows none for `meta`
+    embed, action, is_first = (x.to("meta") for x in inputs())
+    post, prior = make().to("meta").observe(embed, action, is_first)
+    assert post.deter.shape == (B, T, 16)
+    assert prior.device.type == "meta"
 
 
 def test_the_state_continues_across_calls() -> None:

@@ -6,17 +6,19 @@ import itertools
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
 
 from localmotion.config import OnlineConfig
 from localmotion.errors import CheckpointError, ConfigError, LocalmotionError
 from localmotion.perception.companding import KNEE, Companding
-from localmotion.replay import Replay, Storage
+from localmotion.replay import Replay, Storage, _sent
 from localmotion.training import storage as place
 from localmotion.training.storage import available_memory, choose_storage, records_needed
 from property_examples import examples
@@ -85,8 +87,8 @@ def test_a_sequence_is_filled_with_pieces_of_episodes(lengths: list[int], ends: 
 
 def test_an_episode_of_a_reset_alone_is_dropped_and_counted_and_capacity_evicts_oldest() -> None:
     replay = Replay(SPEC, capacity=25, length=5)
-    fill(replay, [1, 10, 10, 10])
-    assert replay.dropped == 1
+    fill(replay, [1, 10, 10, 10, 1])
+    assert replay.dropped == 2
     assert len(replay) == 20
     assert [episode.serial for episode in replay.episodes] == [1, 2]
 
@@ -137,6 +139,12 @@ def test_saved_files_shrink_to_what_checkpoints_name(storage: Storage, tmp_path:
     replay.save()
     replay.prune(set(replay.state()["episodes"]))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["episode_0000001.safetensors", "episode_0000002.safetensors"]
+    replay.prune({1})
+    assert len(list(tmp_path.iterdir())) == 2  # an episode of the buffer stays, whether a checkpoint has it or not
+    fill(replay, [10], first=3)
+    replay.save()
+    replay.prune({1})
+    assert len(list(tmp_path.iterdir())) == 3  # and one that has left the buffer, if a checkpoint has it
 
 
 MOTION: dict[str, tuple[tuple[int, ...], str]] = {**SPEC, "flow": ((4, 4, 2), "float16"), "visible": ((3,), "bool")}
@@ -255,6 +263,10 @@ def test_a_ring_holds_no_more_than_its_rows(tmp_path: Path) -> None:
     assert torch.equal(rewards.diff(dim=1), torch.ones(16, 2))
     with pytest.raises(ValueError, match="folder"):
         Replay(SPEC, capacity=50, length=3).place("device", 50)
+    placed = Replay(SPEC, capacity=50, length=3, folder=tmp_path / "placed", coders={})
+    placed.place("device", 50)
+    fill(placed, [4])
+    assert placed.sample(2)["reward"].shape == (2, 3)
 
 
 @given(st.lists(st.floats(-70, 70, width=16), min_size=1, max_size=50))
@@ -315,13 +327,79 @@ def test_episodes_filed_after_the_checkpoint_are_played_again(storage: Storage, 
     state = replay.state()
     fill(replay, [11, 12], first=1)
     replay.save()
-    (tmp_path / "episode_0000003.tmp").write_bytes(b"half")
+    for number in (0, 3):
+        (tmp_path / f"episode_000000{number}.tmp").write_bytes(b"half")
     again = Replay(SPEC, capacity=1000, length=5, folder=tmp_path, storage=storage, rows=1000)
     again.load(state)
     assert [path.name for path in tmp_path.iterdir()] == ["episode_0000000.safetensors"]
     fill(again, [20], first=1)
     again.save()
     assert [episode.length for episode in again.episodes] == [10, 20]
+
+
+def test_a_loaded_replay_in_memory_needs_its_files_no_longer(tmp_path: Path) -> None:
+    replay = Replay(SPEC, capacity=1000, length=5, folder=tmp_path / "of a run" / "replay")
+    fill(replay, [10, 12])
+    replay.save()
+    state, expected = replay.state(), replay.sample(8)
+    again = Replay(SPEC, capacity=1000, length=5, folder=replay.folder)
+    again.load(state)
+    for path in again._path(0).parent.iterdir():
+        path.unlink()
+    for key, value in again.sample(8).items():
+        assert torch.equal(value, expected[key]), key
+
+
+def test_what_a_killed_run_left_half_written_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replay = Replay(SPEC, capacity=1000, length=5, folder=tmp_path)
+    fill(replay, [10])
+    replay.save()
+    state = replay.state()
+    fill(replay, [11], first=1)
+
+    def killed(arrays: Any, path: Path) -> None:
+        path.write_bytes(b"a part")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("localmotion.replay.save_file", killed)
+    with pytest.raises(KeyboardInterrupt):
+        replay.save()
+    assert len(list(tmp_path.iterdir())) == 2
+    replay.load(state)
+    assert [path.name for path in tmp_path.iterdir()] == ["episode_0000000.safetensors"]
+
+
+def test_a_file_of_other_records_is_refused(tmp_path: Path) -> None:
+    replay = Replay(SPEC, capacity=1000, length=5, folder=tmp_path)
+    fill(replay, [10])
+    replay.save()
+    state, (path,) = replay.state(), tmp_path.iterdir()
+    whole = load_file(path)
+    for key, value in (("image", whole["image"][:, :1]), ("action", whole["action"].astype(np.float64))):
+        save_file({**whole, key: value}, path)
+        with pytest.raises(CheckpointError, match=f"episode_0000000.*array '{key}' does not fit"):
+            replay.load(state)
+    save_file({key: value for key, value in whole.items() if key != "action"}, path)
+    with pytest.raises(CheckpointError, match=r"episode_0000000.*lacks 'action'"):
+        replay.load(state)
+    coded = Replay(MOTION, capacity=1000, length=5, folder=tmp_path, coders={"flow": Companding(4)})
+    save_file(whole, path)
+    with pytest.raises(CheckpointError, match=r"episode_0000000.*lacks 'flow'"):
+        coded.load(state)
+    save_file({key: value[:1] for key, value in whole.items()}, path)
+    with pytest.raises(CheckpointError, match="array 'reward' does not fit"):
+        replay.load(state)
+    save_file({key: value[:2] for key, value in whole.items()}, path, {"written by": "another program"})
+    replay.load(state)
+    assert len(replay) == 2
+
+
+def test_indices_go_to_a_gpu_without_waiting_for_it() -> None:
+    device, found = torch.device("cuda"), mock.Mock()
+    with mock.patch("localmotion.replay.torch.from_numpy", return_value=found):
+        assert _sent(np.arange(3), device) is found.pin_memory.return_value.to.return_value
+    found.pin_memory.return_value.to.assert_called_once_with(device, non_blocking=True)
+    assert _sent(np.arange(3), torch.device("meta")).device.type == "meta"  # without pinning elsewhere
 
 
 def fill_and_save(replay: Replay, lengths: list[int]) -> None:
@@ -340,9 +418,14 @@ def test_a_full_disk_costs_nothing_that_was_saved(storage: Storage, tmp_path: Pa
         path.write_bytes(b"a part")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("localmotion.replay.save_file", full)
-    with pytest.raises(CheckpointError, match=r"episode_0000001.*No space left.*same command"):
-        fill_and_save(replay, [12])
+    def full_at_once(arrays: Any, path: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    for fails in (full, full_at_once):
+        monkeypatch.setattr("localmotion.replay.save_file", fails)
+        with pytest.raises(CheckpointError, match=r"episode_0000001.*No space left.*same command"):
+            fill_and_save(replay, [12])
+        replay.load(state)
     assert len(list(tmp_path.iterdir())) == 1
     again = Replay(SPEC, capacity=1000, length=5, folder=tmp_path)
     again.load(state)

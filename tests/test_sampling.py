@@ -129,6 +129,9 @@ def test_newest_gives_the_newest_episodes_oldest_first_as_they_were() -> None:
     flows = list(replay.newest("flow", 2))
     assert [len(flow) for flow in flows] == [6, 7]
     assert np.allclose(flows[1][:, 0, 0, 0], (np.arange(7) + 1) / 16, rtol=0.03)
+    assert [rewards.tolist() for rewards in replay.newest("reward", 2)] == [
+        list(range(n, n + k)) for n, k in ((1000, 6), (2000, 7))
+    ]
 
 
 def test_a_seed_decides_the_draws() -> None:

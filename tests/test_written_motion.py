@@ -193,6 +193,7 @@ def test_the_global_code_is_the_written_out_one(side: int) -> None:
     config = settings(agg_dim=6 if side == 32 else 0)
     model, flow = shaken(GlobalFlow(config)), torch.randn(1, 2, side, side, 2)
     code, wanted = model(flow), motion.global_code(named(model), flow, config)
+    assert code.shape == (1, 2, config.code_dim)
     torch.testing.assert_close(code, wanted)
     if side == 32:
         weigh = torch.randn(code.shape)

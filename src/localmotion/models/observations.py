@@ -104,7 +104,7 @@ class _PoolCorners(torch.autograd.Function):
         out = x.new_empty(n, h // 2, w // 2, c)
         ctx.shape = x.shape
         learns, bits = ctx.needs_input_grad[0], _BITS[x.element_size()]
-        masks = [torch.empty(out.shape, dtype=torch.int8) for _ in range(3)] if learns else []
+        masks = [out.new_empty(out.shape, dtype=torch.int8) for _ in range(3)] if learns else []
         for span in spans(out, times=4):
             corners = x[span].view(-1, h // 2, 2, w // 2, 2, c)
             pairs = [(corners[:, :, row, :, 0], corners[:, :, row, :, 1]) for row in (0, 1)]
