@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -302,7 +303,13 @@ def test_ceilings_see_the_frame_before_and_the_frame_and_the_true_velocities(mon
     asked: dict[str, Any] = {}
 
     def seen(kind: str) -> Any:
-        return lambda x, y, episodes, **options: asked.setdefault(f"{kind} {y.shape[1]}", (x, y)) and 0.123456
+        def fit(x: Any, y: Any, episodes: Episodes, **options: Any) -> float:
+            assert episodes is data.episodes
+            assert options == ({"compute": CPU} if kind == "idm" else {})
+            asked[f"{kind} {y.shape[1]}"] = x, y
+            return 0.123456
+
+        return fit
 
     monkeypatch.setattr(probes, "idm", seen("idm"))
     monkeypatch.setattr(probes, "mlp", seen("mlp"))
@@ -323,6 +330,12 @@ def test_ceilings_see_the_frame_before_and_the_frame_and_the_true_velocities(mon
         {**shared, "code": "idm, trained on the target", "width": 0, "mlp velocities": 0.1235, "mlp actions": 0.1235},
         {**shared, "code": "true velocities, before and after", "width": 4, "mlp actions": 0.1235},
     ]
+    for left in (
+        replace(data.episodes, targets={"actions": targets["actions"]}, before=None),
+        replace(data.episodes, targets={"velocities": targets["velocities"]}),
+    ):
+        data.episodes = left  # an inverse model needs both, velocities and actions
+        assert [row["code"] for row in probes._ceilings(data, CPU)] == ["idm, trained on the target"]
 
 
 @pytest.mark.parametrize("fit", [probes.ridge, lambda x, y, data: probes.mlp(x, y, data, updates=30)], ids=["ridge", "mlp"])

@@ -212,3 +212,87 @@ def test_scores_are_written_where_there_is_no_folder_yet(tmp_path: Path) -> None
     for _ in range(2):
         save_probes(rows, tmp_path / "of a run" / "probes" / "all.json")
     assert json.loads((tmp_path / "of a run" / "probes" / "all.json").read_text()) == rows
+
+
+LENGTHS = np.array([13, 9, 5, *[6] * 20, 4])
+
+
+@pytest.fixture
+def collection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """24 clips of which all but the last are long enough for windows of 5 frames; each number of a target names clip and frame."""
+
+    class Sampler:
+        def __init__(self, store: Any, length: int, batch_size: int, seed: int, *, split: str, prefetch: bool) -> None:
+            assert split == "all"
+            assert not prefetch
+            self.store, self.clips, self.length = store, np.arange(23), length
+            self.asked: list[tuple[list[int], list[int]]] = []
+
+        def windows(self, clips: Any, starts: Any) -> dict[str, Tensor]:
+            self.asked.append((clips.tolist(), starts.tolist()))
+            frames = torch.from_numpy(starts)[:, None] + torch.arange(self.length)
+            return {"name": torch.stack([torch.from_numpy(clips)[:, None].expand(frames.shape), frames], -1)}
+
+    class Store:
+        def __init__(self, path: Path) -> None:
+            self.lengths, self.ids = LENGTHS, [f"clip{n}" for n in range(24)]
+
+    monkeypatch.setattr(probes, "ClipStore", Store)
+    monkeypatch.setattr(probes, "WindowSampler", Sampler)
+    for kind, sign in (("velocities", 1), ("actions", -1)):
+        (tmp_path / kind).mkdir()
+        for clip, frames in enumerate(LENGTHS):
+            np.save(tmp_path / kind / f"clip{clip}.npy", sign * np.array([[100.0 * clip + t, 0.5] for t in range(frames)]))
+    return tmp_path
+
+
+def test_windows_tile_the_clips_and_their_targets_are_of_their_frames(collection: Path) -> None:
+    """Windows of 6 begin every 2 frames, because the first 4 have too little history; each frame from 4 on counts once."""
+    data = _Data(collection, 6)
+    places = [(0, start) for start in (0, 2, 4, 6)] + [(1, 0), (1, 2)] + [(clip, 0) for clip in range(3, 23)]
+    assert list(zip(data.clips.tolist(), data.starts.tolist(), strict=True)) == places
+    frames = np.array([(clip, start + t) for clip, start in places for t in (4, 5)])
+    found = data.episodes
+    named = (100.0 * frames[:, 0] + frames[:, 1])[:, None]
+    half = np.full_like(named, 0.5)
+    np.testing.assert_array_equal(found.episode, frames[:, 0])
+    np.testing.assert_array_equal(found.targets["velocities"], np.concatenate([named, half], 1))
+    np.testing.assert_array_equal(found.targets["actions"], -np.concatenate([named, half], 1))
+    assert found.before is not None
+    np.testing.assert_array_equal(found.before, np.concatenate([named - 1, half], 1))
+    assert {x.dtype for x in (*found.targets.values(), found.before)} == {np.dtype(np.float32)}
+    assert found.name == collection.name
+    chosen = np.array([0, 1, *range(3, 23)])  # a fifth of 22 clips, drawn once for all runs
+    np.testing.assert_array_equal(found.tested, np.isin(found.episode, np.random.default_rng(0).permutation(chosen)[:4]))
+    codes = data.code(lambda batch: batch["name"].double())
+    np.testing.assert_array_equal(codes, frames)
+    assert codes.dtype == np.float32
+    assert data.sampler.asked == [tuple(map(list, zip(*part, strict=True))) for part in (places[:16], places[16:])]  # type: ignore[attr-defined]
+
+
+def test_a_collection_needs_targets_for_all_clips_and_enough_of_them(collection: Path) -> None:
+    velocities, actions = collection / "velocities", collection / "actions"
+    with pytest.raises(ConfigError, match="1 clips are too few"):
+        _Data(collection, 13)
+    for broken, why in ((b"no array", "cannot be read"), (b"", "cannot be read")):
+        (velocities / "clip5.npy").write_bytes(broken)
+        with pytest.raises(ConfigError, match=rf"velocities/clip5\.npy: {why}.*collect it again"):
+            _Data(collection, 6)
+    np.save(velocities / "clip5.npy", np.array([None, "object"]), allow_pickle=True)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        _Data(collection, 6)
+    np.save(velocities / "clip5.npy", np.zeros((5, 2)))
+    with pytest.raises(ConfigError, match="has 5 rows for a clip of 6 frames"):
+        _Data(collection, 6)
+    (velocities / "clip5.npy").unlink()
+    with pytest.raises(ConfigError, match="some clips lack"):
+        _Data(collection, 6)
+    for path in velocities.iterdir():
+        path.unlink()
+    data = _Data(collection, 6)
+    assert list(data.episodes.targets) == ["actions"]
+    assert data.episodes.before is None
+    for path in actions.iterdir():
+        path.unlink()
+    with pytest.raises(ConfigError, match="localmotion collect --store"):
+        _Data(collection, 6)
