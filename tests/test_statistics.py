@@ -165,6 +165,23 @@ def test_bootstrap_of_the_mean_matches_the_normal_interval() -> None:
     assert found.high == pytest.approx(x.mean() + half, abs=0.03)
 
 
+def test_bootstrap_of_any_statistic_along_the_last_axis_with_five_thousand_resamples() -> None:
+    first, second = np.random.default_rng(0).normal(size=(2, 9))
+    found = bootstrap_interval([first, second[:6]], np.median)
+    draw = np.random.default_rng(0)
+    drawn = [x[draw.integers(len(x), size=(5000, len(x)))] for x in (first, second[:6])]
+    low, high = np.quantile(np.median(np.concatenate(drawn, 1), 1), [0.025, 0.975])
+    assert (found.low, found.high) == (pytest.approx(low), pytest.approx(high))
+    asked: list[tuple[tuple[int, ...], int]] = []
+
+    def recorded(values: NDArray[np.float64], *, axis: int) -> NDArray[np.float64]:
+        asked.append((values.shape, axis))
+        return values.mean(axis)
+
+    bootstrap_interval([first, second], recorded)
+    assert asked == [((5000, 18), -1), ((18,), -1)]
+
+
 @pytest.mark.parametrize("bad", [[], [1.0, math.nan], [math.inf]])
 def test_statistics_refuse_empty_and_non_finite(bad: list[float]) -> None:
     for statistic in (statistics.mean, statistics.population_std, iqm, statistics.summarise):
