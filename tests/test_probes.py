@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from localmotion.envs import make_env
 from localmotion.errors import ConfigError
 from localmotion.evaluation import probes
 from localmotion.evaluation.probes import Episodes, _Data, grid_flow, idm, mlp, probe, r_squared, ridge, save_probes
+from method_batches import CPU, make, make_batch
 
 
 def episodes(count: int = 20, frames: int = 40) -> Episodes:
@@ -278,6 +280,10 @@ def test_a_collection_needs_targets_for_all_clips_and_enough_of_them(collection:
         (velocities / "clip5.npy").write_bytes(broken)
         with pytest.raises(ConfigError, match=rf"velocities/clip5\.npy: {why}.*collect it again"):
             _Data(collection, 6)
+    with (velocities / "clip5.npy").open("wb") as file:  # a claim of 16 terabytes, which must not be believed
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f8", "fortran_order": False, "shape": (2**40, 2)})
+    with pytest.raises(ConfigError, match="cannot be read"):
+        _Data(collection, 6)
     np.save(velocities / "clip5.npy", np.array([None, "object"]), allow_pickle=True)
     with pytest.raises(ConfigError, match="cannot be read"):
         _Data(collection, 6)
@@ -296,3 +302,82 @@ def test_a_collection_needs_targets_for_all_clips_and_enough_of_them(collection:
         path.unlink()
     with pytest.raises(ConfigError, match="localmotion collect --store"):
         _Data(collection, 6)
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_each_source_is_asked_on_each_collection_in_turn(stage: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The flow, the method, the same with fresh weights, and what was trained on the target; each with the same random numbers."""
+    run, method = make("drp", stage)
+    threads: list[int] = []
+    opened: list[tuple[str, int]] = []
+    asked: list[Any] = []
+
+    class Data:
+        def __init__(self, path: Path, length: int) -> None:
+            self.episodes = Episodes(path.name, np.zeros(3, np.int64), {}, None, np.zeros(3, bool))
+            opened.append((path.name, length))
+
+        def code(self, of: Any) -> np.ndarray:
+            asked.append((of, float(torch.rand(()))))
+            return np.zeros((3, 7), np.float32)
+
+    def load(path: Path, *, device: str, threads: int) -> tuple[Any, Any, Any]:
+        assert (path, device, threads) == (Path("runs/walk"), "cpu", 2)
+        return run, method, CPU
+
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.setattr(probes, "_Data", Data)
+    monkeypatch.setattr(probes, "load_run", load)
+    monkeypatch.setattr(probes, "_code_of", lambda model, place: (model, place))
+    monkeypatch.setattr(probes, "_ceilings", lambda data, place: [{"code": "ceiling"}, {"code": "another"}])
+    said: list[Any] = []
+    before = torch.get_rng_state()
+    collections = [Path("data/one"), Path("data/other")]
+    rows = probe([Path("runs/walk")], collections, length=9, device="cpu", threads=2, progress=lambda *what: said.append(what))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert threads == [2]
+    assert opened == [("one", 9), ("other", 9)]
+    names = ["flow, 8x8 grid", "drp, walk", "drp, walk, untrained"]
+    assert [row["code"] for row in rows] == [*names, "ceiling", "another"] * 2
+    assert rows[:3] == [{"data": "one", "code": name, "width": 7, "frames": 3} for name in names]
+    assert said == [(n, 10, name) for n, name in zip((1, 2, 3, 5, 6, 7, 8, 10), [*names, "ceilings"] * 2, strict=True)]
+    assert [asked[n][0] for n in (0, 3)] == [grid_flow] * 2
+    assert asked[1][0] == asked[4][0] == (method, CPU)
+    fresh = asked[2][0][0]
+    assert fresh.acts == method.acts
+    assert not fresh.training
+    torch.manual_seed(0)
+    for name, value in type(method)(run.model, image_size=64, action_dim=method.action_dim or None).state_dict().items():
+        assert torch.equal(fresh.state_dict()[name], value)
+    torch.manual_seed(0)
+    assert {number for _, number in asked} == {float(torch.rand(()))}
+    plain = probe([Path("runs/walk")], collections[:1], untrained=False, ceilings=False, device="cpu", threads=2)
+    assert [row["code"] for row in plain] == names[:2]
+    assert opened[2:] == [("one", 25)]
+
+
+def test_a_probe_refuses_what_it_cannot_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probes, "load_run", lambda path, **options: (*make("dreamer_v3", "train"), CPU))
+    with pytest.raises(ConfigError, match=r"runs/walk: method dreamer_v3 has no motion code to probe"):
+        probe([Path("runs/walk")], [])
+    assert probe([], [], length=5, threads=0) == []
+    for wrong, least in (({"length": 4}, 5), ({"threads": -1}, 0)):
+        with pytest.raises(ConfigError, match=f"at least {least}"):
+            probe([], [], **wrong)  # type: ignore[arg-type]
+
+
+def test_the_code_of_a_method_is_computed_without_a_gradient_where_the_method_is() -> None:
+    _, method = make("drp", "pretrain")
+    batch = make_batch(batch=1, time=3)
+    code = probes._code_of(method, CPU)(batch)
+    assert not code.requires_grad
+    torch.testing.assert_close(code, method.motion_code(batch).detach())
+    asked: list[Any] = []
+
+    def motion_code(moved: Any) -> Tensor:
+        asked.append(({value.device.type for value in moved.values()}, sorted(moved), torch.is_autocast_enabled("cpu")))
+        return torch.zeros(1)
+
+    place: Any = SimpleNamespace(device=torch.device("meta"), autocast=lambda: torch.autocast("cpu", torch.bfloat16))
+    probes._code_of(SimpleNamespace(motion_code=motion_code), place)(batch)  # type: ignore[arg-type]
+    assert asked == [({"meta"}, sorted(batch), True)]
