@@ -131,10 +131,11 @@ def test_equation_19_mlp_on_layer_norm_with_residual() -> None:
     torch.testing.assert_close(out, z + block.mlp(torch.nn.functional.layer_norm(z, z.shape[-1:])))
 
 
-def test_each_attention_has_a_norm_in_front_unless_the_form_is_literal() -> None:
+def test_each_attention_has_a_norm_in_front_and_several_heads_are_mixed_unless_the_form_is_literal() -> None:
     for config, kind in ((SMALL, torch.nn.LayerNorm), (LITERAL, torch.nn.Identity)):
         block = DualAttentionBlock(config)
         assert type(block.intra_norm) is type(block.inter_norm) is type(DualAttentionEncoder(config).out_norm) is kind
+        assert type(block.intra_out) is type(block.inter_out) is (torch.nn.Linear if config.heads > 1 else torch.nn.Identity)
 
 
 def test_equations_13_to_19_whole_block_literal_form() -> None:

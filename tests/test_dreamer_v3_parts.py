@@ -196,6 +196,18 @@ def test_pool_is_torchs_with_its_gradient(dtype: torch.dtype, monkeypatch: pytes
     assert torch.equal(pool(x), want)
 
 
+def test_pieces_are_for_the_caches_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    x = torch.empty(10, 3, blocks.CHUNK)
+    assert blocks.spans(x, times=4) == [slice(0, 2), slice(2, 4), slice(4, 6), slice(6, 8), slice(8, 10)]
+    assert blocks.spans(x, 1, times=10) == [slice(0, 2), slice(2, 4)]
+    assert blocks.spans(x) == [slice(n, n + 1) for n in range(10)]  # never less than one
+    assert blocks.spans(torch.empty(0, 3)) == []
+    assert blocks.spans(x.to("meta")) == [slice(0, 10)]
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert blocks.spans(x) == [slice(0, 10)]
+
+
 def test_norm_silu_is_computed_in_fp32_whatever_it_is_given() -> None:
     torch.manual_seed(0)
     layer = NormSiLU(64)
@@ -455,6 +467,9 @@ def test_bounded_normal_is_a_normal() -> None:
     many = BoundedNormal(out[:1].expand(20_000, -1)).sample()
     torch.testing.assert_close(many.mean(0), policy.mean[0], atol=0.03, rtol=0)
     torch.testing.assert_close(many.std(0), std[0], atol=0.03, rtol=0)
+    one, again, other = (policy.sample(torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    assert torch.equal(one, again)
+    assert not torch.equal(one, other)
     extremes = BoundedNormal(torch.tensor([[0.0, -100.0], [0.0, 100.0]])).randomness()
     assert extremes.tolist() == pytest.approx([0.0, 1.0])
 

@@ -77,6 +77,7 @@ def test_the_adapter_begins_with_small_queries_and_positions_of_a_size_that_foll
         assert isinstance(adapter, AttentionAdapter)
         assert adapter.position.shape == (8 + slices, width)
         assert adapter.query.shape == (8, width)
+        assert len(adapter.mlps) == len(adapter.to_query) == 2
         assert adapter.deter_embed.in_features == deter // slices
         for value in (adapter.position, adapter.query):
             assert float(value.detach().std()) == pytest.approx(0.02, rel=0.1)

@@ -77,6 +77,7 @@ def test_residual_layer_by_its_equation() -> None:
 def test_context_attention_equals_the_library_attention_when_nothing_is_dropped() -> None:
     torch.manual_seed(0)
     ours = ContextAttention(8, 4, mask=0.0, dropout=0.0).eval()
+    assert isinstance(ours.norm, nn.BatchNorm2d)
     nn.init.normal_(ours.query_position)
     nn.init.normal_(ours.key_position)
     x, context = torch.randn(6, 8, 4, 4), torch.randn(2, 8, 4, 4)
