@@ -47,8 +47,10 @@ def test_bins_are_symmetric_and_reach_twenty() -> None:
     assert bins[127] == 0
     want = np.sign(np.linspace(-20, 20, 255)) * (np.exp(np.abs(np.linspace(-20, 20, 255))) - 1)
     np.testing.assert_allclose(bins.numpy(), want, rtol=1e-5, atol=1e-6)
-    with pytest.raises(ValueError, match="odd"):
-        symexp_bins(254)
+    assert symexp_bins(3).tolist() == [bins[0], 0.0, bins[-1]]
+    for count in (254, 2, 1):
+        with pytest.raises(ValueError, match="odd"):
+            symexp_bins(count)
 
 
 def numpy_two_hot(logits: np.ndarray, target: float, bins: np.ndarray) -> float:
@@ -179,6 +181,7 @@ def test_pool_is_torchs_with_its_gradient(dtype: torch.dtype, monkeypatch: pytes
     ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
     want = F.max_pool2d(theirs.permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
     found = pool(ours)
+    assert type(found.grad_fn).__name__ == "_PoolCornersBackward"  # the faster way
     assert torch.equal(found, want)
     grad = torch.randn(5, 4, 6, 3).to(dtype)
     found.backward(grad)
@@ -229,6 +232,7 @@ def test_gates_in_pieces_are_the_gates(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(
             rssm._gates_in_pieces(parts, bias, deter), rssm._gates(parts + bias, deter), rtol=1e-6, atol=1e-6
         )
+        assert rssm._gates_in_pieces(parts.bfloat16(), bias, deter.bfloat16()).dtype == torch.float32
 
 
 def test_block_linear_keeps_blocks_apart() -> None:
@@ -430,6 +434,33 @@ def test_observing_on_a_device_does_not_wait_for_it() -> None:
     post, prior = rssm().to("meta").observe(embed, action, is_first)
     assert post.deter.shape == (3, 6, 12)
     assert prior.device.type == "meta"
+
+
+def test_bf16_keeps_the_state_in_fp32_and_the_gradient_close() -> None:
+    """Products are bf16; state and log-probabilities are not, and the steps of imagination take weights that were cast once."""
+    model = rssm(deter=64, hidden=32)
+    embed, action, is_first = sequence()
+
+    def run(enabled: bool) -> tuple[State, State, list[Tensor]]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            post, prior = model.observe(embed, action, is_first, sample=False)
+            loss = prior.square().mean() + post.logits.square().mean()
+            with torch.no_grad():
+                ahead = model.imagine(State(*(x[:, -1].detach() for x in post)), action, sample=False)
+        return post, ahead, list(torch.autograd.grad(loss, list(model.parameters())))
+
+    exact, rounded = run(False), run(True)
+    assert {x.dtype for x in (*rounded[0], *rounded[1])} == {torch.float32}
+    torch.testing.assert_close(rounded[0].deter, exact[0].deter, atol=0.03, rtol=0)
+    torch.testing.assert_close(rounded[1].deter[:, 0], exact[1].deter[:, 0], atol=0.03, rtol=0)
+    assert not torch.equal(rounded[1].deter, exact[1].deter)
+    for low, high, (name, parameter) in zip(rounded[2], exact[2], model.named_parameters(), strict=True):
+        assert low.dtype == parameter.dtype
+        error = ((low - high).norm() / high.norm().clamp(min=1e-8)).item()
+        assert error < 0.05, (name, error)
+    for enabled, dtype in ((False, torch.float32), (True, torch.bfloat16)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            assert {x.dtype for x in model.weights()} == {dtype}
 
 
 def test_the_first_state_is_nothing_for_every_sequence() -> None:
