@@ -72,6 +72,9 @@ def test_residual_layer_by_its_equation() -> None:
     torch.testing.assert_close(layer(x, y), expected)
     torch.testing.assert_close(layer(x), layer(x, x))
     assert all(m.bias is None for m in layer.modules() if isinstance(m, nn.Conv2d))
+    plain = ResidualLayer(4, 6, "none")
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in plain.modules())
+    assert all(m.bias is not None for m in plain.modules() if isinstance(m, nn.Conv2d))
 
 
 def test_context_attention_equals_the_library_attention_when_nothing_is_dropped() -> None:
