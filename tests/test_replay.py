@@ -350,6 +350,23 @@ def test_a_loaded_replay_in_memory_needs_its_files_no_longer(tmp_path: Path) -> 
         assert torch.equal(value, expected[key]), key
 
 
+def test_a_load_forgets_what_was_played_since(tmp_path: Path) -> None:
+    """The open episode, the batch made ahead, and what was dropped."""
+    replay = Replay(SPEC, capacity=1000, length=5, folder=tmp_path)
+    fill(replay, [1, 10, 12])
+    replay.save()
+    state, expected = replay.state(), replay.sample(8)
+    replay.prepare(8)
+    record = {"image": np.zeros((2, 2, 3), np.uint8), "action": np.zeros(1), "reward": 0.0, "is_terminal": False}
+    fill(replay, [1])
+    replay.add(record, last=False)
+    replay.load(state)
+    assert replay.dropped == 1
+    assert torch.equal(replay.sample(8)["reward"], expected["reward"])
+    fill(replay, [6], first=2)
+    assert [episode.length for episode in replay.episodes] == [10, 12, 6]
+
+
 def test_what_a_killed_run_left_half_written_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     replay = Replay(SPEC, capacity=1000, length=5, folder=tmp_path)
     fill(replay, [10])
