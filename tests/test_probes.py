@@ -33,6 +33,15 @@ def test_r_squared_by_hand() -> None:
     assert r_squared(true, np.ones_like(true)) == 0
 
 
+def test_a_tenth_of_the_fitted_episodes_chooses() -> None:
+    for count, chosen in ((20, 1), (44, 4), (9, 1)):
+        data = episodes(count, 2)  # the last four are tested
+        fit, check = probes._folds(data)
+        expected = np.random.default_rng(1).permutation(count - 4)[:chosen]
+        np.testing.assert_array_equal(check, np.isin(data.episode, expected))
+        np.testing.assert_array_equal(fit, ~check & ~data.tested)
+
+
 def test_linear_content_is_found_by_both_and_noise_by_none() -> None:
     rng, data = np.random.default_rng(0), episodes()
     x = rng.normal(size=(800, 12)).astype(np.float32)
