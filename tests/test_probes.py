@@ -45,7 +45,7 @@ def test_a_tenth_of_the_fitted_episodes_chooses() -> None:
 def test_linear_content_is_found_by_both_and_noise_by_none() -> None:
     rng, data = np.random.default_rng(0), episodes()
     x = rng.normal(size=(800, 12)).astype(np.float32)
-    linear = (x @ rng.normal(size=(12, 3)) * 7 + 100).astype(np.float32)
+    linear = (x @ rng.normal(size=(12, 3)) * 7 + np.array([100, -50, 0])).astype(np.float32)
     assert ridge(x, linear, data) > 0.99
     assert mlp(x, linear, data, updates=400) > 0.9
     noise = rng.normal(size=(800, 3)).astype(np.float32)
