@@ -29,6 +29,7 @@ SMALL = DAEConfig(keypoints=3, patch=4, blocks=2, dim=16, heads=2, max_length=32
 LITERAL = dataclasses.replace(SMALL, heads=1, attention_norm="none")
 SEVERAL = dataclasses.replace(SMALL, mats=3)
 PLACED = dataclasses.replace(SMALL, mats=4, mats_placed=True)
+APART = dataclasses.replace(SEVERAL, mat_inter=False)
 EACH = pytest.mark.parametrize("config", [SMALL, SEVERAL, PLACED], ids=["one [MAT]", "three", "placed"])
 
 
@@ -242,7 +243,7 @@ def test_episodes_and_tracks_do_not_mix() -> None:
     torch.testing.assert_close(agg[:, 3:], changed[:, 3:])
 
 
-@EACH
+@pytest.mark.parametrize("config", [SMALL, SEVERAL, PLACED, APART], ids=["one [MAT]", "three", "placed", "apart in time"])
 @pytest.mark.parametrize("window", [4, 8])
 def test_cached_acting_equals_whole_sequence(config: DAEConfig, window: int) -> None:
     """Up to the window the cache must equal the full pass; beyond it, the full pass over the re-encoded window."""

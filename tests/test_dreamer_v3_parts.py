@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -193,10 +194,10 @@ def test_pool_is_torchs_with_its_gradient(dtype: torch.dtype, monkeypatch: pytes
     pool(ours[..., ::2]).sum().backward()  # not contiguous
     assert ours.grad.sum() == 5 * 4 * 6 * 2
     assert not ours.grad[..., 1].any()
-    monkeypatch.setattr(
-        torch.compiler, "is_compiling", lambda: True
-    )  # what is compiled, and what is not on a CPU, is torch's own
-    assert torch.equal(pool(x), want)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # what is compiled is torch's own, as on a GPU
+    with mock.patch.object(F, "max_pool2d", wraps=F.max_pool2d) as torchs:
+        assert torch.equal(pool(x), want)
+    torchs.assert_called_once()
 
 
 def test_pieces_are_for_the_caches_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,6 +256,8 @@ def test_initial_weights_have_the_reference_deviation() -> None:
     net = NormMLP(64, 3, units=128, layers=2, outscale=0.0)
     assert all(not p.any() for p in net[-1].parameters())
     assert float(net[0].weight.detach().std()) == pytest.approx(64**-0.5, rel=0.03)
+    whole = NormMLP(64, 256, units=128, layers=1)
+    assert float(whole[-1].weight.detach().std()) == pytest.approx(128**-0.5, rel=0.03)
 
 
 def test_up_convolution_equals_doubling_and_convolving() -> None:
@@ -384,6 +387,7 @@ def test_kl_and_free_nats_by_numbers() -> None:
         assert not grad[torch.from_numpy(kl < 1)].any()
         assert grad[torch.from_numpy(kl > 1)].any()
     assert torch.autograd.grad(kl_losses(a, b)[0].sum(), a, allow_unused=True)[0] is None
+    assert torch.equal(kl_losses(a, b)[0], dyn)  # one nat by default
 
 
 def sequence(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -472,6 +476,22 @@ def test_the_first_state_is_nothing_for_every_sequence() -> None:
     assert not deter.any()
 
 
+def test_latents_are_drawn_unless_the_likeliest_are_asked_for() -> None:
+    model = rssm()
+    embed, action, is_first = (x.repeat(40, *[1] * (x.ndim - 1)) for x in sequence())
+    start = model.initial(len(embed))
+    one = (embed[:, 0], is_first[:, 0])
+    pairs = [
+        (model.observe(embed, action, is_first)[0], model.observe(embed, action, is_first, sample=False)[0]),
+        (model.obs_step(start, action[:, 0], *one), model.obs_step(start, action[:, 0], *one, sample=False)),
+        (model.img_step(start, action[:, 0]), model.img_step(start, action[:, 0], sample=False)),
+        (model.imagine(start, action), model.imagine(start, action, sample=False)),
+    ]
+    for drawn, likeliest in pairs:
+        assert torch.equal(likeliest.stoch.argmax(-1), likeliest.logits.argmax(-1))
+        assert not torch.equal(drawn.stoch.argmax(-1), drawn.logits.argmax(-1))
+
+
 def test_a_generator_decides_every_latent() -> None:
     model = rssm()
     embed, action, is_first = sequence()
@@ -512,5 +532,8 @@ def test_one_hot_policy_is_a_categorical() -> None:
     action = policy.sample()
     torch.testing.assert_close(policy.log_prob(action), theirs.log_prob(action.argmax(-1)))
     torch.testing.assert_close(policy.entropy(), theirs.entropy())
+    one, again, other = (OneHotPolicy(out.repeat(20, 1)).sample(torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    assert torch.equal(one, again)
+    assert not torch.equal(one, other)
     mixed = OneHotPolicy(torch.tensor([100.0, 0, 0, 0]), unimix=0.04)
     assert mixed.log_probs.exp().tolist() == pytest.approx([0.97, 0.01, 0.01, 0.01])

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from localmotion.models.adapters import AttentionAdapter, make_adapter
+from localmotion.models.dae import DAEConfig, MaskedMotion
 from localmotion.models.heads import MLP
 from localmotion.models.rssm import RSSM
 from method_batches import make
@@ -81,3 +82,13 @@ def test_the_adapter_begins_with_small_queries_and_positions_of_a_size_that_foll
         assert adapter.deter_embed.in_features == deter // slices
         for value in (adapter.position, adapter.query):
             assert float(value.detach().std()) == pytest.approx(0.02, rel=0.1)
+
+
+@pytest.mark.parametrize("mats", [1, 4])
+def test_tokens_of_the_motion_encoder_begin_small(mats: int) -> None:
+    torch.manual_seed(0)
+    motion = MaskedMotion(DAEConfig(dim=512, mats=mats, blocks=1, patch=2))
+    assert motion.encoder.mat.shape == ((4, 512) if mats == 4 else (512,))
+    for value in (motion.encoder.mat, motion.encoder.time_embed, motion.decoder.mask_token):
+        assert float(value.detach().std()) == pytest.approx(0.02, rel=0.1)
+    assert not hasattr(motion, "code_decoder")  # only where it is asked for

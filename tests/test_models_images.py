@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -160,9 +161,9 @@ def test_erasing_is_a_rectangle_and_its_generator_decides() -> None:
     assert ((random_erasing(frame, probability=1.0) == 128).flatten(1).any(1)).all()
 
 
-def test_what_is_erased_by_the_rule() -> None:
+@pytest.mark.parametrize(("height", "width"), [(24, 40), (40, 24)])
+def test_what_is_erased_by_the_rule(height: int, width: int) -> None:
     """Tall and wide rectangles from the same numbers by the rule of IPV's release, in a picture that is not square."""
-    height, width = 24, 40
     out = random_erasing(torch.zeros(200, height, width, 3, dtype=torch.uint8), 0.7, torch.Generator().manual_seed(1))
     for picture, numbers in zip(out, torch.rand(200, 6, generator=torch.Generator().manual_seed(1)).tolist(), strict=True):
         kind, shape, size, down, right, whether = numbers
@@ -182,6 +183,7 @@ def test_heads_start_as_the_spec_says() -> None:
     head = MLP(50, 3, units=40, layers=2)
     linears = [m for m in head.modules() if isinstance(m, nn.Linear)]
     assert len(linears) == 3
+    assert [m.out_features for m in MLP(50, 3, layers=0).modules() if isinstance(m, nn.Linear)] == [3]
     for layer in linears:
         bound = math.sqrt(6 / (layer.in_features + layer.out_features))
         assert 0.9 * bound < layer.weight.abs().max() <= bound
@@ -208,6 +210,9 @@ def test_truncated_normal_extremes_are_finite_with_gradients() -> None:
     assert sample.abs().max() < 1
     assert out.grad is not None
     assert torch.isfinite(out.grad).all()
+    for extreme in (0.0, 1.0):
+        with mock.patch("torch.rand", lambda shape, value=extreme, **options: torch.full(shape, value)):
+            assert torch.isfinite(TruncatedNormal(torch.zeros(3), torch.full((3,), 1e-2)).rsample()).all()
     for end in (-1.0, 1.0):  # both clips: a sample at an end would have an infinite density in the next layer's inverse
         at_end = TruncatedNormal(torch.full((9,), end), torch.full((9,), 1e-7)).rsample()
         assert float(at_end.detach().abs().max()) <= 1 - 0.9e-6

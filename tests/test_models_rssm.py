@@ -44,6 +44,22 @@ def test_sampling_observe_equals_sampling_steps_under_the_same_noise() -> None:
         torch.testing.assert_close(rssm.prior(state.deter), prior[:, t], atol=1e-5, rtol=1e-4)
 
 
+def test_latents_are_drawn_unless_the_likeliest_are_asked_for() -> None:
+    rssm = make()
+    embed, action, is_first = (x.repeat(40, *[1] * (x.ndim - 1)) for x in inputs())
+    start = rssm.initial(len(embed))
+    one = (embed[:, 0], is_first[:, 0])
+    pairs = [
+        (rssm.observe(embed, action, is_first)[0], rssm.observe(embed, action, is_first, sample=False)[0]),
+        (rssm.obs_step(start, action[:, 0], *one), rssm.obs_step(start, action[:, 0], *one, sample=False)),
+        (rssm.img_step(start, action[:, 0]), rssm.img_step(start, action[:, 0], sample=False)),
+        (rssm.imagine(start, action), rssm.imagine(start, action, sample=False)),
+    ]
+    for drawn, likeliest in pairs:
+        assert torch.equal(likeliest.stoch.argmax(-1), likeliest.logits.argmax(-1))
+        assert not torch.equal(drawn.stoch.argmax(-1), drawn.logits.argmax(-1))
+
+
 def test_a_generator_decides_every_sample() -> None:
     rssm = make()
     embed, action, is_first = inputs()
