@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from localmotion.config import WorldModelConfig
 from localmotion.errors import ConfigError
 from localmotion.models.adapters import make_adapter
 from localmotion.models.bonus import IntrinsicBonus
@@ -19,7 +20,7 @@ from localmotion.models.decoders import CNNDecoder, ContextAttention, ResNetDeco
 from localmotion.models.distributions import TruncatedNormal
 from localmotion.models.encoders import CNNEncoder, ResidualLayer, ResNetEncoder, from_blocks, random_erasing, to_blocks
 from localmotion.models.heads import MLP, actor_distribution
-from localmotion.models.image import image_losses
+from localmotion.models.image import ImageModel, image_losses
 
 
 @pytest.mark.parametrize("size", [32, 64, 128])
@@ -42,6 +43,8 @@ def test_every_size_and_stem_comes_back_as_pixels(size: int, stem: str, norm: st
     attended = [m for m in decoder.modules() if isinstance(m, ContextAttention)]
     assert len(attended) == sum(s <= largest for _, s in encoder.map_shapes)
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in decoder.parameters())
+    for layer in (m for net in (encoder, decoder) for m in net.modules() if isinstance(m, (ResidualLayer, ContextAttention))):
+        assert any(isinstance(m, nn.BatchNorm2d) for m in layer.modules()) == (norm == "batch")
 
 
 @pytest.mark.parametrize("stem", ["conv", "unshuffle"])
@@ -137,6 +140,19 @@ def test_composite_adds_the_context_frame_where_the_mask_says_so(stem: str) -> N
     torch.testing.assert_close(mixed, expected)
     with pytest.raises(ValueError, match="pixels"):
         decoder(torch.randn(2, 4), encoder.maps(to_blocks(seen) if stem == "unshuffle" else seen.permute(0, 3, 1, 2))[1])
+
+
+@pytest.mark.parametrize("depth", [2, 5])
+def test_plain_cnns_have_the_depth_of_the_settings(depth: int) -> None:
+    model = ImageModel(WorldModelConfig(encoder="cnn", depth=depth), image_size=64)
+    assert model.embed_dim == 8 * depth * 2 * 2
+    assert next(model.encoder.parameters()).shape == (depth, 3, 4, 4)
+    assert [m.in_channels for m in model.decoder.modules() if isinstance(m, nn.ConvTranspose2d)] == [
+        32 * depth,
+        4 * depth,
+        2 * depth,
+        depth,
+    ]
 
 
 def test_plain_cnn_shapes() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from contextlib import nullcontext
+from unittest import mock
 
 import pytest
 import torch
@@ -83,6 +84,12 @@ def test_samples_follow_the_probabilities_and_are_exactly_one_hot() -> None:
     assert torch.equal(sample, (sample == 1).float())
     torch.testing.assert_close(sample.mean((0, 1)), torch.softmax(logits[0], -1), atol=0.01, rtol=0)
     assert straight_through(logits, None).argmax().item() == 2
+
+
+@pytest.mark.parametrize("extreme", [0.0, 1 - 2**-24])
+def test_noise_is_finite_at_the_ends_of_what_is_drawn(extreme: float) -> None:
+    with mock.patch("torch.rand", lambda shape, **options: torch.full(shape, extreme)):
+        assert torch.isfinite(gumbel((2, 3), torch.zeros(()))).all()
 
 
 def test_straight_through_has_the_gradient_of_the_probabilities() -> None:
