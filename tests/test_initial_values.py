@@ -10,6 +10,7 @@ from torch import nn
 
 from localmotion.models.adapters import AttentionAdapter, make_adapter
 from localmotion.models.dae import DAEConfig, MaskedMotion
+from localmotion.models.global_flow import GlobalFlow
 from localmotion.models.heads import MLP
 from localmotion.models.rssm import RSSM
 from method_batches import make
@@ -92,3 +93,11 @@ def test_tokens_of_the_motion_encoder_begin_small(mats: int) -> None:
     for value in (motion.encoder.mat, motion.encoder.time_embed, motion.decoder.mask_token):
         assert float(value.detach().std()) == pytest.approx(0.02, rel=0.1)
     assert not hasattr(motion, "code_decoder")  # only where it is asked for
+    decoder = MaskedMotion(DAEConfig(dim=16, mats=mats, patch=2), from_code=True).code_decoder
+    assert [tuple(layer.weight.shape) for layer in decoder if isinstance(layer, nn.Linear)] == [(32, 16 * mats + 16), (8, 32)]
+
+
+@pytest.mark.parametrize(("dim", "depth"), [(4, 1), (8, 1), (64, 8)])
+def test_the_global_code_has_an_eighth_of_the_width_at_first(dim: int, depth: int) -> None:
+    layers = GlobalFlow(DAEConfig(dim=dim)).convolutions
+    assert [layer.out_channels for layer in layers] == [depth, 2 * depth, 4 * depth, 8 * depth]  # type: ignore[union-attr]

@@ -224,6 +224,7 @@ def test_truncated_normal_extremes_are_finite_with_gradients() -> None:
     loss = sample.sum() + dist.entropy().sum() + dist.log_prob(sample.detach()).sum()
     loss.backward()
     assert sample.abs().max() < 1
+    assert torch.equal(sample, dist.rsample(torch.Generator().manual_seed(0)))
     assert out.grad is not None
     assert torch.isfinite(out.grad).all()
     for extreme in (0.0, 1.0):
