@@ -20,7 +20,7 @@ from localmotion.models.decoders import CNNDecoder, ContextAttention, ResNetDeco
 from localmotion.models.distributions import TruncatedNormal
 from localmotion.models.encoders import CNNEncoder, ResidualLayer, ResNetEncoder, from_blocks, random_erasing, to_blocks
 from localmotion.models.heads import MLP, actor_distribution
-from localmotion.models.image import ImageModel, image_losses
+from localmotion.models.image import ImageModel, _piece, image_losses
 
 
 @pytest.mark.parametrize("size", [32, 64, 128])
@@ -155,6 +155,17 @@ def test_plain_cnns_have_the_depth_of_the_settings(depth: int) -> None:
     ]
 
 
+def test_several_sequences_at_once_have_the_errors_of_each() -> None:
+    """On a GPU all sequences are one piece, on a CPU each is one."""
+    torch.manual_seed(0)
+    rows, wanted, source = torch.randn(6, 4, 4, 8), torch.randn(6, 4, 4, 6), torch.randn(2, 6, 4, 4)
+    whole, parts = torch.zeros_like(rows), torch.zeros_like(rows)
+    found = _piece(rows, wanted, source, whole, 0.5)
+    each = [_piece(rows[i : i + 3], wanted[i : i + 3], source[i // 3 : i // 3 + 1], parts[i : i + 3], 0.5) for i in (0, 3)]
+    torch.testing.assert_close(found, torch.stack(each).sum())
+    torch.testing.assert_close(whole, parts)
+
+
 def test_plain_cnn_shapes() -> None:
     """DreamerV2's CNN, as in IPV's release."""
     encoder = CNNEncoder(depth=8)
@@ -162,6 +173,8 @@ def test_plain_cnn_shapes() -> None:
     assert CNNDecoder(10, depth=8)(torch.randn(2, 10)).shape == (2, 3, 64, 64)
     with pytest.raises(ValueError, match="64x64"):
         CNNDecoder(10, image_size=32)
+    with pytest.raises(ValueError, match="64x64"):
+        ImageModel(WorldModelConfig(encoder="cnn"), image_size=128)
 
 
 def test_erasing_is_a_rectangle_and_its_generator_decides() -> None:

@@ -251,6 +251,13 @@ def test_observing_on_a_device_does_not_wait_for_it(monkeypatch: pytest.MonkeyPa
     assert prior.device.type == "meta"
 
 
+def test_the_first_state_is_nothing_for_every_sequence() -> None:
+    logits, stoch, deter = make().initial(7)
+    assert logits.shape == stoch.shape == (7, 4, 5)
+    assert deter.shape == (7, 16)
+    assert not any(bool(x.any()) for x in (logits, stoch, deter))
+
+
 def test_the_state_continues_across_calls() -> None:
     rssm = make()
     embed, action, is_first = inputs()
