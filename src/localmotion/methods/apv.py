@@ -18,19 +18,33 @@ Shapes: B sequences, T positions, E embedding, F features of z or s, A actions.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from localmotion.config import DMC_SUITES, BehaviourConfig, WorldModelConfig
-from localmotion.methods.base import FROM_VIDEO, Batch, Counters, Group, Method, Pass, Rates, imagination_passes, same, video_pass
+from localmotion.methods.base import (
+    FROM_VIDEO,
+    Batch,
+    Counters,
+    Group,
+    Method,
+    Pass,
+    Rates,
+    behaviour_groups,
+    imagination_passes,
+    same,
+    stacked_groups,
+    video_pass,
+)
 from localmotion.methods.sizes import presets
+from localmotion.models import stacked
 from localmotion.models.actor_critic import ActorCritic
 from localmotion.models.bonus import WINDOW, IntrinsicBonus
 from localmotion.models.heads import MLP
 from localmotion.models.image import ImageModel
 from localmotion.models.rssm import RSSM, RSSMState, kl_loss
+from localmotion.models.stacked import Carry
 
 
 @dataclass(frozen=True)
@@ -55,14 +69,6 @@ class APVConfig:
     """Free nats of both KLs in fine-tuning: 0 Meta-World, 1 DMC."""
 
 
-class Carry(NamedTuple):
-    """What acting keeps between agent steps."""
-
-    latent: RSSMState  # z
-    state: RSSMState  # s
-    action: Tensor  # (B, A), the one that leads to the next frame
-
-
 class APV(Method):
     """Action-free pre-training from videos."""
 
@@ -85,14 +91,14 @@ class APV(Method):
         super().__init__(config, image_size=image_size, action_dim=action_dim)
         self.config = config
         world = config.world
-        sizes: dict[str, Any] = {"deter": world.deter, "hidden": world.hidden, "stoch": world.stoch, "classes": world.classes}
         self.image = ImageModel(world, image_size=image_size)
-        self.latent = RSSM(embed_dim=self.image.embed_dim, action_dim=0, action_pad=config.action_pad, action_free=True, **sizes)
+        pad = config.action_pad
+        self.latent = RSSM.configured(world, embed_dim=self.image.embed_dim, action_dim=0, action_pad=pad, action_free=True)
         if action_dim is None:
             return
         feat = self.latent.feat_dim
         observed = feat + (self.image.embed_dim if config.embed_input else 0)
-        self.dynamics = RSSM(embed_dim=observed, action_dim=action_dim, action_pad=max(config.action_pad, action_dim), **sizes)
+        self.dynamics = RSSM.configured(world, embed_dim=observed, action_dim=action_dim, action_pad=max(pad, action_dim))
         self.reward = MLP(feat, 1, units=world.units, layers=world.layers)  # r + lambda r_int
         self.bonus = IntrinsicBonus(feat)
         self.behaviour = ActorCritic.configured(feat, action_dim, world, config.behaviour)
@@ -104,12 +110,8 @@ class APV(Method):
     # 1. Pre-training on videos ------------------------------------------------------------------------------------------------
 
     def pretrain_losses(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        truth = self.image.pixels(batch["image"])
-        embed, context = self.image.encode(truth, batch["image"])
-        post, prior = self.latent.observe(embed, None, batch["is_first"])
-        (image,) = self.image.losses([self.latent.feat(post)], context, truth)
-        kl, metrics = kl_loss(post.logits, prior, balance=self.config.world.kl_balance)
-        return {"image": image, "kl": kl}, {f"latent/{key}": value for key, value in metrics.items()}
+        """-ln p(o_t | z_t) and KL_z of video segments."""
+        return stacked.video_losses(self.image, self.latent, batch, balance=self.config.world.kl_balance)
 
     # 2. Fine-tuning in the environment ----------------------------------------------------------------------------------------
 
@@ -121,7 +123,8 @@ class APV(Method):
         phi = self.latent.feat(latent)  # (B, T, F)
         latent_kl, latent_metrics = kl_loss(latent.logits, latent_prior, balance=balance, free=free)
         # Nothing is stopped: the losses of s reach z's model and the encoder through phi
-        state, prior = self.dynamics.observe(self._observed(embed, phi), batch["action"], is_first)
+        observed = stacked.observed(embed, phi, config.embed_input)  # (B, T, F), or (B, T, E + F)
+        state, prior = self.dynamics.observe(observed, batch["action"], is_first)
         feat = self.dynamics.feat(state)  # (B, T, F)
         kl, metrics = kl_loss(state.logits, prior, balance=balance, free=free)
         bonus = self.bonus(phi.detach().float(), is_first)  # (B, T - 4): where a window of 5 fits
@@ -133,13 +136,9 @@ class APV(Method):
             "latent_kl": latent_kl,
             "reward": 0.5 * (reward - target).square().mean(),
         }
-        told = {f"dynamics/{key}": value for key, value in metrics.items()}
-        told |= {f"latent/{key}": value for key, value in latent_metrics.items()} | {"bonus/mean": bonus.mean()}
-        return losses, told, RSSMState(*(x.detach().flatten(0, 1) for x in state))
-
-    def _observed(self, embed: Tensor, phi: Tensor) -> Tensor:
-        """What the action-conditioned model observes: (..., F), or (..., E + F)."""
-        return torch.cat([embed.to(phi.dtype), phi], -1) if self.config.embed_input else phi
+        metrics = {f"dynamics/{key}": value for key, value in metrics.items()} | {"bonus/mean": bonus.mean()}
+        metrics |= {f"latent/{key}": value for key, value in latent_metrics.items()}
+        return losses, metrics, state.starts()
 
     def behaviour_losses(self, start: RSSMState) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         return self.behaviour.losses(start, self.dynamics, lambda feat: self.reward(feat).squeeze(-1))
@@ -163,19 +162,8 @@ class APV(Method):
     def groups(self, stage: str, rates: Rates) -> list[Group]:
         if stage == "pretrain":
             return [Group("model", list(self.parameters()), rates.lr)]
-        # One optimiser, with one gradient norm, for encoder and action-free model. What was not loaded is not held back.
-        old, new = self.image.encoder_parameters(), self.image.decoder_parameters()
-        (old if rates.loads("latent") else new).extend(self.latent.parameters())
-        for module in (self.dynamics, self.reward):
-            new.extend(module.parameters())
-        held = rates.loads("image")
-        rate = rates.lr * (rates.slow if held else 1.0)
-        return [
-            Group("encoder", old, rate, rates.freeze_updates if held else 0),
-            Group("model", new, rates.lr),
-            Group("actor", list(self.behaviour.actor.parameters()), rates.actor_lr),
-            Group("critic", list(self.behaviour.critic.parameters()), rates.critic_lr),
-        ]
+        new = (self.dynamics, self.reward)
+        return [*stacked_groups(self.image, self.latent, new, rates), *behaviour_groups(self.behaviour, rates)]
 
     def after_update(self, counters: Counters) -> None:
         if counters.stage in self.acts_after:
@@ -184,35 +172,24 @@ class APV(Method):
     # 3. Acting and looking ----------------------------------------------------------------------------------------------------
 
     def initial_carry(self, batch_size: int) -> Carry:
-        action = torch.zeros(batch_size, self.action_dim, device=next(self.parameters()).device)
-        return Carry(self.latent.initial(batch_size), self.dynamics.initial(batch_size), action)
+        return stacked.initial(self.latent, self.dynamics, batch_size)
 
     def act(self, obs: Batch, carry: Carry, *, explore: bool, window: int = 0) -> tuple[Tensor, Carry]:
         """One agent step; latents are sampled, in evaluation too."""
         is_first, embed = obs["is_first"][:, 0], self.image.embed(obs["image"])
         latent = self.latent.obs_step(carry.latent, None, embed, is_first)
-        observed = self._observed(embed, self.latent.feat(latent))
+        observed = stacked.observed(embed, self.latent.feat(latent), self.config.embed_input)
         state = self.dynamics.obs_step(carry.state, carry.action, observed, is_first)
-        policy = self.behaviour.policy(self.dynamics.feat(state))
-        action = policy.rsample() if explore else policy.mode
+        action = self.behaviour.act(self.dynamics.feat(state), explore=explore)
         return action, Carry(latent, state, action)
 
     def open_loop(self, batch: Batch, context: int) -> dict[str, Tensor]:
         """Prior rolled out after ``context`` frames: of z from nothing but those frames, once fine-tuned of s with the real actions."""
-        (batch_size, time), first = batch["image"].shape[:2], batch["is_first"][:, :context]
-        embed, maps = self.image.encode(self.image.pixels(batch["image"]), batch["image"], frame=context - 1)
-        model, seen = self.latent, embed[:, :context]
-        actions = embed.new_zeros(batch_size, time, 0)
-        post, _ = model.observe(seen, None, first)
-        if self.acts:  # the decoder has since learned to read s
-            model, actions = self.dynamics, batch["action"]
-            post, _ = model.observe(self._observed(seen, self.latent.feat(post)), actions[:, :context], first)
-        prior = model.imagine(RSSMState(*(x[:, -1] for x in post)), actions[:, context:])
-        feat = torch.cat([model.feat(post), model.feat(prior)], 1)
-        picture = self.image.picture(self.image.decode(feat, maps)).view(batch_size, time, 3, self.image_size, self.image_size)
-        return {"action" if self.acts else "prior": picture}
+        if not self.acts:
+            return {"prior": stacked.open_loop(self.image, self.latent, batch, context)}
+        # The decoder has since learned to read s.
+        return {"action": stacked.open_loop(self.image, self.latent, batch, context, self.dynamics, self.config.embed_input)}
 
     def motion_code(self, batch: Batch) -> Tensor:
         """Feature of z, (B,T,F): the code of a clip that the probes compare with a^agg."""
-        embed = self.image.embed(batch["image"]).unflatten(0, batch["is_first"].shape)
-        return self.latent.feat(self.latent.observe(embed, None, batch["is_first"])[0])
+        return stacked.video_code(self.image, self.latent, batch)

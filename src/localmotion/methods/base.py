@@ -14,7 +14,7 @@ nothing may be carried, averaged or bootstrapped across it. Action and motion ar
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
@@ -22,7 +22,9 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from localmotion.models.actor_critic import ActorCritic
 from localmotion.models.dae import Motion
+from localmotion.models.image import ImageModel
 
 Batch = Mapping[str, Tensor]
 Losses = dict[str, Tensor]
@@ -147,6 +149,29 @@ def imagination_passes(method: LearnsInImagination, scales: Mapping[str, float],
         Pass(lambda batch, _: method.world_model_losses(batch), scales, groups),
         Pass(lambda _, start: (*method.behaviour_losses(start), None), {"actor": 1.0, "critic": 1.0}, ("actor", "critic")),
     )
+
+
+def behaviour_groups(behaviour: ActorCritic, rates: Rates) -> list[Group]:
+    """The groups "actor" and "critic" that `imagination_passes` steps."""
+    return [
+        Group("actor", list(behaviour.actor.parameters()), rates.actor_lr),
+        Group("critic", list(behaviour.critic.parameters()), rates.critic_lr),
+    ]
+
+
+def stacked_groups(image: ImageModel, latent: nn.Module, new: Iterable[nn.Module], rates: Rates) -> list[Group]:
+    """The groups of a world model whose encoder and latent model come from videos: "encoder" has these, "model" the decoder and ``new``.
+
+    "encoder" learns at the slow rate, after its frozen updates, if a checkpoint gives the encoder. A latent model that no checkpoint
+    gives is new.
+    """
+    encoder, model = image.encoder_parameters(), image.decoder_parameters()
+    (encoder if rates.loads("latent") else model).extend(latent.parameters())
+    for module in new:
+        model.extend(module.parameters())
+    held = rates.loads("image")
+    rate = rates.lr * (rates.slow if held else 1.0)
+    return [Group("encoder", encoder, rate, rates.freeze_updates if held else 0), Group("model", model, rates.lr)]
 
 
 class Method(nn.Module):

@@ -13,7 +13,17 @@ import torch
 from torch import Tensor
 
 from localmotion.config import BehaviourConfig, WorldModelConfig
-from localmotion.methods.base import FROM_SCRATCH, Batch, Counters, Group, Method, Pass, Rates, imagination_passes
+from localmotion.methods.base import (
+    FROM_SCRATCH,
+    Batch,
+    Counters,
+    Group,
+    Method,
+    Pass,
+    Rates,
+    behaviour_groups,
+    imagination_passes,
+)
 from localmotion.methods.sizes import presets
 from localmotion.models.actor_critic import ActorCritic
 from localmotion.models.heads import MLP
@@ -56,14 +66,7 @@ class DreamerV2(Method):
         self.config = config
         world = config.world
         self.image = ImageModel(world, image_size=image_size)
-        self.dynamics = RSSM(
-            embed_dim=self.image.embed_dim,
-            action_dim=action_dim,
-            deter=world.deter,
-            hidden=world.hidden,
-            stoch=world.stoch,
-            classes=world.classes,
-        )
+        self.dynamics = RSSM.configured(world, embed_dim=self.image.embed_dim, action_dim=action_dim)
         self.reward = MLP(self.dynamics.feat_dim, 1, units=world.units, layers=world.layers)
         self.behaviour = ActorCritic.configured(self.dynamics.feat_dim, action_dim, world, config.behaviour)
 
@@ -82,7 +85,7 @@ class DreamerV2(Method):
             "reward": 0.5 * (reward - batch["reward"]).square().mean(),
         }
         metrics = {f"dynamics/{key}": value for key, value in metrics.items()}
-        return losses, metrics, RSSMState(*(x.detach().flatten(0, 1) for x in state))
+        return losses, metrics, state.starts()
 
     def behaviour_losses(self, start: RSSMState) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         return self.behaviour.losses(start, self.dynamics, lambda feat: self.reward(feat).squeeze(-1))
@@ -96,11 +99,7 @@ class DreamerV2(Method):
 
     def groups(self, stage: str, rates: Rates) -> list[Group]:
         model = [p for module in (self.image, self.dynamics, self.reward) for p in module.parameters()]
-        return [
-            Group("model", model, rates.lr),
-            Group("actor", list(self.behaviour.actor.parameters()), rates.actor_lr),
-            Group("critic", list(self.behaviour.critic.parameters()), rates.critic_lr),
-        ]
+        return [Group("model", model, rates.lr), *behaviour_groups(self.behaviour, rates)]
 
     def after_update(self, counters: Counters) -> None:
         self.behaviour.after_update()
@@ -114,17 +113,13 @@ class DreamerV2(Method):
     def act(self, obs: Batch, carry: Carry, *, explore: bool, window: int = 0) -> tuple[Tensor, Carry]:
         embed = self.image.embed(obs["image"])
         state = self.dynamics.obs_step(carry.state, carry.action, embed, obs["is_first"][:, 0])
-        policy = self.behaviour.policy(self.dynamics.feat(state))
-        action = policy.rsample() if explore else policy.mode
+        action = self.behaviour.act(self.dynamics.feat(state), explore=explore)
         return action, Carry(state, action)
 
     def open_loop(self, batch: Batch, context: int) -> dict[str, Tensor]:
         """Prior rolled out after ``context`` frames with the real actions."""
-        shape = (*batch["image"].shape[:2], 3, self.image_size, self.image_size)
         truth = self.image.pixels(batch["image"])
-        embed, maps = self.image.encode(truth, batch["image"], frame=context - 1)
+        embed, maps = self.image.encode(truth, batch["image"], frame=context - 1)  # the last frame that is observed
         post, _ = self.dynamics.observe(embed[:, :context], batch["action"][:, :context], batch["is_first"][:, :context])
-        last = RSSMState(*(x[:, -1] for x in post))
-        prior = self.dynamics.imagine(last, batch["action"][:, context:])
-        feat = torch.cat([self.dynamics.feat(post), self.dynamics.feat(prior)], 1)
-        return {"action": self.image.picture(self.image.decode(feat, maps)).view(shape)}
+        feat = self.dynamics.open_loop(post, batch["action"][:, context:])  # (B, T, F)
+        return {"action": self.image.pictures(feat, maps)}

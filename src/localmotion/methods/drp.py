@@ -24,7 +24,7 @@ Shapes: B sequences, T positions, K parts, F features of z or s, A actions.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,7 @@ from localmotion.methods.base import (
     Method,
     Pass,
     Rates,
+    behaviour_groups,
     imagination_passes,
     same,
     video_pass,
@@ -47,7 +48,7 @@ from localmotion.methods.base import (
 from localmotion.methods.sizes import presets
 from localmotion.models.actor_critic import ActorCritic
 from localmotion.models.adapters import make_adapter
-from localmotion.models.bonus import WINDOW, IntrinsicBonus
+from localmotion.models.bonus import WINDOW, IntrinsicBonus, dual_reward_losses
 from localmotion.models.dae import DAECache, DAEConfig, MaskedMotion, Motion, atomic_actions, random_mask
 from localmotion.models.global_flow import GlobalFlow
 from localmotion.models.heads import MLP
@@ -133,15 +134,14 @@ class DRP(Method):
         else:
             self.motion = MaskedMotion(config.dae, from_code=config.recompose_weight > 0)
         self.image = ImageModel(world, image_size=image_size)
-        sizes: dict[str, Any] = {"deter": world.deter, "hidden": world.hidden, "stoch": world.stoch, "classes": world.classes}
-        self.latent = RSSM(embed_dim=self.image.embed_dim, action_dim=config.dae.code_dim, **sizes)
+        self.latent = RSSM.configured(world, embed_dim=self.image.embed_dim, action_dim=config.dae.code_dim)
         if action_dim is None:
             return
         # Adapter (omega), action-specific dynamics (phi), rewards (varphi), actor (psi), critic (xi)
         feat = self.latent.feat_dim
         self.adapter = make_adapter(config.adapter, deter=world.deter, stoch=world.stoch, classes=world.classes, out_dim=feat)
         embed = feat + (self.image.embed_dim if config.embed_input else 0)
-        self.dynamics = RSSM(embed_dim=embed, action_dim=action_dim, **sizes)
+        self.dynamics = RSSM.configured(world, embed_dim=embed, action_dim=action_dim)
         self.reward = MLP(feat, 1, units=world.units, layers=world.layers)  # behavioural: r + lambda r_int
         self.reward_representative = MLP(feat, 1, units=world.units, layers=world.layers)  # r
         self.bonus = IntrinsicBonus(feat)
@@ -197,20 +197,18 @@ class DRP(Method):
         latent_image, image = self.image.losses([latent_feat, feat], context, truth)  # from z (8) and s (9), one call
         # Rewards: the representative head learns r on all T, the behavioural one r + lambda r_int where a bonus window fits
         bonus = self.bonus(latent_feat.detach().float(), is_first)  # (B, T - 4)
-        target = batch["reward"][:, : bonus.shape[1]] + config.intrinsic_weight * bonus
-        behavioural = self.reward(feat).squeeze(-1).float()
-        representative = self.reward_representative(feat).squeeze(-1).float()
+        behavioural = self.reward(feat).squeeze(-1)  # (B, T)
+        representative = self.reward_representative(feat).squeeze(-1)  # (B, T)
         losses = {
             **mae,
             "latent_image": latent_image,
             "latent_kl": latent_kl,
             "image": image,
             "kl": kl,
-            "reward": 0.5 * (behavioural[:, : bonus.shape[1]] - target).square().mean(),
-            "reward_representative": 0.5 * (representative - batch["reward"]).square().mean(),
+            **dual_reward_losses(behavioural, representative, batch["reward"], bonus, weight=config.intrinsic_weight),
         }
         metrics = {**{f"dynamics/{key}": value for key, value in metrics.items()}, "bonus/mean": bonus.mean()}
-        return losses, metrics, RSSMState(*(x.detach().flatten(0, 1) for x in state))
+        return losses, metrics, state.starts()
 
     def behaviour_losses(self, start: RSSMState) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         return self.behaviour.losses(start, self.dynamics, lambda feat: self.reward(feat).squeeze(-1))
@@ -250,8 +248,7 @@ class DRP(Method):
             *([Group("motion", motion, rates.lr * rates.slow, rates.freeze_updates)] if motion else []),
             Group("encoder", self.image.encoder_parameters(), rates.lr, rates.freeze_updates if rates.loads("image") else 0),
             Group("model", new, rates.lr),
-            Group("actor", list(self.behaviour.actor.parameters()), rates.actor_lr),
-            Group("critic", list(self.behaviour.critic.parameters()), rates.critic_lr),
+            *behaviour_groups(self.behaviour, rates),
         ]
 
     def after_update(self, counters: Counters) -> None:
@@ -279,8 +276,7 @@ class DRP(Method):
         if self.config.embed_input:
             observed = torch.cat([embed, observed], -1)
         state = self.dynamics.obs_step(carry.state, carry.action, observed, is_first)
-        policy = self.behaviour.policy(self.dynamics.feat(state))
-        action = policy.rsample() if explore else policy.mode
+        action = self.behaviour.act(self.dynamics.feat(state), explore=explore)
         return action, Carry(cache, latent, state, action)
 
     def _recompose_step(self, obs: Batch, cache: DAECache | None, window: int) -> tuple[Tensor, DAECache | None]:
@@ -295,17 +291,14 @@ class DRP(Method):
 
         The second row has no information from the future; the first knows how the tracked points move.
         """
-        shape = (*batch["image"].shape[:2], 3, self.image_size, self.image_size)
         truth = self.image.pixels(batch["image"])
         embed, maps = self.image.encode(truth, batch["image"], frame=context - 1)  # the last one observed, none from the future
         agg = self.motion_code(batch)
         post, _ = self.latent.observe(embed[:, :context], agg[:, :context], batch["is_first"][:, :context])
-        last = RSSMState(*(x[:, -1] for x in post))
         out = {}
         for name, actions in (("motion", agg), ("zero_motion", torch.zeros_like(agg))):
-            prior = self.latent.imagine(last, actions[:, context:])
-            feat = torch.cat([self.latent.feat(post), self.latent.feat(prior)], 1)
-            out[name] = self.image.picture(self.image.decode(feat, maps)).view(shape)
+            feat = self.latent.open_loop(post, actions[:, context:])  # (B, T, F)
+            out[name] = self.image.pictures(feat, maps)
         return out
 
     def masked_reconstruction(self, batch: Batch, generator: torch.Generator) -> tuple[Motion, Tensor, Tensor] | None:

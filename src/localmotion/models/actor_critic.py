@@ -84,6 +84,11 @@ class ActorCritic(nn.Module):
         """Action distribution on [-1, 1]^A at features (..., F)."""
         return actor_distribution(self.actor(feat))
 
+    def act(self, feat: Tensor, *, explore: bool) -> Tensor:
+        """Actions (..., A) at features (..., F): samples, or without ``explore`` the policy's mode."""
+        policy = self.policy(feat)
+        return policy.rsample() if explore else policy.mode
+
     def losses(
         self, start: RSSMState, rssm: Dynamics, reward: Callable[[Tensor], Tensor]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

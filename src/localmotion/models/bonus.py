@@ -60,3 +60,19 @@ class IntrinsicBonus(nn.Module):
         """Divide by the running mean of |raw| (momentum 0.99, starts at 1, updated first)."""
         self.mean.mul_(0.99).add_(0.01 * raw.abs().mean())
         return raw / (self.mean + 1e-8)
+
+
+def dual_reward_losses(
+    behavioural: Tensor, representative: Tensor, reward: Tensor, bonus: Tensor, *, weight: float
+) -> dict[str, Tensor]:
+    """Losses "reward" and "reward_representative" of two reward heads, half the mean squared error (IPV, arXiv 2305.18499; DRP, Eq. 9).
+
+    The representative head (B, T) learns ``reward`` (B, T). The behavioural one (B, T) learns reward plus ``weight`` times the bonus
+    (B, T - window + 1), at the positions that have one.
+    """
+    count = bonus.shape[1]
+    target = reward[:, :count] + weight * bonus  # (B, T - window + 1)
+    return {
+        "reward": 0.5 * (behavioural[:, :count].float() - target).square().mean(),
+        "reward_representative": 0.5 * (representative.float() - reward).square().mean(),
+    }

@@ -172,6 +172,10 @@ class ImageModel(nn.Module):
         flat = self._conditioned(feat, context)
         return self.decoder(flat) if context is None else self.decoder(flat, context.maps, context.pixels)
 
+    def pictures(self, feat: Tensor, context: Context | None) -> Tensor:
+        """(B,T,F) -> pictures (B,T,3,S,S), as `decode`."""
+        return self.picture(self.decode(feat, context)).unflatten(0, feat.shape[:2])
+
     def _conditioned(self, feat: Tensor, context: Context | None) -> Tensor:
         """(B*T, F), or (B*T, 2F) with the difference from the context frame's feature, because copying depends on both."""
         if context is not None and self.copies:

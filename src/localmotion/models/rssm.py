@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from localmotion.config import WorldModelConfig
 from localmotion.models.distributions import categorical_entropy, categorical_kl, gumbel, straight_through
 
 
@@ -21,6 +22,10 @@ class RSSMState(NamedTuple):
     logits: Tensor
     stoch: Tensor
     deter: Tensor
+
+    def starts(self) -> RSSMState:
+        """Where imagination starts: states (B, T, ...) -> (B*T, ...), without gradient."""
+        return RSSMState(*(x.detach().flatten(0, 1) for x in self))
 
 
 def _linear(inputs: int, outputs: int) -> nn.Linear:
@@ -116,6 +121,22 @@ class RSSM(nn.Module):
         self.gru_norm = nn.LayerNorm(3 * deter, eps=1e-3)
         self.prior_in, self.prior_out = _linear(deter, hidden), _linear(hidden, flat)
         self.post_in, self.post_out = _linear(deter + embed_dim, hidden), _linear(hidden, flat)
+
+    @classmethod
+    def configured(
+        cls, world: WorldModelConfig, *, embed_dim: int, action_dim: int, action_pad: int | None = None, action_free: bool = False
+    ) -> RSSM:
+        """Build with the sizes of a method's settings."""
+        return cls(
+            embed_dim=embed_dim,
+            action_dim=action_dim,
+            deter=world.deter,
+            hidden=world.hidden,
+            stoch=world.stoch,
+            classes=world.classes,
+            action_pad=action_pad,
+            action_free=action_free,
+        )
 
     @property
     def feat_dim(self) -> int:
@@ -256,3 +277,8 @@ class RSSM(nn.Module):
             state = self.img_step(state, action(state) if callable(action) else action[:, t], sample, generator)
             out.append(state)
         return RSSMState(*(torch.stack(x, 1) for x in zip(*out, strict=True)))
+
+    def open_loop(self, post: RSSMState, action: Tensor) -> Tensor:
+        """Features (B, C+H, F) of posterior states (B, C, ...) and of the prior that continues the last one along actions (B, H, A)."""
+        prior = self.imagine(RSSMState(*(x[:, -1] for x in post)), action)
+        return torch.cat([self.feat(post), self.feat(prior)], 1)
