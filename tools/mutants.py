@@ -40,7 +40,7 @@ RESULTS = Path("runs/mutants.json")
 KEYS = {"what", "file", "old", "new", "tests", "equivalent"}
 # Modules that most tests load and that are safe to fork: no GPU, no graphics, no threads. Missing modules are skipped.
 PRELOAD = (
-    "pytest,numpy,yaml,torch,torch._dynamo,cv2,hypothesis,jaxtyping,beartype,einops,safetensors.torch,rich.console"
+    "pytest,numpy,yaml,torch,torch._dynamo,cv2,hypothesis,jaxtyping,beartype,safetensors.torch,rich.console"
     ",scipy.stats,sklearn.manifold,matplotlib.pyplot,av"
 )
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")

@@ -16,9 +16,6 @@ from localmotion.runs.rundir import versions
 EXTRAS = {
     "perception: SEA-RAFT": ("ptlflow", "see docs/perception.md"),
     "perception: Grounding DINO + SAM": ("transformers", "pip install 'localmotion[perception]'"),
-    "tracking: tensorboard": ("tensorboard", "pip install 'localmotion[tracking]'"),
-    "tracking: wandb": ("wandb", "pip install 'localmotion[tracking]'"),
-    "hub": ("huggingface_hub", "pip install 'localmotion[hub]'"),
 }
 
 

@@ -34,7 +34,7 @@ SMALLEST_SIDE = 128
 """Below this side the correlation pyramid of the RAFT family has a level of one pixel, and the network fails or returns NaN."""
 PTLFLOW_INSTALL = (
     "pip install --no-deps ptlflow==0.4.2 && "
-    "pip install 'lightning>=2.1,<2.7' 'jsonargparse>=4.35,<5' 'loguru<0.8' requests 'timm>=1.0,<1.1' "
+    "pip install 'lightning>=2.1,<2.7' 'jsonargparse>=4.35,<5' 'loguru<0.8' requests 'timm>=1.0,<1.1' einops "
     f"'{matching_torchvision()}'"
 )
 """The packages that ptlflow imports. Its own pins would replace our OpenCV by opencv-python < 4.14 in the same folder."""
