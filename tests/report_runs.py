@@ -67,7 +67,7 @@ def pretrain_run(path: Path, updates: int = 2000, seed: int = 0, media: bool = T
                 "kind": "pretrain",
                 "update": update,
                 "wall": update * 0.41,
-                "loss/mae": 0.3 + decay + rng.normal(0, 0.02),
+                "loss/masked": 0.3 + decay + rng.normal(0, 0.02),
                 "loss/image": 300 + 2500 * decay,
                 "loss/kl": 4 + 8 * decay + rng.normal(0, 0.1),
                 "grad_norm": 3 + rng.random(),
@@ -82,11 +82,11 @@ def pretrain_run(path: Path, updates: int = 2000, seed: int = 0, media: bool = T
                 {
                     "kind": "heldout",
                     "update": update,
-                    "mae/model": 0.2 + 0.3 * decay,
-                    "mae/zero": 1.0,
-                    "mae/frame_mean": 0.61,
-                    "mae/nearest_time": 0.48,
-                    "mae/ratio_best": (0.2 + 0.3 * decay) / 0.48,
+                    "masked/model": 0.2 + 0.3 * decay,
+                    "masked/zero": 1.0,
+                    "masked/frame_mean": 0.61,
+                    "masked/nearest_time": 0.48,
+                    "masked/ratio_best": (0.2 + 0.3 * decay) / 0.48,
                     "psnr/motion": 27.1 - 8 * decay,
                     "psnr/zero_motion": 24.0 - 6 * decay,
                     "psnr/last_frame": 22.2,
@@ -115,7 +115,7 @@ def pretrain_run(path: Path, updates: int = 2000, seed: int = 0, media: bool = T
     patches = (patches * rng.uniform(0.05, 2, (12, 1, 1, 1))).astype(np.float32)
     masked = patches * (np.arange(12) % 2)[:, None, None, None]
     rebuilt = (patches * 0.85 + rng.normal(0, 0.06, patches.shape)).astype(np.float32)
-    np.savez(path / "media/mae_heldout.npz", truth=patches, masked=masked.astype(np.float32), reconstruction=rebuilt)
+    np.savez(path / "media/masked_heldout.npz", truth=patches, masked=masked.astype(np.float32), reconstruction=rebuilt)
     centres = np.array([[0, 0], [7, 1], [2, 7], [9, 9]])
     xy = (np.repeat(centres, 40, axis=0) + rng.normal(0, 1.1, (160, 2))).astype(np.float32)
     label = np.repeat(np.array(["pushing", "lifting", "turning", "walking"]), 40)

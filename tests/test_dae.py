@@ -20,7 +20,7 @@ from localmotion.models.dae import (
     Motion,
     atomic_actions,
     crop_patches,
-    mae_loss,
+    masked_loss,
     random_mask,
 )
 from property_examples import examples
@@ -170,13 +170,13 @@ def test_equation_16_inter_attention_stays_in_its_part() -> None:
     assert changed.tolist() == [False, True, False]
 
 
-def test_equation_5_mae_loss_is_mean_squared_patch_error_over_masked() -> None:
+def test_equation_5_masked_loss_is_mean_squared_patch_error_over_masked() -> None:
     truth, rebuilt = torch.zeros(1, 2, 2, 2, 2, 2), torch.zeros(1, 2, 2, 2, 2, 2)
     rebuilt[0, 0, 0], rebuilt[0, 1, 1], rebuilt[0, 0, 1] = 1.0, 2.0, 9.0
     masked = torch.tensor([[[True, False], [False, True]]])
     # two masked patches of 8 numbers: (8 * 1 + 8 * 4) / 2; the unmasked error of 9 does not count
-    assert mae_loss(rebuilt, truth, masked).item() == pytest.approx(20.0)
-    assert mae_loss(rebuilt, truth, torch.zeros_like(masked)).item() == 0.0
+    assert masked_loss(rebuilt, truth, masked).item() == pytest.approx(20.0)
+    assert masked_loss(rebuilt, truth, torch.zeros_like(masked)).item() == 0.0
 
 
 @pytest.mark.parametrize("config", [SMALL, LITERAL, SEVERAL, PLACED], ids=["default", "literal", "three [MAT]", "placed"])
@@ -305,7 +305,7 @@ def test_one_batched_pass_equals_two(config: DAEConfig) -> None:
     agg, _, loss = model(motion, episode, torch.Generator().manual_seed(3))
     masked = random_mask(motion.visible, config.mask_ratio, torch.Generator().manual_seed(3))
     torch.testing.assert_close(agg, model.encode(motion, episode)[0])
-    torch.testing.assert_close(loss, mae_loss(model.reconstruct(motion, masked, episode), motion.patches, masked))
+    torch.testing.assert_close(loss, masked_loss(model.reconstruct(motion, masked, episode), motion.patches, masked))
 
 
 def test_masked_content_never_reaches_the_reconstruction() -> None:

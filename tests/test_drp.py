@@ -14,7 +14,7 @@ from localmotion.errors import ConfigError
 from localmotion.evaluation.heldout import open_loop_errors, reconstruction_errors, trivial_reconstructions
 from localmotion.methods.base import check_scales, total
 from localmotion.methods.drp import DRP
-from localmotion.models.dae import Motion, atomic_actions, mae_loss, random_mask
+from localmotion.models.dae import Motion, atomic_actions, masked_loss, random_mask
 from localmotion.runs.settings import compose
 from localmotion.training.update import Updater
 from method_batches import ACTIONS, CPU, groups_of, make_batch
@@ -32,7 +32,7 @@ def test_equation_06_latent_dynamics_loss_is_image_plus_weighted_kl() -> None:
     losses, _ = method.pretrain_losses(make_batch())
     scales = method.loss_scales("pretrain")
     check_scales(losses, scales)
-    assert scales == {"mae": 1.0, "image": 1.0, "kl": 1.0}
+    assert scales == {"masked": 1.0, "image": 1.0, "kl": 1.0}
     # the dynamics loss reaches the DAE ("its gradient flows into [MAT]"); with joint_gradient off it does not
     mat = method.motion.encoder.mat
     (grad,) = torch.autograd.grad(losses["image"] + losses["kl"], mat, retain_graph=True)
@@ -72,7 +72,7 @@ def test_equation_07_and_08_fine_tuning_keeps_the_pretraining_objectives(equatio
     torch.manual_seed(3)
     got, _, _ = fine.eval().world_model_losses({**batch, "reward": torch.zeros(2, 8)})
     if equation == "07":
-        torch.testing.assert_close(got["mae"], expected["mae"])
+        torch.testing.assert_close(got["masked"], expected["masked"])
     else:
         torch.testing.assert_close(got["latent_kl"], expected["kl"])
 
@@ -185,7 +185,7 @@ def test_pretraining_reduces_its_losses_on_one_batch() -> None:
     for _ in range(60):
         last = updater.learn(batch)
     assert last["loss/image"] < 0.8 * first["loss/image"]
-    assert last["loss/mae"] < first["loss/mae"]
+    assert last["loss/masked"] < first["loss/masked"]
 
 
 def test_open_loop_prediction_sees_no_future_picture() -> None:
@@ -244,7 +244,7 @@ def test_heldout_figures_are_consistent() -> None:
     assert found is not None
     motion = atomic_actions(batch["flow"], batch["tracks"], batch["visible"], batch["track_id"], method.config.dae)
     masked = random_mask(motion.visible, method.config.dae.mask_ratio, torch.Generator().manual_seed(0))
-    torch.testing.assert_close(found[0]["zero"], mae_loss(torch.zeros_like(motion.patches), motion.patches, masked))
+    torch.testing.assert_close(found[0]["zero"], masked_loss(torch.zeros_like(motion.patches), motion.patches, masked))
     scores, pictures = open_loop_errors(method, batch, context=3)
     assert scores["psnr/last_frame"].shape == (5,)
     assert set(pictures) == {"truth", "last_frame", "motion", "zero_motion"}
@@ -275,7 +275,7 @@ def test_a_variant_learns_acts_and_predicts(variant: str) -> None:
     losses, _, _ = method.world_model_losses(batch)
     scales = method.loss_scales("finetune")
     check_scales(losses, scales)
-    assert ("mae" in losses) == ("global flow" not in variant)
+    assert ("masked" in losses) == ("global flow" not in variant)
     total(losses, scales).backward()
     for group in groups_of(method, run, True):
         if group.name not in ("actor", "critic"):

@@ -72,7 +72,7 @@ def saved_run(path: Path, stage: str, method: str = "drp") -> Path:
     out.status("finished", update=1)
     for i in range(3):
         out.log("eval", env_step=i, return_mean=1.0, episodes=2)
-        out.log("heldout" if stage == "pretrain" else "train", update=i, env_step=i, **{"loss/mae": 0.5, "seconds/update": 0.1})
+        out.log("heldout" if stage == "pretrain" else "train", update=i, env_step=i, **{"loss/masked": 0.5, "seconds/update": 0.1})
     kept: dict[str, Any] = {"stage": stage, "metrics_offset": out.metrics_offset()}
     if stage != "pretrain":
         generator = np.random.default_rng(0).bit_generator.state
@@ -616,12 +616,12 @@ def test_an_array_that_claims_more_than_it_holds_is_refused(shape: tuple[int, ..
 
 
 def test_a_zip_bomb_is_refused_by_what_it_says(tmp_path: Path) -> None:
-    with zipfile.ZipFile(tmp_path / "mae_x.npz", "w", zipfile.ZIP_DEFLATED) as archive, archive.open("truth.npy", "w") as part:
+    with zipfile.ZipFile(tmp_path / "masked_x.npz", "w", zipfile.ZIP_DEFLATED) as archive, archive.open("truth.npy", "w") as part:
         part.write(npy((media.MAX_ARRAYS,)))
         for _ in range(257):
             part.write(bytes(1 << 20))
-    assert (tmp_path / "mae_x.npz").stat().st_size < 1 << 20
-    refused(media.MediaError, "more than a report reads", lambda: media.masked_patches(tmp_path / "mae_x.npz", "run"))
+    assert (tmp_path / "masked_x.npz").stat().st_size < 1 << 20
+    refused(media.MediaError, "more than a report reads", lambda: media.masked_patches(tmp_path / "masked_x.npz", "run"))
 
 
 def test_names_from_files_do_not_run_on_the_page(copied: Callable[[str], Path]) -> None:

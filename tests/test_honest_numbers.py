@@ -300,12 +300,12 @@ def test_the_ratio_is_to_the_best_predictor_over_all_masked_tokens(best: str) ->
     for name in ("zero", "frame_mean", "nearest_time"):
         parts = [written_out(motion, masked, trivial_reconstructions(motion, masked)[name]) for motion, masked in batches]
         means[name] = sum(x for x, _ in parts) / sum(n for _, n in parts)
-        assert found[f"mae/{name}"] == pytest.approx(means[name], rel=1e-5)
-        assert found[f"mae/ratio_{name}"] == pytest.approx(model / means[name], rel=1e-4)
+        assert found[f"masked/{name}"] == pytest.approx(means[name], rel=1e-5)
+        assert found[f"masked/ratio_{name}"] == pytest.approx(model / means[name], rel=1e-4)
     assert min(means, key=lambda name: means[name]) == best
-    assert found["mae/model"] == pytest.approx(model, rel=1e-5)
-    assert found["mae/ratio_best"] == pytest.approx(model / means[best], rel=1e-4)
-    assert found["mae/ratio_best"] == max(value for name, value in found.items() if "/ratio_" in name)
+    assert found["masked/model"] == pytest.approx(model, rel=1e-5)
+    assert found["masked/ratio_best"] == pytest.approx(model / means[best], rel=1e-4)
+    assert found["masked/ratio_best"] == max(value for name, value in found.items() if "/ratio_" in name)
 
 
 def test_trivial_predictors_see_neither_what_is_masked_nor_what_is_not_visible() -> None:

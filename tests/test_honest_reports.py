@@ -416,9 +416,9 @@ def test_the_page_shows_the_numbers_that_the_run_wrote(tmp_path: Path) -> None:
 
     pre = read_run(report_runs.pretrain_run(tmp_path / "pre", media=False))
     line = pre.lines["heldout"][-1]
-    assert line["mae/ratio_best"] == line["mae/model"] / 0.48
+    assert line["masked/ratio_best"] == line["masked/model"] / 0.48
     _, tiles = build._heldout(results.Gathered([pre]))
-    assert tiles[0][0] == f"{line['mae/ratio_best']:.2f}"
+    assert tiles[0][0] == f"{line['masked/ratio_best']:.2f}"
     assert tiles[1][0] == f"{line['psnr/motion']:.1f} dB"
     assert f"{line['psnr/zero_motion']:.1f}" in tiles[1][1]
 

@@ -8,6 +8,7 @@ import json
 import math
 import pickle
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -189,8 +190,24 @@ def test_a_full_report_shows_everything(tmp_path: Path) -> None:
     # The held-out ratio is model over the best trivial predictor (nearest time, 0.48).
     line = read_run(runs[0]).last("heldout")
     assert line is not None
-    assert f"{line['mae/model'] / 0.48:.2f}" in said
+    assert f"{line['masked/model'] / 0.48:.2f}" in said
     assert not list(tmp_path.glob("**/*.tmp"))
+
+
+def test_a_run_of_an_earlier_version_is_shown_as_a_run_of_today(tmp_path: Path) -> None:
+    """Masked autoencoding was called "mae" in metrics.jsonl and in RUN/media."""
+    today, former = (pretrain_run(tmp_path / version / "pre") for version in ("today", "former"))
+    metrics = former / "metrics.jsonl"
+    written = metrics.read_text()
+    metrics.write_text(written.replace('"loss/masked"', '"loss/mae"').replace('"masked/', '"mae/'))
+    (former / "media/masked_heldout.npz").rename(former / "media/mae_heldout.npz")
+    assert metrics.read_text() != written
+    assert read_run(former).lines == read_run(today).lines
+    said = report([former], tmp_path / "former.html").read_text()
+    assert said == report([today], tmp_path / "today.html").read_text().replace(str(today), str(former))
+    # A run that was resumed since has both files; the older one is out of date.
+    shutil.copy(former / "media/mae_heldout.npz", former / "media/masked_heldout.npz")
+    assert [path.name for path in read_run(former).media("masked_*.npz")] == ["masked_heldout.npz"]
 
 
 def test_reports_of_the_same_runs_are_equal_bytes(tmp_path: Path) -> None:
@@ -239,9 +256,9 @@ def test_damaged_media_are_told_and_never_unpickled(tmp_path: Path, monkeypatch:
     np.savez(folder / "openloop_context.npz", truth=clip, prediction=clip, context=np.array([1, 2]))
     np.savez(folder / "openloop_lacks.npz", truth=clip)
     np.savez(folder / "openloop_trap.npz", truth=np.array([Trap()], dtype=object), prediction=clip, context=2)
-    (folder / "mae_text.npz").write_text("not a zip")
-    (folder / "mae_trap.npz").write_bytes(pickle.dumps(Trap()))
-    np.savez(folder / "mae_nan.npz", **{k: np.full((2, 4, 4, 2), np.nan) for k in ("truth", "masked", "reconstruction")})
+    (folder / "masked_text.npz").write_text("not a zip")
+    (folder / "masked_trap.npz").write_bytes(pickle.dumps(Trap()))
+    np.savez(folder / "masked_nan.npz", **{k: np.full((2, 4, 4, 2), np.nan) for k in ("truth", "masked", "reconstruction")})
     np.savez(folder / "embedding_object.npz", xy=np.zeros((1, 2)), label=np.array([b"x"]))
     np.savez(folder / "embedding_length.npz", xy=np.zeros((3, 2)), label=np.array(["x"]))
     np.savez(folder / "flow_empty.npz", magnitudes=np.array([math.nan]))
@@ -257,9 +274,9 @@ def test_damaged_media_are_told_and_never_unpickled(tmp_path: Path, monkeypatch:
         "openloop_context.npz: context must",
         "openloop_lacks.npz: lacks prediction, context",
         "openloop_trap.npz: cannot be read (Object arrays",
-        "mae_text.npz: cannot be read",
-        "mae_trap.npz: cannot be read",
-        "mae_nan.npz: truth and reconstruction must be finite",
+        "masked_text.npz: cannot be read",
+        "masked_trap.npz: cannot be read",
+        "masked_nan.npz: truth and reconstruction must be finite",
         "embedding_object.npz: needs labels",
         "embedding_length.npz: an emb",
         "flow_empty.npz: has no finite",
@@ -347,9 +364,9 @@ field = st.sampled_from(
         "seconds/update",
         "seconds/all",
         "flow/p50",
-        "mae/model",
-        "mae/zero",
-        "mae/ratio_best",
+        "masked/model",
+        "masked/zero",
+        "masked/ratio_best",
         "psnr/motion",
         "psnr/motion_horizon",
         "ssim/motion",

@@ -61,7 +61,7 @@ def test_pretraining_writes_a_run_that_describes_itself(pretrained: Path) -> Non
     assert kinds.count("pretrain") == 4
     assert kinds.count("heldout") == 2
     last = [row for row in lines(pretrained) if row["kind"] == "heldout"][-1]
-    assert last["mae/ratio_best"] > 0
+    assert last["masked/ratio_best"] > 0
     assert len(last["psnr/motion_horizon"]) == 3
     environment = json.loads((pretrained / "environment.json").read_text())
     assert environment["versions"]["torch"] == version("torch")  # without "+cu130", which torch.__version__ has

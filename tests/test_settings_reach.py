@@ -186,7 +186,7 @@ def difference(one: Doing, two: Doing) -> set[str]:
 # --- what each setting of a method is for -----------------------------------------------------------------------------
 
 # Names of parts with * as in file names; "!" stands before what the setting has to change, the others it may change.
-FREE = "!code !loss.mae !loss.recompose !loss.*kl !predicted.* loss.* acting exploring"  # the code of motion: all that is read from it
+FREE = "!code !loss.masked !loss.recompose !loss.*kl !predicted.* loss.* acting exploring"  # the code of motion: all that is read from it
 HEADS = "!size.reward* !size.behaviour.actor !size.behaviour.*critic"
 STATE = "!size.image.decoder !size.latent !size.dynamics !size.adapter !size.bonus " + HEADS
 RETURNS = "!loss.actor !loss.critic"
@@ -196,13 +196,13 @@ UPSTREAM = "!step.image.encoder step.motion !step.latent !step.dynamics !step.ad
 REACH: dict[str, str] = {
     "motion_encoder": "!size.motion",
     "dae.patch": "!size.motion",
-    "dae.mask_ratio": "!loss.mae",
+    "dae.mask_ratio": "!loss.masked",
     "dae.blocks": "!size.motion",
     "dae.dim": "!size.motion !size.latent",
     "dae.attention_norm": "!size.motion",
     "dae.mlp_ratio": "!size.motion",
     "dae.decoder_blocks": "!size.motion",
-    "dae.decoder_causal": "!loss.mae",
+    "dae.decoder_causal": "!loss.masked",
     "dae.max_length": "!size.motion",
     "dae.agg_dim": "!size.motion !size.latent",
     "dae.mats": "!size.motion !size.latent",

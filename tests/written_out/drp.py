@@ -24,7 +24,7 @@ def deconstruct(
     numbers = noise.uniform((len(batch["is_first"]), batch["is_first"].shape[1] * model.dae.keypoints))
     rebuilds = model.recompose_weight > 0
     agg, losses = motion.recompose(weights, batch, numbers, model.dae, from_code=rebuilds)
-    scales = {"mae": 1.0, **({"recompose": model.recompose_weight} if rebuilds else {})}
+    scales = {"masked": 1.0, **({"recompose": model.recompose_weight} if rebuilds else {})}
     return agg if model.joint_gradient else agg.detach(), losses, scales
 
 

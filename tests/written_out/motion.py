@@ -216,7 +216,7 @@ def recompose(
         agg = linear(encoder, "project", agg)
     hidden = hidden_set(motion.seen, noise, dae.mask_ratio)
     rows = encode(encoder, motion, motion.seen & ~hidden, dae)
-    losses = {"mae": patch_error(rebuild(under(weights, "decoder"), encoder, rows, motion, hidden, dae), motion.patch, hidden)}
+    losses = {"masked": patch_error(rebuild(under(weights, "decoder"), encoder, rows, motion, hidden, dae), motion.patch, hidden)}
     if from_code:
         place = two_layers(encoder, "coord_embed", motion.where)
         known = torch.cat([agg[:, :, None].expand(*place.shape[:3], agg.shape[-1]), place], -1)

@@ -12,7 +12,7 @@ from torch import Tensor
 from localmotion.compute import Compute
 from localmotion.evaluation.metrics import psnr, ssim
 from localmotion.methods.base import Batch, Method, images
-from localmotion.models.dae import Motion, mae_loss
+from localmotion.models.dae import Motion, masked_loss
 from localmotion.video.sample import WindowSampler
 
 CONTEXT_FRAMES = 5
@@ -57,9 +57,9 @@ def reconstruction_errors(
     if found is None:
         return None
     motion, masked, rebuilt = found
-    errors = {"model": mae_loss(rebuilt, motion.patches, masked), "count": masked.sum()}
+    errors = {"model": masked_loss(rebuilt, motion.patches, masked), "count": masked.sum()}
     for name, guess in trivial_reconstructions(motion, masked).items():
-        errors[name] = mae_loss(guess, motion.patches, masked)
+        errors[name] = masked_loss(guess, motion.patches, masked)
     energy = motion.patches.square().flatten(-3).sum(-1).masked_fill(~masked, -1.0).flatten()  # (B T K,)
     best = energy.topk(min(64, energy.numel())).indices[::4]  # (M,), every fourth of the patches with most motion
     best = best[energy[best] > 0]
@@ -135,15 +135,15 @@ def _measure_heldout(
                 np.savez_compressed(media / "openloop_heldout.npz", allow_pickle=False, **arrays)
             if found:
                 truth, rebuilt = (x.cpu().numpy() for x in found[1].values())
-                np.savez_compressed(media / "mae_heldout.npz", truth=truth, masked=np.zeros_like(truth), reconstruction=rebuilt)
+                np.savez_compressed(media / "masked_heldout.npz", truth=truth, masked=np.zeros_like(truth), reconstruction=rebuilt)
     method.train()
     result: dict[str, Any] = {}
     if weight:
         means = {name: value / weight for name, value in sums.items()}
         trivial = {name: value for name, value in means.items() if name != "model"}
-        result = {f"mae/{name}": value for name, value in means.items()}
-        result["mae/ratio_best"] = means["model"] / min(trivial.values())
-        result |= {f"mae/ratio_{name}": means["model"] / value for name, value in trivial.items()}
+        result = {f"masked/{name}": value for name, value in means.items()}
+        result["masked/ratio_best"] = means["model"] / min(trivial.values())
+        result |= {f"masked/ratio_{name}": means["model"] / value for name, value in trivial.items()}
     for name, values in scores.items():
         horizon = torch.stack(values).mean(0)
         result[name] = float(horizon.mean())

@@ -156,20 +156,20 @@ class DRP(Method):
     def pretrain_losses(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         truth = self.image.pixels(batch["image"])
         embed, context = self.image.encode(truth, batch["image"])
-        agg, mae = self._recompose(batch)
+        agg, motion_losses = self._recompose(batch)
         post, prior_logits = self.latent.observe(embed, agg, batch["is_first"])
         (image,) = self.image.losses([self.latent.feat(post)], context, truth)
         kl, metrics = kl_loss(post.logits, prior_logits, balance=self.config.world.kl_balance)
         metrics = {**{f"latent/{key}": value for key, value in metrics.items()}, "agg/std": agg.detach().float().std()}
-        return {**mae, "image": image, "kl": kl}, metrics
+        return {**motion_losses, "image": image, "kl": kl}, metrics
 
     def _recompose(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """a^agg (B,T,d), and the loss "mae" of Eq. 5 / 7, which a code of the whole field does not have."""
+        """a^agg (B,T,d), and the losses of the motion module: "masked" (Eqs. 5, 7), which a code of the whole field does not have."""
         if isinstance(self.motion, GlobalFlow):
             return self.motion(batch["flow"]), {}
         motion = self._atomic_actions(batch)
-        agg, _, mae = self.motion(motion, batch["is_first"].cumsum(1))
-        losses = {"mae": mae}
+        agg, _, masked = self.motion(motion, batch["is_first"].cumsum(1))
+        losses = {"masked": masked}
         if self.config.recompose_weight:
             losses["recompose"] = self.motion.loss_from_code(agg, motion)
         return agg if self.config.joint_gradient else agg.detach(), losses
@@ -183,7 +183,7 @@ class DRP(Method):
         config, truth, is_first = self.config, self.image.pixels(batch["image"]), batch["is_first"]
         # Deconstruct (7), recompose (8)
         embed, context = self.image.encode(truth, batch["image"], erase=config.context_erasing)
-        agg, mae = self._recompose(batch)
+        agg, motion_losses = self._recompose(batch)
         latent, latent_prior = self.latent.observe(embed, agg, is_first)
         latent_feat = self.latent.feat(latent)  # (B, T, F)
         latent_kl, _ = kl_loss(latent.logits, latent_prior, balance=config.world.kl_balance)
@@ -200,7 +200,7 @@ class DRP(Method):
         behavioural = self.reward(feat).squeeze(-1)  # (B, T)
         representative = self.reward_representative(feat).squeeze(-1)  # (B, T)
         losses = {
-            **mae,
+            **motion_losses,
             "latent_image": latent_image,
             "latent_kl": latent_kl,
             "image": image,
@@ -215,13 +215,13 @@ class DRP(Method):
 
     def loss_scales(self, stage: str) -> dict[str, float]:
         config, world = self.config, self.config.world
-        mae = {} if isinstance(self.motion, GlobalFlow) else {"mae": 1.0}
-        if mae and config.recompose_weight:
-            mae["recompose"] = config.recompose_weight
+        motion_scales = {} if isinstance(self.motion, GlobalFlow) else {"masked": 1.0}
+        if motion_scales and config.recompose_weight:
+            motion_scales["recompose"] = config.recompose_weight
         if stage == "pretrain":
-            return {**mae, "image": world.image_weight, "kl": config.beta_z}
+            return {**motion_scales, "image": world.image_weight, "kl": config.beta_z}
         return {
-            **mae,
+            **motion_scales,
             "latent_image": world.image_weight,
             "latent_kl": config.beta_z if config.beta_z_finetune is None else config.beta_z_finetune,
             "image": world.image_weight,

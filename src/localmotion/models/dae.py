@@ -34,7 +34,7 @@ class DAEConfig:
     patch: int = 16
     """Local optical flow patch size P, pixels of the 64x64 frame."""
     mask_ratio: float = 0.5
-    """MAE mask ratio rho."""
+    """Mask ratio rho of the masked autoencoding."""
     blocks: int = 6
     """Number of Dual Attention Blocks L."""
     dim: int = 256
@@ -395,7 +395,7 @@ class MotionDecoder(nn.Module):
 
 
 class MaskedMotion(nn.Module):
-    """DAE and its reconstruction decoder together: a^agg of the full motion and the MAE loss in one batched pass (Eq. 5)."""
+    """DAE and its reconstruction decoder together: a^agg of the full motion and the masked autoencoding loss in one batched pass (Eq. 5)."""
 
     def __init__(self, config: DAEConfig, *, from_code: bool = False) -> None:
         super().__init__()
@@ -412,7 +412,7 @@ class MaskedMotion(nn.Module):
         where = self.encoder.coord_embed(motion.coords)  # (B, T, K, d)
         code = agg.unsqueeze(2).expand(*where.shape[:-1], -1).to(where.dtype)
         rebuilt = self.code_decoder(torch.cat([code, where], -1)).view(motion.patches.shape)
-        return mae_loss(rebuilt, motion.patches, motion.visible)
+        return masked_loss(rebuilt, motion.patches, motion.visible)
 
     def encode(self, motion: Motion, episode: Tensor) -> tuple[Tensor, Tensor]:
         """a^agg (B,T,code_dim) and local representations of all visible tokens, nothing masked."""
@@ -434,7 +434,7 @@ class MaskedMotion(nn.Module):
         return encoder.split(encoder.out_norm(z))
 
     def forward(self, motion: Motion, episode: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """a^agg (B,T,code_dim) of the unmasked motion, local representations (B,T,K,d), and the MAE loss (scalar, Eq. 5).
+        """a^agg (B,T,code_dim) of the unmasked motion, local representations (B,T,K,d), and the masked autoencoding loss (scalar, Eq. 5).
 
         The masked and the unmasked pass are one batch of 2B in the encoder.
         """
@@ -449,11 +449,11 @@ class MaskedMotion(nn.Module):
         full_mat, hidden_mat = z_mat.chunk(2)
         full_local, hidden_local = local.chunk(2)
         rebuilt = self.decoder(self.encoder, hidden_mat, hidden_local, motion, masked, episode)
-        loss = mae_loss(rebuilt, motion.patches, masked)
+        loss = masked_loss(rebuilt, motion.patches, masked)
         return self.encoder.project(full_mat), full_local, loss
 
 
-def mae_loss(rebuilt: Tensor, patches: Tensor, masked: Tensor) -> Tensor:
+def masked_loss(rebuilt: Tensor, patches: Tensor, masked: Tensor) -> Tensor:
     """Eq. 5: mean over the masked set M of the squared error of the whole patch. Zero if nothing is masked."""
     error = (rebuilt.float() - patches.float()).square().flatten(-3).sum(-1)  # (B, T, K)
     weight = masked.to(error.dtype)

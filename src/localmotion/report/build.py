@@ -60,9 +60,9 @@ def _heldout(report: Gathered) -> tuple[list[Block], list[tuple[str, str]]]:
             report.missing.append(f"{run.name} has no held-out figures yet.")
             continue
         errors = {
-            k.removeprefix("mae/"): v
+            k.removeprefix("masked/"): v
             for k in line
-            if k.startswith("mae/") and not k.startswith("mae/ratio") and (v := number(line, k)) is not None
+            if k.startswith("masked/") and not k.startswith("masked/ratio") and (v := number(line, k)) is not None
         }
         model = errors.pop("model", None)
         ratios = {_TRIVIAL.get(k, k): model / v for k, v in errors.items() if model is not None and v > 0}
@@ -154,7 +154,7 @@ def _losses(report: Gathered, runs: Sequence[RunData], kind: str, what: str) -> 
     losses = [k for k in keys if k.startswith("loss/")]
     other = [k for k in keys if k not in losses and k not in _COUNTERS and not k.startswith(("seconds/", "flow/"))]
     held = sorted({k for run in runs for k in run.keys("heldout") if "/" in k}) if kind == "pretrain" else []
-    held = [k for k in held if k in ("mae/ratio_best", *(f"psnr/{name}" for name in _PREDICTORS if name != "zero_motion"))]
+    held = [k for k in held if k in ("masked/ratio_best", *(f"psnr/{name}" for name in _PREDICTORS if name != "zero_motion"))]
     return [
         *figure(losses[:12], f"Losses of {what}."),
         *figure(held, "Held-out figures over training.", "heldout"),
@@ -283,8 +283,8 @@ def report(run_dirs: Sequence[str | Path], out: str | Path) -> Path:
         ),
         (
             "Masked reconstruction",
-            data.each(data.runs, "mae_*.npz", lambda p, r: media.masked_patches(p, r.name)),
-            "No run saved masked-reconstruction examples (media/mae_*.npz).",
+            data.each(data.runs, "masked_*.npz", lambda p, r: media.masked_patches(p, r.name)),
+            "No run saved masked-reconstruction examples (media/masked_*.npz).",
         ),
         (
             "Embedding of the motion code",

@@ -1,7 +1,7 @@
 """Files in RUN/media, checked and turned into blocks of the page.
 
     openloop_*.npz   truth, prediction (N, T, H, W, 3) uint8, context int; any prediction_<name> of the same shape
-    mae_*.npz        truth, masked, reconstruction (M, P, P, 2) float: flow patches
+    masked_*.npz     truth, masked, reconstruction (M, P, P, 2) float: flow patches
     embedding_*.npz  xy (n, 2) float, labels (or label) (n,) strings, title; optional angle (n,) radians
     flow_*.npz       magnitudes (n,) float, name
     atomic_*.png     Atomic Actions drawn on clips

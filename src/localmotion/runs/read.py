@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -33,6 +34,12 @@ MAX_LINE = 1 << 20
 """Longest line of metrics.jsonl that is read, in bytes."""
 Floats = NDArray[np.float64]
 Line = dict[str, Any]
+
+_ERRORS = ("model", "zero", "frame_mean", "nearest_time", "ratio_best", "ratio_zero", "ratio_frame_mean", "ratio_nearest_time")
+FORMER_KEYS = {"loss/mae": "loss/masked", **{f"mae/{name}": f"masked/{name}" for name in _ERRORS}}
+"""Names of metrics in runs of earlier versions, and their names today. A run that was resumed may have lines of both."""
+FORMER_MEDIA = {"mae_heldout.npz": "masked_heldout.npz"}
+"""The same for files of RUN/media."""
 
 
 @dataclass(frozen=True)
@@ -142,9 +149,16 @@ class RunData:
         return total
 
     def media(self, pattern: str) -> list[Path]:
-        """Files of RUN/media that match a glob pattern, sorted by name."""
+        """Files of RUN/media that match a glob pattern, sorted by name.
+
+        A file that an earlier version named differently (`FORMER_MEDIA`) matches as well, unless the run has it under today's name.
+        """
         folder = self.path / "media"
-        return sorted(p for p in folder.glob(pattern) if p.is_file()) if folder.is_dir() else []
+        found = {p.name: p for p in folder.glob(pattern) if p.is_file()} if folder.is_dir() else {}
+        for former, name in FORMER_MEDIA.items():
+            if fnmatch(name, pattern) and name not in found and (folder / former).is_file():
+                found[name] = folder / former
+        return [found[name] for name in sorted(found)]
 
 
 def superseded_by_none(xs: Floats) -> NDArray[np.bool_]:
@@ -224,6 +238,7 @@ def _read_lines(path: Path, notices: list[str]) -> tuple[dict[str, list[Line]], 
             if line is None:
                 bad += 1
             else:
+                line = {FORMER_KEYS.get(key, key): value for key, value in line.items()}
                 lines.setdefault(line["kind"], []).append(line)
     if bad:
         notices.append(f"metrics.jsonl has {bad} unreadable line{'s' * (bad > 1)}, left out (a killed run leaves one).")
