@@ -72,7 +72,9 @@ def saved_run(path: Path, stage: str, method: str = "drp") -> Path:
     out.status("finished", update=1)
     for i in range(3):
         out.log("eval", env_step=i, return_mean=1.0, episodes=2)
-        out.log("heldout" if stage == "pretrain" else "train", update=i, env_step=i, **{"loss/masked": 0.5, "seconds/update": 0.1})
+        out.log(
+            "heldout" if stage == "pretrain" else "train", update=i, env_step=i, **{"loss/masked": 0.5, "seconds/update": 0.1}
+        )
     kept: dict[str, Any] = {"stage": stage, "metrics_offset": out.metrics_offset()}
     if stage != "pretrain":
         generator = np.random.default_rng(0).bit_generator.state

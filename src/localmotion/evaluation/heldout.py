@@ -135,7 +135,9 @@ def _measure_heldout(
                 np.savez_compressed(media / "openloop_heldout.npz", allow_pickle=False, **arrays)
             if found:
                 truth, rebuilt = (x.cpu().numpy() for x in found[1].values())
-                np.savez_compressed(media / "masked_heldout.npz", truth=truth, masked=np.zeros_like(truth), reconstruction=rebuilt)
+                np.savez_compressed(
+                    media / "masked_heldout.npz", truth=truth, masked=np.zeros_like(truth), reconstruction=rebuilt
+                )
     method.train()
     result: dict[str, Any] = {}
     if weight:

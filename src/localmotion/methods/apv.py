@@ -1,18 +1,20 @@
-"""APV: an action-free world model pre-trained on videos, stacked under an action-conditioned one, explored with a video-based bonus.
+"""APV: an action-free world model is pre-trained on videos; then one with actions is stacked on it. A video-based bonus explores.
 
-Paper: "Reinforcement Learning with Action-Free Pre-Training from Videos", arXiv 2203.13880. IPV (methods/ipv.py) adds context and a second
-reward head to it; IPV's baseline "plain WM" is this method with `encoder=resnet` and `beta_z=1`.
+Paper: "Reinforcement Learning with Action-Free Pre-Training from Videos", arXiv 2203.13880. IPV (methods/ipv.py) adds a context frame and
+a second reward head. IPV's baseline "plain WM" is this method with `world.encoder=resnet` and `beta_z=1`.
 
     pre-training    q(z_t | z_{t-1}, o_t), no action; image from z_t, KL weighed by beta_z
-    fine-tuning     phi_t = feat(z_t) is what the action-conditioned model observes: q(s_t | s_{t-1}, a_{t-1}, phi_t);
+    fine-tuning     the action-conditioned model observes phi_t = feat(z_t): q(s_t | s_{t-1}, a_{t-1}, phi_t);
                     E[ -ln p(o_t | s_t) - ln p(r_t + lambda r_int_t | s_t) + beta_z KL_z + beta_s KL_s ]
 
-Where paper and released code differ, the paper is the default and the code a setting: `beta_z_finetune` (the release weighs KL_z with 0).
-Two things of the release are left out: its weight decay multiplies every variable by 1 - 1e-6 at every update instead of entering Adam as
-the family's L2 term does here, and its pre-training loader draws the ends of episodes more often, which a store of videos has no use for.
-Its DMC pre-training block (a narrower model, KL weight 1, 1 free nat) cannot be loaded by its own fine-tuning and is no preset.
+Where paper and released code differ, the default is the paper's and a setting gives the code's: `beta_z_finetune` (0 in the release).
+Two details of the release are left out. Its weight decay multiplies every variable by 1 - 1e-6 at every update; here weight decay is an
+L2 term in Adam's gradient. Its pre-training loader draws the ends of episodes more often; a store of videos has no episodes.
+There is no preset of its DMC pre-training block (a narrower model, KL weight 1, 1 free nat), because its own fine-tuning cannot load
+the result.
 
-Shapes: B sequences, T positions, E embedding, F features of z or s, A actions.
+Shapes: B sequences, T positions, E embedding, S categoricals, C classes, F features of z or s, A actions.
+A state of a model is (B, T, S, C) logits, (B, T, S, C) sample and (B, T, D) deter.
 """
 
 from __future__ import annotations
@@ -54,13 +56,13 @@ class APVConfig:
     world: WorldModelConfig = field(default_factory=lambda: WorldModelConfig(encoder="cnn", context=False))
     behaviour: BehaviourConfig = field(default_factory=BehaviourConfig)
     embed_input: bool = False
-    """The posterior of s sees [e, phi], the image embedding too, instead of phi: on for DMC, off for Meta-World."""
+    """The posterior of s observes the image embedding and phi, [e, phi], instead of phi: on for DMC, off for Meta-World."""
     action_pad: int = 50
-    """Columns of both models' action input; those beyond the actions are zero, in the action-free model all of them."""
+    """Columns of both models' action input. Columns beyond the actions are zero; in the action-free model all are."""
     beta_z: float = 0.1
     """KL weight of the action-free model in pre-training; 1 in IPV's plain WM."""
     beta_z_finetune: float = 0.1
-    """The same in fine-tuning, where the paper's objective keeps it; 0 as in the released code."""
+    """KL weight of the action-free model in fine-tuning: 0.1 as in the paper's objective, 0 in the released code."""
     beta_s: float = 1.0
     """KL weight of the action-conditioned model."""
     intrinsic_weight: float = 1.0
@@ -77,14 +79,14 @@ class APV(Method):
     Config = APVConfig
     stages = FROM_VIDEO
     transfers = same("image", "latent")
-    # All of what was pre-trained learns at the full rate. On two CPU cores the plain CNN is the slowest encoder there is: `small` and
-    # `debug` have the residual one, as DreamerV2's.
+    # Pre-trained parts learn at the full rate. `small`, `tiny` and `debug` have the residual encoder, as in DreamerV2, because the plain
+    # CNN is the slowest encoder on a CPU.
     PRESETS = presets(
         paper={"online": {"pretrained_lr_factor": 1.0}},
         world={"encoder": "resnet", "context": False},
         online={"pretrained_lr_factor": 1.0},
     )
-    # The random exploration on DMC is counted in agent steps: 1000, of 2 env steps.
+    # On DMC, APV plays 1000 random agent steps first, each of 2 env steps.
     SUITES = {suite: {"model": {"embed_input": True}, "online": {"prefill": 2_000}} for suite in DMC_SUITES}
 
     def __init__(self, config: APVConfig, *, image_size: int, action_dim: int | None) -> None:
@@ -110,26 +112,28 @@ class APV(Method):
     # 1. Pre-training on videos ------------------------------------------------------------------------------------------------
 
     def pretrain_losses(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """-ln p(o_t | z_t) and KL_z of video segments."""
+        """-ln p(o_t | z_t) and KL_z on video segments."""
         return stacked.video_losses(self.image, self.latent, batch, balance=self.config.world.kl_balance)
 
     # 2. Fine-tuning in the environment ----------------------------------------------------------------------------------------
 
     def world_model_losses(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor], RSSMState]:
-        config, truth, is_first = self.config, self.image.pixels(batch["image"]), batch["is_first"]
+        """Losses of the objective above, metrics, and the posterior states (B*T, ...) of s."""
+        config, is_first = self.config, batch["is_first"]
         balance, free = config.world.kl_balance, config.free_nats
-        embed, context = self.image.encode(truth, batch["image"])
-        latent, latent_prior = self.latent.observe(embed, None, is_first)
+        truth = self.image.pixels(batch["image"])  # (B*T, ...)
+        embed, context = self.image.encode(truth, batch["image"])  # (B, T, E)
+        latent, latent_prior = self.latent.observe(embed, None, is_first)  # state, (B, T, S, C)
         phi = self.latent.feat(latent)  # (B, T, F)
         latent_kl, latent_metrics = kl_loss(latent.logits, latent_prior, balance=balance, free=free)
-        # Nothing is stopped: the losses of s reach z's model and the encoder through phi
+        # No gradient is stopped: through phi the losses of s also train z's model and the encoder.
         observed = stacked.observed(embed, phi, config.embed_input)  # (B, T, F), or (B, T, E + F)
-        state, prior = self.dynamics.observe(observed, batch["action"], is_first)
+        state, prior = self.dynamics.observe(observed, batch["action"], is_first)  # state, (B, T, S, C)
         feat = self.dynamics.feat(state)  # (B, T, F)
         kl, metrics = kl_loss(state.logits, prior, balance=balance, free=free)
         bonus = self.bonus(phi.detach().float(), is_first)  # (B, T - 4): where a window of 5 fits
-        target = batch["reward"][:, : bonus.shape[1]] + config.intrinsic_weight * bonus
-        reward = self.reward(feat[:, : bonus.shape[1]]).squeeze(-1).float()
+        target = batch["reward"][:, : bonus.shape[1]] + config.intrinsic_weight * bonus  # (B, T - 4)
+        reward = self.reward(feat[:, : bonus.shape[1]]).squeeze(-1).float()  # (B, T - 4)
         losses = {
             "image": self.image.losses([feat], context, truth)[0],
             "kl": kl,
@@ -175,7 +179,7 @@ class APV(Method):
         return stacked.initial(self.latent, self.dynamics, batch_size)
 
     def act(self, obs: Batch, carry: Carry, *, explore: bool, window: int = 0) -> tuple[Tensor, Carry]:
-        """One agent step; latents are sampled, in evaluation too."""
+        """One agent step. Latents are sampled, also in evaluation."""
         is_first, embed = obs["is_first"][:, 0], self.image.embed(obs["image"])
         latent = self.latent.obs_step(carry.latent, None, embed, is_first)
         observed = stacked.observed(embed, self.latent.feat(latent), self.config.embed_input)
@@ -184,12 +188,12 @@ class APV(Method):
         return action, Carry(latent, state, action)
 
     def open_loop(self, batch: Batch, context: int) -> dict[str, Tensor]:
-        """Prior rolled out after ``context`` frames: of z from nothing but those frames, once fine-tuned of s with the real actions."""
+        """Prior rolled out after ``context`` frames: of z, or after fine-tuning of s with the real actions."""
         if not self.acts:
             return {"prior": stacked.open_loop(self.image, self.latent, batch, context)}
-        # The decoder has since learned to read s.
+        # Fine-tuning has trained the decoder to read s.
         return {"action": stacked.open_loop(self.image, self.latent, batch, context, self.dynamics, self.config.embed_input)}
 
     def motion_code(self, batch: Batch) -> Tensor:
-        """Feature of z, (B,T,F): the code of a clip that the probes compare with a^agg."""
+        """Features of z, (B,T,F). The probes compare them with DRP's a^agg."""
         return stacked.video_code(self.image, self.latent, batch)

@@ -1,7 +1,12 @@
-"""DreamerV2: a world model learned from scratch in the environment, the baseline without pre-training and without motion.
+"""DreamerV2: a world model learned from scratch in the environment. The baseline without pre-training and without motion.
 
-Paper: "Mastering Atari with Discrete World Models" (arXiv 2010.02193), with the settings that IPV's experiments give it for continuous
-control (plain CNN, one RSSM, no intrinsic bonus, no context, no representative head; IPV's release).
+Paper: "Mastering Atari with Discrete World Models" (arXiv 2010.02193). Settings for continuous control: those of the baseline in IPV's
+release (thuml/ContextWM): plain CNN, one RSSM, no intrinsic bonus, no context, no representative reward head.
+
+    E[ -ln p(o_t | s_t) - ln p(r_t | s_t) + beta KL[q(s_t | s_{t-1}, a_{t-1}, o_t) || p(s_t | s_{t-1}, a_{t-1})] ]
+
+Shapes: B sequences, T positions, E embedding, S categoricals, C classes, F features, A actions.
+A state is (B, T, S, C) logits, (B, T, S, C) sample and (B, T, D) deter.
 """
 
 from __future__ import annotations
@@ -73,12 +78,13 @@ class DreamerV2(Method):
     # 1. Learning --------------------------------------------------------------------------------------------------------------
 
     def world_model_losses(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor], RSSMState]:
-        truth = self.image.pixels(batch["image"])
-        embed, context = self.image.encode(truth, batch["image"])
-        state, prior = self.dynamics.observe(embed, batch["action"], batch["is_first"])
+        """Losses of the objective above, metrics, and the posterior states (B*T, ...)."""
+        truth = self.image.pixels(batch["image"])  # (B*T, ...)
+        embed, context = self.image.encode(truth, batch["image"])  # (B, T, E)
+        state, prior = self.dynamics.observe(embed, batch["action"], batch["is_first"])  # state, (B, T, S, C)
         feat = self.dynamics.feat(state)  # (B, T, F)
         kl, metrics = kl_loss(state.logits, prior, balance=self.config.world.kl_balance, free=self.config.free_nats)
-        reward = self.reward(feat).squeeze(-1).float()
+        reward = self.reward(feat).squeeze(-1).float()  # (B, T)
         losses = {
             "image": self.image.losses([feat], context, truth)[0],
             "kl": kl,

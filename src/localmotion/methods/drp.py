@@ -8,17 +8,20 @@ arXiv 2607.00808; equation numbers are the paper's. Where it is silent it says i
     fine-tuning     the same two (Eqs. 7, 8), Adapter(z) -> action-specific dynamics s (Eq. 3) -> image, reward, KL (Eqs. 4, 9),
                     actor and critic in imagination over s (Eqs. 10-12)
 
-Open choices, each a setting, with the reason:
+The paper leaves these choices open:
 
-* `joint_gradient`: the dynamics loss reaches [MAT] and the DAE, as 4.3 says that it "enriches" them; off trains the DAE by Eq. 5 only.
-* `context`: Eq. 4 conditions the decoder on a context frame, Eq. 2 does not print it; on by default in both, as in IPV.
-* `embed_input`: Eq. 3 gives the posterior of s only Adapter(z); IPV adds the image embedding on DMC. Off: the equation. On: IPV.
-* one decoder reconstructs from z and from s (both equations write p_theta), in one batched call.
-* `motion_encoder`: Atomic Actions; "global" is the paper's ablation, one code of the whole flow field (Fig. 5b).
-* `adapter`: the paper says only that an MLP is worse (Fig. 13); attention over the parts of z by default (see models/adapters.py).
-* "Slowly fine-tuned" (4.4) has no number: the DAE and the latent dynamics learn `online.pretrained_lr_factor` slower.
+* `joint_gradient`: the latent dynamics loss also trains [MAT] and the DAE, because section 4.3 says that it "enriches" them. Off: only
+  Eq. 5 trains the DAE.
+* `world.context`: Eq. 4 conditions the decoder on a context frame; Eq. 2 does not show one. On by default for both, as in IPV.
+* `embed_input`: the posterior of s observes Adapter(z) alone (Eq. 3). On: it also observes the image embedding, as IPV does on DMC.
+* One decoder reconstructs from z and from s, because both equations write p_theta. It decodes both in one batched call.
+* `motion_encoder`: Atomic Actions. "global" is the paper's ablation, one code of the whole flow field (Fig. 5b).
+* `adapter`: the paper says only that an MLP is worse (Fig. 13). The default attends over the parts of z (models/adapters.py).
+* "Slowly fine-tuned" (section 4.4) has no number: `online.pretrained_lr_factor` multiplies the learning rate of the DAE and of the
+  latent dynamics.
 
-Shapes: B sequences, T positions, K parts, F features of z or s, A actions.
+Shapes: B sequences, T positions, K parts, P patch side, M width of a^agg, E embedding, S categoricals, C classes,
+F features of z or s, A actions. A state of a model is (B, T, S, C) logits, (B, T, S, C) sample and (B, T, D) deter.
 """
 
 from __future__ import annotations
@@ -66,18 +69,18 @@ class DRPConfig:
     world: WorldModelConfig = field(default_factory=WorldModelConfig)
     behaviour: BehaviourConfig = field(default_factory=BehaviourConfig)
     adapter: Literal["attention", "mlp", "linear"] = "attention"
-    """How z reaches the action-specific dynamics; mlp is the ablation of Fig. 13."""
+    """Module between z and the action-specific dynamics; mlp is the ablation of Fig. 13."""
     embed_input: bool = False
-    """Give the posterior of s the image embedding too (IPV on DMC); off is Eq. 3."""
+    """The posterior of s also observes the image embedding (IPV on DMC). Off: Eq. 3."""
     joint_gradient: bool = True
     """The latent dynamics loss trains [MAT] and the DAE."""
     recompose_weight: float = 0.0
-    """Weight of a loss that is not in the paper: all patches rebuilt from a^agg and their coordinates alone. Without it [MAT] learns
-    only what helps to draw the next frame (studies/probes)."""
+    """Weight of a loss that is not in the paper: it rebuilds all patches from a^agg and their coordinates alone. Without it [MAT]
+    learns only what helps to draw the next frame (studies/probes)."""
     beta_z: float = 1.0
     """KL weight beta_z of the latent dynamics (Table 5)."""
     beta_z_finetune: float | None = None
-    """The same in fine-tuning; None: `beta_z`, the paper has one for both. IPV's released code takes 0 here."""
+    """KL weight of the latent dynamics in fine-tuning; None: `beta_z`, as in the paper. IPV's released code uses 0."""
     beta_s: float = 1.0
     """Action-conditional KL weight beta_s (Table 5)."""
     beta_r: float = 1.0
@@ -87,13 +90,13 @@ class DRPConfig:
     free_nats: float = 0.0
     """Free nats of the action-conditional KL: 0 Meta-World, 1 DMC (IPV's release)."""
     context_erasing: bool = False
-    """Random erasing on the context frame while fine-tuning (IPV's release: Meta-World, but for drawer-open)."""
+    """Random erasing on the context frame in fine-tuning (IPV's release: on for Meta-World except drawer-open)."""
 
 
 class Carry(NamedTuple):
     """What acting keeps between agent steps."""
 
-    motion: DAECache | None  # nothing where each frame's flow is coded by itself
+    motion: DAECache | None  # of the window's Atomic Actions; None for global flow, which encodes each frame separately
     latent: RSSMState  # z
     state: RSSMState  # s
     action: Tensor  # (B, A), the one that leads to the next frame
@@ -108,9 +111,8 @@ class DRP(Method):
     stages = FROM_VIDEO
     wants = MOTION
     transfers = same("motion", "image", "latent")
-    SUITES = {
-        "metaworld:drawer-open": {"model": {"context_erasing": False}}
-    }  # as IPV, which the paper follows where it is silent
+    # As in IPV, which the paper follows where it is silent.
+    SUITES = {"metaworld:drawer-open": {"model": {"context_erasing": False}}}
     PRESETS = presets(
         own={
             "small": {"dae": {"keypoints": 16, "blocks": 2, "dim": 64}},
@@ -154,48 +156,52 @@ class DRP(Method):
     # 1. Pre-training on videos (Algorithm 1) ----------------------------------------------------------------------------------
 
     def pretrain_losses(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        truth = self.image.pixels(batch["image"])
-        embed, context = self.image.encode(truth, batch["image"])
-        agg, motion_losses = self._recompose(batch)
-        post, prior_logits = self.latent.observe(embed, agg, batch["is_first"])
+        """Losses of Eqs. 5 and 6 on video segments."""
+        truth = self.image.pixels(batch["image"])  # (B*T, ...)
+        embed, context = self.image.encode(truth, batch["image"])  # (B, T, E)
+        agg, motion_losses = self._recompose(batch)  # (B, T, M)
+        post, prior_logits = self.latent.observe(embed, agg, batch["is_first"])  # state, (B, T, S, C)
         (image,) = self.image.losses([self.latent.feat(post)], context, truth)
         kl, metrics = kl_loss(post.logits, prior_logits, balance=self.config.world.kl_balance)
         metrics = {**{f"latent/{key}": value for key, value in metrics.items()}, "agg/std": agg.detach().float().std()}
         return {**motion_losses, "image": image, "kl": kl}, metrics
 
     def _recompose(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """a^agg (B,T,d), and the losses of the motion module: "masked" (Eqs. 5, 7), which a code of the whole field does not have."""
+        """a^agg (B,T,M), and the losses of the module `motion`: "masked" (Eqs. 5 and 7) for Atomic Actions, none for global flow."""
         if isinstance(self.motion, GlobalFlow):
             return self.motion(batch["flow"]), {}
-        motion = self._atomic_actions(batch)
-        agg, _, masked = self.motion(motion, batch["is_first"].cumsum(1))
+        atomic = self._atomic_actions(batch)
+        agg, _, masked = self.motion(atomic, batch["is_first"].cumsum(1))
         losses = {"masked": masked}
         if self.config.recompose_weight:
-            losses["recompose"] = self.motion.loss_from_code(agg, motion)
+            losses["recompose"] = self.motion.loss_from_code(agg, atomic)
         return agg if self.config.joint_gradient else agg.detach(), losses
 
     def _atomic_actions(self, batch: Batch) -> Motion:
+        """Atomic Actions of a batch: patches (B,T,K,P,P,2), coordinates (B,T,K,2), visibility and track (B,T,K)."""
         return atomic_actions(batch["flow"], batch["tracks"], batch["visible"], batch["track_id"], self.config.dae)
 
     # 2. Fine-tuning in the environment (Algorithm 2) --------------------------------------------------------------------------
 
     def world_model_losses(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor], RSSMState]:
-        config, truth, is_first = self.config, self.image.pixels(batch["image"]), batch["is_first"]
-        # Deconstruct (7), recompose (8)
-        embed, context = self.image.encode(truth, batch["image"], erase=config.context_erasing)
-        agg, motion_losses = self._recompose(batch)
-        latent, latent_prior = self.latent.observe(embed, agg, is_first)
+        """Losses of Eqs. 7 to 9, metrics, and the posterior states (B*T, ...) of s."""
+        config, is_first = self.config, batch["is_first"]
+        truth = self.image.pixels(batch["image"])  # (B*T, ...)
+        # Deconstruct (Eq. 7), recompose (Eq. 8)
+        embed, context = self.image.encode(truth, batch["image"], erase=config.context_erasing)  # (B, T, E)
+        agg, motion_losses = self._recompose(batch)  # (B, T, M)
+        latent, latent_prior = self.latent.observe(embed, agg, is_first)  # state, (B, T, S, C)
         latent_feat = self.latent.feat(latent)  # (B, T, F)
         latent_kl, _ = kl_loss(latent.logits, latent_prior, balance=config.world.kl_balance)
-        # Action-specific dynamics (9)
-        observed = self.adapter(latent_feat)
+        # Action-specific dynamics (Eq. 9)
+        observed = self.adapter(latent_feat)  # (B, T, F)
         if config.embed_input:
-            observed = torch.cat([embed, observed], -1)
-        state, prior = self.dynamics.observe(observed, batch["action"], is_first)
-        feat = self.dynamics.feat(state)
+            observed = torch.cat([embed, observed], -1)  # (B, T, E + F)
+        state, prior = self.dynamics.observe(observed, batch["action"], is_first)  # state, (B, T, S, C)
+        feat = self.dynamics.feat(state)  # (B, T, F)
         kl, metrics = kl_loss(state.logits, prior, balance=config.world.kl_balance, free=config.free_nats)
-        latent_image, image = self.image.losses([latent_feat, feat], context, truth)  # from z (8) and s (9), one call
-        # Rewards: the representative head learns r on all T, the behavioural one r + lambda r_int where a bonus window fits
+        latent_image, image = self.image.losses([latent_feat, feat], context, truth)  # from z (Eq. 8) and s (Eq. 9), one call
+        # The representative head learns r at all T. The behavioural head learns r + lambda r_int where a bonus window fits.
         bonus = self.bonus(latent_feat.detach().float(), is_first)  # (B, T - 4)
         behavioural = self.reward(feat).squeeze(-1)  # (B, T)
         representative = self.reward_representative(feat).squeeze(-1)  # (B, T)
@@ -238,14 +244,14 @@ class DRP(Method):
     def groups(self, stage: str, rates: Rates) -> list[Group]:
         if stage == "pretrain":
             return [Group("model", list(self.parameters()), rates.lr)]
-        motion: list[nn.Parameter] = []
+        slow: list[nn.Parameter] = []
         new = [*self.image.decoder_parameters()]
-        for name in ("motion", "latent"):  # what a checkpoint was not asked for learns like the rest
-            (motion if rates.loads(name) else new).extend(getattr(self, name).parameters())
+        for name in ("motion", "latent"):  # a part that no checkpoint gives learns at the full rate
+            (slow if rates.loads(name) else new).extend(getattr(self, name).parameters())
         for module in (self.adapter, self.dynamics, self.reward, self.reward_representative):
             new.extend(module.parameters())
         return [
-            *([Group("motion", motion, rates.lr * rates.slow, rates.freeze_updates)] if motion else []),
+            *([Group("motion", slow, rates.lr * rates.slow, rates.freeze_updates)] if slow else []),
             Group("encoder", self.image.encoder_parameters(), rates.lr, rates.freeze_updates if rates.loads("image") else 0),
             Group("model", new, rates.lr),
             *behaviour_groups(self.behaviour, rates),
@@ -267,7 +273,7 @@ class DRP(Method):
         )
 
     def act(self, obs: Batch, carry: Carry, *, explore: bool, window: int = 32) -> tuple[Tensor, Carry]:
-        """One agent step. Only the newest frame's tokens are computed; ``window`` is the training length."""
+        """One agent step. It computes the tokens of the newest frame only; ``window`` is the training length."""
         is_first = obs["is_first"][:, 0]
         agg, cache = self._recompose_step(obs, carry.motion, window)
         embed = self.image.embed(obs["image"])
@@ -280,20 +286,20 @@ class DRP(Method):
         return action, Carry(cache, latent, state, action)
 
     def _recompose_step(self, obs: Batch, cache: DAECache | None, window: int) -> tuple[Tensor, DAECache | None]:
-        """a^agg (B,d) of the newest frame, and what the next step needs."""
+        """a^agg (B,M) of the newest frame, and the cache for the next agent step."""
         if isinstance(self.motion, GlobalFlow):
             return self.motion(obs["flow"])[:, 0], None
         assert cache is not None
         return self.motion.encoder.step(cache, self._atomic_actions(obs), window)
 
     def open_loop(self, batch: Batch, context: int) -> dict[str, Tensor]:
-        """Prior rolled out after ``context`` frames with the real motion (paper Fig. 8) and, apart, with a^agg = 0.
+        """Prior rolled out after ``context`` frames with the real motion (paper, Fig. 8), and a second time with a^agg = 0.
 
-        The second row has no information from the future; the first knows how the tracked points move.
+        "motion" knows how the tracked points move after the context. "zero_motion" has no information from the future.
         """
-        truth = self.image.pixels(batch["image"])
-        embed, maps = self.image.encode(truth, batch["image"], frame=context - 1)  # the last one observed, none from the future
-        agg = self.motion_code(batch)
+        truth = self.image.pixels(batch["image"])  # (B*T, ...)
+        embed, maps = self.image.encode(truth, batch["image"], frame=context - 1)  # the last frame that is observed
+        agg = self.motion_code(batch)  # (B, T, M)
         post, _ = self.latent.observe(embed[:, :context], agg[:, :context], batch["is_first"][:, :context])
         out = {}
         for name, actions in (("motion", agg), ("zero_motion", torch.zeros_like(agg))):
@@ -304,9 +310,9 @@ class DRP(Method):
     def masked_reconstruction(self, batch: Batch, generator: torch.Generator) -> tuple[Motion, Tensor, Tensor] | None:
         if isinstance(self.motion, GlobalFlow):
             return None
-        motion = self._atomic_actions(batch)
-        masked = random_mask(motion.visible, self.config.dae.mask_ratio, generator)
-        return motion, masked, self.motion.reconstruct(motion, masked, batch["is_first"].cumsum(1))
+        atomic = self._atomic_actions(batch)
+        masked = random_mask(atomic.visible, self.config.dae.mask_ratio, generator)  # (B, T, K)
+        return atomic, masked, self.motion.reconstruct(atomic, masked, batch["is_first"].cumsum(1))
 
     def motion_code(self, batch: Batch) -> Tensor:
         if isinstance(self.motion, GlobalFlow):

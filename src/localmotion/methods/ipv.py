@@ -1,22 +1,25 @@
-"""IPV: a contextualised world model pre-trained on in-the-wild videos without actions, then stacked under one with actions.
+"""IPV: a contextualised world model is pre-trained on in-the-wild videos without actions; then one with actions is stacked on it.
 
 Paper: "Pre-training Contextualized World Models with In-the-wild Videos for Reinforcement Learning", arXiv 2305.18499 (the model is also
 called ContextWM; it grew out of APV, arXiv 2203.13880).
 
     pre-training    q(z_t | z_{t-1}, o_t), no action; the image is decoded from z_t and from a context frame c of the same clip
-    fine-tuning     phi_t = feat(z_t) is what the action-conditioned model observes: q(s_t | s_{t-1}, a_{t-1}, phi_t);
+    fine-tuning     the action-conditioned model observes phi_t = feat(z_t): q(s_t | s_{t-1}, a_{t-1}, phi_t);
                     E[ -ln p(o_t | s_t, c) - beta_r ln p'(r_t | s_t) - ln p(r_t + lambda r_int_t | s_t) + beta_z KL_z + beta_s KL_s ]
 
-* The context frame goes through an encoder of its own; the decoder attends to a random quarter of its tokens (models/decoders.py), so that
-  z is left with what changes. The posterior does not see it.
-* Dual reward heads: the representative one (p') learns r and only shapes s, the behavioural one learns r plus the bonus, for the actor.
-* The bonus is how far a window of phi is from its neighbours (models/bonus.py).
+* A separate encoder reads the context frame. The decoder attends to a random quarter of its tokens (models/decoders.py), so z only needs
+  to hold what changes. The posterior does not see the context.
+* There are two reward heads. The representative head (p') learns r and only shapes s. The behavioural head learns r plus the bonus and
+  serves the actor.
+* The bonus is the distance of a window of phi to its nearest neighbours (models/bonus.py).
 
-Where paper and released code differ, the paper is the default and the code a setting: `beta_z_finetune` (the objective has KL_z, the
-release weighs it with 0, which leaves the prior of z as pre-trained and its posterior to the other losses). What changes no result is
-not copied: one update before the weights are loaded, entropy leaking into the critic's target, rewards in half precision.
+Where paper and released code differ, the default is the paper's and a setting gives the code's. `beta_z_finetune`: the paper's objective
+contains KL_z; the release weighs it with 0, so the prior of z stays as pre-trained and only the other losses train its posterior.
+Three details of the release that change no result are left out: one update before the weights are loaded, entropy in the critic's
+target, and rewards in half precision.
 
-Shapes: B sequences, T positions, E embedding, F features of z or s, A actions.
+Shapes: B sequences, T positions, E embedding, S categoricals, C classes, F features of z or s, A actions.
+A state of a model is (B, T, S, C) logits, (B, T, S, C) sample and (B, T, D) deter.
 """
 
 from __future__ import annotations
@@ -58,23 +61,23 @@ class IPVConfig:
     world: WorldModelConfig = field(default_factory=WorldModelConfig)
     behaviour: BehaviourConfig = field(default_factory=BehaviourConfig)
     embed_input: bool = False
-    """The posterior of s sees [e, phi], the image embedding too, instead of phi: on for DMC, off for Meta-World."""
+    """The posterior of s observes the image embedding and phi, [e, phi], instead of phi: on for DMC, off for Meta-World."""
     action_pad: int = 50
-    """Columns of both models' action input; those beyond the actions are zero, in the action-free model all of them."""
+    """Columns of both models' action input. Columns beyond the actions are zero; in the action-free model all are."""
     beta_z: float = 1.0
     """KL weight of the action-free model in pre-training."""
     beta_z_finetune: float = 1.0
-    """The same in fine-tuning: 1 as in the paper's objective; 0 as in the released code."""
+    """KL weight of the action-free model in fine-tuning: 1 in the paper's objective, 0 in the released code."""
     beta_s: float = 1.0
     """KL weight of the action-conditioned model."""
     beta_r: float = 1.0
-    """Weight of the representative reward head; 0 leaves the behavioural head alone (the ablation)."""
+    """Weight of the representative reward head; 0: only the behavioural head learns (the ablation)."""
     intrinsic_weight: float = 1.0
     """Weight lambda of the bonus: 1.0 Meta-World, 0.1 DMC."""
     free_nats: float = 0.0
     """Free nats of both KLs in fine-tuning: 0 Meta-World, 1 DMC."""
     context_erasing: bool = False
-    """Random erasing on the context frame while fine-tuning: Meta-World, but for drawer-open."""
+    """Random erasing on the context frame in fine-tuning: on for Meta-World except drawer-open."""
 
 
 class IPV(Method):
@@ -85,12 +88,12 @@ class IPV(Method):
     Config = IPVConfig
     stages = FROM_VIDEO
     transfers = same("image", "latent")
-    # All of what was pre-trained learns at the full rate; "slowly" is DRP's. 1.2M updates: README of the release.
+    # Pre-trained parts learn at the full rate; only DRP slows them down. 1.2M updates: README of the release.
     PRESETS = presets(
         paper={"pretrain": {"updates": 1_200_000}, "online": {"pretrained_lr_factor": 1.0}}, online={"pretrained_lr_factor": 1.0}
     )
     SUITES = {
-        # IPV counts the random exploration on DMC in agent steps: 1000, of 2 env steps.
+        # On DMC, IPV plays 1000 random agent steps first, each of 2 env steps.
         **{suite: {"model": {"embed_input": True}, "online": {"prefill": 2_000}} for suite in DMC_SUITES},
         "metaworld:drawer-open": {"model": {"context_erasing": False}},
     }
@@ -119,25 +122,27 @@ class IPV(Method):
     # 1. Pre-training on videos ------------------------------------------------------------------------------------------------
 
     def pretrain_losses(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """-ln p(o_t | z_t, c) and KL_z of video segments."""
+        """-ln p(o_t | z_t, c) and KL_z on video segments."""
         return stacked.video_losses(self.image, self.latent, batch, balance=self.config.world.kl_balance)
 
     # 2. Fine-tuning in the environment ----------------------------------------------------------------------------------------
 
     def world_model_losses(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor], RSSMState]:
-        config, truth, is_first = self.config, self.image.pixels(batch["image"]), batch["is_first"]
+        """Losses of the objective above, metrics, and the posterior states (B*T, ...) of s."""
+        config, is_first = self.config, batch["is_first"]
         balance, free = config.world.kl_balance, config.free_nats
-        embed, context = self.image.encode(truth, batch["image"], erase=config.context_erasing)
-        latent, latent_prior = self.latent.observe(embed, None, is_first)
+        truth = self.image.pixels(batch["image"])  # (B*T, ...)
+        embed, context = self.image.encode(truth, batch["image"], erase=config.context_erasing)  # (B, T, E)
+        latent, latent_prior = self.latent.observe(embed, None, is_first)  # state, (B, T, S, C)
         phi = self.latent.feat(latent)  # (B, T, F)
         latent_kl, latent_metrics = kl_loss(latent.logits, latent_prior, balance=balance, free=free)
-        # Nothing is stopped: the losses of s reach z's model and the encoder through phi
+        # No gradient is stopped: through phi the losses of s also train z's model and the encoder.
         observed = stacked.observed(embed, phi, config.embed_input)  # (B, T, F), or (B, T, E + F)
-        state, prior = self.dynamics.observe(observed, batch["action"], is_first)
+        state, prior = self.dynamics.observe(observed, batch["action"], is_first)  # state, (B, T, S, C)
         feat = self.dynamics.feat(state)  # (B, T, F)
         kl, metrics = kl_loss(state.logits, prior, balance=balance, free=free)
         (image,) = self.image.losses([feat], context, truth)
-        # The representative head learns r on all T, the behavioural one r + lambda r_int where a bonus window fits
+        # The representative head learns r at all T. The behavioural head learns r + lambda r_int where a bonus window fits.
         bonus = self.bonus(phi.detach().float(), is_first)  # (B, T - 4)
         behavioural = self.reward(feat).squeeze(-1)  # (B, T)
         representative = self.reward_representative(feat).squeeze(-1)  # (B, T)
@@ -187,7 +192,7 @@ class IPV(Method):
         return stacked.initial(self.latent, self.dynamics, batch_size)
 
     def act(self, obs: Batch, carry: Carry, *, explore: bool, window: int = 0) -> tuple[Tensor, Carry]:
-        """One agent step. Neither context encoder nor decoder is needed; latents are sampled, in evaluation too."""
+        """One agent step. It needs neither context encoder nor decoder. Latents are sampled, also in evaluation."""
         is_first, embed = obs["is_first"][:, 0], self.image.embed(obs["image"])
         latent = self.latent.obs_step(carry.latent, None, embed, is_first)
         observed = stacked.observed(embed, self.latent.feat(latent), self.config.embed_input)
@@ -196,12 +201,12 @@ class IPV(Method):
         return action, Carry(latent, state, action)
 
     def open_loop(self, batch: Batch, context: int) -> dict[str, Tensor]:
-        """Prior rolled out after ``context`` frames: of z from nothing but those frames, once fine-tuned of s with the real actions."""
+        """Prior rolled out after ``context`` frames: of z, or after fine-tuning of s with the real actions."""
         if not self.acts:
             return {"prior": stacked.open_loop(self.image, self.latent, batch, context)}
-        # The decoder has since learned to read s.
+        # Fine-tuning has trained the decoder to read s.
         return {"action": stacked.open_loop(self.image, self.latent, batch, context, self.dynamics, self.config.embed_input)}
 
     def motion_code(self, batch: Batch) -> Tensor:
-        """Feature of z, (B,T,F): the code of a clip that the probes compare with a^agg."""
+        """Features of z, (B,T,F). The probes compare them with DRP's a^agg."""
         return stacked.video_code(self.image, self.latent, batch)

@@ -395,7 +395,7 @@ class MotionDecoder(nn.Module):
 
 
 class MaskedMotion(nn.Module):
-    """DAE and its reconstruction decoder together: a^agg of the full motion and the masked autoencoding loss in one batched pass (Eq. 5)."""
+    """The DAE and its reconstruction decoder: a^agg of the full motion and the masked autoencoding loss (Eq. 5) in one batched pass."""
 
     def __init__(self, config: DAEConfig, *, from_code: bool = False) -> None:
         super().__init__()
