@@ -1,7 +1,7 @@
-"""The registry of methods: name -> module and class. Nothing else in the code asks for a method by name.
+"""The registry of methods: name -> module and class. No other code mentions a method's name.
 
-A method outside the package comes in by the entry point of an installed package, by ``--plugin`` of the command line (`plug_in`), or by
-`register`. A file that is read names a method only; it cannot make us import one that is not known by that name already.
+A method outside the package is added by the entry point of an installed package, by ``--plugin`` on the command line (`plug_in`), or
+by `register`. A file that is read can only name a method; it cannot cause the import of one that is not registered.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ def names() -> list[str]:
 
 
 def register(name: str, module: str, cls: str) -> None:
-    """Add a method of your own: class ``cls`` of ``module``, imported when it is first asked for.
+    """Register your own method: class ``cls`` of ``module``, which is imported on first use.
 
-    After this the name works wherever a method's name does, in this process: `compose`, `pretrain`, `finetune`, `localmotion.cli.main`.
-    Raises ConfigError for a name that another class has.
+    In this process every function that takes a method's name then accepts it: `compose`, `pretrain`, `finetune`, `localmotion.cli.main`.
+    Raises ConfigError if another class has the name.
     """
     if _METHODS.setdefault(name, (module, cls)) != (module, cls):
         raise ConfigError(f"method {name!r} is {'.'.join(_METHODS[name])}; register {module}.{cls} by another name")

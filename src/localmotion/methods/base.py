@@ -1,14 +1,14 @@
-"""What a method is to the training loops: one class, these members. A method file reads from first to last line.
+"""The interface between a method and the training loops: one class with the members below.
 
-Batches follow the house time convention (docs/decisions/0001), legend B sequences, T positions, S side, N tracks, A actions:
+Batches follow the time convention of docs/decisions/0001. B sequences, T positions, S side, N tracks, V vector, A actions:
 
-    image (B,T,S,S,3) uint8      is_first (B,T) bool         vector (B,T,V) float32           (where the run observes vectors)
+    image (B,T,S,S,3) uint8      is_first (B,T) bool         vector (B,T,V) float32           (if the run observes vectors)
     action (B,T,A) float32       reward (B,T) float32       is_terminal (B,T) bool            (from a replay or logged episodes)
-    flow (B,T,S,S,2) float16     tracks (B,T,N,2) float32   visible (B,T,N) bool   track_id (B,T,N) int32   (where wanted)
-    mask (B,T,S,S) bool                                                               (logged episodes, where wanted)
+    flow (B,T,S,S,2) float16     tracks (B,T,N,2) float32   visible (B,T,N) bool   track_id (B,T,N) int32   (if the method wants them)
+    mask (B,T,S,S) bool                                                               (logged episodes, if the method wants it)
 
-`is_first` is true at the start of every sequence, and online also within one where an episode shorter than T ended (docs/decisions/0011):
-nothing may be carried, averaged or bootstrapped across it. Action and motion are zero there.
+`is_first` is true at the start of every sequence. In a replay it is also true within a sequence, where a new episode follows one shorter
+than T (docs/decisions/0011). Nothing may be carried, averaged or bootstrapped across it. Action and motion are zero there.
 """
 
 from __future__ import annotations
@@ -30,31 +30,31 @@ Batch = Mapping[str, Tensor]
 Losses = dict[str, Tensor]
 Metrics = dict[str, Tensor]
 MOTION = frozenset({"flow", "tracks"})
-"""What a method wants that learns from Atomic Actions or flow: then perception runs beside the environment."""
+"""`Method.wants` of a method that learns from Atomic Actions or flow. Perception then runs with the environment."""
 
 
 class Source(Enum):
-    """Where the batches of a stage come from; there is one training loop for each."""
+    """Where the batches of a stage come from. Each source has one training loop."""
 
     CLIPS = "clips"
     """Video segments of a clip store, without actions."""
     LOGGED = "logged"
-    """Sequences of episodes that others played, with actions and rewards, out of a clip store."""
+    """Sequences of recorded episodes in a clip store, with actions and rewards."""
     REPLAY = "replay"
-    """Sequences of the agent's own episodes, which it goes on to play. With a store of logged episodes (``data``) such a stage learns from
-    these: the keys of a batch are the same."""
+    """Sequences of the episodes that the agent plays while it learns. With a store of logged episodes (``data``) such a stage learns from
+    that store instead; the keys of a batch are the same."""
     ROLLOUT = "rollout"
     """The newest steps of the agent, used once."""
 
 
 FROM_VIDEO: Mapping[str, Source] = {"pretrain": Source.CLIPS, "finetune": Source.REPLAY, "train": Source.REPLAY}
-"""Stages of a method that learns from video first; `train` is `finetune` from scratch."""
+"""Stages of a method that learns from video first. `train` is `finetune` without a checkpoint."""
 FROM_SCRATCH: Mapping[str, Source] = {"finetune": Source.REPLAY, "train": Source.REPLAY}
-"""Stages of a method that learns in an environment alone."""
+"""Stages of a method that learns only in an environment."""
 
 
 def same(*names: str) -> dict[str, str]:
-    """`Method.transfers` of child modules that keep their names."""
+    """`Method.transfers` for child modules that keep their names."""
     return {name: name for name in names}
 
 
@@ -66,59 +66,59 @@ class Group:
     parameters: list[nn.Parameter]
     lr: float
     freeze_updates: int = 0
-    """Learning rate is zero for this many first updates (statistics and moments move on, as in IPV's release)."""
+    """The learning rate is zero for this many first updates. Statistics and moments change during them, as in IPV's release."""
     optimizer: str = "adam"
     """Registry name in `training.optimizers`."""
     warmup: int = 0
-    """Over this many first updates the learning rate rises from zero in equal parts."""
+    """The learning rate rises linearly from zero over this many first updates."""
     decay: Literal["linear", "cosine"] = "linear"
-    """How the learning rate falls to zero in the last part of a stage, where the stage's `lr_decay` asks for it."""
+    """How the learning rate falls to zero over the stage's last share `lr_decay`."""
     weight_decay: float | None = None
-    """None: `OptimConfig.weight_decay`. Adam adds it to the gradient; AdamW takes it off the weights, times the learning rate."""
+    """None: `OptimConfig.weight_decay`. Adam adds it to the gradient; AdamW subtracts it from the weights, times the learning rate."""
     agc: float = 0.0
-    """Above 0: each gradient is clipped to this share of its parameter's norm, in place of the clipping of the group's global norm."""
+    """Above 0: each gradient is clipped to this share of its parameter's norm, instead of the group's global norm."""
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Learning rates of a stage, and how the parts of a checkpoint are treated."""
+    """Learning rates of a stage, and how it treats the parts of a checkpoint."""
 
     lr: float
     actor_lr: float = 0.0
     critic_lr: float = 0.0
     slow: float = 1.0
-    """Factor on the rate of what a checkpoint gave and what shall change slowly."""
+    """Factor on the learning rate of parts from a checkpoint that should change slowly."""
     freeze_updates: int = 0
-    """Updates for which what a checkpoint gave is held."""
+    """Number of first updates in which parts from a checkpoint do not change."""
     load: str = ""
-    """Parts that are taken from a checkpoint, with commas; empty: all that the method transfers."""
+    """Names of the parts to take from a checkpoint, separated by commas; empty: all that the method transfers."""
 
     def loads(self, part: str) -> bool:
-        """Whether a checkpoint would give this part."""
+        """Whether this part is one of those to take from a checkpoint."""
         return not self.load or part in (name.strip() for name in self.load.split(","))
 
 
 class Counters(NamedTuple):
-    """Where a run stands, for schedules."""
+    """Progress of a run, for schedules."""
 
     stage: str
     update: int
-    """Updates made."""
+    """Number of updates made."""
     progress: float
-    """Share of the stage that is over, 0 to 1."""
+    """Completed share of the stage, 0 to 1."""
 
 
 class Pass(NamedTuple):
     """One backward pass of an update. The passes of an update run in order."""
 
     losses: Callable[[Batch, Any], tuple[Losses, Metrics, Any]]
-    """(batch, what the pass before handed on or None) -> losses, metrics, and what the next pass gets."""
+    """(batch, third result of the pass before or None) -> losses, metrics, and an object for the next pass."""
     scales: Mapping[str, float]
     """Weight of each loss. The set of losses must equal the set of scales."""
     groups: tuple[str, ...]
-    """Groups that are stepped on this pass; gradients of others are not computed. A group that a run leaves empty may be named."""
+    """Groups that this pass steps. No other gradients are computed. It may name a group that a run leaves empty."""
     every: int = 1
-    """Updates between two of it."""
+    """The pass runs once in this many updates."""
 
 
 class LearnsFromVideo(Protocol):
@@ -136,12 +136,12 @@ class LearnsInImagination(Protocol):
 
 
 def video_pass(method: LearnsFromVideo, scales: Mapping[str, float], groups: tuple[str, ...] = ("model",)) -> tuple[Pass]:
-    """The one pass of a stage on video segments."""
+    """The only pass of a stage that learns from video segments."""
     return (Pass(lambda batch, _: (*method.pretrain_losses(batch), None), scales, groups),)
 
 
 def imagination_passes(method: LearnsInImagination, scales: Mapping[str, float], groups: tuple[str, ...]) -> tuple[Pass, Pass]:
-    """The two passes of a Dreamer: the world model, then actor and critic in the updated model, from the states it hands on.
+    """The two passes of a Dreamer: the world model, then actor and critic in the updated model, from the posterior states.
 
     ``scales`` and ``groups`` are those of the world model. Actor and critic share no parameter, so their losses need no weights.
     """
@@ -152,7 +152,7 @@ def imagination_passes(method: LearnsInImagination, scales: Mapping[str, float],
 
 
 def behaviour_groups(behaviour: ActorCritic, rates: Rates) -> list[Group]:
-    """The groups "actor" and "critic" that `imagination_passes` steps."""
+    """The groups "actor" and "critic", which the second of `imagination_passes` steps."""
     return [
         Group("actor", list(behaviour.actor.parameters()), rates.actor_lr),
         Group("critic", list(behaviour.critic.parameters()), rates.critic_lr),
@@ -160,10 +160,10 @@ def behaviour_groups(behaviour: ActorCritic, rates: Rates) -> list[Group]:
 
 
 def stacked_groups(image: ImageModel, latent: nn.Module, new: Iterable[nn.Module], rates: Rates) -> list[Group]:
-    """The groups of a world model whose encoder and latent model come from videos: "encoder" has these, "model" the decoder and ``new``.
+    """The groups of a fine-tuned world model: "encoder" holds encoder and latent model, "model" holds the decoder and ``new``.
 
-    "encoder" learns at the slow rate, after its frozen updates, if a checkpoint gives the encoder. A latent model that no checkpoint
-    gives is new.
+    If a checkpoint gives the encoder, "encoder" is frozen first and then learns at the slow rate. A latent model that no checkpoint
+    gives belongs to "model".
     """
     encoder, model = image.encoder_parameters(), image.decoder_parameters()
     (encoder if rates.loads("latent") else model).extend(latent.parameters())
@@ -181,36 +181,36 @@ class Method(nn.Module):
     paper: ClassVar[str]
     Config: ClassVar[type]
     PRESETS: ClassVar[dict[str, dict[str, Any]]]
-    """Settings of the presets paper, small and debug; `methods/sizes.py` has what small and debug share."""
+    """Settings of the presets paper, small, tiny and debug. `methods/sizes.py` has the sizes that methods share."""
     SUITES: ClassVar[dict[str, dict[str, Any]]] = {}
-    """What the method's own paper sets for a suite (`dmc`) or an environment (`metaworld:drawer-open`), on top of `config.SUITES`."""
+    """Settings of the method's own paper for a suite (`dmc`) or an environment (`metaworld:drawer-open`), on top of `config.SUITES`."""
     stages: ClassVar[Mapping[str, Source]]
-    """Names of the stages, which are commands, and where their batches come from."""
+    """Names of the stages, which are also commands, and the source of their batches."""
     acts_after: ClassVar[frozenset[str]] = frozenset({"finetune", "train"})
-    """Stages whose result can act. Their models know the number of actions."""
+    """Stages whose result can act. Their models are built with the number of actions."""
     wants: ClassVar[frozenset[str]] = frozenset()
-    """Keys of a batch that the method needs beside pictures, actions and rewards, e.g. `MOTION`."""
+    """Batch keys it needs besides pictures, actions and rewards, e.g. `MOTION`."""
     transfers: ClassVar[Mapping[str, str]] = {}
-    """What a later stage takes over: name of the child module in the checkpoint -> name of the child module that gets its weights."""
+    """Weights that a later stage takes over: name of the child module in the checkpoint -> name of the child module that gets them."""
     extras: ClassVar[Mapping[str, tuple[int, ...]]] = {}
     """Names and shapes of what `act` returns for each agent step besides action and carry, e.g. {"value": ()}. The loop stores them."""
     vectors: ClassVar[bool] = False
-    """Can learn from vectors in place of pictures or beside them; then its Config has ``pixels`` and ``vector_dim``."""
+    """Whether it can learn from vectors, with or without pictures. Its Config then has ``pixels`` and ``vector_dim``."""
 
     @abstractmethod
     def __init__(self, config: Any, *, image_size: int, action_dim: int | None) -> None:
-        """``action_dim`` None builds what learns from video alone, without actor."""
+        """``action_dim`` None: build only the modules that learn from video, without an actor."""
         super().__init__()
         self.image_size = image_size
         self.acts = action_dim is not None
-        """Whether it has an actor: its stage is one of `acts_after`."""
+        """Whether it has an actor, because its stage is one of `acts_after`."""
         self.action_dim = action_dim or 0
         self.compiled = False
-        """Whether parts of it are compiled (`training.compiled`)."""
+        """Whether `training.compiled` has compiled parts of it."""
 
     @classmethod
     def lengths(cls, config: Any, stage: str) -> tuple[int, int | None]:
-        """Shortest and longest sequence T (None: any) that the losses of a stage can take, with the method's settings."""
+        """Minimum and maximum sequence length T (None: no maximum) for the losses of a stage, with the method's settings."""
         return 2, None
 
     # Learning ---------------------------------------------------------------------------------------------------------------
@@ -224,7 +224,7 @@ class Method(nn.Module):
         """Optimisers of a stage. Every trained parameter is in one of them."""
 
     def after_update(self, counters: Counters) -> None:
-        """Called once an update, after all passes: slow copies, schedules. What it changes are buffers and parameters, in place."""
+        """Called once per update, after all passes: slow copies, schedules. It changes only buffers and parameters, in place."""
 
     # Acting -----------------------------------------------------------------------------------------------------------------
 
@@ -250,11 +250,14 @@ class Method(nn.Module):
         raise NotImplementedError(f"{self.name} does not predict video")
 
     def masked_reconstruction(self, batch: Batch, generator: torch.Generator) -> tuple[Motion, Tensor, Tensor] | None:
-        """Atomic Actions of a batch, the masked set (B,T,K), and the patches rebuilt without it; None without masked autoencoding."""
+        """Atomic Actions of a batch, the masked set (B,T,K), and the patches (B,T,K,P,P,2) rebuilt without it.
+
+        None for a method without masked autoencoding.
+        """
         return None
 
     def motion_code(self, batch: Batch) -> Tensor | None:
-        """The method's code of the motion that led to each frame, (B,T,d); None where it has none."""
+        """The method's code of the motion that led to each frame, (B,T,d). None for a method without one."""
         return None
 
     def parameter_counts(self) -> dict[str, int]:
@@ -291,7 +294,7 @@ def images(batch: Batch) -> Tensor:
 
 
 def check_scales(losses: Mapping[str, Tensor], scales: Mapping[str, float]) -> None:
-    """The set of losses must equal the set of loss scales: a forgotten term fails here."""
+    """Raises AssertionError unless the set of losses equals the set of loss scales, so no term is forgotten."""
     if set(losses) != set(scales):
         raise AssertionError(f"losses {sorted(losses)} do not match loss scales {sorted(scales)}")
 

@@ -1,13 +1,16 @@
-"""DreamerV3: a world model learned from scratch in the environment, one set of settings for every domain and scale.
+"""DreamerV3: a world model learned from scratch in the environment, with one set of settings for every domain and scale.
 
-Paper: "Mastering diverse control tasks through world models" (Nature 640, 2025; arXiv 2301.04104). The semantics are those of the current
-reference implementation (danijar/dreamerv3, commit e3f0224), which the paper's text leaves behind in places: block GRU, actor trained by
-REINFORCE on imagined and critic on imagined and replayed trajectories, all in one update by one optimiser.
+Paper: "Mastering diverse control tasks through world models" (Nature 640, 2025; arXiv 2301.04104). This file follows the current
+reference implementation (danijar/dreamerv3, commit e3f0224), which is newer than the paper's text in places: the GRU has blocks, REINFORCE
+trains the actor on imagined trajectories, imagined and replayed trajectories train the critic, and one optimiser makes one update of all.
 
-Where it differs: a training sequence starts from the zero state (the reference stores latents in its replay); the deterministic state is
-kept in fp32 under bf16; actions that leave `act` are clipped to [-1, 1], as the dynamics clips them; adaptive clipping sees the layer of
-the policy's mean and deviation as one tensor, not two. Where NM512/r2dreamer, a PyTorch version, differs from the reference (KL without
-unimix, no discount in the continuation, evaluation by the mean action, first learning rate not zero), this file follows the reference.
+It differs from the reference in four places. A training sequence starts from the zero state; the reference stores latents in its replay.
+The deterministic state is fp32 under bf16. `act` clips actions to [-1, 1], as the dynamics does. Adaptive clipping treats the layer of
+the policy's mean and deviation as one tensor; the reference has two. NM512/r2dreamer, a PyTorch version, differs from the reference in
+the KL (no unimix), the continuation (no discount), evaluation (mean action) and the first learning rate (not zero); this file does not.
+
+Shapes: B sequences, T positions, K the last positions of a sequence, N start states, H imagined steps, S categoricals, C classes, D deter,
+E embedding, F features, A actions. A state is (..., S, C) log-probabilities, (..., S, C) sample and (..., D) deter.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ Size = Literal["size1m", "size12m", "size25m", "size50m", "size100m", "size200m"
 
 
 class Widths(NamedTuple):
-    """What a model size is."""
+    """Widths of a model size."""
 
     deter: int
     hidden: int
@@ -80,23 +83,23 @@ class DreamerV3Config:
     """Settings of DreamerV3. Defaults are the reference's (configs.yaml)."""
 
     size: Size = "size200m"
-    """Model size; the settings deter, hidden, classes, depth and units override its widths one by one."""
+    """Model size. The settings deter, hidden, classes, depth and units each override one of its widths."""
     deter: int | None = None
-    """Deterministic state width; none for the size's own."""
+    """Width of the deterministic state; none: that of the size."""
     hidden: int | None = None
-    """Width of the hidden layers of the dynamics; none for the size's own."""
+    """Width of the hidden layers of the dynamics; none: that of the size."""
     classes: int | None = None
-    """Classes of each categorical latent; none for the size's own."""
+    """Classes of each categorical latent; none: that of the size."""
     depth: int | None = None
-    """Unit of the widths of encoder and decoder stages; none for the size's own."""
+    """Unit of the widths of encoder and decoder stages; none: that of the size."""
     units: int | None = None
-    """Width of the heads' layers; none for the size's own."""
+    """Width of the heads' layers; none: that of the size."""
     stoch: int = 32
     """Number of categorical latents."""
     blocks: int = 8
     """Blocks of the GRU, and of the layer from the state to the decoder's map."""
     stem: Literal["pool", "blocks"] = "pool"
-    """pool: the reference's four stages. blocks: 4x4 pixels become channels in place of the first two, for CPUs."""
+    """pool: the reference's four stages. blocks: 4x4 pixels become channels, which replaces the first two stages; for CPUs."""
     pixels: bool = True
     """Observe pictures."""
     vector_dim: int = 0
@@ -106,7 +109,7 @@ class DreamerV3Config:
     unimix: float = 0.01
     """Share of the uniform distribution in every latent."""
     kl_free: float = 1.0
-    """Free nats of each KL, per position. (Not named as in DreamerV2: what a suite sets there is not meant here.)"""
+    """Free nats of each KL, per position. The name differs from DreamerV2's because suites set that one."""
     horizon: int = 333
     """Discount horizon: the discount is 1 - 1 / horizon."""
     contdisc: bool = True
@@ -114,7 +117,7 @@ class DreamerV3Config:
     imag_length: int = 15
     """Imagined steps."""
     imag_last: int = 0
-    """Imagine from the last so many positions of a sequence; 0 for all."""
+    """Number of last positions of a sequence to imagine from; 0: all."""
     lambda_: float = 0.95
     """lambda of the returns."""
     entropy: float = 3e-4
@@ -122,7 +125,7 @@ class DreamerV3Config:
     slow_reg: float = 1.0
     """Weight of the critic's pull towards the slow critic's prediction."""
     slow_rate: float = 0.02
-    """How far the slow critic moves towards the critic in each update."""
+    """Share of the distance to the critic that the slow critic moves in each update."""
     evaluate_mode: bool = False
     """Evaluate with the policy's mode instead of samples (the reference samples)."""
     agc: float = 0.3
@@ -155,7 +158,7 @@ class DreamerV3(Method):
     stages = FROM_SCRATCH
     vectors = True
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
-        # Reference, block dmc_vision: 16 x 64, one update in 4 env steps (train ratio 256), which is 2 agent steps at action repeat 2.
+        # Reference, block dmc_vision: batches of 16 x 64 and one update in 4 env steps (train ratio 256), 2 agent steps at action repeat 2.
         "paper": {
             "online": {
                 "batch_size": 16,
@@ -263,12 +266,12 @@ class DreamerV3(Method):
 
     def world_model_losses(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor], State]:
         """All losses (the behaviour's too: there is one backward pass), metrics, and the posterior states (B*T, ...)."""
-        embed = self.observations.encode(batch)
-        state, prior = self.dynamics.observe(embed, batch["action"], batch["is_first"])
+        embed = self.observations.encode(batch)  # (B, T, E)
+        state, prior = self.dynamics.observe(embed, batch["action"], batch["is_first"])  # state, (B, T, S, C)
         feat = self.dynamics.feat(state)  # (B, T, F)
-        dyn, rep = kl_losses(state.logits, prior, self.config.kl_free)
-        recon = self.observations.losses(feat, batch)
-        alive = (~batch["is_terminal"]).float()
+        dyn, rep = kl_losses(state.logits, prior, self.config.kl_free)  # (B, T) each
+        recon = self.observations.losses(feat, batch)  # (B, T) each
+        alive = (~batch["is_terminal"]).float()  # (B, T)
         if self.config.contdisc:
             alive = alive * (1 - 1 / self.config.horizon)
         losses = {
@@ -284,10 +287,11 @@ class DreamerV3(Method):
         metrics |= {f"recon/{key}": value.detach().mean() for key, value in recon.items()}
 
         last = self.config.imag_last or feat.shape[1]
-        start = State(*(x.detach()[:, -last:].flatten(0, 1) for x in state))
+        start = State(*(x.detach()[:, -last:].flatten(0, 1) for x in state))  # (N, ...), N = B*K
         behaviour, more, returns = self._actor_critic(self.imagine(start))
         losses |= behaviour
-        losses["repval"] = self._replay_value(feat[:, -last:], batch, returns[0].view(len(feat), -1))
+        imagined = returns[0].view(len(feat), -1)  # (N,) -> (B, K)
+        losses["repval"] = self._replay_value(feat[:, -last:], batch, imagined)
         return losses, metrics | more, start
 
     # 2. Actor and critic ------------------------------------------------------------------------------------------------------
@@ -299,10 +303,10 @@ class DreamerV3(Method):
 
     @torch.no_grad()
     def imagine(self, start: State) -> Imagined:
-        """Roll the policy out in the prior from states (N, ...)."""
+        """Trajectories of the policy in the prior, from states (N, ...)."""
         device = start.deter.device.type
         low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
-        # Written in place and in the precision that every head reads it in: it is the largest tensor of an update.
+        # The features are the largest tensor of an update, so they are written in place, in the precision in which the heads read them.
         feat = start.deter.new_empty(self.config.imag_length + 1, len(start.deter), self.dynamics.feat_dim, dtype=low)
         feat[0] = self.dynamics.feat(start)
         state, actions, weights = start, [], self.dynamics.weights()
@@ -311,7 +315,7 @@ class DreamerV3(Method):
             state = self.dynamics.img_step(state, actions[-1], weights=weights)
             feat[t + 1, :, : self.dynamics.deter] = state.deter
             feat[t + 1, :, self.dynamics.deter :] = state.stoch.flatten(-2)
-        # Older autocast goes on to use the casts of weights that were made here, through which no gradient flows (pytorch/pytorch#165068).
+        # Older versions of autocast keep the casts of weights that were made here without a gradient (pytorch/pytorch#165068).
         torch.clear_autocast_cache()
         return Imagined(feat, torch.stack(actions))
 
@@ -324,19 +328,19 @@ class DreamerV3(Method):
         """
         config, feat = self.config, path.feat
         discount = 1.0 if config.contdisc else 1 - 1 / config.horizon
-        logits = self.critic(feat)
+        logits = self.critic(feat)  # (H+1, N, bins)
         with torch.no_grad():
-            reward = TwoHot(self.reward(feat), self.bins).pred()
-            cont = torch.sigmoid(self.cont(feat).squeeze(-1).float())
-            slow = TwoHot(self.slow_critic(feat[:-1]), self.bins).pred()
-            value = TwoHot(logits, self.bins).pred()
-            weight = (discount * cont).cumprod(0)[:-1] / discount
+            reward = TwoHot(self.reward(feat), self.bins).pred()  # (H+1, N)
+            cont = torch.sigmoid(self.cont(feat).squeeze(-1).float())  # (H+1, N)
+            slow = TwoHot(self.slow_critic(feat[:-1]), self.bins).pred()  # (H, N)
+            value = TwoHot(logits, self.bins).pred()  # (H+1, N)
+            weight = (discount * cont).cumprod(0)[:-1] / discount  # (H, N)
             zero = torch.zeros_like(cont)
             returns = bootstrapped_return(zero, 1 - cont, reward, value, discount=discount, lambda_=config.lambda_)
             low, scale = self.return_range(returns)
-            advantage = (returns - value[:-1]) / scale
+            advantage = (returns - value[:-1]) / scale  # (H, N)
         policy, critic = self.policy(feat[:-1]), TwoHot(logits[:-1], self.bins)
-        entropy = policy.entropy()
+        entropy = policy.entropy()  # (H, N)
         losses = {
             "policy": -(weight * (policy.log_prob(path.action) * advantage + config.entropy * entropy)).mean(),
             "value": (weight * (critic.loss(returns) + config.slow_reg * critic.loss(slow))).mean(),
@@ -355,16 +359,19 @@ class DreamerV3(Method):
         return losses, metrics, returns
 
     def _replay_value(self, feat: Tensor, batch: Batch, imagined: Tensor) -> Tensor:
-        """Critic on replayed trajectories: features (B, K, F) with gradient into the world model, imagined returns (B, K) to bootstrap."""
+        """Loss of the critic on replayed trajectories. Its gradient reaches the world model through the features (B, K, F).
+
+        ``imagined`` (B, K): returns imagined from each position, for bootstrapping.
+        """
         config, count = self.config, feat.shape[1]
-        # What follows is of another episode: short ones stand one after another in a sequence (docs/decisions/0011)
-        last = F.pad(batch["is_first"][:, 1:], (0, 1))[:, -count:].float()
+        # A sequence may hold several short episodes (docs/decisions/0011): the position before a first one is the last of its episode.
+        last = F.pad(batch["is_first"][:, 1:], (0, 1))[:, -count:].float()  # (B, K)
         terminal, reward = batch["is_terminal"][:, -count:].float(), batch["reward"][:, -count:]
-        columns = (last.t(), terminal.t(), reward.t(), imagined.t())
-        returns = bootstrapped_return(*columns, discount=1 - 1 / config.horizon, lambda_=config.lambda_).t()
+        columns = (last.t(), terminal.t(), reward.t(), imagined.t())  # (K, B) each
+        returns = bootstrapped_return(*columns, discount=1 - 1 / config.horizon, lambda_=config.lambda_).t()  # (B, K-1)
         critic = TwoHot(self.critic(feat[:, :-1]), self.bins)
         with torch.no_grad():
-            slow = TwoHot(self.slow_critic(feat[:, :-1]), self.bins).pred()
+            slow = TwoHot(self.slow_critic(feat[:, :-1]), self.bins).pred()  # (B, K-1)
         return ((1 - last[:, :-1]) * (critic.loss(returns) + config.slow_reg * critic.loss(slow))).mean()
 
     # 3. Optimisation ----------------------------------------------------------------------------------------------------------

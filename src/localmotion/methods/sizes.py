@@ -1,6 +1,6 @@
-"""Sizes that the `small`, `tiny` and `debug` presets of every method share: a comparison on two CPU cores then differs in the method alone.
+"""Sizes of the `small`, `tiny` and `debug` presets. All methods share them, so a comparison on two CPU cores differs in the method alone.
 
-`small` and `tiny` are chosen by measurement (docs/performance.md, METHODS.md), `debug` runs in seconds. A method adds what is its own.
+`small` and `tiny` are chosen by measurement (docs/performance.md, METHODS.md); `debug` runs in seconds. A method adds its own settings.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ WORLD: dict[str, dict[str, Any]] = {
         "layers": 2,
     },
 }
-"""`WorldModelConfig` of the method with the most in it; a method without context or with another encoder says so on top."""
+"""Default `WorldModelConfig` of `small`, `tiny` and `debug`. A method overrides the values that differ."""
 
 BEHAVIOUR: dict[str, dict[str, Any]] = {
     "small": {"slow_critic_every": 20},
@@ -62,10 +62,10 @@ BEHAVIOUR: dict[str, dict[str, Any]] = {
 }
 
 RECIPE: dict[str, dict[str, Any]] = {"tiny": {"size": 32, "percept_size": 64}}
-"""Perception of a run that begins without clips: `tiny` sees 32-pixel pictures. With a checkpoint its clips decide."""
+"""Perception recipe of a run without a checkpoint: `tiny` has 32-pixel pictures. A checkpoint brings the recipe of its clips."""
 
 RUN: dict[str, dict[str, Any]] = {"tiny": {"precision": "fp32"}}
-"""Settings of the run. Products this small gain nothing by bf16 (docs/performance.md)."""
+"""Settings of the run. bf16 does not speed up matrix products of this size (docs/performance.md)."""
 
 PRETRAIN: dict[str, dict[str, Any]] = {
     "small": {"updates": 8_000, "lr": 1e-3, "lr_decay": 0.25, "eval_every": 2_000, "save_every": 1_000},
@@ -138,7 +138,7 @@ def presets(
     """PRESETS of a method with the shared sizes.
 
     Args:
-        paper: what `paper` changes in the defaults (nothing, unless several methods share a setting whose default is another's).
+        paper: settings of the preset `paper`, for shared settings whose default is another method's.
         world: `WorldModelConfig` values of `small`, `tiny` and `debug` that differ from the shared ones.
         own: per preset, settings of the method's own parts, beside `world` and `behaviour`.
         pretrain: whether the method has that stage.
