@@ -20,7 +20,7 @@ from localmotion.models.rssm import RSSMState
 
 
 class Dynamics(Protocol):
-    """Interface of a world model for imagination; an `RSSM` has it."""
+    """Interface of a world model for imagination. `RSSM` has it."""
 
     def feat(self, state: RSSMState, /) -> Tensor:
         """Input of actor, critic and reward, (..., F)."""
@@ -33,7 +33,7 @@ class ActorCritic(nn.Module):
     """Actor, critic and slow critic on world-model features.
 
     The actor's gradient flows through the dynamics (reparameterised actions, straight-through latents). The caller must
-    exclude the world model's parameters: ``backward(inputs=actor parameters)`` computes no gradients for them.
+    exclude the world model's parameters: ``backward(inputs=actor parameters)`` computes no gradient for them.
     """
 
     updates: Tensor
@@ -63,7 +63,7 @@ class ActorCritic(nn.Module):
             slow_every,
         )
         self.register_buffer("updates", torch.zeros((), dtype=torch.long))
-        self._updates_seen = -1  # host copy of `updates`, so the update needs no synchronisation
+        self._updates_seen = -1  # copy of `updates` on the host, so no update waits for a GPU
 
     @classmethod
     def configured(cls, feat_dim: int, action_dim: int, world: WorldModelConfig, behaviour: BehaviourConfig) -> ActorCritic:
@@ -94,8 +94,8 @@ class ActorCritic(nn.Module):
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Actor and critic losses from imagined trajectories.
 
-        ``start``: detached states (N, ...). Index i = 0..H; reward(feat) is the behavioural head at state i. As in IPV's release the
-        actor's return starts at i+1, because the reward at state i no longer depends on the action taken there:
+        ``start``: detached states (N, ...). i = 0..H counts imagined states; reward(feat) is the behavioural head at state i. As in
+        IPV's release the actor's return starts at i+1, because the reward at state i does not depend on the action taken there:
 
             G_i = r_i + gamma [(1 - lambda) v_{i+1} + lambda G_{i+1}],  G_H = v_H                                   (Eq. 10)
             critic: mean_i gamma^i 1/2 (v(f_i) - sg G_i)^2, i = 0..H-1                                              (Eq. 11)
@@ -104,17 +104,17 @@ class ActorCritic(nn.Module):
         feats, entropies, state = [rssm.feat(start)], [], start
         for _ in range(self.horizon):
             dist = self.policy(feats[-1].detach())
-            entropies.append(dist.entropy().sum(-1))
+            entropies.append(dist.entropy().sum(-1))  # (N, A) -> (N,)
             state = rssm.img_step(state, dist.rsample())
             feats.append(rssm.feat(state))
         feat = torch.stack(feats)  # (H+1, N, F)
         rewards = reward(feat).float()  # (H+1, N)
-        values = self.slow_critic(feat).squeeze(-1).float()
-        returns = lambda_return(rewards[:-1], values[1:], values[-1], discount=self.discount, lambda_=self.lambda_)
-        weight = (self.discount ** torch.arange(self.horizon, device=feat.device, dtype=torch.float32)).unsqueeze(1)
+        values = self.slow_critic(feat).squeeze(-1).float()  # (H+1, N)
+        returns = lambda_return(rewards[:-1], values[1:], values[-1], discount=self.discount, lambda_=self.lambda_)  # (H, N)
+        weight = (self.discount ** torch.arange(self.horizon, device=feat.device, dtype=torch.float32)).unsqueeze(1)  # (H, 1)
         entropy = torch.stack(entropies).float()  # (H, N)
         actor = -(weight[:-1] * (returns[1:] + self.entropy * entropy[:-1])).mean()
-        value = self.critic(feat[:-1].detach()).squeeze(-1).float()
+        value = self.critic(feat[:-1].detach()).squeeze(-1).float()  # (H, N)
         critic = (weight * 0.5 * (value - returns.detach()).square()).mean()
         metrics = {
             "imagined/reward": rewards.mean().detach(),
@@ -125,7 +125,7 @@ class ActorCritic(nn.Module):
         return {"actor": actor, "critic": critic}, metrics
 
     def after_update(self) -> None:
-        """Count an update; hard copy into the slow critic every `slow_every` updates."""
+        """Count an update. Every `slow_every` updates the slow critic becomes a copy of the critic."""
         if self._updates_seen < 0:
             self._updates_seen = int(self.updates)
         self._updates_seen += 1

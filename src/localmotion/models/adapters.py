@@ -1,4 +1,4 @@
-"""Adapters: modules that pass the latent state z of the pre-trained dynamics to the action-specific dynamics (DRP, Eq. 3 and Fig. 13)."""
+"""Adapters: they pass the latent state z of the pre-trained dynamics to the action-specific dynamics (DRP, Eq. 3 and Fig. 13)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from localmotion.errors import unknown_name
 
 
 class AttentionAdapter(nn.Module):
-    """Learned queries cross-attend to the parts of z (its categoricals and slices of deter); added, gated, to a linear map of z.
+    """Learned queries cross-attend to the parts of z, its categoricals and slices of deter. A gate adds the result to a linear map of z.
 
     The gate starts at zero, so learning starts from the linear map.
     """

@@ -27,37 +27,37 @@ class IntrinsicBonus(nn.Module):
 
     @torch.no_grad()
     def forward(self, feat: Tensor, is_first: Tensor | None = None) -> Tensor:
-        """Bonus (B, T - window + 1) of features (B, T, F); pushes the windows into the queue first, as in IPV's release.
+        """Bonus (B, T - window + 1) of features (B, T, F). The windows enter the queue first, as in IPV's release.
 
-        If ``is_first`` (B, T) starts another episode within a window, the mean is over the positions before it.
+        If ``is_first`` (B, T) starts another episode within a window, the mean is over the positions before that start.
         """
         batch, time, width = feat.shape
-        sums = feat.float().cumsum(1)
+        sums = feat.float().cumsum(1)  # (B, T, F)
         sums = torch.cat([torch.zeros_like(sums[:, :1]), sums], 1)  # (B, T + 1, F)
         if is_first is None:
-            means = (sums[:, self.window :] - sums[:, : -self.window]) / self.window
+            means = (sums[:, self.window :] - sums[:, : -self.window]) / self.window  # (B, T - window + 1, F)
         else:
             same = (~is_first[:, 1:]).unfold(1, self.window - 1, 1)  # (B, T - window + 1, window - 1)
             members = 1 + same.to(torch.uint8).cumprod(-1).sum(-1, keepdim=True)  # (B, T - window + 1, 1)
-            end = torch.arange(time - self.window + 1, device=feat.device)[:, None] + members
+            end = torch.arange(time - self.window + 1, device=feat.device)[:, None] + members  # (B, T - window + 1, 1)
             means = (sums.gather(1, end.expand(-1, -1, width)) - sums[:, : -self.window]) / members
         with torch.autocast(feat.device.type, enabled=False):  # nearby windows differ by less than the resolution of bf16
-            points = means.flatten(0, 1) @ self.projection  # (N, width)
+            points = means.flatten(0, 1) @ self.projection  # (N, width), N = B * (T - window + 1)
         count = min(len(points), len(self.queue))
         self.queue.copy_(torch.cat([points[:count], self.queue[: len(self.queue) - count]]))
         self.filled.add_(count).clamp_(max=len(self.queue))
-        # The product form |x|^2 - 2 x.y + |y|^2 loses digits if there is a common offset, so subtract it first.
-        centre = points.mean(0)
+        # The product form |x|^2 - 2 x.y + |y|^2 loses digits if the points share an offset, so subtract that first.
+        centre = points.mean(0)  # (width,)
         with torch.autocast(feat.device.type, enabled=False):
-            distance = torch.cdist(points - centre, self.queue - centre, compute_mode="use_mm_for_euclid_dist")
+            distance = torch.cdist(points - centre, self.queue - centre, compute_mode="use_mm_for_euclid_dist")  # (N, size)
         empty = torch.arange(len(self.queue), device=feat.device) >= self.filled
         distance = distance.masked_fill(empty, float("inf"))
-        near = distance.topk(self.neighbours, largest=False).values
-        raw = torch.where(near.isinf(), near.new_zeros(()), near).mean(1)
+        near = distance.topk(self.neighbours, largest=False).values  # (N, neighbours)
+        raw = torch.where(near.isinf(), near.new_zeros(()), near).mean(1)  # (N,)
         return self.normalise(raw).view(batch, time - self.window + 1)
 
     def normalise(self, raw: Tensor) -> Tensor:
-        """Divide by the running mean of |raw| (momentum 0.99, starts at 1, updated first)."""
+        """``raw`` divided by the running mean of its size, which starts at 1 and is updated first (momentum 0.99)."""
         self.mean.mul_(0.99).add_(0.01 * raw.abs().mean())
         return raw / (self.mean + 1e-8)
 

@@ -3,14 +3,14 @@
 Paper: "Local Motion Matters" (arXiv 2607.00808), sections 4.2.2 and 9, Eqs. 5 and 13-19. Shapes: B sequences, T positions, K parts,
 P patch side, d token width, M [MAT] tokens (1 in the paper). The first M rows are [MAT], the K rows after them the Atomic Actions.
 
-Open in the paper, with our choices (each is a setting):
+The paper leaves these choices open:
 
-* heads, attention_norm: Eqs. 13-19 show one head and no normalisation in front of attention. `heads=1, attention_norm="none"` is
-  that literal form; the default is 4 heads with pre-LayerNorm, which trains stably at 3e-4 without warm-up.
-* [MAT] counts as a separate part in inter-frame attention (`mat_inter`) and carries the temporal embedding (`mat_temporal`).
-* CoordEmb: two-layer MLP on coordinates in [-1, 1]. TempEmb: learned table. PatchProj: one linear layer on the flattened patch.
-* The reconstruction decoder attends in both directions of time (`decoder_causal=False`). A causal decoder could not use future
-  positions, which the trivial predictor "same part at the nearest visible time" uses.
+* `heads`, `attention_norm`: Eqs. 13-19 show one head and no normalisation in front of attention. `heads=1, attention_norm="none"` is
+  that literal form. The default is 4 heads with pre-LayerNorm, which trains stably at 3e-4 without warm-up.
+* `mat_inter`, `mat_temporal`: [MAT] takes part in inter-frame attention as a separate part and carries the temporal embedding.
+* CoordEmb is a two-layer MLP on coordinates in [-1, 1], TempEmb a learned table, PatchProj one linear layer on the flattened patch.
+* `decoder_causal`: the reconstruction decoder attends in both directions of time. A causal decoder could not use future positions,
+  which the trivial predictor "same part at the nearest visible time" does use.
 
 A token that is masked, invisible, or of another track or episode is never a key or a value, so it has no influence.
 """
@@ -40,40 +40,40 @@ class DAEConfig:
     dim: int = 256
     """Token width d (open in the paper)."""
     heads: int = 4
-    """Attention heads; 1 is the paper's literal form."""
+    """Attention heads. 1 is the paper's literal form."""
     attention_norm: Literal["pre", "none"] = "pre"
-    """LayerNorm in front of both attentions; none is the paper's literal form (Eqs. 17-18)."""
+    """pre: LayerNorm in front of both attentions. none: the paper's literal form (Eqs. 17-18)."""
     mlp_ratio: int = 4
-    """Width of the block's MLP over d."""
+    """Width of the block's MLP, as a multiple of d."""
     intra: bool = True
-    """Intra-frame attention (off: the ablation w/o Intra-Atten)."""
+    """Intra-frame attention. Off: the paper's ablation w/o Intra-Atten."""
     inter: bool = True
-    """Inter-frame attention (off: w/o Inter-Atten)."""
+    """Inter-frame attention. Off: the paper's ablation w/o Inter-Atten."""
     coord: bool = True
-    """Coordinate embedding (off: w/o Coord. Emb.)."""
+    """Coordinate embedding. Off: the paper's ablation w/o Coord. Emb."""
     temporal: bool = True
-    """Temporal embedding (off: w/o Temp. Emb.)."""
+    """Temporal embedding. Off: the paper's ablation w/o Temp. Emb."""
     mat_temporal: bool = True
-    """[MAT] carries the temporal embedding too."""
+    """[MAT] carries the temporal embedding, too."""
     mat_inter: bool = True
     """[MAT] takes part in inter-frame attention as a separate part."""
     flow_scale: float = 1.0
-    """Flow is divided by this many pixels before it enters, so typical moving values are O(1)."""
+    """The input is flow divided by this many pixels, so typical values of moving parts are about 1."""
     flow_clip: float = 16.0
-    """Flow values beyond this many pixels are clipped, so a wrong match does not dominate the squared error."""
+    """Flow is clipped at this many pixels, so a wrong match does not dominate the squared error."""
     decoder_blocks: int = 1
     """Dual-attention blocks of the reconstruction decoder."""
     decoder_causal: bool = False
     """Whether the reconstruction decoder attends only to the past."""
     max_length: int = 64
-    """Rows of the temporal embedding table: longest sequence."""
+    """Rows of the temporal embedding table: the maximum sequence length."""
     agg_dim: int = 0
-    """Width of a^agg after an optional projection; 0 keeps d."""
+    """Width of a^agg after a projection; 0: no projection, width mats * d."""
     mats: int = 1
-    """Number of [MAT] tokens (1 in the paper); a^agg is their concatenation."""
+    """Number of [MAT] tokens (1 in the paper). a^agg is their concatenation."""
     mats_placed: bool = False
-    """Each [MAT] token has a cell of a square grid over the frame and gets the coordinate embedding of the cell's centre, like a part
-    at that position (not in the paper)."""
+    """Each [MAT] token belongs to a cell of a square grid over the frame. Like a part at that position it gets the coordinate embedding
+    of the cell's centre. Not in the paper."""
 
     @property
     def code_dim(self) -> int:
@@ -91,10 +91,10 @@ class Motion(NamedTuple):
 
 
 def crop_patches(flow: Tensor, points: Tensor, patch: int) -> Tensor:
-    """Crop P x P flow patches centred at points, zeros beyond the border (DRP, section 4.2.1), with one gather for the whole batch.
+    """Crop P x P flow patches centred at points, with zeros beyond the border (DRP, section 4.2.1). One gather serves the whole batch.
 
-    flow (..., H, W, 2), points (..., K, 2) in pixels -> (..., K, P, P, 2). An even patch has its centre between pixels; it
-    covers [x - P/2, x + P/2) of the rounded position.
+    flow (..., H, W, 2), points (..., K, 2) in pixels -> (..., K, P, P, 2). The centre of an even patch lies between pixels: the patch
+    covers [x - P/2, x + P/2) around the rounded position.
     """
     *lead, height, width, _ = flow.shape
     count = points.shape[-2]
@@ -105,7 +105,7 @@ def crop_patches(flow: Tensor, points: Tensor, patch: int) -> Tensor:
     ys = centre[..., 1:2] + offset
     inside = ((ys >= 0) & (ys < height)).unsqueeze(-1) & ((xs >= 0) & (xs < width)).unsqueeze(-2)  # (N, K, P, P)
     index = ys.clamp(0, height - 1).unsqueeze(-1) * width + xs.clamp(0, width - 1).unsqueeze(-2)  # (N, K, P, P)
-    picked = torch.gather(flat, 1, index.reshape(flat.shape[0], -1, 1).expand(-1, -1, 2))
+    picked = torch.gather(flat, 1, index.reshape(flat.shape[0], -1, 1).expand(-1, -1, 2))  # (N, K*P*P, 2)
     picked = picked.reshape(-1, count, patch, patch, 2) * inside.unsqueeze(-1).to(flow.dtype)
     return picked.reshape(*lead, count, patch, patch, 2)
 
@@ -119,7 +119,7 @@ def atomic_actions(flow: Tensor, tracks: Tensor, visible: Tensor, track_id: Tens
     if tracks.shape[-2] < keep:
         raise ValueError(f"keypoints={keep} but the data holds {tracks.shape[-2]} tracks per clip")
     points, seen, track = tracks[..., :keep, :], visible[..., :keep], track_id[..., :keep]
-    patches = crop_patches(flow, points, config.patch).float()
+    patches = crop_patches(flow, points, config.patch).float()  # (B, T, K, P, P, 2)
     patches = patches.clamp(-config.flow_clip, config.flow_clip) / config.flow_scale
     coords = (points.float() + 0.5) * (2.0 / flow.shape[-2]) - 1.0
     return Motion(patches, coords.clamp(-1.5, 1.5), seen, track)
@@ -128,17 +128,17 @@ def atomic_actions(flow: Tensor, tracks: Tensor, visible: Tensor, track_id: Tens
 def random_mask(visible: Tensor, ratio: float, generator: torch.Generator | None = None) -> Tensor:
     """The masked set M: a random share ``ratio`` of the visible (t, k) tokens of each sequence. (B,T,K) bool -> (B,T,K) bool."""
     shape = visible.shape
-    noise = torch.rand(shape[0], shape[1] * shape[2], device=visible.device, generator=generator)
+    noise = torch.rand(shape[0], shape[1] * shape[2], device=visible.device, generator=generator)  # (B, T*K)
     noise = noise.masked_fill(~visible.reshape(shape[0], -1), 2.0)
-    rank = noise.argsort(1).argsort(1)
-    count = (visible.reshape(shape[0], -1).sum(1, keepdim=True).float() * ratio).round()
+    rank = noise.argsort(1).argsort(1)  # (B, T*K)
+    count = (visible.reshape(shape[0], -1).sum(1, keepdim=True).float() * ratio).round()  # (B, 1)
     return (rank < count).reshape(shape) & visible
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """softmax(Q K^T / sqrt(d)) V with ``mask`` True where a key may be attended to; every row needs at least one. (N, heads, L, d) -> same.
+    """softmax(Q K^T / sqrt(d)) V, (N, heads, L, d) -> same. ``mask`` is True where a key may be attended to, at least once in each row.
 
-    Written out, because at these lengths (17 parts, 25-50 positions) the backward of torch's fused CPU kernel is ten times slower.
+    Written out, because at these lengths (17 parts, 25-50 positions) the backward pass of torch's fused CPU kernel is ten times slower.
     """
     scores = (q @ k.transpose(-2, -1)).float() * (q.shape[-1] ** -0.5)
     weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
@@ -186,10 +186,10 @@ class DualAttentionBlock(nn.Module):
         return z + self.mlp(self.mlp_norm(z))  # Eq. 19
 
     def step(self, z: Tensor, cache: Tensor, intra_mask: Tensor, inter_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """One new position with cached inter-frame keys and values (acting).
+        """One new position with cached inter-frame keys and values, for acting.
 
-        z (B,1,M+K,d); cache (B*(M+K), t, 2d) of the positions before; inter_mask (B*(M+K),1,1,t+1). Returns the block's output
-        at the new position and the grown cache.
+        z (B,1,M+K,d); cache (B*(M+K), t, 2d) of the positions before; inter_mask (B*(M+K),1,1,t+1). Returns the block's output at the
+        new position and the cache with this position added.
         """
         batch, _, parts, dim = z.shape
         if self.use_intra:
@@ -207,7 +207,7 @@ class DualAttentionBlock(nn.Module):
 
 
 class DAECache(NamedTuple):
-    """State of acting: the inputs of the window's positions (for re-encoding) and the inter-frame keys and values."""
+    """What acting keeps of the window's positions: their Atomic Actions, to encode them again, and the inter-frame keys and values."""
 
     motion: Motion  # of the positions so far, (B, t, K, ...)
     blocks: tuple[Tensor, ...]  # per block (B*(M+K), t, 2d)
@@ -309,8 +309,8 @@ class DualAttentionEncoder(nn.Module):
     def step(self, cache: DAECache, motion: Motion, window: int) -> tuple[Tensor, DAECache]:
         """a^agg (B, code_dim) of one new position; motion has T=1. All positions of a window belong to one episode.
 
-        When ``window`` positions (the training length) are full, the most recent half is re-encoded from position 0 and the
-        window continues after it, so the temporal embedding stays within the positions of training.
+        When the window is full (``window`` positions, the training length), its newer half is encoded again from position 0 and the
+        window continues after it. So the temporal embedding never leaves the positions of training.
         """
         config = self.config
         time = cache.motion.visible.shape[1]
@@ -358,7 +358,7 @@ class DualAttentionEncoder(nn.Module):
 
 
 class MotionDecoder(nn.Module):
-    """The light decoder of the masked autoencoding: mask tokens with their coordinate and temporal embeddings -> raw patches."""
+    """The light decoder of the masked autoencoding: patches from mask tokens with their coordinate and temporal embeddings."""
 
     def __init__(self, config: DAEConfig) -> None:
         super().__init__()
@@ -374,8 +374,8 @@ class MotionDecoder(nn.Module):
     ) -> Tensor:
         """Reconstructed patches (B,T,K,P,P,2) in scaled flow, from encodings without the ``masked`` (B,T,K) tokens.
 
-        ``agg`` (B,T,M*d) are the encoder's [MAT] rows before projection, ``local`` (B,T,K,d); ``motion`` gives coordinates and
-        visibility: an invisible token is not a key here either.
+        ``agg`` (B,T,M*d) are the encoder's [MAT] rows before projection, ``local`` (B,T,K,d) its other rows. ``motion`` gives the
+        coordinates and the visibility: an invisible token is not a key here either.
         """
         batch, time, parts = masked.shape
         config = self.config
@@ -385,12 +385,12 @@ class MotionDecoder(nn.Module):
         if config.temporal:
             hidden = hidden + encoder.time_embed[:time][None, :, None]
         hidden = hidden.expand(batch, time, parts, config.dim).to(local.dtype)
-        z = torch.where(masked.unsqueeze(-1), hidden, self.embed(local))
-        z = torch.cat([self.embed(agg.unflatten(-1, (config.mats, config.dim))).to(z.dtype), z], 2)
+        z = torch.where(masked.unsqueeze(-1), hidden, self.embed(local))  # (B, T, K, d)
+        z = torch.cat([self.embed(agg.unflatten(-1, (config.mats, config.dim))).to(z.dtype), z], 2)  # (B, T, M+K, d)
         intra, inter = encoder.masks(motion.visible, motion.track, episode, causal=config.decoder_causal)
         for block in self.blocks:
             z = block(z, intra, inter)
-        out = self.out(self.norm(z[:, :, config.mats :]))
+        out = self.out(self.norm(z[:, :, config.mats :]))  # (B, T, K, 2*P*P)
         return out.view(batch, time, parts, config.patch, config.patch, 2)
 
 
@@ -410,12 +410,12 @@ class MaskedMotion(nn.Module):
     def loss_from_code(self, agg: Tensor, motion: Motion) -> Tensor:
         """Squared error (as Eq. 5) of all visible patches, reconstructed from a^agg (B,T,code_dim) and coordinates. Not in the paper."""
         where = self.encoder.coord_embed(motion.coords)  # (B, T, K, d)
-        code = agg.unsqueeze(2).expand(*where.shape[:-1], -1).to(where.dtype)
+        code = agg.unsqueeze(2).expand(*where.shape[:-1], -1).to(where.dtype)  # (B, T, K, code_dim)
         rebuilt = self.code_decoder(torch.cat([code, where], -1)).view(motion.patches.shape)
         return masked_loss(rebuilt, motion.patches, motion.visible)
 
     def encode(self, motion: Motion, episode: Tensor) -> tuple[Tensor, Tensor]:
-        """a^agg (B,T,code_dim) and local representations of all visible tokens, nothing masked."""
+        """a^agg (B,T,code_dim) and local representations (B,T,K,d), with nothing masked."""
         agg, local = self.encoder(motion, episode)
         return agg, local
 
@@ -426,6 +426,7 @@ class MaskedMotion(nn.Module):
         return self.decoder(self.encoder, z_mat, local, motion, masked, episode)
 
     def _encode_raw(self, motion: Motion, episode: Tensor) -> tuple[Tensor, Tensor]:
+        """[MAT] rows (B,T,M*d) before projection and local representations (B,T,K,d)."""
         encoder = self.encoder
         z = encoder.tokens(motion)
         intra, inter = encoder.masks(motion.visible, motion.track, episode)
@@ -438,23 +439,23 @@ class MaskedMotion(nn.Module):
 
         The masked and the unmasked pass are one batch of 2B in the encoder.
         """
-        masked = random_mask(motion.visible, self.config.mask_ratio, generator)
-        twice = Motion(
+        masked = random_mask(motion.visible, self.config.mask_ratio, generator)  # (B, T, K)
+        twice = Motion(  # (2B, T, K, ...)
             torch.cat([motion.patches] * 2),
             torch.cat([motion.coords] * 2),
             torch.cat([motion.visible, motion.visible & ~masked]),
             torch.cat([motion.track] * 2),
         )
-        z_mat, local = self._encode_raw(twice, torch.cat([episode] * 2))
+        z_mat, local = self._encode_raw(twice, torch.cat([episode] * 2))  # (2B, T, M*d), (2B, T, K, d)
         full_mat, hidden_mat = z_mat.chunk(2)
         full_local, hidden_local = local.chunk(2)
-        rebuilt = self.decoder(self.encoder, hidden_mat, hidden_local, motion, masked, episode)
+        rebuilt = self.decoder(self.encoder, hidden_mat, hidden_local, motion, masked, episode)  # (B, T, K, P, P, 2)
         loss = masked_loss(rebuilt, motion.patches, masked)
         return self.encoder.project(full_mat), full_local, loss
 
 
 def masked_loss(rebuilt: Tensor, patches: Tensor, masked: Tensor) -> Tensor:
-    """Eq. 5: mean over the masked set M of the squared error of the whole patch. Zero if nothing is masked."""
+    """Eq. 5: squared error of a whole patch, mean over the masked set (B,T,K). Zero if nothing is masked."""
     error = (rebuilt.float() - patches.float()).square().flatten(-3).sum(-1)  # (B, T, K)
     weight = masked.to(error.dtype)
     return (error * weight).sum() / weight.sum().clamp(min=1.0)

@@ -39,14 +39,14 @@ class ContextAttention(nn.Module):
         self.keep, self.heads, self.dropout = int(side * side * (1 - mask)), heads, dropout
         self.query_position = nn.Parameter(torch.zeros(side * side, channels))
         self.key_position = nn.Parameter(torch.zeros(side * side, channels))
-        # Only holds the weights, in PyTorch's layout and initialisation; the product is written out below.
+        # This module only holds the weights, in PyTorch's layout and initialisation. `forward` writes the product out.
         self.attention = nn.MultiheadAttention(channels, heads, batch_first=True)
         self.norm: nn.Module = nn.BatchNorm2d(channels) if norm == "batch" else nn.Identity()
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """x (B*T, C, h, w), context (B, C, h, w) -> (B*T, C, h, w). A fresh token subset per sequence and time, always on.
+        """x (B*T, C, h, w), context (B, C, h, w) -> (B*T, C, h, w). Each frame attends to a new random subset, also in evaluation.
 
-        Keys and values are projected once per sequence; each frame uses a subset of them.
+        Keys and values are projected once per sequence. Each frame uses a subset of them.
         """
         frames, channels, height, width = x.shape
         batch, count = len(context), height * width
@@ -70,7 +70,7 @@ class ContextAttention(nn.Module):
 
 
 class ResNetDecoder(nn.Module):
-    """IPV's residual decoder, mirror of `ResNetEncoder`; cross-attends to context maps of at most ``finest`` cells per side.
+    """IPV's residual decoder, the mirror of `ResNetEncoder`. It cross-attends to context maps of at most ``finest`` cells per side.
 
     ``map_shapes`` are the encoder's (channels, side) pairs, finest first.
     """
@@ -126,7 +126,7 @@ class ResNetDecoder(nn.Module):
         return composite(x, source)
 
     def features(self, feat: Tensor, context: list[Tensor] | None = None) -> Tensor:
-        """As `forward`, before the composite: with ``copy`` there are a third more channels, the mask's logits."""
+        """The output of `forward` before the composite. With ``copy`` it has a third more channels, the logits of the mask."""
         x = self.linear(feat).view(-1, self.width, self.side, self.side)
         x = x.contiguous(memory_format=torch.channels_last)
         maps = context[::-1] if context is not None else None

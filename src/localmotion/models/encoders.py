@@ -2,8 +2,8 @@
 
 Images (N, 3, S, S) float in [-0.5, 0.5]. Widths double from stage to stage, the resolution halves.
 
-With ``stem="unshuffle"`` pictures are in blocks, with 4x4 pixels as channels, (N, 48, S/4, S/4). Nothing, not even the loss, is
-computed at full resolution, which is slowest on a CPU.
+With ``stem="unshuffle"`` pictures are in blocks, with 4x4 pixels as channels, (N, 48, S/4, S/4). Then nothing is computed at full
+resolution, not even the loss, because full resolution is slowest on a CPU.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 
 def xavier(layer: nn.Module) -> nn.Module:
-    """Xavier-uniform weight, zero bias: the initialisation of layers outside residual blocks in IPV's release."""
+    """The layer with Xavier-uniform weight and zero bias, as IPV's release initialises layers outside residual blocks."""
     nn.init.xavier_uniform_(layer.weight)  # type: ignore[arg-type]
     nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
     return layer
@@ -78,7 +78,7 @@ class CNNEncoder(nn.Module):
 
 
 class ResNetEncoder(nn.Module):
-    """IPV's residual encoder; `maps` gives the pre-pool features of each stage, which are the context of the decoder.
+    """IPV's residual encoder. `maps` returns the pre-pool features of each stage, which are the context of the decoder.
 
     ``stem="conv"``: a stride-2 convolution, then three stages of two residual layers (paper). ``stem="unshuffle"``: input in
     blocks, two stages of one residual layer.
@@ -124,7 +124,7 @@ class ResNetEncoder(nn.Module):
 def random_erasing(frame: Tensor, probability: float = 0.5, generator: torch.Generator | None = None) -> Tensor:
     """Context augmentation of IPV's release: in half of the pictures a rectangle of 2-33 % of the area becomes mid-grey.
 
-    Aspect ratio with probability 1/2 from U(0.3, 1), else U(1, 3.3). (B, S, S, 3) uint8 -> the same.
+    (B, S, S, 3) uint8 -> the same. The aspect ratio is from U(0.3, 1) or U(1, 3.3), each with probability 1/2.
     """
     batch, height, width, _ = frame.shape
     u = torch.rand(batch, 6, device=frame.device, generator=generator)

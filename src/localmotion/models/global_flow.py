@@ -1,8 +1,8 @@
 """Global Flow: the whole optical-flow field as one code. The ablation without DRP's Atomic Actions.
 
-Paper: "Local Motion Matters" (arXiv 2607.00808), section 5.3 and Fig. 5b: a convolutional encoder maps the entire flow field to one
-embedding that conditions the dynamics, instead of the deconstruction. The paper does not state its layers; we use DreamerV2's image
-encoder.
+Paper: "Local Motion Matters" (arXiv 2607.00808), section 5.3 and Fig. 5b. A convolutional encoder maps the entire flow field to one
+embedding, which conditions the dynamics instead of the deconstruction. The paper does not state its layers; these are DreamerV2's image
+encoder's.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ SIDE = 64
 class GlobalFlow(nn.Module):
     """Flow field (B,T,S,S,2) in pixels -> a^agg (B,T,code_dim). Each frame is encoded separately; only the dynamics model has memory.
 
-    It uses the width (mats times dim, agg_dim) and the flow's scale and clip of the DAE's settings, so a comparison changes nothing
-    else.
+    Width (mats times dim, agg_dim), flow scale and flow clip are those of the DAE's settings, so a comparison changes nothing else.
     """
 
     feed_forward = True  # --compile compiles it

@@ -28,9 +28,9 @@ class Context(NamedTuple):
 class _ImageLoss(torch.autograd.Function):
     """Image losses (G,) of G stacked decodings (G*N, ...) of the same N pictures, with the copied context (N = B*T) or without.
 
-    Written out because these are the largest maps of an update. Autograd would read them about twenty times (slices padded with zeros,
-    a gradient for each factor of the composite, fp32 copies). Here the gradient is computed with the loss, on a CPU one sequence at a
-    time, so intermediate results stay in the cache.
+    The decoded maps are the largest of an update, and autograd would read them about twenty times (slices padded with zeros, a gradient
+    for each factor of the composite, fp32 copies). This function computes the gradient with the loss, on a CPU one sequence at a time,
+    so intermediate results stay in the cache.
     """
 
     @staticmethod
@@ -68,26 +68,26 @@ def _piece(rows: Tensor, wanted: Tensor, source: Tensor | None, gradient: Tensor
     if source is None:
         error = rows.float() - wanted
     else:
-        # `composite`. Products with a 0/1 matrix spread a pixel's share over its three colours, and sum in the backward pass, because a
-        # broadcast over a last dimension of three is very slow on a CPU.
+        # `composite`. A broadcast over a last dimension of three is very slow on a CPU, so products with a 0/1 matrix copy a pixel's
+        # share to its three colours and sum over these in the backward pass.
         spread = torch.eye(colours // 3, device=rows.device, dtype=dtype).repeat_interleave(3, 1)
         seen = source.permute(0, 2, 3, 1).unsqueeze(1).to(dtype)  # (B, 1, h, w, 3P)
-        share = rows[..., colours:].contiguous().sigmoid_()
-        copied = ((share @ spread).unflatten(0, (len(source), -1)) * seen).flatten(0, 1)
-        error = rows[..., :colours].add(copied).float().sub_(wanted)
+        share = rows[..., colours:].contiguous().sigmoid_()  # (N, h, w, P)
+        copied = ((share @ spread).unflatten(0, (len(source), -1)) * seen).flatten(0, 1)  # (N, h, w, 3P)
+        error = rows[..., :colours].add(copied).float().sub_(wanted)  # (N, h, w, 3P)
     if gradient is not None:
         torch.mul(error, scale, out=gradient[..., :colours])
         if source is not None:
-            to_copied = (gradient[..., :colours].unflatten(0, (len(source), -1)) * seen).flatten(0, 1)
+            to_copied = (gradient[..., :colours].unflatten(0, (len(source), -1)) * seen).flatten(0, 1)  # (N, h, w, 3P)
             gradient[..., colours:] = (to_copied @ spread.t()) * (share * (1 - share))
     return torch.linalg.vector_norm(error).square()
 
 
 def image_losses(decoded: Tensor, truth: Tensor, source: Tensor | None = None) -> Tensor:
-    """Half the squared error summed over a picture's values, mean over frames (unit-variance Gaussian), of G stacked decodings.
+    """Image losses (G,) of G stacked decodings, fp32: half the squared error of a picture (unit-variance Gaussian), mean over frames.
 
-    decoded (G*N, C, h, w) as from `ResNetDecoder.features` or a plain decoder, truth pixels (N, ...), the context frames' pixels
-    (G*B, ...) if the decoder copies -> (G,) fp32. Differentiable in ``decoded`` only.
+    ``decoded`` (G*N, C, h, w) is the output of `ResNetDecoder.features` or of a plain decoder, ``truth`` (N, ...) the pixels, ``source``
+    (G*B, ...) the pixels of the context frames if the decoder copies. Differentiable in ``decoded`` only.
     """
     losses: Tensor = _ImageLoss.apply(decoded, truth, source)
     return losses
@@ -145,42 +145,42 @@ class ImageModel(nn.Module):
     ) -> tuple[Tensor, Context | None]:
         """Embeddings (B,T,E) of the pixels of ``image`` (B,T,S,S,3) uint8, and the context from one frame per sequence.
 
-        ``frame`` is that frame's position; random by default, as in IPV's training. A prediction must choose an observed frame.
-        ``erase`` applies random erasing to the context frame, as in IPV's release.
+        ``frame`` is the position of the context frame; None: a random one, as in IPV's training. A prediction must choose a frame that it
+        observes. ``erase`` applies random erasing to the context frame, as in IPV's release.
         """
         batch, time = image.shape[:2]
-        embed = self.encoder(pixels).view(batch, time, -1)
+        embed = self.encoder(pixels).view(batch, time, -1)  # (B*T, E) -> (B, T, E)
         if self.context_encoder is None:
             return embed, None
         rows = torch.arange(batch, device=image.device)
-        pick = torch.randint(time, (batch,), device=image.device) if frame is None else torch.full_like(rows, frame)
+        pick = torch.randint(time, (batch,), device=image.device) if frame is None else torch.full_like(rows, frame)  # (B,)
         seen = image[rows, pick]  # (B, S, S, 3)
         chosen = self.pixels(random_erasing(seen) if erase else seen)
         return embed, Context(self.context_encoder.maps(chosen)[1], chosen, pick)
 
     def losses(self, feats: Sequence[Tensor], context: Context | None, truth: Tensor) -> Tensor:
         """Image loss of each of G features (B,T,F) of the same pictures, decoded in one call: (G,). ``truth``: their pixels."""
-        feat = torch.cat([self._conditioned(feat, context) for feat in feats])
+        feat = torch.cat([self._conditioned(feat, context) for feat in feats])  # (G*B*T, F or 2F)
         if context is None or isinstance(self.decoder, CNNDecoder):
             return image_losses(self.decoder(feat), truth)
-        maps = [torch.cat([x] * len(feats)) for x in context.maps]
+        maps = [torch.cat([x] * len(feats)) for x in context.maps]  # (G*B, C, h, w) each
         source = torch.cat([context.pixels] * len(feats)) if self.copies else None
         return image_losses(self.decoder.features(feat, maps), truth, source)
 
     def decode(self, feat: Tensor, context: Context | None) -> Tensor:
-        """(B,T,F) -> pixels of (B*T) frames. ``feat`` is for the same sequence as in `encode`."""
+        """Pixels (B*T, ...) of features (B,T,F). ``context`` is that of the same sequences."""
         flat = self._conditioned(feat, context)
         return self.decoder(flat) if context is None else self.decoder(flat, context.maps, context.pixels)
 
     def pictures(self, feat: Tensor, context: Context | None) -> Tensor:
-        """(B,T,F) -> pictures (B,T,3,S,S), as `decode`."""
+        """Pictures (B,T,3,S,S) in [-0.5, 0.5] of features (B,T,F). ``context`` is that of the same sequences."""
         return self.picture(self.decode(feat, context)).unflatten(0, feat.shape[:2])
 
     def _conditioned(self, feat: Tensor, context: Context | None) -> Tensor:
-        """(B*T, F), or (B*T, 2F) with the difference from the context frame's feature, because copying depends on both."""
+        """(B*T, F). For a decoder that copies, (B*T, 2F) with the difference from the context frame's feature: copying depends on both."""
         if context is not None and self.copies:
-            there = feat[torch.arange(len(feat), device=feat.device), context.frame].unsqueeze(1)
-            feat = torch.cat([feat, there - feat], -1)
+            there = feat[torch.arange(len(feat), device=feat.device), context.frame].unsqueeze(1)  # (B, 1, F)
+            feat = torch.cat([feat, there - feat], -1)  # (B, T, 2F)
         return feat.flatten(0, 1)
 
     def encoder_parameters(self) -> list[nn.Parameter]:

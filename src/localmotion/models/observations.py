@@ -40,9 +40,9 @@ def from_patches(x: Tensor, side: int) -> Tensor:
 
 
 def shapes(stem: str, depth: int, image_size: int) -> tuple[list[int], int]:
-    """Widths of the stages and side of the coarsest map. Raises ConfigError for a side that the reference refuses (below 3 or above 16).
+    """Widths of the stages, and side of the coarsest map. Raises ConfigError for a side below 3 or above 16, as the reference does.
 
-    Stem "blocks", which the reference does not have, also accepts pictures of 32 pixels.
+    Stem "blocks", which is not in the reference, also accepts pictures of 32 pixels.
     """
     skip = 2 if stem == "blocks" else 0
     least = 2 if stem == "blocks" else 3
@@ -66,10 +66,10 @@ class Conv(nn.Module):
 
 
 class UpConv(Conv):
-    """The same after doubling the picture by repetition, (N, h, w, I) -> (N, h, w, 4*O): `to_patches` of side 2 of (N, 2h, 2w, O).
+    """`Conv` after doubling the picture by repetition, (N, h, w, I) -> (N, h, w, 4*O): `to_patches` of side 2 of (N, 2h, 2w, O).
 
-    The five taps of a doubled row fall on three pixels of the small row, different ones for even and odd outputs. Summed beforehand they
-    are four 3x3 kernels with a third of the products, and the doubled map is never computed.
+    The five taps of a doubled row fall on three pixels of the small row, different ones for even and odd outputs. So sums of taps give
+    four 3x3 kernels, which need a third of the products, and the doubled map is never computed.
     """
 
     TAPS = ((0, 0, 1, 1, 2), (0, 1, 1, 2, 2))  # small pixel (left, same, right) of each tap, even and odd outputs
@@ -91,11 +91,11 @@ _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class _PoolCorners(torch.autograd.Function):
-    """Maximum over 2x2 of (N, H, W, C), for CPUs: torch's own takes 0.9 s both ways in bf16 for the first map of DreamerV3 12M.
+    """Maximum over 2x2 of (N, H, W, C), for CPUs. torch's own takes 0.9 s forward and backward in bf16 for the first map of DreamerV3 12M.
 
-    Comparing and selecting bf16 is slow there, integer operations are fast. A difference shifted right to its sign bit is a mask of zeros
-    or ones, and `and` selects gradients. The backward pass needs three of these masks, one byte each (right one of the upper two, right
-    one of the lower two, lower row). As in torch, the first of equal values is chosen.
+    On a CPU, comparing and selecting bf16 is slow and integer operations are fast. A difference shifted right to its sign bit is a mask of
+    zeros or ones, and `and` selects gradients. The backward pass needs three of these masks, one byte each (right one of the upper two,
+    right one of the lower two, lower row). Of equal values the first is chosen, as in torch.
     """
 
     @staticmethod
@@ -125,7 +125,7 @@ class _PoolCorners(torch.autograd.Function):
             right, lower_right, lower = (mask[span].to(bits) for mask in ctx.saved_tensors)
             down = share & lower
             for row, part, mask in ((0, share ^ down, right), (1, down, lower_right)):
-                # The operations write directly to every other pixel; a copy takes four times as long.
+                # The operations write directly to every other pixel. A copy would take four times as long.
                 torch.bitwise_and(part, mask, out=into[:, :, row, :, 1])
                 torch.bitwise_and(part, mask.bitwise_not_(), out=into[:, :, row, :, 0])
         return out.view(ctx.shape)
@@ -142,8 +142,8 @@ def pool(x: Tensor) -> Tensor:
 class ImageEncoder(nn.Module):
     """(N, S, S, 3) uint8 -> (N, E): stages of convolution, maximum over 2x2, RMSNorm, SiLU.
 
-    ``stem="pool"`` is the reference's, four stages. ``stem="blocks"`` is for CPUs: 4x4 pixels become channels, which
-    replaces the first two stages with nearly all of the arithmetic.
+    ``stem="pool"`` has the reference's four stages. ``stem="blocks"`` is for CPUs: 4x4 pixels become channels, which replaces the first
+    two stages and with them nearly all of the arithmetic.
     """
 
     feed_forward = True  # --compile compiles it
@@ -165,9 +165,9 @@ class ImageEncoder(nn.Module):
 
 
 class ImageDecoder(nn.Module):
-    """deter (N, D), flat latent (N, Z) -> logits of pixels, in the patch layout of the last convolution; mirror of the encoder.
+    """Mirror of the encoder: deter (N, D), flat latent (N, Z) -> logits of pixels, in the patch layout of the last convolution.
 
-    A block-linear layer maps the state to the coarsest map (each block to its own channels), two layers map the latent.
+    A block-linear layer maps deter to the coarsest map, each block to its own channels. Two layers map the latent.
     """
 
     feed_forward = True  # --compile compiles it
@@ -189,7 +189,7 @@ class ImageDecoder(nn.Module):
         self.norms = nn.ModuleList(NormSiLU(width) for width in widths[-2::-1])
 
     def forward(self, deter: Tensor, latent: Tensor) -> Tensor:
-        """(N, h, w, P): `patches` has the same layout."""
+        """Logits (N, h, w, P), in the layout of `patches`."""
         side, groups = self.side, self.from_deter.blocks
         x = self.from_deter(deter).view(-1, groups, side, side, self.norm.scale.numel() // groups)
         x = x.permute(0, 2, 3, 1, 4).flatten(3) + self.from_stoch(latent).view(-1, side, side, self.norm.scale.numel())
@@ -217,9 +217,9 @@ class _PixelLoss(torch.autograd.Function):
         slope = torch.empty_like(logits) if ctx.needs_input_grad[0] else None  # type: ignore[attr-defined]
         losses = []
         for here in spans(logits):
-            share = torch.sigmoid(logits[here].float())
+            share = torch.sigmoid(logits[here].float())  # (n, h, w, P)
             error = share - truth[here].float().mul_(1 / 255)
-            losses.append(error.square().flatten(1).sum(1))
+            losses.append(error.square().flatten(1).sum(1))  # (n,)
             if slope is not None:
                 slope[here] = torch.ops.aten.sigmoid_backward(error, share).mul_(2)
         ctx.save_for_backward(slope)  # type: ignore[attr-defined]
@@ -288,14 +288,15 @@ class ObservationModel(nn.Module):
         """Reconstruction losses (B, T) by name: squared error of pixels in [0, 1], and of symlog vectors, summed over each observation."""
         out = {}
         if self.vector_decoder is not None:
-            error = self.vector_decoder(feat).float() - symlog(batch["vector"].float())
-            out["vector"] = error.square().sum(-1)
+            error = self.vector_decoder(feat).float() - symlog(batch["vector"].float())  # (B, T, V)
+            out["vector"] = error.square().sum(-1)  # (B, T)
         if self.image_decoder is not None:
-            truth = self.image_decoder.patches(batch["image"].flatten(0, 1))
-            out["image"] = pixel_loss(self._decode(feat), truth).view(feat.shape[:2])
+            truth = self.image_decoder.patches(batch["image"].flatten(0, 1))  # (B*T, h, w, P)
+            out["image"] = pixel_loss(self._decode(feat), truth).view(feat.shape[:2])  # (B*T,) -> (B, T)
         return out
 
     def _decode(self, feat: Tensor) -> Tensor:
+        """Logits (B*T, h, w, P) of features (B, T, F)."""
         assert self.image_decoder is not None
         flat = feat.flatten(0, 1)
         logits: Tensor = self.image_decoder(flat[:, : self.deter], flat[:, self.deter :])

@@ -19,8 +19,8 @@ def normal(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
 class BoundedNormal:
     """Normal with mean tanh(m) and deviation between ``low`` and ``high``, (high - low) sigmoid(s + 2) + low; out (..., 2A) is [m, s].
 
-    Samples may be outside [-1, 1]. Their density is that of the unclipped sample; the user of an action clips it (the dynamics divides by
-    max(1, |a|)).
+    Samples may be outside [-1, 1]. Their density is that of the unclipped sample. The user of an action clips it; the dynamics divides it
+    by max(1, |a|).
     """
 
     def __init__(self, out: Tensor, low: float = 0.1, high: float = 1.0) -> None:
@@ -47,7 +47,7 @@ class BoundedNormal:
         return self.std.log().sum(-1) + 0.5 * (1 + math.log(2 * math.pi)) * self.std.shape[-1]
 
     def randomness(self) -> Tensor:
-        """Entropy (...) scaled to 0 for the least and 1 for the largest possible value."""
+        """Entropy (...) scaled so that the smallest possible value is 0 and the largest is 1."""
         return (self.std / self.low).log().mean(-1) / math.log(self.high / self.low)
 
 

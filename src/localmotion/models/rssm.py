@@ -38,13 +38,13 @@ def _linear(inputs: int, outputs: int) -> nn.Linear:
 def kl_loss(post: Tensor, prior: Tensor, balance: float = 0.8, free: float = 0.0) -> tuple[Tensor, dict[str, Tensor]]:
     """Balanced KL of (B,T,S,C) logits, summed over S, in fp32 (DreamerV2, section 2.1).
 
-    (1 - balance) max(KL(post || sg prior), free) + balance max(KL(sg post || prior), free), both means over the batch: ``balance``
-    trains the prior, the rest the posterior; free nats apply to the mean. Metrics: ``kl`` and ``post_entropy`` in nats.
+    (1 - balance) max(KL(post || sg prior), free) + balance max(KL(sg post || prior), free). The first term trains the posterior, the
+    second the prior. Each KL is a mean over the batch, and free nats apply to this mean. Metrics: ``kl`` and ``post_entropy`` in nats.
     """
-    # Both terms share two log-softmaxes; the gradient stop is after them.
-    log_p, log_q = F.log_softmax(post.float(), -1), F.log_softmax(prior.float(), -1)
-    to_post = categorical_kl(log_p, log_q.detach()).mean()
-    to_prior = categorical_kl(log_p.detach(), log_q).mean()
+    # Both terms share two log-softmaxes, so the gradient is stopped after these.
+    log_p, log_q = F.log_softmax(post.float(), -1), F.log_softmax(prior.float(), -1)  # (B, T, S, C)
+    to_post = categorical_kl(log_p, log_q.detach()).mean()  # (B, T) -> ()
+    to_prior = categorical_kl(log_p.detach(), log_q).mean()  # (B, T) -> ()
     loss = (1 - balance) * to_post.clamp(min=free) + balance * to_prior.clamp(min=free)
     return loss, {"kl": to_prior.detach(), "post_entropy": categorical_entropy(log_p.detach()).mean()}
 
@@ -52,9 +52,9 @@ def kl_loss(post: Tensor, prior: Tensor, balance: float = 0.8, free: float = 0.0
 class _DeferredWeight(torch.autograd.Function):
     """Identity on a term (T, B, O) whose slices are added to products x_t W^T. Computes W's gradient in one product at the end.
 
-    If a recurrence multiplies by W at each position, autograd computes and adds a gradient as large as W at each position, which
-    takes most of the time of a backward pass at small B. The gradient of the added term is that of the product, so W's gradient is
-    ``grad^T x`` over all T*B rows at once; `inputs` is filled with the x_t while the recurrence runs.
+    If a recurrence multiplies by W at each position, autograd computes and adds a gradient of the size of W at each position. At small
+    B this takes most of the time of a backward pass. The gradient of the added term equals that of the product, so W's gradient is
+    ``grad^T x`` over all T*B rows at once. The recurrence appends each x_t to `inputs`.
     """
 
     @staticmethod
@@ -65,7 +65,7 @@ class _DeferredWeight(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
         (grad,) = grads
-        rows = grad.flatten(0, 1)
+        rows = grad.flatten(0, 1)  # (T*B, O)
         weight = rows.t().mm(torch.cat(ctx.inputs).to(rows.dtype)).to(ctx.dtype) if ctx.needs_input_grad[1] else None
         return grad, weight, None
 
@@ -89,12 +89,12 @@ class RecurrentProduct:
 class RSSM(nn.Module):
     """h_t = GRU(h_{t-1}, z_{t-1}, a_t), prior p(z_t | h_t), posterior q(z_t | h_t, e_t).
 
-    The GRU has LayerNorm (eps 1e-3) and an update bias of -1; activations are ELU. ``action_pad`` widens the action input with
-    zero columns (IPV pads to 50); ``action_free`` uses zeros for any action (also None); ``unimix`` mixes that share
-    of the uniform distribution into every latent distribution (DreamerV3; 0 in IPV).
+    The GRU has LayerNorm (eps 1e-3) and an update bias of -1. Activations are ELU. ``action_pad`` widens the action input with zero
+    columns (IPV pads to 50). ``action_free`` replaces every action, also None, by zeros. ``unimix`` is the share of the uniform
+    distribution in every latent distribution (DreamerV3; 0 in IPV).
     """
 
-    recurrent = True  # the recurrence stays as it is under --compile
+    recurrent = True  # --compile does not change it
 
     def __init__(
         self,
@@ -154,7 +154,7 @@ class RSSM(nn.Module):
         return torch.cat([state.stoch.flatten(-2), state.deter.to(state.stoch.dtype)], -1)
 
     def _action_part(self, action: Tensor | None) -> Tensor:
-        """Contribution (..., H) of actions (..., A) to the first layer; the recurrence adds the latent's."""
+        """Part (..., H) of the first layer that comes from actions (..., A). The recurrence adds the latent's part."""
         if self.action_free or action is None:
             if not self.action_free:
                 raise ValueError("this RSSM is conditioned on actions, but none were given")
@@ -162,16 +162,16 @@ class RSSM(nn.Module):
         return F.linear(action, self.img_in.weight[:, self.flat : self.flat + self.action_dim], self.img_in.bias)
 
     def _gates(self, parts: Tensor, deter: Tensor) -> Tensor:
-        """New deter (B, D) from the GRU's linear output (B, 3D): normalisation, gates and state are fp32, so small changes accumulate."""
+        """New deter (B, D) from the GRU's linear output (B, 3D). Normalisation, gates and state are fp32, so small changes accumulate."""
         norm = self.gru_norm
         with torch.autocast(parts.device.type, enabled=False):
             parts = F.layer_norm(parts.float(), norm.normalized_shape, norm.weight, norm.bias, norm.eps)
-            reset, cand, update = parts.chunk(3, -1)
+            reset, cand, update = parts.chunk(3, -1)  # (B, D) each
             cand = torch.tanh(torch.sigmoid(reset) * cand)
             return torch.lerp(deter.float(), cand, torch.sigmoid(update - 1.0))
 
     def _recur(self, stoch: Tensor, deter: Tensor, action_part: Tensor) -> Tensor:
-        """New deter (B, D) from the flat latent (B, S*C), deter and the action's contribution."""
+        """New deter (B, D) from the flat latent (B, S*C), deter (B, D) and the action's part (B, H)."""
         u = F.elu(F.linear(stoch, self.img_in.weight[:, : self.flat]) + action_part)
         return self._gates(self.gru(torch.cat([u, deter.to(u.dtype)], -1)), deter)
 
@@ -208,7 +208,7 @@ class RSSM(nn.Module):
         generator: torch.Generator | None = None,
     ) -> RSSMState:
         """One step of the posterior; state and action are zeroed where ``is_first`` (B,)."""
-        keep = (~is_first).to(state.deter.dtype).unsqueeze(-1)
+        keep = (~is_first).to(state.deter.dtype).unsqueeze(-1)  # (B, 1)
         action_part = self._action_part(None if action is None else action * keep)
         deter = self._recur(state.stoch.flatten(-2) * keep, state.deter * keep, action_part)
         logits = self._logits(self.post_out(F.elu(self.post_in(torch.cat([deter, embed.to(deter.dtype)], -1)))))
@@ -225,8 +225,8 @@ class RSSM(nn.Module):
     ) -> tuple[RSSMState, Tensor]:
         """Posterior over a sequence: embed (B,T,E), action (B,T,A), is_first (B,T) -> states (B,T,...) and prior logits (B,T,S,C).
 
-        These are outside the recurrence, each as one product over B*T: the action's part of the first layer, the embedding's part of the
-        posterior's first layer, all prior logits, and in the backward pass the gradient of every weight.
+        One product over B*T outside the recurrence computes each of these: the action's part of the first layer, the embedding's part of
+        the posterior's first layer, all prior logits, and in the backward pass the gradient of each weight.
         """
         batch, time = is_first.shape
         state = self.initial(batch) if state is None else state
@@ -241,7 +241,7 @@ class RSSM(nn.Module):
         post_in = RecurrentProduct(self.post_in.weight[:, : self.deter], embed_part)
         post_out = RecurrentProduct(self.post_out.weight, self.post_out.bias.to(low).expand(rows))
         noise = gumbel((time, batch, self.stoch, self.classes), embed, generator).unbind(0) if sample else (None,) * time
-        # On a CPU only positions where a sequence starts are reset; on a GPU reading which they are would make it wait.
+        # On a CPU only positions where an episode starts are reset. On a GPU all are, because reading their list would make the host wait.
         reset = is_first.any(0).tolist() if is_first.device.type == "cpu" else [True] * time
         stoch, deter = state.stoch.flatten(-2), state.deter.float()
         logits, stochs, deters = [], [], []
@@ -252,11 +252,11 @@ class RSSM(nn.Module):
             deter = self._gates(gru(t, torch.cat([u, deter.to(low)], -1)), deter)  # (B, D)
             post = self._logits(post_out(t, F.elu(post_in(t, deter.to(low)))))  # (B, S, C)
             one_hot = straight_through(post, noise[t])
-            stoch = one_hot.flatten(-2)
+            stoch = one_hot.flatten(-2)  # (B, S*C)
             logits.append(post)
             stochs.append(one_hot)
             deters.append(deter)
-        deter_all = torch.stack(deters, 1)
+        deter_all = torch.stack(deters, 1)  # (B, T, D)
         states = RSSMState(torch.stack(logits, 1), torch.stack(stochs, 1), deter_all)
         return states, self.prior(deter_all)
 

@@ -1,7 +1,7 @@
 """Recurrent state-space model of DreamerV3: block GRU, RMSNorm, categorical latents with a share of the uniform distribution.
 
-Source: danijar/dreamerv3, commit e3f0224, dreamerv3/rssm.py. As little work as possible is inside the recurrence. Unlike
-the reference, the deterministic state is fp32 when products are bf16, so small changes accumulate.
+Source: danijar/dreamerv3, commit e3f0224, dreamerv3/rssm.py. As little work as possible is inside the recurrence. The deterministic
+state is fp32 also when products are bf16, unlike in the reference, so small changes accumulate.
 
 Shapes: B sequences, T positions, S categoricals, C classes, D deter, G blocks, H hidden, E embedding, A actions, F = S*C + D.
 """
@@ -32,8 +32,8 @@ def kl_losses(post: Tensor, prior: Tensor, free: float = 1.0) -> tuple[Tensor, T
 
     The KL is summed over S, in nats. Free nats apply at each position, before any mean, so a position below them has no gradient.
     """
-    dyn = categorical_kl(post.detach(), prior).clamp(min=free)
-    rep = categorical_kl(post, prior.detach()).clamp(min=free)
+    dyn = categorical_kl(post.detach(), prior).clamp(min=free)  # (...)
+    rep = categorical_kl(post, prior.detach()).clamp(min=free)  # (...)
     return dyn, rep
 
 
@@ -99,11 +99,11 @@ class Weights(NamedTuple):
 class BlockRSSM(nn.Module):
     """h_t = block GRU(h_{t-1}, z_{t-1}, a_t), prior p(z_t | h_t), posterior q(z_t | h_t, e_t).
 
-    State, latent and action each pass one layer. The three results, concatenated with a block of the state, are the input of that block of
-    the GRU. A share ``unimix`` of every latent distribution is uniform. Actions beyond [-1, 1] are clipped: a / max(1, |a|).
+    One layer each reads state, latent and action. The three results and a block of the state are the input of that block of the GRU.
+    A share ``unimix`` of every latent distribution is uniform. Actions beyond [-1, 1] are clipped: a / max(1, |a|).
     """
 
-    recurrent = True  # the recurrence stays as it is under --compile
+    recurrent = True  # --compile does not change it
 
     def __init__(
         self,
@@ -194,9 +194,10 @@ class BlockRSSM(nn.Module):
         return self._gates_in_pieces(torch.bmm(x, gru), self._in_blocks(self.gru.bias.unsqueeze(0)), deter)
 
     def _gates_in_pieces(self, parts: Tensor, bias: Tensor, deter: Tensor) -> Tensor:
-        """`_gates` of parts + bias without gradient, in place and in pieces, so on a CPU it stays in the cache.
+        """`_gates` of parts + bias without gradient. It works in place and in pieces, which stay in the cache of a CPU.
 
-        tanh x is 2 sigmoid(2x) - 1, which is six times as fast there and differs by 1e-7, far below the rounding of bf16 products.
+        tanh x is computed as 2 sigmoid(2x) - 1. On a CPU this is six times as fast, and it differs by 1e-7, far below the rounding of
+        bf16 products.
         """
         out = torch.empty_like(deter, dtype=torch.float32)
         old, new = self._in_blocks(deter.float()), self._in_blocks(out)
@@ -223,7 +224,7 @@ class BlockRSSM(nn.Module):
         generator: torch.Generator | None = None,
         weights: Weights | None = None,
     ) -> State:
-        """One step of the prior; ``sample=False`` takes the most likely class. A rollout passes `weights`, computed once."""
+        """One step of the prior; ``sample=False`` takes the most likely class. A rollout computes `weights` once and passes them."""
         deter = self._recur(state.stoch.flatten(-2), state.deter, self._action(action), weights)
         logits = self.prior(deter)
         return State(logits, self._sample(logits, sample, generator), deter)
@@ -255,8 +256,8 @@ class BlockRSSM(nn.Module):
     ) -> tuple[State, Tensor]:
         """Posterior over a sequence: embed (B,T,E), action (B,T,A), is_first (B,T) -> states (B,T,...) and prior logits (B,T,S,C).
 
-        These are outside the recurrence, each as one product over B*T: the action's and the embedding's parts, all prior logits, and in the
-        backward pass the gradient of every weight.
+        One product over B*T outside the recurrence computes each of these: the action's and the embedding's parts, all prior logits, and
+        in the backward pass the gradient of each weight.
         """
         batch, time = is_first.shape
         state = self.initial(batch) if state is None else state
@@ -279,7 +280,7 @@ class BlockRSSM(nn.Module):
         post_in = RecurrentProduct(self.post_in.weight[:, : self.deter], embed_part)
         post_out = RecurrentProduct(self.post_out.weight, bias(self.post_out.bias))
         noise = gumbel((time, batch, self.stoch, self.classes), embed, generator).unbind(0) if sample else (None,) * time
-        # On a CPU only positions where a sequence starts are reset; on a GPU reading which they are would make it wait.
+        # On a CPU only positions where an episode starts are reset. On a GPU all are, because reading their list would make the host wait.
         reset = is_first.any(0).tolist() if is_first.device.type == "cpu" else [True] * time
         stoch, deter = state.stoch.flatten(-2), state.deter.float()
         logits, stochs, deters = [], [], []
@@ -296,7 +297,7 @@ class BlockRSSM(nn.Module):
             logits.append(post)
             stochs.append(one_hot)
             deters.append(deter)
-        deter_all = torch.stack(deters, 1)
+        deter_all = torch.stack(deters, 1)  # (B, T, D)
         states = State(torch.stack(logits, 1), torch.stack(stochs, 1), deter_all)
         return states, self.prior(deter_all)
 

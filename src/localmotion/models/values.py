@@ -21,7 +21,7 @@ def symexp(x: Tensor) -> Tensor:
 
 
 def symexp_bins(count: int = 255) -> Tensor:
-    """(count,) fp32: symexp of evenly spaced points in [-20, 20], built from one half, so they are exactly symmetric.
+    """(count,) fp32: symexp of evenly spaced points in [-20, 20]. One half mirrors the other, so they are exactly symmetric.
 
     Raises ValueError for an even count, which would have no bin at zero.
     """
@@ -49,23 +49,23 @@ class TwoHot:
     def pred(self) -> Tensor:
         """Expected value (...), without a gradient, because it is only used as a target.
 
-        Opposite bins are combined, (p_k - p_-k) b_k, so with uniform probabilities the sum is exactly zero. A sum from the left would
-        have rounding errors from bins as large as 5e8. Same value as the reference's symmetric sum, with one rounding less.
+        It sums opposite bins as (p_k - p_-k) b_k, so with uniform probabilities the sum is exactly zero. A sum from the left would have
+        rounding errors from bins as large as 5e8. The value is that of the reference's symmetric sum, with one rounding less.
         """
-        probs, middle = F.softmax(self.logits, -1), len(self.bins) // 2
-        difference = probs[..., middle + 1 :] - probs[..., :middle].flip(-1)
+        probs, middle = F.softmax(self.logits, -1), len(self.bins) // 2  # (..., K)
+        difference = probs[..., middle + 1 :] - probs[..., :middle].flip(-1)  # (..., K // 2)
         return (difference * self.bins[middle + 1 :]).sum(-1)
 
     def loss(self, target: Tensor) -> Tensor:
-        """Cross-entropy (...) with the two bins next to ``target`` (...), weighted by distance; outside the range, the last bin.
+        """Cross-entropy (...) with the two bins next to ``target`` (...), weighted by distance. Beyond the range it is the outermost bin.
 
         The target gets no gradient. A NaN target gives a NaN loss.
         """
         target = target.detach().float()
         low = (torch.searchsorted(self.bins, target.contiguous(), right=True) - 1).clamp(0, len(self.bins) - 2)
         below, above = self.bins[low], self.bins[low + 1]
-        weight = ((target - below) / (above - below)).clamp(0, 1)
-        picked = self.log_probs.gather(-1, torch.stack([low, low + 1], -1))
+        weight = ((target - below) / (above - below)).clamp(0, 1)  # (...)
+        picked = self.log_probs.gather(-1, torch.stack([low, low + 1], -1))  # (..., 2)
         return -torch.lerp(picked[..., 0], picked[..., 1], weight)
 
 
@@ -77,12 +77,12 @@ def bootstrapped_return(
         R_t = r_{t+1} + d_{t+1} [(1 - c_{t+1}) v_{t+1} + c_{t+1} R_{t+1}],  R_{T-1} = v_{T-1}
         d = discount (1 - terminal),  c = lambda (1 - last)
 
-    ``terminal`` may be a probability; ``last`` marks the last position of an episode. ``reward[t]`` belongs to the step to
-    position t (decision 0001). ``value`` is used for bootstrapping: in replayed data, the imagined return from each position.
+    ``terminal`` may be a probability. ``last`` marks the last position of an episode. ``reward[t]`` belongs to the step that led to
+    position t (docs/decisions/0001). ``value`` bootstraps; in replayed data it is the imagined return from each position.
     """
-    live = (1 - terminal[1:]) * discount
+    live = (1 - terminal[1:]) * discount  # (T - 1, ...)
     carry = (1 - last[1:]) * lambda_
-    constant = (reward[1:] + (1 - carry) * live * value[1:]).unbind(0)
+    constant = (reward[1:] + (1 - carry) * live * value[1:]).unbind(0)  # T - 1 times (...)
     factor, following, out = (live * carry).unbind(0), value[-1], []
     for t in reversed(range(len(constant))):
         following = torch.addcmul(constant[t], factor[t], following)
@@ -91,9 +91,9 @@ def bootstrapped_return(
 
 
 class ReturnRange(nn.Module):
-    """Moving range of returns, for dividing advantages: the averages of their 5th and 95th percentile.
+    """Moving range of returns, by which advantages are divided: averages of their 5th and 95th percentile.
 
-    In training mode a call first updates the averages with its returns, as in the reference; they start at 0 without bias correction. A
+    In training mode a call first updates the averages with its returns, as in the reference. They start at 0 without bias correction. A
     batch with non-finite returns does not change them.
     """
 
