@@ -5,7 +5,6 @@ Shapes: B sequences, T positions, S categoricals, C classes, D deter, H hidden, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -263,18 +262,14 @@ class RSSM(nn.Module):
     def imagine(
         self,
         state: RSSMState,
-        action: Tensor | Callable[[RSSMState], Tensor],
-        horizon: int | None = None,
+        action: Tensor,
         sample: bool = True,
         generator: torch.Generator | None = None,
     ) -> RSSMState:
-        """Prior rolled out from ``state`` (B, ...) along actions (B, T, A), or ``horizon`` steps of a policy: states (B, T, ...)."""
-        if callable(action) and horizon is None:
-            raise ValueError("a policy needs a horizon")
-        steps = horizon if horizon is not None else len(action[0])  # type: ignore[index]
+        """Prior rolled out from ``state`` (B, ...) along actions (B, T, A): states (B, T, ...)."""
         out = []
-        for t in range(steps):
-            state = self.img_step(state, action(state) if callable(action) else action[:, t], sample, generator)
+        for t in range(action.shape[1]):
+            state = self.img_step(state, action[:, t], sample, generator)
             out.append(state)
         return RSSMState(*(torch.stack(x, 1) for x in zip(*out, strict=True)))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -138,8 +138,6 @@ class Slots:
     point gets a new track_id, because its history belongs to another track.
     """
 
-    ARRAYS = ("points", "visible", "track_id", "age", "mean", "variance")
-
     def __init__(self, recipe: Recipe, segment: SegmentBackend, track: TrackBackend, rng: np.random.Generator) -> None:
         self.recipe, self.segment, self.tracker, self.rng = recipe, segment, track, rng
         count = recipe.tracks
@@ -240,21 +238,3 @@ class Slots:
         if self.found is None or self.found[0] >= self.recipe.segment_frames:
             self.found = (0, self.segment.weight(frame[None], self.flows))
         return self.found[1]
-
-    def state(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
-        """State of the slots for an exact continuation: arrays, and JSON-able numbers."""
-        arrays = {name: getattr(self, name).copy() for name in self.ARRAYS}
-        arrays |= {f"flow{index}": flow.copy() for index, flow in enumerate(self.flows)}
-        if self.found is not None:
-            arrays["found"] = self.found[1].copy()
-        age = None if self.found is None else self.found[0]
-        return arrays, {"next_id": self.next_id, "found_age": age, "rng": self.rng.bit_generator.state}
-
-    def load_state(self, arrays: dict[str, NDArray[Any]], meta: dict[str, Any]) -> None:
-        """Restore a result of `state`."""
-        for name in self.ARRAYS:
-            setattr(self, name, np.array(arrays[name], getattr(self, name).dtype))
-        self.flows = [np.array(arrays[f"flow{index}"]) for index in range(MEMORY) if f"flow{index}" in arrays]
-        self.found = None if meta["found_age"] is None else (int(meta["found_age"]), np.array(arrays["found"]))
-        self.next_id = int(meta["next_id"])
-        self.rng.bit_generator.state = meta["rng"]

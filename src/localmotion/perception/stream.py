@@ -38,7 +38,7 @@ def shrink_points(points: NDArray[np.float32], ratio: int) -> NDArray[np.float32
 
 
 class Magnitudes:
-    """Running histogram of flow magnitude in pixels of the stored size. It shows a mismatch with pre-training at once."""
+    """Running histogram of flow magnitude in pixels of the stored size."""
 
     edges = np.concatenate([[0.0], np.geomspace(1e-3, 64.0, 200)])
     every = 11
@@ -55,12 +55,6 @@ class Magnitudes:
         self.sum += float(size.sum(dtype=np.float64))
         self.number += len(size)
 
-    def merge(self, other: Magnitudes) -> None:
-        """Add the counts of another histogram."""
-        self.counts += other.counts
-        self.sum += other.sum
-        self.number += other.number
-
     def quantiles(self) -> dict[str, float]:
         """mean, p50, p90, p99 (upper edge of the histogram's bin)."""
         if not self.number:
@@ -69,19 +63,6 @@ class Magnitudes:
         upper = np.append(self.edges[1:], self.edges[-1])
         found = {f"p{int(q * 100)}": float(upper[int(np.searchsorted(share, q))]) for q in (0.5, 0.9, 0.99)}
         return {"mean": self.sum / self.number, **found}
-
-    def mismatch(self, other: dict[str, float], factor: float = 3.0) -> str:
-        """One line if the mean or the 99th percentile differs from ``other``'s (`quantiles`) by more than ``factor``, else ""."""
-        own = self.quantiles()
-        for key in ("p99", "mean"):
-            low, high = sorted((own[key], float(other[key])))
-            if self.number and high > factor * max(low, 1e-3):
-                change = high / max(low, 1e-3)
-                numbers = f"{key} {own[key]:.3f} against {other[key]:.3f} pixels of a stored frame"
-                if own[key] > other[key]:
-                    return f"flow here is {change:.1f} times larger than in the clips ({numbers}): extract with a larger frame_stride"
-                return f"flow here is {change:.1f} times smaller than in the clips ({numbers}): use a larger flow_span or action repeat"
-        return ""
 
 
 class StreamingExtractor:
@@ -140,38 +121,3 @@ class StreamingExtractor:
         small = shrink_flow(flow, self.recipe.ratio)
         self.magnitudes.add(small)
         return StepMotion(small, shrink_points(step.points, self.recipe.ratio), step.visible, step.track_id)
-
-    def state_dict(self) -> dict[str, Any]:
-        """State for an exact continuation: ``arrays``, name to numpy array (safetensors), and ``meta``, JSON-able.
-
-        The history of a track backend (cotracker3) is not included; it starts again.
-        """
-        arrays, meta = self.slots.state()
-        arrays |= {f"frame{index}": frame.copy() for index, (frame, _) in enumerate(self.frames)}
-        arrays["magnitudes"] = self.magnitudes.counts.copy()
-        meta |= {
-            "recipe": self.recipe.hash(),
-            "frames": len(self.frames),
-            "change": self.cuts.change,
-            "magnitudes": [self.magnitudes.sum, self.magnitudes.number],
-        }
-        return {"arrays": arrays, "meta": meta}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore a result of `state_dict`. Raises LocalmotionError for the state of another recipe."""
-        arrays, meta = state["arrays"], state["meta"]
-        if meta["recipe"] != self.recipe.hash():
-            raise LocalmotionError(
-                f"perception state has recipe {meta['recipe']}, not {self.recipe.hash()}; continue with the recipe of the saved state"
-            )
-        self.slots.load_state(arrays, meta)
-        self.frames.clear()
-        for index in range(int(meta["frames"])):
-            frame = np.array(arrays[f"frame{index}"], np.uint8)
-            self.frames.append((frame, self._check(frame)))
-        if self.frames:
-            self.cuts.step(self.frames[-1][1], first=True)
-        self.cuts.change = float(meta["change"])
-        self.magnitudes.counts = np.array(arrays["magnitudes"], np.int64)
-        total, number = meta["magnitudes"]
-        self.magnitudes.sum, self.magnitudes.number = float(total), int(number)
