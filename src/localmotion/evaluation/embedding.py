@@ -87,17 +87,6 @@ def knn_accuracy(vectors: ArrayLike, labels: ArrayLike, *, k: int = 5, groups: A
     return float(((votes.argmax(axis=1) == y) & allowed.any(axis=1)).mean())
 
 
-def majority_share(labels: ArrayLike) -> float:
-    """Share of the most common label, in [0, 1].
-
-    This is the accuracy of a constant answer, the floor of `knn_accuracy`.
-    """
-    counts = np.unique(np.asarray(labels), return_counts=True)[1]
-    if counts.size == 0:
-        raise ValueError("no labels")
-    return float(counts.max() / counts.sum())
-
-
 def silhouette(vectors: ArrayLike, labels: ArrayLike) -> float:
     """Mean silhouette (Rousseeuw 1987) in [-1, 1] of (n, d) vectors under (n,) labels, Euclidean distance.
 

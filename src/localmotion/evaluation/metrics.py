@@ -35,15 +35,6 @@ def _prepare(prediction: Tensor, truth: Tensor, data_range: float | None) -> tup
     return prediction.to(torch.float64), truth.to(torch.float64), float(data_range)
 
 
-def mse(prediction: Tensor, truth: Tensor) -> Tensor:
-    """Mean squared error of each picture, in squared units of the input: (..., C, H, W) twice -> (...) float64.
-
-    Raises ValueError if shapes or dtypes differ.
-    """
-    a, b, _ = _prepare(prediction, truth, 1.0)
-    return (a - b).square().mean(dim=(-3, -2, -1))  # (...)
-
-
 def psnr(prediction: Tensor, truth: Tensor, data_range: float | None = None) -> Tensor:
     """Peak signal-to-noise ratio in dB, ``10 log10(data_range^2 / mse)``: (..., C, H, W) twice -> (...) float64.
 

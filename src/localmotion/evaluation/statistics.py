@@ -37,14 +37,6 @@ def population_std(values: ArrayLike, axis: int = -1) -> Any:
     return _scores(values).std(axis=axis)
 
 
-def sample_std(values: ArrayLike, axis: int = -1) -> Any:
-    """Standard deviation with divisor n - 1. Raises ValueError for fewer than two scores."""
-    scores = _scores(values)
-    if scores.shape[axis] < 2:
-        raise ValueError("the sample standard deviation needs at least two scores")
-    return scores.std(axis=axis, ddof=1)
-
-
 def iqm(values: ArrayLike, axis: int = -1) -> Any:
     """Interquartile mean: the mean without the floor(n / 4) lowest and the floor(n / 4) highest scores.
 
