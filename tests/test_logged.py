@@ -277,7 +277,7 @@ def test_what_cannot_be_learned_from_is_refused_before_the_work(store: Path, tmp
         finetune(settings(store, "action_repeat=4"), tmp_path)
     with pytest.raises(ConfigError, match="logged episodes have pictures only"):
         finetune(settings(store, "observed=vectors", name="dreamer_v3"), tmp_path)
-    with pytest.raises(ConfigError, match="or with --data which logged episodes"):
+    with pytest.raises(ConfigError, match="or logged episodes with --data"):
         finetune(compose("dreamer_v2", "train", preset="debug"), tmp_path)
     plain = tmp_path / "plain"
     collecting.ClipStoreWriter.open(plain, 32, TINY.to_json(), TINY.hash(), 8)
