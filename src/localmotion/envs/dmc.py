@@ -2,54 +2,22 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from localmotion.envs.base import PixelEnv
+from localmotion.envs.control import ACTION_REPEAT, TASKS, TIME_LIMIT, ControlEnv
 from localmotion.errors import EnvError, unknown_name
 
-TASKS: dict[str, tuple[str, str]] = {
-    f"{domain}_{task}": (domain, task)
-    for domain, tasks in {
-        "acrobot": ("swingup", "swingup_sparse"),
-        "ball_in_cup": ("catch",),
-        "cartpole": ("balance", "balance_sparse", "swingup", "swingup_sparse", "two_poles", "three_poles"),
-        "cheetah": ("run",),
-        "dog": ("stand", "walk", "trot", "run", "fetch"),
-        "finger": ("spin", "turn_easy", "turn_hard"),
-        "fish": ("upright", "swim"),
-        "hopper": ("stand", "hop"),
-        "humanoid": ("stand", "walk", "run", "run_pure_state"),
-        "humanoid_CMU": ("stand", "walk", "run"),
-        "lqr": ("lqr_2_1", "lqr_6_2"),
-        "manipulator": ("bring_ball", "bring_peg", "insert_ball", "insert_peg"),
-        "pendulum": ("swingup",),
-        "point_mass": ("easy", "hard"),
-        "quadruped": ("walk", "run", "escape", "fetch"),
-        "reacher": ("easy", "hard"),
-        "stacker": ("stack_2", "stack_4"),
-        "swimmer": ("swimmer6", "swimmer15"),
-        "walker": ("stand", "walk", "run"),
-    }.items()
-    for task in tasks
-}
-"""Task name -> (domain, task) of the suite, listed here so names can be checked without importing MuJoCo."""
+__all__ = ["ACTION_REPEAT", "CAMERAS", "TASKS", "TIME_LIMIT", "DMCEnv"]
 
 CAMERAS: dict[str, int | str] = {"quadruped": 2, "dog_fetch": "y-axis"}
 """Cameras of domains or tasks that do not use number 0, which in dog fetch shows only the ball."""
-ACTION_REPEAT, TIME_LIMIT = 2, 1000
-UNBOUNDED = 1e6
 
 
-class DMCEnv(PixelEnv):
-    """One task of the suite. Return in 0..1000 for 1000 env steps; terminated only if the task says so (lqr).
-
-    ``time_limit`` replaces the suite's own time limit. A model that the suite draws at random when it is built (lqr) is always the same.
-    ``physics`` is dm_control's object, for ground truth. Suites that render the same tasks differently are subclasses.
-    """
+class DMCEnv(ControlEnv):
+    """One task of the suite drawn by MuJoCo. Suites that render the same tasks differently are subclasses."""
 
     suite_name: ClassVar[str] = "dmc"
 
@@ -72,61 +40,22 @@ class DMCEnv(PixelEnv):
         self._gl = choose_gl()  # before dm_control, whose import fixes how MuJoCo draws
         from localmotion.envs.render import SceneRenderer, camera_id, resolve_quality
 
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)
-            from dm_control import suite
-            from dm_control.rl.control import PhysicsError
-
-        self._physics_error = PhysicsError
-        domain, name = TASKS[task]
-        inner = suite.load(domain, name, task_kwargs={"random": 0, "time_limit": float("inf")})
-        self.physics, self._task = inner.physics, inner.task
-        # quadruped escape requests an OpenGL context from its physics, to upload the terrain. dm_control caches which context is current,
-        # so a second context would draw into ours. It gets none, and our renderer uploads the terrain.
-        self.physics._make_rendering_contexts = _no_contexts
-        self._sub_steps = round(inner.control_timestep() / self.physics.timestep())
-        bounds = inner.action_spec()
-        low, high = np.asarray(bounds.minimum, np.float64), np.asarray(bounds.maximum, np.float64)
-        bounded = (low > -UNBOUNDED) & (high < UNBOUNDED)  # lqr has no bounds; use [-1, 1]
-        low, high = np.where(bounded, low, -1.0), np.where(bounded, high, 1.0)
-        self._centre, self._half = (high + low) / 2, (high - low) / 2
         super().__init__(
-            f"{self.suite_name}:{task}",
-            seed=seed,
-            size=size,
-            percept_size=percept_size,
-            action_dim=int(np.prod(bounds.shape)),
-            action_repeat=ACTION_REPEAT if action_repeat is None else action_repeat,
-            time_limit=TIME_LIMIT if time_limit is None else time_limit,
+            task, seed=seed, size=size, percept_size=percept_size, action_repeat=action_repeat, time_limit=time_limit
         )
         model = self.physics.model.ptr
+        domain = TASKS[task][0]
         self.camera = camera_id(model, CAMERAS.get(task, CAMERAS.get(domain, 0)) if camera is None else camera, self.name)
         self.quality = resolve_quality(quality)
         self._prepare(model)
         self._renderer = SceneRenderer(model, size=self.draw_size, camera=self.camera, quality=self.quality)
-        rate = 1.0 / (inner.control_timestep() * self.action_repeat)
-        self.metadata = {**self.metadata, "render_fps": max(1, round(rate))}
 
     def _prepare(self, model: Any) -> None:
         """Called once, before the renderer is made. A subclass may change the look of mujoco.MjModel ``model``."""
 
     def _begin(self, episode_seed: int) -> None:
-        self._task.random.seed(episode_seed)
-        with self.physics.reset_context():
-            self._task.initialize_episode(self.physics)
+        super()._begin(episode_seed)
         self._renderer.upload_height_fields()
-
-    def _control(self, action: NDArray[np.float64]) -> tuple[float, bool]:
-        # dm_control's Environment.step without its observation, which is not used and takes as long as the physics.
-        try:
-            self._task.before_step(self._centre + self._half * action, self.physics)
-            self.physics.step(self._sub_steps)
-            self._task.after_step(self.physics)
-        except self._physics_error as error:
-            raise EnvError(f"{self.name}: the simulation diverged ({error}); reset, or lower the actions") from error
-        reward = float(self._task.get_reward(self.physics))
-        discount = self._task.get_termination(self.physics)
-        return reward, discount is not None and float(discount) == 0.0
 
     def _draw(self, size: int) -> NDArray[np.uint8]:
         return self._renderer.frame(self.physics.data.ptr, size)
@@ -144,44 +73,9 @@ class DMCEnv(PixelEnv):
         model = self.physics.model.ptr
         return segment(self._renderer, model, self.physics.data.ptr, moving_parts(model), size).agent
 
-    def velocities(self) -> NDArray[np.float64]:
-        """Generalised velocities (nv,) of the physics, radians and metres per second, the targets of probes."""
-        return np.array(self.physics.data.qvel, np.float64)
-
-    def vector(self) -> NDArray[np.float64]:
-        """dm_control's own observation of the task, its parts in their order, as one vector."""
-        parts = self._task.get_observation(self.physics).values()
-        return np.concatenate([np.asarray(part, np.float64).ravel() for part in parts])
-
-    def state(self) -> NDArray[np.float64]:
-        """Positions, velocities and activations of the physics, with the model's body and geom positions, which some tasks move."""
-        model = self.physics.model.ptr
-        return np.concatenate([self.physics.get_state(), model.body_pos.ravel(), model.geom_pos.ravel()])
-
     def _facts(self) -> dict[str, Any]:
-        import dm_control
-        import mujoco
-
-        return {
-            "camera": self.camera,
-            "quality": self.quality,
-            "gl": self._gl.to_json(),
-            "versions": {"mujoco": mujoco.__version__, "dm_control": _version("dm_control", dm_control)},
-        }
+        return {"camera": self.camera, "quality": self.quality, "gl": self._gl.to_json(), **super()._facts()}
 
     def close(self) -> None:
         """Free the renderer."""
         self._renderer.close()
-
-
-def _no_contexts() -> None:
-    """Replaces dm_control's creation of OpenGL contexts."""
-
-
-def _version(package: str, module: Any) -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return str(getattr(module, "__version__", "unknown"))
