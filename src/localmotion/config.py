@@ -281,7 +281,7 @@ SUITES: dict[str, dict[str, Any]] = {
         "model": {"intrinsic_weight": 0.1, "free_nats": 1.0, "context_erasing": False},
     },
 }
-DMC_SUITES = ("dmc", "dmcr", "distracting", "diswm", "masklam")
+DMC_SUITES = ("dmc", "dmcr", "distracting", "diswm", "masklam", "planar")
 """The suites based on DeepMind Control."""
 SUITES |= dict.fromkeys(DMC_SUITES, SUITES["dmc"]) | {"dmw": SUITES["metaworld"]}
 SUITES["toy"] = {

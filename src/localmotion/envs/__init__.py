@@ -59,6 +59,12 @@ def _dmw() -> tuple[list[str], Callable[..., PixelEnv]]:
     return _metaworld()[0], CompositeMetaWorldEnv
 
 
+def _planar() -> tuple[list[str], Callable[..., PixelEnv]]:
+    from localmotion.envs.planar import TASKS, PlanarEnv
+
+    return list(TASKS), PlanarEnv
+
+
 def _toy() -> tuple[list[str], Callable[..., PixelEnv]]:
     from localmotion.envs.toy import TASKS, make_toy
 
@@ -73,11 +79,12 @@ _SUITES: dict[str, Callable[[], tuple[list[str], Callable[..., PixelEnv]]]] = {
     "masklam": _masklam,
     "metaworld": _metaworld,
     "dmw": _dmw,
+    "planar": _planar,
     "toy": _toy,
 }
 
 
-_WITHOUT_CAMERAS = {"toy"}
+_WITHOUT_CAMERAS = {"planar", "toy"}
 
 
 def list_envs(suite: str | None = None) -> list[str]:
@@ -104,12 +111,13 @@ def make_env(
     """Make an environment; its interface is that of `localmotion.envs.base.PixelEnv`.
 
     Args:
-        name: "dmc:walker_walk", "metaworld:reach" (or "metaworld:reach-v3"), "toy:dot"; `list_envs` has all.
+        name: "dmc:walker_walk", "metaworld:reach" (or "metaworld:reach-v3"), "planar:walker_walk", "toy:dot";
+            `list_envs` has all.
         seed: seed of the environment's own generator, used by resets without a seed.
         size: side of the ``image`` observation in pixels.
         percept_size: side of the ``percept`` observation, a multiple of ``size``: one rendering serves both.
-        action_repeat: env steps per call of ``step``; None for the suite's (DMC 2, Meta-World 1, toy 1).
-        time_limit: env steps per episode; None for the suite's (DMC 1000, Meta-World 500, toy 50).
+        action_repeat: env steps per call of ``step``; None for the suite's (DMC and planar 2, Meta-World 1, toy 1).
+        time_limit: env steps per episode; None for the suite's (DMC and planar 1000, Meta-World 500, toy 50).
         quality: "reference" (MuJoCo's own drawing), "fast" (see `localmotion.envs.render`), "auto": fast on software OpenGL.
         camera: name or number; None for the suite's (DMC 0, quadruped 2, dog_fetch "y-axis"; Meta-World "corner").
         supersample: 2 draws observations at twice their side and averages, i.e. four samples a pixel, in either quality: slow motion is

@@ -16,13 +16,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localmotion.envs.masks import AGENT, OTHER, SOLID, AgentParts
+from localmotion.errors import EnvError
+
+_PLANE, _SPHERE, _CAPSULE, _ELLIPSOID, _CYLINDER, _BOX = 0, 2, 3, 4, 5, 6  # mujoco.mjtGeom
+WALL = 0.004
+"""Half the thickness with which walls (planes on edge) are drawn, metres."""
 
 CORNERS = 32
 """Corners of an outline. Those of a circle lie on it; the polygon's area is 0.6 % smaller."""
 SHIFT = 8
 """Fractional bits of OpenCV's fixed-point coordinates."""
 SAMPLES, FINE = 2, 4
-"""Pictures are drawn, anti-aliased, at SAMPLES times their side and averaged; parts at FINE times, of which the pixels' centres are used."""
+"""Pictures are drawn at SAMPLES times their side, anti-aliased, and averaged. Parts are found at FINE times their side, at the pixels'
+centres."""
+SAMPLES_INSET, FINE_INSET = 0.62, 0.45
+"""OpenCV fills more than a polygon: about this many drawn pixels on every side, with anti-aliasing and without. Outlines are drawn so much
+smaller, so that parts cover their true areas (tested)."""
+THINNEST = 1.5
+"""Pixels of the picture that a part is wide at least. A thinner one would be missing at the centres of pixels, so it is drawn wider."""
 COLOURS = (
     (232, 119, 64), (64, 148, 214), (242, 190, 70), (112, 178, 92), (168, 116, 206), (228, 120, 160), (72, 186, 172), (190, 150, 110),
 )  # fmt: skip
@@ -31,7 +42,7 @@ FAR = 0.68
 """Brightness of parts behind the plane through the agent's first part, e.g. of the walker's left leg."""
 SKY_TOP, SKY_BOTTOM = (164, 196, 226), (226, 234, 238)
 FLOOR = (104, 116, 100)
-CONTRAST = 0.3
+CONTRAST = 0.25
 """Largest difference of a tile from the floor's brightness."""
 TILES = 16
 """Tiles after which the floor's pattern repeats, in each direction. No two neighbours are alike, so motion is visible in it."""
@@ -70,6 +81,14 @@ class Pose:
     seen: dict[int, NDArray[np.uint8]] = field(default_factory=dict, repr=False, compare=False)
     """Codes of pixels by size, kept by `Painter.codes`."""
 
+    def equals(self, other: Pose) -> bool:
+        """Whether everything is in the same place, bit for bit."""
+        return (
+            self.eye == other.eye
+            and self.place.tobytes() == other.place.tobytes()
+            and self.turn.tobytes() == other.turn.tobytes()
+        )
+
 
 class Painter:
     """Draws the parts of one MuJoCo model in their reference state; valid until the model's sizes or colours change.
@@ -91,7 +110,7 @@ class Painter:
 
     def __init__(self, model: Any, data: Any, view: View, kinds: AgentParts, camera: int = 0) -> None:
         self.view, self._data = view, data
-        self._rows = np.array([0, 1 if view.above else 2])
+        rows = np.array([0, 1 if view.above else 2])
         self._body = int(model.cam_bodyid[camera])
         away = np.array([0.0, 0.0, -1.0] if view.above else [0.0, 1.0, 0.0])  # from the viewer
         parts = [
@@ -102,43 +121,51 @@ class Painter:
         ]
         outlines, near, far = [], [], []
         for kind, number in parts:
-            points = _outline(model, data, kind, number, view.above)
-            outlines.append(points)
+            outlines.append(_outline(model, data, kind, number, view.above))
             position = getattr(data, f"{kind}_xpos")[number]
             far.append(float(position @ away))
             near.append(round(float(position @ away) - _thickness(model, data, kind, number, away), 6))
         floor = next((i for i in range(model.ngeom) if _is_floor(model, i)), -1)
         sites = np.array([kind == "site" for kind, _ in parts], bool)
         index = np.array([number for _, number in parts], np.int64)
-        self._geoms, self._sites = index[~sites], index[sites]
-        self.numbers = np.append(index + model.ngeom * sites, floor).astype(np.int16)
-        owner = np.append(np.where(sites, kinds.sites[index * sites], kinds.geoms[index * ~sites]), 0)
-        self.agent = owner == AGENT
-        body = np.where(sites, model.site_bodyid[index * sites] if model.nsite else 0, model.geom_bodyid[index * ~sites])
-        self.moving = np.append((model.body_weldid[body] != 0) | (model.body_mocapid[body] >= 0), False)
-        self.moving[:-1][body == 0] = False
-        self._columns = np.append(
-            _steady_columns(data.geom_xmat[self._geoms], self._rows), _steady_columns(data.site_xmat[self._sites], self._rows)
-        ).astype(np.int64)
+        number = index + model.ngeom * sites
+        self.numbers = np.append(number, floor).astype(np.int16)
+        owner = np.concatenate([kinds.geoms, kinds.sites])[number]
+        self.agent = np.append(owner == AGENT, False)
+        body = np.concatenate([model.geom_bodyid, model.site_bodyid])[number]
+        free = (model.body_weldid != 0) | (model.body_mocapid >= 0)
+        free[0] = False
+        self.moving = np.append(free[body], False)
+        self._with_sites = bool(sites.any())
+        # Where the plane's two coordinates of each part's position and of its steady axis lie in MuJoCo's arrays, geoms before sites.
+        columns = _steady_columns(np.concatenate([data.geom_xmat, data.site_xmat])[number], rows)
+        self._in_centres = 3 * number[:, None] + rows
+        self._in_frames = 9 * number[:, None] + 3 * rows + columns[:, None]
         self._ground = float(data.geom_xpos[floor, 2]) if floor >= 0 else -np.inf
         pose = self.pose()
-        self._local = (np.array(outlines) - pose.place[:-1, None]) * pose.turn[:-1, None].conj()
+        corners, outward = np.moveaxis(np.array(outlines).reshape(-1, 2, CORNERS), 1, 0)
+        self._local = (corners - pose.place[:-1, None]) * pose.turn[:-1, None].conj()
+        self._outward = outward * pose.turn[:-1, None].conj()
+        across = np.exp(2j * np.pi * np.arange(CORNERS) / CORNERS).conj()
+        self._thin = (self._local[:, :, None] * across).real.max(1).min(1)  # half the width where a part is narrowest
         # The nearest surface is drawn last. Targets are behind everything: they may not hide the agent.
         layer = [-np.inf if owner[k] == OTHER else -near[k] for k in range(len(parts))]
         self._order = sorted(range(len(parts)), key=lambda k: layer[k])
         first = next((far[k] for k in range(len(parts)) if self.agent[k]), 0.0)
         self._colours = _colours(model, parts, owner, [value > first + 1e-6 for value in far])
         self._scenes: dict[int, _Scenery] = {}
+        self._shapes: dict[tuple[int, int], NDArray[np.complex128]] = {}
 
     def pose(self) -> Pose:
         """Where the parts are now."""
-        data, rows = self._data, self._rows
-        centres = np.concatenate([data.geom_xpos[self._geoms], data.site_xpos[self._sites], _NOWHERE])
-        frames = np.concatenate([data.geom_xmat[self._geoms], data.site_xmat[self._sites]])
-        place = centres[:, 0] - 1j * centres[:, rows[1]]
-        each = np.arange(len(frames))
-        axis = frames[each, self._columns] - 1j * frames[each, 3 * rows[1] + self._columns]
-        turn = np.append(axis / np.abs(axis), 1.0)
+        data = self._data
+        centres, frames = data.geom_xpos.ravel(), data.geom_xmat.ravel()
+        if self._with_sites:
+            centres, frames = np.concatenate([centres, data.site_xpos.ravel()]), np.concatenate([frames, data.site_xmat.ravel()])
+        place, turn = np.zeros(len(self.numbers), np.complex128), np.ones(len(self.numbers), np.complex128)
+        np.conjugate(centres.take(self._in_centres).view(np.complex128)[:, 0], out=place[:-1])
+        axis = frames.take(self._in_frames).view(np.complex128)[:, 0]
+        np.divide(axis.conj(), np.abs(axis), out=turn[:-1])
         view = self.view
         eye = 0j if view.above else -1j * view.middle
         if view.follows:
@@ -153,20 +180,25 @@ class Painter:
     def _zoom(self, size: int) -> float:
         return size / (2 * self.view.half)
 
-    def _corners(self, pose: Pose, size: int, scale: int, offset: float) -> NDArray[np.int32]:
+    def _corners(self, pose: Pose, size: int, scale: int, offset: float, inset: float) -> NDArray[np.int32]:
         """(K - 1, CORNERS, 2) corners in fixed point, in a picture drawn at ``scale`` times ``size``; pixel 0 there is ``offset`` from
-        the centre of pixel 0."""
+        the centre of pixel 0. Outlines are smaller by ``inset`` drawn pixels."""
         zoom = self._zoom(size) * scale
+        shape = self._shapes.get((size, scale))
+        if shape is None:
+            smaller = np.minimum(inset, self._thin * zoom - THINNEST / 2 * scale + inset)
+            shape = self._shapes[size, scale] = self._local * zoom - self._outward * smaller[:, None]
         middle = (size - 1) / 2 * scale + offset
-        place, turn = (pose.place[:-1] - pose.eye) * zoom + middle * (1 + 1j), pose.turn[:-1] * zoom
-        corners = place[:, None] + turn[:, None] * self._local
+        place = (pose.place[:-1] - pose.eye) * zoom + middle * (1 + 1j)
+        corners = pose.turn[:-1, None] * shape
+        corners += place[:, None]
         fixed = np.rint(corners.view(np.float64) * (1 << SHIFT))
         return fixed.reshape(*corners.shape, 2).astype(np.int32)
 
     def picture(self, pose: Pose, size: int) -> NDArray[np.uint8]:
         """(S, S, 3) uint8 RGB."""
         large = self._scenery(size).behind(pose)
-        corners = self._corners(pose, size, SAMPLES, (SAMPLES - 1) / 2)
+        corners = self._corners(pose, size, SAMPLES, (SAMPLES - 1) / 2, SAMPLES_INSET)
         for k in self._order:
             cv2.fillConvexPoly(large, corners[k], self._colours[k], cv2.LINE_AA, SHIFT)
         return np.asarray(cv2.resize(large, (size, size), interpolation=cv2.INTER_AREA), np.uint8)
@@ -176,7 +208,7 @@ class Painter:
         found = pose.seen.get(size)
         if found is None:
             large = self._scenery(size).codes.copy()
-            corners = self._corners(pose, size, FINE, 0.0)
+            corners = self._corners(pose, size, FINE, 0.0, FINE_INSET)
             for k in self._order:
                 cv2.fillConvexPoly(large, corners[k], k + 1, cv2.LINE_8, SHIFT)
             found = pose.seen[size] = np.ascontiguousarray(large[::FINE, ::FINE])
@@ -184,15 +216,17 @@ class Painter:
 
     def flow(self, a: Pose, b: Pose, size: int) -> NDArray[np.float32]:
         """(S, S, 2) float32 motion from ``a`` to ``b`` of what the pixels of ``a`` show, x then y; exact, zero in the sky."""
+        if a is b:
+            return np.zeros((size, size, 2), np.float32)
         turned = b.turn * a.turn.conj()
-        start = self.in_pixels(a, size)
-        moved = self.in_pixels(b, size) - turned * start
+        moved = self.in_pixels(b, size) - turned * self.in_pixels(a, size)
         # Codes start at the sky, which stays where it is.
-        factor, shift = (np.concatenate([[0.0], x]).astype(np.complex64) for x in (turned - 1, moved))
+        table = np.zeros((2, len(turned) + 1), np.complex64)
+        table[0, 1:], table[1, 1:] = turned - 1, moved
         codes = self.codes(a, size)
-        field = factor.take(codes)
+        field = table[0].take(codes)
         field *= self._scenery(size).pixels
-        field += shift.take(codes)
+        field += table[1].take(codes)
         return field.view(np.float32).reshape(size, size, 2)
 
     def _scenery(self, size: int) -> _Scenery:
@@ -216,7 +250,8 @@ class _Scenery:
         line = np.arange(size, dtype=np.float32)
         self.pixels = (line + 1j * line[:, None]).astype(np.complex64)
         # Heights of rows: of the drawn picture's edges, and of the pixels' centres at which parts are found.
-        horizon = -np.inf if view.above else (view.middle + view.half - ground) * self._zoom  # in rows of the drawn picture
+        lowest = 2.0 * side  # of what can be seen; a body without a floor has none there
+        horizon = -np.inf if view.above else min((view.middle + view.half - ground) * self._zoom, lowest)  # in drawn rows
         rows = (np.arange(FINE * size) / FINE + 0.5) * SAMPLES
         self.codes = np.zeros((FINE * size, FINE * size), np.uint8)
         self.codes[rows >= horizon] = floor
@@ -255,7 +290,7 @@ class _Scenery:
         return picture
 
 
-_NOWHERE = np.zeros((1, 3))
+_GROWN = 1e-4
 _PATTERN = np.random.default_rng(7).permutation(np.linspace(-1, 1, TILES * TILES)).reshape(TILES, TILES)
 
 
@@ -275,4 +310,83 @@ def _drawn(model: Any, kind: str, number: int, above: bool) -> bool:
     material = int(model.geom_matid[number])
     opacity = model.mat_rgba[material, 3] if material >= 0 else model.geom_rgba[number, 3]
     plane = int(model.geom_type[number]) == 0
-    return float(opacity) >= SOLID and int(model.geom_group[number]) < 3 and not (plane and (_is_floor(model, number) or not above))
+    return (
+        float(opacity) >= SOLID and int(model.geom_group[number]) < 3 and not (plane and (_is_floor(model, number) or not above))
+    )
+
+
+def _support(
+    model: Any, kind: str, number: int, frame: NDArray[np.float64], away: NDArray[np.float64], grown: float = 0.0
+) -> NDArray[np.float64]:
+    """(N, 3) points of a convex shape farthest in (N, 3) directions, relative to its centre; ``frame`` (3, 3) has its axes as columns.
+    The surface of the shape is ``grown`` outwards, metres."""
+    shape = int(getattr(model, f"{kind}_type")[number])
+    size = np.asarray(getattr(model, f"{kind}_size")[number], np.float64) + grown
+    local = away @ frame
+    sign = np.sign(np.round(local, 9))
+    if shape == _SPHERE:
+        points = size[0] * local
+    elif shape == _CAPSULE:
+        points = size[0] * local
+        points[:, 2] += sign[:, 2] * (size[1] - grown)
+    elif shape == _ELLIPSOID:
+        points = size**2 * local / np.linalg.norm(size * local, axis=1, keepdims=True)
+    elif shape == _CYLINDER:
+        flat = local[:, :2]
+        around = size[0] * flat / np.maximum(np.linalg.norm(flat, axis=1, keepdims=True), 1e-9)
+        points = np.column_stack([around, sign[:, 2] * size[1]])
+    elif shape == _BOX:
+        points = sign * size
+    elif shape == _PLANE:  # a wall
+        points = sign * np.array([size[0], size[1], WALL + grown])
+    else:
+        raise EnvError(f"the planar drawing has no shape for {kind} {number} of type {shape}")
+    return np.asarray(points @ frame.T, np.float64)
+
+
+def _outline(model: Any, data: Any, kind: str, number: int, above: bool) -> NDArray[np.complex128]:
+    """(2, CORNERS) corners of a part's outline in the plane, in order, and where each goes if the outline grows by one metre."""
+    frame = np.asarray(getattr(data, f"{kind}_xmat")[number], np.float64).reshape(3, 3)
+    up = 1 if above else 2
+    # Directions start half a corner off the part's own axis, so that the two ends of a capsule get equally many.
+    column = int(_steady_columns(frame.reshape(1, 9), np.array([0, up]))[0])
+    start = np.arctan2(frame[up, column], frame[0, column])
+    angle = start + 2 * np.pi * (np.arange(CORNERS) + 0.5) / CORNERS
+    directions = np.zeros((CORNERS, 3))
+    directions[:, 0], directions[:, up] = np.cos(angle), np.sin(angle)
+    points, grown = (_support(model, kind, number, frame, directions, by) for by in (0.0, _GROWN))
+    both = np.stack([points + getattr(data, f"{kind}_xpos")[number], (grown - points) / _GROWN])
+    return both[..., 0] - 1j * both[..., up]
+
+
+def _thickness(model: Any, data: Any, kind: str, number: int, away: NDArray[np.float64]) -> float:
+    """Half a part's extent towards the viewer."""
+    frame = np.asarray(getattr(data, f"{kind}_xmat")[number], np.float64).reshape(3, 3)
+    return float(_support(model, kind, number, frame, away[None])[0] @ away)
+
+
+def _steady_columns(frames: NDArray[np.float64], rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """(N,) for each of (N, 9) rotation matrices, the first of its axes that lies in the plane; it stays there when the part moves."""
+    flat = np.asarray(frames, np.float64).reshape(-1, 3, 3)[:, rows]
+    return np.argmax(np.round(np.linalg.norm(flat, axis=1), 3), axis=1)
+
+
+def _colours(
+    model: Any, parts: list[tuple[str, int]], owner: NDArray[np.uint8], far: list[bool]
+) -> list[tuple[float, float, float]]:
+    """Colours of the parts: the agent's from `COLOURS` in turn, darker if ``far``."""
+    result, used = [], 0
+    for k, (kind, number) in enumerate(parts):
+        material = int(model.geom_matid[number] if kind == "geom" else model.site_matid[number])
+        name = model.material(material).name if material >= 0 else ""
+        colour: tuple[int, int, int] = DECORATION
+        if owner[k] == OTHER:
+            colour = TARGET
+        elif kind == "site" and owner[k] == AGENT:
+            colour = TARGET  # the point of the agent that has to reach the target
+        elif owner[k] == AGENT and name != "decoration":
+            colour = COLOURS[used % len(COLOURS)]
+            used += 1
+        light = FAR if far[k] and owner[k] == AGENT else 1.0
+        result.append((light * colour[0], light * colour[1], light * colour[2]))
+    return result

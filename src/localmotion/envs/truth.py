@@ -1,8 +1,9 @@
 """Ground truth of motion: exact optical flow, occlusion, point tracks and moving-body masks from the state of an environment.
 
-One interface, `MotionTruth`, for all environments; `motion_truth` chooses the implementation: rendered depth and geom poses for MuJoCo
-(`localmotion.envs.truth_mujoco`), layers with known offsets for the toys. Conventions are perception's: points are (x, y) in pixels of the
-picture, the centre of the top-left pixel is (0, 0); ``flow[y, x]`` is the motion of the surface in that pixel.
+One interface, `MotionTruth`, for all environments. `motion_truth` chooses the implementation: rendered depth and geom poses for MuJoCo
+(`localmotion.envs.truth_mujoco`), rigid parts in a plane for planar bodies (`localmotion.envs.truth_planar`), layers with known offsets
+for the toys. Conventions are perception's: points are (x, y) in pixels of the picture, the centre of the top-left pixel is (0, 0);
+``flow[y, x]`` is the motion of the surface in that pixel.
 
 Flow is the motion of surfaces, as in every flow benchmark. Shadows, highlights and reflections move over them and are not followed.
 """
@@ -222,10 +223,14 @@ def motion_truth(env: PixelEnv) -> MotionTruth:
     motion of these pixels is unknown.
 
     Raises:
-        EnvError: an environment without layers and without a MuJoCo scene.
+        EnvError: an environment without layers, planar parts and a MuJoCo scene.
     """
     if hasattr(env, "layers"):
         return LayerTruth(env)
+    if hasattr(type(env), "painter"):
+        from localmotion.envs.truth_planar import PlanarTruth
+
+        return PlanarTruth(env)
     from localmotion.envs.truth_mujoco import MujocoTruth
 
     return MujocoTruth(env)
