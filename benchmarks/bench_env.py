@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 
-from localmotion.envs import make_env
+from localmotion.envs import OWN_DRAWING, make_env
 from localmotion.envs.vector import VectorEnv
 
 CASES = (
@@ -20,6 +20,9 @@ CASES = (
     "metaworld:reach",
     "metaworld:door-lock",
     "metaworld:drawer-open",
+    "planar:walker_run",
+    "planar:cheetah_run",
+    "planar:hopper_hop",
     "toy:dot",
 )
 SIZES: tuple[tuple[int, int | None], ...] = ((64, None), (64, 128))
@@ -42,7 +45,7 @@ def run() -> list[dict[str, object]]:
                         "fps, two processes": measure_two(name, size, percept, quality),
                     }
                 )
-                if name.startswith("toy:"):
+                if name.partition(":")[0] in OWN_DRAWING:
                     break
     return rows
 

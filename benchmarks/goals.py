@@ -62,6 +62,10 @@ def _eager(case: str) -> Callable[[Sequence[Row]], Any]:
     return lambda rows: one(rows, "median ms", update=case, how="eager") / _gpu(case)(rows)
 
 
+def _planar(name: str, column: str) -> Callable[[Sequence[Row]], Any]:
+    return lambda rows: one(rows, column, env=f"planar:{name}")
+
+
 _V3, _DRP = "DreamerV3 12M", "DRP paper, fine-tuning"
 GOALS = (
     Goal("DreamerV3 12M, 16 x 64: r2dreamer's time over ours", "peers", 4.0, "times", True, _peer("r2dreamer, eager")),
@@ -81,6 +85,20 @@ GOALS = (
         "of the time",
         True,
         lambda rows: one(rows, "share", part="update"),
+    ),
+    *(
+        Goal(
+            f"planar:{name}, 64 px, with exact motion", "planar", wanted, "agent steps/s", True, _planar(name, "steps/s, motion")
+        )
+        for name, wanted in (("walker_run", 3_000.0), ("hopper_hop", 5_000.0), ("cheetah_run", 5_000.0))
+    ),
+    Goal(
+        "drawing planar:walker_run, 64 px, parts and flow",
+        "planar",
+        10_000.0,
+        "frames/s",
+        True,
+        _planar("walker_run", "frames/s"),
     ),
     Goal("extraction at 64 px, two workers", "extract", 60.0, "clips/s", True, _extract(64)),
     Goal("extraction at 128 px, two workers", "extract", 20.0, "clips/s", True, _extract(128)),

@@ -83,8 +83,8 @@ _SUITES: dict[str, Callable[[], tuple[list[str], Callable[..., PixelEnv]]]] = {
     "toy": _toy,
 }
 
-
-_WITHOUT_CAMERAS = {"planar", "toy"}
+OWN_DRAWING = {"planar", "toy"}
+"""Suites that draw their own pictures: they have no cameras and one quality, "exact"."""
 
 
 def list_envs(suite: str | None = None) -> list[str]:
@@ -175,7 +175,7 @@ def check_env(name: str, options: Mapping[str, Any]) -> None:
         limit = own.pop("time_limit")
         if type(limit) is not int or not 1 <= limit < 2**31:
             raise ConfigError(f"option time_limit={limit!r:.60} of {name}: must be a whole number of env steps, 1 or more")
-    if "camera" in own and suite not in _WITHOUT_CAMERAS:
+    if "camera" in own and suite not in OWN_DRAWING:
         camera = own.pop("camera")
         if type(camera) not in (int, str):
             raise ConfigError(f"option camera={camera!r:.60} of {name}: must be a name or a number")
@@ -215,7 +215,7 @@ def _options_of(factory: Callable[..., PixelEnv]) -> list[str]:
 def _check_options(env: str, factory: Callable[..., PixelEnv], options: Mapping[str, Any]) -> None:
     """Raise ConfigError for a name that is not one of the suite's own options."""
     suite, known = env.partition(":")[0], _options_of(factory)
-    common = ["time_limit"] if suite in _WITHOUT_CAMERAS else ["time_limit", "camera"]
+    common = ["time_limit"] if suite in OWN_DRAWING else ["time_limit", "camera"]
     for name in options:
         if name in SETTINGS:
             raise ConfigError(f"option {name}={options[name]!r:.60} of {env}: it is set by {SETTINGS[name]}")

@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from localmotion.envs import make_env
+from localmotion.envs import OWN_DRAWING, make_env
 from localmotion.envs.base import PixelEnv
 from localmotion.envs.truth import MotionTruth, motion_truth
 from localmotion.errors import ConfigError, LocalmotionError, unknown_name
@@ -218,11 +218,11 @@ def build_tools(names: Sequence[str]) -> tuple[dict[str, dict[str, Any]], list[s
 
 
 def _jobs(settings: ReportSettings) -> list[tuple[str, str, int]]:
-    """Environment, quality ("exact" for toys, which have one) and percept size of every row."""
+    """Environment, quality ("exact" for suites that have only one) and percept size of every row."""
     return [
         (name, quality, percept)
         for name in settings.envs
-        for quality in (settings.qualities if not name.startswith("toy:") else ("exact",))
+        for quality in (("exact",) if name.partition(":")[0] in OWN_DRAWING else settings.qualities)
         for percept in settings.percepts
     ]
 
