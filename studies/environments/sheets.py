@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localmotion.envs import list_envs, make_env
+from localmotion.perception.draw import flow_colours
 
 CELL, GAP, HEAD, SIDE = 96, 2, 16, 150
 DMCR = (
@@ -90,6 +91,32 @@ def masks() -> Iterator[Row]:
         yield ", ".join(name.partition(":")[2] for name in names), cells
 
 
+def planar() -> Iterator[Row]:
+    """Four times of an episode; then, at the last one, each pixel's part, the flow since the time before, and the agent's mask."""
+    for task in (
+        "walker_run", "cheetah_run", "hopper_hop", "swimmer_swimmer6", "reacher_easy", "finger_turn_easy", "acrobot_swingup",
+        "pendulum_swingup", "cartpole_swingup", "cartpole_three_poles",
+    ):  # fmt: skip
+        env: Any = make_env(f"planar:{task}", size=CELL, action_repeat=4)
+        shape = env.action_space.shape
+        assert shape is not None
+        rng = np.random.default_rng(0)
+        cells = [env.reset(seed=1)[0]["image"]]
+        for time in range(1, 13):
+            picture = env.step(rng.uniform(-1, 1, shape).astype(np.float32))[0]["image"]
+            if time % 4 == 0:
+                cells.append(picture)
+        names = np.append(-1, env.painter.numbers)
+        shades = np.full((names.max() + 2, 3), 255, np.uint8)
+        levels = np.linspace(40, 255, len(names)).astype(np.uint8)[:, None]
+        shades[names] = cv2.applyColorMap(levels, cv2.COLORMAP_TURBO).reshape(-1, 3)[:, ::-1]
+        shades[-1] = 255
+        flow = env.exact_flow()
+        cells += [shades[env.part_ids()], flow_colours(flow, max(1.0, float(np.abs(flow).max())))]
+        cells.append(np.repeat(env.agent_mask()[..., None], 3, axis=2).astype(np.uint8) * 255)
+        yield task, cells
+
+
 def every(suite: str) -> NDArray[np.uint8]:
     """Every task of a suite after ten random steps, its name below."""
     cells = []
@@ -146,6 +173,7 @@ def main() -> None:
         "diswm": (colours, ["phase 1", "phase 2"]),
         "painted_procedural": (lambda: painted("procedural"), list(MOTIONS)),
         "masks": (masks, []),
+        "planar": (planar, ["start", "4 steps", "8", "12", "parts", "flow", "agent"]),
     }
     if args.textures:
         jobs["dmcr_originals"] = (lambda: dmcr(args.textures), seeds)
