@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import cv2
@@ -256,6 +257,31 @@ def test_known_motions_give_their_analytic_flow(above: bool) -> None:
         flow = stage.painter.flow(start, stage.at(**motion), SIDE)
         np.testing.assert_allclose(flow[body], expected[body], atol=2e-5)
         assert not flow[~body].any()
+
+
+@pytest.mark.parametrize("task", ["walker_run", "cheetah_run", "hopper_hop"])
+def test_the_floor_begins_at_the_ground(task: str) -> None:
+    env = played(task, 0)
+    ids, picture = env.part_ids()[:, 0], env.render_frame(64)[:, 0].astype(int)
+    heights = env.view.middle + (MIDDLE - np.arange(64)) * 2 * env.view.half / 64
+    np.testing.assert_array_equal(ids == 0, heights < 0)
+    blue = picture[:, 2] > picture[:, 1]
+    assert (blue != (heights > 0)).sum() <= 1
+    np.testing.assert_array_equal(blue, np.sort(blue)[::-1])
+
+
+def test_the_floor_moves_by_fractions_of_a_pixel() -> None:
+    env = played("swimmer_swimmer6", 0)
+    pose, pixel = env.pose(), 2 * env.view.half / 64
+
+    def drawn(x: float, y: float) -> np.ndarray:
+        still = replace(pose, place=pose.place + 50, eye=pose.eye + pixel * complex(x, y), seen={})  # the body is far away
+        return np.asarray(env.painter.picture(still, 64), float)
+
+    for direction in ((1, 0), (0, 1)):
+        first, second, quarter = (drawn(*(share * way for way in direction)) for share in (0, 1, 0.25))
+        np.testing.assert_allclose(second[:-1, :-1], first[direction[1] :, direction[0] :][:63, :63], atol=3)
+        assert np.abs(quarter - (0.75 * first + 0.25 * second)).mean() < 0.17 * np.abs(second - first).mean()
 
 
 def test_thin_parts_are_never_missing() -> None:

@@ -134,7 +134,6 @@ class Painter:
         self.agent = np.append(owner == AGENT, False)
         body = np.concatenate([model.geom_bodyid, model.site_bodyid])[number]
         free = (model.body_weldid != 0) | (model.body_mocapid >= 0)
-        free[0] = False
         self.moving = np.append(free[body], False)
         self._with_sites = bool(sites.any())
         # Where the plane's two coordinates of each part's position and of its steady axis lie in MuJoCo's arrays, geoms before sites.
