@@ -139,7 +139,8 @@ class ControlEnv(PixelEnv):
 def _without_gl() -> Iterator[None]:
     """Within it, importing MuJoCo loads no OpenGL, unless ``MUJOCO_GL`` chooses one. Does nothing if MuJoCo is already imported.
 
-    MuJoCo otherwise looks for a display, and what it finds decides what later environments can draw with.
+    MuJoCo otherwise looks for a display, and what it finds decides what later environments can draw with. Our environments that draw with
+    OpenGL work afterwards in the same process; ``mujoco.Renderer`` itself does not, unless ``MUJOCO_GL`` was set.
     """
     if "mujoco" in sys.modules:
         yield
