@@ -141,7 +141,8 @@ def test_needs_no_opengl() -> None:
         ("planar:walker_run", {"camera": 0}, "no cameras"),
         ("planar:walker_run", {"quality": "best"}, "rendering quality"),
         ("planar:walker_run", {"size": 4}, "size=4"),
-        ("planar:walker_run", {"wind": 1}, "planar has no options"),
+        ("planar:walker_run", {"wind": 1}, "look"),
+        ("planar:walker_run", {"look": "shiny"}, "flat"),
     ],
 )
 def test_wrong_settings_are_errors(name: str, settings: dict[str, Any], said: str) -> None:
@@ -259,6 +260,20 @@ def test_known_motions_give_their_analytic_flow(above: bool) -> None:
         assert not flow[~body].any()
 
 
+@pytest.mark.parametrize("task", ONE_OF_EACH)
+def test_a_textured_body_has_the_same_parts_and_shows_more(task: str) -> None:
+    flat, textured = (played(task, 3, size=192, look=look) for look in planar.LOOKS)
+    np.testing.assert_array_equal(flat.part_ids(), textured.part_ids())
+    np.testing.assert_array_equal(flat.exact_flow(), textured.exact_flow())
+    pictures = [env.render_frame(192).astype(int) for env in (flat, textured)]
+    changed = np.abs(pictures[1] - pictures[0]).max(-1) > 8
+    parts = flat.part_ids()
+    bodies = cv2.dilate((parts != flat.painter.numbers[-1]).astype(np.uint8) * (parts != SKY), np.ones((3, 3))) > 0
+    assert not changed[~bodies].any()
+    assert 0.25 < changed[flat.agent_mask()].mean() < 0.7
+    assert textured.describe()["look"] == "textured"
+
+
 @pytest.mark.parametrize("task", ["walker_run", "cheetah_run", "hopper_hop"])
 def test_the_floor_begins_at_the_ground(task: str) -> None:
     env = played(task, 0)
@@ -330,9 +345,10 @@ def warp(picture: np.ndarray, flow: np.ndarray) -> np.ndarray:
     return np.asarray(cv2.remap(picture, at[..., 0], at[..., 1], cv2.INTER_LINEAR))
 
 
+@pytest.mark.parametrize("look", planar.LOOKS)
 @pytest.mark.parametrize("task", ONE_OF_EACH)
-def test_the_later_picture_warped_back_is_the_earlier_one(task: str) -> None:
-    env = played(task, 4, size=192, action_repeat=4)
+def test_the_later_picture_warped_back_is_the_earlier_one(task: str, look: str) -> None:
+    env = played(task, 4, size=192, action_repeat=4, look=look)
     truth = motion_truth(env)
     still, warped = [], []
     for action in actions(env, 4, seed=2):

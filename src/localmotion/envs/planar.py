@@ -20,7 +20,7 @@ from localmotion.envs import control
 from localmotion.envs.base import Observation
 from localmotion.envs.control import ControlEnv
 from localmotion.envs.masks import moving_parts
-from localmotion.envs.planar_drawing import Painter, Pose, View
+from localmotion.envs.planar_drawing import LOOKS, Look, Painter, Pose, View
 from localmotion.errors import ConfigError, EnvError, unknown_name
 
 VIEWS: dict[str, View] = {
@@ -52,9 +52,10 @@ class PlanarEnv(ControlEnv):
         task: a name of `TASKS`, e.g. "walker_run".
         quality: any of the rendering qualities, for the common interface; there is only one.
         camera: must be None.
+        look: "flat": parts of one colour; "textured": with bands across them, so that motion is visible inside them, too.
 
     Raises:
-        ConfigError: an unknown task or quality, a camera, or a setting out of range.
+        ConfigError: an unknown task, quality or look, a camera, or a setting out of range.
     """
 
     suite_name: ClassVar[str] = "planar"
@@ -70,6 +71,7 @@ class PlanarEnv(ControlEnv):
         time_limit: int | None = None,
         quality: str = "auto",
         camera: str | int | None = None,
+        look: Look = "flat",
     ) -> None:
         if task not in TASKS:
             raise unknown_name("planar task", task, TASKS)
@@ -79,6 +81,9 @@ class PlanarEnv(ControlEnv):
 
         if quality not in QUALITIES:
             raise unknown_name("rendering quality", quality, QUALITIES)
+        if look not in LOOKS:
+            raise unknown_name("look of planar bodies", look, LOOKS)
+        self.look = look
         super().__init__(
             task, seed=seed, size=size, percept_size=percept_size, action_repeat=action_repeat, time_limit=time_limit
         )
@@ -91,7 +96,7 @@ class PlanarEnv(ControlEnv):
     def _begin(self, episode_seed: int) -> None:
         super()._begin(episode_seed)
         # Some tasks change sizes and colours when an episode begins.
-        self._painter = Painter(self.physics.model.ptr, self.physics.data.ptr, self.view, self._kinds)
+        self._painter = Painter(self.physics.model.ptr, self.physics.data.ptr, self.view, self._kinds, look=self.look)
         self._shown = None
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Observation, dict[str, Any]]:
@@ -163,4 +168,4 @@ class PlanarEnv(ControlEnv):
     def _facts(self) -> dict[str, Any]:
         facts = super()._facts()
         versions = facts["versions"] | {"opencv": cv2.__version__, "numpy": np.__version__}
-        return {"camera": None, "quality": "exact", "gl": None, "versions": versions}
+        return {"camera": None, "quality": "exact", "gl": None, "look": self.look, "versions": versions}

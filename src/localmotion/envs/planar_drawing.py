@@ -9,7 +9,7 @@ in pictures. A pixel's position is complex, too; 0 is the centre of the top-left
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 import cv2
 import numpy as np
@@ -37,6 +37,11 @@ THINNEST = 1.5
 COLOURS = (
     (232, 119, 64), (64, 148, 214), (242, 190, 70), (112, 178, 92), (168, 116, 206), (228, 120, 160), (72, 186, 172), (190, 150, 110),
 )  # fmt: skip
+BAND_CORNERS = 12
+Look = Literal["flat", "textured"]
+LOOKS: tuple[Look, ...] = get_args(Look)
+BANDS = ((0.12, 0.32, 0.62), (0.5, 0.62, 1.5), (0.74, 0.86, 0.62))
+"""Bands across a textured part: where they begin and end as shares of its length, and their brightness. Not symmetric, so a turn shows."""
 TARGET, DECORATION = (206, 62, 70), (84, 104, 132)
 FAR = 0.68
 """Brightness of parts behind the plane through the agent's first part, e.g. of the walker's left leg."""
@@ -100,6 +105,7 @@ class Painter:
         view: the window.
         kinds: which geoms and sites belong to the agent.
         camera: number of the camera whose body the window follows.
+        look: "flat": parts of one colour; "textured": with bands across them, so that motion is visible inside them.
 
     Attributes:
         numbers: (K,) int16, the number of each part: that of its geom, or the number of geoms plus that of its site. The world has
@@ -108,8 +114,8 @@ class Painter:
         moving: (K,) bool, the part is on a body that is not welded to the world.
     """
 
-    def __init__(self, model: Any, data: Any, view: View, kinds: AgentParts, camera: int = 0) -> None:
-        self.view, self._data = view, data
+    def __init__(self, model: Any, data: Any, view: View, kinds: AgentParts, camera: int = 0, look: Look = "flat") -> None:
+        self.view, self.look, self._data = view, look, data
         rows = np.array([0, 1 if view.above else 2])
         self._body = int(model.cam_bodyid[camera])
         away = np.array([0.0, 0.0, -1.0] if view.above else [0.0, 1.0, 0.0])  # from the viewer
@@ -152,6 +158,10 @@ class Painter:
         self._order = sorted(range(len(parts)), key=lambda k: layer[k])
         first = next((far[k] for k in range(len(parts)) if self.agent[k]), 0.0)
         self._colours = _colours(model, parts, owner, [value > first + 1e-6 for value in far])
+        self._band_colours = [
+            [tuple(min(255.0, light * value) for value in colour) for _, _, light in BANDS] for colour in self._colours
+        ]
+        self._banded: dict[int, NDArray[np.complex128]] = {}
         self._scenes: dict[int, _Scenery] = {}
         self._shapes: dict[tuple[int, int], NDArray[np.complex128]] = {}
 
@@ -179,18 +189,35 @@ class Painter:
     def _zoom(self, size: int) -> float:
         return size / (2 * self.view.half)
 
+    def _shape(self, size: int, scale: int, inset: float) -> NDArray[np.complex128]:
+        """(K - 1, CORNERS) outlines in the parts' own frames, in pixels drawn at ``scale`` times ``size``, smaller by ``inset``."""
+        shape = self._shapes.get((size, scale))
+        if shape is None:
+            zoom = self._zoom(size) * scale
+            smaller = np.minimum(inset, self._thin * zoom - THINNEST / 2 * scale + inset)
+            shape = self._shapes[size, scale] = self._local * zoom - self._outward * smaller[:, None]
+        return shape
+
+    def _bands(self, size: int) -> NDArray[np.complex128]:
+        """(K - 1, bands, BAND_CORNERS) corners of the bands in the parts' own frames, in pixels of the drawn picture."""
+        bands = self._banded.get(size)
+        if bands is None:
+            outlines = self._shape(size, SAMPLES, SAMPLES_INSET)
+            bands = self._banded[size] = np.array([[_band(o, *band[:2], SAMPLES_INSET) for band in BANDS] for o in outlines])
+        return bands
+
     def _corners(self, pose: Pose, size: int, scale: int, offset: float, inset: float) -> NDArray[np.int32]:
         """(K - 1, CORNERS, 2) corners in fixed point, in a picture drawn at ``scale`` times ``size``; pixel 0 there is ``offset`` from
         the centre of pixel 0. Outlines are smaller by ``inset`` drawn pixels."""
-        zoom = self._zoom(size) * scale
-        shape = self._shapes.get((size, scale))
-        if shape is None:
-            smaller = np.minimum(inset, self._thin * zoom - THINNEST / 2 * scale + inset)
-            shape = self._shapes[size, scale] = self._local * zoom - self._outward * smaller[:, None]
+        return self._fixed(pose, size, scale, offset, self._shape(size, scale, inset))
+
+    def _fixed(self, pose: Pose, size: int, scale: int, offset: float, shape: NDArray[np.complex128]) -> NDArray[np.int32]:
+        """(K - 1, ..., 2) fixed-point positions of (K - 1, ...) points of the parts' own frames."""
         middle = (size - 1) / 2 * scale + offset
-        place = (pose.place[:-1] - pose.eye) * zoom + middle * (1 + 1j)
-        corners = pose.turn[:-1, None] * shape
-        corners += place[:, None]
+        place = (pose.place[:-1] - pose.eye) * (self._zoom(size) * scale) + middle * (1 + 1j)
+        apart = (-1, *[1] * (shape.ndim - 1))
+        corners = pose.turn[:-1].reshape(apart) * shape
+        corners += place.reshape(apart)
         fixed = np.rint(corners.view(np.float64) * (1 << SHIFT))
         return fixed.reshape(*corners.shape, 2).astype(np.int32)
 
@@ -198,8 +225,14 @@ class Painter:
         """(S, S, 3) uint8 RGB."""
         large = self._scenery(size).behind(pose)
         corners = self._corners(pose, size, SAMPLES, (SAMPLES - 1) / 2, SAMPLES_INSET)
+        bands = None
+        if self.look == "textured":
+            bands = self._fixed(pose, size, SAMPLES, (SAMPLES - 1) / 2, self._bands(size))
         for k in self._order:
             cv2.fillConvexPoly(large, corners[k], self._colours[k], cv2.LINE_AA, SHIFT)
+            if bands is not None:
+                for band, colour in zip(bands[k], self._band_colours[k], strict=True):
+                    cv2.fillConvexPoly(large, band, colour, cv2.LINE_AA, SHIFT)
         return np.asarray(cv2.resize(large, (size, size), interpolation=cv2.INTER_AREA), np.uint8)
 
     def codes(self, pose: Pose, size: int) -> NDArray[np.uint8]:
@@ -356,6 +389,28 @@ def _outline(model: Any, data: Any, kind: str, number: int, above: bool) -> NDAr
     points, grown = (_support(model, kind, number, frame, directions, by) for by in (0.0, _GROWN))
     both = np.stack([points + getattr(data, f"{kind}_xpos")[number], (grown - points) / _GROWN])
     return both[..., 0] - 1j * both[..., up]
+
+
+def _band(outline: NDArray[np.complex128], first: float, last: float, inset: float) -> NDArray[np.complex128]:
+    """(BAND_CORNERS,) the part of a convex outline between two shares of its length, ``inset`` from the cuts."""
+    turned = np.ptp(outline.imag) > np.ptp(outline.real)
+    along = outline * -1j if turned else outline
+    start, length = along.real.min(), np.ptp(along.real)
+    low = start + first * length + inset
+    cuts = np.linspace(low, max(start + last * length - inset, low), BAND_CORNERS // 2)
+    # The two sides of the outline between its ends, each with growing length.
+    side = along.imag > np.interp(along.real, along.real[_ends(along)], along.imag[_ends(along)])
+    sides = []
+    for chain in (along[side], along[~side]):
+        chain = np.append(chain, along[_ends(along)])
+        chain = chain[np.argsort(chain.real, kind="stable")]
+        sides.append(cuts + 1j * np.interp(cuts, chain.real, chain.imag))
+    band = np.concatenate([sides[0], sides[1][::-1]])
+    return np.asarray(band * 1j if turned else band)
+
+
+def _ends(outline: NDArray[np.complex128]) -> list[int]:
+    return [int(outline.real.argmin()), int(outline.real.argmax())]
 
 
 def _thickness(model: Any, data: Any, kind: str, number: int, away: NDArray[np.float64]) -> float:
