@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -23,6 +23,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from localmotion.acting.observer import Observer
 from localmotion.compute import Compute
 from localmotion.config import RunConfig
 from localmotion.console import progress, say
@@ -31,6 +32,7 @@ from localmotion.runs import checkpoint
 from localmotion.runs.rundir import RunDir
 from localmotion.training.endings import recorded
 from localmotion.training.interrupt import StopRequest
+from localmotion.training.trials import Trials
 from localmotion.training.update import Updater, to_floats
 
 
@@ -276,3 +278,58 @@ class Loop(ABC):
         self.saves.set(self.count)
         checkpoint.set_rng_state(checkpoint.read(folder, "rng"))
         say(f"continuing from {self.unit.replace('_', ' ')} {self.count:,} ({folder})")
+
+
+class ActingLoop(Loop):
+    """A loop whose count is an agent step, and which is evaluated in its environment.
+
+    Args:
+        repeat: env steps of an agent step.
+        make: makes an environment for evaluation.
+    """
+
+    kind = "train"
+    unit = "agent_step"
+
+    def __init__(
+        self, run: RunConfig, out: RunDir, method: Method, updater: Updater, repeat: int, make: Callable[[], Observer]
+    ) -> None:
+        online = run.online
+        clocks = Clock(online.log_every), Clock(online.eval_every, -1), Clock(online.save_every)
+        super().__init__(run, out, method, updater, *clocks)
+        self.repeat, self.agent_step = repeat, 0
+        self.final: int | None = None  # agent step of the final evaluation
+        self.trials = Trials(run, out, method, self.compute, make, lambda: self.stop.check())
+        self.spent["eval"] = 0.0
+
+    @property
+    @abstractmethod
+    def episodes_begun(self) -> int:
+        """Number of training episodes, as the log counts them."""
+
+    @property
+    def total(self) -> int:
+        """Number of agent steps in the whole run."""
+        return -(-self.run.online.env_steps // self.repeat)
+
+    @property
+    def count(self) -> int:
+        return self.agent_step
+
+    def where(self) -> dict[str, int]:
+        return {"agent_step": self.agent_step, "env_step": self.agent_step * self.repeat}
+
+    def counters(self) -> dict[str, int]:
+        return {"update": self.updater.update, **self.where(), "episode": self.episodes_begun}
+
+    def measure(self, final: bool) -> None:
+        place = ("env step", self.agent_step * self.repeat)
+        self.trials(self.counters(), self.agent_step, place=place, final=final)
+        self.final = self.agent_step if final else self.final
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Mapping[str, Tensor]]]:
+        dim, best = self.method.action_dim, self.trials.best
+        return {"action_dim": dim, "agent_step": self.agent_step, "best": best, "final": self.final}, {}
+
+    def restore(self, state: Mapping[str, Any], folder: Path) -> None:
+        self.agent_step, self.trials.best, self.final = int(state["agent_step"]), state.get("best"), state.get("final")

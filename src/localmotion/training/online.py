@@ -22,18 +22,17 @@ from localmotion.replay import Replay
 from localmotion.runs import checkpoint
 from localmotion.runs.rundir import RunDir
 from localmotion.training.checks import never_learned
-from localmotion.training.loop import Clock, Loop
+from localmotion.training.loop import ActingLoop
 from localmotion.training.pace import Pace
 from localmotion.training.playing import Playing
 from localmotion.training.storage import choose_storage, device_memory, records_needed
-from localmotion.training.trials import Trials
 from localmotion.training.update import Updater
 
 FAULTS = 3
 """The run stops after this many failures of the environment without a complete episode between them."""
 
 
-class OnlineLoop(Loop):
+class OnlineLoop(ActingLoop):
     """Prefill the replay with random episodes, make the warm-up updates, then act and learn.
 
     While the agent acts, an update follows every few agent steps. A count is an agent step. Evaluations happen only
@@ -41,16 +40,12 @@ class OnlineLoop(Loop):
     saves between any two agent steps.
     """
 
-    kind = "train"
-    unit = "agent_step"
     steady = False
 
     def __init__(self, run: RunConfig, out: RunDir, observer: Observer, method: Method, updater: Updater, repeat: int) -> None:
         online = run.online
-        super().__init__(
-            run, out, method, updater, Clock(online.log_every), Clock(online.eval_every, -1), Clock(online.save_every)
-        )
-        self.observer, self.repeat = observer, repeat
+        super().__init__(run, out, method, updater, repeat, self._fresh)
+        self.observer = observer
         limit: int = observer.env.describe()["time_limit"]  # type: ignore[attr-defined]
         self.longest = -(-limit // repeat)  # agent steps of an episode that ends at its time limit
         recipe = observer.recipe if online.replay_flow == "int8" else None
@@ -68,23 +63,12 @@ class OnlineLoop(Loop):
         storage, self.replay_note = choose_storage(online, self.total, size, out.path / "replay", free, self.longest)
         self.replay.place(storage, max(self.replay.capacity, self.longest + 1), device)
         self.ahead = free is not None and storage != "device"  # prepare the next batch while the device works
-        self.agent_step = self.episode = 0
+        self.episode = 0
         self.playing: Playing | None = None
         self.learned = False  # whether the agent (not the random policy) played the last complete episode
         self.faults = 0
-        self.final: int | None = None  # agent step of the final evaluation, None before it
-        self.trials = Trials(run, out, method, self.compute, self._fresh, lambda: self.stop.check())
-        self.spent |= {"act": 0.0, "replay": 0.0, "eval": 0.0}
+        self.spent |= {"act": 0.0, "replay": 0.0}
         self.pace = Pace(self.total, online)
-
-    @property
-    def total(self) -> int:
-        """Number of agent steps in the whole run."""
-        return -(-self.run.online.env_steps // self.repeat)
-
-    @property
-    def count(self) -> int:
-        return self.agent_step
 
     @property
     def over(self) -> bool:
@@ -98,12 +82,9 @@ class OnlineLoop(Loop):
     def may_save(self) -> bool:
         return self.playing is None and self.learned
 
-    def counters(self) -> dict[str, int]:
-        env_step = self.agent_step * self.repeat
-        return {"update": self.updater.update, "agent_step": self.agent_step, "env_step": env_step, "episode": self.episode}
-
-    def where(self) -> dict[str, int]:
-        return {"agent_step": self.agent_step, "env_step": self.agent_step * self.repeat}
+    @property
+    def episodes_begun(self) -> int:
+        return self.episode
 
     def lines(self) -> list[str]:
         online, described = self.run.online, self.observer.env.describe()  # type: ignore[attr-defined]
@@ -222,11 +203,6 @@ class OnlineLoop(Loop):
 
     # Measuring --------------------------------------------------------------------------------------------------------------
 
-    def measure(self, final: bool) -> None:
-        place = ("env step", self.agent_step * self.repeat)
-        self.trials(self.counters(), self.agent_step, place=place, final=final)
-        self.final = self.agent_step if final else self.final
-
     def seconds(self) -> dict[str, float]:
         return {**self.spent, **self.observer.seconds}
 
@@ -259,11 +235,8 @@ class OnlineLoop(Loop):
 
     def state(self) -> tuple[dict[str, Any], dict[str, Mapping[str, Tensor]]]:
         values = {
-            "action_dim": self.observer.action_dim,
-            "agent_step": self.agent_step,
+            **super().state()[0],
             "episode": self.episode,
-            "best": self.trials.best,
-            "final": self.final,
             "playing": {"learning": self.playing.learning} if self.playing else None,
             "replay": self.replay.state(),
         }
@@ -283,8 +256,8 @@ class OnlineLoop(Loop):
         self.replay.load(self.replay.state())  # removes episode files of a run that died before its first checkpoint
 
     def restore(self, state: Mapping[str, Any], folder: Path) -> None:
-        self.agent_step, self.episode = int(state["agent_step"]), int(state["episode"])
-        self.trials.best, self.final = state.get("best"), state.get("final")
+        super().restore(state, folder)
+        self.episode = int(state["episode"])
         self.replay.load(state["replay"])
         if state.get("playing"):
             try:

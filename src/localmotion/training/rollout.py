@@ -19,15 +19,14 @@ from localmotion.envs.vector import VectorEnv
 from localmotion.methods.base import Method
 from localmotion.runs import checkpoint
 from localmotion.runs.rundir import RunDir
-from localmotion.training.loop import Clock, Loop
+from localmotion.training.loop import ActingLoop
 from localmotion.training.trees import leaves_of, with_leaves
-from localmotion.training.trials import Trials
 from localmotion.training.update import Updater
 
 Record = dict[str, NDArray[Any]]
 
 
-class RolloutLoop(Loop):
+class RolloutLoop(ActingLoop):
     """All environments take ``rollout.steps`` agent steps with the policy.
 
     Then ``rollout.epochs`` x ``rollout.minibatches`` updates learn from this rollout. A count is an agent step of one
@@ -39,15 +38,9 @@ class RolloutLoop(Loop):
     (``is_first``), with a zero action. The environment does not step there.
     """
 
-    kind = "train"
-    unit = "agent_step"
-
     def __init__(self, run: RunConfig, out: RunDir, envs: VectorEnv, method: Method, updater: Updater, repeat: int) -> None:
-        online = run.online
-        super().__init__(
-            run, out, method, updater, Clock(online.log_every), Clock(online.eval_every, -1), Clock(online.save_every)
-        )
-        self.envs, self.repeat, self.agent_step = envs, repeat, 0
+        super().__init__(run, out, method, updater, repeat, self._judge)
+        self.envs = envs
         count = envs.num_envs
         self.policy = MethodPolicy(method, self.compute, explore=True, window=run.rollout.steps + 1)
         self.episodes = np.zeros(count, np.int64)  # number of episodes begun, by environment
@@ -56,24 +49,11 @@ class RolloutLoop(Loop):
         self.success = np.full(count, np.nan)
         self.ended = np.ones(count, bool)  # whether an environment needs a reset
         self.now: Record = {}
-        self.final: int | None = None
-        self.trials = Trials(run, out, method, self.compute, self._judge, lambda: self.stop.check())
-        self.spent |= {"act": 0.0, "env": 0.0, "eval": 0.0}
+        self.spent |= {"act": 0.0, "env": 0.0}
 
     @property
-    def total(self) -> int:
-        return -(-self.run.online.env_steps // self.repeat)
-
-    @property
-    def count(self) -> int:
-        return self.agent_step
-
-    def counters(self) -> dict[str, int]:
-        env_step, episode = self.agent_step * self.repeat, int(self.episodes.sum())
-        return {"update": self.updater.update, "agent_step": self.agent_step, "env_step": env_step, "episode": episode}
-
-    def where(self) -> dict[str, int]:
-        return {"agent_step": self.agent_step, "env_step": self.agent_step * self.repeat}
+    def episodes_begun(self) -> int:
+        return int(self.episodes.sum())
 
     def lines(self) -> list[str]:
         rollout = self.run.rollout
@@ -166,23 +146,12 @@ class RolloutLoop(Loop):
     def _judge(self) -> Any:
         return make_observer(self.run, None, size=self.method.image_size)
 
-    def measure(self, final: bool) -> None:
-        place = ("env step", self.agent_step * self.repeat)
-        self.trials(self.counters(), self.agent_step, place=place, final=final)
-        self.final = self.agent_step if final else self.final
-
     def finish(self) -> None:
         if self.final != self.agent_step:
             super().finish()
 
     def state(self) -> tuple[dict[str, Any], dict[str, Mapping[str, Tensor]]]:
-        values = {
-            "action_dim": self.method.action_dim,
-            "agent_step": self.agent_step,
-            "best": self.trials.best,
-            "final": self.final,
-            "episodes": self.episodes.tolist(),
-        }
+        values, _ = super().state()
         dim = self.method.action_dim
         tensors = {f"now.{key}": torch.from_numpy(value) for key, value in self.now.items()}
         tensors |= {f"carry.{i:03d}": leaf for i, leaf in enumerate(leaves_of(self.policy.carry))}
@@ -190,11 +159,11 @@ class RolloutLoop(Loop):
             f"actions.{i}": torch.from_numpy(np.array(x, np.float32).reshape(-1, dim)) for i, x in enumerate(self.actions)
         }
         tensors |= {"ended": torch.from_numpy(self.ended), "returns": torch.from_numpy(self.returns)}
-        return values, {"rollout": tensors | {"success": torch.from_numpy(self.success)}}
+        return values | {"episodes": self.episodes.tolist()}, {"rollout": tensors | {"success": torch.from_numpy(self.success)}}
 
     def restore(self, state: Mapping[str, Any], folder: Path) -> None:
         """Restore every environment: reset it with its episode's seed and repeat the episode's actions."""
-        self.agent_step, self.trials.best, self.final = int(state["agent_step"]), state.get("best"), state.get("final")
+        super().restore(state, folder)
         self.episodes = np.array(state["episodes"], np.int64)
         saved = checkpoint.read(folder, "rollout")
         count = self.envs.num_envs

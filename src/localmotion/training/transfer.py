@@ -58,7 +58,7 @@ def load_pretrained(method: Method, run: RunConfig) -> Transfer:
             f" or name the parts to take over with --load ({', '.join(method.transfers)})"
         )
     stages = methods.get(theirs.method).stages
-    if stages[theirs.stage] not in (Source.CLIPS, Source.LOGGED) or (not foreign and theirs.stage == run.stage):
+    if stages.get(theirs.stage) not in (Source.CLIPS, Source.LOGGED) or (not foreign and theirs.stage == run.stage):
         raise CheckpointError(f"{source}: is a {theirs.stage} run, not a pre-training run")
     path = checkpoint.newest(source)
     weights = checkpoint.read(path, "weights")
