@@ -127,6 +127,15 @@ def _parser(stage: str = "") -> _Parser:
     sub.add_argument("--action-repeat", type=int, help="env steps per agent step; default: the suite's")
     sub.add_argument("--quality", choices=("auto", "fast", "reference"), default="auto")
     sub.add_argument("--pixels", type=int, default=128, help="side of the mp4's pictures")
+    sub.add_argument(
+        "--motion",
+        choices=("perceived", "exact"),
+        default="perceived",
+        help="motion of a clip store: perceived in the pictures, or exact from the simulator's state (sets flow, segment, track)",
+    )
+    sub.add_argument(
+        "--env-options", type=json.loads, default={}, help='options of the environment as JSON, e.g. {"look": "textured"}'
+    )
     _recipe(sub, without=("seed",))
 
     sub = add(

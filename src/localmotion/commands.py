@@ -305,9 +305,17 @@ def report(args: argparse.Namespace) -> None:
 def collect(args: argparse.Namespace) -> None:
     """`localmotion collect`"""
     from localmotion.console import progress, say
+    from localmotion.envs import check_env
     from localmotion.recording.collect import collect as record
 
     settings = {"quality": args.quality, "action_repeat": args.action_repeat}
+    if not isinstance(args.env_options, dict):
+        raise ConfigError('--env-options is a JSON object of options by name, e.g. {"look": "textured"}')
+    check_env(args.env, args.env_options)
+    if args.motion == "exact" and not args.store:
+        raise ConfigError("--motion exact: mp4 files have no motion; write a clip store with --store")
+    if args.motion == "exact" and args.recipe_redraw_rounds is None:
+        args.recipe_redraw_rounds = 0
     with progress("collect", args.episodes, "videos") as advance:
         found = record(
             args.env,
@@ -317,10 +325,11 @@ def collect(args: argparse.Namespace) -> None:
             seed=args.seed,
             steps=args.steps,
             size=args.pixels,
-            recipe=_recipe_of(args) if args.store else None,
+            recipe=_recipe_of(args).with_motion(args.motion) if args.store else None,
             noise=args.noise,
             progress=advance,
             **settings,
+            **args.env_options,
         )
     for line in found.lines():
         say(line)

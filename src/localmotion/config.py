@@ -21,7 +21,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from localmotion.errors import ConfigError, unknown_name
-from localmotion.recipe import Recipe, read_recipe
+from localmotion.recipe import Motion, Recipe, read_recipe
 
 Stage = str
 """Name of one of the method's `stages`: pretrain, finetune, train, or one of its own."""
@@ -243,6 +243,9 @@ class RunConfig:
     at a cost of 2 to 5 ms per frame."""
     observed: Literal["pixels", "vectors", "both"] = "pixels"
     """The agent's observation: pictures, the suite's low-dimensional vector, or both. dreamer_v3 supports vectors."""
+    motion: Motion = "recipe"
+    """Motion while acting, for methods that perceive it: exact (from the simulator's state) or perceived (from pictures);
+    recipe: as the recipe says. The difference between the two is what perception costs."""
     env_options: dict[str, Any] = field(default_factory=dict)
     """Options of the environment: `time_limit` (env steps), `camera` if the suite has cameras, and the suite's own,
     e.g. {difficulty: easy} of distracting. `localmotion.envs.list_options` lists their names."""

@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
 
 from localmotion.errors import ConfigError, unknown_name
 
 ALGORITHM = 3
 """Newest version of the embedded algorithms of perception, see `Recipe.algorithm`."""
+EXACT = "exact"
+"""Name of the backends that read a simulator's state (`localmotion.perception.exact`)."""
+Motion = Literal["recipe", "exact", "perceived"]
 _LATER = {"fps": 0.0}  # settings newer than stores without `algorithm` or with algorithm 2, and their value there
 
 
@@ -24,11 +27,11 @@ class Recipe:
     percept_size: int = 128
     """Side at which flow and tracks are computed; the field is then area-averaged to `size` and divided by the ratio."""
     flow: str = "dis"
-    """Flow backend: dis (embedded), sea_raft (paper)."""
+    """Flow backend: dis (embedded), sea_raft (paper), exact (the simulator's)."""
     segment: str = "saliency"
-    """Foreground backend: saliency (embedded), grounded_sam (paper)."""
+    """Foreground backend: saliency (embedded), grounded_sam (paper), exact (the simulator's)."""
     track: str = "lk"
-    """Track backend: lk (embedded), cotracker3 (paper)."""
+    """Track backend: lk (embedded), cotracker3 (paper), exact (the simulator's)."""
     tracks: int = 32
     """Tracks stored per clip, 1..32; the model's K is chosen later, so K needs no re-extraction."""
     segment_frames: int = 25
@@ -72,6 +75,20 @@ class Recipe:
             if not good:
                 extra = " (a multiple of size)" if name == "percept_size" else ""
                 raise ConfigError(f"recipe setting {name}={getattr(self, name)!r} is out of range{extra}")
+        if self.exact and self.redraw_rounds:
+            raise ConfigError(f"redraw_rounds={self.redraw_rounds}: exact motion has no look-ahead; set redraw_rounds=0")
+
+    @property
+    def exact(self) -> bool:
+        """Whether anything comes from a simulator's state."""
+        return EXACT in (self.flow, self.segment, self.track)
+
+    def with_motion(self, motion: Motion) -> Recipe:
+        """This recipe with all motion exact, or with the embedded backends in place of exact ones; "recipe" changes nothing."""
+        if motion == "exact":
+            return replace(self, flow=EXACT, segment=EXACT, track=EXACT, redraw_rounds=0)
+        plain = {kind: getattr(Recipe, kind) for kind in ("flow", "segment", "track") if getattr(self, kind) == EXACT}
+        return replace(self, **plain) if motion == "perceived" else self
 
     @property
     def ratio(self) -> int:

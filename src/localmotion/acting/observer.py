@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from localmotion.config import RunConfig
 from localmotion.errors import LocalmotionError, SimulationError
-from localmotion.recipe import Recipe
+from localmotion.recipe import Motion, Recipe
 
 if TYPE_CHECKING:
     from localmotion.perception.stream import StreamingExtractor
@@ -68,7 +68,7 @@ class Observer:
         if self.recipe:
             from localmotion.perception.stream import StreamingExtractor
 
-            self.extractor = StreamingExtractor(self.recipe, seed)
+            self.extractor = StreamingExtractor(self.recipe, seed, self.env)
         zeros = np.zeros(self.action_dim, np.float32)
         return self._record(obs, zeros, 0.0, False, first=True)
 
@@ -143,6 +143,6 @@ def make_observer(run: RunConfig, recipe: Recipe | None, *, size: int = 64) -> O
     return Observer(env, recipe)
 
 
-def streaming_recipe(recipe: Recipe) -> Recipe:
-    """A clip store's recipe, changed for streaming perception: no look-ahead, every frame of the environment."""
-    return replace(recipe, redraw_rounds=0, frame_stride=1, fps=0.0)
+def streaming_recipe(recipe: Recipe, motion: Motion = "recipe") -> Recipe:
+    """A clip store's recipe, changed for streaming perception: no look-ahead, every frame of the environment, ``motion`` as asked for."""
+    return replace(recipe, redraw_rounds=0, frame_stride=1, fps=0.0).with_motion(motion)

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localmotion.envs.base import PixelEnv
+from localmotion.envs.planar_drawing import Pose
 from localmotion.envs.truth import SKY, UNKNOWN, Anchors, MotionTruth, Snapshot, look_up
 from localmotion.errors import EnvError
 
@@ -24,12 +25,14 @@ class PlanarSnapshot(Snapshot):
     turn    (P,) complex128  its rotation, of length 1
     moving  (P,) bool        it is on a body that is not welded to the world
     floor   int              number of the floor
+    pose                     what was drawn
     """
 
     place: NDArray[np.complex128]
     turn: NDArray[np.complex128]
     moving: NDArray[np.bool_]
     floor: int
+    pose: Pose
 
 
 class PlanarTruth(MotionTruth):
@@ -52,7 +55,7 @@ class PlanarTruth(MotionTruth):
         place, turn = (np.zeros(numbers.max() + 1, np.complex128) for _ in range(2))
         moving = np.zeros(len(place), bool)
         place[numbers], turn[numbers], moving[numbers] = painter.in_pixels(pose, side), pose.turn, painter.moving
-        return PlanarSnapshot(self._env.part_ids(side).astype(np.int32), place, turn, moving, int(numbers[-1]))
+        return PlanarSnapshot(self._env.part_ids(side).astype(np.int32), place, turn, moving, int(numbers[-1]), pose)
 
     def anchor(self, at: PlanarSnapshot, points: NDArray[np.floating[Any]]) -> Anchors:
         """Points on the parts in front; in the sky they stay where they are."""
@@ -70,6 +73,11 @@ class PlanarTruth(MotionTruth):
         points = np.column_stack([places.real, places.imag])
         points[anchors.ident == UNKNOWN] = np.nan
         return points, np.zeros(len(points))
+
+    def motion(self, a: PlanarSnapshot, b: PlanarSnapshot) -> NDArray[np.float32]:
+        """As `MotionTruth.motion`, in the time of one field."""
+        field: NDArray[np.float32] = self._env.painter.flow(a.pose, b.pose, a.size)
+        return field
 
     def foreground(self, at: PlanarSnapshot) -> NDArray[np.bool_]:
         """Pixels of parts on bodies that are not welded to the world."""

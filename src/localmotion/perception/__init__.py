@@ -2,6 +2,7 @@
 
 from localmotion.perception import dis, lk, saliency  # registers the embedded backends
 from localmotion.perception.base import (
+    KINDS,
     ClipMotion,
     FlowBackend,
     SegmentBackend,
@@ -43,8 +44,17 @@ def _cotracker() -> None:
     from localmotion.perception import cotracker  # noqa: F401
 
 
+def _exact() -> None:
+    from localmotion.perception.exact import Exact
+
+    for kind in KINDS:
+        register(kind, "exact")(Exact)
+
+
 # The neural backends import torch (three seconds and 190 MB), which workers of the embedded default do not need.
 register_lazily("flow", "sea_raft", _sea_raft)
 register_lazily("flow", "raft", _sea_raft)
 register_lazily("segment", "grounded_sam", _grounded_sam)
 register_lazily("track", "cotracker3", _cotracker)
+for kind in KINDS:  # it imports the environments
+    register_lazily(kind, "exact", _exact)

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localmotion.errors import unknown_name
-from localmotion.recipe import Recipe
+from localmotion.recipe import EXACT, Recipe
 
 Frame = NDArray[np.uint8]  # (H, W, 3) RGB
 Flow = NDArray[np.float32]  # (H, W, 2) x, y in pixels
@@ -181,8 +181,12 @@ def make_backend(kind: str, name: str, **options: Any) -> Any:
     return factory(**options)
 
 
-def recipe_backends(recipe: Recipe) -> tuple[Any, Any, Any]:
-    """Flow, segment and track backends of a recipe, with its options; a segmenter that takes a prompt gets the recipe's."""
+def recipe_backends(recipe: Recipe, exact: Any = None) -> tuple[Any, Any, Any]:
+    """Flow, segment and track backends of a recipe, with its options; a segmenter that takes a prompt gets the recipe's.
+
+    ``exact`` stands for the backends of that name (`localmotion.perception.exact.Exact`). Raises ConfigError if the recipe asks for one and
+    there is none.
+    """
     options = {key: dict(value) for key, value in recipe.backend_options.items()}
     for name in options:
         if name not in (recipe.flow, recipe.segment, recipe.track):
@@ -193,7 +197,10 @@ def recipe_backends(recipe: Recipe) -> tuple[Any, Any, Any]:
     if recipe.algorithm < 2 and recipe.segment == "saliency":
         options.setdefault("saliency", {}).setdefault("change", 0.0)
     kinds = (("flow", recipe.flow), ("segment", recipe.segment), ("track", recipe.track))
-    flow, segment, track = (make_backend(kind, name, **options.get(name, {})) for kind, name in kinds)
+    flow, segment, track = (
+        exact if exact is not None and name == EXACT else make_backend(kind, name, **options.get(name, {}))
+        for kind, name in kinds
+    )
     return flow, segment, track
 
 

@@ -219,6 +219,11 @@ def clip_of(frames: NDArray[np.uint8], clip_id: str, extractor: ClipExtractor, *
     return _clip(frames, extractor.extract(frames, clip_id), extractor.recipe, clip_id, label, {"cut_short": False})
 
 
+def clip_with(frames: NDArray[np.uint8], motion: ClipMotion, recipe: Recipe, clip_id: str) -> Clip:
+    """The clip of (T, percept_size, percept_size, 3) uint8 frames whose motion is already known."""
+    return _clip(frames, motion, recipe, clip_id, None, {"cut_short": False})
+
+
 def _clip(
     frames: NDArray[np.uint8], motion: ClipMotion, recipe: Recipe, name: str, label: int | str | None, info: dict[str, Any]
 ) -> Clip:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from localmotion.errors import LocalmotionError
-from localmotion.perception.base import Frame, StepMotion, recipe_backends
+from localmotion.perception.base import ClipMotion, Frame, StepMotion, recipe_backends
 from localmotion.perception.points import CutDetector, Slots
-from localmotion.recipe import Recipe
+from localmotion.recipe import EXACT, Recipe
+
+if TYPE_CHECKING:
+    from localmotion.perception.exact import Exact
 
 
 def shrink_flow(flow: NDArray[np.float32], ratio: int) -> NDArray[np.float16]:
@@ -35,6 +39,9 @@ def shrink_points(points: NDArray[np.float32], ratio: int) -> NDArray[np.float32
     """Pixel coordinates in a picture that is ``ratio`` times smaller. Pixel centres are integers in both."""
     small: NDArray[np.float32] = ((points + 0.5) / ratio - 0.5).astype(np.float32)
     return small
+
+
+CLIP_ARRAYS = ("flow", "tracks", "visible", "track_id")
 
 
 class Magnitudes:
@@ -71,11 +78,20 @@ class StreamingExtractor:
     Args:
         recipe: that of pre-training (its look-ahead settings are ignored).
         seed: of the point draw.
+        env: the environment that shows the frames, for recipes with exact motion. `reset` and `step` then follow its own.
+
+    Raises:
+        ConfigError: the recipe asks for exact motion and there is no environment.
     """
 
-    def __init__(self, recipe: Recipe, seed: int) -> None:
+    def __init__(self, recipe: Recipe, seed: int, env: Any = None) -> None:
         self.recipe = recipe
-        self.flow_backend, segment, track = recipe_backends(recipe)
+        self.exact: Exact | None = None
+        if recipe.exact and env is not None:
+            from localmotion.perception.exact import Exact  # imports the environments
+
+            self.exact = Exact(env, recipe.percept_size, recipe.flow_span)
+        self.flow_backend, segment, track = recipe_backends(recipe, self.exact)
         self.slots = Slots(recipe, segment, track, np.random.default_rng(seed))
         self.frames: deque[tuple[Frame, NDArray[np.uint8]]] = deque(maxlen=recipe.flow_span)
         self.cuts = CutDetector()
@@ -92,6 +108,8 @@ class StreamingExtractor:
     def reset(self, frame: Frame) -> StepMotion:
         """First frame of an episode (percept_size square, uint8 RGB): no motion yet. Raises LocalmotionError for another frame."""
         grey = self._check(frame)
+        if self.exact:
+            self.exact.begin()
         self.slots.reset(frame, grey)
         self.cuts.step(grey, first=True)
         self.frames.clear()
@@ -110,7 +128,10 @@ class StreamingExtractor:
             raise LocalmotionError("perception: step before reset")
         grey, frame = self._check(frame), frame.copy()
         previous, previous_grey = self.frames[-1]
-        if self.cuts.step(grey):
+        if self.exact:
+            self.exact.advance()
+        # A simulator's pictures have no cuts. Perception has to guess them.
+        if self.cuts.step(grey) and self.recipe.flow != EXACT:
             flow = np.zeros((*grey.shape, 2), np.float32)
             step = self.slots.cut(frame, grey)
             self.frames.clear()
@@ -121,3 +142,23 @@ class StreamingExtractor:
         small = shrink_flow(flow, self.recipe.ratio)
         self.magnitudes.add(small)
         return StepMotion(small, shrink_points(step.points, self.recipe.ratio), step.visible, step.track_id)
+
+    def clip(self, steps: Sequence[StepMotion]) -> ClipMotion:
+        """The motion of one episode as a clip has it: frame t holds the motion to frame t + 1.
+
+        ``steps`` are the T >= 2 results of `reset` and `step` since the episode began. ``info`` has followed and flow, see
+        `localmotion.perception.clips.ClipExtractor.extract_many`.
+        """
+        flow, tracks, visible, track_id = (np.stack([getattr(step, name) for step in steps[1:]]) for name in CLIP_ARRAYS)
+        magnitudes = Magnitudes()
+        magnitudes.add(flow)
+        info = {
+            "followed": round(float(visible.mean()), 4),
+            "flow": {name: round(value, 5) for name, value in magnitudes.quantiles().items()},
+        }
+        now = shrink_points(self.slots.points, self.recipe.ratio)
+        ends = np.zeros_like(flow[0]), now, np.zeros_like(visible[0]), self.slots.track_id
+        flow, tracks, visible, track_id = (
+            np.append(x, end[None], 0) for x, end in zip((flow, tracks, visible, track_id), ends, strict=True)
+        )
+        return ClipMotion(flow, tracks, visible, track_id, info)

@@ -28,6 +28,8 @@ from localmotion.envs import check_env, make_env
 from localmotion.errors import ConfigError, LocalmotionError
 from localmotion.files import check_output
 from localmotion.methods.base import MOTION
+from localmotion.perception.base import ClipMotion
+from localmotion.perception.stream import StreamingExtractor
 from localmotion.recipe import Recipe
 from localmotion.recording.logs import REQUIRED, logged
 from localmotion.runs.load import at_least, load_run
@@ -82,7 +84,8 @@ def collect(
         seed: with the episode's number it decides everything random.
         steps: most agent steps of a video; 0 for whole episodes.
         size: side of the mp4's pictures, in pixels.
-        recipe: write a clip store with this recipe. Pictures are then rendered at its percept_size.
+        recipe: write a clip store with this recipe. Pictures are then rendered at its percept_size. Exact motion
+            (`Recipe.with_motion`) is that of the simulator.
         noise: standard deviation of Gaussian noise added to each action (clipped to [-1, 1]).
         progress: called with (episodes done, episodes in total, "").
 
@@ -111,7 +114,7 @@ def collect(
     if steps and recipe is not None and steps < 2:
         raise ConfigError(f"steps={steps} is too short for motion; at least 2")
     side = recipe.percept_size if recipe else size
-    player = _Player(env, policy, side, settings, recipe.size if recipe else 0)
+    player = _Player(env, policy, side, settings, recipe)
     label = policy if policy in POLICIES else "agent"
     header = {
         "env": player.env.describe(),  # type: ignore[attr-defined]
@@ -134,7 +137,7 @@ def collect(
                 if played.velocities is not None:
                     _save_array(out / "velocities" / f"{name}.npy", played.velocities)
                 kept[name] = {"id": name, **played.entry}
-                sink.put(name, played.pictures, played.extra)
+                sink.put(name, played)
                 _save(out, header, kept)
                 result.new += 1
             if progress:
@@ -156,15 +159,14 @@ class _Played:
     """Arrays of `logged` by name."""
     velocities: NDArray[np.float32] | None
     """(T, n), or None if the simulator has no velocities."""
+    motion: ClipMotion | None
+    """For recipes with exact motion."""
 
 
 class _Player:
-    """An environment with a policy and a camera.
+    """An environment with a policy and a camera. ``stored``: recipe of a clip store, if there is one."""
 
-    ``stored``: side of a clip store's pictures and masks, 0 without a store.
-    """
-
-    def __init__(self, env: str, policy: str, side: int, settings: dict[str, Any], stored: int) -> None:
+    def __init__(self, env: str, policy: str, side: int, settings: dict[str, Any], stored: Recipe | None) -> None:
         self.policy, self.side = policy, side
         self.act: Policy | None = None
         self.compute = PLAIN
@@ -188,7 +190,8 @@ class _Player:
             raise ConfigError(f"policy {policy!r}: is neither a run directory nor one of {', '.join(POLICIES)}")
         self.env = self.observer.env
         self.fps = float(self.env.metadata.get("render_fps", 20))
-        self.masked = stored if hasattr(self.env, "agent_mask") else 0
+        self.masked = stored.size if stored and hasattr(self.env, "agent_mask") else 0
+        self.exact = stored if stored and stored.exact else None
         self.extra = logged(self.observer.action_dim, self.masked)
 
     def play(self, seed: int, number: int, steps: int, noise: float) -> _Played:
@@ -206,6 +209,8 @@ class _Player:
         info: dict[str, Any] = {}
         record, done = self.observer.reset(begin), False
         pictures, rows, velocities = [self._picture(record)], [self._row(record)], [self._velocities()]
+        stream = StreamingExtractor(self.exact, begin, self.env) if self.exact else None
+        moves = [stream.reset(pictures[0])] if stream else []
         total, success = 0.0, 0.0
         waves = smooth_actions(rng, 2048, dim) if self.policy == "smooth" else np.zeros((1, dim))
         while not done and (not steps or len(pictures) < steps + 1):
@@ -223,6 +228,8 @@ class _Player:
             record, done, info = self.observer.step(action)
             total, success = total + record["reward"], max(success, float(info.get("success", 0)))
             pictures.append(self._picture(record))
+            if stream:
+                moves.append(stream.step(pictures[-1]))
             rows.append(self._row(record))
             velocities.append(self._velocities())
         entry = {"seed": begin, "frames": len(pictures), "return": total}
@@ -230,7 +237,8 @@ class _Player:
             entry["success"] = success
         moved = np.stack(velocities)
         extra = {name: np.stack([row[name] for row in rows]) for name in self.extra}
-        return _Played(entry, np.stack(pictures), extra, moved if moved.size else None)
+        motion = stream.clip(moves) if stream else None
+        return _Played(entry, np.stack(pictures), extra, moved if moved.size else None, motion)
 
     def _row(self, record: dict[str, Any]) -> dict[str, NDArray[Any]]:
         """The store's further arrays of a record, without its picture."""
@@ -268,8 +276,8 @@ class _Files:
     def has(self, name: str) -> bool:
         return (self.out / f"{name}.mp4").exists()
 
-    def put(self, name: str, pictures: NDArray[np.uint8], extra: Mapping[str, NDArray[Any]]) -> None:
-        write_video(self.out / f"{name}.mp4", pictures, self.fps, crf=12)
+    def put(self, name: str, played: _Played) -> None:
+        write_video(self.out / f"{name}.mp4", played.pictures, self.fps, crf=12)
 
     def close(self) -> None:
         """Nothing to do: each file is complete when it is written."""
@@ -282,8 +290,10 @@ class _Store:
         from localmotion.perception.clips import ClipExtractor
         from localmotion.video.spool import Spool
 
+        self.recipe = recipe
+        self.extractor = None if recipe.exact else ClipExtractor(recipe)
         self.writer = ClipStoreWriter.open(out, recipe.size, recipe.to_json(), recipe.hash(), recipe.tracks, SHARD_CLIPS, extra)
-        self.extractor, self.spool = ClipExtractor(recipe), Spool(out)
+        self.spool = Spool(out)
         self.done = self.writer.done_ids()
         self.shards = self.writer.pending(names)
         self.close()
@@ -291,10 +301,15 @@ class _Store:
     def has(self, name: str) -> bool:
         return name in self.done or self.spool.get(name) is not None
 
-    def put(self, name: str, pictures: NDArray[np.uint8], extra: Mapping[str, NDArray[Any]]) -> None:
-        from localmotion.perception.extract import clip_of
+    def put(self, name: str, played: _Played) -> None:
+        from localmotion.perception.extract import clip_of, clip_with
 
-        self.spool.put(name, replace(clip_of(pictures, name, self.extractor), extra=extra))
+        if self.extractor:
+            clip = clip_of(played.pictures, name, self.extractor)
+        else:
+            assert played.motion is not None
+            clip = clip_with(played.pictures, played.motion, self.recipe, name)
+        self.spool.put(name, replace(clip, extra=played.extra))
         if any(members[-1] == name for _, members in self.shards):
             self.close()
 

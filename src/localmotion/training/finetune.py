@@ -63,6 +63,9 @@ def finetune(run: RunConfig, path: Path) -> Path:
         stage is not source and stage in (Source.CLIPS, Source.LOGGED) for stage in cls.stages.values()
     ):
         raise ConfigError(f"method {run.method} has no pre-training stage; use localmotion train without --checkpoint")
+    if run.motion != "recipe" and not (cls.wants & MOTION and run.env):
+        reason = f"{run.method} perceives no motion" if run.env else "nothing is perceived without --env"
+        raise ConfigError(f"motion={run.motion}: {reason}; leave it out")
     if run.env:
         check_env(run.env, run.env_options)
     check_length(cls, run)
@@ -77,7 +80,7 @@ def finetune(run: RunConfig, path: Path) -> Path:
 
 
 def _online(run: RunConfig, path: Path, cls: type[Method]) -> Path:
-    perception = streaming_recipe(with_recipe(run, path).recipe or Recipe())
+    perception = streaming_recipe(with_recipe(run, path).recipe or Recipe(), run.motion)
     run = replace(run, recipe=perception)
     observer = make_observer(run, perception if bool(cls.wants & MOTION) else None, size=perception.size)
     if run.observed != "pixels":
@@ -98,7 +101,7 @@ def _logged(run: RunConfig, path: Path, cls: type[Method]) -> Path:
             " logs do not hold them"
         )
     store = ClipStore(Path(run.data))
-    recipe = streaming_recipe(recipe_of(store.recipe, store.path))
+    recipe = streaming_recipe(recipe_of(store.recipe, store.path), run.motion)
     run, dim = replace(run, recipe=recipe), action_dim(store)
     make: Callable[[], Observer] | None = None
     if run.env:
