@@ -151,7 +151,7 @@ def _parser(stage: str = "") -> _Parser:
     sub.add_argument("--device", default="auto")
 
     sub = add(
-        "probe", "Predict true velocities and actions from motion codes, by ridge regression and a small network.", commands.probe
+        "probe", "Predict true motion and actions from motion codes, by ridge regression and a small network.", commands.probe
     )
     sub.add_argument("runs", type=Path, nargs="*", help="run directories of methods with a motion code")
     sub.add_argument(
@@ -160,6 +160,7 @@ def _parser(stage: str = "") -> _Parser:
     sub.add_argument("--length", type=int, default=25, help="frames of a window, as in pre-training (default 25)")
     sub.add_argument("--no-untrained", action="store_true", help="leave out each method's network with fresh weights")
     sub.add_argument("--no-ceilings", action="store_true", help="leave out the networks trained on the targets themselves")
+    sub.add_argument("--ridge-only", action="store_true", help="ridge regression only: seconds instead of minutes")
     sub.add_argument("--out", type=Path, help="write the numbers here, .json")
     sub.add_argument("--device", default="auto")
     sub.add_argument("--threads", type=int, default=1, help="CPU threads of torch (default 1; 0: one per free core)")

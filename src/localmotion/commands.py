@@ -235,7 +235,7 @@ def probe(args: argparse.Namespace) -> None:
     """`localmotion probe`"""
     from localmotion.console import progress, say, show_table
     from localmotion.evaluation.probes import probe as measure
-    from localmotion.evaluation.probes import save_probes
+    from localmotion.evaluation.probes import save_probes, score_tables
 
     if args.out:
         check_output(args.out, ConfigError, suffixes=(".json",))
@@ -246,16 +246,13 @@ def probe(args: argparse.Namespace) -> None:
             length=args.length,
             untrained=not args.no_untrained,
             ceilings=not args.no_ceilings,
+            networks=not args.ridge_only,
             device=args.device,
             threads=args.threads,
             progress=advance,
         )
-    scores = [
-        key for key in ("ridge velocities", "mlp velocities", "ridge actions", "mlp actions") if any(key in r for r in rows)
-    ]
-    cells = [[r["data"], r["code"], str(r["width"] or "–"), *(f"{r[k]:.3f}" if k in r else "–" for k in scores)] for r in rows]
-    title = "R^2 on test episodes: 1 is perfect, 0 is no better than the mean"
-    show_table(title, ["data", "code", "width", *scores], cells, width=160)
+    for title, columns, cells in score_tables(rows):
+        show_table(f"{title}: R^2 on test episodes (share of exact flow)", columns, cells, width=160)
     if args.out:
         save_probes(rows, args.out)
         say(f"wrote {args.out}")

@@ -10,6 +10,7 @@ Every picture has exact motion: `PlanarEnv.exact_flow`, `PlanarEnv.part_ids`, `P
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, ClassVar
 
 import cv2
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from localmotion.envs import control
 from localmotion.envs.base import Observation
 from localmotion.envs.control import ControlEnv
+from localmotion.envs.links import Links
 from localmotion.envs.masks import moving_parts
 from localmotion.envs.planar_drawing import LOOKS, Look, Painter, Pose, View
 from localmotion.errors import ConfigError, EnvError, unknown_name
@@ -143,6 +145,27 @@ class PlanarEnv(ControlEnv):
         """
         now = self.pose()
         return self.painter.flow(self._before or now, now, self.draw_size)
+
+    @cached_property
+    def _links(self) -> Links:
+        return Links(self.physics.model.ptr, self._kinds, self.view.axes)
+
+    @property
+    def link_names(self) -> tuple[str, ...]:
+        """Names of the agent's links."""
+        return self._links.names
+
+    def link_places(self, size: int | None = None) -> NDArray[np.float64]:
+        """(L, 3) x, y in pixels and angle of the agent's links in the current picture (`localmotion.envs.links`). The side of the picture
+        is ``size`` or that of the drawing.
+
+        Raises:
+            EnvError: before the first reset.
+        """
+        data, axes = self.physics.data.ptr, self.view.axes
+        centres = self._links.centres(data) @ axes[:2].T @ np.array([1, 1j])  # (L,) in the plane, x right, imaginary part down
+        places = self.painter.to_pixels(centres, self.pose(), size or self.draw_size)
+        return np.column_stack([places.real, places.imag, self._links.angles(data, axes)])
 
     def part_ids(self, size: int | None = None) -> NDArray[np.int16]:
         """(S, S) number of the part that each pixel of the current picture shows, -1 in the sky: of a geom its number in the MuJoCo model,

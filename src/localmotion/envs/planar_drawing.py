@@ -70,6 +70,13 @@ class View:
     follows: bool = False
     tile: float = 0.25
 
+    @property
+    def axes(self) -> NDArray[np.float64]:
+        """(3, 3) rotation from the world to the picture: rows right, down, forward."""
+        if self.above:
+            return np.diag([1.0, -1.0, -1.0])
+        return np.array([[1.0, 0.0, 0.0], [0.0, 0.0, -1.0], [0.0, 1.0, 0.0]])
+
 
 @dataclass(frozen=True)
 class Pose:
@@ -184,7 +191,11 @@ class Painter:
 
     def in_pixels(self, pose: Pose, size: int) -> NDArray[np.complex128]:
         """(K,) positions of the parts in a picture of side ``size``."""
-        return (pose.place - pose.eye) * self._zoom(size) + (size - 1) / 2 * (1 + 1j)
+        return self.to_pixels(pose.place, pose, size)
+
+    def to_pixels(self, places: NDArray[np.complex128], pose: Pose, size: int) -> NDArray[np.complex128]:
+        """(N,) points of the plane, in metres, in the picture of ``pose`` with side ``size``."""
+        return (places - pose.eye) * self._zoom(size) + (size - 1) / 2 * (1 + 1j)
 
     def _zoom(self, size: int) -> float:
         return size / (2 * self.view.half)

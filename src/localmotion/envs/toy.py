@@ -85,6 +85,23 @@ class LayeredEnv(PixelEnv):
             raise EnvError(f"{self.name}: call reset() before true_flow()")
         return LayerTruth(self).flow(self._layers_before, self.layers(self.draw_size))
 
+    @property
+    def link_names(self) -> tuple[str, ...]:
+        """One link, the agent's layer."""
+        return ("agent",)
+
+    def link_places(self, size: int | None = None) -> NDArray[np.float64]:
+        """(1, 3) x, y of the top-left corner of the agent's layer in the current picture, in pixels; the angle is zero. The side of the
+        picture is ``size`` or that of the drawing.
+
+        Raises:
+            EnvError: before the first reset.
+        """
+        if not self._begun:
+            raise EnvError(f"{self.name}: call reset() before link_places()")
+        layers = self.layers(size or self.draw_size)
+        return np.pad(layers.origin[layers.moving], ((0, 0), (0, 1)))
+
     def true_mask(self) -> NDArray[np.bool_]:
         """(S, S) pixels of the current picture, at the drawn size, that show any part of the agent."""
         raise NotImplementedError

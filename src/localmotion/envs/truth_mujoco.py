@@ -69,6 +69,34 @@ class SceneSnapshot(Snapshot):
     camera: Camera
 
 
+def scene_camera(scene: Any, side: int, upside_down: bool, name: str) -> Camera:
+    """The camera of a mujoco.MjvScene, for a picture of ``side`` pixels that is turned by 180 degrees if ``upside_down``.
+
+    ``name`` is the environment's, for errors. Raises EnvError for an orthographic camera.
+    """
+    left, right = scene.camera[0], scene.camera[1]  # a stereo pair; the picture is drawn from between them
+    if left.orthographic:
+        raise EnvError(f"{name}: no ground truth for an orthographic camera; choose another camera")
+    forward, up = np.array(left.forward, np.float64), np.array(left.up, np.float64)
+    half = (left.frustum_top - left.frustum_bottom) / 2
+    middle = (left.frustum_top + left.frustum_bottom) / 2
+    wide = left.frustum_width / 2 or half  # zero means: from the picture's aspect ratio
+    aside = (left.frustum_center + right.frustum_center) / 2
+    near = float(left.frustum_near)
+    focal = np.array([near / wide, near / half]) * side / 2
+    centre = (np.array([-aside / wide, middle / half]) + 1) * side / 2 - 0.5
+    if upside_down:
+        focal, centre = -focal, side - 1 - centre
+    return Camera(
+        position=(np.array(left.pos, np.float64) + np.array(right.pos, np.float64)) / 2,
+        rotation=np.stack([np.cross(forward, up), -up, forward]),
+        focal=focal,
+        centre=centre,
+        near=near,
+        far=float(left.frustum_far),
+    )
+
+
 class MujocoTruth(MotionTruth):
     """Exact motion of an environment with a MuJoCo scene (dmc, metaworld and suites built on them).
 
@@ -161,30 +189,7 @@ class MujocoTruth(MotionTruth):
         # As SceneRenderer.frame: OpenGL's first row is the bottom one, and some cameras are mounted upside down.
         turn = (slice(None), slice(None, None, -1)) if renderer._upside_down else (slice(None, None, -1), slice(None))
         codes = colours[turn].astype(np.int64) @ np.array([1, 256, 65536])
-        return codes, np.ascontiguousarray(nearness[turn]), table, self._camera(scene, side, renderer._upside_down)
-
-    def _camera(self, scene: Any, side: int, upside_down: bool) -> Camera:
-        left, right = scene.camera[0], scene.camera[1]  # a stereo pair; the picture is drawn from between them
-        if left.orthographic:
-            raise EnvError(f"{self._env.name}: no ground truth for an orthographic camera; choose another camera")
-        forward, up = np.array(left.forward, np.float64), np.array(left.up, np.float64)
-        half = (left.frustum_top - left.frustum_bottom) / 2
-        middle = (left.frustum_top + left.frustum_bottom) / 2
-        wide = left.frustum_width / 2 or half  # zero means: from the picture's aspect ratio
-        aside = (left.frustum_center + right.frustum_center) / 2
-        near = float(left.frustum_near)
-        focal = np.array([near / wide, near / half]) * side / 2
-        centre = (np.array([-aside / wide, middle / half]) + 1) * side / 2 - 0.5
-        if upside_down:
-            focal, centre = -focal, side - 1 - centre
-        return Camera(
-            position=(np.array(left.pos, np.float64) + np.array(right.pos, np.float64)) / 2,
-            rotation=np.stack([np.cross(forward, up), -up, forward]),
-            focal=focal,
-            centre=centre,
-            near=near,
-            far=float(left.frustum_far),
-        )
+        return codes, np.ascontiguousarray(nearness[turn]), table, scene_camera(scene, side, renderer._upside_down, env.name)
 
     # -- MotionTruth ----------------------------------------------------------------------------------------------------
 

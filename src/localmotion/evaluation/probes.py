@@ -1,16 +1,28 @@
-"""Probes: how well a method's motion code predicts the simulator's velocities and actions (docs/studies.md).
+"""Probes: how well a method's motion code predicts the true motion of a body (docs/studies.md).
 
-The probed network is frozen. Ridge regression (linear) and a small MLP (nonlinear) predict two targets from the code of
-each frame: the velocities, and the action that led to the frame. Training and test use different episodes. The score is
-R^2 on the test episodes, averaged over the dimensions of the target that vary. 1 is a perfect prediction; 0 is no
-better than the mean of the target.
+The probed network is frozen. Ridge regression (linear) and a small MLP (nonlinear) predict three targets from the code of
+each frame:
 
-Four references stand beside the methods:
+    links         velocities of the agent's links in the picture, pixels per agent step
+    velocities    the simulator's velocities
+    actions       the action that led to the frame
 
-    flow, 8x8 grid     floor: the flow field averaged on a grid, which is what perception alone gives
-    NAME, untrained    floor: the method's network with new random weights
-    idm                ceiling: a convolutional network trained on the pictures of the same episodes and the target
-    true velocities    ceiling for actions: an MLP on the velocities before and after (motion shows torque only weakly)
+Training and test use different episodes. The score is R^2 on the test episodes, averaged over the dimensions of the
+target that vary. 1 is a perfect prediction; 0 is no better than the mean of the target.
+
+Each score is given twice: from the code alone, and from the code with the true pose of the links in the frame ("+ pose").
+A code may say how parts move without saying where they are; the pose makes up for that.
+
+References stand beside the methods:
+
+    flow, 8x8 grid          floor: the flow field averaged on a grid, which is what perception alone gives
+    exact flow, 8x8 grid    ceiling of motion: the same of exact flow, if the environment knows it
+    pose alone              floor of the scores with the pose
+    NAME, untrained         floor: the method's network with new random weights
+    idm                     ceiling: a convolutional network trained on the pictures of the same episodes and the target
+    true velocities         ceiling for actions: an MLP on the velocities before and after (motion shows torque only weakly)
+
+"share of exact" is a score divided by the score of exact flow for the same probe and target.
 """
 
 from __future__ import annotations
@@ -40,7 +52,16 @@ Floats = NDArray[np.float32]
 LAMBDAS = tuple(10.0**k for k in range(-4, 5))
 """Candidate ridge penalties, as factors on the number of samples. A tenth of the training episodes selects one."""
 SKIP = 4  # first positions of a window to leave out: a code that uses past frames has too little history there
-TARGETS = ("velocities", "actions")
+TARGETS = ("links", "velocities", "actions")
+WITH_POSE = " + pose"
+"""Ending of the names of scores of a code with the pose."""
+EXACT, POSE = "exact flow, 8x8 grid", "pose alone"
+SHARE = "share of exact"
+LEAST_EXACT = 0.05
+"""No share is given where exact flow itself scores less than this."""
+LEAST_MOTION = 1e-3
+"""Pixels per step. Components of the links' velocities with a smaller standard deviation are left out."""
+FILES = ("velocities", "actions", "links", "exact_grid")
 
 
 @dataclass(frozen=True)
@@ -50,11 +71,17 @@ class Episodes:
     name: str
     episode: NDArray[np.int64]
     targets: dict[str, Floats]
-    """`velocities` (n, nv) and `actions` (n, A), if the collection has them."""
+    """`velocities` (n, nv), `actions` (n, A) and `links` (n, up to 2L), if the collection has them."""
     before: Floats | None
     """Velocities one frame earlier, (n, nv)."""
     tested: NDArray[np.bool_]
     """(n,) rows of the test episodes, a fifth of all episodes."""
+    pose: Floats | None = None
+    """(n, 4L) pose of the links in the frame: all x, all y in pixels, then the cosines and the sines of their angles."""
+    exact: Floats | None = None
+    """(n, 128) exact flow that led to the frame, averaged on an 8x8 grid, in pixels."""
+    perceived_exactly: bool = False
+    """The clips' own flow is exact."""
 
 
 class _Data:
@@ -66,39 +93,47 @@ class _Data:
         self.length, self.batch_size = length, batch_size
         places = [(int(c), s) for c in self.sampler.clips for s in range(0, int(store.lengths[c]) - length + 1, length - SKIP)]
         self.clips, self.starts = (np.array(x, np.int64) for x in zip(*places, strict=True))
-        targets: dict[str, list[Floats]] = {}
-        before, episode = [], []
+        found: dict[str, list[Floats]] = {}
+        before: dict[str, list[Floats]] = {}
+        episode = []
         for clip, start in places:
-            rows = slice(start + SKIP, start + length)
+            first, stop = start + SKIP, start + length
             episode.append(np.full(length - SKIP, clip))
-            for kind in TARGETS:
-                file = path / kind / f"{store.ids[clip]}.npy"
-                if not file.exists():
+            for kind in FILES:
+                array = _load(path / kind / f"{store.ids[clip]}.npy", int(store.lengths[clip]))
+                if array is None:
                     continue
-                try:
-                    found = np.load(file, mmap_mode="r", allow_pickle=False)  # mmap fails if the header claims too much
-                except (OSError, ValueError, EOFError) as error:
-                    raise ConfigError(f"{file}: cannot be read ({error}); collect it again") from error
-                if len(found) != store.lengths[clip]:
-                    raise ConfigError(
-                        f"{file}: has {len(found)} rows for a clip of {store.lengths[clip]} frames; collect it again"
-                    )
-                targets.setdefault(kind, []).append(found[rows].astype(np.float32))
-                if kind == "velocities":
-                    before.append(found[rows.start - 1 : rows.stop - 1].astype(np.float32))
-        if not targets:
+                found.setdefault(kind, []).append(array[first:stop].astype(np.float32))
+                if kind in ("velocities", "links"):
+                    before.setdefault(kind, []).append(array[first - 1 : stop - 1].astype(np.float32))
+        if found.keys().isdisjoint(TARGETS):
             raise ConfigError(f"{path}: no actions/ and velocities/ beside the clips; make it with localmotion collect --store")
-        if any(len(x) != len(places) for x in targets.values()):
-            raise ConfigError(f"{path}: some clips lack their actions or velocities; collect it again")
+        if any(len(x) != len(places) for x in found.values()):
+            raise ConfigError(f"{path}: some clips lack their actions, velocities or links; collect it again")
         chosen = np.unique(self.clips)
         if len(chosen) < 10:
             raise ConfigError(f"{path}: {len(chosen)} clips are too few to split by episode; collect at least 10")
         rng = np.random.default_rng(0)
         held = rng.permutation(chosen)[: max(len(chosen) // 5, 2)]
         ids = np.concatenate(episode)
-        joined = {kind: np.concatenate(x) for kind, x in targets.items()}
-        earlier = np.concatenate(before) if before else None
-        self.episodes = Episodes(path.name, ids, joined, earlier, np.isin(ids, held))
+        joined = {kind: np.concatenate(x) for kind, x in found.items()}
+        earlier = {kind: np.concatenate(x) for kind, x in before.items()}
+        exact = joined.pop("exact_grid", None)
+        pose = None
+        if "links" in joined:
+            joined["links"], pose = _moved(earlier["links"], joined["links"])
+            if not joined["links"].shape[1]:
+                del joined["links"]
+        self.episodes = Episodes(
+            path.name,
+            ids,
+            {kind: joined[kind] for kind in TARGETS if kind in joined},
+            earlier.get("velocities"),
+            np.isin(ids, held),
+            pose,
+            None if exact is None else exact.reshape(len(ids), -1),
+            store.recipe["flow"] == "exact",
+        )
 
     def code(self, of: Callable[[Batch], Tensor]) -> Floats:
         """Codes (n, d) of all frames after the first `SKIP` of a window.
@@ -110,6 +145,31 @@ class _Data:
             batch = self.sampler.windows(self.clips[at : at + self.batch_size], self.starts[at : at + self.batch_size])
             out.append(of(batch)[:, SKIP:].float().cpu().flatten(0, 1).numpy())  # (B (T - SKIP), d)
         return np.concatenate(out)
+
+
+def _load(file: Path, frames: int) -> NDArray[Any] | None:
+    """Array with one row for each of a clip's frames, or None if there is no file."""
+    if not file.exists():
+        return None
+    try:
+        found: NDArray[Any] = np.load(file, mmap_mode="r", allow_pickle=False)  # mmap fails if the header claims too much
+    except (OSError, ValueError, EOFError) as error:
+        raise ConfigError(f"{file}: cannot be read ({error}); collect it again") from error
+    if len(found) != frames:
+        raise ConfigError(f"{file}: has {len(found)} rows for a clip of {frames} frames; collect it again")
+    return found
+
+
+def _moved(before: Floats, now: Floats) -> tuple[Floats, Floats]:
+    """Velocities (n, up to 2L) and poses (n, 4L) of links with places (n, L, 3) one frame earlier and now.
+
+    Links that are behind the camera in any frame are left out. Their places are not finite.
+    """
+    seen = np.isfinite(before).all((0, 2)) & np.isfinite(now).all((0, 2))
+    before, now = before[:, seen], now[:, seen]
+    moved = np.concatenate([now[..., 0] - before[..., 0], now[..., 1] - before[..., 1]], 1)
+    pose = np.concatenate([now[..., 0], now[..., 1], np.cos(now[..., 2]), np.sin(now[..., 2])], 1)
+    return moved[:, moved.std(0) > LEAST_MOTION], pose
 
 
 def grid_flow(batch: Batch, cells: int = 8) -> Tensor:
@@ -265,6 +325,7 @@ def probe(
     length: int = 25,
     untrained: bool = True,
     ceilings: bool = True,
+    networks: bool = True,
     device: str = "auto",
     threads: int = 1,
     progress: Callable[[int, int | None, str], Any] | None = None,
@@ -273,17 +334,20 @@ def probe(
 
     Args:
         runs: run directories.
-        collections: clip stores with actions/ or velocities/.
+        collections: clip stores with actions/, velocities/ or links/.
         length: frames of a window.
         untrained: also probe each run's network with new random weights.
         ceilings: also train networks on the targets directly.
+        networks: False: ridge regression only, which takes seconds; no MLP and no ceilings.
         device: as `--device`.
         threads: CPU threads of torch, 0 for torch's own choice. The default is 1, because the small networks of the
             probes are many tiny products, and more threads mostly wait for each other.
         progress: called with (rows done, rows in total, name).
 
-    Returns rows {data, code, width, frames, "ridge velocities", "mlp velocities", "ridge actions", "mlp actions"}.
-    Scores are R^2. A row lacks the scores of targets that the collection does not have.
+    Returns rows {data, code, width, frames, "ridge links", "ridge links + pose", "mlp links", "mlp links + pose", and the
+    same for velocities and actions}. Scores are R^2. A row lacks the scores of targets that the collection does not have.
+    If the collection has exact flow, "share of exact" is a dict of scores divided by those of exact flow, without scores
+    that exact flow itself hardly reaches (`LEAST_EXACT`).
 
     Raises ConfigError for a run whose method has no motion code, and for collections without targets or with too few
     clips.
@@ -304,21 +368,45 @@ def probe(
             fresh = methods.get(run.method)(run.model, image_size=method.image_size, action_dim=dim)
             sources.append((f"{run.method}, {path.name}, untrained", fresh.to(compute.device).eval(), compute))
     rows: list[dict[str, Any]] = []
+    ceilings = ceilings and networks
     total = len(collections) * (len(sources) + (2 if ceilings else 0))
+
+    def add(row: dict[str, Any]) -> None:
+        rows.append(row)
+        if progress:
+            progress(len(rows), total, row["code"])
+
     for path in collections:
-        data = _Data(path, length)
+        data, begin = _Data(path, length), len(rows)
+        known = data.episodes
+        total += (known.exact is not None) + (known.pose is not None)
+        if known.exact is not None:
+            add({**_row(data, EXACT, known.exact.shape[1]), **_scores(known.exact, known, networks)})
+        if known.pose is not None:
+            add({**_row(data, POSE, 0), **_scores(None, known, networks)})
         for name, model, place in sources:
             with place.own_randomness():
                 torch.manual_seed(0)  # some codes are sampled
                 code = data.code(grid_flow if model is None else _code_of(model, place))
-            rows.append({**_row(data, name, code.shape[1]), **_scores(code, data.episodes)})
-            if progress:
-                progress(len(rows), total, name)
+            add({**_row(data, name, code.shape[1]), **_scores(code, known, networks)})
         if ceilings:
             rows += _ceilings(data, compute)
             if progress:
                 progress(len(rows), total, "ceilings")
+        # Exact flow that the clips have themselves is the row of the flow.
+        exact = EXACT if known.exact is not None else sources[0][0] if known.perceived_exactly else None
+        _add_shares(rows[begin:], exact)
     return rows
+
+
+def _add_shares(rows: Sequence[dict[str, Any]], exact: str | None) -> None:
+    """Add "share of exact" to the rows of a collection; ``exact`` is the code of the row that they are compared with."""
+    best = next((row for row in rows if row["code"] == exact), {})
+    known = {key: value for key, value in best.items() if key.startswith(("ridge ", "mlp ")) and value >= LEAST_EXACT}
+    for row in rows:
+        shares = {key: round(row[key] / value, 3) for key, value in known.items() if key in row}
+        if shares:
+            row[SHARE] = shares
 
 
 def _code_of(method: Method, compute: Any) -> Callable[[Batch], Tensor]:
@@ -337,10 +425,17 @@ def _row(data: _Data, name: str, width: int) -> dict[str, Any]:
     return {"data": data.episodes.name, "code": name, "width": width, "frames": len(data.episodes.episode)}
 
 
-def _scores(code: Floats, data: Episodes) -> dict[str, float]:
+def _scores(code: Floats | None, data: Episodes, networks: bool = True) -> dict[str, float]:
+    """Scores of a code (n, d) with and without the pose. ``code`` None: of the pose alone."""
+    inputs = {} if code is None else {"": code}
+    if data.pose is not None:
+        inputs[WITH_POSE] = data.pose if code is None else np.concatenate([code, data.pose], 1)
     out = {}
     for kind, target in data.targets.items():
-        out[f"ridge {kind}"], out[f"mlp {kind}"] = round(ridge(code, target, data), 4), round(mlp(code, target, data), 4)
+        for ending, x in inputs.items():
+            out[f"ridge {kind}{ending}"] = round(ridge(x, target, data), 4)
+            if networks:
+                out[f"mlp {kind}{ending}"] = round(mlp(x, target, data), 4)
     return out
 
 
@@ -364,6 +459,31 @@ def _ceilings(data: _Data, compute: Compute) -> list[dict[str, Any]]:
         score = {"mlp actions": round(mlp(known, episodes.targets["actions"], episodes), 4)}
         rows.append({**_row(data, "true velocities, before and after", known.shape[1]), **score})
     return rows
+
+
+def score_tables(rows: Sequence[dict[str, Any]]) -> list[tuple[str, list[str], list[list[str]]]]:
+    """Title, columns and cells of one table for each target. Shares of exact flow are in brackets."""
+    titles = {
+        "links": "Velocities of the links in the picture",
+        "velocities": "Velocities of the simulator",
+        "actions": "Actions",
+    }
+    found = []
+    for kind, title in titles.items():
+        keys = [f"{probe} {kind}{ending}" for probe in ("ridge", "mlp") for ending in ("", WITH_POSE)]
+        keys = [key for key in keys if any(key in row for row in rows)]
+        shown = [row for row in rows if any(key in row for key in keys)]
+        cells = [[r["data"], r["code"], str(r["width"] or "–"), *(_cell(r, key) for key in keys)] for r in shown]
+        if keys:
+            found.append((title, ["data", "code", "width", *(key.replace(f" {kind}", "") for key in keys)], cells))
+    return found
+
+
+def _cell(row: dict[str, Any], key: str) -> str:
+    if key not in row:
+        return "–"
+    share = row.get(SHARE, {}).get(key)
+    return f"{row[key]:.3f}" + ("" if share is None else f" ({share:.0%})")
 
 
 def save_probes(rows: Sequence[dict[str, Any]], out: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from localmotion import methods
@@ -40,6 +41,10 @@ from localmotion.video.write import write_video
 
 POLICIES = ("random", "smooth", "expert")
 SHARD_CLIPS = 32
+CELLS = 8
+"""Cells of the grid of exact flow along each side."""
+LATER = ("links", "exact_grid")
+"""Files that collections of earlier versions do not have. An episode that is added to such a collection has none, too."""
 
 
 @dataclass
@@ -93,7 +98,13 @@ def collect(
 
         actions/ID.npy       (T, A) float32; row t is the action that led to frame t, row 0 is zero
         velocities/ID.npy    (T, n) float32; row t holds the simulator's velocities in frame t, if it has any
-        collection.json      settings and one entry for each episode
+        links/ID.npy         (T, L, 3) float32; row t holds x, y in pixels and angle in radians of the agent's links in
+                             frame t, if the environment has ``link_places`` (`localmotion.envs.links`)
+        exact_grid/ID.npy    (T, 8, 8, 2) float32; exact flow from frame t-1 to t, x then y in pixels, averaged over the
+                             cells of an 8x8 grid (row, column), if the environment has ``exact_flow``; row 0 is zero
+        collection.json      settings, names of the links, and one entry for each episode
+
+    Pixels are those of the stored pictures: of the recipe's ``size``, or of the mp4's ``size``.
 
     A clip store has further arrays for each frame: action, reward, is_terminal, and the agent's mask if the environment
     knows it (`recording.logs`). Offline stages learn from these arrays; pre-training does not read them.
@@ -127,18 +138,20 @@ def collect(
     header["env"].pop("gl", None)
     with claimed(out, "collection"):
         kept = _open(out, header)
+        absent = {kind for kind in LATER if kept and not (out / kind).exists()}
+        links = player.links if "links" not in absent else None
         names = [f"{env.replace(':', '_')}-{label}-{seed}-{number:06d}" for number in range(episodes)]
         sink = _Store(out, recipe, names, player.extra) if recipe else _Files(out, player.fps)
         result = Collected(out)
         for number, name in enumerate(names):
             if name not in kept or not sink.has(name):
                 played = player.play(seed, number, steps, noise)
-                _save_array(out / "actions" / f"{name}.npy", played.extra["action"])
-                if played.velocities is not None:
-                    _save_array(out / "velocities" / f"{name}.npy", played.velocities)
+                for kind, array in played.beside.items():
+                    if kind not in absent:
+                        _save_array(out / kind / f"{name}.npy", array)
                 kept[name] = {"id": name, **played.entry}
                 sink.put(name, played)
-                _save(out, header, kept)
+                _save(out, header, links, kept)
                 result.new += 1
             if progress:
                 progress(number + 1, episodes, "")
@@ -157,8 +170,8 @@ class _Played:
     """(T, S, S, 3)"""
     extra: dict[str, NDArray[Any]]
     """Arrays of `logged` by name."""
-    velocities: NDArray[np.float32] | None
-    """(T, n), or None if the simulator has no velocities."""
+    beside: dict[str, NDArray[np.float32]]
+    """Arrays in the folders beside the videos, by folder."""
     motion: ClipMotion | None
     """For recipes with exact motion."""
 
@@ -193,6 +206,10 @@ class _Player:
         self.masked = stored.size if stored and hasattr(self.env, "agent_mask") else 0
         self.exact = stored if stored and stored.exact else None
         self.extra = logged(self.observer.action_dim, self.masked)
+        self.pixels = stored.size if stored else side
+        """Side of the pictures in whose pixels links and flow are given."""
+        names: tuple[str, ...] | None = getattr(self.env, "link_names", None)
+        self.links = None if names is None else {"names": list(names), "size": self.pixels}
 
     def play(self, seed: int, number: int, steps: int, noise: float) -> _Played:
         """Play one episode."""
@@ -208,7 +225,7 @@ class _Player:
         dim = self.observer.action_dim
         info: dict[str, Any] = {}
         record, done = self.observer.reset(begin), False
-        pictures, rows, velocities = [self._picture(record)], [self._row(record)], [self._velocities()]
+        pictures, rows, known = [self._picture(record)], [self._row(record)], [self._known()]
         stream = StreamingExtractor(self.exact, begin, self.env) if self.exact else None
         moves = [stream.reset(pictures[0])] if stream else []
         total, success = 0.0, 0.0
@@ -231,14 +248,15 @@ class _Player:
             if stream:
                 moves.append(stream.step(pictures[-1]))
             rows.append(self._row(record))
-            velocities.append(self._velocities())
+            known.append(self._known())
         entry = {"seed": begin, "frames": len(pictures), "return": total}
         if "success" in info:
             entry["success"] = success
-        moved = np.stack(velocities)
         extra = {name: np.stack([row[name] for row in rows]) for name in self.extra}
         motion = stream.clip(moves) if stream else None
-        return _Played(entry, np.stack(pictures), extra, moved if moved.size else None, motion)
+        beside = {name: np.stack([row[name] for row in known]).astype(np.float32) for name in known[0]}
+        beside = {name: array for name, array in beside.items() if array.size}
+        return _Played(entry, np.stack(pictures), extra, {"actions": extra["action"], **beside}, motion)
 
     def _row(self, record: dict[str, Any]) -> dict[str, NDArray[Any]]:
         """The store's further arrays of a record, without its picture."""
@@ -247,9 +265,19 @@ class _Player:
             row["mask"] = np.packbits(self.env.agent_mask(self.masked), axis=-1)  # type: ignore[attr-defined]
         return row
 
-    def _velocities(self) -> NDArray[np.float32]:
-        found = getattr(self.env, "velocities", None)
-        return np.zeros(0, np.float32) if found is None else np.asarray(found(), np.float32)
+    def _known(self) -> dict[str, NDArray[Any]]:
+        """What the environment knows of the motion in the current frame, by folder."""
+        env: Any = self.env
+        found: dict[str, NDArray[Any]] = {}
+        if hasattr(env, "velocities"):
+            found["velocities"] = env.velocities()
+        if self.links is not None:
+            found["links"] = env.link_places(self.pixels)
+        if hasattr(env, "exact_flow"):
+            flow = torch.from_numpy(env.exact_flow()).permute(2, 0, 1)  # (2, S, S)
+            cells = F.adaptive_avg_pool2d(flow, CELLS) * (self.pixels / flow.shape[-1])
+            found["exact_grid"] = cells.permute(1, 2, 0).numpy()  # (CELLS, CELLS, 2)
+        return found
 
     def _picture(self, record: dict[str, Any]) -> NDArray[np.uint8]:
         if self.act is None:
@@ -343,8 +371,9 @@ def _open(out: Path, header: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return episodes
 
 
-def _save(out: Path, header: dict[str, Any], episodes: dict[str, dict[str, Any]]) -> None:
-    text = json.dumps({"settings": header, "episodes": list(episodes.values())}, indent=1)
+def _save(out: Path, header: dict[str, Any], links: dict[str, Any] | None, episodes: dict[str, dict[str, Any]]) -> None:
+    about = {"settings": header, **({"links": links} if links else {})}
+    text = json.dumps({**about, "episodes": list(episodes.values())}, indent=1)
     _write(out / "collection.json", lambda file: file.write(text.encode()))
 
 
