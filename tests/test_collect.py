@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -47,6 +49,42 @@ def test_files_show_what_the_actions_did(tmp_path: Path) -> None:
     shown = frames_of(tmp_path / f"{entry['id']}.mp4").astype(float)
     assert np.abs(shown - np.stack(observed)).mean() < 12
     assert np.abs(shown - np.stack(observed[::-1])).mean() > np.abs(shown - np.stack(observed)).mean()
+
+
+@pytest.mark.parametrize("recipe", [None, Recipe(size=16, percept_size=32, tracks=4)])
+def test_links_and_exact_flow_are_the_environments_in_pixels_of_the_stored_pictures(
+    tmp_path: Path, recipe: Recipe | None
+) -> None:
+    found = collect("planar:hopper_hop", tmp_path, policy="random", episodes=1, steps=4, size=32, recipe=recipe)
+    side = recipe.size if recipe else 32
+    entry = found.episodes[0]
+    actions, links, grid = (np.load(tmp_path / kind / f"{entry['id']}.npy") for kind in ("actions", "links", "exact_grid"))
+    env: Any = make_env("planar:hopper_hop", size=32)
+    env.reset(seed=entry["seed"])
+    assert links.shape == (5, len(env.link_names), 3)
+    assert grid.shape == (5, 8, 8, 2)
+    assert {links.dtype, grid.dtype} == {np.dtype(np.float32)}
+    assert not grid[0].any()
+    for t in range(1, 5):
+        env.step(actions[t])
+        np.testing.assert_allclose(links[t], env.link_places(side), rtol=1e-6)
+        mean = env.exact_flow().reshape(8, 4, 8, 4, 2).mean((1, 3)) * side / 32
+        np.testing.assert_allclose(grid[t], mean, atol=1e-5)
+    assert np.abs(grid).max() > 0.1
+    kept = json.loads((tmp_path / "collection.json").read_text())
+    assert kept["links"] == {"names": list(env.link_names), "size": side}
+
+
+def test_a_collection_of_an_earlier_version_goes_on_without_links(tmp_path: Path) -> None:
+    settings: Any = {"policy": "random", "steps": 2, "size": 32}
+    collect("planar:hopper_hop", tmp_path, episodes=1, **settings)
+    for kind in ("links", "exact_grid"):
+        shutil.rmtree(tmp_path / kind)
+    assert collect("planar:hopper_hop", tmp_path, episodes=2, **settings).new == 1
+    assert not (tmp_path / "links").exists()
+    assert not (tmp_path / "exact_grid").exists()
+    assert len(list((tmp_path / "velocities").iterdir())) == 2
+    assert "links" not in json.loads((tmp_path / "collection.json").read_text())
 
 
 def test_the_videos_can_be_extracted(tmp_path: Path) -> None:

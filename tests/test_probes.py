@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -105,10 +106,15 @@ def test_collect_then_probe_by_command(tmp_path: Path, capsys: pytest.CaptureFix
     store, out = tmp_path / "dots", tmp_path / "probes.json"
     sizes = ["--size", "32", "--percept-size", "32", "--tracks", "4"]
     main(["collect", "dmc:reacher_easy", "--out", str(store), "--store", "--episodes", "10", "--steps", "12", *sizes])
-    main(["probe", "--data", str(store), "--length", "12", "--no-ceilings", "--out", str(out)])
+    main(["probe", "--data", str(store), "--length", "12", "--ridge-only", "--out", str(out)])
     text = capsys.readouterr().out
     assert "flow, 8x8 grid" in text
-    assert "ridge velocities" in out.read_text()
+    assert "Velocities of the links in the picture" in text
+    rows = json.loads(out.read_text())
+    assert [row["code"] for row in rows] == ["pose alone", "flow, 8x8 grid"]
+    kinds = ("links", "velocities", "actions")
+    keys = {f"ridge {kind}{ending}" for kind in kinds for ending in ("", " + pose")}
+    assert set(rows[1]) - {"data", "code", "width", "frames"} == keys
     data = _Data(store, 8)
     actions = data.episodes.targets["actions"]
     kept = np.load(store / "actions" / f"{data.sampler.store.ids[0]}.npy")
@@ -269,7 +275,7 @@ def collection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     class Store:
         def __init__(self, path: Path) -> None:
-            self.lengths, self.ids = LENGTHS, [f"clip{n}" for n in range(24)]
+            self.lengths, self.ids, self.recipe = LENGTHS, [f"clip{n}" for n in range(24)], {"flow": "dis"}
 
     monkeypatch.setattr(probes, "ClipStore", Store)
     monkeypatch.setattr(probes, "WindowSampler", Sampler)
@@ -302,6 +308,128 @@ def test_windows_tile_the_clips_and_their_targets_are_of_their_frames(collection
     np.testing.assert_array_equal(codes, frames)
     assert codes.dtype == np.float32
     assert data.sampler.asked == [tuple(map(list, zip(*part, strict=True))) for part in (places[:16], places[16:])]  # type: ignore[attr-defined]
+
+
+def places(frames: int, clip: int) -> np.ndarray:
+    """(T, 4, 3) of links: one that moves by a known law, one at rest, one that is behind the camera in one clip, one at rest in y."""
+    t = np.arange(frames)
+    law = np.stack([10 * clip + t**2, -3.0 * clip + 0.5 * t**3, 0.1 * t + clip], 1)
+    behind = law * [1, 1, 0] + ([np.nan, np.nan, 0] if clip == 4 else 0)
+    return np.stack([law, np.full_like(law, 7), behind, law * [2, 0, 1]], 1)
+
+
+def test_links_give_velocities_from_frame_to_frame_and_the_pose_in_the_frame(collection: Path) -> None:
+    (collection / "links").mkdir()
+    (collection / "exact_grid").mkdir()
+    for clip, frames in enumerate(LENGTHS):
+        np.save(collection / "links" / f"clip{clip}.npy", places(frames, clip).astype(np.float32))
+        grid = 1000 * clip + 100 * np.arange(frames)[:, None, None, None] + np.arange(128).reshape(8, 8, 2) / 10
+        np.save(collection / "exact_grid" / f"clip{clip}.npy", grid.astype(np.float32))
+    found = _Data(collection, 6).episodes
+    assert list(found.targets) == ["links", "velocities", "actions"]
+    clip, frame = np.divmod(found.targets["velocities"][:, 0], 100)
+    # The link at rest and the one without a place are left out, and so is the y of the last one, which is constant.
+    moved = np.stack([2 * frame - 1, 2 * (2 * frame - 1), 0.5 * (frame**3 - (frame - 1) ** 3)], 1)
+    np.testing.assert_allclose(found.targets["links"], moved, rtol=1e-5)
+    x, y, angle = 10 * clip + frame**2, -3 * clip + 0.5 * frame**3, 0.1 * frame + clip
+    seven, nought = np.full_like(x, 7), np.zeros_like(x)
+    turned = [f(a) for f in (np.cos, np.sin) for a in (angle, seven, angle)]
+    assert found.pose is not None
+    assert found.exact is not None
+    np.testing.assert_allclose(found.pose, np.stack([x, seven, 2 * x, y, seven, nought, *turned], 1), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found.exact, (1000 * clip + 100 * frame)[:, None] + np.arange(128) / 10, rtol=1e-6)
+    assert not found.perceived_exactly
+    (collection / "exact_grid" / "clip3.npy").unlink()
+    with pytest.raises(ConfigError, match="some clips lack"):
+        _Data(collection, 6)
+
+
+def moving(seed: int = 6, count: int = 20, frames: int = 40) -> Episodes:
+    """Links whose velocities do not depend on their pose; exact flow has half of the velocities' variance, and noise."""
+    rng, n = np.random.default_rng(seed), count * frames
+    pose, moved = rng.normal(size=(n, 8)).astype(np.float32), rng.normal(size=(n, 4)).astype(np.float32)
+    flow = np.concatenate([moved + rng.normal(size=(n, 4)), rng.normal(size=(n, 4))], 1).astype(np.float32)
+    episode = np.repeat(np.arange(count), frames)
+    return Episodes("made", episode, {"links": moved}, None, episode >= count - 4, pose, flow)
+
+
+def test_velocities_are_found_and_neither_noise_nor_the_pose_are_taken_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    data, quick = moving(), probes.mlp
+    monkeypatch.setattr(probes, "mlp", lambda *given: quick(*given, updates=160))
+    noise = np.random.default_rng(1).normal(size=(800, 6)).astype(np.float32)
+    codes = {"planted": data.targets["links"], "noise": noise, "exact": data.exact, "pose": None}
+    rows = [{"code": name, **probes._scores(code, data)} for name, code in codes.items()]
+    probes._add_shares(rows, "exact")
+    planted, random, exact, pose = rows
+    keys = [f"{kind} links{ending}" for kind in ("ridge", "mlp") for ending in ("", " + pose")]
+    for key, least in zip(keys, (0.99, 0.99, 0.9, 0.85), strict=True):
+        assert planted[key] > least
+        assert abs(random[key]) < 0.1
+        assert 0.35 < exact[key] < 0.55
+        assert exact["share of exact"][key] == 1
+        assert planted["share of exact"][key] == pytest.approx(planted[key] / exact[key], abs=1e-3)
+        assert planted["share of exact"][key] > 1.5
+    assert set(pose) == {"code", "ridge links + pose", "mlp links + pose", "share of exact"}
+    assert abs(pose["ridge links + pose"]) < 0.05
+    assert abs(pose["mlp links + pose"]) < 0.1
+
+
+def test_random_labels_are_found_with_no_pose(monkeypatch: pytest.MonkeyPatch) -> None:
+    data, rng = moving(), np.random.default_rng(2)
+    labels = rng.permutation(data.targets["links"])
+    shuffled = replace(data, targets={"links": labels})
+    quick = probes.mlp
+    monkeypatch.setattr(probes, "mlp", lambda *given: quick(*given, updates=150))
+    scores = probes._scores(data.exact, shuffled)
+    assert len(scores) == 4
+    assert max(abs(score) for score in scores.values()) < 0.1
+
+
+def test_a_code_that_tells_motion_only_together_with_the_pose_gets_its_credit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The code is the speed along the link; the angle says where along is."""
+    rng, data = np.random.default_rng(3), moving()
+    quick = probes.mlp
+    monkeypatch.setattr(probes, "mlp", lambda *given: quick(*given, updates=250))
+    n = len(data.episode)
+    angle, speed = rng.uniform(-np.pi, np.pi, n), rng.normal(size=n)
+    pose = np.stack([np.cos(angle), np.sin(angle)], 1).astype(np.float32)
+    data = replace(data, targets={"links": (speed[:, None] * pose).astype(np.float32)}, pose=pose)
+    scores = probes._scores(speed[:, None].astype(np.float32), data)
+    assert scores["mlp links + pose"] > 0.9
+    assert all(abs(scores[key]) < 0.1 for key in ("ridge links", "mlp links", "ridge links + pose"))
+
+
+def test_no_share_of_what_exact_flow_does_not_predict() -> None:
+    rows: list[dict[str, Any]] = [
+        {"code": "best", "width": 9, "ridge links": 0.4, "mlp links": 0.04, "mlp actions": -0.5},
+        {"code": "other", "width": 3, "ridge links": 0.1, "mlp links": 0.02, "mlp actions": -0.1, "ridge actions": 0.3},
+        {"code": "third", "width": 3, "mlp links": 0.02},
+    ]
+    probes._add_shares(rows, "best")
+    assert [row.get("share of exact") for row in rows] == [{"ridge links": 1.0}, {"ridge links": 0.25}, None]
+    title, columns, cells = probes.score_tables([{"data": "made", **row} for row in rows])[0]
+    assert title == "Velocities of the links in the picture"
+    assert columns == ["data", "code", "width", "ridge", "mlp"]
+    assert cells[1:] == [["made", "other", "3", "0.100 (25%)", "0.020"], ["made", "third", "3", "–", "0.020"]]
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_shares_are_of_the_grid_beside_the_clips_or_of_their_own_exact_flow(own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = replace(moving(), perceived_exactly=own, pose=None, **({"exact": None} if own else {}))
+
+    class Data:
+        def __init__(self, path: Path, length: int) -> None:
+            self.episodes = known
+
+        def code(self, of: Any) -> np.ndarray:
+            return known.targets["links"][:, :2]
+
+    monkeypatch.setattr(probes, "_Data", Data)
+    said: list[Any] = []
+    rows = probe([], [Path("data/made")], networks=False, progress=lambda *what: said.append(what))
+    assert [row["code"] for row in rows] == ["exact flow, 8x8 grid", "flow, 8x8 grid"][own:]
+    assert [row["share of exact"]["ridge links"] == 1 for row in rows] == ([True] if own else [True, False])
+    assert [what[:2] for what in said] == [(n + 1, len(rows)) for n in range(len(rows))]
 
 
 def test_a_collection_needs_targets_for_all_clips_and_enough_of_them(collection: Path) -> None:
