@@ -401,8 +401,8 @@ def test_a_code_that_tells_motion_only_together_with_the_pose_gets_its_credit(mo
 
 def test_no_share_of_what_exact_flow_does_not_predict() -> None:
     rows: list[dict[str, Any]] = [
-        {"code": "best", "width": 9, "ridge links": 0.4, "mlp links": 0.04, "mlp actions": -0.5},
-        {"code": "other", "width": 3, "ridge links": 0.1, "mlp links": 0.02, "mlp actions": -0.1, "ridge actions": 0.3},
+        {"code": "best", "width": 9, "ridge links": 0.4, "mlp links": 0.08, "mlp actions": 0.5},
+        {"code": "other", "width": 3, "ridge links": 0.1, "mlp links": 0.02, "mlp actions": 0.1, "ridge actions": 0.3},
         {"code": "third", "width": 3, "mlp links": 0.02},
     ]
     probes._add_shares(rows, "best")

@@ -57,8 +57,10 @@ WITH_POSE = " + pose"
 """Ending of the names of scores of a code with the pose."""
 EXACT, POSE = "exact flow, 8x8 grid", "pose alone"
 SHARE = "share of exact"
-LEAST_EXACT = 0.05
+LEAST_EXACT = 0.1
 """No share is given where exact flow itself scores less than this."""
+OF_MOTION = ("links", "velocities")
+"""Targets with shares of exact flow. For actions it is no ceiling."""
 LEAST_MOTION = 1e-3
 """Pixels per step. Components of the links' velocities with a smaller standard deviation are left out."""
 FILES = ("velocities", "actions", "links", "exact_grid")
@@ -346,8 +348,8 @@ def probe(
 
     Returns rows {data, code, width, frames, "ridge links", "ridge links + pose", "mlp links", "mlp links + pose", and the
     same for velocities and actions}. Scores are R^2. A row lacks the scores of targets that the collection does not have.
-    If the collection has exact flow, "share of exact" is a dict of scores divided by those of exact flow, without scores
-    that exact flow itself hardly reaches (`LEAST_EXACT`).
+    If the collection has exact flow, "share of exact" is a dict of the scores for links and velocities divided by those of
+    exact flow, where exact flow itself scores at least `LEAST_EXACT`.
 
     Raises ConfigError for a run whose method has no motion code, and for collections without targets or with too few
     clips.
@@ -402,7 +404,8 @@ def probe(
 def _add_shares(rows: Sequence[dict[str, Any]], exact: str | None) -> None:
     """Add "share of exact" to the rows of a collection; ``exact`` is the code of the row that they are compared with."""
     best = next((row for row in rows if row["code"] == exact), {})
-    known = {key: value for key, value in best.items() if key.startswith(("ridge ", "mlp ")) and value >= LEAST_EXACT}
+    of_motion = tuple(f"{probe} {kind}" for probe in ("ridge", "mlp") for kind in OF_MOTION)
+    known = {key: value for key, value in best.items() if key.startswith(of_motion) and value >= LEAST_EXACT}
     for row in rows:
         shares = {key: round(row[key] / value, 3) for key, value in known.items() if key in row}
         if shares:
