@@ -92,8 +92,8 @@ def masks() -> Iterator[Row]:
 
 
 def planar() -> Iterator[Row]:
-    """Four times of an episode; then, at the last one, each pixel's part, the flow of the last step, the agent's mask and
-    the textured look."""
+    """Four times of an episode; then, at the last one, each pixel's part, the flow of the last step, the agent's mask,
+    the textured look and a moving background."""
     for task in (
         "walker_run", "cheetah_run", "hopper_hop", "swimmer_swimmer6", "reacher_easy", "finger_turn_easy", "acrobot_swingup",
         "pendulum_swingup", "cartpole_swingup", "cartpole_three_poles",
@@ -115,7 +115,8 @@ def planar() -> Iterator[Row]:
         flow = env.exact_flow()
         cells += [shades[env.part_ids()], flow_colours(flow, max(1.0, float(np.abs(flow).max())))]
         cells.append(np.repeat(env.agent_mask()[..., None], 3, axis=2).astype(np.uint8) * 255)
-        yield task, cells + episode(f"planar:{task}", (12,), action_repeat=4, look="textured")
+        cells += episode(f"planar:{task}", (12,), action_repeat=4, look="textured")
+        yield task, cells + episode(f"planar:{task}", (12,), action_repeat=4, background="lagged")
 
 
 def every(suite: str) -> NDArray[np.uint8]:
@@ -174,7 +175,7 @@ def main() -> None:
         "diswm": (colours, ["phase 1", "phase 2"]),
         "painted_procedural": (lambda: painted("procedural"), list(MOTIONS)),
         "masks": (masks, []),
-        "planar": (planar, ["start", "4 steps", "8", "12", "parts", "flow", "agent", "textured"]),
+        "planar": (planar, ["start", "4 steps", "8", "12", "parts", "flow", "agent", "textured", "background"]),
     }
     if args.textures:
         jobs["dmcr_originals"] = (lambda: dmcr(args.textures), seeds)

@@ -20,6 +20,7 @@ from localmotion.envs import control
 from localmotion.envs.base import Observation
 from localmotion.envs.control import ControlEnv
 from localmotion.envs.masks import moving_parts
+from localmotion.envs.planar_backgrounds import MOTIONS, Motion, MovingBackground
 from localmotion.envs.planar_drawing import LOOKS, Look, Painter, Pose, View
 from localmotion.errors import ConfigError, EnvError, unknown_name
 
@@ -53,9 +54,12 @@ class PlanarEnv(ControlEnv):
         quality: any of the rendering qualities, for the common interface; there is only one.
         camera: must be None.
         look: "flat": parts of one colour; "textured": with bands across them, so that motion is visible inside them, too.
+        background: "none": sky and floor. Else a texture covers both and is shifted as in ``masklam:``: "independent" of the actions, by
+            the action of 3 env steps ago ("lagged"), by those of another episode ("twin"), or by the present one ("leaky"). Physics,
+            rewards, `agent_mask` and the parts stay the same. Its motion is part of `exact_flow`.
 
     Raises:
-        ConfigError: an unknown task, quality or look, a camera, or a setting out of range.
+        ConfigError: an unknown task, quality, look or background, a camera, or a setting out of range.
     """
 
     suite_name: ClassVar[str] = "planar"
@@ -72,6 +76,7 @@ class PlanarEnv(ControlEnv):
         quality: str = "auto",
         camera: str | int | None = None,
         look: Look = "flat",
+        background: Motion = "none",
     ) -> None:
         if task not in TASKS:
             raise unknown_name("planar task", task, TASKS)
@@ -83,21 +88,35 @@ class PlanarEnv(ControlEnv):
             raise unknown_name("rendering quality", quality, QUALITIES)
         if look not in LOOKS:
             raise unknown_name("look of planar bodies", look, LOOKS)
-        self.look = look
+        if background not in MOTIONS:
+            raise unknown_name("background of planar bodies", background, MOTIONS)
+        self.look, self.background = look, background
         super().__init__(
             task, seed=seed, size=size, percept_size=percept_size, action_repeat=action_repeat, time_limit=time_limit
         )
         self.view = TASK_VIEWS.get(task, VIEWS[control.TASKS[task][0]])
         self._kinds = moving_parts(self.physics.model.ptr)
+        self._moving: MovingBackground | None = None
+        if background != "none":
+            self._moving = MovingBackground(background, self.draw_size, self.action_space.shape[0])  # type: ignore[index]
         self._painter: Painter
         self._shown: Pose | None = None  # of the last picture or the last question
         self._before: Pose | None = None  # of the picture before the last step
 
     def _begin(self, episode_seed: int) -> None:
         super()._begin(episode_seed)
+        if self._moving is not None:
+            self._moving.begin(episode_seed)
         # Some tasks change sizes and colours when an episode begins.
-        self._painter = Painter(self.physics.model.ptr, self.physics.data.ptr, self.view, self._kinds, look=self.look)
+        model, data = self.physics.model.ptr, self.physics.data.ptr
+        self._painter = Painter(model, data, self.view, self._kinds, look=self.look, background=self._moving)
         self._shown = None
+
+    def _control(self, action: NDArray[np.float64]) -> tuple[float, bool]:
+        result = super()._control(action)
+        if self._moving is not None:
+            self._moving.advance(action)
+        return result
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Observation, dict[str, Any]]:
         """As `PixelEnv.reset`."""
@@ -136,7 +155,8 @@ class PlanarEnv(ControlEnv):
 
     def exact_flow(self) -> NDArray[np.float32]:
         """(S, S, 2) flow from the picture before the last ``step`` to the current one, at the pixels of the former, in pixels of the
-        drawn size S, x then y. Exact; zero in the sky and after a reset. `motion_truth` says which of it stays visible.
+        drawn size S, x then y. Exact, also where a moving background shows; zero in the sky and after a reset. `motion_truth` says which
+        of it stays visible.
 
         Raises:
             EnvError: before the first reset.
@@ -145,8 +165,9 @@ class PlanarEnv(ControlEnv):
         return self.painter.flow(self._before or now, now, self.draw_size)
 
     def part_ids(self, size: int | None = None) -> NDArray[np.int16]:
-        """(S, S) number of the part that each pixel of the current picture shows, -1 in the sky: of a geom its number in the MuJoCo model,
-        of a site the number of geoms plus its own; the floor is a part, too. S is ``size`` or that of the drawing.
+        """(S, S) number of the part that each pixel of the current picture shows: of a geom its number in the MuJoCo model, of a site the
+        number of geoms plus its own; the floor is a part, too. The sky and a moving background are -1. S is ``size`` or that of the
+        drawing.
 
         Raises:
             EnvError: before the first reset.
@@ -168,4 +189,12 @@ class PlanarEnv(ControlEnv):
     def _facts(self) -> dict[str, Any]:
         facts = super()._facts()
         versions = facts["versions"] | {"opencv": cv2.__version__, "numpy": np.__version__}
-        return {"camera": None, "quality": "exact", "gl": None, "look": self.look, "versions": versions}
+        moving = "none" if self._moving is None else self._moving.describe()
+        return {
+            "camera": None,
+            "quality": "exact",
+            "gl": None,
+            "look": self.look,
+            "background": moving,
+            "versions": versions,
+        }
