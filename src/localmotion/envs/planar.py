@@ -9,6 +9,8 @@ Every picture has exact motion: `PlanarEnv.exact_flow`, `PlanarEnv.part_ids`, `P
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -17,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localmotion.envs import control
+from localmotion.envs import planar_trees as trees
 from localmotion.envs.base import Observation
 from localmotion.envs.control import ControlEnv
 from localmotion.envs.masks import moving_parts
@@ -47,19 +50,22 @@ TASKS = tuple(task for task, (domain, _) in control.TASKS.items() if domain in V
 
 
 class PlanarEnv(ControlEnv):
-    """A task of dm_control whose body moves in a plane, drawn flat; physics and rewards are those of ``dmc:``, bit for bit.
+    """A task of dm_control whose body moves in a plane, drawn flat; physics and rewards are those of ``dmc:``, bit for bit. Or a generated
+    body (`localmotion.envs.planar_trees`).
 
     Args:
-        task: a name of `TASKS`, e.g. "walker_run".
+        task: a name of `TASKS` or `trees.TASKS`, e.g. "walker_run" or "tree-0003_run".
         quality: any of the rendering qualities, for the common interface; there is only one.
         camera: must be None.
         look: "flat": parts of one colour; "textured": with bands across them, so that motion is visible inside them, too.
         background: "none": sky and floor. Else a texture covers both and is shifted as in ``masklam:``: "independent" of the actions, by
             the action of 3 env steps ago ("lagged"), by those of another episode ("twin"), or by the present one ("leaky"). Physics,
             rewards, `agent_mask` and the parts stay the same. Its motion is part of `exact_flow`.
+        sealed: True for the bodies that are kept for the pre-registered test, and only for them.
 
     Raises:
-        ConfigError: an unknown task, quality, look or background, a camera, or a setting out of range.
+        ConfigError: an unknown task, quality, look or background, a camera, a sealed body without ``sealed=True``, or a setting out of
+            range.
     """
 
     suite_name: ClassVar[str] = "planar"
@@ -77,9 +83,13 @@ class PlanarEnv(ControlEnv):
         camera: str | int | None = None,
         look: Look = "flat",
         background: Motion = "none",
+        sealed: bool = False,
     ) -> None:
-        if task not in TASKS:
-            raise unknown_name("planar task", task, TASKS)
+        tree = trees.parse(task)
+        if task not in TASKS and tree is None:
+            raise unknown_name("planar task", task, [*TASKS, *trees.TASKS])
+        trees.check_seal(task, sealed)
+        self._tree = tree
         if camera is not None:
             raise ConfigError(f"camera={camera!r}: planar environments have no cameras; leave it out")
         from localmotion.envs.render import QUALITIES
@@ -94,7 +104,7 @@ class PlanarEnv(ControlEnv):
         super().__init__(
             task, seed=seed, size=size, percept_size=percept_size, action_repeat=action_repeat, time_limit=time_limit
         )
-        self.view = TASK_VIEWS.get(task, VIEWS[control.TASKS[task][0]])
+        self.view = trees.tree(tree[0]).view(tree[1]) if tree else TASK_VIEWS.get(task, VIEWS[control.TASKS[task][0]])
         self._kinds = moving_parts(self.physics.model.ptr)
         self._moving: MovingBackground | None = None
         if background != "none":
@@ -102,6 +112,18 @@ class PlanarEnv(ControlEnv):
         self._painter: Painter
         self._shown: Pose | None = None  # of the last picture or the last question
         self._before: Pose | None = None  # of the picture before the last step
+
+    @staticmethod
+    def check_task(task: str, options: Mapping[str, Any]) -> None:
+        """Raise ConfigError for a sealed body without the option ``sealed=True``. Builds nothing."""
+        trees.check_seal(task, options.get("sealed", False))
+
+    def _load(self, task: str) -> Any:
+        if tree := trees.parse(task):
+            from localmotion.envs.planar_tree_tasks import load
+
+            return load(*tree)
+        return super()._load(task)
 
     def _begin(self, episode_seed: int) -> None:
         super()._begin(episode_seed)
@@ -190,6 +212,12 @@ class PlanarEnv(ControlEnv):
         facts = super()._facts()
         versions = facts["versions"] | {"opencv": cv2.__version__, "numpy": np.__version__}
         moving = "none" if self._moving is None else self._moving.describe()
+        made = {}
+        if self._tree:
+            number, kind = self._tree
+            body = trees.tree(number)
+            digest = hashlib.sha256(trees.mjcf(body, kind).encode()).hexdigest()[:16]
+            made = {"tree": {"links": len(body.links), "mjcf": digest, "sealed": number in trees.SEALED}}
         return {
             "camera": None,
             "quality": "exact",
@@ -197,4 +225,5 @@ class PlanarEnv(ControlEnv):
             "look": self.look,
             "background": moving,
             "versions": versions,
+            **made,
         }
