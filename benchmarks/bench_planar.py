@@ -14,6 +14,7 @@ from localmotion.envs.planar import TASKS, VIEWS
 
 FIRST = ("walker_run", "cheetah_run", "hopper_hop")
 CASES = (*FIRST, *(next(task for task in TASKS if task.startswith(body)) for body in VIEWS if not f"{FIRST}".count(body)))
+TREES = ("tree-0000_run", "tree-0004_run", "tree-0000_reach", "tree-0004_reach")  # 2 and 7 links
 BURSTS, BURST = 10, 0.05  # the fastest of so many bursts of so many CPU seconds: other programs on the machine slow down some
 
 
@@ -22,6 +23,7 @@ def run() -> list[dict[str, object]]:
     cv2.setNumThreads(1)
     try:
         rows = [_row(name, size) for name in CASES for size in ((64, 32) if name in FIRST else (64,))]
+        rows += [_row(name, 64) for name in TREES]
         return rows + [_row(name, 64, background="lagged") for name in FIRST]
     finally:
         cv2.setNumThreads(threads)

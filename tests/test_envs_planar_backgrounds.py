@@ -155,6 +155,17 @@ def test_tracks_and_camera_motion_are_those_of_the_background() -> None:
     np.testing.assert_array_equal(truth.foreground(shots[0]), shots[0].ident >= 0)
 
 
+def test_a_background_that_moves_alone_is_drawn_anew() -> None:
+    env = made("independent")
+    state, first, picture = env.physics.get_state().copy(), env.pose(), env.render_frame(64)
+    env._control(actions(1)[0].astype(np.float64))
+    with env.physics.reset_context():
+        env.physics.set_state(state)
+    np.testing.assert_array_equal(env.pose().place, first.place)
+    assert env.pose().drift != first.drift
+    assert (env.render_frame(64) != picture).any()
+
+
 def test_pictures_of_every_size_show_the_same() -> None:
     env = made("independent")
     env.step(actions(1)[0])

@@ -149,6 +149,10 @@ def test_run_begins_at_rest_on_the_ground() -> None:
         angles.append(data.qpos[2])
         assert np.abs(data.qvel).max() < 0.5
         assert data.time == 0
+        before = data.subtree_com[1].copy()
+        for _ in range(10):
+            env._control(np.zeros(6))
+        np.testing.assert_allclose(data.subtree_com[1], before, atol=0.02)
     np.testing.assert_allclose(heights, 0, atol=0.02)
     assert np.ptp(angles) > 0.01
 

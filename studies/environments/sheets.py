@@ -17,6 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localmotion.envs import list_envs, make_env
+from localmotion.envs.bodies import smooth_actions
+from localmotion.envs.planar_trees import DEV, KINDS, TRAIN, tree
 from localmotion.perception.draw import flow_colours
 
 CELL, GAP, HEAD, SIDE = 96, 2, 16, 150
@@ -119,6 +121,19 @@ def planar() -> Iterator[Row]:
         yield task, cells + episode(f"planar:{task}", (12,), action_repeat=4, background="lagged")
 
 
+def planar_trees() -> Iterator[Row]:
+    """Generated bodies, except the sealed ones: three times of an episode and the flow of its last step, running and reaching."""
+    for number in (*TRAIN, *DEV):
+        cells = []
+        for kind in KINDS:
+            env: Any = make_env(f"planar:tree-{number:04d}_{kind}", size=CELL)
+            actions = smooth_actions(np.random.default_rng(number), 31, env.action_space.shape[0], 2).astype(np.float32)
+            pictures = [env.reset(seed=1)[0]["image"], *(env.step(action)[0]["image"] for action in actions)]
+            flow = env.exact_flow()
+            cells += [pictures[0], pictures[15], pictures[30], flow_colours(flow, max(1.0, float(np.abs(flow).max())))]
+        yield f"tree-{number:04d}, {len(tree(number).links)} links", cells
+
+
 def every(suite: str) -> NDArray[np.uint8]:
     """Every task of a suite after ten random steps, its name below."""
     cells = []
@@ -176,6 +191,7 @@ def main() -> None:
         "painted_procedural": (lambda: painted("procedural"), list(MOTIONS)),
         "masks": (masks, []),
         "planar": (planar, ["start", "4 steps", "8", "12", "parts", "flow", "agent", "textured", "background"]),
+        "planar_trees": (planar_trees, ["run", "15 steps", "30", "flow", "reach", "15 steps", "30", "flow"]),
     }
     if args.textures:
         jobs["dmcr_originals"] = (lambda: dmcr(args.textures), seeds)
