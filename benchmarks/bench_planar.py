@@ -14,6 +14,7 @@ from localmotion.envs.planar import TASKS, VIEWS
 
 FIRST = ("walker_run", "cheetah_run", "hopper_hop")
 CASES = (*FIRST, *(next(task for task in TASKS if task.startswith(body)) for body in VIEWS if not f"{FIRST}".count(body)))
+TREES = ("tree-0000_run", "tree-0004_run", "tree-0000_reach", "tree-0004_reach")  # 2 and 7 links
 BURSTS, BURST = 10, 0.05  # the fastest of so many bursts of so many CPU seconds: other programs on the machine slow down some
 
 
@@ -21,13 +22,15 @@ def run() -> list[dict[str, object]]:
     threads = cv2.getNumThreads()
     cv2.setNumThreads(1)
     try:
-        return [_row(name, size) for name in CASES for size in ((64, 32) if name in FIRST else (64,))]
+        rows = [_row(name, size) for name in CASES for size in ((64, 32) if name in FIRST else (64,))]
+        rows += [_row(name, 64) for name in TREES]
+        return rows + [_row(name, 64, background="lagged") for name in FIRST]
     finally:
         cv2.setNumThreads(threads)
 
 
-def _row(name: str, size: int) -> dict[str, object]:
-    env: Any = make_env(f"planar:{name}", size=size, time_limit=10**6)
+def _row(name: str, size: int, **options: Any) -> dict[str, object]:
+    env: Any = make_env(f"planar:{name}", size=size, time_limit=10**6, **options)
     shape = env.action_space.shape
     assert shape is not None
     actions = np.random.default_rng(0).uniform(-1, 1, (256, *shape)).astype(np.float32)
@@ -53,6 +56,7 @@ def _row(name: str, size: int) -> dict[str, object]:
     return {
         "env": f"planar:{name}",
         "size": size,
+        "background": options.get("background", "none"),
         "parts": len(painter.numbers),
         "frames/s": _rate(draw),
         "steps/s": _rate(step),

@@ -15,6 +15,7 @@ from gymnasium.utils.env_checker import check_env
 
 from localmotion.config import SUITES
 from localmotion.envs import list_envs, make_env, planar
+from localmotion.envs import planar_trees as trees
 from localmotion.envs.base import PixelEnv
 from localmotion.envs.masks import moving_parts
 from localmotion.envs.planar_drawing import Painter, View
@@ -34,6 +35,7 @@ ONE_OF_EACH = (
     "swimmer_swimmer6",
     "walker_run",
 )
+TREES = ("tree-0004_run", "tree-0010_reach")
 
 
 def actions(env: PixelEnv, count: int, seed: int = 0) -> np.ndarray:
@@ -55,13 +57,13 @@ def played(task: str, steps: int, seed: int = 0, **settings: Any) -> Any:
 
 def test_has_every_task_of_every_planar_body() -> None:
     assert {task.partition("_")[0] for task in planar.TASKS} == set(planar.VIEWS)
-    assert [f"planar:{task}" for task in planar.TASKS] == list_envs("planar")
-    assert {name.replace("planar:", "dmc:") for name in list_envs("planar")} < set(list_envs("dmc"))
+    assert [f"planar:{task}" for task in (*planar.TASKS, *trees.TASKS)] == list_envs("planar")
+    assert {f"dmc:{task}" for task in planar.TASKS} < set(list_envs("dmc"))
     assert set(ONE_OF_EACH) < set(planar.TASKS)
     assert SUITES["planar"] == SUITES["dmc"]
 
 
-@pytest.mark.parametrize("task", ["cartpole_swingup", "finger_turn_easy", "swimmer_swimmer6"])
+@pytest.mark.parametrize("task", ["cartpole_swingup", "finger_turn_easy", "swimmer_swimmer6", *TREES])
 def test_passes_the_checker_of_gymnasium(task: str) -> None:
     check_env(make_env(f"planar:{task}", percept_size=128), skip_render_check=True)
 
@@ -82,7 +84,7 @@ def test_states_rewards_and_vectors_are_those_of_dmc(task: str) -> None:
     theirs.close()
 
 
-@pytest.mark.parametrize("task", ["walker_walk", "reacher_easy", "swimmer_swimmer15", "finger_spin"])
+@pytest.mark.parametrize("task", ["walker_walk", "reacher_easy", "swimmer_swimmer15", "finger_spin", *TREES])
 def test_a_seed_gives_the_same_episode_whatever_went_before(task: str) -> None:
     first, second = make_env(f"planar:{task}"), played(task, 4, seed=5)
     second.render()
@@ -346,7 +348,7 @@ def warp(picture: np.ndarray, flow: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("look", planar.LOOKS)
-@pytest.mark.parametrize("task", ONE_OF_EACH)
+@pytest.mark.parametrize("task", [*ONE_OF_EACH, *TREES])
 def test_the_later_picture_warped_back_is_the_earlier_one(task: str, look: str) -> None:
     env = played(task, 4, size=192, action_repeat=4, look=look)
     truth = motion_truth(env)
@@ -364,7 +366,7 @@ def test_the_later_picture_warped_back_is_the_earlier_one(task: str, look: str) 
     assert np.concatenate(warped).mean() < 0.2 * np.concatenate(still).mean()
 
 
-@pytest.mark.parametrize("task", ONE_OF_EACH)
+@pytest.mark.parametrize("task", [*ONE_OF_EACH, *TREES])
 def test_flow_is_the_projected_motion_of_points_of_the_bodies(task: str) -> None:
     """Independent of the drawing: each pixel's point is fixed to its geom in MuJoCo's three dimensions, moved and projected."""
     env = played(task, 5)
@@ -467,7 +469,7 @@ def test_the_floor_moves_against_the_camera_and_the_sky_stays() -> None:
     assert (truth.anchor(a, np.array([[-3.0, 2.0]])).ident == UNKNOWN).all()
 
 
-@pytest.mark.parametrize("task", ONE_OF_EACH)
+@pytest.mark.parametrize("task", [*ONE_OF_EACH, *TREES])
 def test_the_mask_is_the_agents_parts(task: str) -> None:
     env = played(task, 3)
     model = env.physics.model.ptr

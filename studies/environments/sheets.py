@@ -17,6 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localmotion.envs import list_envs, make_env
+from localmotion.envs.bodies import smooth_actions
+from localmotion.envs.planar_trees import DEV, KINDS, TRAIN, tree
 from localmotion.perception.draw import flow_colours
 
 CELL, GAP, HEAD, SIDE = 96, 2, 16, 150
@@ -92,8 +94,8 @@ def masks() -> Iterator[Row]:
 
 
 def planar() -> Iterator[Row]:
-    """Four times of an episode; then, at the last one, each pixel's part, the flow of the last step, the agent's mask and
-    the textured look."""
+    """Four times of an episode; then, at the last one, each pixel's part, the flow of the last step, the agent's mask,
+    the textured look and a moving background."""
     for task in (
         "walker_run", "cheetah_run", "hopper_hop", "swimmer_swimmer6", "reacher_easy", "finger_turn_easy", "acrobot_swingup",
         "pendulum_swingup", "cartpole_swingup", "cartpole_three_poles",
@@ -115,7 +117,21 @@ def planar() -> Iterator[Row]:
         flow = env.exact_flow()
         cells += [shades[env.part_ids()], flow_colours(flow, max(1.0, float(np.abs(flow).max())))]
         cells.append(np.repeat(env.agent_mask()[..., None], 3, axis=2).astype(np.uint8) * 255)
-        yield task, cells + episode(f"planar:{task}", (12,), action_repeat=4, look="textured")
+        cells += episode(f"planar:{task}", (12,), action_repeat=4, look="textured")
+        yield task, cells + episode(f"planar:{task}", (12,), action_repeat=4, background="lagged")
+
+
+def planar_trees() -> Iterator[Row]:
+    """Generated bodies, except the sealed ones: three times of an episode and the flow of its last step, running and reaching."""
+    for number in (*TRAIN, *DEV):
+        cells = []
+        for kind in KINDS:
+            env: Any = make_env(f"planar:tree-{number:04d}_{kind}", size=CELL)
+            actions = smooth_actions(np.random.default_rng(number), 31, env.action_space.shape[0], 2).astype(np.float32)
+            pictures = [env.reset(seed=1)[0]["image"], *(env.step(action)[0]["image"] for action in actions)]
+            flow = env.exact_flow()
+            cells += [pictures[0], pictures[15], pictures[30], flow_colours(flow, max(1.0, float(np.abs(flow).max())))]
+        yield f"tree-{number:04d}, {len(tree(number).links)} links", cells
 
 
 def every(suite: str) -> NDArray[np.uint8]:
@@ -174,7 +190,8 @@ def main() -> None:
         "diswm": (colours, ["phase 1", "phase 2"]),
         "painted_procedural": (lambda: painted("procedural"), list(MOTIONS)),
         "masks": (masks, []),
-        "planar": (planar, ["start", "4 steps", "8", "12", "parts", "flow", "agent", "textured"]),
+        "planar": (planar, ["start", "4 steps", "8", "12", "parts", "flow", "agent", "textured", "background"]),
+        "planar_trees": (planar_trees, ["run", "15 steps", "30", "flow", "reach", "15 steps", "30", "flow"]),
     }
     if args.textures:
         jobs["dmcr_originals"] = (lambda: dmcr(args.textures), seeds)

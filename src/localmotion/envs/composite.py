@@ -115,9 +115,14 @@ class Backdrop:
         """(2,) shift x, y in pixels of the drawn picture; zero for videos."""
         return self._shift.offset.copy()
 
+    @property
+    def texture(self) -> NDArray[np.uint8]:
+        """(S, S, 3) the current frame of the clip, not shifted. Must not be modified."""
+        return self._playback.frame()
+
     def paint(self, picture: NDArray[np.uint8], where: NDArray[np.bool_]) -> NDArray[np.uint8]:
         """``picture`` (S, S, 3) with the background in the pixels ``where`` (S, S)."""
-        frame = self._playback.frame()
+        frame = self.texture
         if self.motion != "video":
             frame = shifted(frame, self._shift.offset)
         side = picture.shape[0]

@@ -65,16 +65,12 @@ class ControlEnv(PixelEnv):
         action_repeat: int | None,
         time_limit: int | None,
     ) -> None:
-        if task not in TASKS:
-            raise unknown_name("DMC task", task, TASKS)
         with warnings.catch_warnings(), _without_gl():
             warnings.simplefilter("ignore", DeprecationWarning)
-            from dm_control import suite
             from dm_control.rl.control import PhysicsError
 
+            inner = self._load(task)
         self._physics_error = PhysicsError
-        domain, name = TASKS[task]
-        inner = suite.load(domain, name, task_kwargs={"random": 0, "time_limit": float("inf")})
         self.physics, self._task = inner.physics, inner.task
         # quadruped escape requests an OpenGL context from its physics, to upload the terrain. dm_control caches which context is current,
         # so a second context would draw into ours. It gets none, and our renderer uploads the terrain.
@@ -96,6 +92,15 @@ class ControlEnv(PixelEnv):
         )
         rate = 1.0 / (inner.control_timestep() * self.action_repeat)
         self.metadata = {**self.metadata, "render_fps": max(1, round(rate))}
+
+    def _load(self, task: str) -> Any:
+        """dm_control's environment of a task, without a time limit. Raises ConfigError for an unknown one."""
+        if task not in TASKS:
+            raise unknown_name("DMC task", task, TASKS)
+        from dm_control import suite
+
+        domain, name = TASKS[task]
+        return suite.load(domain, name, task_kwargs={"random": 0, "time_limit": float("inf")})
 
     def _begin(self, episode_seed: int) -> None:
         self._task.random.seed(episode_seed)

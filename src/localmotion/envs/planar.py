@@ -9,6 +9,8 @@ Every picture has exact motion: `PlanarEnv.exact_flow`, `PlanarEnv.part_ids`, `P
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, ClassVar
@@ -18,10 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localmotion.envs import control
+from localmotion.envs import planar_trees as trees
 from localmotion.envs.base import Observation
 from localmotion.envs.control import ControlEnv
 from localmotion.envs.links import Links
 from localmotion.envs.masks import moving_parts
+from localmotion.envs.planar_backgrounds import MOTIONS, Motion, MovingBackground
 from localmotion.envs.planar_drawing import LOOKS, Look, Painter, Pose, View
 from localmotion.errors import ConfigError, EnvError, unknown_name
 
@@ -48,16 +52,22 @@ TASKS = tuple(task for task, (domain, _) in control.TASKS.items() if domain in V
 
 
 class PlanarEnv(ControlEnv):
-    """A task of dm_control whose body moves in a plane, drawn flat; physics and rewards are those of ``dmc:``, bit for bit.
+    """A task of dm_control whose body moves in a plane, drawn flat; physics and rewards are those of ``dmc:``, bit for bit. Or a generated
+    body (`localmotion.envs.planar_trees`).
 
     Args:
-        task: a name of `TASKS`, e.g. "walker_run".
+        task: a name of `TASKS` or `trees.TASKS`, e.g. "walker_run" or "tree-0003_run".
         quality: any of the rendering qualities, for the common interface; there is only one.
         camera: must be None.
         look: "flat": parts of one colour; "textured": with bands across them, so that motion is visible inside them, too.
+        background: "none": sky and floor. Else a texture covers both and is shifted as in ``masklam:``: "independent" of the actions, by
+            the action of 3 env steps ago ("lagged"), by those of another episode ("twin"), or by the present one ("leaky"). Physics,
+            rewards, `agent_mask` and the parts stay the same. Its motion is part of `exact_flow`.
+        sealed: True for the bodies that are kept for the pre-registered test, and only for them.
 
     Raises:
-        ConfigError: an unknown task, quality or look, a camera, or a setting out of range.
+        ConfigError: an unknown task, quality, look or background, a camera, a sealed body without ``sealed=True``, or a setting out of
+            range.
     """
 
     suite_name: ClassVar[str] = "planar"
@@ -74,9 +84,14 @@ class PlanarEnv(ControlEnv):
         quality: str = "auto",
         camera: str | int | None = None,
         look: Look = "flat",
+        background: Motion = "none",
+        sealed: bool = False,
     ) -> None:
-        if task not in TASKS:
-            raise unknown_name("planar task", task, TASKS)
+        tree = trees.parse(task)
+        if task not in TASKS and tree is None:
+            raise unknown_name("planar task", task, [*TASKS, *trees.TASKS])
+        trees.check_seal(task, sealed)
+        self._tree = tree
         if camera is not None:
             raise ConfigError(f"camera={camera!r}: planar environments have no cameras; leave it out")
         from localmotion.envs.render import QUALITIES
@@ -85,21 +100,47 @@ class PlanarEnv(ControlEnv):
             raise unknown_name("rendering quality", quality, QUALITIES)
         if look not in LOOKS:
             raise unknown_name("look of planar bodies", look, LOOKS)
-        self.look = look
+        if background not in MOTIONS:
+            raise unknown_name("background of planar bodies", background, MOTIONS)
+        self.look, self.background = look, background
         super().__init__(
             task, seed=seed, size=size, percept_size=percept_size, action_repeat=action_repeat, time_limit=time_limit
         )
-        self.view = TASK_VIEWS.get(task, VIEWS[control.TASKS[task][0]])
+        self.view = trees.tree(tree[0]).view(tree[1]) if tree else TASK_VIEWS.get(task, VIEWS[control.TASKS[task][0]])
         self._kinds = moving_parts(self.physics.model.ptr)
+        self._moving: MovingBackground | None = None
+        if background != "none":
+            self._moving = MovingBackground(background, self.draw_size, self.action_space.shape[0])  # type: ignore[index]
         self._painter: Painter
         self._shown: Pose | None = None  # of the last picture or the last question
         self._before: Pose | None = None  # of the picture before the last step
 
+    @staticmethod
+    def check_task(task: str, options: Mapping[str, Any]) -> None:
+        """Raise ConfigError for a sealed body without the option ``sealed=True``. Builds nothing."""
+        trees.check_seal(task, options.get("sealed", False))
+
+    def _load(self, task: str) -> Any:
+        if tree := trees.parse(task):
+            from localmotion.envs.planar_tree_tasks import load
+
+            return load(*tree)
+        return super()._load(task)
+
     def _begin(self, episode_seed: int) -> None:
         super()._begin(episode_seed)
+        if self._moving is not None:
+            self._moving.begin(episode_seed)
         # Some tasks change sizes and colours when an episode begins.
-        self._painter = Painter(self.physics.model.ptr, self.physics.data.ptr, self.view, self._kinds, look=self.look)
+        model, data = self.physics.model.ptr, self.physics.data.ptr
+        self._painter = Painter(model, data, self.view, self._kinds, look=self.look, background=self._moving)
         self._shown = None
+
+    def _control(self, action: NDArray[np.float64]) -> tuple[float, bool]:
+        result = super()._control(action)
+        if self._moving is not None:
+            self._moving.advance(action)
+        return result
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Observation, dict[str, Any]]:
         """As `PixelEnv.reset`."""
@@ -138,7 +179,8 @@ class PlanarEnv(ControlEnv):
 
     def exact_flow(self) -> NDArray[np.float32]:
         """(S, S, 2) flow from the picture before the last ``step`` to the current one, at the pixels of the former, in pixels of the
-        drawn size S, x then y. Exact; zero in the sky and after a reset. `motion_truth` says which of it stays visible.
+        drawn size S, x then y. Exact, also where a moving background shows; zero in the sky and after a reset. `motion_truth` says which
+        of it stays visible.
 
         Raises:
             EnvError: before the first reset.
@@ -168,8 +210,9 @@ class PlanarEnv(ControlEnv):
         return np.column_stack([places.real, places.imag, self._links.angles(data, axes)])
 
     def part_ids(self, size: int | None = None) -> NDArray[np.int16]:
-        """(S, S) number of the part that each pixel of the current picture shows, -1 in the sky: of a geom its number in the MuJoCo model,
-        of a site the number of geoms plus its own; the floor is a part, too. S is ``size`` or that of the drawing.
+        """(S, S) number of the part that each pixel of the current picture shows: of a geom its number in the MuJoCo model, of a site the
+        number of geoms plus its own; the floor is a part, too. The sky and a moving background are -1. S is ``size`` or that of the
+        drawing.
 
         Raises:
             EnvError: before the first reset.
@@ -191,4 +234,19 @@ class PlanarEnv(ControlEnv):
     def _facts(self) -> dict[str, Any]:
         facts = super()._facts()
         versions = facts["versions"] | {"opencv": cv2.__version__, "numpy": np.__version__}
-        return {"camera": None, "quality": "exact", "gl": None, "look": self.look, "versions": versions}
+        moving = "none" if self._moving is None else self._moving.describe()
+        made = {}
+        if self._tree:
+            number, kind = self._tree
+            body = trees.tree(number)
+            digest = hashlib.sha256(trees.mjcf(body, kind).encode()).hexdigest()[:16]
+            made = {"tree": {"links": len(body.links), "mjcf": digest, "sealed": number in trees.SEALED}}
+        return {
+            "camera": None,
+            "quality": "exact",
+            "gl": None,
+            "look": self.look,
+            "background": moving,
+            "versions": versions,
+            **made,
+        }

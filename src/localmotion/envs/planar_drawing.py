@@ -9,7 +9,7 @@ in pictures. A pixel's position is complex, too; 0 is the centre of the top-left
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import cv2
 import numpy as np
@@ -17,6 +17,9 @@ from numpy.typing import NDArray
 
 from localmotion.envs.masks import AGENT, OTHER, SOLID, AgentParts
 from localmotion.errors import EnvError
+
+if TYPE_CHECKING:
+    from localmotion.envs.planar_backgrounds import MovingBackground
 
 _PLANE, _SPHERE, _CAPSULE, _ELLIPSOID, _CYLINDER, _BOX = 0, 2, 3, 4, 5, 6  # mujoco.mjtGeom
 WALL = 0.004
@@ -85,18 +88,20 @@ class Pose:
     place  (K,) complex128  position in the plane, metres
     turn   (K,) complex128  rotation, of length 1
     eye    complex          position in the plane of the picture's centre
+    drift  complex          how far a moving background has moved, in sides of the picture
     """
 
     place: NDArray[np.complex128]
     turn: NDArray[np.complex128]
     eye: complex
+    drift: complex = 0j
     seen: dict[int, NDArray[np.uint8]] = field(default_factory=dict, repr=False, compare=False)
     """Codes of pixels by size, kept by `Painter.codes`."""
 
     def equals(self, other: Pose) -> bool:
         """Whether everything is in the same place, bit for bit."""
         return (
-            self.eye == other.eye
+            (self.eye, self.drift) == (other.eye, other.drift)
             and self.place.tobytes() == other.place.tobytes()
             and self.turn.tobytes() == other.turn.tobytes()
         )
@@ -105,7 +110,7 @@ class Pose:
 class Painter:
     """Draws the parts of one MuJoCo model in their reference state; valid until the model's sizes or colours change.
 
-    Part K - 1 is the world (the floor). In (S, S) codes 0 is the sky and k + 1 is part k.
+    Part K - 1 is the world (the floor). In (S, S) codes 0 is the sky (or a moving background) and k + 1 is part k.
 
     Args:
         model, data: mujoco.MjModel and mujoco.MjData with current positions.
@@ -113,6 +118,7 @@ class Painter:
         kinds: which geoms and sites belong to the agent.
         camera: number of the camera whose body the window follows.
         look: "flat": parts of one colour; "textured": with bands across them, so that motion is visible inside them.
+        background: what moves behind the parts instead of sky and floor.
 
     Attributes:
         numbers: (K,) int16, the number of each part: that of its geom, or the number of geoms plus that of its site. The world has
@@ -121,8 +127,17 @@ class Painter:
         moving: (K,) bool, the part is on a body that is not welded to the world.
     """
 
-    def __init__(self, model: Any, data: Any, view: View, kinds: AgentParts, camera: int = 0, look: Look = "flat") -> None:
-        self.view, self.look, self._data = view, look, data
+    def __init__(
+        self,
+        model: Any,
+        data: Any,
+        view: View,
+        kinds: AgentParts,
+        camera: int = 0,
+        look: Look = "flat",
+        background: MovingBackground | None = None,
+    ) -> None:
+        self.view, self.look, self._data, self._background = view, look, data, background
         rows = np.array([0, 1 if view.above else 2])
         self._body = int(model.cam_bodyid[camera])
         away = np.array([0.0, 0.0, -1.0] if view.above else [0.0, 1.0, 0.0])  # from the viewer
@@ -187,7 +202,7 @@ class Painter:
         if view.follows:
             followed = data.subtree_com[self._body]
             eye += followed[0] - (1j * followed[1] if view.above else 0)
-        return Pose(place, turn, complex(eye))
+        return Pose(place, turn, complex(eye), 0j if self._background is None else self._background.drift)
 
     def in_pixels(self, pose: Pose, size: int) -> NDArray[np.complex128]:
         """(K,) positions of the parts in a picture of side ``size``."""
@@ -234,7 +249,8 @@ class Painter:
 
     def picture(self, pose: Pose, size: int) -> NDArray[np.uint8]:
         """(S, S, 3) uint8 RGB."""
-        large = self._scenery(size).behind(pose)
+        moving = self._background
+        large = self._scenery(size).behind(pose) if moving is None else moving.picture(pose.drift, SAMPLES * size)
         corners = self._corners(pose, size, SAMPLES, (SAMPLES - 1) / 2, SAMPLES_INSET)
         bands = None
         if self.look == "textured":
@@ -258,14 +274,16 @@ class Painter:
         return found
 
     def flow(self, a: Pose, b: Pose, size: int) -> NDArray[np.float32]:
-        """(S, S, 2) float32 motion from ``a`` to ``b`` of what the pixels of ``a`` show, x then y; exact, zero in the sky."""
+        """(S, S, 2) float32 motion from ``a`` to ``b`` of what the pixels of ``a`` show, x then y; exact. The sky does not move, a moving
+        background does."""
         if a is b:
             return np.zeros((size, size, 2), np.float32)
         turned = b.turn * a.turn.conj()
         moved = self.in_pixels(b, size) - turned * self.in_pixels(a, size)
-        # Codes start at the sky, which stays where it is.
+        # Codes start at the sky or the moving background.
         table = np.zeros((2, len(turned) + 1), np.complex64)
         table[0, 1:], table[1, 1:] = turned - 1, moved
+        table[1, 0] = (b.drift - a.drift) * size
         codes = self.codes(a, size)
         field = table[0].take(codes)
         field *= self._scenery(size).pixels
@@ -275,7 +293,8 @@ class Painter:
     def _scenery(self, size: int) -> _Scenery:
         scene = self._scenes.get(size)
         if scene is None:
-            scene = self._scenes[size] = _Scenery(self.view, self._ground, size, len(self.numbers))
+            floor = len(self.numbers) if self._background is None else 0  # a background covers the floor, too
+            scene = self._scenes[size] = _Scenery(self.view, self._ground, size, floor)
         return scene
 
 
