@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -44,9 +45,14 @@ def room(path: Path) -> str:
     return relative.parts[0] if len(relative.parts) > 1 else relative.stem
 
 
+@cache
+def nodes(path: Path) -> tuple[ast.AST, ...]:
+    return tuple(ast.walk(ast.parse(path.read_text())))
+
+
 def imports(path: Path) -> set[str]:
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(path):
         names: list[str] = []
         if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
             names = [f"{node.module}.{alias.name}" if node.module == "localmotion" else node.module for alias in node.names]
@@ -76,13 +82,14 @@ def test_a_name_of_a_file_means_one_thing() -> None:
 def test_no_method_is_asked_for_by_name_outside_the_registry() -> None:
     from localmotion.methods import names
 
+    known = set(names())
     for path in FILES:
         if room(path) in ("methods", "demo", "cli", "commands"):
             continue
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in nodes(path):
             if isinstance(node, ast.Compare):
                 literals = {n.value for n in ast.walk(node) if isinstance(n, ast.Constant)}
-                assert not literals & set(names()), f"{path}:{node.lineno}"
+                assert not literals & known, f"{path}:{node.lineno}"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -93,7 +100,7 @@ def test_files_stay_readable(path: Path) -> None:
 def test_nothing_runs_code_from_a_file() -> None:
     banned = {"eval", "exec", "__import__"}
     for path in FILES:
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in nodes(path):
             if isinstance(node, ast.Call):
                 name = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
                 assert not (isinstance(node.func, ast.Name) and name in banned), f"{path}:{node.lineno}"

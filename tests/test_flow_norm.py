@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from localmotion.models.dae import RunningRMS
+from localmotion.models.running_rms import RunningRMS
 from method_batches import groups_of, make, make_batch
 
 

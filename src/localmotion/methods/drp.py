@@ -13,7 +13,8 @@ The paper leaves these choices open:
 * `joint_gradient`: the latent dynamics loss also trains [MAT] and the DAE, because section 4.3 says that it "enriches" them. Off: only
   Eq. 5 trains the DAE.
 * `world.context`: Eq. 4 conditions the decoder on a context frame; Eq. 2 does not show one. On by default for both, as in IPV.
-* `embed_input`: the posterior of s observes Adapter(z) alone (Eq. 3). On: it also observes the image embedding, as IPV does on DMC.
+* `embed_input`: in Eq. 3 the posterior of s observes Adapter(z) alone. On, and so by default in the suites of DeepMind Control: it also
+  observes the image embedding, as in IPV's release there. With Eq. 3 to the letter s hardly learns the pose (studies/stage0).
 * One decoder reconstructs from z and from s, because both equations write p_theta. It decodes both in one batched call.
 * `motion_encoder`: Atomic Actions. "global" is the paper's ablation, one code of the whole flow field (Fig. 5b).
 * `adapter`: the paper says only that an MLP is worse (Fig. 13). The default attends over the parts of z (models/adapters.py).
@@ -32,7 +33,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from localmotion.config import BehaviourConfig, WorldModelConfig
+from localmotion.config import DMC_SUITES, BehaviourConfig, WorldModelConfig
 from localmotion.errors import ConfigError
 from localmotion.methods.base import (
     FROM_VIDEO,
@@ -71,7 +72,7 @@ class DRPConfig:
     adapter: Literal["attention", "mlp", "linear"] = "attention"
     """Module between z and the action-specific dynamics; mlp is the ablation of Fig. 13."""
     embed_input: bool = False
-    """The posterior of s also observes the image embedding (IPV on DMC). Off: Eq. 3."""
+    """The posterior of s also observes the image embedding (IPV's release on DMC; the default there). Off: Eq. 3."""
     joint_gradient: bool = True
     """The latent dynamics loss trains [MAT] and the DAE."""
     recompose_weight: float = 0.0
@@ -116,7 +117,10 @@ class DRP(Method):
     wants = MOTION
     transfers = same("motion", "image", "latent")
     # As in IPV, which the paper follows where it is silent.
-    SUITES = {"metaworld:drawer-open": {"model": {"context_erasing": False}}}
+    SUITES = {
+        **{suite: {"model": {"embed_input": True}} for suite in DMC_SUITES},
+        "metaworld:drawer-open": {"model": {"context_erasing": False}},
+    }
     PRESETS = presets(
         own={
             "small": {"dae": {"keypoints": 16, "blocks": 2, "dim": 64}},

@@ -24,6 +24,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from localmotion.models.running_rms import RunningRMS
+
 
 @dataclass(frozen=True)
 class DAEConfig:
@@ -126,40 +128,6 @@ def atomic_actions(flow: Tensor, tracks: Tensor, visible: Tensor, track_id: Tens
     patches = patches.clamp(-config.flow_clip, config.flow_clip) / config.flow_scale
     coords = (points.float() + 0.5) * (2.0 / flow.shape[-2]) - 1.0
     return Motion(patches, coords.clamp(-1.5, 1.5), seen, track)
-
-
-class RunningRMS(nn.Module):
-    """Divides flow by its running root mean square, so that the streams of pre-training and of a task give inputs of one size.
-
-    The statistic is kept with the weights. Only batches in training change it; acting and evaluation use it as it is.
-    """
-
-    KEEP = 0.99
-    SMALLEST = 1e-3
-    """Pixels. A stream without any motion is not blown up."""
-    square: Tensor
-    weight: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("square", torch.zeros(()))
-        self.register_buffer("weight", torch.zeros(()))
-
-    def forward(self, flow: Tensor, seen: Tensor) -> Tensor:
-        """flow (..., P, P, 2) over the root mean square of the fields where ``seen`` (...) is true; before any, over 1."""
-        if self.training:
-            with torch.no_grad():
-                fields = flow.detach().float().square().flatten(-3).mean(-1)  # (...)
-                number = seen.float().sum()
-                gained = (1 - self.KEEP) * (number > 0)
-                self.square.lerp_((fields * seen).sum() / number.clamp(min=1), gained)
-                self.weight.lerp_(torch.ones_like(self.weight), gained)
-        return flow / self.scale()
-
-    def scale(self) -> Tensor:
-        """What flow is divided by, in the unit of the given flow; ()."""
-        known = torch.where(self.weight > 0, self.square / self.weight.clamp(min=1e-12), 1.0)
-        return known.sqrt().clamp(min=self.SMALLEST)
 
 
 def random_mask(visible: Tensor, ratio: float, generator: torch.Generator | None = None) -> Tensor:

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from localmotion.models.dae import DAEConfig, RunningRMS
+from localmotion.models.dae import DAEConfig
+from localmotion.models.running_rms import RunningRMS
 
 SIDE = 64
 """Side of the flow field at the convolutions, in pixels; other sizes are averaged or interpolated to it."""
