@@ -165,6 +165,16 @@ def test_a_run_of_an_older_version_goes_on_and_one_of_other_settings_does_not(tm
         RunDir(tmp_path / "run", run)
 
 
+@pytest.mark.parametrize("env", ["dmc:walker_run", "dmcr:walker_run", "planar:walker_run", "metaworld:reach", "toy:block"])
+def test_drp_reads_z_as_ipvs_release_does_in_the_suites_of_control(env: str) -> None:
+    """The posterior of s sees the embedding, and the KL of z has no weight in fine-tuning. Elsewhere Eqs. 3 and 8 hold."""
+    model = compose("drp", "finetune", preset="paper", env=env).model
+    control = env.partition(":")[0] not in ("metaworld", "toy")
+    assert (model.embed_input, model.beta_z_finetune, model.beta_z) == (control, 0.0 if control else None, 1.0)
+    eq_3 = compose("drp", "finetune", preset="paper", env=env, settings=("embed_input=false", "beta_z_finetune=null")).model
+    assert (eq_3.embed_input, eq_3.beta_z_finetune) == (False, None)
+
+
 @pytest.mark.parametrize("method", ["drp", "ipv"])
 def test_one_environment_may_have_settings_of_its_own(method: str) -> None:
     """IPV erases parts of the context on Meta-World, but for drawer-open; both spellings of a task are the same."""

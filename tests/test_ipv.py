@@ -108,7 +108,7 @@ def test_paper_preset_is_the_table_of_finetuning(env: str) -> None:
 
 def test_a_suite_that_ipv_changes_leaves_drp_as_it_was() -> None:
     values = dict(leaves(compose("drp", "finetune", preset="paper", env="dmcr:walker_run")))
-    assert (values["model.embed_input"], values["online.prefill"], values["online.pretrained_lr_factor"]) == (False, 1_000, 0.1)
+    assert (values["online.prefill"], values["online.pretrained_lr_factor"]) == (1_000, 0.1)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,9 @@ The paper leaves these choices open:
   Eq. 5 trains the DAE.
 * `world.context`: Eq. 4 conditions the decoder on a context frame; Eq. 2 does not show one. On by default for both, as in IPV.
 * `embed_input`: in Eq. 3 the posterior of s observes Adapter(z) alone. On, and so by default in the suites of DeepMind Control: it also
-  observes the image embedding, as in IPV's release there. With Eq. 3 to the letter s hardly learns the pose (studies/stage0).
+  observes the image embedding, as in IPV's release there. With Eq. 3 to the letter s learns less of the pose (studies/stage0).
+* `beta_z_finetune`: Eq. 8 has the KL of z with weight beta_z. In the suites of DeepMind Control its default weight is 0, as in IPV's
+  release: with 1 z often says nothing that the motion and the context frame do not say already (studies/stage0).
 * One decoder reconstructs from z and from s, because both equations write p_theta. It decodes both in one batched call.
 * `motion_encoder`: Atomic Actions. "global" is the paper's ablation, one code of the whole flow field (Fig. 5b).
 * `adapter`: the paper says only that an MLP is worse (Fig. 13). The default attends over the parts of z (models/adapters.py).
@@ -81,7 +83,8 @@ class DRPConfig:
     beta_z: float = 1.0
     """KL weight beta_z of the latent dynamics (Table 5)."""
     beta_z_finetune: float | None = None
-    """KL weight of the latent dynamics in fine-tuning; None: `beta_z`, as in the paper. IPV's released code uses 0."""
+    """KL weight of the latent dynamics in fine-tuning; None: `beta_z`, as in the paper. IPV's released code uses 0, and so do the suites
+    of DeepMind Control by default."""
     free_nats_z: float = 0.0
     """Free nats of the latent dynamics' KL, in pre-training and fine-tuning. Not in the paper."""
     beta_s: float = 1.0
@@ -118,7 +121,7 @@ class DRP(Method):
     transfers = same("motion", "image", "latent")
     # As in IPV, which the paper follows where it is silent.
     SUITES = {
-        **{suite: {"model": {"embed_input": True}} for suite in DMC_SUITES},
+        **{suite: {"model": {"embed_input": True, "beta_z_finetune": 0.0}} for suite in DMC_SUITES},
         "metaworld:drawer-open": {"model": {"context_erasing": False}},
     }
     PRESETS = presets(
