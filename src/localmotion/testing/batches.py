@@ -51,7 +51,7 @@ def random_batch(method: type[Method], stage: str, *, batch: int = 2, time: int 
     `Source.CLIPS` gives pictures without actions and rewards; the other sources give both. `Method.wants` adds
 
         flow, tracks   all four keys of motion
-        mask           (B,T,S,S) bool, where the agent is seen; `Source.LOGGED` only
+        mask           (B,T,S,S) bool, where the agent is seen; `Source.CLIPS` and `Source.LOGGED`
         goal           (B,T,S,S,3) uint8, a picture of the goal
         labelled       (B,T) bool, whether the action at a position is known
 
@@ -70,7 +70,7 @@ def random_batch(method: type[Method], stage: str, *, batch: int = 2, time: int 
     if "goal" in method.wants:
         goal = torch.randint(0, 256, (batch, 1, SIZE, SIZE, 3), generator=g, dtype=torch.uint8)
         found["goal"] = goal.expand(-1, time, -1, -1, -1).clone()
-    if "mask" in method.wants and source is Source.LOGGED:
+    if "mask" in method.wants and source in (Source.CLIPS, Source.LOGGED):
         found["mask"] = torch.rand(batch, time, SIZE, SIZE, generator=g) < 0.3
     if "labelled" in method.wants and source is not Source.CLIPS:
         found["labelled"] = torch.rand(batch, time, generator=g) < 0.5

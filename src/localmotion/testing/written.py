@@ -154,6 +154,7 @@ def make_batch(
         "tracks": torch.from_numpy(state.uniform(0, side - 1, (batch, time, tracks, 2))),
         "visible": visible,
         "track_id": track_id,
+        "mask": torch.from_numpy(state.random_sample((batch, time, side, side)) < 0.3),
     }
 
 

@@ -18,6 +18,15 @@ def check_length(method: type[Method], run: RunConfig) -> None:
         raise ConfigError(f"{part}.length={length}: {run.method} learns from sequences of {least_most} positions")
 
 
+def check_begins(method: type[Method], run: RunConfig) -> None:
+    """Raise ConfigError for a stage without the checkpoint that it starts from, and for labels that nothing reads."""
+    before = method.begins.get(run.stage)
+    if before and not run.checkpoint:
+        raise ConfigError(f"{run.stage} of {run.method} starts from a {before} run: give it with --checkpoint RUN")
+    if run.labels and (method.stages.get(run.stage) is Source.CLIPS or not run.data):
+        raise ConfigError(f"labels={run.labels}: {run.stage} reads no labels; they are a part of logged episodes, --data STORE")
+
+
 def check_learns(run: RunConfig, repeat: int = 1) -> None:
     """Raise ConfigError if an online run with these settings could never make an update.
 

@@ -14,11 +14,11 @@ from localmotion.compute import choose
 from localmotion.config import RunConfig
 from localmotion.console import say
 from localmotion.errors import ConfigError, StoreError
-from localmotion.evaluation.heldout import measure_heldout
-from localmotion.methods.base import MOTION, Method, Source
+from localmotion.evaluation.heldout import CONTEXT_FRAMES, measure_heldout
+from localmotion.methods.base import MASK, MOTION, Method, Source
 from localmotion.runs.rundir import RunDir, claimed, read_environment
 from localmotion.training import graphs
-from localmotion.training.checks import check_length
+from localmotion.training.checks import check_begins, check_length
 from localmotion.training.loop import Clock, Loop
 from localmotion.training.transfer import load_pretrained
 from localmotion.training.update import Updater
@@ -36,6 +36,7 @@ def pretrain(run: RunConfig, path: Path) -> Path:
     if cls.stages.get(run.stage) is not Source.CLIPS:
         raise ConfigError(f"method {run.method} has no pre-training stage; use localmotion train")
     check_length(cls, run)
+    check_begins(cls, run)
     with claimed(path):
         return _pretrain(run, path, cls)
 
@@ -108,15 +109,17 @@ class VideoLoop(Loop):
 
 def _sampler(store: ClipStore, run: RunConfig, split: Split) -> WindowSampler:
     settings, training = run.pretrain, split == "train"
+    needs = methods.get(run.method).needs(run.model, run.stage)
     return WindowSampler(
         store,
-        settings.length,
+        settings.length if training else max(settings.length, CONTEXT_FRAMES + 1),  # something is left to predict
         settings.batch_size,
         run.seed if training else run.seed + 1,
         split=split,
         heldout_fraction=settings.heldout_fraction,
         prefetch=training,
-        motion=bool(methods.get(run.method).wants & MOTION),
+        motion=bool(needs & MOTION),
+        mask=bool(needs & MASK),
     )
 
 
