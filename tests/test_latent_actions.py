@@ -19,6 +19,8 @@ from localmotion.cli import main
 from localmotion.config import update
 from localmotion.errors import CheckpointError, ConfigError, StoreError
 from localmotion.methods.base import MASK, MOTION
+from localmotion.models import augmentation
+from localmotion.models.augmentation import perspectives, rotations, shifts, warped
 from localmotion.models.latent_actions import Quantizer, grown, masked_error
 from localmotion.models.latent_windows import pictures, stacks, starts
 from localmotion.recipe import Recipe
@@ -30,7 +32,7 @@ from localmotion.testing import Subject
 from localmotion.testing.acts import play
 from localmotion.testing.learns import losses_of
 from localmotion.training.finetune import finetune
-from localmotion.training.pretrain import pretrain
+from localmotion.training.pretrain import VideoLoop, pretrain
 from localmotion.training.update import rates
 from localmotion.video.sample import WindowSampler
 from localmotion.video.store import ClipStore
@@ -89,6 +91,22 @@ def test_lapo_has_the_shape_of_the_release() -> None:
     assert method.policy.encoder.stages[0][0].in_channels == 3
     continuous = counted("lapo", 64, form="continuous")
     assert continuous["dynamics"] == counted("masklam", 64, mask_channel=False)["dynamics"]
+
+
+def test_laom_has_the_sizes_of_the_paper() -> None:
+    with torch.device("meta"):
+        method: Any = methods.get("laom")(methods.get("laom").Config(), image_size=64, action_dim=6)
+    assert method.encoder.embed_dim == method.target.embed_dim == 12_288
+    assert [(layer.in_features, layer.out_features) for layer in method.inverse.project] == [
+        (24_576, 1024),
+        (25_600, 1024),
+        (25_600, 1024),
+    ]
+    assert [layer.in_features for layer in method.dynamics.project] == [20_480, 9_216, 9_216]
+    assert (method.inverse.out.out_features, method.dynamics.out.out_features) == (8_192, 12_288)
+    assert (method.policy.project.in_features, method.policy.project.out_features) == (1024, 8_192)
+    assert [layer.out_features for layer in method.head.net if hasattr(layer, "out_features")] == [256, 256, 6]
+    assert not any(parameter.requires_grad for parameter in method.target.parameters())
 
 
 def test_codes_are_nearest_and_pass_gradients_on() -> None:
@@ -181,6 +199,47 @@ def test_a_method_needs_masks_or_flow_only_where_it_uses_them() -> None:
     assert not lapo.needs(lapo.Config(), "pretrain")
 
 
+# --- augmentation -----------------------------------------------------------------------------------------------------
+
+
+def test_changes_of_pictures_are_what_they_are_called() -> None:
+    """A shift is a shift with the border copied, a quarter turn is a quarter turn, and corners go where they are sent."""
+    image = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    one = torch.ones(2)
+    torch.testing.assert_close(warped(image, shifts(0 * one, 0 * one)), image, atol=1e-5, rtol=0)
+    moved = warped(image, shifts(3 / 8 * one, -2 / 8 * one))  # 3 pixels to the right, 2 up
+    torch.testing.assert_close(moved[:, :, :14, 3:], image[:, :, 2:, :13], atol=1e-5, rtol=0)
+    torch.testing.assert_close(moved[:, :, :14, 0], image[:, :, 2:, 0], atol=1e-5, rtol=0)
+    turned = warped(image, rotations(torch.pi / 2 * one))
+    torch.testing.assert_close(turned, torch.rot90(image, -1, (2, 3)), atol=1e-4, rtol=0)
+    corners = torch.tensor([[-0.7, -0.9], [0.8, -0.5], [0.6, 0.9], [-1.0, 0.7]]).expand(2, -1, -1)
+    back = perspectives(corners, 1.5)  # of a place of the output
+    found = torch.cat([corners, torch.ones(2, 4, 1)], -1) @ back.transpose(1, 2)
+    square = torch.tensor([[-1.5, -1.5], [1.5, -1.5], [1.5, 1.5], [-1.5, 1.5]])
+    torch.testing.assert_close(found[..., :2] / found[..., 2:], square.expand(2, -1, -1), atol=1e-4, rtol=1e-4)
+
+
+def test_each_picture_is_changed_by_its_own_draw(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All eight choices, with one set of numbers: two changes are the second of the first."""
+    count = len(augmentation.CHOICES)
+    image = torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    image = F.interpolate(image, 64, mode="bilinear")  # smooth: drawing it twice changes little
+    numbers = torch.rand(1, 11, generator=torch.Generator().manual_seed(3))
+    numbers[0, :3] = torch.tensor([0.9, 0.2, 0.8])  # far to the right, up, and a turn of 54 degrees
+    monkeypatch.setattr(torch, "rand", lambda *shape, device=None: numbers.expand(shape))
+    monkeypatch.setattr(torch, "randint", lambda high, size, device=None: torch.arange(count))
+    found = augmentation.augment(image.expand(count, -1, -1, -1))
+    torch.testing.assert_close(found[0], image[0], atol=1e-5, rtol=0)
+    inner = (..., slice(24, 40), slice(24, 40))  # away from borders
+    for number, (first, second) in enumerate(augmentation.CHOICES[4:], start=4):
+        alone = {pair[0]: index for index, pair in enumerate(augmentation.CHOICES[:4])}
+        monkeypatch.setattr(torch, "randint", lambda high, size, device=None, only=alone[second]: torch.tensor([only]))
+        again = augmentation.augment(found[alone[first] : alone[first] + 1])
+        apart = (found[number] - found[alone[first]])[inner].abs().max()
+        assert float((again[0] - found[number])[inner].abs().max()) < 0.2 * float(apart), (first, second)
+        assert float(apart) > 0.1
+
+
 # --- labels -----------------------------------------------------------------------------------------------------------
 
 
@@ -230,7 +289,7 @@ def test_acting_sees_the_stacks_that_the_policy_learned_from(name: str) -> None:
     subject = Subject(methods.get(name), "decode", settings=("model.form=continuous",) if name == "lapo" else ())
     method, batch = subject.build().eval(), subject.data()
     played = play(subject, method, batch)
-    frames = pictures(batch["image"])
+    frames = pictures(batch["image"]) * (2 if name == "laom" else 1)
     with torch.no_grad():
         ends = torch.arange(frames.shape[1]).expand(len(frames), -1)
         z = method.policy(stacks(frames, ends, 3))
@@ -255,6 +314,7 @@ def test_a_latent_action_codes_its_own_step(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_stage_changes_its_own_parts_only(name: str) -> None:
     own = {"pretrain": {"inverse", "dynamics"}, "clone": {"policy"}, "decode": {"head"}}
+    own["pretrain"] |= {"encoder", "target"} if name == "laom" else set()
     for stage, parts in own.items():
         subject = Subject(methods.get(name), stage)
         method = subject.build()
@@ -287,6 +347,8 @@ def test_three_commands_lead_from_video_to_an_agent(
     assert any("return_mean" in line or line.get("kind") == "eval" for line in lines)
     first, last = (load_run(Path(places[stage]), device="cpu", threads=1)[1].state_dict() for stage in ("pretrain", "decode"))
     assert all(torch.equal(last[key], value) for key, value in first.items() if key.startswith(("inverse", "dynamics")))
+    if name == "laom":  # it predicts no pictures
+        return
     main(["predict", "--checkpoint", places["pretrain"], "--data", str(logs), "--out", str(tmp_path / "x.png"), "--split", "all"])
     assert "latent_action" in capsys.readouterr().out
 
@@ -304,6 +366,27 @@ def test_a_stage_without_its_checkpoint_is_refused(logs: Path, tmp_path: Path) -
         finetune(run, tmp_path / "decode")
     with pytest.raises(ConfigError, match="labels=5: pretrain reads no labels"):
         pretrain(replace(quick, labels=5), tmp_path / "other")
+
+
+def test_laom_learns_from_the_labels_that_its_decoder_has(logs: Path, tmp_path: Path) -> None:
+    flags = {"data": str(logs), "device": "cpu", "threads": 1, "labels": 20}
+    seen: set[bytes] = set()
+    settings = ["updates=3", "pretrain.length=8", "heldout_fraction=0", "model.supervised=true"]
+
+    class Watched(VideoLoop):
+        def learn(self, batch: Any) -> None:
+            seen.update(row.tobytes() for row in batch["labelled_action"][~batch["labelled_is_first"]].numpy())
+            super().learn(batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("localmotion.training.pretrain.VideoLoop", Watched)
+        pretrain(compose("laom", "pretrain", preset="debug", flags=flags, settings=settings), tmp_path / "run")
+    store = ClipStore(logs)
+    known = {store.window("action", clip)[t].tobytes() for clip, t in transitions(label_set(store, 20, 0))}
+    assert seen
+    assert seen <= known
+    found = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert any("loss/action" in line for line in found)
 
 
 def test_a_preset_can_set_a_stage() -> None:
@@ -328,6 +411,9 @@ OTHER: dict[str, Any] = {
     "mask_dropout": 0.5,
     "flow_weight": 0.5,
     "codebooks": 1,
+    "policy_widths": (4, 8, 8),
+    "warmup": 3,
+    "tau": 0.5,
 }
 Z = "size.inverse size.policy size.dynamics size.head"
 REACH = {
@@ -344,7 +430,7 @@ REACH = {
     "codes": "size.inverse",
     "code_decay": "step.inverse step.dynamics step.flow",
     "commitment": "loss.pretrain.commitment step.inverse step.dynamics step.flow",
-    "flow_weight": "weight.flow step.inverse step.dynamics step.flow",
+    "flow_weight": "weight.pretrain.flow step.inverse step.dynamics step.flow",
     "warmup": "rate.pretrain",
     "clone_warmup": "rate.clone",
     "decay": "rate.pretrain rate.clone rate.decode",
@@ -357,7 +443,19 @@ REACH = {
     "input_mask": "loss.pretrain.image loss.clone.latent code",
     "mask_grow": "loss.pretrain.image loss.clone.latent code",
 }
-BASE = {"lapo": ("flow_weight=0.25",), "masklam": ()}
+REACH |= {
+    "laom latent": "size.inverse size.dynamics size.policy size.head size.labels",
+    "laom widths": "size.encoder size.target",
+    "units": "size.inverse size.dynamics",
+    "laom offset": "loss.pretrain.code loss.pretrain.action",
+    "tau": "step.target step.inverse step.dynamics step.encoder step.labels",
+    "augmented": "loss.pretrain.code loss.pretrain.action",
+    "supervised": "size.labels",
+    "action_weight": "weight.pretrain.action step.encoder step.inverse step.dynamics step.labels step.target",
+    "action_pad": "size.labels",
+    "policy_widths": "size.policy",
+}
+BASE = {"lapo": ("flow_weight=0.25",), "masklam": (), "laom": ("supervised=true", "model.tau=0.1")}
 
 
 def made(name: str, stage: str, settings: tuple[str, ...], changes: dict[str, Any]) -> Subject:
@@ -390,7 +488,7 @@ def doing(name: str, *settings: str, **changes: Any) -> dict[str, Any]:
             out[f"size.{part}"] = {key: value for key, value in sizes.items() if key.startswith(f"{part}.")}
         group = method.groups(stage, rates(subject.run, subject.source, True))[0]
         out[f"rate.{stage}"] = (group.lr, group.warmup, group.weight_decay)
-        out |= {f"weight.{key}": value for key, value in method.loss_scales(stage).items()}
+        out |= {f"weight.{stage}.{key}": value for key, value in method.loss_scales(stage).items()}
         method.train()
         out |= {f"loss.{stage}.{key}": value for key, value in losses_of(method, stage, batch).items()}
         if stage == "decode":
@@ -427,7 +525,7 @@ def test_every_setting_reaches_what_it_is_for(name: str) -> None:
         changes = {item.name: other(getattr(config, item.name), item.name)}
         changed = difference(base, doing(name, *BASE[name], **changes))
         found = {key for key in changed if key.startswith("size")} or changed
-        if all(key.startswith(("weight", "loss.pretrain.commitment")) for key in found):
+        if all(key.startswith(("weight", "loss.pretrain.commitment")) for key in found):  # or nothing is found
             found |= difference(steps, stepped(name, *BASE[name], **changes))
         expected = set(REACH.get(f"{name} {item.name}", REACH.get(item.name, "nothing")).split())
         if found != expected:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from localmotion.methods.laom import LAOM
 from localmotion.methods.lapo import LAPO
 from localmotion.methods.masklam import MaskLAM
 from localmotion.testing.written import Case, check_update
@@ -15,11 +16,13 @@ NETS: dict[str, Any] = {"widths": (2, 3), "forward_widths": (2, 3), "head_widths
 VQ: dict[str, Any] = {**NETS, "latent": 64, "hidden": 6, "base": 2, "codes": 5, "code_decay": 0.7, "warmup": 2, "clone_warmup": 3}
 FREE: dict[str, Any] = {**NETS, "latent": 7, "form": "continuous", "warmup": 0, "clone_warmup": 0}
 MASKED: dict[str, Any] = {**NETS, "latent": 7, "offset": 3}
+WIDE: dict[str, Any] = {"latent": 7, "widths": (2, 3), "units": 6, "offset": 2, "tau": 0.2, "augmented": False, "action_pad": 3}
+WIDE |= {"policy_widths": (2, 3), "head_widths": (5, 4), "warmup": 3, "action_weight": 0.3}
 
 
 def settled(method: Any) -> None:
     """Codes with counts, as after a while of training."""
-    if method.inverse.quantizer is not None:
+    if getattr(method.inverse, "quantizer", None) is not None:
         method.inverse.quantizer.count.abs_().add_(0.5)
 
 
@@ -48,6 +51,10 @@ CASES = [
     case(MaskLAM, "clone", latent.masklam_clone, MASKED),
     case(MaskLAM, "clone", latent.masklam_clone, MASKED, "input-mask", input_mask=True, mask_channel=False),
     case(MaskLAM, "decode", latent.decode(3, latent.masklam_rate), MASKED),
+    case(LAOM, "pretrain", latent.laom_pretrain, WIDE, updates=3),
+    case(LAOM, "pretrain", latent.laom_pretrain, WIDE, "supervised", supervised=True),
+    case(LAOM, "clone", latent.laom_clone, WIDE),
+    case(LAOM, "decode", latent.laom_decode, WIDE),
 ]
 
 

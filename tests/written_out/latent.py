@@ -1,6 +1,7 @@
-"""LAPO and MaskLAM, written out: latent actions from video, a policy over them, and a decoder to actions.
+"""LAPO, MaskLAM and LAOM, written out: latent actions from video, a policy over them, and a decoder to actions.
 
-Papers: LAPO arXiv 2312.10812, MaskLAM arXiv 2602.02259. Windows are cut one by one, as the papers say it; nothing comes from the product.
+Papers: LAPO arXiv 2312.10812, MaskLAM arXiv 2602.02259, LAOM arXiv 2502.00379.
+Windows are cut one by one, as the papers say it; nothing comes from the product.
 
 Shapes: N windows, C channels, S side, Z numbers of a latent action, A actions.
 """
@@ -146,7 +147,7 @@ def shared(found: Tensor, true: Tensor) -> Tensor:
 # 3. Steps ---------------------------------------------------------------------------------------------------------------------
 
 
-def adamw_step(state: Any, w: Weights, loss: Tensor, names: Iterable[str], lr: float, run: Any) -> Tensor:
+def adamw_step(state: Any, w: Weights, loss: Tensor, names: Iterable[str], lr: float, run: Any, decay: float) -> Tensor:
     """AdamW (arXiv 1711.05101): the weight shrinks by lr * decay of itself, then Adam's step. Returns the gradient's norm."""
     names = list(names)
     gradients = dict(zip(names, torch.autograd.grad(loss, [w[name] for name in names]), strict=True))
@@ -158,19 +159,19 @@ def adamw_step(state: Any, w: Weights, loss: Tensor, names: Iterable[str], lr: f
         state.mean[name] = 0.9 * state.mean.get(name, 0.0) + 0.1 * g
         state.square[name] = 0.999 * state.square.get(name, 0.0) + 0.001 * g**2
         step = state.mean[name] / (1 - 0.9**t) / (torch.sqrt(state.square[name] / (1 - 0.999**t)) + run.optim.eps)
-        state.weights[name] = state.weights[name] * (1 - lr * run.model.decay) - lr * step
+        state.weights[name] = state.weights[name] * (1 - lr * decay) - lr * step
     return norm
 
 
 def learned(
     state: Any, w: Weights, losses: Mapping[str, Tensor], metrics: Mapping[str, Tensor], parts: Sequence[str], lr: float, run: Any,
-    weights: Mapping[str, float] | None = None,
+    weights: Mapping[str, float] | None = None, decay: float | None = None,
 ) -> dict[str, Tensor]:  # fmt: skip
     total = sum((weights or {}).get(name, 1.0) * loss for name, loss in losses.items())
     names = core.named(state, *parts, without=["inverse.quantizer."])
     names = [name for name in names if "running" not in name and "tracked" not in name]
     assert isinstance(total, Tensor)
-    norm = adamw_step(state, w, total, names, lr, run)
+    norm = adamw_step(state, w, total, names, lr, run, run.model.decay if decay is None else decay)
     return core.report(losses, metrics, {"model": norm})
 
 
@@ -307,3 +308,94 @@ def masklam_clone(state: Any, batch: Mapping[str, Tensor], noise: Any, run: Any)
     loss = ((found - target) ** 2).mean()
     lr = cosine_rate(run.pretrain, state.update)
     return learned(state, w, {"latent": loss}, {"latent/r2": shared(found.detach(), target)}, ["policy."], lr, run)
+
+
+# 6. LAOM ----------------------------------------------------------------------------------------------------------------------
+
+
+def relu6(x: Tensor) -> Tensor:
+    return torch.minimum(relu(x), torch.full_like(x, 6.0))
+
+
+def strided(w: Weights, prefix: str, x: Tensor) -> Tensor:
+    """Convolutions with stride 2, each with two residual blocks with ReLU6."""
+    for stage in counted(w, f"{prefix}stages."):
+        at = f"{prefix}stages.{stage}."
+        x = F.conv2d(x, w[f"{at}0.weight"], w[f"{at}0.bias"], stride=2, padding=1)
+        for block in (1, 2):
+            x = x + conv(w, f"{at}{block}.second", relu6(conv(w, f"{at}{block}.first", relu6(x))))
+    return x
+
+
+def head_of(w: Weights, prefix: str, x: Tensor, again: Tensor) -> Tensor:
+    """LayerNorm(x + W2 ReLU6(W1 x)) three times; ``again`` is put beside x before the second and the third."""
+    for block in range(3):
+        x = core.linear(w, f"{prefix}project.{block}", torch.cat([x, again], 1) if block else x)
+        inner = core.linear(w, f"{prefix}down.{block}", relu6(core.linear(w, f"{prefix}up.{block}", x)))
+        x = core.layer_norm(x + inner, w[f"{prefix}norm.{block}.weight"], w[f"{prefix}norm.{block}.bias"], 1e-5)
+    return core.linear(w, f"{prefix}out", x)
+
+
+def laom_latent(w: Weights, now: Tensor, later: Tensor) -> tuple[Tensor, Tensor]:
+    code = strided(w, "encoder.", now).flatten(1)
+    both = torch.cat([code, strided(w, "encoder.", later).flatten(1)], 1)
+    return code, head_of(w, "inverse.", both, both)
+
+
+def ahead(x: Tensor, at: Sequence[tuple[int, int]], k: Tensor) -> Tensor:
+    """The stacks that end k frames after each window's t."""
+    return torch.cat([cut(x, [(b, t + int(step))], -2, 0) for (b, t), step in zip(at, k, strict=True)])
+
+
+def laom_pretrain(state: Any, batch: Mapping[str, Tensor], noise: Any, run: Any) -> dict[str, Tensor]:
+    """E |g(sg(x_t), z) - E'(o_{t-1..t+1})|^2, without augmentation; with labels the error of their actions."""
+    model, w, x = run.model, core.leaves(state), 2 * frames(batch)
+    at, rows = windows_of(batch, 3, model.offset), batch["image"].shape[0]
+
+    def distances() -> Tensor:
+        return 1 + noise.integers(model.offset, (rows, len(at) // rows)).flatten()
+
+    code, z = laom_latent(w, cut(x, at, -2, 0), ahead(x, at, distances()))
+    target = strided(state.weights, "target.", cut(x, at, -1, 1)).flatten(1)
+    found = head_of(w, "dynamics.", torch.cat([code.detach(), z], 1), z)
+    losses = {"code": ((found - target) ** 2).mean()}
+    metrics = {"code/r2": shared(found.detach(), target)}
+    if model.supervised:
+        y, begins = 2 * frames({"image": batch["labelled_image"]}), batch["labelled_is_first"]
+        k = distances()
+        kept = [n for n, (b, t) in enumerate(at) if not begins[b, t - 1 : t + int(k[n]) + 1].any()]
+        chosen = [at[n] for n in kept]
+        _, z = laom_latent(w, cut(y, chosen, -2, 0), ahead(y, chosen, k[kept]))
+        true = torch.stack([batch["labelled_action"][b, t + 1] for b, t in chosen]).clamp(-1, 1)
+        found = core.linear(w, "labels", z)[:, : true.shape[1]]
+        losses["action"], metrics["action/r2"] = ((found - true) ** 2).mean(), shared(found.detach(), true)
+    lr = linear_rate(run, state.update, model.warmup)
+    parts = ["encoder.", "inverse.", "dynamics.", "labels."]
+    out = learned(state, w, losses, metrics, parts, lr, run, {"action": model.action_weight}, decay=0.0)
+    for name in core.named(state, "target."):
+        fast = state.weights[name.replace("target.", "encoder.", 1)]
+        state.weights[name] = (1 - model.tau) * state.weights[name] + model.tau * fast
+    return out
+
+
+def pooled(w: Weights, x: Tensor) -> Tensor:
+    return core.linear(w, "policy.project", relu6(strided(w, "policy.encoder.", x).mean((2, 3))))
+
+
+def laom_clone(state: Any, batch: Mapping[str, Tensor], noise: Any, run: Any) -> dict[str, Tensor]:
+    w, x, at = core.leaves(state), 2 * frames(batch), windows_of(batch, 3, 1)
+    _, target = laom_latent(state.weights, cut(x, at, -2, 0), cut(x, at, -1, 1))
+    found = pooled(w, cut(x, at, -2, 0))
+    loss, metrics = ((found - target) ** 2).mean(), {"latent/r2": shared(found.detach(), target)}
+    return learned(state, w, {"latent": loss}, metrics, ["policy."], linear_rate(run, state.update, 0), run, decay=0.01)
+
+
+def laom_decode(state: Any, batch: Mapping[str, Tensor], noise: Any, run: Any) -> dict[str, Tensor]:
+    w, x, begins = core.leaves(state), 2 * frames(batch), batch["is_first"]
+    at = [(b, t) for b, t in windows_of(batch, 3, 1) if not begins[b, t - 1 : t + 2].any()]
+    hidden, layers = pooled(state.weights, cut(x, at, -2, 0)), len(counted(w, "head.net."))
+    for layer in range(layers):
+        hidden = core.linear(w, f"head.net.{2 * layer}", relu6(hidden) if layer else hidden)
+    true = torch.stack([batch["action"][b, t + 1] for b, t in at]).clamp(-1, 1)
+    loss, metrics = ((hidden - true) ** 2).mean(), {"action/r2": shared(hidden.detach(), true)}
+    return learned(state, w, {"action": loss}, metrics, ["head."], lapo_rate(run, state.update), run, decay=0.01)

@@ -34,6 +34,10 @@ MOTION = frozenset({"flow", "tracks"})
 MASK = frozenset({"mask"})
 """`Method.wants` of a method that learns from the pixels of the agent. Its clip store needs the array `mask`."""
 
+LABELS = frozenset({"labelled_image", "labelled_action", "labelled_is_first"})
+"""`Method.wants` of a method that learns from clips and from a few labelled transitions at once. The clip store then holds logged
+episodes, and a batch has a second batch of these with its keys image, action and is_first under other names."""
+
 
 class Source(Enum):
     """Where the batches of a stage come from. Each source has one training loop."""

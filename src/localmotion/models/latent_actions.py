@@ -5,7 +5,7 @@ action z; the forward model predicts the next frame from the frames before and z
 z, and cannot see in the frames before, is what z has to hold: the action, and whatever else moves.
 
 Papers: LAPO arXiv 2312.10812 (`ImpalaEncoder`, `UNet`, `Quantizer`); MaskLAM arXiv 2602.02259 (`ResidualForward`,
-`masked_error`); LAOM arXiv 2502.00379 (`StridedEncoder`).
+`masked_error`); LAOM arXiv 2502.00379 (`StridedEncoder`, `PooledEncoder`, `LatentHead`).
 
 What stages, acting and prediction share is in `models.latent_windows`.
 
@@ -110,6 +110,45 @@ class LatentEncoder(nn.Module):
         """(N, C, S, S) -> z (N, Z)."""
         z = self.project(F.relu(self.encoder(image).flatten(1)))
         return z if self.out is None else self.out(F.relu(z))
+
+
+class PooledEncoder(nn.Module):
+    """LAOM's latent policy: strided maps, the mean over all places, ReLU6, and a linear layer."""
+
+    def __init__(self, channels: int, widths: Sequence[int], image_size: int, latent: int) -> None:
+        super().__init__()
+        self.encoder = StridedEncoder(channels, widths, image_size)
+        self.project = nn.Linear(widths[-1], latent)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(N, C, S, S) -> z (N, Z)."""
+        z: Tensor = self.project(F.relu6(self.encoder(image).mean((2, 3))))
+        return z
+
+
+class LatentHead(nn.Module):
+    """Head of LAOM: three residual blocks LayerNorm(x + W2 ReLU6(W1 x)), expansion 4, behind linear layers.
+
+    Before the second and the third block ``again`` numbers of the input are put beside x and projected back to ``width``.
+    """
+
+    feed_forward = True  # --compile compiles it
+
+    def __init__(self, inputs: int, again: int, width: int, outputs: int) -> None:
+        super().__init__()
+        self.project = nn.ModuleList(nn.Linear(size, width) for size in (inputs, width + again, width + again))
+        self.up = nn.ModuleList(nn.Linear(width, 4 * width) for _ in self.project)
+        self.down = nn.ModuleList(nn.Linear(4 * width, width) for _ in self.project)
+        self.norm = nn.ModuleList(nn.LayerNorm(width) for _ in self.project)
+        self.out = nn.Linear(width, outputs)
+
+    def forward(self, x: Tensor, again: Tensor) -> Tensor:
+        """(N, inputs), (N, again) -> (N, outputs)."""
+        for number, project in enumerate(self.project):
+            x = project(torch.cat([x, again], 1) if number else x)
+            x = self.norm[number](x + self.down[number](F.relu6(self.up[number](x))))
+        out: Tensor = self.out(x)
+        return out
 
 
 # 2. Forward models ------------------------------------------------------------------------------------------------------------
@@ -320,14 +359,19 @@ def grown(mask: Tensor, radius: int) -> Tensor:
 
 
 class ActionHead(nn.Module):
-    """Latent action to action: ReLU, then hidden layers with ReLU, then a linear layer. Actions are not squashed."""
+    """Latent action to action: ReLU, then hidden layers with ReLU, then a linear layer. Actions are not squashed.
 
-    def __init__(self, latent: int, widths: Sequence[int], actions: int) -> None:
+    ``act``: the nonlinearity. ``first``: whether it stands before the first layer too.
+    """
+
+    def __init__(
+        self, latent: int, widths: Sequence[int], actions: int, act: type[nn.Module] = nn.ReLU, first: bool = True
+    ) -> None:
         super().__init__()
         parts: list[nn.Module] = []
-        for a, b in itertools.pairwise((latent, *widths)):
-            parts += [nn.ReLU(), nn.Linear(a, b)]
-        self.net = nn.Sequential(*parts, nn.ReLU(), nn.Linear((latent, *widths)[-1], actions))
+        for a, b in itertools.pairwise((latent, *widths, actions)):
+            parts += [act(), nn.Linear(a, b)]
+        self.net = nn.Sequential(*(parts if first else parts[1:]))
 
     def forward(self, z: Tensor) -> Tensor:
         """(N, Z) -> (N, A)."""

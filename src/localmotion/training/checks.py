@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from localmotion.config import RunConfig
 from localmotion.errors import ConfigError, LocalmotionError
-from localmotion.methods.base import Method, Source
+from localmotion.methods.base import LABELS, Method, Source
 
 
 def check_length(method: type[Method], run: RunConfig) -> None:
@@ -23,7 +23,8 @@ def check_begins(method: type[Method], run: RunConfig) -> None:
     before = method.begins.get(run.stage)
     if before and not run.checkpoint:
         raise ConfigError(f"{run.stage} of {run.method} starts from a {before} run: give it with --checkpoint RUN")
-    if run.labels and (method.stages.get(run.stage) is Source.CLIPS or not run.data):
+    video = method.stages.get(run.stage) is Source.CLIPS
+    if run.labels and (not run.data or (video and not method.needs(run.model, run.stage) & LABELS)):
         raise ConfigError(f"labels={run.labels}: {run.stage} reads no labels; they are a part of logged episodes, --data STORE")
 
 

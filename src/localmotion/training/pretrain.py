@@ -15,7 +15,8 @@ from localmotion.config import RunConfig
 from localmotion.console import say
 from localmotion.errors import ConfigError, StoreError
 from localmotion.evaluation.heldout import CONTEXT_FRAMES, measure_heldout
-from localmotion.methods.base import MASK, MOTION, Method, Source
+from localmotion.methods.base import LABELS, MASK, MOTION, Method, Source
+from localmotion.recording.logs import EpisodeSampler
 from localmotion.runs.rundir import RunDir, claimed, read_environment
 from localmotion.training import graphs
 from localmotion.training.checks import check_begins, check_length
@@ -52,7 +53,7 @@ def _pretrain(run: RunConfig, path: Path, cls: type[Method]) -> Path:
         say(load_pretrained(method, run).line())
     updater = Updater(method, run, compute, pretrained=bool(run.checkpoint), graph=graphs.wanted(run))
     with closing(train):
-        VideoLoop(run, out, store, method, updater, train, heldout).go()
+        VideoLoop(run, out, store, method, updater, train, heldout, _labelled(store, run)).go()
     return path
 
 
@@ -71,11 +72,12 @@ class VideoLoop(Loop):
         updater: Updater,
         train: WindowSampler,
         heldout: WindowSampler | None,
+        labelled: EpisodeSampler | None = None,
     ) -> None:
         settings = run.pretrain
         clocks = Clock(settings.log_every), Clock(settings.eval_every), Clock(settings.save_every)
         super().__init__(run, out, method, updater, *clocks)
-        self.store, self.train, self.heldout = store, train, heldout
+        self.store, self.train, self.heldout, self.labelled = store, train, heldout, labelled
         self.spent["data"] = 0.0
 
     @property
@@ -91,7 +93,11 @@ class VideoLoop(Loop):
     def advance(self) -> None:
         self.train.load_state_dict({"index": self.updater.update})
         with self.timed("data"):
-            batch = self.compute.to_device(next(self.train))  # the batch of this update; a thread reads the next one
+            found = next(self.train)  # the batch of this update; a thread reads the next one
+            if self.labelled:
+                known = self.labelled.batch(self.updater.update)
+                found |= {key: known[key.removeprefix("labelled_")] for key in LABELS}
+            batch = self.compute.to_device(found)
         self.learn(batch)
 
     def measure(self, final: bool) -> None:
@@ -121,6 +127,14 @@ def _sampler(store: ClipStore, run: RunConfig, split: Split) -> WindowSampler:
         motion=bool(needs & MOTION),
         mask=bool(needs & MASK),
     )
+
+
+def _labelled(store: ClipStore, run: RunConfig) -> EpisodeSampler | None:
+    """Sampler of labelled transitions, for stages that need them: those that `decode` has with the same labels and seed."""
+    if not methods.get(run.method).needs(run.model, run.stage) & LABELS:
+        return None
+    settings = run.pretrain
+    return EpisodeSampler(store, settings.length, settings.batch_size, run.seed, labels=run.labels, label_seed=run.seed)
 
 
 def _heldout(store: ClipStore, run: RunConfig) -> WindowSampler | None:
