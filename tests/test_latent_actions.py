@@ -26,6 +26,7 @@ from localmotion.models.latent_windows import pictures, stacks, starts
 from localmotion.recipe import Recipe
 from localmotion.recording.collect import collect
 from localmotion.recording.logs import EpisodeSampler, label_set
+from localmotion.report.build import report
 from localmotion.runs.load import load_run
 from localmotion.runs.settings import compose
 from localmotion.testing import Subject
@@ -351,6 +352,11 @@ def test_three_commands_lead_from_video_to_an_agent(
         return
     main(["predict", "--checkpoint", places["pretrain"], "--data", str(logs), "--out", str(tmp_path / "x.png"), "--split", "all"])
     assert "latent_action" in capsys.readouterr().out
+    if name != "lapo":
+        return
+    page = report([Path(place) for place in places.values()], tmp_path / "report.html").read_text()
+    assert "with the latent actions of the true frames" in page
+    assert "from the observed frames alone" not in page
 
 
 def test_a_stage_without_its_checkpoint_is_refused(logs: Path, tmp_path: Path) -> None:
