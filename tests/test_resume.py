@@ -79,7 +79,7 @@ class Killed(BaseException):
 
 
 def in_pieces(train: Any, run: RunConfig, path: Path) -> int:
-    """Run to the end whatever stops it; how often it was stopped."""
+    """Run to the end whatever stops it, and once more as after a kill before it could say "finished"; how often it was stopped."""
     stopped = 0
     while True:
         try:
@@ -90,6 +90,9 @@ def in_pieces(train: Any, run: RunConfig, path: Path) -> int:
             stopped += 1
             assert json.loads((path / "status.json").read_text())["state"] == "interrupted"
         else:
+            before = lines(path)
+            train(run, path)
+            assert lines(path) == before
             return stopped
 
 

@@ -35,6 +35,7 @@ OTHER: dict[str, Any] = {
     "model.behaviour.entropy": 0.5,
     "model.world.context_dropout": 0.5,
     "model.free_nats": 1000.0,
+    "model.free_nats_z": 1000.0,
     "model.beta_z_finetune": 0.5,
     "model.kl_free": 1000.0,
     "model.hidden": 48,
@@ -206,6 +207,7 @@ REACH: dict[str, str] = {
     "dae.max_length": "!size.motion",
     "dae.agg_dim": "!size.motion !size.latent",
     "dae.mats": "!size.motion !size.latent",
+    "dae.flow_norm": "!size.motion",
     "dae.*": FREE,
     "world.encoder": "!size.image.encoder !size.image.decoder size.image.context_encoder size.latent size.dynamics",
     "world.context": "!size.image.decoder size.image.context_encoder",
@@ -243,6 +245,9 @@ REACH: dict[str, str] = {
     "beta_r": "!weight.reward_representative !step.reward_representative " + UPSTREAM,
     "intrinsic_weight": "!loss.reward",
     "free_nats": "!loss.kl loss.latent_kl",
+    "pretrain free_nats_z": "!loss.kl",
+    "free_nats_z": "!loss.latent_kl",
+    "slow_image": "!rate.encoder !rate.motion !rate.model !step.image.encoder !step.image.decoder step.image.context_encoder",
     "context_erasing": "!loss.*image",
     # DreamerV3
     "size": "!size.dynamics",
@@ -289,6 +294,7 @@ IDLE: dict[tuple[str, str], str] = {
         ("pretrain", name): ACTING_ONLY
         for name in ("adapter", "embed_input", "beta_s", "beta_r", "beta_z_finetune", "intrinsic_weight", "free_nats")
     },
+    ("pretrain", "slow_image"): "all of pre-training learns at one rate",
     ("pretrain", "context_erasing"): "only fine-tuning erases (IPV)",
     ("finetune", "beta_z"): "fine-tuning has a weight of its own, beta_z_finetune",
 }

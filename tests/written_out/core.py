@@ -301,8 +301,8 @@ def intrinsic_bonus(state: Any, phi: Tensor, is_first: Tensor, prefix: str = "bo
     """APV Eq. 5: how far a window's mean feature is from its nearest neighbours. phi (B, T, F) -> (B, T - 4), without gradient.
 
     A window is five positions, shorter where another episode begins in it. Its mean goes through a fixed random projection and joins the
-    queue of all seen, newest first; the bonus is the mean distance to the 16 nearest of the queue (itself among them; what is not there yet
-    counts as 0), divided by the running mean of its size, into which the batch goes first with a share of 0.01.
+    queue of all seen, newest first; the bonus is the mean distance to the 16 nearest of the queue (itself among them; to all of the queue
+    while it holds fewer), divided by the running mean of its size, into which the batch goes first with a share of 0.01.
     """
     batch, time, _ = phi.shape
     means = []
@@ -320,7 +320,7 @@ def intrinsic_bonus(state: Any, phi: Tensor, is_first: Tensor, prefix: str = "bo
     raw = []
     for point in points:
         distances = torch.sqrt(((queue[:filled] - point) ** 2).sum(1))
-        raw.append(distances.sort().values[:NEIGHBOURS].sum() / NEIGHBOURS)
+        raw.append(distances.sort().values[:NEIGHBOURS].mean())
     found = torch.stack(raw)
     mean = 0.99 * state.weights[f"{prefix}mean"] + 0.01 * found.abs().mean()
     state.weights |= {

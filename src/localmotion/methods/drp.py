@@ -81,6 +81,8 @@ class DRPConfig:
     """KL weight beta_z of the latent dynamics (Table 5)."""
     beta_z_finetune: float | None = None
     """KL weight of the latent dynamics in fine-tuning; None: `beta_z`, as in the paper. IPV's released code uses 0."""
+    free_nats_z: float = 0.0
+    """Free nats of the latent dynamics' KL, in pre-training and fine-tuning. Not in the paper."""
     beta_s: float = 1.0
     """Action-conditional KL weight beta_s (Table 5)."""
     beta_r: float = 1.0
@@ -89,6 +91,8 @@ class DRPConfig:
     """Intrinsic reward weight lambda: 1.0 Meta-World, 0.1 DMC (Table 5)."""
     free_nats: float = 0.0
     """Free nats of the action-conditional KL: 0 Meta-World, 1 DMC (IPV's release)."""
+    slow_image: bool = False
+    """In fine-tuning the image encoder and decoder learn as slowly as the rest of theta (Algorithm 2). Off: at the full rate."""
     context_erasing: bool = False
     """Random erasing on the context frame in fine-tuning (IPV's release: on for Meta-World except drawer-open)."""
 
@@ -162,7 +166,7 @@ class DRP(Method):
         agg, motion_losses = self._recompose(batch)  # (B, T, M)
         post, prior_logits = self.latent.observe(embed, agg, batch["is_first"])  # state, (B, T, S, C)
         (image,) = self.image.losses([self.latent.feat(post)], context, truth)
-        kl, metrics = kl_loss(post.logits, prior_logits, balance=self.config.world.kl_balance)
+        kl, metrics = kl_loss(post.logits, prior_logits, balance=self.config.world.kl_balance, free=self.config.free_nats_z)
         metrics = {**{f"latent/{key}": value for key, value in metrics.items()}, "agg/std": agg.detach().float().std()}
         return {**motion_losses, "image": image, "kl": kl}, metrics
 
@@ -179,7 +183,10 @@ class DRP(Method):
 
     def _atomic_actions(self, batch: Batch) -> Motion:
         """Atomic Actions of a batch: patches (B,T,K,P,P,2), coordinates (B,T,K,2), visibility and track (B,T,K)."""
-        return atomic_actions(batch["flow"], batch["tracks"], batch["visible"], batch["track_id"], self.config.dae)
+        assert isinstance(self.motion, MaskedMotion)
+        return self.motion.scaled(
+            atomic_actions(batch["flow"], batch["tracks"], batch["visible"], batch["track_id"], self.config.dae)
+        )
 
     # 2. Fine-tuning in the environment (Algorithm 2) --------------------------------------------------------------------------
 
@@ -192,7 +199,7 @@ class DRP(Method):
         agg, motion_losses = self._recompose(batch)  # (B, T, M)
         latent, latent_prior = self.latent.observe(embed, agg, is_first)  # state, (B, T, S, C)
         latent_feat = self.latent.feat(latent)  # (B, T, F)
-        latent_kl, _ = kl_loss(latent.logits, latent_prior, balance=config.world.kl_balance)
+        latent_kl, _ = kl_loss(latent.logits, latent_prior, balance=config.world.kl_balance, free=config.free_nats_z)
         # Action-specific dynamics (Eq. 9)
         observed = self.adapter(latent_feat)  # (B, T, F)
         if config.embed_input:
@@ -245,14 +252,19 @@ class DRP(Method):
         if stage == "pretrain":
             return [Group("model", list(self.parameters()), rates.lr)]
         slow: list[nn.Parameter] = []
-        new = [*self.image.decoder_parameters()]
+        rate = rates.lr
+        new: list[nn.Parameter] = []
+        if self.config.slow_image and rates.loads("image"):
+            rate, slow = rates.lr * rates.slow, [*self.image.decoder_parameters()]
+        else:
+            new += self.image.decoder_parameters()
         for name in ("motion", "latent"):  # a part that no checkpoint gives learns at the full rate
             (slow if rates.loads(name) else new).extend(getattr(self, name).parameters())
         for module in (self.adapter, self.dynamics, self.reward, self.reward_representative):
             new.extend(module.parameters())
         return [
             *([Group("motion", slow, rates.lr * rates.slow, rates.freeze_updates)] if slow else []),
-            Group("encoder", self.image.encoder_parameters(), rates.lr, rates.freeze_updates if rates.loads("image") else 0),
+            Group("encoder", self.image.encoder_parameters(), rate, rates.freeze_updates if rates.loads("image") else 0),
             Group("model", new, rates.lr),
             *behaviour_groups(self.behaviour, rates),
         ]

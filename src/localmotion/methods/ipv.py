@@ -14,7 +14,7 @@ called ContextWM; it grew out of APV, arXiv 2203.13880).
 * The bonus is the distance of a window of phi to its nearest neighbours (models/bonus.py).
 
 Where paper and released code differ, the default is the paper's and a setting gives the code's. `beta_z_finetune`: the paper's objective
-contains KL_z; the release weighs it with 0, so the prior of z stays as pre-trained and only the other losses train its posterior.
+contains KL_z; the release weighs it with 0, so only the other losses train the posterior of z, and only weight decay changes its prior.
 Three details of the release that change no result are left out: one update before the weights are loaded, entropy in the critic's
 target, and rewards in half precision.
 

@@ -53,7 +53,8 @@ class IntrinsicBonus(nn.Module):
         empty = torch.arange(len(self.queue), device=feat.device) >= self.filled
         distance = distance.masked_fill(empty, float("inf"))
         near = distance.topk(self.neighbours, largest=False).values  # (N, neighbours)
-        raw = torch.where(near.isinf(), near.new_zeros(()), near).mean(1)  # (N,)
+        missing = near.isinf()  # until the queue holds as many windows as there are neighbours, the mean is over those it holds
+        raw = near.masked_fill(missing, 0.0).sum(1) / (~missing).sum(1)  # (N,)
         return self.normalise(raw).view(batch, time - self.window + 1)
 
     def normalise(self, raw: Tensor) -> Tensor:

@@ -59,6 +59,9 @@ class DAEConfig:
     """[MAT] takes part in inter-frame attention as a separate part."""
     flow_scale: float = 1.0
     """The input is flow divided by this many pixels, so typical values of moving parts are about 1."""
+    flow_norm: bool = False
+    """Flow is also divided by its root mean square at the visible points, a running statistic of the batches. Then slow and fast videos
+    give inputs of one size. Not in the paper."""
     flow_clip: float = 16.0
     """Flow is clipped at this many pixels, so a wrong match does not dominate the squared error."""
     decoder_blocks: int = 1
@@ -123,6 +126,40 @@ def atomic_actions(flow: Tensor, tracks: Tensor, visible: Tensor, track_id: Tens
     patches = patches.clamp(-config.flow_clip, config.flow_clip) / config.flow_scale
     coords = (points.float() + 0.5) * (2.0 / flow.shape[-2]) - 1.0
     return Motion(patches, coords.clamp(-1.5, 1.5), seen, track)
+
+
+class RunningRMS(nn.Module):
+    """Divides flow by its running root mean square, so that the streams of pre-training and of a task give inputs of one size.
+
+    The statistic is kept with the weights. Only batches in training change it; acting and evaluation use it as it is.
+    """
+
+    KEEP = 0.99
+    SMALLEST = 1e-3
+    """Pixels. A stream without any motion is not blown up."""
+    square: Tensor
+    weight: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("square", torch.zeros(()))
+        self.register_buffer("weight", torch.zeros(()))
+
+    def forward(self, flow: Tensor, seen: Tensor) -> Tensor:
+        """flow (..., P, P, 2) over the root mean square of the fields where ``seen`` (...) is true; before any, over 1."""
+        if self.training:
+            with torch.no_grad():
+                fields = flow.detach().float().square().flatten(-3).mean(-1)  # (...)
+                number = seen.float().sum()
+                gained = (1 - self.KEEP) * (number > 0)
+                self.square.lerp_((fields * seen).sum() / number.clamp(min=1), gained)
+                self.weight.lerp_(torch.ones_like(self.weight), gained)
+        return flow / self.scale()
+
+    def scale(self) -> Tensor:
+        """What flow is divided by, in the unit of the given flow; ()."""
+        known = torch.where(self.weight > 0, self.square / self.weight.clamp(min=1e-12), 1.0)
+        return known.sqrt().clamp(min=self.SMALLEST)
 
 
 def random_mask(visible: Tensor, ratio: float, generator: torch.Generator | None = None) -> Tensor:
@@ -402,10 +439,16 @@ class MaskedMotion(nn.Module):
         self.config = config
         self.encoder = DualAttentionEncoder(config)
         self.decoder = MotionDecoder(config)
+        if config.flow_norm:
+            self.rms = RunningRMS()
         if from_code:
             width = 2 * config.dim
             out = nn.Linear(width, config.patch * config.patch * 2)
             self.code_decoder = nn.Sequential(nn.Linear(config.code_dim + config.dim, width), nn.GELU(), out)
+
+    def scaled(self, motion: Motion) -> Motion:
+        """The Atomic Actions as the encoder takes them: with `flow_norm` over their running root mean square."""
+        return motion._replace(patches=self.rms(motion.patches, motion.visible)) if self.config.flow_norm else motion
 
     def loss_from_code(self, agg: Tensor, motion: Motion) -> Tensor:
         """Squared error (as Eq. 5) of all visible patches, reconstructed from a^agg (B,T,code_dim) and coordinates. Not in the paper."""

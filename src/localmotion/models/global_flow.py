@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from localmotion.models.dae import DAEConfig
+from localmotion.models.dae import DAEConfig, RunningRMS
 
 SIDE = 64
 """Side of the flow field at the convolutions, in pixels; other sizes are averaged or interpolated to it."""
@@ -35,6 +35,8 @@ class GlobalFlow(nn.Module):
         self.convolutions = nn.ModuleList(
             nn.Conv2d(inside, outside, 4, 2) for inside, outside in itertools.pairwise(widths)
         )  # 64 -> 31 -> 14 -> 6 -> 2
+        if config.flow_norm:
+            self.rms = RunningRMS()
         wide = config.mats * config.dim
         self.out = nn.Sequential(nn.Linear(widths[-1] * 4, wide), nn.LayerNorm(wide))
         self.project: nn.Module = nn.Linear(wide, config.agg_dim) if config.agg_dim else nn.Identity()
@@ -45,6 +47,8 @@ class GlobalFlow(nn.Module):
         x = flow.flatten(0, 1).permute(0, 3, 1, 2).float().clamp(-config.flow_clip, config.flow_clip) / config.flow_scale
         if x.shape[-1] != SIDE:
             x = F.interpolate(x, (SIDE, SIDE), mode="area" if x.shape[-1] > SIDE else "bilinear")
+        if config.flow_norm:
+            x = self.rms(x.movedim(1, -1), torch.ones_like(x[:, 0, 0, 0])).movedim(-1, 1)
         x = x.contiguous(memory_format=torch.channels_last)
         for convolution in self.convolutions:
             x = F.silu(convolution(x))

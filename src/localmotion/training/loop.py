@@ -81,6 +81,8 @@ class Loop(ABC):
         """Seconds spent, by part of the work."""
         self._logged: dict[str, float] = {}  # `seconds()` at the previous line of the log
         self._clock = time.perf_counter()
+        self.final: int | None = None
+        """Count of the last evaluation of a complete run, once it was made."""
         self._begun: tuple[int, int] | None = None  # count and update at which this process began
 
     # What a subclass defines ------------------------------------------------------------------------------------------
@@ -173,8 +175,9 @@ class Loop(ABC):
         self.out.status("finished", **self.where())
 
     def finish(self) -> None:
-        """The last evaluation and the last checkpoint of a complete run."""
-        self.evaluate(final=True)
+        """The last evaluation and the last checkpoint of a complete run. A checkpoint that has that evaluation does not need another."""
+        if self.final != self.count:
+            self.evaluate(final=True)
         self.save()
 
     def where(self) -> dict[str, int]:
@@ -204,6 +207,7 @@ class Loop(ABC):
                     self.measure(final)
             finally:
                 self.method.train()
+        self.final = self.count if final else self.final
         self.evaluates.set(self.count)  # set at the end: a continued run repeats an evaluation that a signal ended
 
     @contextmanager
@@ -248,7 +252,7 @@ class Loop(ABC):
             return False
         self.saves.set(self.count)
         own, tensors = self.state()
-        clocks = {"metrics_offset": self.out.metrics_offset(), "evaluated": self.evaluates.last}
+        clocks = {"metrics_offset": self.out.metrics_offset(), "evaluated": self.evaluates.last, "final": self.final}
         common = {"stage": self.run.stage, "skipped": self.updater.check(), **clocks}
         weights = {"weights": self.method.state_dict(), "optimizer": self.updater.state()}
         checkpoint.save(self.out.path / "checkpoints", self.updater.update, tensors=weights | tensors, state=common | own)
@@ -274,6 +278,7 @@ class Loop(ABC):
         self.logs.set(self.updater.update)
         before = state.get("next_eval", self.updater.update + 1) - 1  # checkpoints of earlier versions
         self.evaluates.set(int(state.get("evaluated", before)))
+        self.final = state.get("final")
         self.restore(state, folder)
         self.saves.set(self.count)
         checkpoint.set_rng_state(checkpoint.read(folder, "rng"))
@@ -298,7 +303,6 @@ class ActingLoop(Loop):
         clocks = Clock(online.log_every), Clock(online.eval_every, -1), Clock(online.save_every)
         super().__init__(run, out, method, updater, *clocks)
         self.repeat, self.agent_step = repeat, 0
-        self.final: int | None = None  # agent step of the final evaluation
         self.trials = Trials(run, out, method, self.compute, make, lambda: self.stop.check())
         self.spent["eval"] = 0.0
 
@@ -325,11 +329,10 @@ class ActingLoop(Loop):
     def measure(self, final: bool) -> None:
         place = ("env step", self.agent_step * self.repeat)
         self.trials(self.counters(), self.agent_step, place=place, final=final)
-        self.final = self.agent_step if final else self.final
 
     def state(self) -> tuple[dict[str, Any], dict[str, Mapping[str, Tensor]]]:
         dim, best = self.method.action_dim, self.trials.best
-        return {"action_dim": dim, "agent_step": self.agent_step, "best": best, "final": self.final}, {}
+        return {"action_dim": dim, "agent_step": self.agent_step, "best": best}, {}
 
     def restore(self, state: Mapping[str, Any], folder: Path) -> None:
-        self.agent_step, self.trials.best, self.final = int(state["agent_step"]), state.get("best"), state.get("final")
+        self.agent_step, self.trials.best = int(state["agent_step"]), state.get("best")

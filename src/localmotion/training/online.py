@@ -215,10 +215,8 @@ class OnlineLoop(ActingLoop):
         if not self.updater.update:
             self.save()
             raise never_learned(self.run)
-        if self.final != self.agent_step:  # equal: the checkpoint already has the final evaluation
-            self.evaluate(final=True)
         self._keep_flow()
-        self.save()
+        super().finish()
 
     def _keep_flow(self) -> None:
         """Save flow magnitudes of the newest episodes.

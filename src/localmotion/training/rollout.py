@@ -146,10 +146,6 @@ class RolloutLoop(ActingLoop):
     def _judge(self) -> Any:
         return make_observer(self.run, None, size=self.method.image_size)
 
-    def finish(self) -> None:
-        if self.final != self.agent_step:
-            super().finish()
-
     def state(self) -> tuple[dict[str, Any], dict[str, Mapping[str, Tensor]]]:
         values, _ = super().state()
         dim = self.method.action_dim
