@@ -15,12 +15,14 @@ from localmotion.testing import full_batch as make_batch
 from localmotion.testing.rules import CPU
 from localmotion.training.update import rates
 
+AGENTS = [name for name in methods.names() if "train" in methods.get(name).stages]
+"""Methods that learn in an environment. Latent action models do not; test_latent_actions.py has what they share."""
 CASES: list[tuple[str, Stage]] = [
     (name, stage)
-    for name in methods.names()
+    for name in AGENTS
     for stage in (("train", "pretrain", "finetune") if "pretrain" in methods.get(name).stages else ("train",))
 ]
-"""Every method and stage."""
+"""Every such method and stage."""
 DEFAULT_ENV = "toy:dot"
 
 
@@ -36,4 +38,4 @@ def make(name: str, stage: Stage, *texts: str, env: str = DEFAULT_ENV, preset: s
     return run, methods.get(name)(run.model, image_size=64, action_dim=None if stage == "pretrain" else ACTIONS)
 
 
-__all__ = ["ACTIONS", "CASES", "CPU", "groups_of", "make", "make_batch"]
+__all__ = ["ACTIONS", "AGENTS", "CASES", "CPU", "groups_of", "make", "make_batch"]

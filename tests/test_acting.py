@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from localmotion import methods
 from localmotion.acting.episodes import episode_seed, run_episodes
 from localmotion.acting.observer import Observer
 from localmotion.acting.policy import MethodPolicy, random_policy
@@ -20,11 +19,11 @@ from localmotion.envs.base import PixelEnv
 from localmotion.models.actor_critic import ActorCritic
 from localmotion.perception.lk import LKTracks
 from localmotion.runs import checkpoint
-from method_batches import make, make_batch
+from method_batches import AGENTS, make, make_batch
 from test_settings_reach import build, same_noise
 
 
-@pytest.mark.parametrize("name", methods.names())
+@pytest.mark.parametrize("name", AGENTS)
 def test_exploring_adds_noise_and_nothing_else_does(name: str) -> None:
     """With the same noise for latents an agent that explores does something else, and one that does not repeats itself."""
     run, _ = make(

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from localmotion import methods
 from localmotion.config import PRESETS, all_docs, assign, leaves, to_dict, update
 from localmotion.errors import ConfigError
 from localmotion.runs.settings import compose, from_dict
+from method_batches import AGENTS
 
 # Table 5 of arXiv 2607.00808, row by row: (where it lives here, value).
 TABLE_5_PRETRAIN = {
@@ -76,14 +76,14 @@ def test_paper_preset_is_table_5_per_suite(env: str) -> None:
     assert {key: values[key] for key in expected} == expected
 
 
-@pytest.mark.parametrize("name", methods.names())
+@pytest.mark.parametrize("name", AGENTS)
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_composes_and_survives_json(name: str, preset: str) -> None:
     config = compose(name, "train", preset=preset, env="dmc:walker_walk")
     assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
 
 
-@pytest.mark.parametrize("name", methods.names())
+@pytest.mark.parametrize("name", AGENTS)
 def test_every_setting_is_documented(name: str) -> None:
     config = compose(name, "train", preset="paper")
     docs = all_docs(config)

@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from localmotion import methods
 from localmotion.acting.observer import make_observer
 from localmotion.cli import main
 from localmotion.config import RunConfig
@@ -29,7 +28,7 @@ from localmotion.training.online import FAULTS
 from localmotion.training.playing import Playing
 from localmotion.training.pretrain import pretrain
 from localmotion.training.update import BAD_LIMIT, DivergedError, Updater
-from method_batches import CPU, make, make_batch
+from method_batches import AGENTS, CPU, make, make_batch
 
 FLAGS = {"precision": "fp32", "device": "cpu", "threads": 1}
 
@@ -64,7 +63,7 @@ class Burst(torch.autograd.Function):
         return grad * float("inf")
 
 
-@pytest.mark.parametrize("name", methods.names())
+@pytest.mark.parametrize("name", AGENTS)
 @pytest.mark.parametrize("deferred", [False, True])
 def test_an_update_that_is_not_finite_changes_nothing(name: str, deferred: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     run, method = make(name, "train")

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from localmotion import methods
 from localmotion.envs.toy import BLOCK_OPTIMAL, BLOCK_RANDOM
 from localmotion.runs.settings import compose
 from localmotion.training.finetune import finetune
+from method_batches import AGENTS
 
 BUDGETS = (1750, 2750, 4000)  # env steps, one update for every five; the run goes on to the next if the policy is not there yet
 COMMON = (
@@ -82,6 +82,6 @@ def test_a_method_learns_the_block_from_few_updates(name: str, tmp_path: Path) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", methods.names())
+@pytest.mark.parametrize("name", AGENTS)
 def test_a_method_learns_the_block(name: str, tmp_path: Path) -> None:
     learn(name, tmp_path / "run", 64, BUDGETS)

@@ -29,10 +29,10 @@ from localmotion.runs.settings import read_config
 from localmotion.testing import Check, Subject, checks_of
 from localmotion.testing.acts import agents_act_as_if_alone, play
 from localmotion.testing.learns import updates_can_be_replayed
-from method_batches import ACTIONS, groups_of, make, make_batch
+from method_batches import ACTIONS, AGENTS, groups_of, make, make_batch
 
 NAMES = methods.names()
-PRETRAINING = [name for name in NAMES if "pretrain" in methods.get(name).stages]
+PRETRAINING = [name for name in AGENTS if "pretrain" in methods.get(name).stages]
 BEHAVIOUR = ("actor", "critic")
 CONTEXT = "the decoder attends to one frame of the segment, whichever episode it is of (IPV's context)"
 ACROSS = {"drp": {"image": CONTEXT, "latent_image": CONTEXT}, "ipv": {"image": CONTEXT}}
@@ -43,11 +43,10 @@ ACROSS = {"drp": {"image": CONTEXT, "latent_image": CONTEXT}, "ipv": {"image": C
 
 
 def checks(name: str) -> list[Check]:
-    """Of pre-training and fine-tuning. `train` is fine-tuning without a checkpoint; test_graphs.py replays updates."""
+    """Of all stages but `train`, which is fine-tuning without a checkpoint; test_graphs.py replays the updates of agents."""
     cls = methods.get(name)
-    stages = [stage for stage in ("pretrain", "finetune") if stage in cls.stages]
-    found = checks_of(cls, stages=stages, across=ACROSS.get(name, {}))
-    return [check for check in found if check.rule is not updates_can_be_replayed]
+    found = checks_of(cls, stages=[stage for stage in cls.stages if stage != "train"], across=ACROSS.get(name, {}))
+    return [check for check in found if name not in AGENTS or check.rule is not updates_can_be_replayed]
 
 
 @pytest.mark.parametrize("check", [check for name in NAMES for check in checks(name)], ids=str)
@@ -55,7 +54,7 @@ def test_a_method_keeps_the_rules(check: Check) -> None:
     check()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", AGENTS)
 def test_agents_side_by_side_act_as_alone(name: str, modes: None) -> None:
     """Without noise the rule also compares a batch of one with a batch of two."""
     agents_act_as_if_alone(Subject(methods.get(name), "finetune"))
@@ -101,7 +100,7 @@ def test_a_method_names_its_paper_and_stands_in_the_table(name: str) -> None:
     assert any(row.startswith(f"| `{name}` |") and cls.__name__ in row for row in rows)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if len(make(name, "finetune")[1].passes("finetune")) > 1])
+@pytest.mark.parametrize("name", [name for name in AGENTS if len(make(name, "finetune")[1].passes("finetune")) > 1])
 def test_actor_and_critic_learn_from_their_own_loss(name: str) -> None:
     """Every parameter of both has a gradient of its own loss."""
     run, method = make(name, "finetune")
@@ -115,7 +114,7 @@ def test_actor_and_critic_learn_from_their_own_loss(name: str) -> None:
         assert max(float(g.abs().max()) for g in gradients) > 0
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", AGENTS)
 @pytest.mark.parametrize("pretrained", [False, True])
 def test_only_slow_copies_have_no_optimiser(name: str, pretrained: bool) -> None:
     run, method = make(name, "finetune")
@@ -123,7 +122,7 @@ def test_only_slow_copies_have_no_optimiser(name: str, pretrained: bool) -> None
     assert all("slow" in key for key, p in method.named_parameters() if id(p) not in held)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", AGENTS)
 def test_what_follows_an_episodes_end_knows_nothing_of_it(name: str, modes: None) -> None:
     """States after an is_first inside a sequence are the same whatever came before."""
     _, method = make(name, "finetune")
@@ -140,7 +139,7 @@ def test_what_follows_an_episodes_end_knows_nothing_of_it(name: str, modes: None
     assert not torch.allclose(found[0][:, :4], found[1][:, :4])
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", AGENTS)
 def test_acting_step_by_step_meets_the_states_of_training(name: str, modes: None) -> None:
     """`act` walks where `observe` walks: the states of a played sequence are those of the same sequence in a batch."""
     _, method = make(name, "finetune")
@@ -159,7 +158,7 @@ def test_acting_step_by_step_meets_the_states_of_training(name: str, modes: None
         torch.testing.assert_close(played, getattr(start, field), atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", AGENTS)
 def test_a_saved_run_acts_as_the_method_did(name: str, tmp_path: Path) -> None:
     run, method = make(name, "finetune")
     out = RunDir(tmp_path / "run", replace(run, recipe=Recipe()))

@@ -262,9 +262,12 @@ def collection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """24 clips of which all but the last are long enough for windows of 5 frames; each number of a target names clip and frame."""
 
     class Sampler:
-        def __init__(self, store: Any, length: int, batch_size: int, seed: int, *, split: str, prefetch: bool) -> None:
+        def __init__(
+            self, store: Any, length: int, batch_size: int, seed: int, *, split: str, prefetch: bool, mask: bool
+        ) -> None:
             assert split == "all"
             assert not prefetch
+            assert not mask
             self.store, self.clips, self.length = store, np.arange(23), length
             self.asked: list[tuple[list[int], list[int]]] = []
 
@@ -418,7 +421,7 @@ def test_shares_are_of_the_grid_beside_the_clips_or_of_their_own_exact_flow(own:
     known = replace(moving(), perceived_exactly=own, pose=None, **({"exact": None} if own else {}))
 
     class Data:
-        def __init__(self, path: Path, length: int) -> None:
+        def __init__(self, path: Path, length: int, *, mask: bool) -> None:
             self.episodes = known
 
         def code(self, of: Any) -> np.ndarray:
@@ -473,7 +476,7 @@ def test_each_source_is_asked_on_each_collection_in_turn(stage: Any, monkeypatch
     asked: list[Any] = []
 
     class Data:
-        def __init__(self, path: Path, length: int) -> None:
+        def __init__(self, path: Path, length: int, *, mask: bool) -> None:
             self.episodes = Episodes(path.name, np.zeros(3, np.int64), {}, None, np.zeros(3, bool))
             opened.append((path.name, length))
 

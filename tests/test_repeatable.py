@@ -25,7 +25,7 @@ from localmotion.runs import checkpoint
 from localmotion.runs.load import load_run
 from localmotion.runs.rundir import RunDir, write_json
 from localmotion.runs.settings import compose
-from method_batches import make_batch
+from method_batches import AGENTS, make_batch
 
 RECIPE = Recipe(percept_size=64, redraw_rounds=1, tracks=8)
 TIME_LIMIT = 6
@@ -61,7 +61,7 @@ def twice(call: Callable[[], Any]) -> tuple[Any, Any]:
     return found[0], found[1]
 
 
-@pytest.mark.parametrize("name", methods.names())
+@pytest.mark.parametrize("name", AGENTS)
 def test_an_evaluation_of_one_seed_is_one_result(name: str, tmp_path: Path) -> None:
     run = untrained(name, "train", tmp_path / "run")
     first, second = twice(lambda: evaluate_run(run, episodes=6, seed=5, device="cpu"))
@@ -86,7 +86,7 @@ def test_a_collection_of_an_agent_is_one_result(tmp_path: Path) -> None:
             np.testing.assert_array_equal(np.load(path), np.load(tmp_path / "b" / name / path.name))
 
 
-@pytest.mark.parametrize("name", [name for name in methods.names() if "pretrain" in methods.get(name).stages])
+@pytest.mark.parametrize("name", [name for name in AGENTS if "pretrain" in methods.get(name).stages])
 def test_a_prediction_of_one_seed_is_one_result(name: str, store: Path, tmp_path: Path) -> None:
     run = untrained(name, "pretrain", tmp_path / "run")
     first, second = twice(lambda: predict([run], store, clips=1, windows=2, split="all", device="cpu"))

@@ -34,10 +34,10 @@ from localmotion.training.interrupt import Interrupted, StopRequest
 from localmotion.training.pretrain import pretrain
 from localmotion.training.trees import leaves_of, with_leaves
 from localmotion.training.update import Updater
-from method_batches import CPU, make, make_batch
+from method_batches import AGENTS, CPU, make, make_batch
 from waiting import holds, wait_until
 
-PRETRAINING = [name for name in methods.names() if "pretrain" in methods.get(name).stages]
+PRETRAINING = [name for name in AGENTS if "pretrain" in methods.get(name).stages]
 
 
 def weights(run: Path) -> dict[str, Tensor]:
@@ -107,7 +107,7 @@ def no_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trials, "evaluate", lambda *_, **__: Rollout([0.0], [1]))
 
 
-@pytest.mark.parametrize("name", methods.names())
+@pytest.mark.parametrize("name", AGENTS)
 def test_an_online_run_in_pieces_is_the_whole_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped within prefill, warm-up, episodes and evaluations, at places that have nothing to do with its clocks."""
     few = ("env_steps=70", "prefill=25", "warmup_updates=4", "online.eval_every=25", "online.save_every=25")
@@ -121,7 +121,7 @@ def test_an_online_run_in_pieces_is_the_whole_run(name: str, tmp_path: Path, mon
     assert kept[0] == kept[1]
 
 
-@pytest.mark.parametrize("name", methods.names())
+@pytest.mark.parametrize("name", AGENTS)
 def test_a_killed_online_run_goes_on_from_its_checkpoint(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was done after the newest checkpoint is done again, the same: steps, episodes in the replay, lines of metrics."""
     few = (
@@ -383,7 +383,7 @@ def test_a_run_goes_on_in_the_precision_it_began_in(tmp_path: Path, monkeypatch:
     assert "as when the run began" in kept["compute"]
 
 
-@pytest.mark.parametrize("name", methods.names())
+@pytest.mark.parametrize("name", AGENTS)
 def test_a_deterministic_run_has_kernels_for_everything(name: str) -> None:
     run, method = make(name, "train", "deterministic=true")
     try:

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from localmotion import methods
 from localmotion.cli import main
 from localmotion.config import RunConfig
 from localmotion.errors import ConfigError
@@ -19,7 +18,7 @@ from localmotion.runs.settings import compose
 from localmotion.training.finetune import finetune
 from localmotion.training.interrupt import Interrupted, StopRequest
 from localmotion.training.study import load_study
-from method_batches import make, make_batch
+from method_batches import AGENTS, make, make_batch
 
 FLAGS = {"precision": "fp32", "device": "cpu", "threads": 1}
 FEW = ("env_steps=80", "prefill=30", "warmup_updates=1", "online.eval_every=100000", "online.log_every=1", "eval_episodes=1")
@@ -44,7 +43,7 @@ def packed(count: int = 2, time: int = 12, second: int = 5) -> dict[str, torch.T
     return batch
 
 
-@pytest.mark.parametrize("name", methods.names())
+@pytest.mark.parametrize("name", AGENTS)
 def test_nothing_of_one_episode_reaches_the_next_in_a_sequence(name: str) -> None:
     """The states of the second piece are the same whatever stands in the first."""
     _, method = make(name, "train")
@@ -75,7 +74,7 @@ def test_a_bonus_window_ends_where_its_episode_ends() -> None:
         torch.testing.assert_close(members[t], expected, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", methods.names())
+@pytest.mark.parametrize("name", AGENTS)
 def test_every_method_learns_from_episodes_shorter_than_its_sequences(name: str, tmp_path: Path) -> None:
     out = finetune(run_of(name, "env_options={time_limit: 4}", "env_steps=60"), tmp_path / "run")
     trained = rows(out, "train")
@@ -179,7 +178,7 @@ def test_an_episode_of_a_reset_alone_is_counted_in_the_log(tmp_path: Path, monke
     assert (fault["agent_step"], fault["dropped"]) == (50, 1)
 
 
-@pytest.mark.parametrize("name", methods.names())
+@pytest.mark.parametrize("name", AGENTS)
 def test_a_method_takes_the_shortest_sequence_it_names(name: str) -> None:
     run, method = make(name, "train")
     shortest, _ = type(method).lengths(run.model, "train")

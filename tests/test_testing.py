@@ -102,7 +102,7 @@ def test_a_batch_has_the_keys_of_its_loop() -> None:
     assert not played["value"][:, 0].any()
     assert played["value"][:, 1:].all()
     moving = {"image", "is_first", "flow", "tracks", "visible", "track_id"}
-    assert set(random_batch(Moving, "pretrain")) == moving | {"clip", "start"}
+    assert set(random_batch(Moving, "pretrain")) == moving | {"clip", "start", "mask"}
     assert set(random_batch(Moving, "decode")) == moving | {"action", "reward", "is_terminal", "mask"}
     assert random_batch(Moving, "decode")["mask"].shape == (2, 8, 64, 64)
     batch = random_batch(Small, "decode", batch=3, time=5, seed=1)

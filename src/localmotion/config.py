@@ -89,6 +89,8 @@ class OnlineConfig:
     """Sample windows at episode ends more often (IPV's release; Meta-World)."""
     lr: float = 3e-4
     """Learning rate of the world model."""
+    lr_decay: float = 0.0
+    """Share of the updates, at the end, over which the learning rate falls to zero. Stages on logged episodes only."""
     actor_lr: float = 8e-5
     """Learning rate of the actor."""
     critic_lr: float = 8e-5
@@ -252,6 +254,9 @@ class RunConfig:
     data: str = ""
     """Clip store. In pre-training: the videos. In fine-tuning and training: logged episodes (`collect --store`) to
     learn from, instead of an environment."""
+    labels: int = 0
+    """Number of labelled transitions of the logged episodes (``data``); 0: all. The run learns from these only. Episodes are
+    taken in an order that depends on ``seed``, so a larger number adds to the labels of a smaller one."""
     checkpoint: str = ""
     """Pre-trained run to start from (fine-tuning)."""
     load: str = ""

@@ -15,7 +15,7 @@ from localmotion.compute import Compute
 from localmotion.config import RunConfig
 from localmotion.errors import ConfigError, LocalmotionError, VideoError
 from localmotion.evaluation.heldout import CONTEXT_FRAMES, open_loop_errors, predicts
-from localmotion.methods.base import MOTION, Method
+from localmotion.methods.base import MASK, MOTION, Method
 from localmotion.perception.extract import extract_one
 from localmotion.recipe import Recipe
 from localmotion.runs.load import at_least, load_run
@@ -96,7 +96,7 @@ def predict(
     """
     at_least(checkpoints=(len(checkpoints), 1), clips=(clips, 1), windows=(windows, 1), seed=(seed, 0))
     runs = _load(checkpoints, device)
-    length = min(each.run.pretrain.length for each in runs)
+    length = max(min(each.run.pretrain.length for each in runs), CONTEXT_FRAMES + 1)
     with tempfile.TemporaryDirectory(prefix="localmotion-") as scratch:
         if (data / "store.json").exists():
             stores = {each.recipe.hash(): ClipStore(data) for each in runs}
@@ -129,6 +129,7 @@ def _predict(
                 f"{store.path}: clips of side {store.size}, but {each.label} was pre-trained on {each.method.image_size}"
             )
         fraction = runs[0].run.pretrain.heldout_fraction
+        needs = each.method.needs(each.run.model, each.run.stage)
         sampler = WindowSampler(
             store,
             length,
@@ -137,7 +138,8 @@ def _predict(
             split=split,
             heldout_fraction=fraction,
             prefetch=False,
-            motion=bool(each.method.wants & MOTION),
+            motion=bool(needs & MOTION),
+            mask=bool(needs & MASK),
         )
         chosen = chosen or _spread(sampler, windows, seed)
         for begin in range(0, len(chosen[0]), AT_ONCE):

@@ -43,7 +43,7 @@ from torch import Tensor, nn
 from localmotion import methods
 from localmotion.compute import PLAIN, Compute
 from localmotion.errors import ConfigError
-from localmotion.methods.base import Batch, Method
+from localmotion.methods.base import MASK, Batch, Method
 from localmotion.runs.load import at_least, load_run
 from localmotion.video.sample import WindowSampler
 from localmotion.video.store import ClipStore
@@ -89,9 +89,9 @@ class Episodes:
 class _Data:
     """Windows that cover a collection's clips, in batches, and the targets of their frames after the first `SKIP`."""
 
-    def __init__(self, path: Path, length: int, batch_size: int = 16) -> None:
+    def __init__(self, path: Path, length: int, batch_size: int = 16, *, mask: bool = False) -> None:
         store = ClipStore(path)
-        self.sampler = WindowSampler(store, length, batch_size, 0, split="all", prefetch=False)
+        self.sampler = WindowSampler(store, length, batch_size, 0, split="all", prefetch=False, mask=mask)
         self.length, self.batch_size = length, batch_size
         places = [(int(c), s) for c in self.sampler.clips for s in range(0, int(store.lengths[c]) - length + 1, length - SKIP)]
         self.clips, self.starts = (np.array(x, np.int64) for x in zip(*places, strict=True))
@@ -356,7 +356,7 @@ def probe(
     """
     at_least(length=(length, SKIP + 1), threads=(threads, 0))
     sources: list[tuple[str, Method | None, Compute]] = [("flow, 8x8 grid", None, PLAIN)]
-    compute = PLAIN
+    compute, masks = PLAIN, False
     if threads:
         torch.set_num_threads(threads)
     for path in runs:
@@ -364,6 +364,7 @@ def probe(
         if type(method).motion_code is Method.motion_code:
             raise ConfigError(f"{path}: method {run.method} has no motion code to probe")
         sources.append((f"{run.method}, {path.name}", method, compute))
+        masks = masks or bool(method.wants & MASK)
         if untrained:
             torch.manual_seed(0)
             dim = method.action_dim if method.acts else None
@@ -379,7 +380,7 @@ def probe(
             progress(len(rows), total, row["code"])
 
     for path in collections:
-        data, begin = _Data(path, length), len(rows)
+        data, begin = _Data(path, length, mask=masks), len(rows)
         known = data.episodes
         total += (known.exact is not None) + (known.pose is not None)
         if known.exact is not None:

@@ -18,6 +18,9 @@ _METHODS = {
     "dreamer_v2": ("localmotion.methods.dreamer_v2", "DreamerV2"),
     "dreamer_v3": ("localmotion.methods.dreamer_v3", "DreamerV3"),
     "ipv": ("localmotion.methods.ipv", "IPV"),
+    "laom": ("localmotion.methods.laom", "LAOM"),
+    "lapo": ("localmotion.methods.lapo", "LAPO"),
+    "masklam": ("localmotion.methods.masklam", "MaskLAM"),
 }
 _PLUGGED_IN: list[str] = []
 

@@ -5,7 +5,7 @@ Batches follow the time convention of docs/decisions/0001. B sequences, T positi
     image (B,T,S,S,3) uint8      is_first (B,T) bool         vector (B,T,V) float32           (if the run observes vectors)
     action (B,T,A) float32       reward (B,T) float32       is_terminal (B,T) bool            (from a replay or logged episodes)
     flow (B,T,S,S,2) float16     tracks (B,T,N,2) float32   visible (B,T,N) bool   track_id (B,T,N) int32   (if the method wants them)
-    mask (B,T,S,S) bool                                                               (logged episodes, if the method wants it)
+    mask (B,T,S,S) bool                                               (clips and logged episodes, if the method wants it)
 
 `is_first` is true at the start of every sequence. In a replay it is also true within a sequence, where a new episode follows one shorter
 than T (docs/decisions/0011). Nothing may be carried, averaged or bootstrapped across it. Action and motion are zero there.
@@ -31,6 +31,12 @@ Losses = dict[str, Tensor]
 Metrics = dict[str, Tensor]
 MOTION = frozenset({"flow", "tracks"})
 """`Method.wants` of a method that learns from Atomic Actions or flow. Perception then runs with the environment."""
+MASK = frozenset({"mask"})
+"""`Method.wants` of a method that learns from the pixels of the agent. Its clip store needs the array `mask`."""
+
+LABELS = frozenset({"labelled_image", "labelled_action", "labelled_is_first"})
+"""`Method.wants` of a method that learns from clips and from a few labelled transitions at once. The clip store then holds logged
+episodes, and a batch has a second batch of these with its keys image, action and is_first under other names."""
 
 
 class Source(Enum):
@@ -51,6 +57,8 @@ FROM_VIDEO: Mapping[str, Source] = {"pretrain": Source.CLIPS, "finetune": Source
 """Stages of a method that learns from video first. `train` is `finetune` without a checkpoint."""
 FROM_SCRATCH: Mapping[str, Source] = {"finetune": Source.REPLAY, "train": Source.REPLAY}
 """Stages of a method that learns only in an environment."""
+LATENT_ACTIONS: Mapping[str, Source] = {"pretrain": Source.CLIPS, "clone": Source.CLIPS, "decode": Source.LOGGED}
+"""Stages of a latent action model: latent actions from video, a policy over them, and a decoder to actions that labels train."""
 
 
 def same(*names: str) -> dict[str, str]:
@@ -121,6 +129,16 @@ class Pass(NamedTuple):
     """The pass runs once in this many updates."""
 
 
+def trained(method: nn.Module, *parts: str) -> list[nn.Parameter]:
+    """Parameters of the child modules ``parts``. All other parameters of ``method`` are frozen.
+
+    For `Method.groups` of a method whose stages train different parts of one model.
+    """
+    for name, child in method.named_children():
+        child.requires_grad_(name in parts)
+    return [parameter for part in parts for parameter in method.get_submodule(part).parameters()]
+
+
 class LearnsFromVideo(Protocol):
     """A method with losses of video segments."""
 
@@ -189,7 +207,9 @@ class Method(nn.Module):
     acts_after: ClassVar[frozenset[str]] = frozenset({"finetune", "train"})
     """Stages whose result can act. Their models are built with the number of actions."""
     wants: ClassVar[frozenset[str]] = frozenset()
-    """Batch keys it needs besides pictures, actions and rewards, e.g. `MOTION`."""
+    """Batch keys it may need besides pictures, actions and rewards, e.g. `MOTION` or `MASK`. `needs` says when."""
+    begins: ClassVar[Mapping[str, str]] = {}
+    """Stages that start from a checkpoint and cannot do without: name of the stage -> name of the stage that made the checkpoint."""
     transfers: ClassVar[Mapping[str, str]] = {}
     """Weights that a later stage takes over: name of the child module in the checkpoint -> name of the child module that gets them."""
     extras: ClassVar[Mapping[str, tuple[int, ...]]] = {}
@@ -213,6 +233,11 @@ class Method(nn.Module):
         """Minimum and maximum sequence length T (None: no maximum) for the losses of a stage, with the method's settings."""
         return 2, None
 
+    @classmethod
+    def needs(cls, config: Any, stage: str) -> frozenset[str]:
+        """The keys of `wants` that the losses of a stage need with the method's settings."""
+        return cls.wants
+
     # Learning ---------------------------------------------------------------------------------------------------------------
 
     @abstractmethod
@@ -221,7 +246,7 @@ class Method(nn.Module):
 
     @abstractmethod
     def groups(self, stage: str, rates: Rates) -> list[Group]:
-        """Optimisers of a stage. Every trained parameter is in one of them."""
+        """Optimisers of a stage. Every trained parameter is in one of them; all others are frozen (`trained`)."""
 
     def after_update(self, counters: Counters) -> None:
         """Called once per update, after all passes: slow copies, schedules. It changes only buffers and parameters, in place."""

@@ -171,3 +171,59 @@ def budgets(
             "recipe": dict(RECIPE.get(name, {})),
         }
     return out
+
+
+LATENT: dict[str, dict[str, Any]] = {
+    "small": {
+        "pretrain": {"updates": 20_000, "batch_size": 32, "length": 16, "lr": 6e-4, "lr_decay": 1.0, "eval_every": 5_000},
+        "online": {"updates": 5_000, "batch_size": 64, "length": 8, "lr": 1e-3, "lr_decay": 1.0, "eval_every": 2_500},
+    },
+    "tiny": {
+        "pretrain": {
+            "updates": 2_000,
+            "batch_size": 16,
+            "length": 14,
+            "lr": 1e-3,
+            "lr_decay": 1.0,
+            "eval_every": 500,
+            "save_every": 500,
+        },
+        "online": {
+            "updates": 1_000,
+            "batch_size": 32,
+            "length": 8,
+            "lr": 1e-3,
+            "lr_decay": 1.0,
+            "eval_every": 500,
+            "save_every": 500,
+        },
+    },
+    "debug": {
+        "pretrain": PRETRAIN["debug"],
+        "online": {**ONLINE["debug"], "lr": 1e-3, "lr_decay": 1.0, "eval_every": 10, "save_every": 10},
+    },
+}
+"""Budgets of latent action models. The windows of a sequence overlap, so a sequence of n windows costs less than n single ones."""
+
+
+def latent_presets(
+    *,
+    paper: Mapping[str, Any],
+    small: Mapping[str, Any],
+    tiny: Mapping[str, Any],
+    debug: Mapping[str, Any],
+    pretrain: Mapping[str, Mapping[str, Any]] | None = None,
+) -> dict[str, dict[str, Any]]:
+    """PRESETS of a latent action model.
+
+    Args:
+        paper: all settings of the preset `paper`.
+        small, tiny, debug: settings of the model.
+        pretrain: per preset, settings of the stages on clips that differ from the shared ones.
+    """
+    out: dict[str, dict[str, Any]] = {"paper": dict(paper)}
+    for name, model in (("small", small), ("tiny", tiny), ("debug", debug)):
+        parts = {part: dict(values) for part, values in LATENT[name].items()}
+        parts["pretrain"] |= (pretrain or {}).get(name, {})
+        out[name] = {**RUN.get(name, {}), "optim": {"eps": 1e-8}, "model": dict(model), **parts}
+    return out

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -65,10 +66,12 @@ class EpisodeSampler:
         seed: of the sampling, 0 or more.
         motion, mask: whether batches have these keys.
         prioritize_ends: draw ends of episodes more often, as `Replay` does.
+        labels: number of labelled transitions; 0: all. The sampler then draws from these only (`label_set`).
+        label_seed: of the choice of the labelled transitions.
         heldout_fraction: share of the videos that is left out, chosen by a hash of their id.
 
-    Raises StoreError for a store without actions, rewards or (with ``mask``) masks, and for a store without any episode
-    of two frames.
+    Raises StoreError for a store without actions, rewards or (with ``mask``) masks, for a store without any episode
+    of two frames, and for a store with fewer transitions than ``labels``.
     """
 
     def __init__(
@@ -82,24 +85,31 @@ class EpisodeSampler:
         mask: bool = False,
         prioritize_ends: bool = False,
         heldout_fraction: float = 0.0,
+        labels: int = 0,
+        label_seed: int = 0,
     ) -> None:
         if length < 1 or batch_size < 1 or seed < 0 or not 0 <= heldout_fraction < 1:
             raise ValueError(f"length {length}, batch {batch_size}, seed {seed}, heldout {heldout_fraction}: out of range")
         self.store, self.length, self.batch_size, self.seed = store, length, batch_size, seed
         self.prioritize_ends = prioritize_ends
         self.action_dim = action_dim(store)
-        if mask and "mask" not in store.extra:
-            raise StoreError(
-                f"{store.path}: has no masks of the agent; collect it with --store from an environment that knows them"
-            )
+        self._motion = layout(store, motion, mask)
         store.require_clips()
         kept = np.array([not is_heldout(video, heldout_fraction) for video in store.videos])
         self.clips = np.flatnonzero(kept & (store.lengths >= 2))
         """Store indices of the episodes that the sampler draws from, (n,) int64."""
         if not len(self.clips):
             raise StoreError(f"{store.path}: no episode of two frames or more to learn from")
-        self._motion = layout(store, motion)
-        self._mask = mask
+        self.frames: NDArray[np.int64] = store.lengths[self.clips].copy()
+        """Number of frames of each of them that the sampler draws from, (n,) int64: all, or those with labels."""
+        if labels:
+            self._keep_labelled(labels, label_seed)
+
+    def _keep_labelled(self, labels: int, seed: int) -> None:
+        frames = dict(label_set(self.store, labels, seed, self.clips))
+        kept = np.array([clip in frames for clip in self.clips.tolist()])
+        self.clips = self.clips[kept]
+        self.frames = np.array([frames[clip] for clip in self.clips.tolist()], np.int64)
 
     def batch(self, index: int) -> dict[str, torch.Tensor]:
         """Batch ``index`` of the stream, independent of earlier calls."""
@@ -111,8 +121,6 @@ class EpisodeSampler:
             "is_terminal": np.zeros(shape, np.bool_),
             "is_first": np.zeros(shape, np.bool_),
         }
-        if self._mask:
-            plain["mask"] = np.zeros((*shape, self.store.size, self.store.size), np.bool_)
         seen = {name: np.empty((*shape, *entry), dtype) for name, (entry, dtype) in self._motion.items()}
         for row in range(self.batch_size):
             for piece in self._pieces(rng):
@@ -126,9 +134,10 @@ class EpisodeSampler:
         found: list[_Piece] = []
         at = 0
         while at < self.length:
-            clip = int(self.clips[rng.integers(len(self.clips))])
-            length = min(self.length - at, int(self.store.lengths[clip]))
-            spare = int(self.store.lengths[clip]) - length
+            drawn = rng.integers(len(self.clips))
+            clip, frames = int(self.clips[drawn]), int(self.frames[drawn])
+            length = min(self.length - at, frames)
+            spare = frames - length
             start = int(rng.integers(spare + (length if self.prioritize_ends else 0) + 1))
             found.append(_Piece(at, clip, min(start, spare), length))
             at += length
@@ -141,9 +150,34 @@ class EpisodeSampler:
         into["is_terminal"][:] = window["is_terminal"] != 0
         into["action"][1:] = window["action"][1:]  # the action that led to the first frame is unknown, as at a reset
         into["is_first"][0] = True
-        if "mask" in into:
-            packed = self.store.window("mask", clip, start, start + length)
-            into["mask"][:] = np.unpackbits(packed, axis=-1, count=self.store.size)
+
+
+def label_set(store: ClipStore, labels: int, seed: int, clips: NDArray[np.int64] | None = None) -> list[tuple[int, int]]:
+    """The labelled transitions of a budget: pairs of a clip's index and the number of its first frames that they span.
+
+    Episodes are put in an order that depends on their ids and ``seed`` only. The first ``labels`` transitions in this order
+    are labelled, so the set of a larger budget contains that of a smaller one. n frames span n - 1 transitions.
+
+    Args:
+        clips: indices of the episodes to choose from; default: all.
+
+    Raises StoreError if there are fewer than ``labels`` transitions.
+    """
+    chosen = range(len(store)) if clips is None else clips.tolist()
+
+    def place(clip: int) -> bytes:
+        text = f"{seed} {store.ids[clip]}".encode("utf-8", "surrogateescape")
+        return hashlib.blake2b(text, digest_size=16, person=b"lm-labels").digest()
+
+    found, left = [], labels
+    for clip in sorted(chosen, key=place):
+        count = min(left, int(store.lengths[clip]) - 1)
+        if count > 0:
+            found.append((clip, count + 1))
+            left -= count
+    if left > 0:
+        raise StoreError(f"{store.path}: labels={labels}, but it has {labels - left} transitions; lower labels, or 0 for all")
+    return found
 
 
 def action_dim(store: ClipStore) -> int:

@@ -39,7 +39,9 @@ _PREDICTORS = {
     "motion": "with real motion",
     "prior": "from the observed frames alone",
     "action": "with the real actions",
+    "latent_action": "with the latent actions of the true frames",
     "zero_motion": "with zero motion",
+    "zero_action": "with latent actions of zero",
     "last_frame": "copy of the last frame",
 }
 _TRIVIAL = {"zero": "over zero flow", "frame_mean": "over the frame's mean", "nearest_time": "over the nearest time"}
@@ -154,7 +156,9 @@ def _losses(report: Gathered, runs: Sequence[RunData], kind: str, what: str) -> 
     losses = [k for k in keys if k.startswith("loss/")]
     other = [k for k in keys if k not in losses and k not in _COUNTERS and not k.startswith(("seconds/", "flow/"))]
     held = sorted({k for run in runs for k in run.keys("heldout") if "/" in k}) if kind == "pretrain" else []
-    held = [k for k in held if k in ("masked/ratio_best", *(f"psnr/{name}" for name in _PREDICTORS if name != "zero_motion"))]
+    held = [
+        k for k in held if k in ("masked/ratio_best", *(f"psnr/{name}" for name in _PREDICTORS if not name.startswith("zero_")))
+    ]
     return [
         *figure(losses[:12], f"Losses of {what}."),
         *figure(held, "Held-out figures over training.", "heldout"),

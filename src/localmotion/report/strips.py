@@ -245,7 +245,9 @@ ROWS = {
     "motion": "prediction",
     "prior": "prediction",
     "action": "prediction",
+    "latent_action": "prediction, true latent actions",
     "zero_motion": "prediction, zero motion",
+    "zero_action": "prediction, zero latent actions",
     "last_frame": "last frame, copied",
 }
 """Names of the held-out evaluation's predictors in a strip."""

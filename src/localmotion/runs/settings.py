@@ -28,6 +28,8 @@ def compose(
 ) -> RunConfig:
     """Settings of a run: defaults, then suite, then preset, then ``flags`` (nested), then ``settings`` (name=value texts).
 
+    The entry ``stages`` of a preset has settings of single stages, by their names.
+
     ``method`` is a registry name or the class itself.
 
     Raises ConfigError for unknown names, wrong types and ranges, and for a recipe that cannot be used here.
@@ -37,10 +39,11 @@ def compose(
         raise unknown_name("preset", preset, PRESETS)
     _check_stage(cls, stage)
     sizes = dict(cls.PRESETS[preset])
+    own = sizes.pop("stages", {}).get(stage, {})
     recipe = sizes.pop("recipe", {})
-    config = _layers(cls, stage, preset, env, (sizes, flags or {}), settings)
+    config = _layers(cls, stage, preset, env, (sizes, own, flags or {}), settings)
     if recipe and not _from_video(cls, stage) and not config.checkpoint:  # otherwise the existing clips determine it
-        config = _layers(cls, stage, preset, env, ({**sizes, "recipe": recipe}, flags or {}), settings)
+        config = _layers(cls, stage, preset, env, ({**sizes, "recipe": recipe}, own, flags or {}), settings)
     _check_ranges(config)
     if config.recipe:
         check_recipe(config.recipe)
@@ -83,7 +86,17 @@ def _check_stage(cls: type[methods.Method], stage: Any) -> None:
 
 
 # Counts of the training loops that may be zero; all others are at least 1.
-_MAY_BE_ZERO = {"env_steps", "prefill", "warmup_updates", "freeze_updates", "seed", "threads", "action_repeat", "workers"}
+_MAY_BE_ZERO = {
+    "env_steps",
+    "prefill",
+    "warmup_updates",
+    "freeze_updates",
+    "seed",
+    "threads",
+    "action_repeat",
+    "workers",
+    "labels",
+}
 
 
 def _check_ranges(config: RunConfig) -> None:

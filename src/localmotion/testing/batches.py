@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from localmotion.errors import ConfigError
-from localmotion.methods.base import MOTION, Method, Source
+from localmotion.methods.base import LABELS, MOTION, Method, Source
 
 ACTIONS = 3
 """Numbers of an action."""
@@ -51,16 +51,17 @@ def random_batch(method: type[Method], stage: str, *, batch: int = 2, time: int 
     `Source.CLIPS` gives pictures without actions and rewards; the other sources give both. `Method.wants` adds
 
         flow, tracks   all four keys of motion
-        mask           (B,T,S,S) bool, where the agent is seen; `Source.LOGGED` only
+        mask           (B,T,S,S) bool, where the agent is seen; `Source.CLIPS` and `Source.LOGGED`
         goal           (B,T,S,S,3) uint8, a picture of the goal
         labelled       (B,T) bool, whether the action at a position is known
+        labelled_...   a second batch of logged episodes (`LABELS`); `Source.CLIPS` only
 
     and `Method.extras` adds what acting stored with each action, (B,T,*shape), to `Source.REPLAY` and `Source.ROLLOUT`.
 
     Raises ConfigError for a key in `Method.wants` that is none of these.
     """
     source = method.stages[stage]
-    known = MOTION | {"mask", "goal", "labelled"}
+    known = MOTION | LABELS | {"mask", "goal", "labelled"}
     if unknown := sorted(method.wants - known - MOTION_KEYS):
         raise ConfigError(f"random_batch cannot make {', '.join(unknown)}; give check_method a `batch` of your own, which can")
     keys = CLIPS_KEYS if source is Source.CLIPS else EPISODE_KEYS
@@ -70,7 +71,7 @@ def random_batch(method: type[Method], stage: str, *, batch: int = 2, time: int 
     if "goal" in method.wants:
         goal = torch.randint(0, 256, (batch, 1, SIZE, SIZE, 3), generator=g, dtype=torch.uint8)
         found["goal"] = goal.expand(-1, time, -1, -1, -1).clone()
-    if "mask" in method.wants and source is Source.LOGGED:
+    if "mask" in method.wants and source in (Source.CLIPS, Source.LOGGED):
         found["mask"] = torch.rand(batch, time, SIZE, SIZE, generator=g) < 0.3
     if "labelled" in method.wants and source is not Source.CLIPS:
         found["labelled"] = torch.rand(batch, time, generator=g) < 0.5
@@ -80,6 +81,9 @@ def random_batch(method: type[Method], stage: str, *, batch: int = 2, time: int 
         found |= {name: torch.randn(batch, time, *shape, generator=g) for name, shape in method.extras.items()}
         for name in method.extras:
             found[name][:, 0] = 0  # nothing led to the first frame
+    if source is Source.CLIPS and method.wants & LABELS:
+        second = full_batch(batch, time, seed=seed + 2)
+        found |= {key: second[key.removeprefix("labelled_")] for key in sorted(LABELS)}
     if source is Source.CLIPS:
         found |= {"clip": torch.arange(batch), "start": torch.zeros(batch, dtype=torch.int64)}
     return found

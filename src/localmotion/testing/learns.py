@@ -175,11 +175,11 @@ def frozen_modules(method: nn.Module) -> dict[str, nn.Module]:
 def frozen_parts_stay(subject: Subject) -> None:
     """A frozen module, its buffers included, changes in `after_update` only."""
     method = subject.build()
+    updater = subject.updater(method)  # it asks for the groups, which may freeze what the stage does not train
     frozen = frozen_modules(method)
     if not frozen:
         return
     method.train()
-    updater = subject.updater(method)
     before = {name: {k: v.clone() for k, v in module.state_dict().items()} for name, module in frozen.items()}
     updater._run(tuple(range(len(updater.passes))), subject.data())  # the update without after_update
     for name, module in frozen.items():

@@ -58,12 +58,15 @@ def _whitened(image: Tensor) -> Tensor:
 
 @rule
 def predictions_see_no_future(subject: Subject) -> None:
-    """A prediction uses no picture or reward after its context. Only a row `motion` may use later motion, a row `action` actions."""
+    """A prediction uses no picture or reward after its context. Only a row `motion` may use later motion, a row `action` actions.
+
+    A row `latent_action` may use what later pictures say of the action: it shows what a latent action holds.
+    """
     method, batch = subject.build().eval(), subject.data()
     after = slice(CONTEXT, None)
     plain = _predicted(method, batch)
     for what, keys, row_with in (
-        ("picture or reward", {"image", "reward"}, ""),
+        ("picture or reward", {"image", "reward"}, "latent_action"),
         ("motion", set(MOTION_KEYS), "motion"),
         ("action", {"action"}, "action"),
     ):
@@ -74,7 +77,8 @@ def predictions_see_no_future(subject: Subject) -> None:
             if row != row_with:
                 # A sum over other values in another order may round otherwise; what is seen changes more.
                 same = torch.allclose(other[row], pictures, atol=1e-6, rtol=1e-5)
-                fix = f"cut the batch at `context`, or call the row {row_with!r}" if row_with else "cut the batch at `context`"
+                named = row_with in ("motion", "action")
+                fix = f"cut the batch at `context`, or call the row {row_with!r}" if named else "cut the batch at `context`"
                 require(same, f"row {row!r} changes with another {what} after its {CONTEXT} frames of context", fix)
 
 

@@ -12,6 +12,8 @@ from torch.utils._pytree import tree_leaves
 
 # Each waits for the device or has a shape that depends on values: no CUDA graph can hold it.
 FORBIDDEN = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "equal"}
+UNDECLARED = {"native_batch_norm": (3, 4), "cudnn_batch_norm": (3, 4)}
+"""Operations that write into arguments (by number) without saying so in their schema: the running mean and variance."""
 
 
 class RecordedGraph(TorchDispatchMode):
@@ -47,10 +49,11 @@ class RecordedGraph(TorchDispatchMode):
         kwargs = kwargs or {}
         if func.overloadpacket.__name__ in FORBIDDEN:
             raise RuntimeError(f"{func} cannot be part of a CUDA graph")
+        undeclared = UNDECLARED.get(func.overloadpacket.__name__, ())
         for index, argument in enumerate(func._schema.arguments):
-            if argument.alias_info is not None and argument.alias_info.is_write:
+            if index in undeclared or (argument.alias_info is not None and argument.alias_info.is_write):
                 value = args[index] if index < len(args) else kwargs.get(argument.name)
-                for tensor in tree_leaves(value):
+                for tensor in (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)):
                     storage = tensor.untyped_storage()
                     self._before.setdefault(storage.data_ptr(), (storage, storage.clone()))
         out = func(*args, **kwargs)

@@ -154,6 +154,10 @@ def make_batch(
         "tracks": torch.from_numpy(state.uniform(0, side - 1, (batch, time, tracks, 2))),
         "visible": visible,
         "track_id": track_id,
+        "mask": torch.from_numpy(state.random_sample((batch, time, side, side)) < 0.3),
+        "labelled_image": torch.from_numpy(state.randint(0, 256, (batch, time, side, side, 3)).astype(np.uint8)),
+        "labelled_action": torch.from_numpy(state.uniform(-1.5, 1.5, (batch, time, actions))),
+        "labelled_is_first": is_first.clone(),
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from localmotion.config import RunConfig
 from localmotion.errors import ConfigError, LocalmotionError
-from localmotion.methods.base import Method, Source
+from localmotion.methods.base import LABELS, Method, Source
 
 
 def check_length(method: type[Method], run: RunConfig) -> None:
@@ -16,6 +16,16 @@ def check_length(method: type[Method], run: RunConfig) -> None:
     if length < low or (high is not None and length > high):
         least_most = f"at least {low}" if high is None else f"{low} to {high}"
         raise ConfigError(f"{part}.length={length}: {run.method} learns from sequences of {least_most} positions")
+
+
+def check_begins(method: type[Method], run: RunConfig) -> None:
+    """Raise ConfigError for a stage without the checkpoint that it starts from, and for labels that nothing reads."""
+    before = method.begins.get(run.stage)
+    if before and not run.checkpoint:
+        raise ConfigError(f"{run.stage} of {run.method} starts from a {before} run: give it with --checkpoint RUN")
+    video = method.stages.get(run.stage) is Source.CLIPS
+    if run.labels and (not run.data or (video and not method.needs(run.model, run.stage) & LABELS)):
+        raise ConfigError(f"labels={run.labels}: {run.stage} reads no labels; they are a part of logged episodes, --data STORE")
 
 
 def check_learns(run: RunConfig, repeat: int = 1) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from localmotion.acting.observer import Observer
 from localmotion.config import RunConfig
-from localmotion.methods.base import MOTION, Method
+from localmotion.methods.base import MASK, MOTION, Method
 from localmotion.recording.logs import EpisodeSampler
 from localmotion.runs.rundir import RunDir
 from localmotion.training.loop import Clock, Loop
@@ -39,15 +39,17 @@ class LoggedLoop(Loop):
     ) -> None:
         online = run.online
         super().__init__(run, out, method, updater, Clock(online.log_every), Clock(online.eval_every), Clock(online.save_every))
-        self.store = store
+        self.store, needs = store, method.needs(run.model, run.stage)
         self.sampler = EpisodeSampler(
             store,
             online.length,
             online.batch_size,
             run.seed,
-            motion=bool(method.wants & MOTION),
-            mask="mask" in method.wants,
+            motion=bool(needs & MOTION),
+            mask=bool(needs & MASK),
             prioritize_ends=online.prioritize_ends,
+            labels=run.labels,
+            label_seed=run.seed,
         )
         self.trials = Trials(run, out, method, self.compute, make, lambda: self.stop.check()) if make else None
         self.spent |= {"data": 0.0, "eval": 0.0}
@@ -57,7 +59,7 @@ class LoggedLoop(Loop):
         return self.run.online.updates
 
     def lines(self) -> list[str]:
-        frames = int(self.store.lengths[self.sampler.clips].sum())
+        frames = int(self.sampler.frames.sum())
         online = self.run.online
         judged = f"evaluated in {self.run.env}" if self.trials else "not evaluated: no --env"
         return [

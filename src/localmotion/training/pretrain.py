@@ -14,11 +14,12 @@ from localmotion.compute import choose
 from localmotion.config import RunConfig
 from localmotion.console import say
 from localmotion.errors import ConfigError, StoreError
-from localmotion.evaluation.heldout import measure_heldout
-from localmotion.methods.base import MOTION, Method, Source
+from localmotion.evaluation.heldout import CONTEXT_FRAMES, measure_heldout
+from localmotion.methods.base import LABELS, MASK, MOTION, Method, Source
+from localmotion.recording.logs import EpisodeSampler
 from localmotion.runs.rundir import RunDir, claimed, read_environment
 from localmotion.training import graphs
-from localmotion.training.checks import check_length
+from localmotion.training.checks import check_begins, check_length
 from localmotion.training.loop import Clock, Loop
 from localmotion.training.transfer import load_pretrained
 from localmotion.training.update import Updater
@@ -36,6 +37,7 @@ def pretrain(run: RunConfig, path: Path) -> Path:
     if cls.stages.get(run.stage) is not Source.CLIPS:
         raise ConfigError(f"method {run.method} has no pre-training stage; use localmotion train")
     check_length(cls, run)
+    check_begins(cls, run)
     with claimed(path):
         return _pretrain(run, path, cls)
 
@@ -51,7 +53,7 @@ def _pretrain(run: RunConfig, path: Path, cls: type[Method]) -> Path:
         say(load_pretrained(method, run).line())
     updater = Updater(method, run, compute, pretrained=bool(run.checkpoint), graph=graphs.wanted(run))
     with closing(train):
-        VideoLoop(run, out, store, method, updater, train, heldout).go()
+        VideoLoop(run, out, store, method, updater, train, heldout, _labelled(store, run)).go()
     return path
 
 
@@ -70,11 +72,12 @@ class VideoLoop(Loop):
         updater: Updater,
         train: WindowSampler,
         heldout: WindowSampler | None,
+        labelled: EpisodeSampler | None = None,
     ) -> None:
         settings = run.pretrain
         clocks = Clock(settings.log_every), Clock(settings.eval_every), Clock(settings.save_every)
         super().__init__(run, out, method, updater, *clocks)
-        self.store, self.train, self.heldout = store, train, heldout
+        self.store, self.train, self.heldout, self.labelled = store, train, heldout, labelled
         self.spent["data"] = 0.0
 
     @property
@@ -90,7 +93,11 @@ class VideoLoop(Loop):
     def advance(self) -> None:
         self.train.load_state_dict({"index": self.updater.update})
         with self.timed("data"):
-            batch = self.compute.to_device(next(self.train))  # the batch of this update; a thread reads the next one
+            found = next(self.train)  # the batch of this update; a thread reads the next one
+            if self.labelled:
+                known = self.labelled.batch(self.updater.update)
+                found |= {key: known[key.removeprefix("labelled_")] for key in LABELS}
+            batch = self.compute.to_device(found)
         self.learn(batch)
 
     def measure(self, final: bool) -> None:
@@ -108,16 +115,26 @@ class VideoLoop(Loop):
 
 def _sampler(store: ClipStore, run: RunConfig, split: Split) -> WindowSampler:
     settings, training = run.pretrain, split == "train"
+    needs = methods.get(run.method).needs(run.model, run.stage)
     return WindowSampler(
         store,
-        settings.length,
+        settings.length if training else max(settings.length, CONTEXT_FRAMES + 1),  # something is left to predict
         settings.batch_size,
         run.seed if training else run.seed + 1,
         split=split,
         heldout_fraction=settings.heldout_fraction,
         prefetch=training,
-        motion=bool(methods.get(run.method).wants & MOTION),
+        motion=bool(needs & MOTION),
+        mask=bool(needs & MASK),
     )
+
+
+def _labelled(store: ClipStore, run: RunConfig) -> EpisodeSampler | None:
+    """Sampler of labelled transitions, for stages that need them: those that `decode` has with the same labels and seed."""
+    if not methods.get(run.method).needs(run.model, run.stage) & LABELS:
+        return None
+    settings = run.pretrain
+    return EpisodeSampler(store, settings.length, settings.batch_size, run.seed, labels=run.labels, label_seed=run.seed)
 
 
 def _heldout(store: ClipStore, run: RunConfig) -> WindowSampler | None:

@@ -60,6 +60,9 @@ def load_pretrained(method: Method, run: RunConfig) -> Transfer:
     stages = methods.get(theirs.method).stages
     if stages.get(theirs.stage) not in (Source.CLIPS, Source.LOGGED) or (not foreign and theirs.stage == run.stage):
         raise CheckpointError(f"{source}: is a {theirs.stage} run, not a pre-training run")
+    before = method.begins.get(run.stage)
+    if before and not foreign and theirs.stage != before:
+        raise CheckpointError(f"{source}: is a {theirs.stage} run; {run.stage} of {run.method} starts from a {before} run")
     path = checkpoint.newest(source)
     weights = checkpoint.read(path, "weights")
     here, there = {key.partition(".")[0] for key in method.state_dict()}, {key.partition(".")[0] for key in weights}

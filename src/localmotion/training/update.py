@@ -230,10 +230,10 @@ class Updater:
     def _decay(self, shape: str) -> float:
         """Factor on the learning rate at this update: 1.
 
-        In pre-training it falls to 0 over the last `lr_decay` of the updates.
+        In stages on clips and on logged episodes it falls to 0 over the last `lr_decay` of the updates.
         """
-        settings = self.run.pretrain
-        if self.source is not Source.CLIPS or settings.lr_decay <= 0:
+        settings = self.run.pretrain if self.source is Source.CLIPS else self.run.online
+        if self.source not in (Source.CLIPS, Source.LOGGED) or settings.lr_decay <= 0:
             return 1.0
         left = min(1.0, (settings.updates - self.update) / (settings.lr_decay * settings.updates))
         return left if shape == "linear" else 0.5 - 0.5 * math.cos(math.pi * left)

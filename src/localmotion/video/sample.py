@@ -46,6 +46,7 @@ class WindowSampler:
     is_first (B, T)          bool    True at t = 0
     clip     (B,)            int64   index of the clip in the store
     start    (B,)            int64   first frame of the window in the clip
+    mask     (B, T, S, S)    bool    pixels of the agent, with `mask=True`
     ======== =============== ======= ====================================================================
 
     With `motion=False` the four keys of motion are left out and their files are not opened. Batches do not share
@@ -63,8 +64,12 @@ class WindowSampler:
         heldout_fraction: float = 0.1,
         prefetch: bool = True,
         motion: bool = True,
+        mask: bool = False,
     ) -> None:
-        """`length` T and `batch_size` B; `seed` 0 or more. Raises StoreError if no clip of the split has T frames."""
+        """`length` T and `batch_size` B; `seed` 0 or more.
+
+        Raises StoreError if no clip of the split has T frames, and with ``mask`` for a store without masks.
+        """
         if length < 1 or batch_size < 1 or seed < 0 or not 0 <= heldout_fraction < 1:
             raise ValueError(f"length {length}, batch {batch_size}, seed {seed}, heldout {heldout_fraction}: out of range")
         if split not in ("train", "heldout", "all"):
@@ -76,7 +81,7 @@ class WindowSampler:
         """Number of valid starts of each of them, (n,) int64."""
         self.index = 0
         """Index of the batch that `next` returns."""
-        self._layout = layout(store, motion)
+        self._layout = layout(store, motion, mask)
         self._thread = ThreadPoolExecutor(1, "windows") if prefetch else None
         self._ahead: tuple[int, Future[Batch]] | None = None
 
@@ -150,23 +155,34 @@ class WindowSampler:
             self._ahead = None
 
 
-def layout(store: ClipStore, motion: bool) -> dict[str, tuple[tuple[int, ...], Any]]:
-    """Per key of a batch, the shape and element type of one frame's entry."""
+def layout(store: ClipStore, motion: bool, mask: bool = False) -> dict[str, tuple[tuple[int, ...], Any]]:
+    """Per key of a batch, the shape and element type of one frame's entry.
+
+    Raises StoreError with ``mask`` for a store without the array `mask`, (S, ceil(S/8)) bytes of bits.
+    """
     size, tracks = store.size, store.tracks
     found: dict[str, tuple[tuple[int, ...], Any]] = {"image": ((size, size, 3), np.uint8)}
     if motion:
         found["flow"] = ((size, size, 2), np.float16)
         found |= {"tracks": ((tracks, 2), np.float32), "visible": ((tracks,), np.bool_), "track_id": ((tracks,), np.int32)}
+    if mask:
+        if store.extra.get("mask") != ("|u1", (size, -(-size // 8))):
+            raise StoreError(
+                f"{store.path}: has no masks of the agent; collect it with --store from an environment that knows them"
+            )
+        found["mask"] = ((size, size), np.bool_)
     return found
 
 
 def read_window(store: ClipStore, clip: int, start: int, into: Mapping[str, NDArray[Any]]) -> None:
     """Fill arrays (n, ...), by the keys of `layout`, with frames start to start + n of a clip and the motion that led to each.
 
-    Motion stored at t leads to t+1, so it moves one position up; the first position has no motion.
+    Motion stored at t leads to t+1, so it moves one position up; the first position has no motion. Masks stay where they are.
     """
     stop = start + len(into["image"])
     into["image"][:] = store.window("frames", clip, start, stop)
+    if "mask" in into:
+        into["mask"][:] = np.unpackbits(store.window("mask", clip, start, stop), axis=-1, count=store.size)
     if "flow" not in into:
         return
     into["flow"][0] = 0

@@ -1,0 +1,248 @@
+"""LAPO: latent actions from videos without actions, a policy over latent actions, and a decoder that a few labels train.
+
+Paper: "Learning to Act without Actions", arXiv 2312.10812. `form=continuous` is the LAPO of the MaskLAM study (arXiv 2602.02259).
+
+    pretrain   z_t = IDM(o_{t-1}, o_t, o_{t+1});  o^_{t+1} = FDM(o_{t-1}, o_t, q(z_t));  E |o^ - o|^2 + commitment loss of q
+    clone      E |pi(o_t) - z_t|^2, z_t of the frozen IDM, before quantisation
+    decode     E |head(pi(o_t)) - a_t|^2 on labelled transitions, pi frozen. a_t leads from o_t to o_{t+1}
+
+Position t of a batch has the action that LED TO frame t (docs/decisions/0001), so a_t above is ``action[t + 1]``.
+
+What the paper and its release leave open, or what differs here:
+
+* The release trains the decoder on rollouts in Procgen, with discrete actions, beside PPO. Here it is trained on logged episodes with
+  continuous actions, in a stage of its own, as in the MaskLAM study.
+* The optimiser: AdamW with weight decay 0.01 in all stages. The learning rate rises from 0 (release: from a tenth) and falls linearly
+  to 0 (release: to a hundredth in the first stage).
+* The quantiser's counts begin at one (`models.latent_actions.Quantizer` says why).
+* `flow_weight` is not LAPO's: a second decoder has to give the optical flow between the two frames from z and the frames before, so
+  z codes motion, not change of light.
+
+Shapes: B sequences, T positions, n windows of a sequence, N = B * n, S side, Z numbers of z, A actions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from localmotion.errors import ConfigError
+from localmotion.methods.base import LATENT_ACTIONS, MOTION, Batch, Group, Losses, Method, Metrics, Pass, Rates, same, trained
+from localmotion.methods.sizes import latent_presets
+from localmotion.models.latent_actions import (
+    ActionHead,
+    InverseModel,
+    LatentEncoder,
+    Quantizer,
+    ResidualForward,
+    UNet,
+    orthogonal_,
+)
+from localmotion.models.latent_windows import (
+    decoding_error,
+    every,
+    frozen,
+    newest,
+    noisy,
+    pictures,
+    r_squared,
+    roll_out,
+    stacks,
+    starts,
+)
+
+MOTION_SCALE = 1 / 16
+"""Flow is measured in this share of the picture's side: 4 pixels of 64."""
+
+
+@dataclass(frozen=True)
+class LAPOConfig:
+    """Settings of LAPO. Defaults are those of the release."""
+
+    form: Literal["vq", "continuous"] = "vq"
+    """vq: the release (2 frames before a step, quantised latent actions, U-Net). continuous: the baseline of the MaskLAM study
+    (3 frames, latent actions without quantiser, residual forward model, policy on 3 frames)."""
+    latent: int = 128
+    """Numbers of a latent action. With `form=vq` it is codebooks x positions x 16, so a multiple of 16 * codebooks."""
+    widths: tuple[int, ...] = (64, 128, 128)
+    """Channels of the stages of the inverse model and the policy."""
+    hidden: int = 256
+    """Width of their hidden layer. With `form=continuous` there is none."""
+    base: int = 24
+    """Channels of the U-Net's first level; each level doubles them."""
+    forward_widths: tuple[int, ...] = (96, 192, 192)
+    """Channels of the stages of the residual forward model (`form=continuous`, and the flow decoder)."""
+    codebooks: int = 2
+    """Number of codebooks of the quantiser."""
+    codes: int = 64
+    """Vectors of a codebook."""
+    code_decay: float = 0.999
+    """Decay of the averages that codes follow."""
+    commitment: float = 0.05
+    """Weight of the loss that keeps latent actions near their codes."""
+    flow_weight: float = 0.0
+    """Weight of the flow decoder's loss; 0: no flow decoder. Above 0, clips need flow."""
+    head_widths: tuple[int, ...] = (192, 128, 64)
+    """Hidden layers of the decoder from latent actions to actions."""
+    warmup: int = 50
+    """Updates over which the learning rate of the first stage rises."""
+    clone_warmup: int = 1_000
+    """The same in the stage `clone`."""
+    decay: float = 0.01
+    """Weight decay of AdamW."""
+    noise: float = 0.1
+    """Standard deviation of the noise on actions while exploring."""
+
+
+class LAPO(Method):
+    """Latent action policies."""
+
+    name = "lapo"
+    paper = "arXiv 2312.10812"
+    Config = LAPOConfig
+    stages = LATENT_ACTIONS
+    acts_after = frozenset({"decode"})
+    begins = {"clone": "pretrain", "decode": "clone"}
+    wants = MOTION
+    transfers = same("inverse", "dynamics", "policy")
+    PRESETS = latent_presets(
+        paper={
+            "optim": {"eps": 1e-8, "clip": 2.0},
+            "pretrain": {"updates": 50_000, "batch_size": 128, "length": 3, "lr": 3e-4, "lr_decay": 1.0},
+            "stages": {"clone": {"pretrain": {"updates": 60_000, "lr": 2e-4}}},
+        },
+        pretrain={"small": {"length": 8}, "tiny": {"length": 8, "batch_size": 8}},  # as many windows as MaskLAM has
+        small={"clone_warmup": 50, "widths": (32, 64, 64), "base": 12, "forward_widths": (32, 64, 64)},
+        tiny={"clone_warmup": 50, "widths": (16, 32, 32), "hidden": 128, "base": 8, "forward_widths": (16, 32, 32), "latent": 64},
+        debug={
+            "warmup": 2,
+            "clone_warmup": 2,
+            "widths": (4, 4, 8),
+            "hidden": 16,
+            "base": 2,
+            "forward_widths": (4, 4, 8),
+            "latent": 32,
+            "head_widths": (8,),
+        },
+    )
+
+    def __init__(self, config: LAPOConfig, *, image_size: int, action_dim: int | None) -> None:
+        super().__init__(config, image_size=image_size, action_dim=action_dim)
+        self.config = config
+        quantised = config.form == "vq"
+        self.before = 2 if quantised else 3
+        """Frames before a step that the forward model sees; the inverse model also sees the one after it."""
+        self.seen = 1 if quantised else 3
+        """Frames that the policy sees."""
+        hidden = config.hidden if quantised else 0
+        encoder = LatentEncoder(3 * (self.before + 1), config.widths, image_size, config.latent, hidden)
+        self.policy = LatentEncoder(3 * self.seen, config.widths, image_size, config.latent, hidden)
+        if quantised:
+            if config.latent % (16 * config.codebooks) or not config.latent:
+                raise ConfigError(f"latent={config.latent}: must be a multiple of 16 * codebooks, {16 * config.codebooks}")
+            self.dynamics: UNet | ResidualForward = UNet(3 * self.before, config.latent, image_size, config.base)
+            positions = config.latent // (16 * config.codebooks)
+            quantizer = Quantizer(config.codebooks, positions, 16, config.codes, config.code_decay, config.commitment)
+            self.inverse = InverseModel(encoder, quantizer)
+        else:
+            self.inverse = InverseModel(encoder)
+            self.dynamics = ResidualForward(3 * self.before, config.forward_widths, config.latent, image_size)
+            for module in (self.inverse, self.policy, self.dynamics):
+                orthogonal_(module)
+        if config.flow_weight > 0:
+            self.flow = ResidualForward(3 * self.before, config.forward_widths, config.latent, image_size, 2, bounded=False)
+        if action_dim is not None:
+            self.head = ActionHead(config.latent, config.head_widths, action_dim)
+
+    @classmethod
+    def lengths(cls, config: Any, stage: str) -> tuple[int, int | None]:
+        frames = 2 if config.form == "vq" else 3
+        return (2 if stage == "decode" and config.form == "vq" else frames + 1), None
+
+    @classmethod
+    def needs(cls, config: Any, stage: str) -> frozenset[str]:
+        return MOTION if stage == "pretrain" and config.flow_weight > 0 else frozenset()
+
+    # 1. Latent actions ----------------------------------------------------------------------------------------------------------
+
+    def _step(self, frames: Tensor, ends: Tensor, begin: Tensor | None = None) -> Tensor:
+        """What the inverse model sees of the steps from frames ``ends`` (B, n): stacks (N, 3 * (before + 1), S, S)."""
+        return stacks(frames, ends + 1, self.before + 1, begin)
+
+    def pretrain_losses(self, batch: Batch) -> tuple[Losses, Metrics]:
+        """Losses of the inverse and the forward model on every window of ``before`` + 1 frames."""
+        frames = pictures(batch["image"])
+        ends = every(frames, self.before - 1, frames.shape[1] - 2)  # (B, n)
+        past, target = stacks(frames, ends, self.before), stacks(frames, ends + 1, 1)  # (N, 3 * before, S, S), (N, 3, S, S)
+        code, losses, metrics = self.inverse.code(self.inverse(self._step(frames, ends)))  # (N, Z)
+        losses["image"] = (self.dynamics(past, code).float() - target).square().mean()
+        if self.config.flow_weight > 0:
+            flow = batch["flow"].permute(0, 1, 4, 2, 3).float() / (MOTION_SCALE * self.image_size)  # (B, T, 2, S, S)
+            losses["flow"] = (self.flow(past, code).float() - stacks(flow, ends + 1, 1)).square().mean()
+        still = (past[:, -3:] - target).square().mean()
+        return losses, {"image/of_copy": losses["image"].detach() / still.clamp(min=1e-8), **metrics}
+
+    # 2. A policy over latent actions --------------------------------------------------------------------------------------------
+
+    def clone_losses(self, batch: Batch) -> tuple[Losses, Metrics]:
+        """The policy learns the latent actions of the frozen inverse model from the frames before the step."""
+        frames = pictures(batch["image"])
+        ends = every(frames, self.before - 1, frames.shape[1] - 2)
+        target = frozen(self.inverse, self._step(frames, ends))  # (N, Z)
+        found = self.policy(stacks(frames, ends, self.seen)).float()
+        return {"latent": (found - target).square().mean()}, {"latent/r2": r_squared(found, target)}
+
+    # 3. A decoder to actions, and acting ----------------------------------------------------------------------------------------
+
+    def decode_losses(self, batch: Batch) -> tuple[Losses, Metrics]:
+        """The head learns the logged actions from the frozen policy's latent actions."""
+        return decoding_error(self.policy, self.head, batch, self.seen)
+
+    def initial_carry(self, batch_size: int) -> Tensor:
+        shape = (batch_size, self.seen, self.image_size, self.image_size, 3)
+        return torch.zeros(shape, dtype=torch.uint8, device=self.policy.project.weight.device)
+
+    def act(self, obs: Batch, carry: Tensor, *, explore: bool, window: int) -> tuple[Tensor, Tensor]:
+        carry = newest(carry, obs)
+        action = self.head(self.policy(pictures(carry).flatten(1, 2)))
+        return noisy(action, self.config.noise, explore), carry
+
+    # Stages ---------------------------------------------------------------------------------------------------------------------
+
+    def loss_scales(self, stage: str) -> dict[str, float]:
+        if stage != "pretrain":
+            return {"latent" if stage == "clone" else "action": 1.0}
+        scales = {"image": 1.0} | ({"commitment": 1.0} if self.config.form == "vq" else {})
+        return scales | ({"flow": self.config.flow_weight} if self.config.flow_weight > 0 else {})
+
+    def passes(self, stage: str) -> tuple[Pass, ...]:
+        losses = {"pretrain": self.pretrain_losses, "clone": self.clone_losses, "decode": self.decode_losses}[stage]
+        return (Pass(lambda batch, _: (*losses(batch), None), self.loss_scales(stage), ("model",)),)
+
+    def groups(self, stage: str, rates: Rates) -> list[Group]:
+        config = self.config
+        video = ("inverse", "dynamics", *(("flow",) if config.flow_weight > 0 else ()))
+        parts = {"pretrain": video, "clone": ("policy",), "decode": ("head",)}[stage]
+        warmup = {"pretrain": config.warmup, "clone": config.clone_warmup}.get(stage, 0)
+        return [Group("model", trained(self, *parts), rates.lr, optimizer="adamw", weight_decay=config.decay, warmup=warmup)]
+
+    # Looking --------------------------------------------------------------------------------------------------------------------
+
+    def motion_code(self, batch: Batch) -> Tensor:
+        """The latent action that led to each frame, before quantisation, (B, T, Z)."""
+        frames = pictures(batch["image"])
+        ends = every(frames, 0, frames.shape[1] - 1)
+        begin = starts(batch["is_first"])
+        return frozen(self.inverse, self._step(frames, ends - 1, begin)).unflatten(0, ends.shape)
+
+    def open_loop(self, batch: Batch, context: int) -> dict[str, Tensor]:
+        """`latent_action`: the forward model given the latent actions of the true frames; `zero_action`: given zeros instead."""
+        frames, codes = pictures(batch["image"]), self.motion_code(batch)
+        codes = self.inverse.code(codes.flatten(0, 1))[0].view_as(codes)
+
+        known = codes * (torch.arange(codes.shape[1], device=codes.device) < context)[:, None]
+        rows = {"latent_action": codes, "zero_action": known}
+        return {name: roll_out(self.dynamics, frames, latents, context, self.before) for name, latents in rows.items()}
