@@ -1,8 +1,8 @@
 """What DRP's world model learns from one fixed replay, by settings: does z open, what does s know, and can it be predicted?
 
     python studies/stage0/measure.py planar:walker_run exact 0 published embed embed+z0        # task, motion, seed, arms
-    python studies/stage0/measure.py planar:walker_run exact 0 --pretrain published no_context # the same of pre-training
-    python studies/stage0/measure.py planar:walker_run exact 0 --transfer scratch slow full all_slow
+    python studies/stage0/measure.py planar:walker_run exact 0 published no_context --pretrain # the same of pre-training
+    python studies/stage0/measure.py planar:walker_run exact 0 scratch slow full all_slow --transfer
 
 Data: 280 episodes of 48 agent steps under smooth random actions (action repeat 2; 32-pixel pictures, motion at 64), 240 to learn from and
 40 held out. One seed decides initial weights and batches, the same for all arms. Only the world model learns; 500 updates of 16 x 16.
@@ -55,6 +55,12 @@ Arrays = dict[str, NDArray[Any]]
 Batch = dict[str, Tensor]
 
 EMBED, Z0, Z_FREE = "embed_input=true", "beta_z_finetune=0", "free_nats_z=1"
+BASE = {
+    "pretrain": (),
+    "finetune": ("embed_input=false", "beta_z_finetune=null"),  # Eqs. 3 and 8
+    "transfer": (EMBED, Z0),
+}
+"""Settings of all arms of a kind, before their own."""
 ARMS: dict[str, tuple[str, ...]] = {
     "published": (),
     "z_free": (Z_FREE,),
@@ -319,7 +325,7 @@ def main() -> None:
             name = f"{arm}, {source}" if source else arm
             if name in table.known:
                 continue
-            began, given = time.process_time(), known[arm]
+            began, given = time.process_time(), (*BASE[kind], *known[arm])
             rng = np.random.default_rng(args.seed)
             if kind == "pretrain":
                 run = settings("pretrain", args.task, (*given, f"pretrain.updates={UPDATES}"))
@@ -341,7 +347,7 @@ def main() -> None:
                 values = {**figures(model, train, test), **motion_figures(model, train, test)}
             else:
                 values = transfer(args, given, source, episodes, train, test, actions)
-            table.add(name, given, {**values, "cpu_seconds": round(time.process_time() - began, 1)})
+            table.add(name, known[arm], {**values, "cpu_seconds": round(time.process_time() - began, 1)})
 
 
 def transfer(
