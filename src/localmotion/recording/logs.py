@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from localmotion.errors import StoreError
+from localmotion.video.bits import mask_layout, unpack
 from localmotion.video.sample import is_heldout, layout, read_window
 from localmotion.video.shards import Extra
 from localmotion.video.store import ClipStore
@@ -28,7 +29,7 @@ def logged(action_dim: int, mask_size: int = 0) -> Extra:
     reward          () float32         reward of that agent step; zero in the first row
     is_terminal     () uint8           1 where the episode ended there by the task's rules, not by a time limit
     mask            (S, ceil(S/8))     uint8, bits of the agent's pixels, first column in the highest bit (`numpy.packbits`);
-                                       with ``mask_size`` S, for environments that know the mask
+                                       with ``mask_size`` S, for environments that know the mask and recipes with a mask backend
     =============== ================== =============================================================================
     """
     found: dict[str, tuple[str, tuple[int, ...]]] = {
@@ -36,7 +37,7 @@ def logged(action_dim: int, mask_size: int = 0) -> Extra:
         "reward": ("<f4", ()),
         "is_terminal": ("|u1", ()),
     }
-    return found | ({"mask": ("|u1", (mask_size, -(-mask_size // 8)))} if mask_size else {})
+    return {**found, **(mask_layout(mask_size) if mask_size else {})}
 
 
 class _Piece(NamedTuple):
@@ -89,9 +90,7 @@ class EpisodeSampler:
         self.prioritize_ends = prioritize_ends
         self.action_dim = action_dim(store)
         if mask and "mask" not in store.extra:
-            raise StoreError(
-                f"{store.path}: has no masks of the agent; collect it with --store from an environment that knows them"
-            )
+            raise StoreError(f"{store.path}: has no masks of the agent; collect it with --store and --mask motion")
         store.require_clips()
         kept = np.array([not is_heldout(video, heldout_fraction) for video in store.videos])
         self.clips = np.flatnonzero(kept & (store.lengths >= 2))
@@ -143,7 +142,7 @@ class EpisodeSampler:
         into["is_first"][0] = True
         if "mask" in into:
             packed = self.store.window("mask", clip, start, start + length)
-            into["mask"][:] = np.unpackbits(packed, axis=-1, count=self.store.size)
+            into["mask"][:] = unpack(packed, self.store.size)
 
 
 def action_dim(store: ClipStore) -> int:
