@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -246,9 +247,8 @@ def test_clean_prompt_is_idempotent(text):
     assert once == once.lower()
 
 
-def test_grounded_sam_with_real_untrained_models(tmp_path):
-    """The true loading and calling path of transformers, on networks of a few thousand parameters."""
-    library = pytest.importorskip("transformers", reason="the perception extra is not installed")
+def save_untrained(library: Any, folder: Path) -> dict[str, Any]:
+    """Write a detector and a segmenter of a few thousand parameters; the options of a backend that loads them."""
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", "person", "hand", "robot", "arm"]
     detector = library.GroundingDinoConfig(
         backbone_config=library.SwinConfig(
@@ -289,19 +289,24 @@ def test_grounded_sam_with_real_untrained_models(tmp_path):
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        library.GroundingDinoForObjectDetection(detector).save_pretrained(tmp_path / "dino")
-        library.SamModel(segmenter).save_pretrained(tmp_path / "sam")
-    library.BertTokenizer(vocab={word: i for i, word in enumerate(words)}).save_pretrained(tmp_path / "dino")
+        library.GroundingDinoForObjectDetection(detector).save_pretrained(folder / "dino")
+        library.SamModel(segmenter).save_pretrained(folder / "sam")
+    library.BertTokenizer(vocab={word: i for i, word in enumerate(words)}).save_pretrained(folder / "dino")
     size = {"shortest_edge": 64, "longest_edge": 96}
-    library.GroundingDinoImageProcessorPil(size=size).save_pretrained(tmp_path / "dino")
+    library.GroundingDinoImageProcessorPil(size=size).save_pretrained(folder / "dino")
     library.SamImageProcessorPil(
         size={"longest_edge": 64},
         pad_size={"height": 64, "width": 64},
         mask_size={"longest_edge": 16},
         mask_pad_size={"height": 16, "width": 16},
-    ).save_pretrained(tmp_path / "sam")
+    ).save_pretrained(folder / "sam")
+    return {"detector": str(folder / "dino"), "segmenter": str(folder / "sam"), "local_files_only": True}
 
-    folders = {"detector": str(tmp_path / "dino"), "segmenter": str(tmp_path / "sam"), "local_files_only": True}
+
+def test_grounded_sam_with_real_untrained_models(tmp_path):
+    """The true loading and calling path of transformers, on networks of a few thousand parameters."""
+    library = pytest.importorskip("transformers", reason="the perception extra is not installed")
+    folders = save_untrained(library, tmp_path)
     backend = GroundedSam(**folders, box_threshold=0.0, text_threshold=0.0, max_boxes=3, device="cpu")
     frame = np.random.default_rng(0).integers(0, 255, (48, 72, 3), dtype=np.uint8)
     found = backend.detect(frame)

@@ -181,7 +181,7 @@ def test_windows_have_the_masks_of_their_frames(logs: Path) -> None:
 
 def test_a_store_without_masks_is_refused_with_the_fix(store: Path, tmp_path: Path) -> None:
     run = compose("masklam", "pretrain", preset="debug", flags={"data": str(store), "device": "cpu", "threads": 1})
-    with pytest.raises(StoreError, match=r"store: has no masks of the agent; collect it with --store"):
+    with pytest.raises(StoreError, match=r"store: has no masks of the agent; make it with --mask motion"):
         pretrain(run, tmp_path / "run")
     bare = ("loss_mask=false", "mask_channel=false")
     run = compose("masklam", "pretrain", preset="debug", settings=bare)

@@ -14,19 +14,24 @@ import pytest
 from localmotion.cli import main
 from localmotion.envs import make_env
 from localmotion.errors import ConfigError, LocalmotionError
+from localmotion.perception.base import _REGISTRY
+from localmotion.perception.dis import DISFlow
 from localmotion.perception.stream import shrink_flow
+from localmotion.perception_eval.agent_masks import read_set
 from localmotion.perception_eval.report import (
+    EMBEDDED,
     POLICIES,
     ReportSettings,
     build_tools,
     draw_clip,
+    mask_rows,
     perception_report,
     record,
     save_report,
     score_env,
     tables,
 )
-from localmotion.perception_eval.scores import FlowScore, MaskScore, SlotScore, TrackScore, stored
+from localmotion.perception_eval.scores import FlowScore, MaskScore, OverlapScore, SlotScore, TrackScore, stored
 from localmotion.perception_eval.warps import WARPS, load_pictures, score_warps, warp_pair
 from localmotion.video.write import write_video
 
@@ -178,13 +183,14 @@ def test_backends_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
         "flow": ["dis"],
         "segment": ["saliency"],
         "track": ["lk"],
+        "mask": ["motion"],
     }
     with pytest.raises(ConfigError, match="dis"):
         build_tools(("diss",))
     made: Any = SimpleNamespace(name="made")
 
     def make(kind: str, name: str) -> Any:
-        if name in ("dis", "saliency", "lk"):
+        if name in ("dis", "saliency", "lk", "motion"):
             return made
         raise LocalmotionError(f"{name} is not installed")
 
@@ -194,6 +200,92 @@ def test_backends_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     assert any(line.startswith("sea_raft: sea_raft is not installed") for line in skipped)
     with pytest.raises(LocalmotionError, match="sea_raft is not installed"):
         build_tools(("embedded", "sea_raft"))
+
+
+def test_overlap_of_known_masks() -> None:
+    score = OverlapScore()
+    true, found = np.zeros((3, 4, 4), bool), np.zeros((3, 4, 4), bool)
+    true[0, :2] = True  # 8 pixels, 4 of them found
+    true[1, 0, :2] = True  # found exactly
+    found[0, 0] = found[0, 3] = True
+    found[1, 0, :2] = found[2, 1, 1] = True
+    score.add(found[:2], true[:2])
+    score.add(found[2:], true[2:])
+    expected = {"iou": 6 / 15, "frames": (4 / 12 + 1) / 2, "precision": 6 / 11, "recall": 0.6, "found": 11 / 48, "area": 10 / 48}
+    assert score.numbers() == pytest.approx(expected, rel=1e-3)
+    nothing = OverlapScore()
+    nothing.add(found[2:] & False, true[2:])
+    assert nothing.numbers()["area"] == 0
+    assert np.isnan(nothing.numbers()["frames"])
+
+
+class Everything:
+    """A mask backend that marks all pixels, and remembers the flow."""
+
+    def masks(self, frames: Any, flows: Any, cuts: Any, size: int) -> Any:
+        self.flows = flows
+        return np.ones((len(frames), size, size), bool)
+
+
+def test_masks_are_scored_in_environments_with_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("localmotion.perception_eval.report.MASK_ENVS", (("planar:walker_run", {"background": "independent"}),))
+    backend = Everything()
+    monkeypatch.setitem(EMBEDDED, "mask", "motion")
+    monkeypatch.setattr("localmotion.perception.base._REGISTRY", {**_REGISTRY, ("mask", "motion"): lambda: backend})
+    tools, _ = build_tools(("embedded",))
+    (row,) = mask_rows(ReportSettings(percepts=(64,), frames=3, episodes=2, policy="smooth"), tools)
+    numbers = row["mask"]["motion"]
+    assert (row["env"], row["options"]) == ("planar:walker_run", {"background": "independent"})
+    assert (numbers["found"], numbers["recall"]) == (1, 1)
+    assert numbers["iou"] == numbers["precision"] == numbers["area"]
+    assert 0.02 < numbers["area"] < 0.1
+    assert not backend.flows[0].any()
+    assert np.abs(backend.flows[1:]).mean((1, 2, 3)).min() > 0.1  # the whole background moves
+
+
+def davis(root: Path, frames: str = "JPEGImages/480p", masks: str = "Annotations/480p") -> Path:
+    """A data set of one video, whose object is the right half of the picture."""
+    shown, marked = root / frames / "dog", root / masks / "dog"
+    shown.mkdir(parents=True)
+    marked.mkdir(parents=True)
+    mask = np.zeros((30, 40), np.uint8)
+    mask[:, 20:] = 2
+    for t in range(4):
+        cv2.imwrite(str(shown / f"{t:05d}.jpg"), np.full((30, 40, 3), (0, 0, 250), np.uint8))
+        cv2.imwrite(str(marked / f"{t:05d}.png"), mask)
+    (marked.parent / "alone").mkdir()
+    return marked.parent
+
+
+def test_masks_of_a_data_set_are_read_with_the_frames_beside(tmp_path: Path) -> None:
+    masks = davis(tmp_path / "a")
+    ((name, clip),) = read_set(masks, 32, 16)
+    assert name == "dog"
+    assert clip.frames.shape == (4, 32, 32, 3)
+    assert clip.frames[0, 0, 0].argmax() == 0  # red, not blue
+    np.testing.assert_array_equal(clip.masks, np.broadcast_to(np.arange(16) >= 8, (4, 16, 16)))
+    plain = davis(tmp_path / "b", "frames", "masks")
+    assert len(list(read_set(plain, 32, 16))) == 1
+    (plain / "dog" / "00003.png").unlink()
+    (tmp_path / "b" / "frames" / "dog" / "00001.jpg").unlink()
+    assert len(next(read_set(plain, 32, 16))[1].masks) == 2
+    settings = ReportSettings(envs=("toy:dot",), percepts=(64,), frames=3, episodes=1, masks=masks)
+    rows = list(mask_rows(settings, {"flow": {"dis": DISFlow()}, "mask": {"all": Everything()}}))
+    assert [row["env"] for row in rows] == ["toy:dot", "dog"]
+    assert rows[1]["mask"]["all"]["precision"] == 0.5
+
+
+def test_data_sets_that_cannot_be_read_are_errors(tmp_path: Path) -> None:
+    masks = davis(tmp_path / "a")
+    (masks / "dog" / "00001.png").write_text("not a picture")
+    with pytest.raises(LocalmotionError, match=r"00001\.png: cannot be read"):
+        list(read_set(masks, 32, 16))
+    with pytest.raises(ConfigError, match="is not a folder"):
+        list(read_set(tmp_path / "absent", 32, 16))
+    with pytest.raises(ConfigError, match="no frames beside"):
+        list(read_set(davis(tmp_path / "b", "elsewhere", "masks"), 32, 16))
+    with pytest.raises(ConfigError, match="no video has two masks"):
+        list(read_set(tmp_path / "a" / "Annotations", 32, 16))
 
 
 @pytest.mark.parametrize(
@@ -226,6 +318,12 @@ def test_the_command_prints_tables_and_writes_numbers_and_pictures(tmp_path: Pat
         assert row["flow"]["dis"]["stored"]["body"]["pixels"] > 50
         assert set(row["track"]["lk"]) == {"1", "5"}
         assert 0 <= row["slots"]["used"] <= 1
+    assert [(row["env"], row["percept"]) for row in result["masks"]] == [
+        ("toy:moving_background", 64),
+        ("dmc:cartpole_swingup", 64),
+    ]
+    assert set(result["masks"][0]["mask"]["motion"]) == {"iou", "frames", "precision", "recall", "found", "area"}
+    assert "Masks of the agent" in printed
     assert len(result["warps"][0]["warps"]) == len(WARPS)
     assert {title for title, _, _ in tables(result)} == {title for title, _, _ in tables(json.loads(json.dumps(result)))}
     pictures = sorted(drawn.glob("*.png"))

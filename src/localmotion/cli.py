@@ -74,7 +74,9 @@ def _parser(stage: str = "") -> _Parser:
     )
     _recipe(sub)
 
-    sub = add("inspect", "Draw a clip with its tracks, flow and patches, as a picture (.png) or film (.mp4).", commands.inspect)
+    sub = add(
+        "inspect", "Draw a clip with its tracks, flow, patches and mask, as a picture (.png) or film (.mp4).", commands.inspect
+    )
     sub.add_argument("store", type=Path, help="clip store")
     sub.add_argument("--out", type=Path, required=True, help="picture.png or film.mp4")
     sub.add_argument("--clip", help="clip id or number; default: one with much motion")
@@ -191,6 +193,11 @@ def _parser(stage: str = "") -> _Parser:
     sub.add_argument("--seed", type=int, help="seed of episodes, actions and points (default 0)")
     sub.add_argument(
         "--pictures", type=Path, help="video or folder of videos whose frames are warped; default: procedural pictures"
+    )
+    sub.add_argument(
+        "--masks",
+        type=Path,
+        help="masks of a video segmentation data set such as DAVIS: a folder for each video, with the frames beside (docs/perception.md)",
     )
     sub.add_argument("--out", type=Path, help="write all numbers here, .json")
     sub.add_argument("--draw", type=Path, help="directory for pictures of true and estimated flow, one per environment and size")

@@ -267,7 +267,19 @@ def perception_report(args: argparse.Namespace) -> None:
     from localmotion.perception_eval.report import perception_report as measure
 
     cv2.setNumThreads(1)  # times per pair of frames are for one core
-    names = ("envs", "percepts", "qualities", "supersample", "backends", "policy", "episodes", "frames", "seed", "pictures")
+    names = (
+        "envs",
+        "percepts",
+        "qualities",
+        "supersample",
+        "backends",
+        "policy",
+        "episodes",
+        "frames",
+        "seed",
+        "pictures",
+        "masks",
+    )
     chosen = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     given: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in chosen.items()}
     settings = ReportSettings(**given)

@@ -15,7 +15,7 @@ ALGORITHM = 3
 EXACT = "exact"
 """Name of the backends that read a simulator's state (`localmotion.perception.exact`)."""
 Motion = Literal["recipe", "exact", "perceived"]
-_LATER = {"fps": 0.0}  # settings newer than stores without `algorithm` or with algorithm 2, and their value there
+_LATER = {"fps": 0.0, "mask": ""}  # settings newer than stores without `algorithm` or with algorithm 2, and their value there
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,9 @@ class Recipe:
     chroma at full width, deinterlacing, HDR mapped to standard range, transparent pictures over grey. Old runs keep their version."""
     fps: float = 0.0
     """Videos are resampled to this many frames per second, so one time step is the same time in all videos; 0: frames as recorded."""
+    mask: str = ""
+    """Mask backend, one bit a pixel: motion (embedded), grounded_sam, exact (the simulator's). Empty: none, but collect still
+    stores the simulator's mask where the environment knows the agent."""
 
     def __post_init__(self) -> None:
         if type(self.fps) is int:  # so 30 and 30.0 are the same recipe
@@ -80,7 +83,7 @@ class Recipe:
 
     @property
     def exact(self) -> bool:
-        """Whether anything comes from a simulator's state."""
+        """Whether flow, foreground or tracks come from a simulator's state."""
         return EXACT in (self.flow, self.segment, self.track)
 
     def with_motion(self, motion: Motion) -> Recipe:

@@ -1,10 +1,11 @@
 """Atomic Actions: optical flow, foreground, point tracks; batch extraction of clips and the streaming form."""
 
-from localmotion.perception import dis, lk, saliency  # registers the embedded backends
+from localmotion.perception import dis, lk, motion_mask, saliency  # registers the embedded backends
 from localmotion.perception.base import (
     KINDS,
     ClipMotion,
     FlowBackend,
+    MaskBackend,
     SegmentBackend,
     StepMotion,
     TrackBackend,
@@ -18,6 +19,7 @@ from localmotion.recipe import Recipe
 __all__ = [
     "ClipMotion",
     "FlowBackend",
+    "MaskBackend",
     "Recipe",
     "SegmentBackend",
     "StepMotion",
@@ -26,6 +28,7 @@ __all__ = [
     "dis",
     "lk",
     "make_backend",
+    "motion_mask",
     "register",
     "register_lazily",
     "saliency",
@@ -40,15 +43,19 @@ def _grounded_sam() -> None:
     from localmotion.perception import grounded_sam  # noqa: F401
 
 
+def _sam2() -> None:
+    from localmotion.perception import sam2  # noqa: F401
+
+
 def _cotracker() -> None:
     from localmotion.perception import cotracker  # noqa: F401
 
 
 def _exact() -> None:
-    from localmotion.perception.exact import Exact
+    from localmotion.perception.exact import Exact, ExactMask
 
     for kind in KINDS:
-        register(kind, "exact")(Exact)
+        register(kind, "exact")(ExactMask if kind == "mask" else Exact)
 
 
 # The neural backends import torch (three seconds and 190 MB), which workers of the embedded default do not need.
@@ -56,5 +63,6 @@ register_lazily("flow", "sea_raft", _sea_raft)
 register_lazily("flow", "raft", _sea_raft)
 register_lazily("segment", "grounded_sam", _grounded_sam)
 register_lazily("track", "cotracker3", _cotracker)
+register_lazily("mask", "grounded_sam", _sam2)
 for kind in KINDS:  # it imports the environments
     register_lazily(kind, "exact", _exact)

@@ -1,4 +1,4 @@
-"""The three interfaces of perception (flow, segment, track), their registry, the recipe, and the results of extraction.
+"""The four interfaces of perception (flow, segment, track, mask), their registry, the recipe, and the results of extraction.
 
 Conventions, everywhere in this package:
 
@@ -97,6 +97,24 @@ class ManyTrack(TrackBackend, Protocol):
         ...
 
 
+@runtime_checkable
+class MaskBackend(Protocol):
+    """Masks of the agent in all frames of a clip. Methods weight losses by them (MaskLAM, arXiv 2602.02259)."""
+
+    name: ClassVar[str]
+    licence: ClassVar[str]
+
+    def masks(
+        self, frames: NDArray[np.uint8], flows: NDArray[np.float32], cuts: NDArray[np.bool_], size: int
+    ) -> NDArray[np.bool_]:
+        """Masks (T, size, size) of (T, H, H, 3) uint8 frames.
+
+        ``flows`` (T, H, H, 2): motion that led to each frame from the one before, zero for the first frame of a scene; ``cuts`` (T,): the
+        frame begins a new scene. ``size`` is at most H. A frame in which nothing is found has an empty mask.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class ClipMotion:
     """Motion of a clip of T frames, in pixels of the stored `size`.
@@ -107,6 +125,7 @@ class ClipMotion:
                                     its motion; the last one is False. Independent of the point in the slot in frame t+1
     track_id (T, N)       int32     changes when a slot gets a new point: history before the change belongs to another track
     info     JSON-able dict: how the points were found (salient or not, redraws, camera motion, scene cuts, flow quantiles)
+    mask     (T, S, ceil(S/8)) uint8  bits of the agent's pixels (`localmotion.video.bits`), if the recipe has a mask backend
     """
 
     flow: NDArray[np.float16]
@@ -114,6 +133,7 @@ class ClipMotion:
     visible: NDArray[np.bool_]
     track_id: NDArray[np.int32]
     info: dict[str, Any]
+    mask: NDArray[np.uint8] | None = None
 
 
 @dataclass(frozen=True)
@@ -134,11 +154,11 @@ class StepMotion:
 
 _REGISTRY: dict[tuple[str, str], Callable[..., Any]] = {}
 _LAZY: dict[tuple[str, str], Callable[[], None]] = {}
-KINDS = ("flow", "segment", "track")
+KINDS = ("flow", "segment", "track", "mask")
 
 
 def register(kind: str, name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Class decorator: register a backend under ``kind`` (flow, segment, track) and ``name``."""
+    """Class decorator: register a backend under ``kind`` (one of `KINDS`) and ``name``."""
     assert kind in KINDS, kind
 
     def add(factory: Callable[..., Any]) -> Callable[..., Any]:
@@ -187,26 +207,52 @@ def recipe_backends(recipe: Recipe, exact: Any = None) -> tuple[Any, Any, Any]:
     ``exact`` stands for the backends of that name (`localmotion.perception.exact.Exact`). Raises ConfigError if the recipe asks for one and
     there is none.
     """
-    options = {key: dict(value) for key, value in recipe.backend_options.items()}
-    for name in options:
-        if name not in (recipe.flow, recipe.segment, recipe.track):
-            raise unknown_name("backend in backend_options", name, (recipe.flow, recipe.segment, recipe.track))
-    segmenter = _factory("segment", recipe.segment)  # an unknown name raises below
-    if segmenter and "prompt" in inspect.signature(segmenter).parameters:
-        options.setdefault(recipe.segment, {}).setdefault("prompt", recipe.prompt)
-    if recipe.algorithm < 2 and recipe.segment == "saliency":
-        options.setdefault("saliency", {}).setdefault("change", 0.0)
-    kinds = (("flow", recipe.flow), ("segment", recipe.segment), ("track", recipe.track))
     flow, segment, track = (
-        exact if exact is not None and name == EXACT else make_backend(kind, name, **options.get(name, {}))
-        for kind, name in kinds
+        exact if exact is not None and name == EXACT else make_backend(kind, name, **_options(recipe, kind, name))
+        for kind, name in (("flow", recipe.flow), ("segment", recipe.segment), ("track", recipe.track))
     )
     return flow, segment, track
 
 
+def mask_backend(recipe: Recipe) -> MaskBackend | None:
+    """The mask backend of a recipe with its options, None if it has none. Raises what `make_backend` raises."""
+    if not recipe.mask:
+        return None
+    backend: MaskBackend = make_backend("mask", recipe.mask, **_options(recipe, "mask", recipe.mask))
+    return backend
+
+
+def _options(recipe: Recipe, kind: str, name: str) -> dict[str, Any]:
+    """Options of one backend of a recipe. Raises ConfigError if the recipe has options of a backend that it does not name.
+
+    A segmenter and a mask backend of one name share their options. Each gets those that it accepts, and an option that neither accepts is
+    passed on, so that `make_backend` refuses it.
+    """
+    named = {kind: getattr(recipe, kind) for kind in KINDS if getattr(recipe, kind)}
+    for key in recipe.backend_options:
+        if key not in named.values():
+            raise unknown_name("backend in backend_options", key, tuple(named.values()))
+    accepts = {other: _accepted(other, name) for other in KINDS if named.get(other) == name}
+    elsewhere = {option for other, options in accepts.items() if other != kind for option in options}
+    own = accepts.get(kind, set())
+    options = {key: value for key, value in recipe.backend_options.get(name, {}).items() if key in own or key not in elsewhere}
+    if "prompt" in own:
+        options.setdefault("prompt", recipe.prompt)
+    if kind == "segment" and name == "saliency" and recipe.algorithm < 2:
+        options.setdefault("change", 0.0)
+    return options
+
+
+def _accepted(kind: str, name: str) -> set[str]:
+    """Names of the options of a backend; none for an unknown name, which `make_backend` refuses."""
+    factory = _factory(kind, name)
+    return set(inspect.signature(factory).parameters) if factory else set()
+
+
 def works_on_gpu(recipe: Recipe) -> bool:
     """Whether a backend of the recipe is a network that would run on a GPU of this machine. Builds no backend."""
-    for kind, name in (("flow", recipe.flow), ("segment", recipe.segment), ("track", recipe.track)):
+    for kind in KINDS:
+        name = getattr(recipe, kind)
         factory = _factory(kind, name)
         if factory is not None and "device" in inspect.signature(factory).parameters:
             from localmotion.perception._neural import pick_device  # imports torch, which the embedded backends do not need

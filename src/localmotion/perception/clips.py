@@ -12,11 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localmotion.errors import LocalmotionError
-from localmotion.perception.base import ClipMotion, ManySegment, ManyTrack, Points, recipe_backends
+from localmotion.perception.base import ClipMotion, ManySegment, ManyTrack, Points, mask_backend, recipe_backends
 from localmotion.perception.points import CutDetector, Known, Slots, draw_points, texture_weight
 from localmotion.perception.saliency import magnitude, residual_flow
 from localmotion.perception.stream import Magnitudes, shrink_flow, shrink_points
 from localmotion.recipe import Recipe
+from localmotion.video.bits import pack
 
 SEGMENT_OFFSETS = (1, 2, 4)  # frames ahead whose flow determines the foreground at a segment's start
 
@@ -29,7 +30,7 @@ def seed_of(key: str, seed: int) -> int:
 class _Ask(NamedTuple):
     """A request of one clip to a backend."""
 
-    backend: Literal["flow", "segment", "track"]
+    backend: Literal["flow", "segment", "track", "mask"]
     arguments: tuple[Any, ...]
 
 
@@ -64,6 +65,7 @@ class ClipExtractor:
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self.flow, self.segment, self.track = recipe_backends(recipe)
+        self.mask = mask_backend(recipe)
 
     def extract(self, frames: NDArray[np.uint8], key: str) -> ClipMotion:
         """Motion of one clip, see `extract_many`."""
@@ -78,7 +80,8 @@ class ClipExtractor:
 
         ``info`` of a result: cuts (frames that begin a new scene), segments (start, salient points and whether any foreground was
         found, for each segment with look-ahead), lost and idle (slots drawn again because the point was lost, or stood still while
-        something else moved), camera (mean motion of the camera, pixels of `size` per frame), followed (share of points usable), flow
+        something else moved), camera (mean motion of the camera, pixels of `size` per frame), mask (mean area and number
+        of empty masks, if the recipe has a mask backend), followed (share of points usable), flow
         (mean and quantiles of the flow's magnitude, pixels of `size`).
         """
         courses = [self._course(frames, key) for frames, key in clips]
@@ -103,6 +106,7 @@ class ClipExtractor:
             ("flow", self._flow_together),
             ("segment", self._segment_together),
             ("track", self._track_together),
+            ("mask", self._mask_together),
         ):
             which = [index for index, ask in enumerate(asks) if ask.backend == kind]
             if which:
@@ -125,6 +129,10 @@ class ClipExtractor:
         if isinstance(self.track, ManyTrack):
             return self.track.tracks(asked)
         return [self.track.track(*arguments) for arguments in asked]
+
+    def _mask_together(self, asked: list[tuple[Any, ...]]) -> list[NDArray[np.bool_]]:
+        assert self.mask is not None
+        return [self.mask.masks(*arguments) for arguments in asked]
 
     def _course(self, frames: NDArray[np.uint8], key: str) -> Generator[list[_Ask], list[Any], ClipMotion]:
         """The extraction of one clip, as a generator of requests."""
@@ -195,7 +203,13 @@ class ClipExtractor:
             "followed": round(float(visible[:-1].mean()), 4),
             "flow": {name: round(value, 5) for name, value in magnitudes.quantiles().items()},
         }
-        return ClipMotion(small, shrink_points(tracks, recipe.ratio), visible, track_id, info)
+        packed = None
+        if self.mask is not None:
+            (masks,) = yield [_Ask("mask", (frames, (yield from self._steps(frames, cuts, fields)), cuts, recipe.size))]
+            packed = pack(masks)
+            empty = int((~masks.any((1, 2))).sum())
+            info["mask"] = {"area": round(float(masks.mean()), 4), "empty": empty}
+        return ClipMotion(small, shrink_points(tracks, recipe.ratio), visible, track_id, info, packed)
 
     def _segments(self, cuts: NDArray[np.bool_]) -> dict[int, int]:
         """First frame and end of each segment with look-ahead. A segment has at least three frames, because fewer have no variance."""
@@ -233,6 +247,17 @@ class ClipExtractor:
         still = np.zeros((*frames.shape[1:3], 2), np.float32)
         fields = [found[before[t], t] if before[t] < t else still for t in range(length)]
         return fields, {t: {k: found[t, t + k] / np.float32(k) for k in several} for t, several in ahead.items()}
+
+    def _steps(
+        self, frames: NDArray[np.uint8], cuts: NDArray[np.bool_], fields: list[NDArray[np.float32]]
+    ) -> Generator[list[_Ask], list[Any], NDArray[np.float32]]:
+        """Flow (T, H, W, 2) that led to each frame from the one before, zero at t = 0 and across cuts."""
+        flows = np.stack(fields)
+        if self.recipe.flow_span > 1:
+            after = 1 + np.flatnonzero(~cuts[1:])
+            if len(after):
+                (flows[after],) = yield [_Ask("flow", (frames[after - 1], frames[after]))]
+        return flows
 
     def _choose(
         self, frames: NDArray[np.uint8], grey: NDArray[np.uint8], weight: NDArray[np.float32], rng: np.random.Generator

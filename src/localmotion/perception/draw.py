@@ -1,4 +1,4 @@
-"""Draw a clip of a store with its tracks, flow and Atomic Actions: a contact sheet (.png) or a film (.mp4)."""
+"""Draw a clip of a store with its tracks, flow, Atomic Actions and the outline of its mask: a contact sheet (.png) or a film (.mp4)."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
 from localmotion.errors import StoreError
+from localmotion.video.bits import unpack
 from localmotion.video.store import Clip, ClipStore
 from localmotion.video.write import write_video
 
@@ -53,6 +54,14 @@ def _tail(clip: Clip, slot: int, t: int) -> NDArray[np.float32]:
     return clip.tracks[begin : t + 1, slot]
 
 
+OUTLINE = (255, 0, 255)
+
+
+def _masks(clip: Clip) -> NDArray[np.bool_] | None:
+    """Masks (T, S, S) of a clip, if its store has them."""
+    return unpack(clip.extra["mask"], clip.frames.shape[1]) if "mask" in clip.extra else None
+
+
 def _colours(count: int) -> NDArray[np.float64]:
     return np.asarray(colormaps["turbo"](np.linspace(0.05, 0.95, count)))
 
@@ -81,9 +90,13 @@ def _film(clip: Clip, points: int, scale: int = 6) -> NDArray[np.uint8]:
     side = clip.frames.shape[1] * scale
     colours = (_colours(points)[:, :3] * 255).astype(int)
     top = float(np.quantile(np.linalg.norm(clip.flow.astype(np.float32), axis=-1), 0.99)) or 1.0
-    film = []
+    film, masks = [], _masks(clip)
     for t in range(len(clip.frames) - 1):
         left = cv2.resize(clip.frames[t], (side, side), interpolation=cv2.INTER_CUBIC)
+        if masks is not None:
+            large = masks[t].repeat(scale, 0).repeat(scale, 1).astype(np.uint8)
+            outlines, _ = cv2.findContours(large, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
+            cv2.drawContours(left, outlines, -1, OUTLINE, 1)
         right = cv2.resize(flow_colours(clip.flow[t], top), (side, side), interpolation=cv2.INTER_NEAREST)
         for slot in range(min(points, clip.tracks.shape[1])):
             if clip.visible[t, slot]:
@@ -105,7 +118,7 @@ def _sheet(store: ClipStore, clip: Clip, frames: int, points: int, patch: int) -
     size = np.linalg.norm(clip.flow.astype(np.float32), axis=-1)
     top = max(float(np.quantile(size, 0.99)), 0.05)
     colours, side = _colours(points), clip.frames.shape[1]
-    quantiles = clip.info.get("flow", {})
+    quantiles, masks = clip.info.get("flow", {}), _masks(clip)
     figure.suptitle(
         f"{clip.id}   {len(clip.frames)} frames   recipe {store.recipe_hash} ({store.recipe.get('flow')}, {store.recipe.get('segment')}, "
         f"{store.recipe.get('track')} at {store.recipe.get('percept_size')} px)\n"
@@ -121,6 +134,11 @@ def _sheet(store: ClipStore, clip: Clip, frames: int, points: int, patch: int) -
                 tail = _tail(clip, slot, t)
                 axes.plot(*tail.T, color=colours[slot], lw=1.3)
                 axes.plot(*tail[-1], "o", color=colours[slot], ms=4, mec="black", mew=0.5)
+        if masks is not None and masks[t].any():
+            # Padded, so that the outline closes at the edge of the picture.
+            places = np.arange(-1, side + 1)
+            outline = np.pad(masks[t], 1).astype(np.float32)
+            axes.contour(places, places, outline, levels=[0.5], colors=[np.array(OUTLINE) / 255], linewidths=1)
         _bare(axes, side, f"frame {t}")
         axes = figure.add_subplot(grid[1, column])
         axes.imshow(flow_colours(clip.flow[t], top), extent=(-0.5, side - 0.5, side - 0.5, -0.5), interpolation="nearest")

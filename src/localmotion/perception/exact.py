@@ -1,4 +1,4 @@
-"""Exact motion of an environment in place of perceived motion: the backends `exact` of flow, foreground and tracks.
+"""Exact motion of an environment in place of perceived motion: the backends `exact` of flow, foreground, tracks and masks.
 
 They read the simulator's state and not the pictures, so there is exact motion for environments only, and no look-ahead. A method that
 learns from both kinds shows what perception costs it.
@@ -90,3 +90,46 @@ class Exact:
     def track(self, frames: NDArray[np.uint8], points: Points, start: int = 0) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         """Not possible: only the current picture's state is known. Raises ConfigError; a recipe with ``redraw_rounds=0`` does not ask."""
         raise ConfigError("exact tracks have no look-ahead; set redraw_rounds=0")
+
+
+class ExactMask:
+    """The agent's masks from the simulator, at the size at which they are stored.
+
+    Call `begin` after each reset and `advance` after each step of the environment, as with `Exact`. A mask is the environment's
+    ``agent_mask``. Environments without one give the pixels of everything that can move by itself.
+
+    Raises:
+        ConfigError: there is no environment.
+        EnvError: the environment knows neither.
+    """
+
+    name: ClassVar[str] = "exact"
+    licence: ClassVar[str] = "MIT"
+
+    def __init__(self, env: Any = None, size: int = 0) -> None:
+        if env is None:
+            raise ConfigError(
+                "exact masks come from a simulator's state, and these pictures have none; use --mask motion, or record an environment with"
+                " localmotion collect --store"
+            )
+        self.env, self.size = env, size
+        self.truth = None if hasattr(env, "agent_mask") else motion_truth(env)
+        self.shown: list[NDArray[np.bool_]] = []
+
+    def begin(self) -> None:
+        """The environment shows the first picture of an episode."""
+        self.shown = []
+        self.advance()
+
+    def advance(self) -> None:
+        """The environment shows the next picture."""
+        if self.truth is None:
+            self.shown.append(np.array(self.env.agent_mask(self.size), np.bool_))
+        else:
+            self.shown.append(self.truth.foreground(self.truth.snapshot(self.size)))
+
+    def masks(
+        self, frames: NDArray[np.uint8], flows: NDArray[np.float32], cuts: NDArray[np.bool_], size: int
+    ) -> NDArray[np.bool_]:
+        """(T, S, S) masks of the T pictures since `begin`. The arguments are not used."""
+        return np.stack(self.shown)

@@ -21,6 +21,7 @@ from localmotion.perception.clips import ClipExtractor
 from localmotion.perception.summary import ExtractSummary, flow_distribution
 from localmotion.perception.unfinished import Refused, Shards, Task, VideoDone, make_plan
 from localmotion.recipe import Recipe
+from localmotion.video.bits import mask_layout
 from localmotion.video.claims import shared_work
 from localmotion.video.decode import iter_frames, memory_fault
 from localmotion.video.history import SPAN, Limits, clip_id
@@ -230,7 +231,9 @@ def _clip(
     if recipe.ratio > 1:
         side = (recipe.size, recipe.size)
         frames = np.stack([cv2.resize(x, side, interpolation=cv2.INTER_AREA) for x in frames])
-    return Clip(name, frames, motion.flow, motion.tracks, motion.visible, motion.track_id, label=label, info=motion.info | info)
+    extra = {} if motion.mask is None else {"mask": motion.mask}
+    info = motion.info | info
+    return Clip(name, frames, motion.flow, motion.tracks, motion.visible, motion.track_id, label=label, info=info, extra=extra)
 
 
 def _goes_on(stream: Iterator[Any]) -> bool:
@@ -291,7 +294,8 @@ def extract_folder(
     began = time.monotonic()
     limits = Limits(min_frames, max_frames, max_clips)
     refs = {ref.id: ref for ref in _unambiguous(find_videos(videos, list_file))}
-    writer = ClipStoreWriter.open(out, recipe.size, recipe.to_json(), recipe.hash(), recipe.tracks, shard_clips)
+    extra = mask_layout(recipe.size) if recipe.mask else {}
+    writer = ClipStoreWriter.open(out, recipe.size, recipe.to_json(), recipe.hash(), recipe.tracks, shard_clips, extra)
     terms = {"videos": str(Path(videos).resolve()), "list": str(list_file and Path(list_file).resolve()), **limits.to_json()}
     summary = ExtractSummary(out)
     with shared_work(out, terms, lambda: make_plan(writer, refs, limits)) as work:

@@ -20,7 +20,7 @@ def check_recipe(recipe: Recipe) -> None:
     the pinned one counts only when `TRUSTED` names it, because a recipe comes in files that somebody else may have written.
     """
     for kind in KINDS:
-        if (name := getattr(recipe, kind)) not in backends(kind):
+        if (name := getattr(recipe, kind)) not in backends(kind) and (name or kind != "mask"):
             raise unknown_name(f"{kind} backend", name[:80], backends(kind))
     for backend, options in recipe.backend_options.items():
         if not isinstance(options, dict):

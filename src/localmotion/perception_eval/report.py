@@ -1,4 +1,4 @@
-"""How good perception is: every backend against the exact motion of the environments, and against real pictures moved by known warps."""
+"""How good perception is: every backend against the exact motion and masks of environments, and against pictures moved by known warps."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ from localmotion.envs.truth import MotionTruth, motion_truth
 from localmotion.errors import ConfigError, LocalmotionError, unknown_name
 from localmotion.perception.base import backends, make_backend
 from localmotion.perception.draw import flow_colours
+from localmotion.perception.exact import ExactMask
 from localmotion.perception.stream import StreamingExtractor
+from localmotion.perception_eval.agent_masks import MASK_ENVS, Masked, read_set, score_masks
 from localmotion.perception_eval.scores import FlowScore, MaskScore, SlotScore, TrackScore, block_mean, stored
 from localmotion.perception_eval.warps import load_pictures, score_warps
 from localmotion.recipe import Recipe
@@ -37,7 +39,7 @@ ENVS = (
     "metaworld:door-lock",
     "toy:moving_background",
 )
-EMBEDDED = {"flow": "dis", "segment": "saliency", "track": "lk"}
+EMBEDDED = {"flow": "dis", "segment": "saliency", "track": "lk", "mask": "motion"}
 MOVES = 0.05
 """A body moves if its flow differs from the camera's by more than this, in pixels of the perceived picture."""
 
@@ -54,7 +56,7 @@ class ReportSettings:
     supersample: int = 1
     """Pictures drawn at n times their side and averaged."""
     backends: tuple[str, ...] = ("embedded",)
-    """Names of backends; "embedded" stands for dis, saliency and lk, "all" for all that are installed (may fetch weights)."""
+    """Names of backends; "embedded" stands for dis, saliency, lk and motion, "all" for all that are installed (may fetch weights)."""
     policy: str = "random"
     """random (uniform) or smooth (a bounded random walk)."""
     episodes: int = 2
@@ -67,6 +69,8 @@ class ReportSettings:
     """Side of the stored picture."""
     pictures: Path | None = None
     """Video, or folder of videos or picture folders, for the known warps; None for procedural pictures."""
+    masks: Path | None = None
+    """Masks of a video segmentation data set, with its frames beside them (`perception_eval.agent_masks.read_set`)."""
 
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
@@ -102,21 +106,26 @@ class Clip:
     truth: MotionTruth
 
 
+def _shown(env: PixelEnv, frames: int, seed: int, policy: str) -> Iterator[NDArray[np.uint8]]:
+    """The pictures (P, P, 3) of `record`, while the environment shows them."""
+    obs, _ = env.reset(seed=seed)
+    yield obs.get("percept", obs["image"])
+    shape = env.action_space.shape
+    assert shape is not None
+    for action in itertools.islice(POLICIES[policy](np.random.default_rng([seed, 1]), int(shape[0])), frames - 1):
+        obs, _, terminated, truncated, _ = env.step(action)
+        yield obs.get("percept", obs["image"])
+        if terminated or truncated:
+            return
+
+
 def record(env: PixelEnv, frames: int, seed: int, policy: str) -> Clip:
     """Play the first ``frames`` frames of episode ``seed``, fewer if it ends; actions follow from the seed too."""
     truth = motion_truth(env)
-    obs, _ = env.reset(seed=seed)
-    pictures, snapshots = [obs.get("percept", obs["image"])], [truth.snapshot()]
-    shape = env.action_space.shape
-    assert shape is not None
-    for action in POLICIES[policy](np.random.default_rng([seed, 1]), int(shape[0])):
-        if len(pictures) >= frames:
-            break
-        obs, _, terminated, truncated, _ = env.step(action)
-        pictures.append(obs.get("percept", obs["image"]))
+    pictures, snapshots = [], []
+    for picture in _shown(env, frames, seed, policy):
+        pictures.append(picture)
         snapshots.append(truth.snapshot())
-        if terminated or truncated:
-            break
     return Clip(np.stack(pictures), tuple(snapshots), truth)
 
 
@@ -185,6 +194,36 @@ def score_env(env: PixelEnv, tools: dict[str, dict[str, Any]], settings: ReportS
     return {**groups, "slots": scores.slots.numbers()}
 
 
+def masked_clips(env: PixelEnv, settings: ReportSettings) -> Iterator[Masked]:
+    """Episodes of an environment with the agent's exact masks."""
+    truth = ExactMask(env, settings.size)
+    for episode in range(settings.episodes):
+        pictures: list[NDArray[np.uint8]] = []
+        for picture in _shown(env, settings.frames, settings.seed + episode, settings.policy):
+            truth.advance() if pictures else truth.begin()
+            pictures.append(picture)
+        yield Masked(np.stack(pictures), np.stack(truth.shown))
+
+
+def mask_rows(settings: ReportSettings, tools: dict[str, dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Numbers of the mask backends, one entry an environment or video and percept size."""
+    flow, masks = next(iter(tools["flow"].values())), tools["mask"]
+    chosen = MASK_ENVS if settings.envs == ENVS else [(name, {}) for name in settings.envs]
+    for name, options in chosen:
+        for percept in settings.percepts:
+            own = name.partition(":")[0] in OWN_DRAWING
+            env = _make(name, "exact" if own else settings.qualities[0], percept, settings, **options)
+            try:
+                numbers = score_masks(masked_clips(env, settings), masks, flow)
+            finally:
+                env.close()
+            yield {"env": name, "options": dict(options), "percept": percept, "mask": numbers}
+    for percept in settings.percepts if settings.masks else ():
+        assert settings.masks is not None
+        for name, clip in read_set(settings.masks, percept, settings.size):
+            yield {"env": name, "options": {}, "percept": percept, "mask": score_masks(iter([clip]), masks, flow)}
+
+
 # -- the whole report ---------------------------------------------------------------------------------------------------
 
 
@@ -227,22 +266,23 @@ def _jobs(settings: ReportSettings) -> list[tuple[str, str, int]]:
     ]
 
 
-def _make(name: str, quality: str, percept: int, settings: ReportSettings) -> PixelEnv:
+def _make(name: str, quality: str, percept: int, settings: ReportSettings, **options: Any) -> PixelEnv:
     drawn: Any = "auto" if quality == "exact" else quality
-    return make_env(name, size=settings.size, percept_size=percept, quality=drawn, supersample=settings.supersample)
+    return make_env(name, size=settings.size, percept_size=percept, quality=drawn, supersample=settings.supersample, **options)
 
 
 def perception_report(settings: ReportSettings, progress: Callable[[int, int, str], Any] | None = None) -> dict[str, Any]:
     """Measure everything ``settings`` asks for: a JSON-able dict.
 
-    ``rows``: one entry an environment, quality and percept size, with `score_env`'s numbers; ``warps``: one an percept size. Raises what
+    ``rows``: one entry an environment, quality and percept size, with `score_env`'s numbers; ``masks``: one an environment or
+    video of a data set; ``warps``: one an percept size. Raises what
     making an environment, a backend or reading a picture raises.
     """
     began = time.monotonic()
     tools, skipped = build_tools(settings.backends)
     pictures = load_pictures(settings.pictures)
     jobs = _jobs(settings)
-    total = len(jobs) + len(settings.percepts)
+    total = len(jobs) + len(settings.percepts) + 1
     rows, warps = [], []
     for number, (name, quality, percept) in enumerate(jobs):
         if progress:
@@ -257,8 +297,15 @@ def perception_report(settings: ReportSettings, progress: Callable[[int, int, st
             progress(len(jobs) + number, total, f"warped pictures {percept} px")
         warps.append({"percept": percept, "warps": score_warps(pictures, tools, percept, settings.size, settings.seed)})
     if progress:
+        progress(total - 1, total, "masks")
+    masks = list(mask_rows(settings, tools))
+    if progress:
         progress(total, total, "")
-    shown = asdict(replace(settings, pictures=None)) | {"pictures": settings.pictures.name if settings.pictures else "procedural"}
+    shown = asdict(replace(settings, pictures=None, masks=None))
+    shown |= {
+        "pictures": settings.pictures.name if settings.pictures else "procedural",
+        "masks": settings.masks and settings.masks.name,
+    }
     versions = {"opencv": cv2.__version__, "numpy": np.__version__}
     return jsonable(
         {
@@ -267,6 +314,7 @@ def perception_report(settings: ReportSettings, progress: Callable[[int, int, st
             "skipped": skipped,
             "seconds": round(time.monotonic() - began, 1),
             "rows": rows,
+            "masks": masks,
             "warps": warps,
         }
     )
@@ -320,6 +368,16 @@ def tables(result: dict[str, Any]) -> list[Table]:
                 cells = [_show(part, key) for key in ("still", "mean", "median", "outliers", "explained")]
                 steps = score["track"].get(EMBEDDED["track"], {}).get("1", {})
                 warped.append((warp, str(entry["percept"]), name, *cells, _show(steps, "kept"), _show(steps, "error")))
+    agents = [
+        (
+            " ".join([row["env"], *(f"{key}={value}" for key, value in row["options"].items())]),
+            str(row["percept"]),
+            name,
+            *(_show(score, key) for key in ("iou", "frames", "precision", "recall", "found", "area")),
+        )
+        for row in result["masks"]
+        for name, score in row["mask"].items()
+    ]
     head = ("environment", "quality", "percept", "backend")
     edges = (
         [f"{b['from']:g}" + (f"-{b['to']:g}" if b["to"] else "+") for b in result["rows"][0]["flow"][flow[0][3]]["bins"]]
@@ -339,6 +397,11 @@ def tables(result: dict[str, Any]) -> list[Table]:
             "Tracks begun on the body | what the agent's slots hold",
             (*head, "frames", "moved", "kept", "error", "right", "ghosts", "used", "on body", "explained"),
             tracks,
+        ),
+        (
+            "Masks of the agent",
+            ("environment or video", "percept", "backend", "IoU", "IoU per frame", "precision", "recall", "area", "true area"),
+            agents,
         ),
         (
             f"Warped pictures ({result['settings']['pictures']})",

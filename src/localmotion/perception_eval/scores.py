@@ -126,6 +126,34 @@ class MaskScore:
 
 
 @dataclass
+class OverlapScore:
+    """Collects masks against true ones."""
+
+    _rows: list[NDArray[np.float64]] = field(default_factory=list)
+
+    def add(self, found: NDArray[np.bool_], true: NDArray[np.bool_]) -> None:
+        """Masks (T, S, S) of one clip."""
+        sums = [(found & true), (found | true), found, true]
+        self._rows.append(np.stack([x.sum((1, 2)) for x in sums] + [np.full(len(true), true[0].size)], 1).astype(np.float64))
+
+    def numbers(self) -> dict[str, float]:
+        """iou: of all pixels of all frames together; frames: mean IoU of the frames that show the agent; precision, recall; found, area:
+        share of the picture in the found and in the true mask.
+        """
+        rows = np.concatenate(self._rows)
+        both, either, found, true, pixels = rows.sum(0)
+        shown = rows[rows[:, 3] > 0]
+        return {
+            "iou": _ratio(both, either),
+            "frames": _short((shown[:, 0] / shown[:, 1]).mean()) if len(shown) else float("nan"),
+            "precision": _ratio(both, found),
+            "recall": _ratio(both, true),
+            "found": _ratio(found, pixels),
+            "area": _ratio(true, pixels),
+        }
+
+
+@dataclass
 class TrackScore:
     """Collects tracks against true ones, by age."""
 

@@ -30,11 +30,13 @@ from localmotion.errors import ConfigError, LocalmotionError
 from localmotion.files import check_output
 from localmotion.methods.base import MOTION
 from localmotion.perception.base import ClipMotion
+from localmotion.perception.exact import ExactMask
 from localmotion.perception.stream import StreamingExtractor
-from localmotion.recipe import Recipe
+from localmotion.recipe import EXACT, Recipe
 from localmotion.recording.logs import REQUIRED, logged
 from localmotion.runs.load import at_least, load_run
 from localmotion.runs.rundir import claimed
+from localmotion.video.bits import pack
 from localmotion.video.shards import Extra
 from localmotion.video.store import Clip, ClipStoreWriter, write_error
 from localmotion.video.write import write_video
@@ -107,7 +109,7 @@ def collect(
     Pixels are those of the stored pictures: of the recipe's ``size``, or of the mp4's ``size``.
 
     A clip store has further arrays for each frame: action, reward, is_terminal, and the agent's mask if the environment
-    knows it (`recording.logs`). Offline stages learn from these arrays; pre-training does not read them.
+    knows it or the recipe has a mask backend (`recording.logs`). Offline stages learn from these arrays; pre-training does not read them.
 
     Raises:
         ConfigError: unknown policy or environment, no expert for this environment, numbers out of range, or ``out``
@@ -203,9 +205,12 @@ class _Player:
             raise ConfigError(f"policy {policy!r}: is neither a run directory nor one of {', '.join(POLICIES)}")
         self.env = self.observer.env
         self.fps = float(self.env.metadata.get("render_fps", 20))
-        self.masked = stored.size if stored and hasattr(self.env, "agent_mask") else 0
+        self.mask: ExactMask | None = None
+        if stored and (stored.mask == EXACT or (not stored.mask and hasattr(self.env, "agent_mask"))):
+            self.mask = ExactMask(self.env, stored.size)
+        masked = stored.size if stored and (stored.mask or self.mask) else 0
         self.exact = stored if stored and stored.exact else None
-        self.extra = logged(self.observer.action_dim, self.masked)
+        self.extra = logged(self.observer.action_dim, masked)
         self.pixels = stored.size if stored else side
         """Side of the pictures in whose pixels links and flow are given."""
         names: tuple[str, ...] | None = getattr(self.env, "link_names", None)
@@ -226,6 +231,8 @@ class _Player:
         info: dict[str, Any] = {}
         record, done = self.observer.reset(begin), False
         pictures, rows, known = [self._picture(record)], [self._row(record)], [self._known()]
+        if self.mask:
+            self.mask.begin()
         stream = StreamingExtractor(self.exact, begin, self.env) if self.exact else None
         moves = [stream.reset(pictures[0])] if stream else []
         total, success = 0.0, 0.0
@@ -248,22 +255,23 @@ class _Player:
             if stream:
                 moves.append(stream.step(pictures[-1]))
             rows.append(self._row(record))
+            if self.mask:
+                self.mask.advance()
             known.append(self._known())
         entry = {"seed": begin, "frames": len(pictures), "return": total}
         if "success" in info:
             entry["success"] = success
-        extra = {name: np.stack([row[name] for row in rows]) for name in self.extra}
+        extra = {name: np.stack([row[name] for row in rows]) for name in REQUIRED}
+        if self.mask:
+            extra["mask"] = pack(np.stack(self.mask.shown))
         motion = stream.clip(moves) if stream else None
         beside = {name: np.stack([row[name] for row in known]).astype(np.float32) for name in known[0]}
         beside = {name: array for name, array in beside.items() if array.size}
         return _Played(entry, np.stack(pictures), extra, {"actions": extra["action"], **beside}, motion)
 
     def _row(self, record: dict[str, Any]) -> dict[str, NDArray[Any]]:
-        """The store's further arrays of a record, without its picture."""
-        row = {name: np.asarray(record[name], np.dtype(dtype)) for name, dtype in REQUIRED.items()}
-        if self.masked:
-            row["mask"] = np.packbits(self.env.agent_mask(self.masked), axis=-1)  # type: ignore[attr-defined]
-        return row
+        """The arrays of `REQUIRED` of a record."""
+        return {name: np.asarray(record[name], np.dtype(dtype)) for name, dtype in REQUIRED.items()}
 
     def _known(self) -> dict[str, NDArray[Any]]:
         """What the environment knows of the motion in the current frame, by folder."""
@@ -319,7 +327,10 @@ class _Store:
         from localmotion.video.spool import Spool
 
         self.recipe = recipe
-        self.extractor = None if recipe.exact else ClipExtractor(recipe)
+        mask = "" if recipe.mask == EXACT else recipe.mask
+        # Beside exact motion, only the masks of the extractor are used.
+        perceived = replace(recipe, mask=mask).with_motion("perceived")
+        self.extractor = ClipExtractor(perceived) if mask or not recipe.exact else None
         self.writer = ClipStoreWriter.open(out, recipe.size, recipe.to_json(), recipe.hash(), recipe.tracks, SHARD_CLIPS, extra)
         self.spool = Spool(out)
         self.done = self.writer.done_ids()
@@ -332,12 +343,13 @@ class _Store:
     def put(self, name: str, played: _Played) -> None:
         from localmotion.perception.extract import clip_of, clip_with
 
-        if self.extractor:
+        if played.motion is None:
+            assert self.extractor is not None
             clip = clip_of(played.pictures, name, self.extractor)
         else:
-            assert played.motion is not None
-            clip = clip_with(played.pictures, played.motion, self.recipe, name)
-        self.spool.put(name, replace(clip, extra=played.extra))
+            mask = self.extractor.extract(played.pictures, name).mask if self.extractor else None
+            clip = clip_with(played.pictures, replace(played.motion, mask=mask), self.recipe, name)
+        self.spool.put(name, replace(clip, extra={**clip.extra, **played.extra}))
         if any(members[-1] == name for _, members in self.shards):
             self.close()
 

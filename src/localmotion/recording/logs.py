@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from localmotion.errors import StoreError
+from localmotion.video.bits import mask_layout
 from localmotion.video.sample import is_heldout, layout, read_window
 from localmotion.video.shards import Extra
 from localmotion.video.store import ClipStore
@@ -29,7 +30,7 @@ def logged(action_dim: int, mask_size: int = 0) -> Extra:
     reward          () float32         reward of that agent step; zero in the first row
     is_terminal     () uint8           1 where the episode ended there by the task's rules, not by a time limit
     mask            (S, ceil(S/8))     uint8, bits of the agent's pixels, first column in the highest bit (`numpy.packbits`);
-                                       with ``mask_size`` S, for environments that know the mask
+                                       with ``mask_size`` S, for environments that know the mask and recipes with a mask backend
     =============== ================== =============================================================================
     """
     found: dict[str, tuple[str, tuple[int, ...]]] = {
@@ -37,7 +38,7 @@ def logged(action_dim: int, mask_size: int = 0) -> Extra:
         "reward": ("<f4", ()),
         "is_terminal": ("|u1", ()),
     }
-    return found | ({"mask": ("|u1", (mask_size, -(-mask_size // 8)))} if mask_size else {})
+    return {**found, **(mask_layout(mask_size) if mask_size else {})}
 
 
 class _Piece(NamedTuple):

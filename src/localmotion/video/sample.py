@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from localmotion.errors import StoreError
+from localmotion.video.bits import unpack
 from localmotion.video.store import ClipStore
 
 Batch = dict[str, torch.Tensor]
@@ -167,9 +168,7 @@ def layout(store: ClipStore, motion: bool, mask: bool = False) -> dict[str, tupl
         found |= {"tracks": ((tracks, 2), np.float32), "visible": ((tracks,), np.bool_), "track_id": ((tracks,), np.int32)}
     if mask:
         if store.extra.get("mask") != ("|u1", (size, -(-size // 8))):
-            raise StoreError(
-                f"{store.path}: has no masks of the agent; collect it with --store from an environment that knows them"
-            )
+            raise StoreError(f"{store.path}: has no masks of the agent; make it with --mask motion (extract, or collect --store)")
         found["mask"] = ((size, size), np.bool_)
     return found
 
@@ -182,7 +181,7 @@ def read_window(store: ClipStore, clip: int, start: int, into: Mapping[str, NDAr
     stop = start + len(into["image"])
     into["image"][:] = store.window("frames", clip, start, stop)
     if "mask" in into:
-        into["mask"][:] = np.unpackbits(store.window("mask", clip, start, stop), axis=-1, count=store.size)
+        into["mask"][:] = unpack(store.window("mask", clip, start, stop), store.size)
     if "flow" not in into:
         return
     into["flow"][0] = 0
