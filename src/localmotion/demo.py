@@ -31,6 +31,9 @@ FINETUNE = (
     "online.eval_every=2500",
     "online.save_every=2500",
     "online.log_every=50",
+    # Eqs. 3 and 8 to the letter. With the defaults of DeepMind Control agents began to learn earlier here, and ended lower (studies/demo).
+    "embed_input=false",
+    "beta_z_finetune=null",
 )
 
 
