@@ -255,7 +255,7 @@ def test_an_untrained_network_stands_beside_the_trained_one(monkeypatch: pytest.
     class Data:
         episodes = Episodes("made", episode, targets, None, episode > 7)
 
-        def __init__(self, *arguments: Any) -> None: ...
+        def __init__(self, *arguments: Any, **options: Any) -> None: ...
 
         def code(self, of: Any) -> Any:
             return targets["actions"]

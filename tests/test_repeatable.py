@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -110,9 +111,9 @@ def test_measures_of_a_sampled_code_are_one_result(store: Path, tmp_path: Path) 
 def test_a_probe_of_a_sampled_code_is_one_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a collection: what asks for the codes stands for it."""
     run, codes = untrained("ipv", "pretrain", tmp_path / "run"), []
-    monkeypatch.setattr("localmotion.evaluation.probes._Data", lambda path, length: Stub())
-    monkeypatch.setattr("localmotion.evaluation.probes._scores", lambda code, episodes: codes.append(code) or {})
-    monkeypatch.setattr("localmotion.evaluation.probes._row", lambda data, name, width: {})
+    monkeypatch.setattr("localmotion.evaluation.probes._Data", lambda path, length, **_: Stub())
+    monkeypatch.setattr("localmotion.evaluation.probes._scores", lambda code, episodes, networks: codes.append(code) or {})
+    monkeypatch.setattr("localmotion.evaluation.probes._row", lambda data, name, width: {"code": name})
     twice(lambda: probe([run], [tmp_path], ceilings=False, device="cpu"))
     for one, two in zip(codes[:3], codes[3:], strict=True):
         assert torch.equal(one, two)
@@ -121,7 +122,7 @@ def test_a_probe_of_a_sampled_code_is_one_result(tmp_path: Path, monkeypatch: py
 class Stub:
     """A collection of one batch."""
 
-    episodes = None
+    episodes = SimpleNamespace(exact=None, pose=None, perceived_exactly=False)
 
     def code(self, of: Callable[..., torch.Tensor]) -> torch.Tensor:
         return of(make_batch())

@@ -117,7 +117,7 @@ def record(task: str, motion: Motion) -> list[Arrays]:
             arrays[f"{number}/links"] = np.diff(np.stack(places), axis=0, prepend=places[0][None]).astype(np.float32)
         file.parent.mkdir(exist_ok=True)
         np.savez_compressed(file, **arrays)
-    with np.load(file) as found:
+    with np.load(file, allow_pickle=False) as found:
         return [{key.partition("/")[2]: found[key] for key in found if key.startswith(f"{n}/")} for n in range(EPISODES)]
 
 
