@@ -10,9 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from localmotion import methods
 from localmotion.config import PRESETS, all_docs, assign, leaves, to_dict, update
 from localmotion.errors import ConfigError
+from localmotion.methods.base import Source
 from localmotion.runs.settings import compose, from_dict
+from localmotion.training.checks import check_begins, check_decay, check_length
+from localmotion.training.finetune import finetune
 from method_batches import AGENTS
 
 # Table 5 of arXiv 2607.00808, row by row: (where it lives here, value).
@@ -163,6 +167,27 @@ def test_a_run_of_an_older_version_goes_on_and_one_of_other_settings_does_not(tm
     (tmp_path / "run" / "config.json").write_text(json.dumps(saved))
     with pytest.raises(ConfigError, match="holds a run of other settings"):
         RunDir(tmp_path / "run", run)
+
+
+@pytest.mark.parametrize("preset", ["paper", "small", "tiny", "debug"])
+@pytest.mark.parametrize("name", methods.names())
+def test_every_stage_may_begin_with_every_preset(name: str, preset: str) -> None:
+    """The checks that commands make before the work refuse no preset."""
+    cls = methods.get(name)
+    for stage in cls.stages:
+        flags = {"data": "store" if cls.stages[stage] in (Source.CLIPS, Source.LOGGED) else "", "checkpoint": "run"}
+        run = compose(name, stage, preset=preset, env="toy:block", flags=flags)
+        check_begins(cls, run)
+        check_length(cls, run)
+        if cls.stages[stage] is not Source.CLIPS:
+            check_decay(cls, run)
+
+
+def test_a_rate_that_cannot_fall_is_refused(tmp_path: Path) -> None:
+    run = compose("dreamer_v2", "train", preset="debug", env="toy:block", settings=("online.lr_decay=0.5",))
+    with pytest.raises(ConfigError, match=r"lr_decay=0.5: train of dreamer_v2 keeps its learning rate"):
+        finetune(run, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("env", ["dmc:walker_run", "dmcr:walker_run", "planar:walker_run", "metaworld:reach", "toy:block"])

@@ -187,6 +187,23 @@ def test_pictures_alone_have_no_exact_motion() -> None:
     assert not Path("unused").exists()
 
 
+@pytest.mark.parametrize("given", [["--flow", "exact"], ["--redraw-rounds", "2"]])
+def test_what_motion_chooses_is_not_chosen_twice(given: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A backend that a flag names is neither replaced nor ignored."""
+    command = ["collect", "toy:block", "--out", str(tmp_path / "store"), "--store", "--episodes", "1", "--steps", "2"]
+    with pytest.raises(SystemExit):
+        main([*command, "--motion", "exact", *given])
+    assert "chooses" in capsys.readouterr().err
+    assert not (tmp_path / "store").exists()
+
+
+def test_exact_backends_by_name_are_exact_motion(tmp_path: Path) -> None:
+    sizes = ["--size", "16", "--percept-size", "32", "--tracks", "8", "--episodes", "1", "--steps", "2"]
+    names = ["--flow", "exact", "--segment", "exact", "--track", "exact", "--redraw-rounds", "0"]
+    main(["collect", "toy:block", "--out", str(tmp_path / "store"), "--store", *sizes, *names])
+    assert ClipStore(tmp_path / "store").recipe == EXACT.to_json()
+
+
 def settings(method: str = "drp", *given: str) -> RunConfig:
     flags = {"device": "cpu", "recipe": SEEN.to_json(), "online": {"env_steps": 60, "prefill": 40, "updates": 2}}
     return compose(method, "train", preset="debug", env="toy:block", flags=flags, settings=given)

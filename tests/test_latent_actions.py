@@ -21,7 +21,7 @@ from localmotion.errors import CheckpointError, ConfigError, StoreError
 from localmotion.methods.base import MASK, MOTION
 from localmotion.models import augmentation
 from localmotion.models.augmentation import perspectives, rotations, shifts, warped
-from localmotion.models.latent_actions import Quantizer, grown, masked_error
+from localmotion.models.latent_actions import Quantizer, masked_error
 from localmotion.models.latent_windows import pictures, stacks, starts
 from localmotion.recipe import Recipe
 from localmotion.recording.collect import collect
@@ -151,20 +151,6 @@ def test_a_batch_without_agent_has_no_error_and_no_gradient() -> None:
     assert float(loss.detach()) == 0
     assert error.grad is not None
     assert float(error.grad.abs().max()) == 0
-
-
-@pytest.mark.parametrize("radius", [-2, -1, 0, 1, 2])
-def test_masks_grow_and_shrink_by_a_square(radius: int) -> None:
-    mask = (torch.rand(3, 9, 9, generator=torch.Generator().manual_seed(radius)) < (0.1 if radius > 0 else 0.9)).float()
-    found = grown(mask, radius)
-    for n, y, x in np.ndindex(3, 9, 9):
-        reach = abs(radius)
-        near = [
-            float(mask[n, i, j]) if 0 <= i < 9 and 0 <= j < 9 else 0.0
-            for i in range(y - reach, y + reach + 1)
-            for j in range(x - reach, x + reach + 1)
-        ]
-        assert float(found[n, y, x]) == (max(near) if radius > 0 else min(near))
 
 
 def test_windows_have_the_masks_of_their_frames(logs: Path) -> None:

@@ -17,7 +17,7 @@ import localmotion.perception.extract as extract_module
 from localmotion.cli import main
 from localmotion.envs import make_env
 from localmotion.errors import ConfigError, StoreError
-from localmotion.models.mask_corruption import dilate, drop, erode, occlude
+from localmotion.models.mask_corruption import dilate, drop, erode, grow, occlude
 from localmotion.perception.base import MaskBackend, make_backend, mask_backend, recipe_backends
 from localmotion.perception.clips import ClipExtractor
 from localmotion.perception.draw import OUTLINE, inspect
@@ -383,6 +383,8 @@ def test_dilation_and_erosion_are_those_of_a_square(radius: int) -> None:
         expected = np.stack([getattr(cv2, name)(one, kernel) for one in flat]) > 0
         np.testing.assert_array_equal(ours(mask, radius).flatten(0, 1).numpy(), expected)
     assert (erode(mask, radius) <= mask).all()
+    torch.testing.assert_close(grow(mask, radius), dilate(mask, radius))
+    torch.testing.assert_close(grow(mask, -radius), erode(mask, radius))
     full = torch.ones(4, 4, dtype=torch.bool)
     assert erode(full, radius).all()
     with pytest.raises(ValueError, match="radius"):

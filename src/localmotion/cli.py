@@ -132,8 +132,8 @@ def _parser(stage: str = "") -> _Parser:
     sub.add_argument(
         "--motion",
         choices=("perceived", "exact"),
-        default="perceived",
-        help="motion of a clip store: perceived in the pictures, or exact from the simulator's state (sets flow, segment, track)",
+        help="motion of a clip store: perceived in the pictures (the default), or exact from the simulator's state; sets flow, segment"
+        " and track",
     )
     sub.add_argument(
         "--env-options", type=json.loads, default={}, help='options of the environment as JSON, e.g. {"look": "textured"}'

@@ -323,8 +323,9 @@ def collect(args: argparse.Namespace) -> None:
     check_env(args.env, args.env_options)
     if args.motion == "exact" and not args.store:
         raise ConfigError("--motion exact: mp4 files have no motion; write a clip store with --store")
-    if args.motion == "exact" and args.recipe_redraw_rounds is None:
-        args.recipe_redraw_rounds = 0
+    own = [name for name in ("flow", "segment", "track", "redraw_rounds") if getattr(args, f"recipe_{name}") is not None]
+    if args.motion and own:
+        raise ConfigError(f"--motion {args.motion}: chooses {', '.join(own)} itself; leave out one or the other")
     with progress("collect", args.episodes, "videos") as advance:
         found = record(
             args.env,
@@ -334,7 +335,7 @@ def collect(args: argparse.Namespace) -> None:
             seed=args.seed,
             steps=args.steps,
             size=args.pixels,
-            recipe=_recipe_of(args).with_motion(args.motion) if args.store else None,
+            recipe=_recipe_of(args).with_motion(args.motion or "recipe") if args.store else None,
             noise=args.noise,
             progress=advance,
             **settings,

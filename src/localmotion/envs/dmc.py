@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from localmotion.envs.control import ACTION_REPEAT, TASKS, TIME_LIMIT, ControlEnv
+from localmotion.envs.links import CameraLinks
 from localmotion.errors import EnvError, unknown_name
 
 if TYPE_CHECKING:
-    from localmotion.envs.links import Links
+    from localmotion.envs.masks import AgentParts
 
 __all__ = ["ACTION_REPEAT", "CAMERAS", "TASKS", "TIME_LIMIT", "DMCEnv"]
 
@@ -20,7 +20,7 @@ CAMERAS: dict[str, int | str] = {"quadruped": 2, "dog_fetch": "y-axis"}
 """Cameras of domains or tasks that do not use number 0, which in dog fetch shows only the ball."""
 
 
-class DMCEnv(ControlEnv):
+class DMCEnv(CameraLinks, ControlEnv):
     """One task of the suite drawn by MuJoCo. Suites that render the same tasks differently are subclasses."""
 
     suite_name: ClassVar[str] = "dmc"
@@ -77,32 +77,10 @@ class DMCEnv(ControlEnv):
         model = self.physics.model.ptr
         return segment(self._renderer, model, self.physics.data.ptr, moving_parts(model), size).agent
 
-    @cached_property
-    def _links(self) -> Links:
-        from localmotion.envs.links import camera_links
+    def _linked(self) -> tuple[Any, Any, AgentParts]:
         from localmotion.envs.masks import moving_parts
 
-        model = self.physics.model.ptr
-        return camera_links(model, moving_parts(model), self.camera)
-
-    @property
-    def link_names(self) -> tuple[str, ...]:
-        """Names of the agent's links."""
-        return self._links.names
-
-    def link_places(self, size: int | None = None) -> NDArray[np.float64]:
-        """(L, 3) x, y in pixels and angle of the agent's links in the current picture (`localmotion.envs.links`), NaN for x and y behind
-        the camera. The side of the picture is ``size`` or that of the drawing.
-
-        Raises:
-            EnvError: before the first reset; an orthographic camera.
-        """
-        if not self._begun:
-            raise EnvError(f"{self.name}: call reset() before link_places()")
-        from localmotion.envs.links import camera_places
-
-        model, data = self.physics.model.ptr, self.physics.data.ptr
-        return camera_places(self._links, self._renderer, model, data, size or self.draw_size, self.name)
+        return self.physics.model.ptr, self.physics.data.ptr, moving_parts(self.physics.model.ptr)
 
     def _facts(self) -> dict[str, Any]:
         return {"camera": self.camera, "quality": self.quality, "gl": self._gl.to_json(), **super()._facts()}

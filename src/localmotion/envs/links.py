@@ -11,12 +11,14 @@ line of sight (the twist of the swing-twist decomposition).
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from localmotion.envs.masks import AGENT, AgentParts
+from localmotion.errors import EnvError
 
 
 class Links:
@@ -52,31 +54,46 @@ class Links:
         return np.arctan2(turned[:, 1, 0] - turned[:, 0, 1], turned[:, 0, 0] + turned[:, 1, 1])
 
 
-def camera_links(model: Any, parts: AgentParts, camera: int) -> Links:
-    """Links for pictures of the model's camera number ``camera``."""
-    axes = np.array(model.cam_mat0[camera], np.float64).reshape(3, 3)  # columns right, up, back
-    return Links(model, parts, axes.T * np.array([[1.0], [-1.0], [-1.0]]))
+class CameraLinks:
+    """Links of an environment whose pictures are those of a camera of its MuJoCo model. For subclasses of `PixelEnv`."""
 
+    name: str
+    draw_size: int
+    camera: int
+    _begun: bool
+    _renderer: Any
 
-def camera_places(links: Links, renderer: Any, model: Any, data: Any, size: int, name: str) -> NDArray[np.float64]:
-    """(L, 3) places x, y and angle in a picture of side ``size``, NaN for x and y behind the camera.
+    def _linked(self) -> tuple[Any, Any, AgentParts]:
+        """mujoco.MjModel, mujoco.MjData, and which geoms are the agent's."""
+        raise NotImplementedError
 
-    Args:
-        links: of the agent.
-        renderer: the environment's `SceneRenderer`.
-        model, data: mujoco.MjModel and mujoco.MjData.
-        size: side of the picture.
-        name: of the environment, for errors.
+    @cached_property
+    def _links(self) -> Links:
+        model, _, parts = self._linked()
+        axes = np.array(model.cam_mat0[self.camera], np.float64).reshape(3, 3)  # columns right, up, back
+        return Links(model, parts, axes.T * np.array([[1.0], [-1.0], [-1.0]]))
 
-    Raises:
-        EnvError: an orthographic camera.
-    """
-    import mujoco
+    @property
+    def link_names(self) -> tuple[str, ...]:
+        """Names of the agent's links."""
+        return self._links.names
 
-    from localmotion.envs.truth_mujoco import scene_camera
+    def link_places(self, size: int | None = None) -> NDArray[np.float64]:
+        """(L, 3) x, y in pixels and angle of the agent's links in the current picture, NaN for x and y behind the camera. The side of the
+        picture is ``size`` or that of the drawing.
 
-    scene = renderer._scene
-    mujoco.mjv_updateCamera(model, data, renderer.camera, scene)
-    camera = scene_camera(scene, size, renderer._upside_down, name)
-    points, _ = camera.project(links.centres(data) - camera.position)
-    return np.column_stack([points, links.angles(data, camera.rotation)])
+        Raises:
+            EnvError: before the first reset; an orthographic camera.
+        """
+        if not self._begun:
+            raise EnvError(f"{self.name}: call reset() before link_places()")
+        import mujoco
+
+        from localmotion.envs.truth_mujoco import scene_camera
+
+        model, data, _ = self._linked()
+        scene = self._renderer._scene
+        mujoco.mjv_updateCamera(model, data, self._renderer.camera, scene)
+        camera = scene_camera(scene, size or self.draw_size, self._renderer._upside_down, self.name)
+        points, _ = camera.project(self._links.centres(data) - camera.position)
+        return np.column_stack([points, self._links.angles(data, camera.rotation)])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from functools import cached_property
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -11,10 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localmotion.envs.base import PixelEnv
+from localmotion.envs.links import CameraLinks
 from localmotion.errors import EnvError, unknown_name
 
 if TYPE_CHECKING:
-    from localmotion.envs.links import Links
+    from localmotion.envs.masks import AgentParts
 
 TASKS: tuple[str, ...] = (
     "assembly", "basketball", "bin-picking", "box-close", "button-press", "button-press-topdown", "button-press-topdown-wall",
@@ -33,7 +33,7 @@ UPSIDE_DOWN = ("corner", "corner2", "corner3", "corner4")
 ACTION_REPEAT, TIME_LIMIT = 1, 500
 
 
-class MetaWorldEnv(PixelEnv):
+class MetaWorldEnv(CameraLinks, PixelEnv):
     """One task. ``info["success"]`` is 1 if the goal is met after the call (an episode succeeds if it is 1 at any call).
 
     By default Meta-World draws object and goal positions from NumPy's *global* generator, and a reset starts from the model as the previous
@@ -151,31 +151,10 @@ class MetaWorldEnv(PixelEnv):
         model = self.inner.model
         return segment(self._renderer, model, self.inner.data, subtree_parts(model), size).agent
 
-    @cached_property
-    def _links(self) -> Links:
-        from localmotion.envs.links import camera_links
+    def _linked(self) -> tuple[Any, Any, AgentParts]:
         from localmotion.envs.masks import subtree_parts
 
-        return camera_links(self.inner.model, subtree_parts(self.inner.model), self.camera)
-
-    @property
-    def link_names(self) -> tuple[str, ...]:
-        """Names of the robot's links."""
-        return self._links.names
-
-    def link_places(self, size: int | None = None) -> NDArray[np.float64]:
-        """(L, 3) x, y in pixels and angle of the robot's links in the current picture (`localmotion.envs.links`), NaN for x and y behind
-        the camera. The side of the picture is ``size`` or that of the drawing.
-
-        Raises:
-            EnvError: before the first reset; an orthographic camera.
-        """
-        if not self._begun:
-            raise EnvError(f"{self.name}: call reset() before link_places()")
-        from localmotion.envs.links import camera_places
-
-        model, data = self.inner.model, self.inner.data
-        return camera_places(self._links, self._renderer, model, data, size or self.draw_size, self.name)
+        return self.inner.model, self.inner.data, subtree_parts(self.inner.model)
 
     def velocities(self) -> NDArray[np.float64]:
         """Velocity of the hand (3,), metres per second, then the generalised velocities (nv,), the targets of probes."""

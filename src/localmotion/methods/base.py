@@ -158,6 +158,22 @@ def video_pass(method: LearnsFromVideo, scales: Mapping[str, float], groups: tup
     return (Pass(lambda batch, _: (*method.pretrain_losses(batch), None), scales, groups),)
 
 
+class LearnsLatentActions(Protocol):
+    """A method with the stages `LATENT_ACTIONS` and a loss for each."""
+
+    def pretrain_losses(self, batch: Batch) -> tuple[Losses, Metrics]: ...
+
+    def clone_losses(self, batch: Batch) -> tuple[Losses, Metrics]: ...
+
+    def decode_losses(self, batch: Batch) -> tuple[Losses, Metrics]: ...
+
+
+def latent_pass(method: LearnsLatentActions, stage: str, scales: Mapping[str, float]) -> tuple[Pass]:
+    """The only pass of a stage of `LATENT_ACTIONS`."""
+    losses = {"pretrain": method.pretrain_losses, "clone": method.clone_losses, "decode": method.decode_losses}[stage]
+    return (Pass(lambda batch, _: (*losses(batch), None), scales, ("model",)),)
+
+
 def imagination_passes(method: LearnsInImagination, scales: Mapping[str, float], groups: tuple[str, ...]) -> tuple[Pass, Pass]:
     """The two passes of a Dreamer: the world model, then actor and critic in the updated model, from the posterior states.
 

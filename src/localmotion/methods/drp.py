@@ -259,19 +259,18 @@ class DRP(Method):
         if stage == "pretrain":
             return [Group("model", list(self.parameters()), rates.lr)]
         slow: list[nn.Parameter] = []
-        rate = rates.lr
         new: list[nn.Parameter] = []
-        if self.config.slow_image and rates.loads("image"):
-            rate, slow = rates.lr * rates.slow, [*self.image.decoder_parameters()]
-        else:
-            new += self.image.decoder_parameters()
+        held = rates.loads("image")
+        slowly = self.config.slow_image and held
+        (slow if slowly else new).extend(self.image.decoder_parameters())
         for name in ("motion", "latent"):  # a part that no checkpoint gives learns at the full rate
             (slow if rates.loads(name) else new).extend(getattr(self, name).parameters())
         for module in (self.adapter, self.dynamics, self.reward, self.reward_representative):
             new.extend(module.parameters())
+        factor = rates.slow if slowly else 1.0
         return [
             *([Group("motion", slow, rates.lr * rates.slow, rates.freeze_updates)] if slow else []),
-            Group("encoder", self.image.encoder_parameters(), rate, rates.freeze_updates if rates.loads("image") else 0),
+            Group("encoder", self.image.encoder_parameters(), rates.lr * factor, rates.freeze_updates if held else 0),
             Group("model", new, rates.lr),
             *behaviour_groups(self.behaviour, rates),
         ]

@@ -43,6 +43,7 @@ from localmotion.methods.base import (
     Metrics,
     Pass,
     Rates,
+    latent_pass,
     same,
     trained,
 )
@@ -100,12 +101,11 @@ class LAOM(Method):
     transfers = same("encoder", "target", "inverse", "dynamics", "policy")
     PRESETS = latent_presets(
         paper={
-            "labels": 128_000,
             "optim": {"eps": 1e-8, "clip": 1e9},
             "model": {"warmup": 29_297},
             "pretrain": {"updates": 97_656, "batch_size": 512, "length": 13, "lr": 1e-4, "lr_decay": 0.7},
             "online": {"updates": 2_500, "batch_size": 512, "length": 4, "lr": 3e-4, "lr_decay": 1.0},
-            "stages": {"clone": {"pretrain": {"length": 4, "lr_decay": 1.0}}},
+            "stages": {"clone": {"pretrain": {"length": 4, "lr_decay": 1.0}}, "decode": {"labels": 128_000}},
         },
         small={"latent": 1024, "widths": (32, 64, 64), "units": 256, "policy_widths": (32, 64, 64)},
         tiny={"latent": 256, "widths": (16, 32, 32), "units": 128, "policy_widths": (16, 32, 32), "head_widths": (128, 128)},
@@ -235,8 +235,7 @@ class LAOM(Method):
         return {"code": 1.0} | ({"action": self.config.action_weight} if self.config.supervised else {})
 
     def passes(self, stage: str) -> tuple[Pass, ...]:
-        losses = {"pretrain": self.pretrain_losses, "clone": self.clone_losses, "decode": self.decode_losses}[stage]
-        return (Pass(lambda batch, _: (*losses(batch), None), self.loss_scales(stage), ("model",)),)
+        return latent_pass(self, stage, self.loss_scales(stage))
 
     def groups(self, stage: str, rates: Rates) -> list[Group]:
         if stage == "pretrain":

@@ -30,7 +30,20 @@ import torch
 from torch import Tensor
 
 from localmotion.errors import ConfigError
-from localmotion.methods.base import LATENT_ACTIONS, MOTION, Batch, Group, Losses, Method, Metrics, Pass, Rates, same, trained
+from localmotion.methods.base import (
+    LATENT_ACTIONS,
+    MOTION,
+    Batch,
+    Group,
+    Losses,
+    Method,
+    Metrics,
+    Pass,
+    Rates,
+    latent_pass,
+    same,
+    trained,
+)
 from localmotion.methods.sizes import latent_presets
 from localmotion.models.latent_actions import (
     ActionHead,
@@ -219,8 +232,7 @@ class LAPO(Method):
         return scales | ({"flow": self.config.flow_weight} if self.config.flow_weight > 0 else {})
 
     def passes(self, stage: str) -> tuple[Pass, ...]:
-        losses = {"pretrain": self.pretrain_losses, "clone": self.clone_losses, "decode": self.decode_losses}[stage]
-        return (Pass(lambda batch, _: (*losses(batch), None), self.loss_scales(stage), ("model",)),)
+        return latent_pass(self, stage, self.loss_scales(stage))
 
     def groups(self, stage: str, rates: Rates) -> list[Group]:
         config = self.config

@@ -31,14 +31,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from localmotion.methods.base import LATENT_ACTIONS, MASK, Batch, Group, Losses, Method, Metrics, Pass, Rates, same, trained
+from localmotion.methods.base import (
+    LATENT_ACTIONS,
+    MASK,
+    Batch,
+    Group,
+    Losses,
+    Method,
+    Metrics,
+    Pass,
+    Rates,
+    latent_pass,
+    same,
+    trained,
+)
 from localmotion.methods.sizes import latent_presets
 from localmotion.models.latent_actions import (
     ActionHead,
     InverseModel,
     LatentEncoder,
     ResidualForward,
-    grown,
     masked_error,
     orthogonal_,
 )
@@ -54,6 +66,7 @@ from localmotion.models.latent_windows import (
     stacks,
     starts,
 )
+from localmotion.models.mask_corruption import grow
 
 STACK = 3
 """Frames that a model sees at once."""
@@ -104,11 +117,10 @@ class MaskLAM(Method):
     transfers = same("inverse", "dynamics", "policy")
     PRESETS = latent_presets(
         paper={
-            "labels": 128_000,
             "optim": {"eps": 1e-8, "clip": 1e9},
             "pretrain": {"updates": 35_156, "batch_size": 512, "length": 12, "lr": 6e-4, "lr_decay": 1.0},
             "online": {"updates": 25_000, "batch_size": 512, "length": 4, "lr": 1e-3, "lr_decay": 1.0},
-            "stages": {"clone": {"pretrain": {"length": 4, "lr": 4e-4}}, "decode": {"optim": {"clip": 1.0}}},
+            "stages": {"clone": {"pretrain": {"length": 4, "lr": 4e-4}}, "decode": {"labels": 128_000, "optim": {"clip": 1.0}}},
         },
         small={"widths": (32, 64, 64), "forward_widths": (32, 64, 64)},
         tiny={"widths": (16, 32, 32), "forward_widths": (16, 32, 32), "latent": 64},
@@ -141,8 +153,7 @@ class MaskLAM(Method):
         """Masks (B, T, S, S) as 0 and 1; all ones where the settings need none. Raises KeyError if they need masks that are not there."""
         if "mask" not in batch and not self.needs(self.config, "pretrain"):
             return torch.ones(batch["image"].shape[:-1], device=batch["image"].device)
-        mask = batch["mask"].float()
-        return grown(mask.flatten(0, 1), self.config.mask_grow).view_as(mask)
+        return grow(batch["mask"].bool(), self.config.mask_grow).float()
 
     def _inputs(self, frames: Tensor, mask: Tensor) -> Tensor:
         """What the two models see: frames (..., 3, S, S) and masks (..., S, S) -> (..., C, S, S)."""
@@ -202,8 +213,7 @@ class MaskLAM(Method):
         return {{"pretrain": "image", "clone": "latent", "decode": "action"}[stage]: 1.0}
 
     def passes(self, stage: str) -> tuple[Pass, ...]:
-        losses = {"pretrain": self.pretrain_losses, "clone": self.clone_losses, "decode": self.decode_losses}[stage]
-        return (Pass(lambda batch, _: (*losses(batch), None), self.loss_scales(stage), ("model",)),)
+        return latent_pass(self, stage, self.loss_scales(stage))
 
     def groups(self, stage: str, rates: Rates) -> list[Group]:
         parts = {"pretrain": ("inverse", "dynamics"), "clone": ("policy",), "decode": ("head",)}[stage]

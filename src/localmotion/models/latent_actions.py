@@ -327,7 +327,7 @@ class InverseModel(nn.Module):
         return code, {"commitment": loss}, {"codes/perplexity": perplexity.detach()}
 
 
-# 4. Errors and masks ----------------------------------------------------------------------------------------------------------
+# 4. Errors --------------------------------------------------------------------------------------------------------------------
 
 
 def masked_error(error: Tensor, mask: Tensor | None, floor: float) -> Tensor:
@@ -342,17 +342,6 @@ def masked_error(error: Tensor, mask: Tensor | None, floor: float) -> Tensor:
         return error.mean()
     weight = floor + (1 - floor) * mask.to(error.dtype)
     return (weight.unsqueeze(1) * error).sum() / (error.shape[1] * weight.sum().clamp(min=1.0))
-
-
-def grown(mask: Tensor, radius: int) -> Tensor:
-    """A mask (N, S, S) dilated by a square of 2 radius + 1 pixels a side; a negative radius erodes. The outside is background."""
-    if radius == 0:
-        return mask
-    x, side = mask.unsqueeze(1), 2 * abs(radius) + 1
-    if radius > 0:
-        return F.max_pool2d(x, side, 1, abs(radius)).squeeze(1)
-    padded = F.pad(1 - x, [-radius] * 4, value=1.0)  # what is outside counts as background
-    return 1 - F.max_pool2d(padded, side, 1).squeeze(1)
 
 
 # 5. Action head ----------------------------------------------------------------------------------------------------------------

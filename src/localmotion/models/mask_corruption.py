@@ -29,6 +29,11 @@ def erode(mask: torch.Tensor, radius: int) -> torch.Tensor:
     return ~dilate(~mask, radius)
 
 
+def grow(mask: torch.Tensor, radius: int) -> torch.Tensor:
+    """Masks (..., H, W) bool dilated by ``radius`` pixels, or eroded by its size if it is negative."""
+    return dilate(mask, radius) if radius > 0 else erode(mask, -radius)
+
+
 def drop(mask: torch.Tensor, share: float, seed: int) -> torch.Tensor:
     """Masks (..., H, W) bool, each replaced with probability ``share`` by a full one: without a mask, every pixel counts.
 

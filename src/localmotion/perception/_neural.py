@@ -43,11 +43,11 @@ def optional_import(module: str, backend: str, command: str) -> ModuleType:
 def missing(backend: str, package: str, command: str, error: Exception) -> MissingExtraError:
     """The one-line error for a backend whose package is absent or does not load."""
     cause = _one_line(error)
-    mend = f"install it with: {command}"
+    fix = f"install it with: {command}"
     absent = isinstance(error, ModuleNotFoundError) and (error.name or "").startswith("torchvision")
     if "torchvision" in cause and not absent:
-        mend = f"its torchvision does not fit torch {torch.__version__}: pip install {matching_torchvision()}, or remove it"
-    return MissingExtraError(f"backend {backend} needs {package}, which cannot be imported ({cause}); {mend}")
+        fix = f"its torchvision does not fit torch {torch.__version__}: pip install {matching_torchvision()}, or remove it"
+    return MissingExtraError(f"backend {backend} needs {package}, which cannot be imported ({cause}); {fix}")
 
 
 def matching_torchvision() -> str:
@@ -64,9 +64,9 @@ def _one_line(error: BaseException) -> str:
     return "; caused by: ".join(texts)[:400]
 
 
-def failure(backend: str, doing: str, error: Exception, mend: str) -> LocalmotionError:
+def failure(backend: str, doing: str, error: Exception, fix: str) -> LocalmotionError:
     """The one-line error for weights or code that could not be read or fetched."""
-    return LocalmotionError(f"{backend}: {doing} failed ({_one_line(error)}); {mend}")
+    return LocalmotionError(f"{backend}: {doing} failed ({_one_line(error)}); {fix}")
 
 
 def pick_device(device: str) -> torch.device:
@@ -104,14 +104,14 @@ def pick_precision(backend: str, precision: str, device: torch.device) -> torch.
 
 
 @contextlib.contextmanager
-def inference(backend: str, device: torch.device, dtype: torch.dtype, load: str, mend: str) -> Iterator[None]:
+def inference(backend: str, device: torch.device, dtype: torch.dtype, load: str, fix: str) -> Iterator[None]:
     """Inference mode with autocast when ``dtype`` is a half precision; out of GPU memory becomes a LocalmotionError."""
     half = dtype is not torch.float32
     try:
         with torch.inference_mode(), torch.autocast(device.type, dtype=dtype if half else None, enabled=half):
             yield
     except torch.OutOfMemoryError as error:
-        raise LocalmotionError(f"{backend}: out of GPU memory on {load}; {mend}") from error
+        raise LocalmotionError(f"{backend}: out of GPU memory on {load}; {fix}") from error
 
 
 @contextlib.contextmanager

@@ -150,23 +150,23 @@ class CoTracker3:
                 pretrained=False,
             )
         except Exception as error:  # third-party code: network, zip and import errors of any type
-            mend = "check the network, or clone facebookresearch/co-tracker and use source=local, repository=FOLDER"
-            raise failure(self.name, f"loading the code from {repository}", error, mend) from error
+            fix = "check the network, or clone facebookresearch/co-tracker and use source=local, repository=FOLDER"
+            raise failure(self.name, f"loading the code from {repository}", error, fix) from error
         if weights == "random":
             return predictor
         if weights == "official":
             try:
                 state = torch.hub.load_state_dict_from_url(WEIGHTS_URL, map_location="cpu", weights_only=True)
             except Exception as error:  # URL, zip and pickle errors, each of its own type
-                mend = f"download {WEIGHTS_URL} elsewhere and give its path as weights"
-                raise failure(self.name, "fetching the weights", error, mend) from error
+                fix = f"download {WEIGHTS_URL} elsewhere and give its path as weights"
+                raise failure(self.name, "fetching the weights", error, fix) from error
         else:
             state = read_state_dict(self.name, Path(weights), sha256)
         try:
             predictor.model.load_state_dict(state)
         except RuntimeError as error:
-            mend = "use the file scaled_offline.pth of CoTracker3"
-            raise failure(self.name, f"fitting weights {weights!r} to the model", error, mend) from error
+            fix = "use the file scaled_offline.pth of CoTracker3"
+            raise failure(self.name, f"fitting weights {weights!r} to the model", error, fix) from error
         return predictor
 
     def track(self, frames: NDArray[np.uint8], points: Points, start: int = 0) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
@@ -274,8 +274,8 @@ class CoTracker3:
         query = np.concatenate([times[..., None].astype(np.float32), points], axis=-1)  # (B, N, 3): t, x, y
         count, length = frames.shape[:2]
         load = f"{count} x {length} frames with {points.shape[1]} points"
-        mend = f"lower batch={self.batch}, max_frames, window or the number of tracks"
-        with inference(self.name, self.device, self.dtype, load, mend):
+        fix = f"lower batch={self.batch}, max_frames, window or the number of tracks"
+        with inference(self.name, self.device, self.dtype, load, fix):
             video = torch.from_numpy(np.array(frames)).to(self.device).permute(0, 1, 4, 2, 3).float()  # RGB 0..255
             with _WholeExpand():
                 tracks, visible = self._predictor(video, queries=torch.from_numpy(query).to(self.device))

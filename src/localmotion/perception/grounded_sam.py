@@ -130,8 +130,8 @@ class GroundedSam:
         return shared_network((self.name, kind.__name__, model, at["revision"]), self.device, load)
 
     def _unreadable(self, slot: str, model: str, error: Exception) -> Exception:
-        mend = f"check the id and the network, or give a local folder as {slot} ({GUIDE})"
-        return failure(self.name, f"loading {slot} {model!r}", error, mend)
+        fix = f"check the id and the network, or give a local folder as {slot} ({GUIDE})"
+        return failure(self.name, f"loading {slot} {model!r}", error, fix)
 
     def detect(self, frame: Frame) -> Detections:
         """Boxes of the prompt's objects in one (H, W, 3) uint8 frame, at most ``max_boxes``, best first."""
@@ -219,8 +219,8 @@ class GroundedSam:
 
     def _inference(self, frames: NDArray[np.uint8]) -> Any:
         load = f"{len(frames)} frames of {frames.shape[1]}x{frames.shape[2]}"
-        mend = f"lower the option batch={self.batch}, use smaller models or device=cpu"
-        return inference(self.name, self.device, self.dtype, load, mend)
+        fix = f"lower the option batch={self.batch}, use smaller models or device=cpu"
+        return inference(self.name, self.device, self.dtype, load, fix)
 
     def _moved(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Tensors on the device, real numbers as float32 (boxes are float64, which parts of SAM do not accept)."""

@@ -101,8 +101,8 @@ class GroundedSam2:
             key = (self.name, model.__name__, tracker, tracker_revision)
             self._tracker: Any = shared_network(key, self.device, load)
         except (OSError, ValueError, RuntimeError) as error:
-            mend = f"check the id and the network, or give a local folder as tracker ({GUIDE})"
-            raise failure(self.name, f"loading tracker {tracker!r}", error, mend) from error
+            fix = f"check the id and the network, or give a local folder as tracker ({GUIDE})"
+            raise failure(self.name, f"loading tracker {tracker!r}", error, fix) from error
         self.side = int(self._tracker.config.image_size)
         """Side of the pictures that SAM 2 works on (1024)."""
 

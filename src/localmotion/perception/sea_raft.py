@@ -85,8 +85,8 @@ class _PairFlow:
             # The stack is also a writable copy, which torch needs instead of a read-only memory map.
             stacked = torch.from_numpy(np.stack([first[start:stop], second[start:stop]], axis=1))
             load = f"{stop - start} pairs of {height}x{width}"
-            mend = f"lower the option batch={batch} of {self.name}"
-            with inference(self.name, self.device, self.dtype, load, mend):
+            fix = f"lower the option batch={batch} of {self.name}"
+            with inference(self.name, self.device, self.dtype, load, fix):
                 pairs = stacked.to(self.device).permute(0, 1, 4, 2, 3).float() / 255  # (B, 2, 3, H, W)
                 field = self._at_working_size(pairs)  # (B, 2, H, W)
                 finite = torch.isfinite(field).flatten(1).all(1).cpu()
@@ -153,11 +153,11 @@ class SeaRaft(_PairFlow):
         try:
             return ptlflow.get_model(model, ckpt_path=weights)
         except Exception as error:  # URL, hash, zip, pickle and shape errors have different types
-            mend = (
+            fix = (
                 f"check the network, or download the file elsewhere and give its path as checkpoint ({GUIDE}); "
                 "a damaged file in the torch.hub cache must be deleted"
             )
-            raise failure(self.name, f"loading {model} with checkpoint {weights!r}", error, mend) from error
+            raise failure(self.name, f"loading {model} with checkpoint {weights!r}", error, fix) from error
 
     def _predict(self, pairs: torch.Tensor) -> torch.Tensor:
         # ptlflow expects BGR in 0..1, pads to a multiple of 8 and removes the padding.
@@ -223,8 +223,8 @@ class Raft(_PairFlow):
             try:
                 network.load_state_dict(weights.get_state_dict(check_hash=True, weights_only=True, progress=False))
             except Exception as error:  # URL, hash, zip and pickle errors, each of its own type
-                mend = "check the network or put the file into the torch.hub cache"
-                raise failure(self.name, f"fetching the weights of RAFT {model}", error, mend) from error
+                fix = "check the network or put the file into the torch.hub cache"
+                raise failure(self.name, f"fetching the weights of RAFT {model}", error, fix) from error
         return network
 
     def _predict(self, pairs: torch.Tensor) -> torch.Tensor:

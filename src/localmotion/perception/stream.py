@@ -131,7 +131,7 @@ class StreamingExtractor:
         if self.exact:
             self.exact.advance()
         # A simulator's pictures have no cuts. Perception has to guess them.
-        if self.cuts.step(grey) and self.recipe.flow != EXACT:
+        if self.recipe.flow != EXACT and self.cuts.step(grey):
             flow = np.zeros((*grey.shape, 2), np.float32)
             step = self.slots.cut(frame, grey)
             self.frames.clear()

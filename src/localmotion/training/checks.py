@@ -28,6 +28,15 @@ def check_begins(method: type[Method], run: RunConfig) -> None:
         raise ConfigError(f"labels={run.labels}: {run.stage} reads no labels; they are a part of logged episodes, --data STORE")
 
 
+def check_decay(method: type[Method], run: RunConfig) -> None:
+    """Raise ConfigError for a decay of the learning rate in a stage that plays or may play, where its end is not known."""
+    if run.online.lr_decay and method.stages[run.stage] is not Source.LOGGED:
+        raise ConfigError(
+            f"online.lr_decay={run.online.lr_decay:g}: {run.stage} of {run.method} keeps its learning rate; only stages of logged"
+            " episodes alone let it fall. Leave it out"
+        )
+
+
 def check_learns(run: RunConfig, repeat: int = 1) -> None:
     """Raise ConfigError if an online run with these settings could never make an update.
 

@@ -25,7 +25,7 @@ from localmotion.recording.logs import action_dim
 from localmotion.runs.rundir import RunDir, claimed, read_environment
 from localmotion.runs.settings import recipe_of, with_recipe
 from localmotion.training import graphs
-from localmotion.training.checks import check_begins, check_learns, check_length
+from localmotion.training.checks import check_begins, check_decay, check_learns, check_length
 from localmotion.training.logged import LoggedLoop
 from localmotion.training.online import OnlineLoop
 from localmotion.training.rollout import RolloutLoop
@@ -47,6 +47,7 @@ def finetune(run: RunConfig, path: Path) -> Path:
     cls = methods.get(run.method)
     source = cls.stages[run.stage]
     check_begins(cls, run)
+    check_decay(cls, run)
     if source is Source.LOGGED and not run.data:
         raise ConfigError(
             f"{run.stage}: give the logged episodes with --data STORE (made by localmotion collect ENV --out STORE --store)"
