@@ -19,7 +19,7 @@ from benchmarks.bench_update import setup
 from benchmarks.recorder import PRODUCTS, Like, Recorder
 
 
-def _alone(func: Any, args: Any, kwargs: Any, seconds: float = 0.05) -> tuple[float, float]:
+def _alone(func: Any, args: Any, kwargs: Any, seconds: float) -> tuple[float, float]:
     """(seconds, FLOPs) of one call, the fastest of those that fit into ``seconds`` (at least three)."""
     real = tree_map(
         lambda x: x.make() if isinstance(x, Like) else x, (list(args), dict(kwargs)), is_leaf=lambda x: isinstance(x, Like)
@@ -36,8 +36,13 @@ def _alone(func: Any, args: Any, kwargs: Any, seconds: float = 0.05) -> tuple[fl
     return best, counter.flops
 
 
-def measure(step: Callable[[], object], repeats: int = 5) -> tuple[float, list[dict[str, Any]], Counter[str]]:
-    """(seconds of a step, its products by kind with time alone and FLOPs, counts of its other operations)."""
+def measure(
+    step: Callable[[], object], repeats: int = 5, alone: float = 0.05
+) -> tuple[float, list[dict[str, Any]], Counter[str]]:
+    """(seconds of a step, its products by kind with time alone and FLOPs, counts of its other operations).
+
+    Each product is repeated for ``alone`` seconds.
+    """
     step()
     recorder = Recorder()
     with recorder:
@@ -50,7 +55,7 @@ def measure(step: Callable[[], object], repeats: int = 5) -> tuple[float, list[d
     kinds: dict[str, dict[str, Any]] = {}
     for (func, args, kwargs), count in recorder.products.items():
         kind = kinds.setdefault(PRODUCTS[func], {"kind": PRODUCTS[func], "calls": 0, "alone ms": 0.0, "GFLOP": 0.0})
-        seconds, flops = _alone(func, args, kwargs)
+        seconds, flops = _alone(func, args, kwargs, alone)
         kind["calls"] += count
         kind["alone ms"] += 1e3 * seconds * count
         kind["GFLOP"] += flops * count / 1e9
