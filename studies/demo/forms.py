@@ -33,6 +33,8 @@ ARMS: dict[str, tuple[str, ...]] = {
     "embed": ("embed_input=true", "beta_z_finetune=null"),
     "embed+z0": RELEASE,
     "embed+z0+full": (*RELEASE, *FULL),
+    "embed+z0+entropy3": (*RELEASE, "entropy=0.003"),
+    "embed+z0+entropy10": (*RELEASE, "entropy=0.01"),
     "scratch": RELEASE,
 }
 
