@@ -175,6 +175,7 @@ def study(args: argparse.Namespace) -> None:
     from localmotion.report.build import report
     from localmotion.report.table import write_table
     from localmotion.training.study import RunsFailedError, run_study
+    from localmotion.training.study_file import read_study
 
     failed: RunsFailedError | None = None
     try:
@@ -183,7 +184,7 @@ def study(args: argparse.Namespace) -> None:
         failed = error
     runs = sorted(path.parent for path in (args.out / "runs").glob("*/metrics.jsonl"))
     if runs:
-        for line in write_table(runs, args.out):
+        for line in write_table(runs, args.out, read_study(args.file).reference):
             say(line)
         say(f"wrote {report(runs, args.out / 'report.html')}")
     if failed:

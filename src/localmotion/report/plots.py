@@ -134,6 +134,39 @@ def learning_curves(
     return figure
 
 
+@_chart
+def budget_curves(
+    lines: Mapping[str, Mapping[int, Summary]], *, title: str, ylabel: str = "episode return", percent: bool = False
+) -> Figure:
+    """Final scores against the number of labelled transitions (logarithmic): a line per variant, mean +- std over seeds.
+
+    Raises ValueError without any point.
+    """
+    if not any(lines.values()):
+        raise ValueError("no budgets to draw")
+    figure = Figure(figsize=(WIDTH, 3.4), layout=ConstrainedLayoutEngine(rect=(0, 0, 1, 0.91)))
+    axes = _axes(figure.add_subplot())
+    for i, (name, scores) in enumerate(lines.items()):
+        spread = [final.std if len(final.scores) > 1 else 0.0 for final in scores.values()]
+        axes.errorbar(
+            list(scores), [final.mean for final in scores.values()], spread, label=plain(name, 38),
+            color=PALETTE[i % len(PALETTE)], linewidth=2.0, marker="os^Dv"[i % 5], markersize=5, capsize=3, elinewidth=1.0,
+        )  # fmt: skip
+    axes.set_xscale("log")
+    ticks = sorted({labels for scores in lines.values() for labels in scores})
+    axes.set_xticks(ticks, [f"{labels:,}" for labels in ticks])
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    if percent:
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:g}%"))
+    else:
+        axes.yaxis.set_major_formatter(short_ticks())
+    axes.set_xlabel("labelled transitions")
+    axes.set_ylabel(ylabel)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=9)
+    _title(figure, title)
+    return figure
+
+
 def _legend_entry(figure: Figure, top: float, colour: str, group: CurveGroup, percent: bool) -> float:
     """One entry of the table beside the curves; returns where the next one starts, in figure fractions."""
     figure.text(0.71, top - 0.03, "●", color=colour, fontsize=11, va="center")

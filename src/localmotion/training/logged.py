@@ -69,7 +69,8 @@ class LoggedLoop(Loop):
         ]
 
     def record(self) -> dict[str, Any]:
-        return {"recipe": self.store.recipe}
+        transitions = int(self.sampler.frames.sum()) - len(self.sampler.clips)
+        return {"recipe": self.store.recipe, "transitions": transitions}
 
     def advance(self) -> None:
         with self.timed("data"):
