@@ -244,6 +244,7 @@ def probe(args: argparse.Namespace) -> None:
         rows = measure(
             args.runs,
             args.data,
+            tests=args.test_data,
             length=args.length,
             untrained=not args.no_untrained,
             ceilings=not args.no_ceilings,
@@ -253,7 +254,7 @@ def probe(args: argparse.Namespace) -> None:
             progress=advance,
         )
     for title, columns, cells in score_tables(rows):
-        show_table(f"{title}: R^2 on test episodes (share of exact flow)", columns, cells, width=160)
+        show_table(f"{title}: R^2 on test episodes (share of exact flow), nmse: error / variance", columns, cells, width=160)
     if args.out:
         save_probes(rows, args.out)
         say(f"wrote {args.out}")
