@@ -75,6 +75,37 @@ def test_links_and_exact_flow_are_the_environments_in_pixels_of_the_stored_pictu
     assert kept["links"] == {"names": list(env.link_names), "size": side}
 
 
+@pytest.mark.parametrize(
+    ("env", "options"),
+    [
+        ("planar:reacher_easy", {"background": "leaky"}),
+        ("planar:walker_run", {}),
+        ("masklam:reacher_easy", {"motion": "leaky"}),
+        ("masklam:reacher_easy", {"motion": "video"}),
+    ],
+)
+def test_shifts_of_the_background_are_the_environments_in_pixels_of_the_stored_pictures(
+    tmp_path: Path, env: str, options: dict[str, Any]
+) -> None:
+    recipe = Recipe(size=16, percept_size=32, tracks=4)
+    found = collect(env, tmp_path, policy="random", episodes=1, steps=3, recipe=recipe, **options)
+    entry = found.episodes[0]
+    file = tmp_path / "background" / f"{entry['id']}.npy"
+    if "leaky" not in options.values():  # nothing moves, or a video plays
+        assert not file.exists()
+        return
+    actions, shifts = np.load(tmp_path / "actions" / f"{entry['id']}.npy"), np.load(file)
+    made: Any = make_env(env, size=16, percept_size=32, **options)
+    made.reset(seed=entry["seed"])
+    backdrop = made.backdrop if env.startswith("masklam") else made._moving._backdrop
+    for t, action in enumerate(actions):
+        if t:
+            made.step(action)
+        np.testing.assert_allclose(shifts[t], backdrop.offset / 2, rtol=1e-6)
+    assert shifts[3].any()
+    made.close()
+
+
 def test_a_collection_of_an_earlier_version_goes_on_without_links(tmp_path: Path) -> None:
     settings: Any = {"policy": "random", "steps": 2, "size": 32}
     collect("planar:hopper_hop", tmp_path, episodes=1, **settings)

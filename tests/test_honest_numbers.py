@@ -18,9 +18,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from localmotion.evaluation import probes
+from localmotion.evaluation import probe_fits
 from localmotion.evaluation.heldout import open_loop_errors, reconstruction_errors, trivial_reconstructions
-from localmotion.evaluation.probes import Episodes, idm, mlp, ridge
+from localmotion.evaluation.probe_data import Episodes
+from localmotion.evaluation.probe_fits import idm, mlp, ridge
 from localmotion.methods.base import Method
 from localmotion.methods.ipv import IPV
 from localmotion.models.dae import Motion
@@ -68,14 +69,14 @@ PROBES: dict[str, Probe] = {
 def scored(monkeypatch: pytest.MonkeyPatch, fit: Probe, *given: Any) -> tuple[list[tuple[Floats, Floats]], float]:
     """Every (predicted, true) that a probe scores while it fits and chooses, and its answer."""
     calls: list[tuple[Floats, Floats]] = []
-    score = probes.r_squared
+    score = probe_fits.r_squared
 
     def recorded(predicted: Floats, true: Floats) -> float:
         calls.append((predicted, true))
         return score(predicted, true)
 
     with monkeypatch.context() as patch:
-        patch.setattr(probes, "r_squared", recorded)
+        patch.setattr(probe_fits, "r_squared", recorded)
         return calls, fit(*given)
 
 
@@ -90,9 +91,9 @@ def test_a_probe_is_fitted_scaled_and_chosen_without_the_tested_episodes(kind: s
     tested = int(data.tested.sum())
     clean, answer = scored(monkeypatch, PROBES[kind], x, y, data)
     choosing = [predicted for predicted, _ in clean if len(predicted) != tested]
-    assert len(choosing) == (len(probes.LAMBDAS) if kind == "ridge" else 10)
-    assert {len(predicted) for predicted in choosing} == {int(probes._folds(data)[1].sum())}
-    assert answer in [probes.r_squared(p, t) for p, t in clean if len(p) == tested]
+    assert len(choosing) == (len(probe_fits.LAMBDAS) if kind == "ridge" else 10)
+    assert {len(predicted) for predicted in choosing} == {int(probe_fits._folds(data)[1].sum())}
+    assert answer in [probe_fits.r_squared(p, t) for p, t in clean if len(p) == tested]
 
     bad_y = y.copy()
     bad_y[data.tested] = np.random.default_rng(4).normal(size=(tested, 2)) * 50 + 1000
@@ -116,17 +117,17 @@ def test_the_answer_is_that_of_the_choice_on_other_episodes(kind: str, monkeypat
     data, (x, y) = made_episodes(), code_and_target(kind)
     tested = int(data.tested.sum())
     calls, answer = scored(monkeypatch, PROBES[kind], x, y, data)
-    marks = [(len(p) == tested, probes.r_squared(p, t)) for p, t in calls]
+    marks = [(len(p) == tested, probe_fits.r_squared(p, t)) for p, t in calls]
     if kind == "ridge":
-        assert [is_tested for is_tested, _ in marks] == [False] * len(probes.LAMBDAS) + [True]
-        fit, check = probes._folds(data)
+        assert [is_tested for is_tested, _ in marks] == [False] * len(probe_fits.LAMBDAS) + [True]
+        fit, check = probe_fits._folds(data)
         z = ((x - x[fit].mean(0)) / x[fit].std(0)).astype(np.float64)
         middle = y[fit].mean(0).astype(np.float64)
         written = {}
-        for penalty in probes.LAMBDAS:
+        for penalty in probe_fits.LAMBDAS:
             weights = np.linalg.solve(z[fit].T @ z[fit] + penalty * fit.sum() * np.eye(60), z[fit].T @ (y[fit] - middle))
             written[penalty] = [
-                probes.r_squared((z[rows] @ weights + middle).astype(np.float32), y[rows]) for rows in (check, data.tested)
+                probe_fits.r_squared((z[rows] @ weights + middle).astype(np.float32), y[rows]) for rows in (check, data.tested)
             ]
         best = max(written.values(), key=lambda scores: scores[0])
         assert answer == pytest.approx(best[1], abs=1e-4)
@@ -155,7 +156,7 @@ def test_episodes_not_frames_are_split(first: int) -> None:
     """Each episode is fitted, chosen with or tested, whichever are tested."""
     data = made_episodes()
     data = replace(data, tested=(data.episode - first) % COUNT < 5)
-    fit, check = probes._folds(data)
+    fit, check = probe_fits._folds(data)
     sides = [set(data.episode[rows].tolist()) for rows in (fit, check, data.tested)]
     assert all(sides)
     assert sum(map(len, sides)) == COUNT

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from localmotion.envs import make_env
 from localmotion.evaluation import evaluate as evaluation
 from localmotion.evaluation import metrics, probes, statistics
 from localmotion.evaluation.predict import _spread
-from localmotion.evaluation.probes import Episodes
+from localmotion.evaluation.probe_data import TARGETS, Episodes
+from localmotion.evaluation.probe_fits import Fit, mlp, ridge
 from localmotion.evaluation.statistics import Curve, bootstrap_interval, final_scores, iqm, summarise
 from localmotion.report.table import write_table
 from localmotion.runs.read import read_run
@@ -250,7 +252,7 @@ def test_an_untrained_network_stands_beside_the_trained_one(monkeypatch: pytest.
             parameter.fill_(0.5)
     episode = np.repeat(np.arange(10), 4)
     rng = np.random.default_rng(0)
-    targets = {kind: rng.normal(size=(40, 2)).astype(np.float32) for kind in probes.TARGETS}
+    targets = {kind: rng.normal(size=(40, 2)).astype(np.float32) for kind in TARGETS}
 
     class Data:
         episodes = Episodes("made", episode, targets, None, episode > 7)
@@ -261,10 +263,10 @@ def test_an_untrained_network_stands_beside_the_trained_one(monkeypatch: pytest.
             return targets["actions"]
 
     models: list[Any] = []
-    monkeypatch.setattr(probes, "_Data", Data)
+    monkeypatch.setattr(probes, "ProbeData", Data)
     monkeypatch.setattr(probes, "load_run", lambda path, **options: (run, method, CPU))
     monkeypatch.setattr(probes, "_code_of", lambda model, place: models.append(model))
-    monkeypatch.setattr(probes, "mlp", lambda *given, **options: 0.25)
+    monkeypatch.setattr(probes, "mlp_fit", lambda *given, **options: Fit(0.25, None))
     rows = probes.probe([Path("walk")], [Path("data")], ceilings=False, device="cpu")
     assert [row["code"] for row in rows] == ["flow, 8x8 grid", "drp, walk", "drp, walk, untrained"]
     assert all(row["ridge actions"] > 0.9 > 0.1 > row["ridge velocities"] for row in rows)  # the planted code is the action
@@ -284,20 +286,19 @@ def test_ceilings_see_the_frame_before_and_the_frame_and_the_true_velocities(mon
     before = targets["velocities"] - np.array([1, -1], np.float32)
 
     class Data:
-        batch_size = 2
         episodes = Episodes("made", np.repeat(clips, length - skip), targets, before, np.repeat(clips, length - skip) > 1)
 
         class sampler:  # noqa: N801
             class store:  # noqa: N801
                 size = 8
 
-            @staticmethod
-            def windows(clip: Any, start: Any) -> dict[str, torch.Tensor]:
+        @staticmethod
+        def batches() -> Iterator[dict[str, torch.Tensor]]:
+            for clip, start in ((clips[:2], starts[:2]), (clips[2:], starts[2:])):
                 grey = torch.from_numpy(20 * clip + start)[:, None] + torch.arange(length)
-                return {"image": grey.to(torch.uint8)[..., None, None, None].expand(-1, -1, 8, 8, 3).contiguous()}
+                yield {"image": grey.to(torch.uint8)[..., None, None, None].expand(-1, -1, 8, 8, 3).contiguous()}
 
     data: Any = Data()
-    data.clips, data.starts = clips, starts
     asked: dict[str, Any] = {}
 
     def seen(kind: str) -> Any:
@@ -336,7 +337,7 @@ def test_ceilings_see_the_frame_before_and_the_frame_and_the_true_velocities(mon
         assert [row["code"] for row in probes._ceilings(data, CPU)] == ["idm, trained on the target"]
 
 
-@pytest.mark.parametrize("fit", [probes.ridge, lambda x, y, data: probes.mlp(x, y, data, updates=30)], ids=["ridge", "mlp"])
+@pytest.mark.parametrize("fit", [ridge, lambda x, y, data: mlp(x, y, data, updates=30)], ids=["ridge", "mlp"])
 def test_a_probe_does_not_mind_the_scale_of_a_code(fit: Any) -> None:
     episode = np.repeat(np.arange(20), 10)
     data = Episodes("made", episode, {}, None, episode > 15)
@@ -348,7 +349,7 @@ def test_a_probe_does_not_mind_the_scale_of_a_code(fit: Any) -> None:
     assert 0.3 < found < 1
     assert fit(x * scale + 2 * scale, y, data) == pytest.approx(found, abs=0.01)
     still = np.concatenate([x, np.full((200, 1), 3.0, np.float32)], 1)  # a dimension that does not vary says nothing
-    assert probes.ridge(still, y, data) == pytest.approx(probes.ridge(x, y, data), abs=1e-4)
+    assert ridge(still, y, data) == pytest.approx(ridge(x, y, data), abs=1e-4)
 
 
 # -------------------------------------------------------------------------------------------------------------- tables

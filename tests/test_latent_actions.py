@@ -406,6 +406,8 @@ OTHER: dict[str, Any] = {
     "policy_widths": (4, 8, 8),
     "warmup": 3,
     "tau": 0.5,
+    "policy": "pooled",
+    "head_start": 2,
 }
 Z = "size.inverse size.policy size.dynamics size.head"
 REACH = {
@@ -447,7 +449,17 @@ REACH |= {
     "action_pad": "size.labels",
     "policy_widths": "size.policy",
 }
+REACH |= {
+    "policy": "size.policy",
+    "bc latent": "size.policy",
+    "bc head_widths": "size.policy",
+    "bc widths": "size.encoder",
+    "bc units": "size.inverse",
+    "relabel": "size.encoder size.inverse",
+    "head_start": "rate.decode",
+}
 BASE = {"lapo": ("flow_weight=0.25",), "masklam": (), "laom": ("supervised=true", "model.tau=0.1")}
+BASE["bc"] = ("relabel=true", "policy=impala")
 
 
 def made(name: str, stage: str, settings: tuple[str, ...], changes: dict[str, Any]) -> Subject:
@@ -458,7 +470,7 @@ def made(name: str, stage: str, settings: tuple[str, ...], changes: dict[str, An
 
 def stepped(name: str, *settings: str, **changes: Any) -> dict[str, Any]:
     """Weights after three updates of the first stage, by part."""
-    subject, out = made(name, "pretrain", settings, changes), dict[str, Any]()
+    subject, out = made(name, next(iter(methods.get(name).stages)), settings, changes), dict[str, Any]()
     method = subject.awake()
     updater = subject.updater(method, CPU)
     for seed in range(3):
@@ -470,7 +482,7 @@ def stepped(name: str, *settings: str, **changes: Any) -> dict[str, Any]:
 
 
 def doing(name: str, *settings: str, **changes: Any) -> dict[str, Any]:
-    """What a method is and computes in its three stages, by part."""
+    """What a method is and computes in its stages, by part."""
     out: dict[str, Any] = {}
     for stage in methods.get(name).stages:
         subject = made(name, stage, settings, changes)
@@ -479,7 +491,7 @@ def doing(name: str, *settings: str, **changes: Any) -> dict[str, Any]:
         for part in {key.partition(".")[0] for key in sizes}:
             out[f"size.{part}"] = {key: value for key, value in sizes.items() if key.startswith(f"{part}.")}
         group = method.groups(stage, rates(subject.run, subject.source, True))[0]
-        out[f"rate.{stage}"] = (group.lr, group.warmup, group.weight_decay)
+        out[f"rate.{stage}"] = (group.lr, group.freeze_updates, group.warmup, group.weight_decay)
         out |= {f"weight.{stage}.{key}": value for key, value in method.loss_scales(stage).items()}
         method.train()
         out |= {f"loss.{stage}.{key}": value for key, value in losses_of(method, stage, batch).items()}
@@ -507,11 +519,11 @@ def other(value: Any, name: str) -> Any:
     return not value if isinstance(value, bool) else 2 * value if isinstance(value, int) else value / 2
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "bc"])
 def test_every_setting_reaches_what_it_is_for(name: str) -> None:
     """Sizes first: where they change, what is computed changes anyway. Then losses, then steps."""
     base, steps = doing(name, *BASE[name]), stepped(name, *BASE[name])
-    config = made(name, "pretrain", BASE[name], {}).run.model
+    config = made(name, next(iter(methods.get(name).stages)), BASE[name], {}).run.model
     wrong = {}
     for item in fields(config):
         changes = {item.name: other(getattr(config, item.name), item.name)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,8 +17,10 @@ from torch import Tensor, nn
 from localmotion.cli import main
 from localmotion.envs import make_env
 from localmotion.errors import ConfigError
-from localmotion.evaluation import probes
-from localmotion.evaluation.probes import Episodes, _Data, grid_flow, idm, mlp, probe, r_squared, ridge, save_probes
+from localmotion.evaluation import probe_data, probe_fits, probes
+from localmotion.evaluation.probe_data import Episodes, ProbeData
+from localmotion.evaluation.probe_fits import Fit, idm, mlp, mlp_fit, r_squared, ridge, ridge_fit
+from localmotion.evaluation.probes import grid_flow, probe, save_probes
 from method_batches import CPU, make, make_batch
 
 
@@ -37,7 +40,7 @@ def test_r_squared_by_hand() -> None:
 def test_a_tenth_of_the_fitted_episodes_chooses() -> None:
     for count, chosen in ((20, 1), (44, 4), (9, 1)):
         data = episodes(count, 2)  # the last four are tested
-        fit, check = probes._folds(data)
+        fit, check = probe_fits._folds(data)
         expected = np.random.default_rng(1).permutation(count - 4)[:chosen]
         np.testing.assert_array_equal(check, np.isin(data.episode, expected))
         np.testing.assert_array_equal(fit, ~check & ~data.tested)
@@ -113,9 +116,9 @@ def test_collect_then_probe_by_command(tmp_path: Path, capsys: pytest.CaptureFix
     rows = json.loads(out.read_text())
     assert [row["code"] for row in rows] == ["pose alone", "flow, 8x8 grid"]
     kinds = ("links", "velocities", "actions")
-    keys = {f"ridge {kind}{ending}" for kind in kinds for ending in ("", " + pose")}
+    keys = {f"ridge {kind}{ending}" for kind in kinds for ending in ("", " + pose")} | {"ridge actions nmse"}
     assert set(rows[1]) - {"data", "code", "width", "frames"} == keys
-    data = _Data(store, 8)
+    data = ProbeData(store, 8)
     actions = data.episodes.targets["actions"]
     kept = np.load(store / "actions" / f"{data.sampler.store.ids[0]}.npy")
     np.testing.assert_array_equal(actions[:4], kept[4:8])  # the first window's positions 4 to 7
@@ -191,7 +194,7 @@ def test_ridge_regression_is_the_written_out_one_of_codes_that_are_nearly_alike(
     a, b = rng.normal(size=(2, 400))
     x = np.stack([a, a + 0.01 * b], 1).astype(np.float32)
     y = np.stack([a, b + 0.3 * rng.normal(size=400)], 1).astype(np.float32) + np.array([10, -10], np.float32)
-    fit, check = probes._folds(data)
+    fit, check = probe_fits._folds(data)
     z, mean = standard(x, fit).astype(np.float64), y[fit].mean(0)
     scores = []
     for power in range(-4, 5):
@@ -205,7 +208,31 @@ def test_ridge_regression_is_the_written_out_one_of_codes_that_are_nearly_alike(
 def test_a_code_that_is_no_number_tells_nothing() -> None:
     data = episodes(frames=10)
     x, y = noisy_and_far(200)
-    assert mlp(np.full_like(x, np.nan), y, data, updates=3) == 0
+    found = mlp_fit(np.full_like(x, np.nan), y, data, updates=3)
+    assert found.score == 0
+    assert found.nmse(y, data) == 1
+
+
+def test_the_normalized_error_is_one_ratio_of_all_dimensions() -> None:
+    """By hand: errors of the test rows over the variance of the other rows, each averaged over dimensions before dividing."""
+    data = Episodes("made", np.arange(4), {}, None, np.array([False, False, True, True]))
+    y = np.array([[0.0, 0], [2, 20], [1, 10], [3, 10]], np.float32)  # variances 1 and 100 of the first two
+    assert Fit(0.0, y[2:]).nmse(y, data) == 0
+    assert Fit(0.0, y[2:] + np.array([1, 0], np.float32)).nmse(y, data) == pytest.approx((1 / 2) / (101 / 2))
+    assert Fit(0.0, y[2:] + np.array([0, 2], np.float32)).nmse(y, data) == pytest.approx(4 / 101)
+    assert Fit(0.0, None).nmse(np.ones_like(y), data) == 0
+
+
+@pytest.mark.parametrize("fit", [ridge_fit, lambda x, y, data: mlp_fit(x, y, data, updates=60)], ids=["ridge", "mlp"])
+def test_what_a_probe_answers_has_its_score(fit: Any) -> None:
+    """In the units of the target, for the tested rows."""
+    data = episodes(frames=20)
+    x, y = noisy_and_far(400)
+    x[:, 4] = 0
+    found = fit(x, y, data)
+    assert found.answer.shape == (80, 2)
+    assert 0.2 < found.score < 1
+    assert found.score == pytest.approx(r_squared(found.answer, y[data.tested]), abs=1e-4)
 
 
 @pytest.mark.parametrize("updates", [5, 36])
@@ -239,12 +266,21 @@ def test_the_network_of_pictures_is_the_written_out_one() -> None:
 
 
 def test_scores_have_four_digits_and_a_name_for_each_probe_and_target(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probes, "ridge", lambda code, target, data: target / 3)
-    monkeypatch.setattr(probes, "mlp", lambda code, target, data: target / 7)
-    targets: Any = {"velocities": 1.0, "actions": 2.0}
-    found = probes._scores(np.zeros(1, np.float32), Episodes("made", np.zeros(1), targets, None, np.zeros(1, bool)))
-    wanted = {"ridge velocities": 0.3333, "ridge actions": 0.6667, "mlp velocities": 0.1429, "mlp actions": 0.2857}
-    assert found == wanted
+    """The error of actions stands beside their score, without the pose; the background has no score with the pose."""
+    tested = np.array([False, False, True])
+    answer = np.array([[0.25]], np.float32)
+    monkeypatch.setattr(probes, "ridge_fit", lambda code, target, data: Fit(float(target[0, 0]) / 3, answer))
+    monkeypatch.setattr(probes, "mlp_fit", lambda code, target, data: Fit(float(target[0, 0]) / 7, answer * code.shape[1]))
+    targets = {
+        kind: np.array([[first], [1.0], [0.0]], np.float32)
+        for kind, first in (("velocities", 1), ("actions", 2), ("background", 3))
+    }
+    data = Episodes("made", np.zeros(3, np.int64), targets, None, tested, pose=np.zeros((3, 4), np.float32))
+    found = probes._scores(np.zeros((3, 1), np.float32), data)
+    scores = {"velocities": (0.3333, 0.1429), "actions": (0.6667, 0.2857), "background": (1.0, 0.4286)}
+    wanted = {f"{name} {kind}": pair[n] for kind, pair in scores.items() for n, name in enumerate(("ridge", "mlp"))}
+    wanted |= {f"{key} + pose": value for key, value in wanted.items() if "background" not in key}
+    assert found == {**wanted, "ridge actions nmse": 0.25, "mlp actions nmse": 0.25}
 
 
 def test_scores_are_written_where_there_is_no_folder_yet(tmp_path: Path) -> None:
@@ -278,11 +314,11 @@ def collection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     class Store:
         def __init__(self, path: Path) -> None:
-            self.lengths, self.ids, self.recipe = LENGTHS, [f"clip{n}" for n in range(24)], {"flow": "dis"}
+            self.lengths, self.ids, self.recipe, self.size = LENGTHS, [f"clip{n}" for n in range(24)], {"flow": "dis"}, 16
 
-    monkeypatch.setattr(probes, "ClipStore", Store)
-    monkeypatch.setattr(probes, "WindowSampler", Sampler)
-    for kind, sign in (("velocities", 1), ("actions", -1)):
+    monkeypatch.setattr(probe_data, "ClipStore", Store)
+    monkeypatch.setattr(probe_data, "WindowSampler", Sampler)
+    for kind, sign in (("velocities", 1), ("actions", -1e-4)):  # actions are within [-1, 1]
         (tmp_path / kind).mkdir()
         for clip, frames in enumerate(LENGTHS):
             np.save(tmp_path / kind / f"clip{clip}.npy", sign * np.array([[100.0 * clip + t, 0.5] for t in range(frames)]))
@@ -291,7 +327,7 @@ def collection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_windows_tile_the_clips_and_their_targets_are_of_their_frames(collection: Path) -> None:
     """Windows of 6 begin every 2 frames, because the first 4 have too little history; each frame from 4 on counts once."""
-    data = _Data(collection, 6)
+    data = ProbeData(collection, 6)
     places = [(0, start) for start in (0, 2, 4, 6)] + [(1, 0), (1, 2)] + [(clip, 0) for clip in range(3, 23)]
     assert list(zip(data.clips.tolist(), data.starts.tolist(), strict=True)) == places
     frames = np.array([(clip, start + t) for clip, start in places for t in (4, 5)])
@@ -300,7 +336,7 @@ def test_windows_tile_the_clips_and_their_targets_are_of_their_frames(collection
     half = np.full_like(named, 0.5)
     np.testing.assert_array_equal(found.episode, frames[:, 0])
     np.testing.assert_array_equal(found.targets["velocities"], np.concatenate([named, half], 1))
-    np.testing.assert_array_equal(found.targets["actions"], -np.concatenate([named, half], 1))
+    np.testing.assert_allclose(found.targets["actions"], -1e-4 * np.concatenate([named, half], 1), rtol=1e-6)
     assert found.before is not None
     np.testing.assert_array_equal(found.before, np.concatenate([named - 1, half], 1))
     assert {x.dtype for x in (*found.targets.values(), found.before)} == {np.dtype(np.float32)}
@@ -328,7 +364,7 @@ def test_links_give_velocities_from_frame_to_frame_and_the_pose_in_the_frame(col
         np.save(collection / "links" / f"clip{clip}.npy", places(frames, clip).astype(np.float32))
         grid = 1000 * clip + 100 * np.arange(frames)[:, None, None, None] + np.arange(128).reshape(8, 8, 2) / 10
         np.save(collection / "exact_grid" / f"clip{clip}.npy", grid.astype(np.float32))
-    found = _Data(collection, 6).episodes
+    found = ProbeData(collection, 6).episodes
     assert list(found.targets) == ["links", "velocities", "actions"]
     clip, frame = np.divmod(found.targets["velocities"][:, 0], 100)
     # The link at rest and the one without a place are left out, and so is the y of the last one, which is constant.
@@ -344,7 +380,63 @@ def test_links_give_velocities_from_frame_to_frame_and_the_pose_in_the_frame(col
     assert not found.perceived_exactly
     (collection / "exact_grid" / "clip3.npy").unlink()
     with pytest.raises(ConfigError, match="some clips lack"):
-        _Data(collection, 6)
+        ProbeData(collection, 6)
+
+
+def test_the_background_moves_from_frame_to_frame_and_actions_are_clipped(collection: Path) -> None:
+    (collection / "background").mkdir()
+    for clip, frames in enumerate(LENGTHS):
+        t = np.arange(frames, dtype=np.float32)
+        np.save(collection / "background" / f"clip{clip}.npy", np.stack([100 * clip + t**2, -3 * t], 1))
+        np.save(collection / "actions" / f"clip{clip}.npy", np.stack([2 - t, 0.05 * t], 1))
+    found = ProbeData(collection, 6).episodes
+    assert list(found.targets) == ["velocities", "actions", "background"]
+    frame = found.targets["velocities"][:, 0] % 100
+    np.testing.assert_allclose(found.targets["background"], np.stack([2 * frame - 1, np.full_like(frame, -3)], 1))
+    np.testing.assert_allclose(found.targets["actions"], np.stack([(2 - frame).clip(-1, 1), 0.05 * frame], 1), rtol=1e-6)
+
+
+def test_another_collection_can_be_the_test(collection: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """All episodes of the first are fitted, all of the second are tested, and no episode has the number of another."""
+    second = tmp_path_factory.mktemp("other")
+    for kind in ("velocities", "actions"):
+        shutil.copytree(collection / kind, second / kind)
+        for path in (second / kind).iterdir():
+            np.save(path, np.load(path) / 2)
+    data = ProbeData(collection, 6, test=second)
+    alone, found = ProbeData(collection, 6), data.episodes
+    n = len(alone.episodes.episode)
+    assert found.name == f"{collection.name}, tested on {second.name}"
+    np.testing.assert_array_equal(found.tested, np.arange(2 * n) >= n)
+    np.testing.assert_array_equal(found.episode, [*alone.episodes.episode, *(alone.episodes.episode + 24)])
+    for kind, whole in alone.episodes.targets.items():
+        np.testing.assert_array_equal(found.targets[kind][:n], whole)
+    np.testing.assert_array_equal(found.targets["velocities"][n:], alone.episodes.targets["velocities"] / 2)
+    codes = data.code(lambda batch: batch["name"].double())
+    np.testing.assert_array_equal(codes[:n], codes[n:])
+    np.save(second / "actions" / "clip0.npy", np.zeros((13, 3)))
+    for path in (second / "actions").iterdir():
+        np.save(path, np.zeros((len(np.load(path)), 3)))
+    with pytest.raises(ConfigError, match="actions differ from those of"):
+        ProbeData(collection, 6, test=second)
+    with pytest.raises(ConfigError, match="2 test collections for 1 collections"):
+        probe([], [collection], tests=[second, second])
+
+
+def test_a_code_of_the_background_is_found_out_on_other_backgrounds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ["--store", "--size", "16", "--percept-size", "16", "--tracks", "4", "--motion", "exact", "--steps", "14"]
+    moves = ["--env-options", '{"background": "independent"}']
+    for seed, name in enumerate(("fit", "test")):
+        path = ["--out", str(tmp_path / name), "--seed", str(seed), "--episodes", "10"]
+        main(["collect", "planar:reacher_easy", *path, *sizes, *moves])
+    pair = ["--data", str(tmp_path / "fit"), "--test-data", str(tmp_path / "test")]
+    main(["probe", *pair, "--length", "12", "--ridge-only", "--out", str(tmp_path / "x.json")])
+    assert "Motion of the background" in capsys.readouterr().out
+    rows = {row["code"]: row for row in json.loads((tmp_path / "x.json").read_text())}
+    assert rows["flow, 8x8 grid"]["data"] == "fit, tested on test"
+    assert rows["flow, 8x8 grid"]["ridge background"] > 0.9  # exact flow shows it
+    assert "ridge background + pose" not in rows["flow, 8x8 grid"]
+    assert rows["flow, 8x8 grid"]["ridge actions nmse"] > 0.3  # independent of it
 
 
 def moving(seed: int = 6, count: int = 20, frames: int = 40) -> Episodes:
@@ -357,8 +449,8 @@ def moving(seed: int = 6, count: int = 20, frames: int = 40) -> Episodes:
 
 
 def test_velocities_are_found_and_neither_noise_nor_the_pose_are_taken_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    data, quick = moving(), probes.mlp
-    monkeypatch.setattr(probes, "mlp", lambda *given: quick(*given, updates=160))
+    data, quick = moving(), mlp_fit
+    monkeypatch.setattr(probes, "mlp_fit", lambda *given: quick(*given, updates=160))
     noise = np.random.default_rng(1).normal(size=(800, 6)).astype(np.float32)
     codes = {"planted": data.targets["links"], "noise": noise, "exact": data.exact, "pose": None}
     rows = [{"code": name, **probes._scores(code, data)} for name, code in codes.items()]
@@ -381,8 +473,8 @@ def test_random_labels_are_found_with_no_pose(monkeypatch: pytest.MonkeyPatch) -
     data, rng = moving(), np.random.default_rng(2)
     labels = rng.permutation(data.targets["links"])
     shuffled = replace(data, targets={"links": labels})
-    quick = probes.mlp
-    monkeypatch.setattr(probes, "mlp", lambda *given: quick(*given, updates=150))
+    quick = mlp_fit
+    monkeypatch.setattr(probes, "mlp_fit", lambda *given: quick(*given, updates=150))
     scores = probes._scores(data.exact, shuffled)
     assert len(scores) == 4
     assert max(abs(score) for score in scores.values()) < 0.1
@@ -391,8 +483,8 @@ def test_random_labels_are_found_with_no_pose(monkeypatch: pytest.MonkeyPatch) -
 def test_a_code_that_tells_motion_only_together_with_the_pose_gets_its_credit(monkeypatch: pytest.MonkeyPatch) -> None:
     """The code is the speed along the link; the angle says where along is."""
     rng, data = np.random.default_rng(3), moving()
-    quick = probes.mlp
-    monkeypatch.setattr(probes, "mlp", lambda *given: quick(*given, updates=250))
+    quick = mlp_fit
+    monkeypatch.setattr(probes, "mlp_fit", lambda *given: quick(*given, updates=250))
     n = len(data.episode)
     angle, speed = rng.uniform(-np.pi, np.pi, n), rng.normal(size=n)
     pose = np.stack([np.cos(angle), np.sin(angle)], 1).astype(np.float32)
@@ -427,7 +519,7 @@ def test_shares_are_of_the_grid_beside_the_clips_or_of_their_own_exact_flow(own:
         def code(self, of: Any) -> np.ndarray:
             return known.targets["links"][:, :2]
 
-    monkeypatch.setattr(probes, "_Data", Data)
+    monkeypatch.setattr(probes, "ProbeData", Data)
     said: list[Any] = []
     rows = probe([], [Path("data/made")], networks=False, progress=lambda *what: said.append(what))
     assert [row["code"] for row in rows] == ["exact flow, 8x8 grid", "flow, 8x8 grid"][own:]
@@ -438,33 +530,33 @@ def test_shares_are_of_the_grid_beside_the_clips_or_of_their_own_exact_flow(own:
 def test_a_collection_needs_targets_for_all_clips_and_enough_of_them(collection: Path) -> None:
     velocities, actions = collection / "velocities", collection / "actions"
     with pytest.raises(ConfigError, match="1 clips are too few"):
-        _Data(collection, 13)
+        ProbeData(collection, 13)
     for broken, why in ((b"no array", "cannot be read"), (b"", "cannot be read")):
         (velocities / "clip5.npy").write_bytes(broken)
         with pytest.raises(ConfigError, match=rf"velocities/clip5\.npy: {why}.*collect it again"):
-            _Data(collection, 6)
+            ProbeData(collection, 6)
     with (velocities / "clip5.npy").open("wb") as file:  # a claim of 16 terabytes, which must not be believed
         np.lib.format.write_array_header_1_0(file, {"descr": "<f8", "fortran_order": False, "shape": (2**40, 2)})
     with pytest.raises(ConfigError, match="cannot be read"):
-        _Data(collection, 6)
+        ProbeData(collection, 6)
     np.save(velocities / "clip5.npy", np.array([None, "object"]), allow_pickle=True)
     with pytest.raises(ConfigError, match="cannot be read"):
-        _Data(collection, 6)
+        ProbeData(collection, 6)
     np.save(velocities / "clip5.npy", np.zeros((5, 2)))
     with pytest.raises(ConfigError, match="has 5 rows for a clip of 6 frames"):
-        _Data(collection, 6)
+        ProbeData(collection, 6)
     (velocities / "clip5.npy").unlink()
     with pytest.raises(ConfigError, match="some clips lack"):
-        _Data(collection, 6)
+        ProbeData(collection, 6)
     for path in velocities.iterdir():
         path.unlink()
-    data = _Data(collection, 6)
+    data = ProbeData(collection, 6)
     assert list(data.episodes.targets) == ["actions"]
     assert data.episodes.before is None
     for path in actions.iterdir():
         path.unlink()
     with pytest.raises(ConfigError, match="localmotion collect --store"):
-        _Data(collection, 6)
+        ProbeData(collection, 6)
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
@@ -489,7 +581,7 @@ def test_each_source_is_asked_on_each_collection_in_turn(stage: Any, monkeypatch
         return run, method, CPU
 
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
-    monkeypatch.setattr(probes, "_Data", Data)
+    monkeypatch.setattr(probes, "ProbeData", Data)
     monkeypatch.setattr(probes, "load_run", load)
     monkeypatch.setattr(probes, "_code_of", lambda model, place: (model, place))
     monkeypatch.setattr(probes, "_ceilings", lambda data, place: [{"code": "ceiling"}, {"code": "another"}])

@@ -111,7 +111,7 @@ def test_measures_of_a_sampled_code_are_one_result(store: Path, tmp_path: Path) 
 def test_a_probe_of_a_sampled_code_is_one_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a collection: what asks for the codes stands for it."""
     run, codes = untrained("ipv", "pretrain", tmp_path / "run"), []
-    monkeypatch.setattr("localmotion.evaluation.probes._Data", lambda path, length, **_: Stub())
+    monkeypatch.setattr("localmotion.evaluation.probes.ProbeData", lambda path, length, **_: Stub())
     monkeypatch.setattr("localmotion.evaluation.probes._scores", lambda code, episodes, networks: codes.append(code) or {})
     monkeypatch.setattr("localmotion.evaluation.probes._row", lambda data, name, width: {"code": name})
     twice(lambda: probe([run], [tmp_path], ceilings=False, device="cpu"))

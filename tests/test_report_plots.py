@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 from numpy.typing import NDArray
 
@@ -172,6 +173,9 @@ def draw_all(label: str) -> dict[str, bytes]:
     xy = rng.normal(size=(30, 2))
     return {
         "curves": plots.learning_curves([group], title=label, random_policy=3.0),
+        "budgets": plots.budget_curves(
+            {label: {50: summarise([1.0, 2]), 200: summarise([3.0])}, "b": {50: summarise([0.0])}}, title=label
+        ),
         "losses": plots.loss_curves({label: [(label, np.arange(900), np.geomspace(1, 1e-3, 900))], "b": [("y", [1], [-2])]}),
         "scatter": plots.tsne_scatter(xy, [label, "b"] * 15, title=label),
         "angles": plots.tsne_scatter(xy, ["b"] * 30, title=label, angles=np.linspace(0, 6, 30)),
@@ -266,6 +270,7 @@ def test_charts_refuse_emptiness() -> None:
     for draw in (
         lambda: plots.learning_curves([], title=""),
         lambda: plots.learning_curves([plots.CurveGroup("a", ())], title=""),
+        lambda: plots.budget_curves({"a": {}}, title=""),
         lambda: plots.loss_curves({}),
         lambda: plots.share_bars({"run": {"update": 0.0}}),
         lambda: plots.flow_histogram({"a": [math.nan]}),
@@ -285,3 +290,17 @@ def test_numbers_are_written_short() -> None:
     assert style.score(3.2, 0.414) == "3.20 ± 0.41"
     assert style.score(0.873, 0.04, percent=True) == "87 ± 4 %"
     assert style.score(0.0312) == "0.031"
+
+
+@pytest.mark.parametrize("count", [2, 5, 14])
+def test_the_legend_of_many_groups_stays_in_the_figure(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[Figure] = []
+    monkeypatch.setattr(plots, "_save", lambda figure: figures.append(figure) or b"")
+    curve = Curve(np.array([0.0, 10]), np.array([1.0, 2]))
+    groups = [plots.CurveGroup(f"group {n}", (curve,), summarise([1.0])) for n in range(count)]
+    plots.learning_curves(groups, title="", random_policy=0.5)
+    places = [text.get_position()[1] for text in figures[0].texts]
+    assert len(places) == 3 * count + 1
+    assert min(places) > 0
+    assert max(places) < 1
+    assert figures[0].get_figheight() == pytest.approx(3.9 if count < 5 else 3.9 * 0.16 * (count + 1) / 0.92)

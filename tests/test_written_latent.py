@@ -1,4 +1,4 @@
-"""Whole updates of the latent action models against the same updates written out, for every stage."""
+"""Whole updates of the latent action models and their baselines against the same updates written out, for every stage."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from localmotion.methods.bc import BC
 from localmotion.methods.laom import LAOM
 from localmotion.methods.lapo import LAPO
 from localmotion.methods.masklam import MaskLAM
@@ -17,12 +18,13 @@ VQ: dict[str, Any] = {**NETS, "latent": 64, "hidden": 6, "base": 2, "codes": 5, 
 FREE: dict[str, Any] = {**NETS, "latent": 7, "form": "continuous", "warmup": 0, "clone_warmup": 0}
 MASKED: dict[str, Any] = {**NETS, "latent": 7, "offset": 3}
 WIDE: dict[str, Any] = {"latent": 7, "widths": (2, 3), "units": 6, "offset": 2, "tau": 0.2, "augmented": False, "action_pad": 3}
+LABELS: dict[str, Any] = {"policy_widths": (2, 3), "widths": (2, 3), "units": 6, "latent": 7, "head_widths": (5, 4)}
 WIDE |= {"policy_widths": (2, 3), "head_widths": (5, 4), "warmup": 3, "action_weight": 0.3}
 
 
 def settled(method: Any) -> None:
     """Codes with counts, as after a while of training."""
-    if getattr(method.inverse, "quantizer", None) is not None:
+    if getattr(getattr(method, "inverse", None), "quantizer", None) is not None:
         method.inverse.quantizer.count.abs_().add_(0.5)
 
 
@@ -55,6 +57,8 @@ CASES = [
     case(LAOM, "pretrain", latent.laom_pretrain, WIDE, "supervised", supervised=True),
     case(LAOM, "clone", latent.laom_clone, WIDE),
     case(LAOM, "decode", latent.laom_decode, WIDE),
+    case(BC, "decode", latent.bc, LABELS),
+    case(BC, "decode", latent.bc, LABELS, "relabel", updates=3, relabel=True, policy="impala", head_start=1),
 ]
 
 

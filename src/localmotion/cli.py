@@ -159,6 +159,13 @@ def _parser(stage: str = "") -> _Parser:
     sub.add_argument(
         "--data", type=Path, action="append", required=True, help="collection (localmotion collect --store), repeatable"
     )
+    sub.add_argument(
+        "--test-data",
+        type=Path,
+        action="append",
+        default=[],
+        help="score on this collection instead of a fifth of the episodes, e.g. one with other backgrounds; one for each --data",
+    )
     sub.add_argument("--length", type=int, default=25, help="frames of a window, as in pre-training (default 25)")
     sub.add_argument("--no-untrained", action="store_true", help="leave out each method's network with fresh weights")
     sub.add_argument("--no-ceilings", action="store_true", help="leave out the networks trained on the targets themselves")

@@ -175,6 +175,7 @@ def study(args: argparse.Namespace) -> None:
     from localmotion.report.build import report
     from localmotion.report.table import write_table
     from localmotion.training.study import RunsFailedError, run_study
+    from localmotion.training.study_file import read_study
 
     failed: RunsFailedError | None = None
     try:
@@ -183,7 +184,7 @@ def study(args: argparse.Namespace) -> None:
         failed = error
     runs = sorted(path.parent for path in (args.out / "runs").glob("*/metrics.jsonl"))
     if runs:
-        for line in write_table(runs, args.out):
+        for line in write_table(runs, args.out, read_study(args.file).reference):
             say(line)
         say(f"wrote {report(runs, args.out / 'report.html')}")
     if failed:
@@ -243,6 +244,7 @@ def probe(args: argparse.Namespace) -> None:
         rows = measure(
             args.runs,
             args.data,
+            tests=args.test_data,
             length=args.length,
             untrained=not args.no_untrained,
             ceilings=not args.no_ceilings,
@@ -252,7 +254,7 @@ def probe(args: argparse.Namespace) -> None:
             progress=advance,
         )
     for title, columns, cells in score_tables(rows):
-        show_table(f"{title}: R^2 on test episodes (share of exact flow)", columns, cells, width=160)
+        show_table(f"{title}: R^2 on test episodes (share of exact flow), nmse: error / variance", columns, cells, width=160)
     if args.out:
         save_probes(rows, args.out)
         say(f"wrote {args.out}")

@@ -1,4 +1,4 @@
-"""LAPO, MaskLAM and LAOM, written out: latent actions from video, a policy over them, and a decoder to actions.
+"""LAPO, MaskLAM and LAOM, written out: latent actions from video, a policy over them, a decoder to actions; and LAOM's baselines.
 
 Papers: LAPO arXiv 2312.10812, MaskLAM arXiv 2602.02259, LAOM arXiv 2502.00379.
 Windows are cut one by one, as the papers say it; nothing comes from the product.
@@ -399,3 +399,49 @@ def laom_decode(state: Any, batch: Mapping[str, Tensor], noise: Any, run: Any) -
     true = torch.stack([batch["action"][b, t + 1] for b, t in at]).clamp(-1, 1)
     loss, metrics = ((hidden - true) ** 2).mean(), {"action/r2": shared(hidden.detach(), true)}
     return learned(state, w, {"action": loss}, metrics, ["head."], lapo_rate(run, state.update), run, decay=0.01)
+
+
+# 7. Baselines from labels alone -----------------------------------------------------------------------------------------------
+
+
+def chosen(w: Weights, stack: Tensor, form: str) -> Tensor:
+    """The policy's actions: LAOM's policy, or MaskLAM's policy and head."""
+    if form == "pooled":
+        return pooled(w, stack)
+    hidden = encoded(w, "policy.0.", stack)
+    for layer in range(len(counted(w, "policy.1.net."))):
+        hidden = core.linear(w, f"policy.1.net.{2 * layer + 1}", relu(hidden))
+    return hidden
+
+
+def bc(state: Any, batch: Mapping[str, Tensor], noise: Any, run: Any) -> dict[str, Tensor]:
+    """The policy learns the labels; with `relabel` an inverse model does, and the policy learns its labels of all video."""
+    model, w, x = run.model, core.leaves(state), 2 * frames(batch)
+    begins, rate = batch["is_first"], lapo_rate(run, state.update)
+    at = [(b, t) for b, t in windows_of(batch, 3, 1) if not begins[b, t - 1 : t + 2].any()]
+    true = torch.stack([batch["action"][b, t + 1] for b, t in at]).clamp(-1, 1)
+    if not model.relabel:
+        found = chosen(w, cut(x, at, -2, 0), model.policy)
+        losses, metrics = {"action": ((found - true) ** 2).mean()}, {"action/r2": shared(found.detach(), true)}
+        return only(state, w, losses, metrics, ["policy."], rate, run, "policy", 0.01)
+    found = laom_latent(w, cut(x, at, -2, 0), cut(x, at, -1, 1))[1]
+    losses, metrics = {"label": ((found - true) ** 2).mean()}, {"label/r2": shared(found.detach(), true)}
+    out = only(state, w, losses, metrics, ["encoder.", "inverse."], rate, run, "inverse", 0.0)
+    w, y = core.leaves(state), 2 * frames({"image": batch["video_image"]})
+    every = windows_of(batch, 3, 1)
+    now = cut(y, every, -2, 0)
+    given = laom_latent(state.weights, now, cut(y, every, -1, 1))[1].clamp(-1, 1)
+    found = chosen(w, now, model.policy)
+    losses, metrics = {"action": ((found - given) ** 2).mean()}, {"action/r2": shared(found.detach(), given)}
+    held = 0.0 if state.update < model.head_start else rate
+    return {**out, **only(state, w, losses, metrics, ["policy."], held, run, "policy", 0.01)}
+
+
+def only(
+    state: Any, w: Weights, losses: Mapping[str, Tensor], metrics: Mapping[str, Tensor], parts: Sequence[str], lr: float, run: Any,
+    group: str, decay: float,
+) -> dict[str, Tensor]:  # fmt: skip
+    """A step of one of several optimisers."""
+    (loss,) = losses.values()
+    norm = adamw_step(state, w, loss, core.named(state, *parts), lr, run, decay)
+    return core.report(losses, metrics, {group: norm})

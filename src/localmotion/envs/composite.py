@@ -181,6 +181,13 @@ class Painted(PixelEnv):
         layers = segment(self._renderer, self._model, self._data, self._parts, size)
         return {"sky": layers.sky, "scenery": layers.scenery, "rest": ~layers.agent}[self.backdrop.region]
 
+    def background_place(self, size: int | None = None) -> NDArray[np.float64] | None:
+        """(2,) x, y in pixels by which the background is shifted. None for videos. The side of the picture is ``size`` or that of the
+        drawing."""
+        if self.backdrop.motion == "video":
+            return None
+        return self.backdrop.offset * ((size or self.draw_size) / self.draw_size)
+
     def _draw(self, size: int) -> NDArray[np.uint8]:
         where = self.painted_mask(size)
         return self.backdrop.paint(super()._draw(size), where)

@@ -209,6 +209,14 @@ class PlanarEnv(ControlEnv):
         places = self.painter.to_pixels(centres, self.pose(), size or self.draw_size)
         return np.column_stack([places.real, places.imag, self._links.angles(data, axes)])
 
+    def background_place(self, size: int | None = None) -> NDArray[np.float64] | None:
+        """(2,) x, y in pixels by which a moving background is shifted. None if it does not move. The side of the picture is ``size`` or
+        that of the drawing."""
+        if self._moving is None:
+            return None
+        drift = self._moving.drift * (size or self.draw_size)
+        return np.array([drift.real, drift.imag])
+
     def part_ids(self, size: int | None = None) -> NDArray[np.int16]:
         """(S, S) number of the part that each pixel of the current picture shows: of a geom its number in the MuJoCo model, of a site the
         number of geoms plus its own; the floor is a part, too. The sky and a moving background are -1. S is ``size`` or that of the

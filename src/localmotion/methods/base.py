@@ -38,6 +38,10 @@ LABELS = frozenset({"labelled_image", "labelled_action", "labelled_is_first"})
 """`Method.wants` of a method that learns from clips and from a few labelled transitions at once. The clip store then holds logged
 episodes, and a batch has a second batch of these with its keys image, action and is_first under other names."""
 
+VIDEO = frozenset({"video_image"})
+"""`Method.wants` of a method that learns from logged episodes and from video without actions at once. A batch of `Source.LOGGED` then has
+pictures of any clips of the store, also those without labels: video_image (B,T,S,S,3) uint8."""
+
 
 class Source(Enum):
     """Where the batches of a stage come from. Each source has one training loop."""

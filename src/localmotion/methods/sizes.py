@@ -213,17 +213,19 @@ def latent_presets(
     tiny: Mapping[str, Any],
     debug: Mapping[str, Any],
     pretrain: Mapping[str, Mapping[str, Any]] | None = None,
+    online: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """PRESETS of a latent action model.
 
     Args:
         paper: all settings of the preset `paper`.
         small, tiny, debug: settings of the model.
-        pretrain: per preset, settings of the stages on clips that differ from the shared ones.
+        pretrain, online: per preset, settings of the stages on clips and on logged episodes that differ from the shared ones.
     """
     out: dict[str, dict[str, Any]] = {"paper": dict(paper)}
     for name, model in (("small", small), ("tiny", tiny), ("debug", debug)):
         parts = {part: dict(values) for part, values in LATENT[name].items()}
         parts["pretrain"] |= (pretrain or {}).get(name, {})
+        parts["online"] |= (online or {}).get(name, {})
         out[name] = {**RUN.get(name, {}), "optim": {"eps": 1e-8}, "model": dict(model), **parts}
     return out

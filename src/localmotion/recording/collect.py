@@ -45,7 +45,7 @@ POLICIES = ("random", "smooth", "expert")
 SHARD_CLIPS = 32
 CELLS = 8
 """Cells of the grid of exact flow along each side."""
-LATER = ("links", "exact_grid")
+LATER = ("links", "exact_grid", "background")
 """Files that collections of earlier versions do not have. An episode that is added to such a collection has none, too."""
 
 
@@ -104,6 +104,8 @@ def collect(
                              frame t, if the environment has ``link_places`` (`localmotion.envs.links`)
         exact_grid/ID.npy    (T, 8, 8, 2) float32; exact flow from frame t-1 to t, x then y in pixels, averaged over the
                              cells of an 8x8 grid (row, column), if the environment has ``exact_flow``; row 0 is zero
+        background/ID.npy    (T, 2) float32; row t holds the shift x, y of a moving background in frame t, in pixels, if the
+                             environment has ``background_place`` and its background moves by shifts
         collection.json      settings, names of the links, and one entry for each episode
 
     Pixels are those of the stored pictures: of the recipe's ``size``, or of the mp4's ``size``.
@@ -281,6 +283,8 @@ class _Player:
             found["velocities"] = env.velocities()
         if self.links is not None:
             found["links"] = env.link_places(self.pixels)
+        if hasattr(env, "background_place") and (place := env.background_place(self.pixels)) is not None:
+            found["background"] = place
         if hasattr(env, "exact_flow"):
             flow = torch.from_numpy(env.exact_flow()).permute(2, 0, 1)  # (2, S, S)
             cells = F.adaptive_avg_pool2d(flow, CELLS) * (self.pixels / flow.shape[-1])

@@ -11,6 +11,7 @@ import numpy as np
 
 from localmotion.errors import CheckpointError
 from localmotion.report import media, plots
+from localmotion.report.budgets import by_budget, score_of
 from localmotion.report.page import (
     Block,
     Code,
@@ -25,7 +26,7 @@ from localmotion.report.page import (
     build_page,
     flatten,
 )
-from localmotion.report.results import Gathered, origin, results
+from localmotion.report.results import Gathered, Group, origin, results
 from localmotion.report.style import short
 from localmotion.runs.read import Line, RunData, number, read_run
 
@@ -130,6 +131,22 @@ def _flow(report: Gathered) -> list[Block]:
         caption = "Quantiles of flow magnitude as last logged by the first run of each group, pixels."
         blocks.append(Table(["", *(k.removeprefix("flow/") for k in keys)], list(rows.values()), caption))
     return blocks
+
+
+def _budgets(report: Gathered, env: str, groups: Sequence[Group]) -> list[Block]:
+    """Final scores against label budgets, if there are several."""
+    found = by_budget(report, groups)
+    if len({labels for row in found for labels in row.scores}) < 2:
+        return []
+    percent = any(score_of(group) == "success_rate" for group in groups)
+    name = "Success rate" if percent else "Episode return"
+    chart = plots.budget_curves(
+        {row.variant: row.scores for row in found}, title=f"{name} by labels in {env}", ylabel=name.lower(), percent=percent
+    )
+    caption = (
+        f"{name} at each seed's last evaluation, by number of labelled transitions: mean and population deviation over seeds."
+    )
+    return [Picture(chart, caption, f"{name} against the number of labelled transitions in {env}")]
 
 
 # --- training, speed, settings ----------------------------------------------------------------------------------------
@@ -269,7 +286,9 @@ def report(run_dirs: Sequence[str | Path], out: str | Path) -> Path:
     sections: list[Section] = []
     tiles: list[tuple[str, str]] = []
     for env in envs:
-        shown, found = results(data, env, [g for g in groups if g.env == env])
+        here = [g for g in groups if g.env == env]
+        shown, found = results(data, env, here)
+        shown[:0] = _budgets(data, env, here)
         sections.append(Section(f"Results in {env}", shown))
         tiles += found
     heldout, found = _heldout(data)

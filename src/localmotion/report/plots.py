@@ -92,9 +92,11 @@ def learning_curves(
     """
     if not groups:
         raise ValueError("no curves to draw")
-    figure = Figure(figsize=(WIDTH, 3.9))
-    axes = _axes(figure.add_axes((0.075, 0.13, 0.6, 0.77)))
-    lines = 0.92
+    entries = len(groups) + (random_policy is not None)
+    unit = min(1.0, 0.92 / (0.16 * entries))  # a legend of many groups makes the figure higher
+    figure = Figure(figsize=(WIDTH, 3.9 / unit))
+    axes = _axes(figure.add_axes((0.075, 0.13 * unit, 0.6, 1 - 0.23 * unit)))
+    lines = 1 - 0.08 * unit
     for i, group in enumerate(groups):
         colour = PALETTE[i % len(PALETTE)]
         band = aggregate_curves(group.curves)
@@ -113,13 +115,13 @@ def learning_curves(
             band.env_steps, solid, color=colour, linewidth=2.2, marker=marker, markersize=4, markeredgecolor=GROUND,
             markeredgewidth=0.8, solid_capstyle="round",
         )  # fmt: skip
-        lines = _legend_entry(figure, lines, colour, group, percent)
+        lines = _legend_entry(figure, lines, unit, colour, group, percent)
     if random_policy is not None:
         axes.axhline(random_policy, color=MUTED, linewidth=1.3, linestyle=(0, (1, 2)))
         value = score(random_policy, percent=percent)
-        dots = Line2D([0.703, 0.725], [lines - 0.03] * 2, color=MUTED, linewidth=1.3, linestyle=(0, (1, 2)))
+        dots = Line2D([0.703, 0.725], [lines - 0.03 * unit] * 2, color=MUTED, linewidth=1.3, linestyle=(0, (1, 2)))
         figure.add_artist(dots)
-        figure.text(0.735, lines - 0.03, f"random policy  {value}", color=MUTED, fontsize=9.5, va="center")
+        figure.text(0.735, lines - 0.03 * unit, f"random policy  {value}", color=MUTED, fontsize=9.5, va="center")
     if percent:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:g}%"))
         axes.set_ylim(-0.03, 1.03)
@@ -134,17 +136,51 @@ def learning_curves(
     return figure
 
 
-def _legend_entry(figure: Figure, top: float, colour: str, group: CurveGroup, percent: bool) -> float:
-    """One entry of the table beside the curves; returns where the next one starts, in figure fractions."""
-    figure.text(0.71, top - 0.03, "●", color=colour, fontsize=11, va="center")
-    figure.text(0.735, top - 0.03, plain(group.label, 38), fontsize=9.5, weight="bold", va="center")
+@_chart
+def budget_curves(
+    lines: Mapping[str, Mapping[int, Summary]], *, title: str, ylabel: str = "episode return", percent: bool = False
+) -> Figure:
+    """Final scores against the number of labelled transitions (logarithmic): a line per variant, mean +- std over seeds.
+
+    Raises ValueError without any point.
+    """
+    if not any(lines.values()):
+        raise ValueError("no budgets to draw")
+    figure = Figure(figsize=(WIDTH, 3.4), layout=ConstrainedLayoutEngine(rect=(0, 0, 1, 0.91)))
+    axes = _axes(figure.add_subplot())
+    for i, (name, scores) in enumerate(lines.items()):
+        spread = [final.std if len(final.scores) > 1 else 0.0 for final in scores.values()]
+        axes.errorbar(
+            list(scores), [final.mean for final in scores.values()], spread, label=plain(name, 38),
+            color=PALETTE[i % len(PALETTE)], linewidth=2.0, marker="os^Dv"[i % 5], markersize=5, capsize=3, elinewidth=1.0,
+        )  # fmt: skip
+    axes.set_xscale("log")
+    ticks = sorted({labels for scores in lines.values() for labels in scores})
+    axes.set_xticks(ticks, [f"{labels:,}" for labels in ticks])
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.tick_params(which="minor", length=0)
+    if percent:
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:g}%"))
+    else:
+        axes.yaxis.set_major_formatter(short_ticks())
+    axes.set_xlabel("labelled transitions")
+    axes.set_ylabel(ylabel)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=9)
+    _title(figure, title)
+    return figure
+
+
+def _legend_entry(figure: Figure, top: float, unit: float, colour: str, group: CurveGroup, percent: bool) -> float:
+    """One entry of the table beside the curves; returns where the next one starts, in figure fractions. ``unit``: 3.9 inches."""
+    figure.text(0.71, top - 0.03 * unit, "●", color=colour, fontsize=11, va="center")
+    figure.text(0.735, top - 0.03 * unit, plain(group.label, 38), fontsize=9.5, weight="bold", va="center")
     seeds = f"{len(group.curves)} seed{'s' * (len(group.curves) > 1)}"
     text = seeds
     if group.final is not None:
         spread = group.final.std if len(group.final.scores) > 1 else None
         text = f"final {score(group.final.mean, spread, percent=percent)}, {seeds}"
-    figure.text(0.735, top - 0.09, text, fontsize=9.5, color=MUTED, va="center")
-    return top - 0.16
+    figure.text(0.735, top - 0.09 * unit, text, fontsize=9.5, color=MUTED, va="center")
+    return top - 0.16 * unit
 
 
 def thin(xs: ArrayLike, ys: ArrayLike, points: int = 300) -> tuple[Floats, Floats]:

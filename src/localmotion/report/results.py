@@ -44,9 +44,9 @@ def origin(run: RunData) -> str:
 
 
 def group_runs(runs: Sequence[RunData]) -> list[Group]:
-    """Online runs by environment and label, or else method, origin and preset, in the order of their first run."""
+    """Online runs by environment and label, or else method, origin, preset and label budget, in the order of their first run."""
     online = [run for run in runs if run.stage != "pretrain" and run.env]
-    presets = {run.preset for run in online}
+    presets, budgets = {run.preset for run in online}, {run.setting("labels", 0) for run in online}
     found: dict[tuple[str, str], list[RunData]] = {}
     for run in online:
         label = run.label
@@ -54,6 +54,8 @@ def group_runs(runs: Sequence[RunData]) -> list[Group]:
             label = f"{run.method}, {origin(run)}"
             if len(presets) > 1:
                 label += f", {run.preset or 'no preset'}"
+            if len(budgets) > 1:
+                label += f", labels {run.setting('labels', 0)}"
         found.setdefault((f"{run.env}, from logged episodes" if run.offline else run.env, label), []).append(run)
     return [
         Group(env, label, tuple(sorted(members, key=lambda r: (r.seed is None, r.seed or 0))))

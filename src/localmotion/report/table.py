@@ -4,40 +4,46 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from localmotion.evaluation.statistics import final_scores, summarise
+from localmotion.report.budgets import by_budget, labels_of, score_of, variant_of
 from localmotion.report.results import Gathered, eval_curve, random_score
 from localmotion.report.style import score
 from localmotion.runs.read import read_run
 
 
-def write_table(run_dirs: Sequence[Path], out: Path) -> list[str]:
+def write_table(run_dirs: Sequence[Path], out: Path, reference: str | float | Mapping[str, float] | None = None) -> list[str]:
     """Write ``out/table.md`` and ``out/curves.json`` of online runs and return the table's lines.
 
     One row per variant and task: seeds, env steps of the last evaluations, mean and population standard deviation of each seed's last
-    evaluation, IQM with its 95 % bootstrap interval over seeds. curves.json is a list of {task, method, seed, score, xs (env steps), ys}.
+    evaluation, IQM with its 95 % bootstrap interval over seeds. With a ``reference`` (a variant's label, a return, or a return for each
+    task) the last column is the mean divided by the reference. Variants with label budgets have a second table: mean and standard
+    deviation at each number of labelled transitions.
+
+    curves.json is a list of {task, method, seed, score, labels, variant, xs (env steps, or updates of runs on logged episodes), ys}.
+    ``labels`` is the number of labelled transitions or null, ``variant`` the method's label without it.
     """
     data = Gathered([read_run(path) for path in run_dirs])
     rows = [
-        "| task | variant | seeds | env steps | score | mean | std | IQM | 95 % interval |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| task | variant | seeds | env steps | score | mean | std | IQM | 95 % interval |"
+        + " share of reference |" * bool(reference),
+        "|---|---|---|---|---|---|---|---|---|" + "---|" * bool(reference),
     ]
     curves: list[dict[str, object]] = []
+    means: dict[tuple[str, str], tuple[str, float]] = {}  # task and label -> score and its mean
+    cells_of: list[tuple[str, str, list[str]]] = []
     for group in data.groups:
-        key = (
-            "success_rate"
-            if any("success_rate" in line for run in group.runs for line in run.lines.get("eval", ()))
-            else "return_mean"
-        )
+        key = score_of(group)
         percent = key == "success_rate"
         found = [(run, curve) for run in group.runs if (curve := eval_curve(data, run, key)) is not None]
         if not found:
             continue
+        about = {"labels": labels_of(group), "variant": variant_of(group)}
         for run, curve in found:
             points = {"xs": curve.env_steps.astype(int).tolist(), "ys": curve.values.tolist()}
-            curves.append({"task": group.env, "method": group.label, "seed": run.seed, "score": key, **points})
+            curves.append({"task": group.env, "method": group.label, "seed": run.seed, "score": key, **about, **points})
         final = summarise(final_scores([curve for _, curve in found]))
         ends = sorted({int(curve.env_steps[-1]) for _, curve in found})
         ci = final.interval
@@ -52,13 +58,54 @@ def write_table(run_dirs: Sequence[Path], out: Path) -> list[str]:
             score(final.iqm, percent=percent),
             f"{score(ci.low, percent=percent)} to {score(ci.high, percent=percent)}" if ci else "-",
         ]
-        rows.append("| " + " | ".join(cells) + " |")
+        if group.runs[0].offline:
+            cells[3] += " updates"
+        task = group.runs[0].env
+        means[task, group.label] = key, final.mean
+        cells_of.append((task, group.label, cells))
+    for task, label, cells in cells_of:
+        rows.append("| " + " | ".join(cells + ([_share(means, task, label, reference)] if reference else [])) + " |")
     for env in dict.fromkeys(group.env for group in data.groups):
         floor = random_score([run for group in data.groups if group.env == env for run in group.runs], "return_mean")
         if floor is not None:
-            rows.append(f"| {env} | random policy | - | - | return_mean | {score(floor)} | - | - | - |")
+            rows.append(
+                f"| {env} | random policy | - | - | return_mean | {score(floor)} | - | - | - |" + " - |" * bool(reference)
+            )
+    rows += _label_table(data)
     _replace(out / "table.md", "\n".join(rows) + "\n")
     _replace(out / "curves.json", json.dumps(curves, indent=1) + "\n")
+    return rows
+
+
+def _share(
+    means: Mapping[tuple[str, str], tuple[str, float]], task: str, label: str, reference: str | float | Mapping[str, float]
+) -> str:
+    """The mean of a variant divided by the reference, "-" without one for this task and score."""
+    key, mean = means[task, label]
+    if isinstance(reference, str):
+        theirs, whole = means.get((task, reference), ("", 0.0))
+        return f"{mean / whole:.3f}" if theirs == key and whole > 0 else "-"
+    whole = reference.get(task, 0.0) if isinstance(reference, Mapping) else reference
+    return f"{mean / whole:.3f}" if key == "return_mean" and whole > 0 else "-"
+
+
+def _label_table(data: Gathered) -> list[str]:
+    """Lines of the table of scores by number of labelled transitions, [] if no run was given a number."""
+    found = by_budget(data, data.groups)
+    if not found:
+        return []
+    keys = {(group.env, variant_of(group)): score_of(group) for group in data.groups}
+    budgets = sorted({labels for row in found for labels in row.scores})
+    rows = ["", f"| task | variant | score |{''.join(f' {labels:,} labels |' for labels in budgets)}"]
+    rows.append("|---|---|---|" + "---|" * len(budgets))
+    for row in found:
+        key = keys[row.env, row.variant]
+        cells = [row.env, row.variant, key]
+        for labels in budgets:
+            final = row.scores.get(labels)
+            spread = final.std if final and len(final.scores) > 1 else None
+            cells.append(score(final.mean, spread, percent=key == "success_rate") if final else "-")
+        rows.append("| " + " | ".join(cells) + " |")
     return rows
 
 

@@ -87,6 +87,14 @@ class RunData:
         return bool(self.setting("data", "")) and "train" in self.lines and not any("env_step" in x for x in self.lines["train"])
 
     @property
+    def labels(self) -> int | None:
+        """Labelled transitions that a run on logged episodes learned from. None for other runs, and if the number is not known."""
+        if not self.offline:
+            return None
+        found = self.environment.get("transitions") or self.setting("labels")
+        return found if isinstance(found, int) and not isinstance(found, bool) and found > 0 else None
+
+    @property
     def seed(self) -> int | None:
         value = self.setting("seed")
         return value if isinstance(value, int) and not isinstance(value, bool) else None

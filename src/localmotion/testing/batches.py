@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from localmotion.errors import ConfigError
-from localmotion.methods.base import LABELS, MOTION, Method, Source
+from localmotion.methods.base import LABELS, MOTION, VIDEO, Method, Source
 
 ACTIONS = 3
 """Numbers of an action."""
@@ -55,13 +55,14 @@ def random_batch(method: type[Method], stage: str, *, batch: int = 2, time: int 
         goal           (B,T,S,S,3) uint8, a picture of the goal
         labelled       (B,T) bool, whether the action at a position is known
         labelled_...   a second batch of logged episodes (`LABELS`); `Source.CLIPS` only
+        video_image    (B,T,S,S,3) uint8, pictures of clips without actions (`VIDEO`); `Source.LOGGED` only
 
     and `Method.extras` adds what acting stored with each action, (B,T,*shape), to `Source.REPLAY` and `Source.ROLLOUT`.
 
     Raises ConfigError for a key in `Method.wants` that is none of these.
     """
     source = method.stages[stage]
-    known = MOTION | LABELS | {"mask", "goal", "labelled"}
+    known = MOTION | LABELS | VIDEO | {"mask", "goal", "labelled"}
     if unknown := sorted(method.wants - known - MOTION_KEYS):
         raise ConfigError(f"random_batch cannot make {', '.join(unknown)}; give check_method a `batch` of your own, which can")
     keys = CLIPS_KEYS if source is Source.CLIPS else EPISODE_KEYS
@@ -84,6 +85,8 @@ def random_batch(method: type[Method], stage: str, *, batch: int = 2, time: int 
     if source is Source.CLIPS and method.wants & LABELS:
         second = full_batch(batch, time, seed=seed + 2)
         found |= {key: second[key.removeprefix("labelled_")] for key in sorted(LABELS)}
+    if source is Source.LOGGED and method.wants & VIDEO:
+        found["video_image"] = full_batch(batch, time, seed=seed + 3)["image"]
     if source is Source.CLIPS:
         found |= {"clip": torch.arange(batch), "start": torch.zeros(batch, dtype=torch.int64)}
     return found

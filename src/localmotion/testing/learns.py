@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from localmotion.compute import Compute
-from localmotion.methods.base import Pass, Source, total
+from localmotion.methods.base import VIDEO, Pass, Source, total
 from localmotion.runs import checkpoint
 from localmotion.testing.batches import ACTIONS
 from localmotion.testing.recorded import RecordedGraph
@@ -233,7 +233,8 @@ def episodes_stay_apart(subject: Subject) -> None:
     found: dict[str, dict[str, float]] = {}
     for name, first, second in (("aa", one, one), ("bb", two, two), ("ab", one, two), ("ba", two, one)):
         method.load_state_dict(kept)
-        batch = {key: torch.cat([first[key][:, :half], second[key][:, half:]], 1) for key in one}
+        batch = {key: torch.cat([first[key][:, :half], second[key][:, half:]], 1) for key in one if key not in VIDEO}
+        batch |= {key: one[key] for key in one if key in VIDEO}  # windows of one clip each
         with torch.no_grad():
             found[name] = {key: float(value) for key, value in losses_of(method, subject.stage, batch).items()}
     mixed = []

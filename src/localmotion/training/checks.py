@@ -3,8 +3,62 @@
 from __future__ import annotations
 
 from localmotion.config import RunConfig
-from localmotion.errors import ConfigError, LocalmotionError
-from localmotion.methods.base import LABELS, Method, Source
+from localmotion.envs import check_env
+from localmotion.errors import CheckpointError, ConfigError, LocalmotionError
+from localmotion.methods.base import LABELS, MOTION, Method, Source
+
+
+def check_video_stage(method: type[Method], run: RunConfig) -> None:
+    """Raise ConfigError for settings with which a stage that learns from video cannot begin."""
+    if method.stages.get(run.stage) is not Source.CLIPS:
+        raise ConfigError(f"method {run.method} has no pre-training stage; use localmotion train")
+    check_length(method, run)
+    check_begins(method, run)
+
+
+def check_acting_stage(method: type[Method], run: RunConfig) -> None:
+    """Raise ConfigError for settings with which a stage that learns from actions cannot begin."""
+    source = method.stages[run.stage]
+    check_begins(method, run)
+    check_decay(method, run)
+    if source is Source.LOGGED and not run.data:
+        raise ConfigError(
+            f"{run.stage}: give the logged episodes with --data STORE (made by localmotion collect ENV --out STORE --store)"
+        )
+    if not run.env and not run.data:
+        raise ConfigError(
+            f"{run.stage}: give an environment with --env, e.g. dmc:walker_walk or metaworld:reach, or logged episodes with --data"
+        )
+    first = next(iter(method.stages)) if source is Source.LOGGED else ""
+    if run.stage not in ("train", first) and not run.checkpoint and (source is Source.LOGGED or not run.data):
+        raise ConfigError(f"{run.stage} needs --checkpoint; to learn without pre-training use localmotion train")
+    if run.load and not run.checkpoint:
+        raise ConfigError(f"load={run.load} needs --checkpoint, the pre-trained run to load from")
+    if run.checkpoint and not any(
+        stage is not source and stage in (Source.CLIPS, Source.LOGGED) for stage in method.stages.values()
+    ):
+        raise ConfigError(f"method {run.method} has no pre-training stage; use localmotion train without --checkpoint")
+    if run.motion != "recipe" and not (method.wants & MOTION and run.env):
+        reason = f"{run.method} perceives no motion" if run.env else "nothing is perceived without --env"
+        raise ConfigError(f"motion={run.motion}: {reason}; leave it out")
+    if run.env:
+        check_env(run.env, run.env_options)
+    check_length(method, run)
+
+
+def check_start(method: type[Method], run: RunConfig, source: str, theirs: type[Method], stage: str) -> None:
+    """Raise CheckpointError if ``run`` cannot start from ``source``, a run of the method ``theirs`` in the stage ``stage``."""
+    foreign = theirs.name != method.name
+    if foreign and not run.load:
+        raise CheckpointError(
+            f"{source}: was pre-trained with method {theirs.name}, this run is {run.method}; give a {run.method} checkpoint,"
+            f" or name the parts to take over with --load ({', '.join(method.transfers)})"
+        )
+    if theirs.stages.get(stage) not in (Source.CLIPS, Source.LOGGED) or (not foreign and stage == run.stage):
+        raise CheckpointError(f"{source}: is a {stage} run, not a pre-training run")
+    before = method.begins.get(run.stage)
+    if before and not foreign and stage != before:
+        raise CheckpointError(f"{source}: is a {stage} run; {run.stage} of {run.method} starts from a {before} run")
 
 
 def check_length(method: type[Method], run: RunConfig) -> None:

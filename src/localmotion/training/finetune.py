@@ -16,7 +16,6 @@ from localmotion.acting.observer import Observer, make_observer, streaming_recip
 from localmotion.compute import choose
 from localmotion.config import RunConfig
 from localmotion.console import say
-from localmotion.envs import check_env
 from localmotion.envs.vector import VectorEnv
 from localmotion.errors import ConfigError
 from localmotion.methods.base import MOTION, Method, Source
@@ -25,7 +24,7 @@ from localmotion.recording.logs import action_dim
 from localmotion.runs.rundir import RunDir, claimed, read_environment
 from localmotion.runs.settings import recipe_of, with_recipe
 from localmotion.training import graphs
-from localmotion.training.checks import check_begins, check_decay, check_learns, check_length
+from localmotion.training.checks import check_acting_stage, check_learns
 from localmotion.training.logged import LoggedLoop
 from localmotion.training.online import OnlineLoop
 from localmotion.training.rollout import RolloutLoop
@@ -46,31 +45,7 @@ def finetune(run: RunConfig, path: Path) -> Path:
     """
     cls = methods.get(run.method)
     source = cls.stages[run.stage]
-    check_begins(cls, run)
-    check_decay(cls, run)
-    if source is Source.LOGGED and not run.data:
-        raise ConfigError(
-            f"{run.stage}: give the logged episodes with --data STORE (made by localmotion collect ENV --out STORE --store)"
-        )
-    if not run.env and not run.data:
-        raise ConfigError(
-            f"{run.stage}: give an environment with --env, e.g. dmc:walker_walk or metaworld:reach, or logged episodes with --data"
-        )
-    first = next(iter(cls.stages)) if source is Source.LOGGED else ""
-    if run.stage not in ("train", first) and not run.checkpoint and (source is Source.LOGGED or not run.data):
-        raise ConfigError(f"{run.stage} needs --checkpoint; to learn without pre-training use localmotion train")
-    if run.load and not run.checkpoint:
-        raise ConfigError(f"load={run.load} needs --checkpoint, the pre-trained run to load from")
-    if run.checkpoint and not any(
-        stage is not source and stage in (Source.CLIPS, Source.LOGGED) for stage in cls.stages.values()
-    ):
-        raise ConfigError(f"method {run.method} has no pre-training stage; use localmotion train without --checkpoint")
-    if run.motion != "recipe" and not (cls.wants & MOTION and run.env):
-        reason = f"{run.method} perceives no motion" if run.env else "nothing is perceived without --env"
-        raise ConfigError(f"motion={run.motion}: {reason}; leave it out")
-    if run.env:
-        check_env(run.env, run.env_options)
-    check_length(cls, run)
+    check_acting_stage(cls, run)
     if run.data:
         work = _logged
     elif source is Source.ROLLOUT:

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from localmotion.acting.observer import Observer
 from localmotion.config import RunConfig
-from localmotion.methods.base import MASK, MOTION, Method
+from localmotion.methods.base import MASK, MOTION, VIDEO, Method
 from localmotion.recording.logs import EpisodeSampler
 from localmotion.runs.rundir import RunDir
 from localmotion.training.loop import Clock, Loop
 from localmotion.training.trials import Trials
 from localmotion.training.update import Updater
+from localmotion.video.sample import WindowSampler
 from localmotion.video.store import ClipStore
 
 
@@ -51,6 +52,12 @@ class LoggedLoop(Loop):
             labels=run.labels,
             label_seed=run.seed,
         )
+        self.video: WindowSampler | None = None
+        if needs & VIDEO:  # the clips that stages on video learn from
+            held = run.pretrain.heldout_fraction
+            self.video = WindowSampler(
+                store, online.length, online.batch_size, run.seed, heldout_fraction=held, prefetch=False, motion=False
+            )
         self.trials = Trials(run, out, method, self.compute, make, lambda: self.stop.check()) if make else None
         self.spent |= {"data": 0.0, "eval": 0.0}
 
@@ -69,11 +76,15 @@ class LoggedLoop(Loop):
         ]
 
     def record(self) -> dict[str, Any]:
-        return {"recipe": self.store.recipe}
+        transitions = int(self.sampler.frames.sum()) - len(self.sampler.clips)
+        return {"recipe": self.store.recipe, "transitions": transitions}
 
     def advance(self) -> None:
         with self.timed("data"):
-            batch = self.compute.to_device(self.sampler.batch(self.updater.update))
+            found = self.sampler.batch(self.updater.update)
+            if self.video:
+                found["video_image"] = self.video.batch(self.updater.update)["image"]
+            batch = self.compute.to_device(found)
         self.learn(batch)
 
     def measure(self, final: bool) -> None:

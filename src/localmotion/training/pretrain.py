@@ -13,13 +13,13 @@ from localmotion import methods
 from localmotion.compute import choose
 from localmotion.config import RunConfig
 from localmotion.console import say
-from localmotion.errors import ConfigError, StoreError
+from localmotion.errors import StoreError
 from localmotion.evaluation.heldout import CONTEXT_FRAMES, measure_heldout
-from localmotion.methods.base import LABELS, MASK, MOTION, Method, Source
+from localmotion.methods.base import LABELS, MASK, MOTION, Method
 from localmotion.recording.logs import EpisodeSampler
 from localmotion.runs.rundir import RunDir, claimed, read_environment
 from localmotion.training import graphs
-from localmotion.training.checks import check_begins, check_length
+from localmotion.training.checks import check_video_stage
 from localmotion.training.loop import Clock, Loop
 from localmotion.training.transfer import load_pretrained
 from localmotion.training.update import Updater
@@ -34,10 +34,7 @@ def pretrain(run: RunConfig, path: Path) -> Path:
     StoreError or CheckpointError with the fix. On a stop signal it saves and raises Interrupted.
     """
     cls = methods.get(run.method)
-    if cls.stages.get(run.stage) is not Source.CLIPS:
-        raise ConfigError(f"method {run.method} has no pre-training stage; use localmotion train")
-    check_length(cls, run)
-    check_begins(cls, run)
+    check_video_stage(cls, run)
     with claimed(path):
         return _pretrain(run, path, cls)
 

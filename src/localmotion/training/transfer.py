@@ -19,10 +19,11 @@ from localmotion import methods
 from localmotion.config import RunConfig
 from localmotion.errors import CheckpointError, ConfigError, unknown_name
 from localmotion.files import one_line
-from localmotion.methods.base import Method, Source
+from localmotion.methods.base import Method
 from localmotion.models.rssm import RSSM
 from localmotion.runs import checkpoint
 from localmotion.runs.settings import read_config
+from localmotion.training.checks import check_start
 
 
 @dataclass
@@ -52,17 +53,7 @@ def load_pretrained(method: Method, run: RunConfig) -> Transfer:
     theirs = read_config(source)
     parts = _parts(method, run)
     foreign = theirs.method != run.method
-    if foreign and not run.load:
-        raise CheckpointError(
-            f"{source}: was pre-trained with method {theirs.method}, this run is {run.method}; give a {run.method} checkpoint,"
-            f" or name the parts to take over with --load ({', '.join(method.transfers)})"
-        )
-    stages = methods.get(theirs.method).stages
-    if stages.get(theirs.stage) not in (Source.CLIPS, Source.LOGGED) or (not foreign and theirs.stage == run.stage):
-        raise CheckpointError(f"{source}: is a {theirs.stage} run, not a pre-training run")
-    before = method.begins.get(run.stage)
-    if before and not foreign and theirs.stage != before:
-        raise CheckpointError(f"{source}: is a {theirs.stage} run; {run.stage} of {run.method} starts from a {before} run")
+    check_start(type(method), run, str(source), methods.get(theirs.method), theirs.stage)
     path = checkpoint.newest(source)
     weights = checkpoint.read(path, "weights")
     here, there = {key.partition(".")[0] for key in method.state_dict()}, {key.partition(".")[0] for key in weights}
