@@ -1,7 +1,8 @@
 """Every method that acts learns a control task from pixels, the whole way: environment, perception, replay, updates, policy, evaluation.
 
 The task is the easiest there is (`toy:block`), random actions have 15 of 49. `make test` has DreamerV2 learn it from 32-pixel pictures
-with 300 updates of few sequences. `make test-slow` has DRP learn it the same way, and all methods from 64-pixel pictures, a minute or two each.
+with few updates of few sequences. `make test-slow` has DRP learn it the same way, and all methods from 64-pixel pictures, a minute or
+two each.
 """
 
 from __future__ import annotations
