@@ -311,6 +311,19 @@ def report(args: argparse.Namespace) -> None:
     say(f"report: {make_report(args.runs, args.out)}")
 
 
+def expert(args: argparse.Namespace) -> None:
+    """`localmotion expert`"""
+    from localmotion.console import say
+    from localmotion.training.experts import train_expert
+
+    found = train_expert(args.env, args.out, env_steps=args.env_steps, seed=args.seed, episodes=args.episodes)
+    score = f"return {found['return_mean']:.1f} +- {found['return_std']:.1f} in {found['episodes']} episodes"
+    say(
+        f"{args.env}: {score} after {found['env_steps']:,} env steps, {found['updates']:,} updates, {found['cpu_seconds']:.0f} CPU s"
+    )
+    say(f"videos of it: localmotion collect {args.env} --policy expert:{args.out} --out FOLDER")
+
+
 def collect(args: argparse.Namespace) -> None:
     """`localmotion collect`"""
     from localmotion.console import progress, say
