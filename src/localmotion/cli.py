@@ -114,6 +114,12 @@ def _parser(stage: str = "") -> _Parser:
     )
     sub.add_argument("--device", default="auto")
     sub.add_argument("--env", default="", help="where to play an agent that learned from logged episodes without an environment")
+    sub.add_argument(
+        "--env-options",
+        type=json.loads,
+        default={},
+        help='options of the environment that differ from the run\'s, as JSON, e.g. {"split": "val"}: backgrounds not shown in training',
+    )
 
     sub = add(
         "expert",

@@ -50,6 +50,13 @@ def _settings(rest: list[str]) -> list[str]:
     return out
 
 
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    """The value of --env-options."""
+    if not isinstance(args.env_options, dict):
+        raise ConfigError('--env-options is a JSON object of options by name, e.g. {"look": "textured"}')
+    return args.env_options
+
+
 def info(args: argparse.Namespace) -> None:
     """`localmotion info`"""
     from localmotion.console import say
@@ -204,6 +211,7 @@ def evaluate(args: argparse.Namespace) -> None:
         policy=args.policy,
         which=args.which,
         env=args.env,
+        env_options=_options(args),
     )
     say(json.dumps(result))
     if args.video:
@@ -331,9 +339,7 @@ def collect(args: argparse.Namespace) -> None:
     from localmotion.recording.collect import collect as record
 
     settings = {"quality": args.quality, "action_repeat": args.action_repeat}
-    if not isinstance(args.env_options, dict):
-        raise ConfigError('--env-options is a JSON object of options by name, e.g. {"look": "textured"}')
-    check_env(args.env, args.env_options)
+    check_env(args.env, _options(args))
     if args.motion == "exact" and not args.store:
         raise ConfigError("--motion exact: mp4 files have no motion; write a clip store with --store")
     own = [name for name in ("flow", "segment", "track", "redraw_rounds") if getattr(args, f"recipe_{name}") is not None]
