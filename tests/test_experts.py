@@ -98,7 +98,7 @@ def test_a_training_is_repeatable_and_says_what_it_did(tmp_path: Path, capsys: p
     assert all((weights[name] == again[name]).all() for name in weights)
 
 
-def test_a_stop_saves_the_expert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stop_saves_the_expert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     class Stops(module.StopRequest):
         calls = 0
 
@@ -108,9 +108,17 @@ def test_a_stop_saves_the_expert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             super().check()
 
     monkeypatch.setattr(module, "StopRequest", Stops)
-    with pytest.raises(KeyboardInterrupt):
-        train_expert("planar:pendulum_swingup", tmp_path, env_steps=4000, episodes=1, settings=TINY, time_limit=40)
-    assert json.loads((tmp_path / "expert.json").read_text())["env_steps"] == 120
+    monkeypatch.setattr(module, "Settings", lambda: TINY)
+    command = ["expert", "toy:dot", "--out", str(tmp_path), "--env-steps", "4000", "--episodes", "1"]
+    with pytest.raises(SystemExit, match="130"):
+        main(command)
+    kept = (tmp_path / "expert.json").read_text()
+    assert json.loads(kept)["env_steps"] == 60  # 30 agent steps of 2 environments
+    assert "has the expert of this moment" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        main(command)
+    assert "holds an expert already" in capsys.readouterr().err
+    assert (tmp_path / "expert.json").read_text() == kept
 
 
 def test_videos_of_an_expert(tmp_path: Path) -> None:

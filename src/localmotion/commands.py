@@ -323,8 +323,13 @@ def expert(args: argparse.Namespace) -> None:
     """`localmotion expert`"""
     from localmotion.console import say
     from localmotion.training.experts import train_expert
+    from localmotion.training.interrupt import Interrupted
 
-    found = train_expert(args.env, args.out, env_steps=args.env_steps, seed=args.seed, episodes=args.episodes)
+    try:
+        found = train_expert(args.env, args.out, env_steps=args.env_steps, seed=args.seed, episodes=args.episodes)
+    except Interrupted as stopped:  # unlike a run, the same command does not go on
+        say(f"stopped early; {args.out} has the expert of this moment")
+        raise SystemExit(stopped.code) from stopped
     score = f"return {found['return_mean']:.1f} +- {found['return_std']:.1f} in {found['episodes']} episodes"
     say(
         f"{args.env}: {score} after {found['env_steps']:,} env steps, {found['updates']:,} updates, {found['cpu_seconds']:.0f} CPU s"

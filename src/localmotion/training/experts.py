@@ -11,7 +11,8 @@ B = 128 and D = 256 they cost 0.27 GFLOP, 3 ms of a core that does 95 GFLOP/s.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from localmotion.acting.episodes import episode_seed, evaluate
-from localmotion.acting.expert import Expert, save_expert
+from localmotion.acting.expert import NAME, Expert, save_expert
 from localmotion.acting.observer import Observer
 from localmotion.console import progress
 from localmotion.envs import make_env
@@ -223,7 +224,7 @@ def train_expert(
 ) -> dict[str, Any]:
     """Train an expert of ``env`` and write it to the folder ``out`` (`localmotion.acting.expert`).
 
-    Ctrl-C ends the training early: the expert of that moment is played and saved.
+    Ctrl-C ends the training early: the expert of that moment is played and saved, then Interrupted is raised.
 
     Args:
         env: an environment with a state vector, e.g. planar:walker_run. Drawing is off, so its suite does not matter.
@@ -235,73 +236,58 @@ def train_expert(
         Content of the JSON file: env, seed, env_steps, updates, cpu_seconds, curve, returns, ...
 
     Raises:
-        ConfigError: an unknown environment or option, or a number out of range.
+        ConfigError: an unknown environment or option, a number out of range, or ``out`` holds an expert.
         EnvError, CheckpointError: simulating or writing failed.
+        Interrupted: a signal ended the training; the expert is saved.
     """
     settings = settings or Settings()
     at_least(env_steps=(env_steps, 1), seed=(seed, 0), episodes=(episodes, 1))
     check_output(out, ConfigError, folder=True)
+    if (out / f"{NAME}.json").exists():
+        raise ConfigError(f"{out}: holds an expert already; choose another folder")
 
     def make() -> PixelEnv:
         return make_env(env, observed="vectors", **options)
 
-    threads, began = torch.get_num_threads(), time.process_time()
-    torch.set_num_threads(1)  # the products are too small to split
-    try:
-        with torch.random.fork_rng(devices=[]), StopRequest() as stop:
-            torch.manual_seed(seed)
-            return _train(env, make, out, env_steps, seed, episodes, settings, stop, began)
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _train(
-    env: str,
-    make: Callable[[], PixelEnv],
-    out: Path,
-    env_steps: int,
-    seed: int,
-    episodes: int,
-    settings: Settings,
-    stop: StopRequest,
-    began: float,
-) -> dict[str, Any]:
-    players, rng = _Players(make, settings.envs, seed), np.random.default_rng(seed)
-    actions = players.envs[0].action_space.shape[0]  # type: ignore[index]
-    learner = Learner(players.vectors.shape[1], actions, settings)
-    memory = Memory(env_steps // settings.envs + 1, settings.envs, players.vectors.shape[1], actions)
-    done, updates, curve, stopped = 0, 0, list[list[float]](), None
-    with progress("expert", env_steps, "env steps", forecast=False) as advance:
-        while done < env_steps:
-            random = memory.count * settings.envs < settings.begin
-            chosen = rng.uniform(-1, 1, (settings.envs, actions)) if random else learner.actor.act(players.vectors, explore=True)
-            learner.saw(players.vectors)
-            done += players.step(chosen.astype(np.float32), memory)
-            if not random:
-                learner.normalise()
-                while updates * settings.every < memory.count * settings.envs - settings.begin:
+    began = time.process_time()
+    with _one_thread(), torch.random.fork_rng(devices=[]), StopRequest() as stop:
+        torch.manual_seed(seed)
+        players, rng = _Players(make, settings.envs, seed), np.random.default_rng(seed)
+        inputs, actions = players.vectors.shape[1], len(players.envs[0].action_space.low)  # type: ignore[attr-defined]
+        learner = Learner(inputs, actions, settings)
+        memory = Memory(env_steps // settings.envs + 1, settings.envs, inputs, actions)
+        done, updates, curve, stopped = 0, 0, list[tuple[int, float]](), None
+        with progress("expert", env_steps, "env steps", forecast=False) as advance:
+            while done < env_steps and not stopped:
+                beyond = memory.count * settings.envs - settings.begin
+                shape = settings.envs, actions
+                chosen = rng.uniform(-1, 1, shape) if beyond < 0 else learner.actor.act(players.vectors, explore=True)
+                learner.saw(players.vectors)
+                done += players.step(chosen.astype(np.float32), memory)
+                if beyond >= 0:
+                    learner.normalise()
+                while updates * settings.every < beyond + settings.envs and beyond >= 0:
                     learner.update(*memory.sample(rng, settings.batch, settings.steps, settings.discount))
                     updates += 1
-            if len(players.returns) >= len(curve) * settings.envs + settings.envs:
-                curve.append([done, round(float(np.mean(players.returns[-settings.envs :])), 2)])
-            advance(min(done, env_steps), note=f"return {curve[-1][1]:.0f}" if curve else "")
-            try:
-                stop.check()
-            except Interrupted as request:
-                stopped = request
-                break
-    for player in players.envs:
-        player.close()
-    observers: list[Observer] = []
-    spent = time.process_time() - began
+                if len(players.returns) >= settings.envs * (len(curve) + 1):
+                    curve.append((done, round(float(np.mean(players.returns[-settings.envs :])), 2)))
+                advance(min(done, env_steps), note=f"return {curve[-1][1]:.0f}" if curve else "")
+                try:
+                    stop.check()
+                except Interrupted as request:
+                    stopped = request
+        spent = time.process_time() - began
 
-    def policy(records: list[dict[str, Any]], first: bool) -> NDArray[np.float32]:
-        return learner.actor.act(np.stack([record["vector"] for record in records]))
+        def policy(records: list[dict[str, Any]], first: bool) -> NDArray[np.float32]:
+            return learner.actor.act(np.stack([record["vector"] for record in records]))
 
-    played = evaluate(lambda: policy, lambda: Observer(make(), None), seed=seed, episodes=episodes, observers=observers)
+        observers = [Observer(player, None) for player in players.envs]
+        played = evaluate(lambda: policy, lambda: observers[0], seed=seed, episodes=episodes, observers=observers)
+        for player in players.envs:
+            player.close()
     about = {
         "env": env,
-        "action_repeat": observers[0].env.describe()["action_repeat"],  # type: ignore[attr-defined]
+        "action_repeat": players.envs[0].action_repeat,
         "seed": seed,
         "env_steps": done,
         "updates": updates,
@@ -311,9 +297,18 @@ def _train(
         "settings": asdict(settings),
         "versions": versions(),
     }
-    for observer in observers:
-        observer.env.close()
-    save_expert(out, learner.actor.eval(), about)
+    save_expert(out, learner.actor, about)
     if stopped:
         raise stopped
     return about
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Within it torch uses one thread: the products are too small to split."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
