@@ -69,10 +69,12 @@ def test_critics_learn_the_return_and_the_actor_the_best_action() -> None:
     """The best action of a state x is x / 2, worth 1; its value with a discount of a half is 2."""
     torch.manual_seed(0)
     learner = Learner(1, 1, Settings(width=32, rate=5e-3, slow=0.05))
-    for _ in range(300):
+    for number in range(300):
         x, a = torch.rand(64, 1) * 2 - 1, torch.rand(64, 1) * 2 - 1
         reward = 1 - 4 * (a - x / 2).square()[:, 0]
         learner.update(x, a, reward, torch.rand(64, 1) * 2 - 1, torch.full((64,), 0.5))
+        if not number:  # a fresh policy is more random than it should stay
+            assert learner.log_temperature.item() < np.log(0.1)
     x = torch.linspace(-0.9, 0.9, 7)[:, None]
     np.testing.assert_allclose(learner.actor.act(x.numpy()), x / 2, atol=0.15)
     with torch.no_grad():
