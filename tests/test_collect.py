@@ -14,12 +14,14 @@ import pytest
 from localmotion.acting.episodes import episode_seed
 from localmotion.cli import main
 from localmotion.envs import make_env
+from localmotion.envs.metaworld import MT10
 from localmotion.errors import CheckpointError, ConfigError
 from localmotion.perception.extract import extract_folder
 from localmotion.recipe import Recipe
 from localmotion.recording import collect as module
 from localmotion.recording.collect import collect
 from localmotion.runs.rundir import claimed
+from localmotion.video.bits import unpack
 from localmotion.video.store import ClipStore
 
 SMALL = Recipe(size=32, percept_size=32, tracks=8)
@@ -177,6 +179,18 @@ def test_expert_succeeds_where_random_does_not(tmp_path: Path) -> None:
     assert [entry["success"] for entry in expert.episodes] == [1.0, 1.0]
     other = collect("metaworld:reach", tmp_path / "r", policy="random", episodes=1, steps=60, size=32, quality="fast")
     assert other.episodes[0]["return"] / 60 < min(entry["return"] for entry in expert.episodes) / 100
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", MT10)
+def test_videos_of_the_experts_of_mt10_have_masks_and_show_success(tmp_path: Path, task: str) -> None:
+    options: Any = {"end_on_success": True, "quality": "fast"}
+    found = collect(f"dmw:{task}", tmp_path, policy="expert", episodes=2, recipe=SMALL, **options)
+    assert max(entry["success"] for entry in found.episodes) == 1.0
+    assert min(entry["frames"] for entry in found.episodes) < 300
+    mask = unpack(ClipStore(tmp_path).clip(0).extra["mask"], 32)
+    assert (mask.mean(axis=(1, 2)) > 0.02).all()
+    assert mask.mean() < 0.5
 
 
 def test_errors_name_the_mend(tmp_path: Path) -> None:

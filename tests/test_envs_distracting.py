@@ -225,7 +225,9 @@ def test_playback_moves_by_one_and_bounces(seed: int) -> None:
 def test_splits_do_not_overlap_and_are_every_third(videos: Path, tmp_path: Path) -> None:
     names = {split: find_backgrounds(videos, split=split, limit=None, side=32) for split in ("train", "val", "all")}
     assert [names[split].count() for split in ("train", "val", "all")] == [6, 2, 8]
-    assert names["train"].describe()["list"] != names["val"].describe()["list"]
+    listed = {split: [ref.path.name for ref in names[split]._videos] for split in names}  # type: ignore[attr-defined]
+    assert not set(listed["train"]) & set(listed["val"])
+    assert sorted(listed["train"] + listed["val"]) == sorted(listed["all"])
     for part, source in (("train", "clip0.mp4"), ("val", "clip1.mp4")):
         (tmp_path / part).mkdir()
         (tmp_path / part / source).write_bytes((videos / source).read_bytes())
@@ -233,8 +235,20 @@ def test_splits_do_not_overlap_and_are_every_third(videos: Path, tmp_path: Path)
     held_out = find_backgrounds(tmp_path, split="val", limit=None, side=32)
     assert held_out.count() == 1
     assert held_out.clip(0).shape == (30, 32, 32, 3)
-    procedural = [find_backgrounds("procedural", split=split, limit=3, side=16) for split in ("train", "val")]
-    assert not np.array_equal(procedural[0].clip(0), procedural[1].clip(0))
+    procedural = {split: find_backgrounds("procedural", split=split, limit=None, side=8) for split in ("train", "val", "all")}
+    clips = {split: [found.clip(k).tobytes() for k in range(found.count())] for split, found in procedural.items()}
+    assert [len(set(clips[split])) for split in ("train", "val", "all")] == [60, 30, 90]
+    assert not set(clips["train"]) & set(clips["val"])
+    assert clips["train"] + clips["val"] == clips["all"]
+
+
+@pytest.mark.parametrize("name", ["distracting:walker_run", "masklam:walker_run", "dmw:reach"])
+def test_every_suite_shows_the_clips_of_its_split(make: Make, name: str) -> None:
+    for split, count in (("train", 60), ("val", 30)):
+        options = {"split": split, **({"num_videos": 90} if name.startswith("distracting") else {})}
+        facts = make(name, size=16, **options).describe()
+        clips = facts.get("backgrounds") or facts["background"]["clips"]
+        assert (clips["split"], clips["clips"]) == (split, count)
 
 
 def test_the_cache_of_clips_keeps_the_ones_used_last() -> None:
@@ -479,7 +493,8 @@ def test_the_reference_repeats_twice_and_loses_half_of_the_rewards(make: Make) -
         ("masklam:walker_run", {"region": "floor"}, "region of the background"),
         ("masklam:walker_run", {"lag": 0}, "lag=0"),
         ("dmw:rech", {}, "did you mean dmw:reach"),
-        ("metaworld:reach", {"difficulty": "easy"}, "metaworld has no options"),
+        ("metaworld:reach", {"difficulty": "easy"}, "known: camera, end_on_success, time_limit"),
+        ("dmw:reach", {"end_on_success": 1}, "end_on_success=1 must be true or false"),
         ("toy:dot", {"difficulty": "easy"}, "toy has no options"),
     ],
 )
@@ -492,7 +507,7 @@ def test_suites_and_options_are_listed() -> None:
     assert "difficulty" in list_options("distracting")
     assert list_options("dmc") == []
     assert list_options("diswm") == ["phase", "reference_repeat"]
-    assert set(list_options("masklam")) == set(list_options("dmw"))
+    assert {*list_options("masklam"), "end_on_success"} == set(list_options("dmw"))
     assert len(list_envs("dmw")) == 50
     with pytest.raises(ConfigError, match="did you mean distracting"):
         list_options("distractin")

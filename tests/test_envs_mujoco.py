@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 
-from localmotion.envs import make_env
+from localmotion.envs import list_envs, make_env
 from localmotion.envs.base import PixelEnv
 from localmotion.errors import ConfigError, EnvError
 
@@ -231,6 +231,31 @@ def test_expert_of_metaworld_succeeds_and_the_episode_goes_on(make: Make) -> Non
     assert successes[-1] == 1.0
     assert reward > 9
     assert env.reset(seed=1)[1] == {"env_steps": 0, "success": 0.0}
+
+
+def test_the_ten_tasks_of_mt10_have_names_and_experts() -> None:
+    from metaworld.env_dict import MT10_V3
+    from metaworld.policies import ENV_POLICY_MAP
+
+    from localmotion.envs.metaworld import MT10
+
+    assert [f"{task}-v3" for task in MT10] == list(MT10_V3)
+    assert {f"{suite}:{task}" for suite in ("metaworld", "dmw") for task in MT10} <= set(list_envs())
+    assert {f"{task}-v3" for task in MT10} <= set(ENV_POLICY_MAP)
+
+
+@pytest.mark.filterwarnings("ignore:Constant")
+def test_an_episode_can_end_on_success(make: Make) -> None:
+    env: Any = make("metaworld:drawer-close", size=16, observed="vectors", end_on_success=True)
+    env.reset(seed=0)
+    found = [env.step(env.expert_action())]
+    while not (found[-1][2] or found[-1][3]):
+        found.append(env.step(env.expert_action()))
+    assert [x[4]["success"] for x in found] == [0.0] * (len(found) - 1) + [1.0]
+    assert (found[-1][2], found[-1][3]) == (True, False)
+    assert env.describe()["end_on_success"] is True
+    env.end_on_success = False
+    assert "end_on_success" not in env.describe()  # so that collections of earlier versions go on
 
 
 @pytest.mark.parametrize("camera", ["corner", "corner2", "corner3", "corner4"])

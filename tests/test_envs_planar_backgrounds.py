@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from localmotion.envs import list_options, make_env
+from localmotion.envs.backgrounds import ProceduralBackgrounds
 from localmotion.envs.base import area_average
 from localmotion.envs.composite import Backdrop
-from localmotion.envs.planar_backgrounds import MOTIONS
+from localmotion.envs.planar_backgrounds import MOTIONS, MovingBackground
 from localmotion.envs.truth import SKY, motion_truth, pixel_grid
 from localmotion.errors import ConfigError
 
@@ -181,4 +182,38 @@ def test_wrong_names_are_errors_and_a_run_knows_its_background() -> None:
         make_env("planar:walker_run", background="video")
     told = make_env("planar:walker_run", background="twin").describe()["background"]
     assert (told["motion"], told["correlation"], told["clips"]["source"]) == ("twin", 0.7, "procedural")
+    assert told["clips"]["split"] == "train"
     assert make_env("planar:walker_run").describe()["background"] == "none"
+
+
+def test_held_out_textures_are_never_those_of_training() -> None:
+    """The textures of 60 episodes of each split, by the frames that they are from."""
+    frames = {
+        split: {frame.tobytes() for k in range(clips.count()) for frame in clips.clip(k)}
+        for split in ("train", "val")
+        for clips in [ProceduralBackgrounds(split, None, 8)]
+    }
+    assert not frames["train"] & frames["val"]
+    shown = {}
+    for split in ("train", "val", "all"):
+        moving = MovingBackground("lagged", 8, 6, split)
+        shown[split] = set()
+        for seed in range(60):
+            moving.begin(seed)
+            shown[split].add(moving.picture(0j, 8).tobytes())
+    assert shown["train"] <= frames["train"]
+    assert shown["val"] <= frames["val"]
+    assert shown["all"] & frames["train"]
+    assert shown["all"] & frames["val"]
+    pictures = {split: made("lagged", split=split, size=16).render_frame(16) for split in ("train", "val")}
+    default = made("lagged", size=16)
+    np.testing.assert_array_equal(default.render_frame(16), pictures["train"])
+    assert (pictures["val"] != pictures["train"]).any()
+    assert made("lagged", split="val", size=16).describe()["background"]["clips"] == {
+        "source": "procedural",
+        "split": "val",
+        "clips": 30,
+        "side": 16,
+    }
+    with pytest.raises(ConfigError, match=r"split of the background's textures 'test'"):
+        make_env("planar:walker_run", split="test")

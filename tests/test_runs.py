@@ -120,6 +120,11 @@ def test_finetuning_learns_from_the_checkpoint_and_is_reported(
     assert len(result["returns"]) == 2
     assert (tmp_path / "film.mp4").stat().st_size > 1000
     assert result["policy"] == "agent"
+    other = evaluate_run(finetuned, episodes=1, policy="random", env_options={"time_limit": 7})
+    assert (other["length_mean"], other["env_options"]) == (7, {"time_limit": 7})
+    assert "env_options" not in result
+    with pytest.raises(ConfigError, match="split"):
+        evaluate_run(finetuned, env_options={"split": "val"})
     random_floor(finetuned, episodes=2)
     found = predict([pretrained], store, clips=2, split="all")
     assert list(found.pictures) == ["truth", "motion", "zero_motion", "last_frame"]

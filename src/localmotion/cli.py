@@ -114,13 +114,35 @@ def _parser(stage: str = "") -> _Parser:
     )
     sub.add_argument("--device", default="auto")
     sub.add_argument("--env", default="", help="where to play an agent that learned from logged episodes without an environment")
+    sub.add_argument(
+        "--env-options",
+        type=json.loads,
+        default={},
+        help='options of the environment that differ from the run\'s, as JSON, e.g. {"split": "val"}: backgrounds not shown in training',
+    )
+
+    sub = add(
+        "expert",
+        "Train an expert on a task's state vector, for videos that show the task (collect --policy expert:DIRECTORY). Minutes on one core.",
+        commands.expert,
+    )
+    sub.add_argument(
+        "env", help="environment, e.g. planar:walker_run; its expert also acts in dmc:walker_run and suites built on it"
+    )
+    sub.add_argument("--out", type=Path, required=True, help="folder for expert.safetensors and expert.json")
+    sub.add_argument("--env-steps", type=int, default=400_000, help="env steps to play (default 400,000)")
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--episodes", type=int, default=10, help="episodes played at the end, for its return (default 10)")
 
     sub = add("collect", "Record unlabeled videos of an environment, as mp4 files or into a clip store.", commands.collect)
     sub.add_argument("env", help="environment, e.g. dmc:walker_walk")
     sub.add_argument("--out", type=Path, required=True, help="folder of mp4 files, or with --store a clip store")
     sub.add_argument("--store", action="store_true", help="run perception and write a clip store instead of mp4 files")
     sub.add_argument(
-        "--policy", default="smooth", help="random, smooth (random, changing smoothly), expert (Meta-World), or a run directory"
+        "--policy",
+        default="smooth",
+        help="random, smooth (random, changing smoothly), expert (Meta-World's scripts), expert:PATH (of localmotion expert), or a run"
+        " directory",
     )
     sub.add_argument("--episodes", type=int, default=16)
     sub.add_argument("--steps", type=int, default=0, help="maximum agent steps per video; 0 for whole episodes")

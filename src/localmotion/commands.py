@@ -50,6 +50,13 @@ def _settings(rest: list[str]) -> list[str]:
     return out
 
 
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    """The value of --env-options."""
+    if not isinstance(args.env_options, dict):
+        raise ConfigError('--env-options is a JSON object of options by name, e.g. {"look": "textured"}')
+    return args.env_options
+
+
 def info(args: argparse.Namespace) -> None:
     """`localmotion info`"""
     from localmotion.console import say
@@ -205,6 +212,7 @@ def evaluate(args: argparse.Namespace) -> None:
         policy=args.policy,
         which=args.which,
         env=args.env,
+        env_options=_options(args),
     )
     say(json.dumps(result))
     if args.video:
@@ -313,6 +321,24 @@ def report(args: argparse.Namespace) -> None:
     say(f"report: {make_report(args.runs, args.out)}")
 
 
+def expert(args: argparse.Namespace) -> None:
+    """`localmotion expert`"""
+    from localmotion.console import say
+    from localmotion.training.experts import train_expert
+    from localmotion.training.interrupt import Interrupted
+
+    try:
+        found = train_expert(args.env, args.out, env_steps=args.env_steps, seed=args.seed, episodes=args.episodes)
+    except Interrupted as stopped:  # unlike a run, the same command does not go on
+        say(f"stopped early; {args.out} has the expert of this moment")
+        raise SystemExit(stopped.code) from stopped
+    score = f"return {found['return_mean']:.1f} +- {found['return_std']:.1f} in {found['episodes']} episodes"
+    say(
+        f"{args.env}: {score} after {found['env_steps']:,} env steps, {found['updates']:,} updates, {found['cpu_seconds']:.0f} CPU s"
+    )
+    say(f"videos of it: localmotion collect {args.env} --policy expert:{args.out} --out FOLDER")
+
+
 def collect(args: argparse.Namespace) -> None:
     """`localmotion collect`"""
     from localmotion.console import progress, say
@@ -320,9 +346,7 @@ def collect(args: argparse.Namespace) -> None:
     from localmotion.recording.collect import collect as record
 
     settings = {"quality": args.quality, "action_repeat": args.action_repeat}
-    if not isinstance(args.env_options, dict):
-        raise ConfigError('--env-options is a JSON object of options by name, e.g. {"look": "textured"}')
-    check_env(args.env, args.env_options)
+    check_env(args.env, _options(args))
     if args.motion == "exact" and not args.store:
         raise ConfigError("--motion exact: mp4 files have no motion; write a clip store with --store")
     own = [name for name in ("flow", "segment", "track", "redraw_rounds") if getattr(args, f"recipe_{name}") is not None]

@@ -2,7 +2,7 @@
 
 ``masklam:`` are the tasks of the DeepMind Control Suite with a background instead of the scenery, which moves with the actions
 (docs/environments.md). ``dmw:`` is Distracting Meta-World of MaskLAM (arXiv 2602.02259): sky pixels of the segmentation show a video. Both
-accept all options.
+accept all options of `Backdrop`.
 """
 
 from __future__ import annotations
@@ -151,13 +151,14 @@ def _read_actions(given: str | Path | NDArray[np.floating[Any]]) -> NDArray[np.f
 class Painted(PixelEnv):
     """Shared by both suites: the scene is drawn as usual, then the background is painted over part of it."""
 
-    OPTIONS: ClassVar[tuple[str, ...]] = tuple(inspect.signature(Backdrop).parameters)
-    """Options of these suites."""
+    BACKDROP: ClassVar[tuple[str, ...]] = tuple(inspect.signature(Backdrop).parameters)
+    OPTIONS: ClassVar[tuple[str, ...]] = BACKDROP
+    """Options of a suite."""
     DEFAULTS: ClassVar[dict[str, Any]]
     _renderer: Any
 
     def __init__(self, task: str, **settings: Any) -> None:
-        given = {name: settings.pop(name) for name in self.OPTIONS if name in settings}
+        given = {name: settings.pop(name) for name in self.BACKDROP if name in settings}
         self.backdrop = Backdrop(**{**self.DEFAULTS, **given})
         super().__init__(task, **settings)
         self._model, self._data, self._parts = self._scene()
@@ -208,9 +209,12 @@ class CompositeDMCEnv(Painted, DMCEnv):
 
 
 class CompositeMetaWorldEnv(Painted, MetaWorldEnv):
-    """A Meta-World task in front of a painted background; by default Distracting Meta-World: videos in the sky. Options: `Backdrop`."""
+    """A Meta-World task in front of a painted background; by default Distracting Meta-World: videos in the sky. Options: `Backdrop`, and
+    those of `MetaWorldEnv`.
+    """
 
     suite_name: ClassVar[str] = "dmw"
+    OPTIONS: ClassVar[tuple[str, ...]] = (*Painted.BACKDROP, "end_on_success")
     DEFAULTS: ClassVar[dict[str, Any]] = {"motion": "video", "region": "sky"}
 
     def _scene(self) -> tuple[Any, Any, AgentParts]:

@@ -1,4 +1,7 @@
-"""Meta-World (3.1.1) by task name, with IPV's protocol: no action repeat, 500 env steps, never terminated, new goals at every reset."""
+"""Meta-World (3.1.1) by task name, with IPV's protocol: no action repeat, 500 env steps, new goals at every reset.
+
+An episode never terminates, unless the option ``end_on_success`` is on.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from numpy.typing import NDArray
 
 from localmotion.envs.base import PixelEnv
 from localmotion.envs.links import CameraLinks
-from localmotion.errors import EnvError, unknown_name
+from localmotion.errors import ConfigError, EnvError, unknown_name
 
 if TYPE_CHECKING:
     from localmotion.envs.masks import AgentParts
@@ -27,6 +30,12 @@ TASKS: tuple[str, ...] = (
 )  # fmt: skip
 """The 50 tasks without their "-v3", listed here so names can be checked without importing MuJoCo."""
 
+MT10: tuple[str, ...] = (
+    "reach", "push", "pick-place", "door-open", "drawer-open", "drawer-close", "button-press-topdown", "peg-insert-side",
+    "window-open", "window-close",
+)  # fmt: skip
+"""The tasks of the benchmark MT10 (Yu et al. 2019, arXiv 1910.10897), in its order."""
+
 CAMERA = "corner"
 UPSIDE_DOWN = ("corner", "corner2", "corner3", "corner4")
 """Cameras that 3.1.1 mounts upside down. Only here their pictures are rotated by 180 degrees."""
@@ -39,6 +48,13 @@ class MetaWorldEnv(CameraLinks, PixelEnv):
     By default Meta-World draws object and goal positions from NumPy's *global* generator, and a reset starts from the model as the previous
     episode left it. Here the environment has its own generator, seeded at every reset, and moved bodies and sites of the model are first
     restored. So environments in one process do not affect each other.
+
+    Args:
+        end_on_success: an episode terminates when the goal is met, as in MaskLAM's data sets (arXiv 2602.02259). A scripted expert else
+            stays at the goal until the time limit.
+
+    Raises:
+        ConfigError: an unknown task, or a setting out of range.
     """
 
     has_success = True
@@ -55,7 +71,11 @@ class MetaWorldEnv(CameraLinks, PixelEnv):
         time_limit: int | None = None,
         quality: str = "auto",
         camera: str | int | None = None,
+        end_on_success: bool = False,
     ) -> None:
+        if not isinstance(end_on_success, bool):
+            raise ConfigError(f"end_on_success={end_on_success!r} must be true or false")
+        self.end_on_success = end_on_success
         task = task.removesuffix("-v3")
         if task not in TASKS:
             raise unknown_name("Meta-World task", task, TASKS)
@@ -118,7 +138,7 @@ class MetaWorldEnv(CameraLinks, PixelEnv):
     def _control(self, action: NDArray[np.float64]) -> tuple[float, bool]:
         self._vector, reward, _, _, info = self.inner.step(action.astype(np.float32))
         self._met = float(info["success"])
-        return float(reward), False
+        return float(reward), self.end_on_success and self._met > 0
 
     def _success(self) -> float:
         return self._met
@@ -179,6 +199,7 @@ class MetaWorldEnv(CameraLinks, PixelEnv):
             "quality": self.quality,
             "gl": self._gl.to_json(),
             "versions": {"mujoco": self._mujoco.__version__, "metaworld": version("metaworld")},
+            **({"end_on_success": True} if self.end_on_success else {}),  # without it as in earlier versions
         }
 
     def close(self) -> None:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from localmotion.envs import control
 from localmotion.envs import planar_trees as trees
+from localmotion.envs.backgrounds import SPLITS
 from localmotion.envs.base import Observation
 from localmotion.envs.control import ControlEnv
 from localmotion.envs.links import Links
@@ -63,11 +64,12 @@ class PlanarEnv(ControlEnv):
         background: "none": sky and floor. Else a texture covers both and is shifted as in ``masklam:``: "independent" of the actions, by
             the action of 3 env steps ago ("lagged"), by those of another episode ("twin"), or by the present one ("leaky"). Physics,
             rewards, `agent_mask` and the parts stay the same. Its motion is part of `exact_flow`.
+        split: of the background's textures: "train" (numbers 0 to 59), "val" (60 to 89, held out) or "all".
         sealed: True for the bodies that are kept for the pre-registered test, and only for them.
 
     Raises:
-        ConfigError: an unknown task, quality, look or background, a camera, a sealed body without ``sealed=True``, or a setting out of
-            range.
+        ConfigError: an unknown task, quality, look, background or split, a camera, a sealed body without ``sealed=True``, or a setting
+            out of range.
     """
 
     suite_name: ClassVar[str] = "planar"
@@ -85,6 +87,7 @@ class PlanarEnv(ControlEnv):
         camera: str | int | None = None,
         look: Look = "flat",
         background: Motion = "none",
+        split: str = "train",
         sealed: bool = False,
     ) -> None:
         tree = trees.parse(task)
@@ -102,6 +105,8 @@ class PlanarEnv(ControlEnv):
             raise unknown_name("look of planar bodies", look, LOOKS)
         if background not in MOTIONS:
             raise unknown_name("background of planar bodies", background, MOTIONS)
+        if split not in SPLITS:
+            raise unknown_name("split of the background's textures", split, SPLITS)
         self.look, self.background = look, background
         super().__init__(
             task, seed=seed, size=size, percept_size=percept_size, action_repeat=action_repeat, time_limit=time_limit
@@ -110,7 +115,7 @@ class PlanarEnv(ControlEnv):
         self._kinds = moving_parts(self.physics.model.ptr)
         self._moving: MovingBackground | None = None
         if background != "none":
-            self._moving = MovingBackground(background, self.draw_size, self.action_space.shape[0])  # type: ignore[index]
+            self._moving = MovingBackground(background, self.draw_size, self.action_space.shape[0], split)  # type: ignore[index]
         self._painter: Painter
         self._shown: Pose | None = None  # of the last picture or the last question
         self._before: Pose | None = None  # of the picture before the last step

@@ -26,10 +26,11 @@ class MovingBackground:
         motion: one of `MOTIONS` except "none".
         side: S of the environment's drawn pictures, pixels.
         dims: number of actions.
+        split: "train", "val" (held out) or "all" of the textures.
     """
 
-    def __init__(self, motion: Motion, side: int, dims: int) -> None:
-        self._backdrop = Backdrop(motion=motion, region="scenery", videos="procedural")
+    def __init__(self, motion: Motion, side: int, dims: int, split: str = "train") -> None:
+        self._backdrop = Backdrop(motion=motion, region="scenery", videos="procedural", split=split)
         self._backdrop.open(side, dims)
         self._side = side
         self._tiles: dict[int, NDArray[np.uint8]] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ def evaluate_run(
     policy: str = "agent",
     which: Which = "newest",
     env: str = "",
+    env_options: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Play evaluation episodes of a run's environment. Returns the fields of an "eval" line of metrics.jsonl.
 
@@ -50,13 +52,15 @@ def evaluate_run(
         policy: "agent", or "random" for the floor.
         which: "newest" weights, or "best" for those of the best evaluation during training.
         env: where an agent plays that learned from logged episodes without an environment.
+        env_options: options of the environment that differ from the run's, e.g. ``{"split": "val"}`` for backgrounds
+            that training did not show. The result then has them, too.
 
     The caller's random generators do not change. On a CPU the same call gives the same numbers. Five episodes are
     played at a time and share a generator: the first five returns do not change from ``episodes=5`` to ``episodes=10``,
     but those of ``episodes=3`` differ.
 
-    Raises CheckpointError for a pre-training run, ConfigError for numbers out of range and for a film that cannot be
-    written.
+    Raises CheckpointError for a pre-training run, ConfigError for numbers out of range, for an unknown option, and for
+    a film that cannot be written.
     """
     at_least(episodes=(episodes, 1), seed=(seed or 0, 0))
     if video is not None:
@@ -68,9 +72,10 @@ def evaluate_run(
         raise ConfigError(f"{path}: learned from logged episodes without an environment; give the environment with --env")
     if env and asked.env not in ("", env):
         raise ConfigError(f"{path}: was trained in {asked.env}, not in {env}")
-    check_env(asked.env or env, asked.env_options)
+    options = {**asked.env_options, **(env_options or {})}
+    check_env(asked.env or env, options)
     run, method, compute = load_run(path, device=device, which=which)
-    run = replace(run, env=asked.env or env)
+    run = replace(run, env=asked.env or env, env_options=options)
     recipe = run.recipe if bool(method.wants & MOTION) else None
     base = run.seed + (which == "best") if seed is None else seed
 
@@ -95,7 +100,8 @@ def evaluate_run(
         result = evaluate(policy_for, make, seed=base, episodes=episodes, observers=observers, keep_frames=video is not None)
     if video is not None and result.frames is not None:
         write_video(video, result.frames, fps=25)
-    return {**result.summary(), "env": run.env, "policy": policy, "seed": base}
+    changed = {"env_options": dict(env_options)} if env_options else {}
+    return {**result.summary(), "env": run.env, **changed, "policy": policy, "seed": base}
 
 
 def random_floor(path: Path, episodes: int = 10) -> dict[str, Any]:

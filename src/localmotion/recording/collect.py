@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from localmotion import methods
 from localmotion.acting.episodes import episode_seed
+from localmotion.acting.expert import PREFIX, load_expert
 from localmotion.acting.observer import Observer, make_observer
 from localmotion.acting.policy import MethodPolicy, Policy
 from localmotion.compute import PLAIN
@@ -86,8 +87,9 @@ def collect(
     Args:
         env: environment name; ``settings`` go to `make_env` (action_repeat, quality, camera, ...).
         out: folder of mp4 files, or with a ``recipe`` a clip store.
-        policy: "random" (uniform), "smooth" (random, changing smoothly), "expert" (Meta-World's scripted policies), or
-            a run directory, whose agent then acts as in training.
+        policy: "random" (uniform), "smooth" (random, changing smoothly), "expert" (Meta-World's scripted policies),
+            "expert:PATH" (an expert of `localmotion.training.experts`, its mean action), or a run directory, whose
+            agent then acts as in training.
         seed: with the episode's number it decides everything random.
         steps: most agent steps of a video; 0 for whole episodes.
         size: side of the mp4's pictures, in pixels.
@@ -130,10 +132,10 @@ def collect(
         raise ConfigError(f"steps={steps} is too short for motion; at least 2")
     side = recipe.percept_size if recipe else size
     player = _Player(env, policy, side, settings, recipe)
-    label = policy if policy in POLICIES else "agent"
+    label = policy if policy in POLICIES else "expert" if policy.startswith(PREFIX) else "agent"
     header = {
         "env": player.env.describe(),  # type: ignore[attr-defined]
-        "policy": policy if policy in POLICIES else str(Path(policy).resolve().name),
+        "policy": player.named or (policy if policy in POLICIES else str(Path(policy).resolve().name)),
         "seed": seed,
         "steps": steps,
         "noise": noise,
@@ -186,11 +188,19 @@ class _Player:
     def __init__(self, env: str, policy: str, side: int, settings: dict[str, Any], stored: Recipe | None) -> None:
         self.policy, self.side = policy, side
         self.act: Policy | None = None
+        self.named = ""
+        """Name of an expert in collection.json."""
         self.compute = PLAIN
-        if policy in POLICIES:
+        self.drawn = policy in POLICIES or policy.startswith(PREFIX)
+        """Whether observations are drawn at the size of the collection."""
+        if self.drawn:
             self.observer = Observer(make_env(env, size=side, **settings), None)
+            if policy.startswith(PREFIX):
+                self._load_expert(env, Path(policy.removeprefix(PREFIX)))
             if policy == "expert" and not hasattr(self.observer.env, "expert_action"):
-                raise ConfigError(f"{env}: has no scripted expert; Meta-World tasks have one. Policies: random, smooth, or a run")
+                raise ConfigError(
+                    f"{env}: has no scripted expert; Meta-World tasks have one. Train one: localmotion expert {env}"
+                )
         elif Path(policy).is_dir():
             run, method, compute = load_run(Path(policy))
             if run.stage not in methods.get(run.method).acts_after:
@@ -204,7 +214,7 @@ class _Player:
             self.observer = make_observer(run, recipe, size=method.image_size)
             self.act, self.compute = MethodPolicy(method, compute, explore=True, window=run.online.length), compute
         else:
-            raise ConfigError(f"policy {policy!r}: is neither a run directory nor one of {', '.join(POLICIES)}")
+            raise ConfigError(f"policy {policy!r}: is neither a run directory nor one of {', '.join(POLICIES)}, expert:PATH")
         self.env = self.observer.env
         self.fps = float(self.env.metadata.get("render_fps", 20))
         self.mask: ExactMask | None = None
@@ -217,6 +227,13 @@ class _Player:
         """Side of the pictures in whose pixels links and flow are given."""
         names: tuple[str, ...] | None = getattr(self.env, "link_names", None)
         self.links = None if names is None else {"names": list(names), "size": self.pixels}
+
+    def _load_expert(self, env: str, path: Path) -> None:
+        inner: Any = self.observer.env
+        inner.reset(seed=0)  # some tasks have no state vector before their first episode
+        expert = load_expert(path, env, len(inner.vector()), self.observer.action_dim)
+        self.named = f"{PREFIX}{expert.digest()}"
+        self.act = lambda records, first: expert.act(inner.vector()[None])
 
     def play(self, seed: int, number: int, steps: int, noise: float) -> _Played:
         """Play one episode."""
@@ -292,7 +309,7 @@ class _Player:
         return found
 
     def _picture(self, record: dict[str, Any]) -> NDArray[np.uint8]:
-        if self.act is None:
+        if self.drawn:
             picture: NDArray[np.uint8] = record["image"]
             return picture
         shown: NDArray[np.uint8] = self.env.render_frame(self.side)  # type: ignore[attr-defined]
