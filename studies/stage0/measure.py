@@ -96,6 +96,8 @@ TRANSFER_ARMS: dict[str, tuple[str, ...]] = {
 PENALTIES = tuple(10.0**k for k in range(-4, 4))
 POINTS = (0, 50, 100, 200, 300)
 """Updates after which a transferred model is measured."""
+MADE: dict[str, Any] = {}
+"""Pre-trained models of this process, by source: the arms of one seed share them."""
 
 
 def record(task: str, motion: Motion) -> list[Arrays]:
@@ -355,14 +357,15 @@ def transfer(
 ) -> dict[str, Any]:
     """Pre-trained on videos of the task's own body (a positive control) or of the other one, then fine-tuned on the fixed replay."""
     run = settings("train", args.task, given)
-    model = built(run, args.seed, actions)
-    if source:
+    if source and source not in MADE:
         before = settings("pretrain", args.task, (f"pretrain.updates={UPDATES}",))
         videos = episodes if source == "own" else record(OTHER[args.task], args.motion)
-        pretrained = built(before, args.seed, None)
-        learn(on_cpu(pretrained, before), videos, np.random.default_rng(args.seed + 100), UPDATES, BATCH)
+        MADE[source] = built(before, args.seed, None)
+        learn(on_cpu(MADE[source], before), videos, np.random.default_rng(args.seed + 100), UPDATES, BATCH)
+    model = built(run, args.seed, actions)  # after pre-training, so the noise of fine-tuning is the same in all arms
+    if source:
         for part in ("motion", "image", "latent"):
-            getattr(model, part).load_state_dict(getattr(pretrained, part).state_dict())
+            getattr(model, part).load_state_dict(getattr(MADE[source], part).state_dict())
     updater, rng = on_cpu(model, run, pretrained=bool(source)), np.random.default_rng(args.seed)
     curve: dict[str, Any] = {}
     for last, now in zip((0, *POINTS), POINTS, strict=False):
