@@ -25,7 +25,7 @@ from localmotion.recording.logs import action_dim
 from localmotion.runs.rundir import RunDir, claimed, read_environment
 from localmotion.runs.settings import recipe_of, with_recipe
 from localmotion.training import graphs
-from localmotion.training.checks import check_begins, check_decay, check_learns, check_length
+from localmotion.training.checks import check_begins, check_decay, check_learns, check_length, check_rollout
 from localmotion.training.logged import LoggedLoop
 from localmotion.training.online import OnlineLoop
 from localmotion.training.rollout import RolloutLoop
@@ -74,6 +74,7 @@ def finetune(run: RunConfig, path: Path) -> Path:
     if run.data:
         work = _logged
     elif source is Source.ROLLOUT:
+        check_rollout(cls, run)
         work = _rollout
     else:
         work = _online
@@ -97,7 +98,7 @@ def _online(run: RunConfig, path: Path, cls: type[Method]) -> Path:
 def _logged(run: RunConfig, path: Path, cls: type[Method]) -> Path:
     if run.observed != "pixels":
         raise ConfigError(f"observed={run.observed}: logged episodes have pictures only; leave it out")
-    if cls.extras:
+    if cls.extras and cls.stages[run.stage] is not Source.LOGGED:
         raise ConfigError(
             f"{run.method}: learns from values that its policy computes while acting ({', '.join(cls.extras)});"
             " logs do not hold them"
@@ -124,10 +125,6 @@ def _logged(run: RunConfig, path: Path, cls: type[Method]) -> Path:
 
 def _rollout(run: RunConfig, path: Path, cls: type[Method]) -> Path:
     rollout = run.rollout
-    if rollout.minibatches > rollout.environments:
-        raise ConfigError(f"rollout.minibatches={rollout.minibatches} is more than rollout.environments={rollout.environments}")
-    if cls.wants & MOTION or run.observed != "pixels":
-        raise ConfigError(f"{run.method}: learns on-policy from pictures only; neither motion nor vectors are perceived there")
     run = replace(run, recipe=with_recipe(run, path).recipe or Recipe())
     size = run.recipe.size if run.recipe else Recipe().size
     settings = {

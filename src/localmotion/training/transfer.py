@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from localmotion import methods
@@ -60,9 +61,13 @@ def load_pretrained(method: Method, run: RunConfig) -> Transfer:
     stages = methods.get(theirs.method).stages
     if stages.get(theirs.stage) not in (Source.CLIPS, Source.LOGGED) or (not foreign and theirs.stage == run.stage):
         raise CheckpointError(f"{source}: is a {theirs.stage} run, not a pre-training run")
-    before = method.begins.get(run.stage)
-    if before and not foreign and theirs.stage != before:
-        raise CheckpointError(f"{source}: is a {theirs.stage} run; {run.stage} of {run.method} starts from a {before} run")
+    before = method.origins(run.model, run.stage)
+    if before and not foreign and theirs.stage not in before:
+        raise CheckpointError(
+            f"{source}: is a {theirs.stage} run; {run.stage} of {run.method} starts from a {' or '.join(before)} run"
+        )
+    if not run.load and theirs.stage not in method.acts_after:
+        parts = _without_actor(method, run, parts)
     path = checkpoint.newest(source)
     weights = checkpoint.read(path, "weights")
     here, there = {key.partition(".")[0] for key in method.state_dict()}, {key.partition(".")[0] for key in weights}
@@ -102,6 +107,14 @@ def _parts(method: Method, run: RunConfig) -> tuple[str, ...]:
     if len(set(parts)) < len(parts):
         raise ConfigError(f"--load {run.load}: names a part twice")
     return parts
+
+
+def _without_actor(method: Method, run: RunConfig, parts: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of ``parts`` that a model which does not act has."""
+    with torch.device("meta"):
+        model = type(method)(run.model, image_size=method.image_size, action_dim=None)
+    there = {name for name, _ in model.named_children()}
+    return tuple(part for part in parts if part in there)
 
 
 def _without_actions(method: Method, chosen: dict[str, Tensor]) -> list[str]:
