@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -485,17 +486,25 @@ def stepped(name: str, *settings: str, **changes: Any) -> dict[str, Any]:
     return out
 
 
-def doing(name: str, *settings: str, **changes: Any) -> dict[str, Any]:
-    """What a method is and computes in its stages, by part."""
+def sizes(name: str, *settings: str, **changes: Any) -> dict[str, Any]:
+    """The shapes of a method's weights, by part."""
+    model = made(name, "decode", settings, changes).run.model
+    with torch.device("meta"):
+        shapes = {
+            key: tuple(value.shape) for key, value in methods.get(name)(model, image_size=64, action_dim=3).state_dict().items()
+        }
+    parts = {key.partition(".")[0] for key in shapes}
+    return {f"size.{part}": {key: value for key, value in shapes.items() if key.startswith(f"{part}.")} for part in parts}
+
+
+def doing(name: str, *settings: str, stages: Iterable[str] = (), **changes: Any) -> dict[str, Any]:
+    """What a method computes in its stages, by part."""
     out: dict[str, Any] = {}
-    for stage in methods.get(name).stages:
+    for stage in stages or methods.get(name).stages:
         subject = made(name, stage, settings, changes)
         method, batch = subject.awake(), subject.data()
         if name == "masklam":  # a rollout has none, but the test changes each setting by itself
             batch.setdefault("mask", torch.rand(batch["image"].shape[:-1], generator=torch.Generator().manual_seed(0)) < 0.3)
-        sizes = {key: tuple(value.shape) for key, value in method.state_dict().items()}
-        for part in {key.partition(".")[0] for key in sizes}:
-            out[f"size.{part}"] = {key: value for key, value in sizes.items() if key.startswith(f"{part}.")}
         groups = method.groups(stage, rates(subject.run, subject.source, True))
         out[f"rate.{stage}"] = [(group.lr, group.warmup, group.weight_decay) for group in groups]
         out |= {f"weight.{stage}.{key}": value for key, value in method.loss_scales(stage).items()}
@@ -531,16 +540,19 @@ def other(value: Any, name: str) -> Any:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_setting_reaches_what_it_is_for(name: str) -> None:
     """Sizes first: where they change, what is computed changes anyway. Then losses, then steps."""
-    base, steps = doing(name, *BASE[name]), stepped(name, *BASE[name])
+    size, steps = sizes(name, *BASE[name]), stepped(name, *BASE[name])
+    base = {stages: doing(name, *BASE[name], stages=stages) for stages in ((), ("finetune",))}
     config = made(name, "pretrain", BASE[name], {}).run.model
     wrong = {}
     for setting, value in leaves(config):
         part, _, last = setting.rpartition(".")
         another = OTHER[f"{name} {last}"] if f"{name} {last}" in OTHER else other(value, last)
         changes: dict[str, Any] = {part: {last: another}} if part else {last: another}
-        changed = difference(base, doing(name, *BASE[name], **changes))
-        found = {key for key in changed if key.startswith("size")} or changed
-        if all(key.startswith(("weight", "loss.pretrain.commitment")) for key in found):  # or nothing is found
+        stages = ("finetune",) if part == "ppo" else ()
+        found = difference(size, sizes(name, *BASE[name], **changes))
+        if not found:
+            found = difference(base[stages], doing(name, *BASE[name], stages=stages, **changes))
+        if not part and all(key.startswith(("weight", "loss.pretrain.commitment")) for key in found):  # or nothing is found
             found |= difference(steps, stepped(name, *BASE[name], **changes))
         expected = set(REACH.get(f"{name} {last}", REACH.get(last, "nothing")).split())
         if found != expected:

@@ -128,6 +128,7 @@ class MaskLAM(Method):
             "online": {"updates": 25_000, "batch_size": 512, "length": 4, "lr": 1e-3, "lr_decay": 1.0},
             "stages": {"clone": {"pretrain": {"length": 4, "lr": 4e-4}}, "decode": {"labels": 128_000, "optim": {"clip": 1.0}}},
         },
+        pairs=False,
         small={"widths": (32, 64, 64), "forward_widths": (32, 64, 64)},
         tiny={"widths": (16, 32, 32), "forward_widths": (16, 32, 32), "latent": 64},
         debug={"widths": (4, 4, 8), "forward_widths": (4, 4, 8), "latent": 16, "head_widths": (8,), "offset": 3},

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -229,7 +230,7 @@ PPO: dict[str, dict[str, Any]] = {
             "save_every": 10_000,
         },
         "rollout": {"environments": 16, "steps": 64, "epochs": 3, "minibatches": 4},
-        "model": {"ppo": {"discount": 0.99, "reward_scale": 0.1}},
+        "model": {"ppo": {"discount": 0.99, "reward_scale": 0.1, "decoder_until": 1.0}},
     },
     "tiny": {
         "online": {
@@ -242,14 +243,15 @@ PPO: dict[str, dict[str, Any]] = {
             "save_every": 2_500,
         },
         "rollout": {"environments": 8, "steps": 32, "epochs": 4, "minibatches": 2},
-        "model": {"ppo": {"discount": 0.99, "reward_scale": 0.1}},
+        "model": {"ppo": {"discount": 0.99, "reward_scale": 0.1, "decoder_until": 1.0}},
     },
     "debug": {
         "online": {"env_steps": 64, "lr_decay": 0.0, "eval_every": 100, "save_every": 32},
         "rollout": {"environments": 2, "workers": 1, "steps": 8, "epochs": 1, "minibatches": 2},
     },
 }
-"""The stage `finetune` of latent action models. `paper`: LAPO's release; its policy begins to learn after 50,000 steps, 290 updates."""
+"""The stage `finetune` of latent action models. `paper`: LAPO's release. Its policy begins to learn after 50,000 steps (290 updates), and
+its decoder learns until step 400,000. Runs of the other presets are not longer than that, so their decoder learns to the end."""
 
 
 def latent_presets(
@@ -259,6 +261,7 @@ def latent_presets(
     tiny: Mapping[str, Any],
     debug: Mapping[str, Any],
     pretrain: Mapping[str, Mapping[str, Any]] | None = None,
+    pairs: bool = True,
 ) -> dict[str, dict[str, Any]]:
     """PRESETS of a latent action model.
 
@@ -266,8 +269,12 @@ def latent_presets(
         paper: settings of the preset `paper`, without those of the stage `finetune`.
         small, tiny, debug: settings of the model.
         pretrain: per preset, settings of the stages on clips that differ from the shared ones.
+        pairs: whether the decoder learns from rollouts; if not, it stays as a `decode` run left it.
     """
-    stages = {name: {"finetune": {**values, "optim": {"clip": 0.5}}} for name, values in PPO.items()}
+    stages = {name: {"finetune": {**copy.deepcopy(values), "optim": {"clip": 0.5}}} for name, values in PPO.items()}
+    for each in stages.values():
+        if not pairs:
+            each["finetune"].setdefault("model", {}).setdefault("ppo", {})["decoder_until"] = 0.0
     out: dict[str, dict[str, Any]] = {"paper": {**paper, "stages": {**paper.get("stages", {}), **stages["paper"]}}}
     for name, model in (("small", small), ("tiny", tiny), ("debug", debug)):
         parts = {part: dict(values) for part, values in LATENT[name].items()}
