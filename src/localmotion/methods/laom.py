@@ -7,6 +7,7 @@ Paper: "Latent Action Learning Requires Supervision in the Presence of Distracto
                with `supervised`: + action_weight * E |W z - a|^2 on a second batch, of labelled transitions
     clone      E |pi(o_{t-2..t}) - z_t|^2, z_t of the frozen models with k = 1, no augmentation
     decode     E |head(pi(o_{t-2..t})) - a_t|^2 on labelled transitions, pi frozen
+    finetune   PPO from the cloned policy, while the decoder learns from the latent actions of rollouts, as in LAPO (methods/lapo.py)
 
 Position t of a batch has the action that LED TO frame t (docs/decisions/0001), so a_t above is ``action[t + 1]``. sg stops the
 gradient: E learns through the inverse model only.
@@ -17,6 +18,7 @@ What the paper leaves open, or what differs here:
 * `supervised` labels the first transitions in a seeded order of the episodes (`recording.logs.label_set`); the release labels whole
   trajectories of a random choice. A budget that ends with an episode gives the same.
 * Labelled actions are clipped to [-1, 1]. The linear layer W has `action_pad` outputs; those beyond the actions learn nothing.
+* `finetune` is LAPO's; the paper has no such stage.
 * It predicts no pictures, so `localmotion predict` cannot show it.
 
 Shapes: B sequences, T positions, n windows of a sequence, N = B * n, S side, E numbers of a code, Z numbers of z, A actions.

@@ -5,13 +5,24 @@ Paper: "Learning to Act without Actions", arXiv 2312.10812. `form=continuous` is
     pretrain   z_t = IDM(o_{t-1}, o_t, o_{t+1});  o^_{t+1} = FDM(o_{t-1}, o_t, q(z_t));  E |o^ - o|^2 + commitment loss of q
     clone      E |pi(o_t) - z_t|^2, z_t of the frozen IDM, before quantisation
     decode     E |head(pi(o_t)) - a_t|^2 on labelled transitions, pi frozen. a_t leads from o_t to o_{t+1}
+    finetune   PPO of a_t ~ N(0.5 (head(pi(o_t)) + rl(f_t)), std), f_t the features of pi; and E |head(z_t) - a_t|^2 on the same rollouts,
+               z_t of the frozen IDM (`models.ppo`, `methods.latent_stages`)
 
 Position t of a batch has the action that LED TO frame t (docs/decisions/0001), so a_t above is ``action[t + 1]``.
 
 What the paper and its release leave open, or what differs here:
 
-* The release trains the decoder on rollouts in Procgen, with discrete actions, beside PPO. Here it is trained on logged episodes with
-  continuous actions, in a stage of its own, as in the MaskLAM study.
+* The release acts in Procgen, with discrete actions: their logits are the mean of the decoder's and of a new head's. Here actions are
+  continuous, so the two give the mean of a normal distribution, and its deviation is learned. Actions are clipped to [-1, 1], and their
+  probability is that of the clipped action. The learning rate is 3e-4 (release: 1e-2).
+* The release trains the decoder from scratch at intervals. Here it learns in every update, in a pass of its own after PPO's, on the steps
+  of the minibatch: a pass has no memory of earlier rollouts, and a decoder that goes on needs none. PPO does not change it.
+* `finetune` has two rates in place of the release's schedules: the policy is frozen for `freeze_updates` and then learns at
+  `pretrained_lr_factor` of the rate of the new heads.
+* A minibatch has whole rollouts of some environments, and the gradients of the policy, of the new heads and of the decoder are clipped
+  separately. The first steps of a rollout whose stacks reach back before it have no loss. The value of a last frame, which nothing acted
+  on, is that of the network now. Values have no clipped loss, and rewards are scaled by a fixed number.
+* The stage `decode` is not LAPO's: it trains the decoder on logged episodes, as in the MaskLAM study. `finetune` may start from it.
 * The optimiser: AdamW with weight decay 0.01 in all stages. The learning rate rises from 0 (release: from a tenth) and falls linearly
   to 0 (release: to a hundredth in the first stage).
 * The quantiser's counts begin at one (`models.latent_actions.Quantizer` says why).

@@ -8,6 +8,7 @@ Paper: "Segment to Focus: Guiding Latent Action Models in the Presence of Distra
                sum_p w_p |o^_{t+1} - o_{t+1}|^2_p / (3 max(sum_p w_p, 1)),  w = floor + (1 - floor) M_{t+1},  sums over a whole batch
     clone      E |pi(o_{t-2..t}) - z_t|^2, z_t of the frozen IDM with k = 1. The policy sees no mask, so acting needs none
     decode     E |head(pi(o_{t-2..t})) - a_t|^2 on labelled transitions, pi frozen
+    finetune   PPO from the decoded policy, as in LAPO (methods/lapo.py)
 
 Position t of a batch has the action that LED TO frame t (docs/decisions/0001), so a_t above is ``action[t + 1]``.
 The cells of the paper's ablation are settings: (mask_channel, loss_mask, input_mask, offset), where (false, false, false, 1) leaves
@@ -18,6 +19,8 @@ What the paper leaves open, or what differs here:
 * The paper says that the loss alone is changed; the code that was seen also gives the masks to both models. Both switches are on.
 * That code sums the error over colours and divides by the pixels of the agent, which is three times the loss above. It has no `floor`.
 * Windows never cross the end of an episode. In that code some do.
+* `finetune` is LAPO's. A rollout has no masks. So the decoder stays as `decode` left it; where the inverse model sees no masks
+  (`mask_channel=false`), `decoder_until` above 0 lets it learn from rollouts, and the stage may start from a `clone` run.
 * The labels are the first transitions in a seeded order of the episodes (`recording.logs.label_set`), not the first of the store.
 
 Shapes: B sequences, T positions, n windows of a sequence, N = B * n, C channels of a frame (3 or 4), S side, Z numbers of z.
