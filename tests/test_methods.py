@@ -36,6 +36,7 @@ PRETRAINING = [name for name in AGENTS if "pretrain" in methods.get(name).stages
 BEHAVIOUR = ("actor", "critic")
 CONTEXT = "the decoder attends to one frame of the segment, whichever episode it is of (IPV's context)"
 ACROSS = {"drp": {"image": CONTEXT, "latent_image": CONTEXT}, "ipv": {"image": CONTEXT}}
+ACROSS |= {name: {"policy": "PPO scales the advantages of a batch together"} for name in ("lapo", "laom", "masklam")}
 """Losses of several episodes."""
 
 

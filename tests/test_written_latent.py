@@ -11,7 +11,7 @@ from localmotion.methods.laom import LAOM
 from localmotion.methods.lapo import LAPO
 from localmotion.methods.masklam import MaskLAM
 from localmotion.testing.written import Case, check_update
-from written_out import latent
+from written_out import latent, reward
 
 NETS: dict[str, Any] = {"widths": (2, 3), "forward_widths": (2, 3), "head_widths": (5, 4), "decay": 0.2}
 VQ: dict[str, Any] = {**NETS, "latent": 64, "hidden": 6, "base": 2, "codes": 5, "code_decay": 0.7, "warmup": 2, "clone_warmup": 3}
@@ -20,6 +20,8 @@ MASKED: dict[str, Any] = {**NETS, "latent": 7, "offset": 3}
 WIDE: dict[str, Any] = {"latent": 7, "widths": (2, 3), "units": 6, "offset": 2, "tau": 0.2, "augmented": False, "action_pad": 3}
 LABELS: dict[str, Any] = {"policy_widths": (2, 3), "widths": (2, 3), "units": 6, "latent": 7, "head_widths": (5, 4)}
 WIDE |= {"policy_widths": (2, 3), "head_widths": (5, 4), "warmup": 3, "action_weight": 0.3}
+REWARD = {"discount": 0.9, "lambda_": 0.8, "ratio_clip": 0.3, "value_weight": 0.7, "entropy": 0.2, "reward_scale": 0.6}
+REWARD |= {"head_share": 0.3, "decoder_lr": 2e-3, "decoder_until": 0.5}
 
 
 def settled(method: Any) -> None:
@@ -32,7 +34,7 @@ def case(method: Any, stage: str, written: Any, model: dict[str, Any], label: st
     run = {
         "optim": {"clip": 0.5, "eps": 1e-3},
         "pretrain": {"lr": 3e-3, "updates": 4, "lr_decay": 1.0},
-        "online": {"lr": 3e-3, "updates": 4, "lr_decay": 1.0},
+        "online": {"lr": 3e-3, "updates": 4, "lr_decay": 1.0, "freeze_updates": 1, "pretrained_lr_factor": 0.3},
     }
     batch = {"batch": 2, "time": 8, "side": 16, "actions": 2}
     return Case(
@@ -59,6 +61,10 @@ CASES = [
     case(LAOM, "decode", latent.laom_decode, WIDE),
     case(BC, "decode", latent.bc, LABELS),
     case(BC, "decode", latent.bc, LABELS, "relabel", updates=3, relabel=True, policy="impala", head_start=1),
+    case(LAPO, "finetune", reward.lapo, VQ, ppo=REWARD),
+    case(LAPO, "finetune", reward.continuous, FREE, "continuous", ppo=REWARD),
+    case(MaskLAM, "finetune", reward.masklam, MASKED, ppo=REWARD, mask_channel=False),
+    case(LAOM, "finetune", reward.laom, WIDE, ppo=REWARD),
 ]
 
 

@@ -61,8 +61,14 @@ FROM_VIDEO: Mapping[str, Source] = {"pretrain": Source.CLIPS, "finetune": Source
 """Stages of a method that learns from video first. `train` is `finetune` without a checkpoint."""
 FROM_SCRATCH: Mapping[str, Source] = {"finetune": Source.REPLAY, "train": Source.REPLAY}
 """Stages of a method that learns only in an environment."""
-LATENT_ACTIONS: Mapping[str, Source] = {"pretrain": Source.CLIPS, "clone": Source.CLIPS, "decode": Source.LOGGED}
-"""Stages of a latent action model: latent actions from video, a policy over them, and a decoder to actions that labels train."""
+LATENT_ACTIONS: Mapping[str, Source] = {
+    "pretrain": Source.CLIPS,
+    "clone": Source.CLIPS,
+    "decode": Source.LOGGED,
+    "finetune": Source.ROLLOUT,
+}
+"""Stages of a latent action model: latent actions from video, a policy over them, a decoder to actions that labels train, and learning by
+reward. `methods.latent_stages` has what their methods share."""
 
 
 def same(*names: str) -> dict[str, str]:
@@ -162,22 +168,6 @@ def video_pass(method: LearnsFromVideo, scales: Mapping[str, float], groups: tup
     return (Pass(lambda batch, _: (*method.pretrain_losses(batch), None), scales, groups),)
 
 
-class LearnsLatentActions(Protocol):
-    """A method with the stages `LATENT_ACTIONS` and a loss for each."""
-
-    def pretrain_losses(self, batch: Batch) -> tuple[Losses, Metrics]: ...
-
-    def clone_losses(self, batch: Batch) -> tuple[Losses, Metrics]: ...
-
-    def decode_losses(self, batch: Batch) -> tuple[Losses, Metrics]: ...
-
-
-def latent_pass(method: LearnsLatentActions, stage: str, scales: Mapping[str, float]) -> tuple[Pass]:
-    """The only pass of a stage of `LATENT_ACTIONS`."""
-    losses = {"pretrain": method.pretrain_losses, "clone": method.clone_losses, "decode": method.decode_losses}[stage]
-    return (Pass(lambda batch, _: (*losses(batch), None), scales, ("model",)),)
-
-
 def imagination_passes(method: LearnsInImagination, scales: Mapping[str, float], groups: tuple[str, ...]) -> tuple[Pass, Pass]:
     """The two passes of a Dreamer: the world model, then actor and critic in the updated model, from the posterior states.
 
@@ -229,7 +219,8 @@ class Method(nn.Module):
     wants: ClassVar[frozenset[str]] = frozenset()
     """Batch keys it may need besides pictures, actions and rewards, e.g. `MOTION` or `MASK`. `needs` says when."""
     begins: ClassVar[Mapping[str, str]] = {}
-    """Stages that start from a checkpoint and cannot do without: name of the stage -> name of the stage that made the checkpoint."""
+    """Stages that start from a checkpoint and cannot do without: name of the stage -> name of the stage that made the checkpoint, or of
+    the nearest one if there are several (`origins`)."""
     transfers: ClassVar[Mapping[str, str]] = {}
     """Weights that a later stage takes over: name of the child module in the checkpoint -> name of the child module that gets them."""
     extras: ClassVar[Mapping[str, tuple[int, ...]]] = {}
@@ -257,6 +248,11 @@ class Method(nn.Module):
     def needs(cls, config: Any, stage: str) -> frozenset[str]:
         """The keys of `wants` that the losses of a stage need with the method's settings."""
         return cls.wants
+
+    @classmethod
+    def origins(cls, config: Any, stage: str) -> tuple[str, ...]:
+        """The stages whose runs a stage may start from, with the method's settings. Empty: it is not in `begins`."""
+        return (cls.begins[stage],) if stage in cls.begins else ()
 
     # Learning ---------------------------------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ Paper: "Latent Action Learning Requires Supervision in the Presence of Distracto
                with `supervised`: + action_weight * E |W z - a|^2 on a second batch, of labelled transitions
     clone      E |pi(o_{t-2..t}) - z_t|^2, z_t of the frozen models with k = 1, no augmentation
     decode     E |head(pi(o_{t-2..t})) - a_t|^2 on labelled transitions, pi frozen
+    finetune   PPO from the cloned policy, while the decoder learns from the latent actions of rollouts, as in LAPO (methods/lapo.py)
 
 Position t of a batch has the action that LED TO frame t (docs/decisions/0001), so a_t above is ``action[t + 1]``. sg stops the
 gradient: E learns through the inverse model only.
@@ -17,6 +18,7 @@ What the paper leaves open, or what differs here:
 * `supervised` labels the first transitions in a seeded order of the episodes (`recording.logs.label_set`); the release labels whole
   trajectories of a random choice. A budget that ends with an episode gives the same.
 * Labelled actions are clipped to [-1, 1]. The linear layer W has `action_pad` outputs; those beyond the actions learn nothing.
+* `finetune` is LAPO's; the paper has no such stage.
 * It predicts no pictures, so `localmotion predict` cannot show it.
 
 Shapes: B sequences, T positions, n windows of a sequence, N = B * n, S side, E numbers of a code, Z numbers of z, A actions.
@@ -25,7 +27,7 @@ Shapes: B sequences, T positions, n windows of a sequence, N = B * n, S side, E 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -43,14 +45,24 @@ from localmotion.methods.base import (
     Metrics,
     Pass,
     Rates,
-    latent_pass,
     same,
     trained,
 )
+from localmotion.methods.latent_stages import latent_origins, latent_passes, latent_scales, reward_groups
 from localmotion.methods.sizes import latent_presets
 from localmotion.models.augmentation import augment
 from localmotion.models.latent_actions import ActionHead, LatentHead, PooledEncoder, StridedEncoder, orthogonal_
-from localmotion.models.latent_windows import decoding_error, every, newest, noisy, pictures, r_squared, stacks, starts
+from localmotion.models.latent_windows import (
+    action_error,
+    decoding_error,
+    every,
+    newest,
+    pictures,
+    r_squared,
+    stacks,
+    starts,
+)
+from localmotion.models.ppo import EXTRAS, PPOConfig, RewardHeads, rollout_losses
 
 STACK = 3
 """Frames that a model sees at once."""
@@ -85,7 +97,9 @@ class LAOMConfig:
     warmup: int = 0
     """Updates over which the learning rate of the first stage rises; the paper: 3 of 10 epochs (preset `paper`)."""
     noise: float = 0.1
-    """Standard deviation of the noise on actions while exploring."""
+    """Standard deviation of the noise on actions while exploring, before `finetune`."""
+    ppo: PPOConfig = field(default_factory=PPOConfig)
+    """Settings of the stage `finetune`."""
 
 
 class LAOM(Method):
@@ -95,10 +109,11 @@ class LAOM(Method):
     paper = "arXiv 2502.00379"
     Config = LAOMConfig
     stages = LATENT_ACTIONS
-    acts_after = frozenset({"decode"})
-    begins = {"clone": "pretrain", "decode": "clone"}
+    acts_after = frozenset({"decode", "finetune"})
+    begins = {"clone": "pretrain", "decode": "clone", "finetune": "clone"}
+    extras = EXTRAS
     wants = LABELS
-    transfers = same("encoder", "target", "inverse", "dynamics", "policy")
+    transfers = same("encoder", "target", "inverse", "dynamics", "policy", "head")
     PRESETS = latent_presets(
         paper={
             "optim": {"eps": 1e-8, "clip": 1e9},
@@ -133,6 +148,9 @@ class LAOM(Method):
         if action_dim is not None:
             self.head = ActionHead(latent, config.head_widths, action_dim, nn.ReLU6, first=False)
         orthogonal_(self)
+        if action_dim is not None:
+            ppo = config.ppo
+            self.heads = RewardHeads(self.policy.features, action_dim, log_std=ppo.log_std, noise=config.noise)
         self.target = copy.deepcopy(self.encoder).requires_grad_(False)
 
     @classmethod
@@ -142,6 +160,10 @@ class LAOM(Method):
     @classmethod
     def needs(cls, config: Any, stage: str) -> frozenset[str]:
         return LABELS if stage == "pretrain" and config.supervised else frozenset()
+
+    @classmethod
+    def origins(cls, config: Any, stage: str) -> tuple[str, ...]:
+        return latent_origins(stage, config.ppo)
 
     # 1. Latent actions ----------------------------------------------------------------------------------------------------------
 
@@ -195,6 +217,8 @@ class LAOM(Method):
             with torch.no_grad():
                 for slow, fast in zip(self.target.parameters(), self.encoder.parameters(), strict=True):
                     slow.lerp_(fast, self.config.tau)
+        elif counters.stage == "finetune":
+            self.heads.count(counters.progress, self.config.ppo.decoder_until)
 
     # 2. A policy over latent actions --------------------------------------------------------------------------------------------
 
@@ -210,34 +234,51 @@ class LAOM(Method):
 
     # 3. A decoder to actions, and acting ----------------------------------------------------------------------------------------
 
-    def _chosen(self, stack: Tensor) -> Tensor:
-        """The policy's latent action for stacks (N, 9, S, S) in [-0.5, 0.5], (N, Z)."""
-        z: Tensor = self.policy(2 * stack)
-        return z
+    def _chosen(self, stack: Tensor) -> tuple[Tensor, Tensor]:
+        """For stacks (N, 9, S, S) in [-0.5, 0.5] the policy's features (N, F) and its latent action (N, Z)."""
+        return self.policy.both(2 * stack)
 
     def decode_losses(self, batch: Batch) -> tuple[Losses, Metrics]:
         """The head learns the logged actions from the frozen policy's latent actions."""
-        return decoding_error(self._chosen, self.head, batch, STACK)
+        return decoding_error(lambda stack: self._chosen(stack)[1], self.head, batch, STACK)
 
     def initial_carry(self, batch_size: int) -> Tensor:
         shape = (batch_size, STACK, self.image_size, self.image_size, 3)
         return torch.zeros(shape, dtype=torch.uint8, device=self.policy.project.weight.device)
 
-    def act(self, obs: Batch, carry: Tensor, *, explore: bool, window: int) -> tuple[Tensor, Tensor]:
+    def act(self, obs: Batch, carry: Tensor, *, explore: bool, window: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         carry = newest(carry, obs)
-        return noisy(self.head(self._chosen(pictures(carry).flatten(1, 2))), self.config.noise, explore), carry
+        features, z = self._chosen(pictures(carry).flatten(1, 2))
+        action, extras = self.heads.act(self.head(z), features, explore)
+        return action, carry, extras
+
+    # 4. Learning by reward ------------------------------------------------------------------------------------------------------
+
+    def reward_losses(self, batch: Batch) -> tuple[Losses, Metrics]:
+        """PPO's losses of a rollout, through the frozen decoder and the policy."""
+        return rollout_losses(self._chosen, self.head, self.heads, batch, STACK, self.config.ppo)
+
+    def pair_losses(self, batch: Batch) -> tuple[Losses, Metrics]:
+        """The decoder learns the actions of a rollout from the latent actions of the frozen inverse model, while `decoder_until` lasts."""
+        frames = 2 * pictures(batch["image"])
+        ends = every(frames, STACK - 1, frames.shape[1] - 2)
+        with torch.no_grad():
+            z = self._latents(stacks(frames, ends, STACK), stacks(frames, ends + 1, STACK))[1].float()  # (N, Z)
+        losses, metrics = action_error(self.head, z, batch, STACK)
+        return {"action": losses["action"] * self.heads.learning}, metrics
 
     # Stages ---------------------------------------------------------------------------------------------------------------------
 
     def loss_scales(self, stage: str) -> dict[str, float]:
-        if stage != "pretrain":
-            return {"latent" if stage == "clone" else "action": 1.0}
-        return {"code": 1.0} | ({"action": self.config.action_weight} if self.config.supervised else {})
+        first = {"code": 1.0} | ({"action": self.config.action_weight} if self.config.supervised else {})
+        return latent_scales(stage, first, self.config.ppo)
 
     def passes(self, stage: str) -> tuple[Pass, ...]:
-        return latent_pass(self, stage, self.loss_scales(stage))
+        return latent_passes(self, stage, self.loss_scales(stage))
 
     def groups(self, stage: str, rates: Rates) -> list[Group]:
+        if stage == "finetune":
+            return reward_groups(self, self.config.ppo, rates)
         if stage == "pretrain":
             parts = ("encoder", "inverse", "dynamics", *(("labels",) if self.config.supervised else ()))
             return [Group("model", trained(self, *parts), rates.lr, warmup=self.config.warmup, weight_decay=0.0)]

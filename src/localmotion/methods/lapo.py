@@ -5,13 +5,24 @@ Paper: "Learning to Act without Actions", arXiv 2312.10812. `form=continuous` is
     pretrain   z_t = IDM(o_{t-1}, o_t, o_{t+1});  o^_{t+1} = FDM(o_{t-1}, o_t, q(z_t));  E |o^ - o|^2 + commitment loss of q
     clone      E |pi(o_t) - z_t|^2, z_t of the frozen IDM, before quantisation
     decode     E |head(pi(o_t)) - a_t|^2 on labelled transitions, pi frozen. a_t leads from o_t to o_{t+1}
+    finetune   PPO of a_t ~ N(0.5 (head(pi(o_t)) + rl(f_t)), std), f_t the features of pi; and E |head(z_t) - a_t|^2 on the same rollouts,
+               z_t of the frozen IDM (`models.ppo`, `methods.latent_stages`)
 
 Position t of a batch has the action that LED TO frame t (docs/decisions/0001), so a_t above is ``action[t + 1]``.
 
 What the paper and its release leave open, or what differs here:
 
-* The release trains the decoder on rollouts in Procgen, with discrete actions, beside PPO. Here it is trained on logged episodes with
-  continuous actions, in a stage of its own, as in the MaskLAM study.
+* The release acts in Procgen, with discrete actions: their logits are the mean of the decoder's and of a new head's. Here actions are
+  continuous, so the two give the mean of a normal distribution, and its deviation is learned. Actions are clipped to [-1, 1], and their
+  probability is that of the clipped action. The learning rate is 3e-4 (release: 1e-2).
+* The release trains the decoder from scratch at intervals. Here it learns in every update, in a pass of its own after PPO's, on the steps
+  of the minibatch: a pass has no memory of earlier rollouts, and a decoder that goes on needs none. PPO does not change it.
+* `finetune` has two rates in place of the release's schedules: the policy is frozen for `freeze_updates` and then learns at
+  `pretrained_lr_factor` of the rate of the new heads.
+* A minibatch has whole rollouts of some environments, and the gradients of the policy, of the new heads and of the decoder are clipped
+  separately. The first steps of a rollout whose stacks reach back before it have no loss. The value of a last frame, which nothing acted
+  on, is that of the network now. Values have no clipped loss, and rewards are scaled by a fixed number.
+* The stage `decode` is not LAPO's: it trains the decoder on logged episodes, as in the MaskLAM study. `finetune` may start from it.
 * The optimiser: AdamW with weight decay 0.01 in all stages. The learning rate rises from 0 (release: from a tenth) and falls linearly
   to 0 (release: to a hundredth in the first stage).
 * The quantiser's counts begin at one (`models.latent_actions.Quantizer` says why).
@@ -23,7 +34,7 @@ Shapes: B sequences, T positions, n windows of a sequence, N = B * n, S side, Z 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -34,16 +45,17 @@ from localmotion.methods.base import (
     LATENT_ACTIONS,
     MOTION,
     Batch,
+    Counters,
     Group,
     Losses,
     Method,
     Metrics,
     Pass,
     Rates,
-    latent_pass,
     same,
     trained,
 )
+from localmotion.methods.latent_stages import latent_origins, latent_passes, latent_scales, reward_groups
 from localmotion.methods.sizes import latent_presets
 from localmotion.models.latent_actions import (
     ActionHead,
@@ -55,17 +67,18 @@ from localmotion.models.latent_actions import (
     orthogonal_,
 )
 from localmotion.models.latent_windows import (
+    action_error,
     decoding_error,
     every,
     frozen,
     newest,
-    noisy,
     pictures,
     r_squared,
     roll_out,
     stacks,
     starts,
 )
+from localmotion.models.ppo import EXTRAS, PPOConfig, RewardHeads, rollout_losses
 
 MOTION_SCALE = 1 / 16
 """Flow is measured in this share of the picture's side: 4 pixels of 64."""
@@ -107,7 +120,9 @@ class LAPOConfig:
     decay: float = 0.01
     """Weight decay of AdamW."""
     noise: float = 0.1
-    """Standard deviation of the noise on actions while exploring."""
+    """Standard deviation of the noise on actions while exploring, before `finetune`."""
+    ppo: PPOConfig = field(default_factory=PPOConfig)
+    """Settings of the stage `finetune`."""
 
 
 class LAPO(Method):
@@ -117,10 +132,11 @@ class LAPO(Method):
     paper = "arXiv 2312.10812"
     Config = LAPOConfig
     stages = LATENT_ACTIONS
-    acts_after = frozenset({"decode"})
-    begins = {"clone": "pretrain", "decode": "clone"}
+    acts_after = frozenset({"decode", "finetune"})
+    begins = {"clone": "pretrain", "decode": "clone", "finetune": "clone"}
+    extras = EXTRAS
     wants = MOTION
-    transfers = same("inverse", "dynamics", "policy")
+    transfers = same("inverse", "dynamics", "policy", "head")
     PRESETS = latent_presets(
         paper={
             "optim": {"eps": 1e-8, "clip": 2.0},
@@ -168,16 +184,21 @@ class LAPO(Method):
         if config.flow_weight > 0:
             self.flow = ResidualForward(3 * self.before, config.forward_widths, config.latent, image_size, 2, bounded=False)
         if action_dim is not None:
-            self.head = ActionHead(config.latent, config.head_widths, action_dim)
+            self.head, ppo = ActionHead(config.latent, config.head_widths, action_dim), config.ppo
+            self.heads = RewardHeads(self.policy.features, action_dim, log_std=ppo.log_std, noise=config.noise)
 
     @classmethod
     def lengths(cls, config: Any, stage: str) -> tuple[int, int | None]:
-        frames = 2 if config.form == "vq" else 3
+        frames = 2 if config.form == "vq" else 3  # those before a step
         return (2 if stage == "decode" and config.form == "vq" else frames + 1), None
 
     @classmethod
     def needs(cls, config: Any, stage: str) -> frozenset[str]:
         return MOTION if stage == "pretrain" and config.flow_weight > 0 else frozenset()
+
+    @classmethod
+    def origins(cls, config: Any, stage: str) -> tuple[str, ...]:
+        return latent_origins(stage, config.ppo)
 
     # 1. Latent actions ----------------------------------------------------------------------------------------------------------
 
@@ -218,24 +239,43 @@ class LAPO(Method):
         shape = (batch_size, self.seen, self.image_size, self.image_size, 3)
         return torch.zeros(shape, dtype=torch.uint8, device=self.policy.project.weight.device)
 
-    def act(self, obs: Batch, carry: Tensor, *, explore: bool, window: int) -> tuple[Tensor, Tensor]:
+    def act(self, obs: Batch, carry: Tensor, *, explore: bool, window: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         carry = newest(carry, obs)
-        action = self.head(self.policy(pictures(carry).flatten(1, 2)))
-        return noisy(action, self.config.noise, explore), carry
+        features, z = self.policy.both(pictures(carry).flatten(1, 2))
+        action, extras = self.heads.act(self.head(z), features, explore)
+        return action, carry, extras
+
+    # 4. Learning by reward ------------------------------------------------------------------------------------------------------
+
+    def reward_losses(self, batch: Batch) -> tuple[Losses, Metrics]:
+        """PPO's losses of a rollout, through the frozen decoder and the policy."""
+        return rollout_losses(self.policy.both, self.head, self.heads, batch, self.seen, self.config.ppo)
+
+    def pair_losses(self, batch: Batch) -> tuple[Losses, Metrics]:
+        """The decoder learns the actions of a rollout from the latent actions of the frozen inverse model, while `decoder_until` lasts."""
+        frames = pictures(batch["image"])
+        z = frozen(self.inverse, self._step(frames, every(frames, self.before - 1, frames.shape[1] - 2)))  # (N, Z)
+        losses, metrics = action_error(self.head, z, batch, self.before)
+        return {"action": losses["action"] * self.heads.learning}, metrics
+
+    def after_update(self, counters: Counters) -> None:
+        if counters.stage == "finetune":
+            self.heads.count(counters.progress, self.config.ppo.decoder_until)
 
     # Stages ---------------------------------------------------------------------------------------------------------------------
 
     def loss_scales(self, stage: str) -> dict[str, float]:
-        if stage != "pretrain":
-            return {"latent" if stage == "clone" else "action": 1.0}
-        scales = {"image": 1.0} | ({"commitment": 1.0} if self.config.form == "vq" else {})
-        return scales | ({"flow": self.config.flow_weight} if self.config.flow_weight > 0 else {})
+        first = {"image": 1.0} | ({"commitment": 1.0} if self.config.form == "vq" else {})
+        first |= {"flow": self.config.flow_weight} if self.config.flow_weight > 0 else {}
+        return latent_scales(stage, first, self.config.ppo)
 
     def passes(self, stage: str) -> tuple[Pass, ...]:
-        return latent_pass(self, stage, self.loss_scales(stage))
+        return latent_passes(self, stage, self.loss_scales(stage))
 
     def groups(self, stage: str, rates: Rates) -> list[Group]:
         config = self.config
+        if stage == "finetune":
+            return reward_groups(self, config.ppo, rates)
         video = ("inverse", "dynamics", *(("flow",) if config.flow_weight > 0 else ()))
         parts = {"pretrain": video, "clone": ("policy",), "decode": ("head",)}[stage]
         warmup = {"pretrain": config.warmup, "clone": config.clone_warmup}.get(stage, 0)

@@ -8,6 +8,7 @@ Paper: "Segment to Focus: Guiding Latent Action Models in the Presence of Distra
                sum_p w_p |o^_{t+1} - o_{t+1}|^2_p / (3 max(sum_p w_p, 1)),  w = floor + (1 - floor) M_{t+1},  sums over a whole batch
     clone      E |pi(o_{t-2..t}) - z_t|^2, z_t of the frozen IDM with k = 1. The policy sees no mask, so acting needs none
     decode     E |head(pi(o_{t-2..t})) - a_t|^2 on labelled transitions, pi frozen
+    finetune   PPO from the decoded policy, as in LAPO (methods/lapo.py)
 
 Position t of a batch has the action that LED TO frame t (docs/decisions/0001), so a_t above is ``action[t + 1]``.
 The cells of the paper's ablation are settings: (mask_channel, loss_mask, input_mask, offset), where (false, false, false, 1) leaves
@@ -18,6 +19,8 @@ What the paper leaves open, or what differs here:
 * The paper says that the loss alone is changed; the code that was seen also gives the masks to both models. Both switches are on.
 * That code sums the error over colours and divides by the pixels of the agent, which is three times the loss above. It has no `floor`.
 * Windows never cross the end of an episode. In that code some do.
+* `finetune` is LAPO's. A rollout has no masks. So the decoder stays as `decode` left it; where the inverse model sees no masks
+  (`mask_channel=false`), `decoder_until` above 0 lets it learn from rollouts, and the stage may start from a `clone` run.
 * The labels are the first transitions in a seeded order of the episodes (`recording.logs.label_set`), not the first of the store.
 
 Shapes: B sequences, T positions, n windows of a sequence, N = B * n, C channels of a frame (3 or 4), S side, Z numbers of z.
@@ -25,7 +28,7 @@ Shapes: B sequences, T positions, n windows of a sequence, N = B * n, C channels
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -35,16 +38,17 @@ from localmotion.methods.base import (
     LATENT_ACTIONS,
     MASK,
     Batch,
+    Counters,
     Group,
     Losses,
     Method,
     Metrics,
     Pass,
     Rates,
-    latent_pass,
     same,
     trained,
 )
+from localmotion.methods.latent_stages import latent_origins, latent_passes, latent_scales, reward_groups
 from localmotion.methods.sizes import latent_presets
 from localmotion.models.latent_actions import (
     ActionHead,
@@ -55,11 +59,11 @@ from localmotion.models.latent_actions import (
     orthogonal_,
 )
 from localmotion.models.latent_windows import (
+    action_error,
     decoding_error,
     every,
     frozen,
     newest,
-    noisy,
     pictures,
     r_squared,
     roll_out,
@@ -67,6 +71,7 @@ from localmotion.models.latent_windows import (
     starts,
 )
 from localmotion.models.mask_corruption import grow
+from localmotion.models.ppo import EXTRAS, PPOConfig, RewardHeads, rollout_losses
 
 STACK = 3
 """Frames that a model sees at once."""
@@ -101,7 +106,10 @@ class MaskLAMConfig:
     decay: float = 0.01
     """Weight decay of AdamW."""
     noise: float = 0.1
-    """Standard deviation of the noise on actions while exploring."""
+    """Standard deviation of the noise on actions while exploring, before `finetune`."""
+    ppo: PPOConfig = field(default_factory=lambda: PPOConfig(decoder_until=0.0))
+    """Settings of the stage `finetune`. A rollout has no masks, so with masks in the inverse model's input the decoder stays as a `decode`
+    run left it (`decoder_until=0`)."""
 
 
 class MaskLAM(Method):
@@ -111,10 +119,11 @@ class MaskLAM(Method):
     paper = "arXiv 2602.02259"
     Config = MaskLAMConfig
     stages = LATENT_ACTIONS
-    acts_after = frozenset({"decode"})
-    begins = {"clone": "pretrain", "decode": "clone"}
+    acts_after = frozenset({"decode", "finetune"})
+    begins = {"clone": "pretrain", "decode": "clone", "finetune": "clone"}
+    extras = EXTRAS
     wants = MASK
-    transfers = same("inverse", "dynamics", "policy")
+    transfers = same("inverse", "dynamics", "policy", "head")
     PRESETS = latent_presets(
         paper={
             "optim": {"eps": 1e-8, "clip": 1e9},
@@ -122,6 +131,7 @@ class MaskLAM(Method):
             "online": {"updates": 25_000, "batch_size": 512, "length": 4, "lr": 1e-3, "lr_decay": 1.0},
             "stages": {"clone": {"pretrain": {"length": 4, "lr": 4e-4}}, "decode": {"labels": 128_000, "optim": {"clip": 1.0}}},
         },
+        pairs=False,
         small={"widths": (32, 64, 64), "forward_widths": (32, 64, 64)},
         tiny={"widths": (16, 32, 32), "forward_widths": (16, 32, 32), "latent": 64},
         debug={"widths": (4, 4, 8), "forward_widths": (4, 4, 8), "latent": 16, "head_widths": (8,), "offset": 3},
@@ -137,6 +147,9 @@ class MaskLAM(Method):
         if action_dim is not None:
             self.head = ActionHead(config.latent, config.head_widths, action_dim)
         orthogonal_(self)
+        if action_dim is not None:
+            ppo = config.ppo
+            self.heads = RewardHeads(self.policy.features, action_dim, log_std=ppo.log_std, noise=config.noise)
 
     @classmethod
     def lengths(cls, config: Any, stage: str) -> tuple[int, int | None]:
@@ -144,14 +157,19 @@ class MaskLAM(Method):
 
     @classmethod
     def needs(cls, config: Any, stage: str) -> frozenset[str]:
-        seen = config.mask_channel or config.input_mask
-        return MASK if stage != "decode" and (seen or (stage == "pretrain" and config.loss_mask)) else frozenset()
+        seen = config.mask_channel or config.input_mask  # by the inverse model
+        needed = {"pretrain": seen or config.loss_mask, "clone": seen, "finetune": seen and config.ppo.decoder_until > 0}
+        return MASK if needed.get(stage) else frozenset()
+
+    @classmethod
+    def origins(cls, config: Any, stage: str) -> tuple[str, ...]:
+        return latent_origins(stage, config.ppo)
 
     # 1. Latent actions ----------------------------------------------------------------------------------------------------------
 
-    def _masks(self, batch: Batch) -> Tensor:
-        """Masks (B, T, S, S) as 0 and 1; all ones where the settings need none. Raises KeyError if they need masks that are not there."""
-        if "mask" not in batch and not self.needs(self.config, "pretrain"):
+    def _masks(self, batch: Batch, stage: str = "clone") -> Tensor:
+        """Masks (B, T, S, S) as 0 and 1; all ones where ``stage`` needs none. Raises KeyError if it needs masks that are not there."""
+        if "mask" not in batch and not self.needs(self.config, stage):
             return torch.ones(batch["image"].shape[:-1], device=batch["image"].device)
         return grow(batch["mask"].bool(), self.config.mask_grow).float()
 
@@ -167,7 +185,7 @@ class MaskLAM(Method):
 
     def pretrain_losses(self, batch: Batch) -> tuple[Losses, Metrics]:
         """The masked reconstruction of the next frame, for every window of STACK + offset frames."""
-        config, frames, mask = self.config, pictures(batch["image"]), self._masks(batch)
+        config, frames, mask = self.config, pictures(batch["image"]), self._masks(batch, "pretrain")
         if config.mask_dropout > 0:
             missing = torch.rand(mask.shape[:2], device=mask.device) < config.mask_dropout
             mask = torch.where(missing[:, :, None, None], 1.0, mask)
@@ -202,20 +220,40 @@ class MaskLAM(Method):
         shape = (batch_size, STACK, self.image_size, self.image_size, 3)
         return torch.zeros(shape, dtype=torch.uint8, device=self.policy.project.weight.device)
 
-    def act(self, obs: Batch, carry: Tensor, *, explore: bool, window: int) -> tuple[Tensor, Tensor]:
+    def act(self, obs: Batch, carry: Tensor, *, explore: bool, window: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         carry = newest(carry, obs)
-        action = self.head(self.policy(pictures(carry).flatten(1, 2)))
-        return noisy(action, self.config.noise, explore), carry
+        features, z = self.policy.both(pictures(carry).flatten(1, 2))
+        action, extras = self.heads.act(self.head(z), features, explore)
+        return action, carry, extras
+
+    # 4. Learning by reward ------------------------------------------------------------------------------------------------------
+
+    def reward_losses(self, batch: Batch) -> tuple[Losses, Metrics]:
+        """PPO's losses of a rollout, through the frozen decoder and the policy."""
+        return rollout_losses(self.policy.both, self.head, self.heads, batch, STACK, self.config.ppo)
+
+    def pair_losses(self, batch: Batch) -> tuple[Losses, Metrics]:
+        """The decoder learns the actions of a rollout from the latent actions of the frozen inverse model, while `decoder_until` lasts."""
+        seen = self._inputs(pictures(batch["image"]), self._masks(batch))
+        ends = every(seen, STACK - 1, seen.shape[1] - 2)
+        losses, metrics = action_error(self.head, frozen(self.inverse, self._steps(seen, ends, ends + 1)), batch, STACK)
+        return {"action": losses["action"] * self.heads.learning}, metrics
+
+    def after_update(self, counters: Counters) -> None:
+        if counters.stage == "finetune":
+            self.heads.count(counters.progress, self.config.ppo.decoder_until)
 
     # Stages ---------------------------------------------------------------------------------------------------------------------
 
     def loss_scales(self, stage: str) -> dict[str, float]:
-        return {{"pretrain": "image", "clone": "latent", "decode": "action"}[stage]: 1.0}
+        return latent_scales(stage, {"image": 1.0}, self.config.ppo)
 
     def passes(self, stage: str) -> tuple[Pass, ...]:
-        return latent_pass(self, stage, self.loss_scales(stage))
+        return latent_passes(self, stage, self.loss_scales(stage))
 
     def groups(self, stage: str, rates: Rates) -> list[Group]:
+        if stage == "finetune":
+            return reward_groups(self, self.config.ppo, rates)
         parts = {"pretrain": ("inverse", "dynamics"), "clone": ("policy",), "decode": ("head",)}[stage]
         decay = self.config.decay
         return [Group("model", trained(self, *parts), rates.lr, optimizer="adamw", weight_decay=decay, decay="cosine")]

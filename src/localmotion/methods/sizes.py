@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -206,6 +207,53 @@ LATENT: dict[str, dict[str, Any]] = {
 """Budgets of latent action models. The windows of a sequence overlap, so a sequence of n windows costs less than n single ones."""
 
 
+PPO: dict[str, dict[str, Any]] = {
+    "paper": {
+        "online": {
+            "env_steps": 4_000_000,
+            "lr": 3e-4,
+            "lr_decay": 0.0,
+            "freeze_updates": 290,
+            "eval_every": 100_000,
+            "save_every": 100_000,
+        },
+        "rollout": {"environments": 64, "steps": 64, "epochs": 3, "minibatches": 8},
+    },
+    "small": {
+        "online": {
+            "env_steps": 400_000,
+            "lr": 3e-4,
+            "lr_decay": 0.0,
+            "freeze_updates": 100,
+            "eval_every": 20_000,
+            "eval_episodes": 4,
+            "save_every": 10_000,
+        },
+        "rollout": {"environments": 16, "steps": 64, "epochs": 3, "minibatches": 4},
+        "model": {"ppo": {"discount": 0.99, "reward_scale": 0.1, "decoder_until": 1.0}},
+    },
+    "tiny": {
+        "online": {
+            "env_steps": 40_000,
+            "lr": 1e-3,
+            "lr_decay": 0.0,
+            "freeze_updates": 50,
+            "eval_every": 5_000,
+            "eval_episodes": 4,
+            "save_every": 2_500,
+        },
+        "rollout": {"environments": 8, "steps": 32, "epochs": 4, "minibatches": 2},
+        "model": {"ppo": {"discount": 0.99, "reward_scale": 0.1, "decoder_until": 1.0}},
+    },
+    "debug": {
+        "online": {"env_steps": 64, "lr_decay": 0.0, "eval_every": 100, "save_every": 32},
+        "rollout": {"environments": 2, "workers": 1, "steps": 8, "epochs": 1, "minibatches": 2},
+    },
+}
+"""The stage `finetune` of latent action models. `paper`: LAPO's release. Its policy begins to learn after 50,000 steps (290 updates), and
+its decoder learns until step 400,000. Runs of the other presets are not longer than that, so their decoder learns to the end."""
+
+
 def latent_presets(
     *,
     paper: Mapping[str, Any],
@@ -214,18 +262,24 @@ def latent_presets(
     debug: Mapping[str, Any],
     pretrain: Mapping[str, Mapping[str, Any]] | None = None,
     online: Mapping[str, Mapping[str, Any]] | None = None,
+    pairs: bool = True,
 ) -> dict[str, dict[str, Any]]:
     """PRESETS of a latent action model.
 
     Args:
-        paper: all settings of the preset `paper`.
+        paper: settings of the preset `paper`, without those of the stage `finetune`.
         small, tiny, debug: settings of the model.
         pretrain, online: per preset, settings of the stages on clips and on logged episodes that differ from the shared ones.
+        pairs: whether the decoder learns from rollouts; if not, it stays as a `decode` run left it.
     """
-    out: dict[str, dict[str, Any]] = {"paper": dict(paper)}
+    stages = {name: {"finetune": {**copy.deepcopy(values), "optim": {"clip": 0.5}}} for name, values in PPO.items()}
+    for each in stages.values():
+        if not pairs:
+            each["finetune"].setdefault("model", {}).setdefault("ppo", {})["decoder_until"] = 0.0
+    out: dict[str, dict[str, Any]] = {"paper": {**paper, "stages": {**paper.get("stages", {}), **stages["paper"]}}}
     for name, model in (("small", small), ("tiny", tiny), ("debug", debug)):
         parts = {part: dict(values) for part, values in LATENT[name].items()}
         parts["pretrain"] |= (pretrain or {}).get(name, {})
         parts["online"] |= (online or {}).get(name, {})
-        out[name] = {**RUN.get(name, {}), "optim": {"eps": 1e-8}, "model": dict(model), **parts}
+        out[name] = {**RUN.get(name, {}), "optim": {"eps": 1e-8}, "model": dict(model), **parts, "stages": stages[name]}
     return out

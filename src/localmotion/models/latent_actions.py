@@ -105,11 +105,19 @@ class LatentEncoder(nn.Module):
         self.encoder = ImpalaEncoder(channels, widths, image_size)
         self.project = nn.Linear(self.encoder.embed_dim, hidden or latent)
         self.out = nn.Linear(hidden, latent) if hidden else None
+        self.features = hidden or self.encoder.embed_dim
+
+    def both(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, C, S, S) -> the input of the last layer (N, features), and z (N, Z)."""
+        maps = F.relu(self.encoder(image).flatten(1))
+        if self.out is None:
+            return maps, self.project(maps)
+        units = F.relu(self.project(maps))
+        return units, self.out(units)
 
     def forward(self, image: Tensor) -> Tensor:
         """(N, C, S, S) -> z (N, Z)."""
-        z = self.project(F.relu(self.encoder(image).flatten(1)))
-        return z if self.out is None else self.out(F.relu(z))
+        return self.both(image)[1]
 
 
 class PooledEncoder(nn.Module):
@@ -119,11 +127,16 @@ class PooledEncoder(nn.Module):
         super().__init__()
         self.encoder = StridedEncoder(channels, widths, image_size)
         self.project = nn.Linear(widths[-1], latent)
+        self.features = widths[-1]
+
+    def both(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, C, S, S) -> the input of the last layer (N, features), and z (N, Z)."""
+        units = F.relu6(self.encoder(image).mean((2, 3)))
+        return units, self.project(units)
 
     def forward(self, image: Tensor) -> Tensor:
         """(N, C, S, S) -> z (N, Z)."""
-        z: Tensor = self.project(F.relu6(self.encoder(image).mean((2, 3))))
-        return z
+        return self.both(image)[1]
 
 
 class LatentHead(nn.Module):

@@ -1,4 +1,4 @@
-"""Windows of frames for latent action models: stacks, the decoder's error, acting on the newest frames, and prediction.
+"""Windows of frames for latent action models: stacks, the decoder's error, the newest frames while acting, and prediction.
 
 A window is a step from frame t to frame t + 1 with the frames before it. Used by LAPO, MaskLAM and LAOM.
 
@@ -48,24 +48,43 @@ def r_squared(predicted: Tensor, true: Tensor, weight: Tensor | None = None) -> 
     return 1 - (share * (predicted - true).square()).sum() / (share * centred.square()).sum().clamp(min=1e-8)
 
 
-def decoding_error(
-    policy: Callable[[Tensor], Tensor], head: Callable[[Tensor], Tensor], batch: Mapping[str, Tensor], seen: int
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Loss "action" of a decoder on a batch of logged episodes, and its R^2.
+def whole(is_first: Tensor, count: int) -> Tensor:
+    """Whether the stack of ``count`` frames that acting saw at each position can be made of the sequence, (B, T) bool.
 
-    The mean of (head(policy(frames up to t)) - action[t + 1])^2, clipped to [-1, 1], over the steps of an episode whose ``seen``
-    frames are all in the sequence. The policy gets no gradient.
+    Not where the stack reaches back to frames before the sequence, in an episode that began before it.
     """
-    frames = pictures(batch["image"])
-    ends = every(frames, seen - 1, frames.shape[1] - 2)  # (B, n)
+    begin = starts(is_first)
+    time = torch.arange(is_first.shape[1], device=is_first.device)
+    return (time - begin >= count - 1) | is_first.gather(1, begin)
+
+
+def action_error(
+    head: Callable[[Tensor], Tensor], latent: Tensor, batch: Mapping[str, Tensor], seen: int
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Loss "action" of a decoder, and its R^2: the mean of (head(latent) - action[t + 1])^2, actions clipped to [-1, 1].
+
+    ``latent`` (N, Z) of the steps from positions ``seen`` - 1 to T - 2. Only steps within an episode count whose ``seen`` frames up to t
+    are all in the sequence, so no window crosses the end of an episode.
+    """
+    ends = every(batch["is_first"], seen - 1, batch["is_first"].shape[1] - 2)  # (B, n)
     begin = starts(batch["is_first"])[:, seen - 1 : -1]
     known = (~batch["is_first"][:, seen:] & (ends - begin >= seen - 1)).flatten().float()  # (N,)
-    with torch.no_grad():
-        latent = policy(stacks(frames, ends, seen, begin)).float()  # (N, Z)
     found = head(latent).float()
     true = batch["action"][:, seen:].flatten(0, 1).float().clamp(-1, 1)  # (N, A)
     loss = (known * (found - true).square().mean(-1)).sum() / known.sum().clamp(min=1.0)
     return {"action": loss}, {"action/r2": r_squared(found, true, known)}
+
+
+def decoding_error(
+    policy: Callable[[Tensor], Tensor], head: Callable[[Tensor], Tensor], batch: Mapping[str, Tensor], seen: int
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """`action_error` of a decoder of the policy's latent actions, on a batch of logged episodes. The policy gets no gradient."""
+    frames = pictures(batch["image"])
+    ends = every(frames, seen - 1, frames.shape[1] - 2)  # (B, n)
+    begin = starts(batch["is_first"])[:, seen - 1 : -1]
+    with torch.no_grad():
+        latent = policy(stacks(frames, ends, seen, begin)).float()  # (N, Z)
+    return action_error(head, latent, batch, seen)
 
 
 def newest(carry: Tensor, obs: Mapping[str, Tensor]) -> Tensor:

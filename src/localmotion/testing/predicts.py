@@ -20,6 +20,15 @@ def predicts(subject: Subject) -> bool:
     return subject.method.open_loop is not Method.open_loop
 
 
+def _clips(subject: Subject) -> dict[str, Tensor]:
+    """A batch of two sequences of a clip store, which has the masks that the method wants, whatever the stage learned from."""
+    batch = subject.data()
+    if "mask" in subject.method.wants and "mask" not in batch:
+        generator = torch.Generator().manual_seed(1)
+        batch["mask"] = torch.rand(batch["image"].shape[:-1], generator=generator) < 0.3
+    return batch
+
+
 def _predicted(method: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     torch.manual_seed(0)
     with torch.no_grad():
@@ -39,7 +48,7 @@ def _other(batch: dict[str, Tensor], keys: frozenset[str] | set[str], where: sli
 @rule
 def predictions_have_their_shape(subject: Subject) -> None:
     """`open_loop` returns finite pictures (B,T,3,S,S) by name, and they depend on the observed frames."""
-    method, batch = subject.build().eval(), subject.data()
+    method, batch = subject.build().eval(), _clips(subject)
     found, past = _predicted(method, batch), _predicted(method, {**batch, "image": _whitened(batch["image"])})
     require(bool(found), "open_loop returns no row", "return at least one row of pictures")
     wanted = (2, subject.time, 3, SIZE, SIZE)
@@ -62,7 +71,7 @@ def predictions_see_no_future(subject: Subject) -> None:
 
     A row `latent_action` may use what later pictures say of the action: it shows what a latent action holds.
     """
-    method, batch = subject.build().eval(), subject.data()
+    method, batch = subject.build().eval(), _clips(subject)
     after = slice(CONTEXT, None)
     plain = _predicted(method, batch)
     for what, keys, row_with in (
@@ -94,7 +103,7 @@ def has_code(subject: Subject) -> bool:
 def motion_code_is_one_vector_a_frame(subject: Subject) -> None:
     """`motion_code` is None or finite vectors (B,T,d)."""
     with torch.no_grad():
-        code = subject.build().eval().motion_code(subject.data())
+        code = subject.build().eval().motion_code(_clips(subject))
     fits = code is None or (code.dim() == 3 and code.shape[:2] == (2, subject.time) and bool(torch.isfinite(code).all()))
     require(fits, f"motion_code is {'' if code is None else tuple(code.shape)}", "return (B, T, d) or None")
 

@@ -159,6 +159,8 @@ def make_batch(
         "labelled_action": torch.from_numpy(state.uniform(-1.5, 1.5, (batch, time, actions))),
         "labelled_is_first": is_first.clone(),
         "video_image": torch.from_numpy(state.randint(0, 256, (batch, time, side, side, 3)).astype(np.uint8)),
+        "log_prob": torch.from_numpy(state.uniform(-3, 0, (batch, time))),
+        "value": torch.from_numpy(state.standard_normal((batch, time))),
     }
 
 

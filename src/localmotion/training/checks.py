@@ -5,7 +5,7 @@ from __future__ import annotations
 from localmotion.config import RunConfig
 from localmotion.envs import check_env
 from localmotion.errors import CheckpointError, ConfigError, LocalmotionError
-from localmotion.methods.base import LABELS, MOTION, Method, Source
+from localmotion.methods.base import LABELS, MASK, MOTION, Method, Source
 
 
 def check_video_stage(method: type[Method], run: RunConfig) -> None:
@@ -43,6 +43,8 @@ def check_acting_stage(method: type[Method], run: RunConfig) -> None:
         raise ConfigError(f"motion={run.motion}: {reason}; leave it out")
     if run.env:
         check_env(run.env, run.env_options)
+    if source is Source.ROLLOUT and not run.data:
+        check_rollout(method, run)
     check_length(method, run)
 
 
@@ -56,17 +58,22 @@ def check_start(method: type[Method], run: RunConfig, source: str, theirs: type[
         )
     if theirs.stages.get(stage) not in (Source.CLIPS, Source.LOGGED) or (not foreign and stage == run.stage):
         raise CheckpointError(f"{source}: is a {stage} run, not a pre-training run")
-    before = method.begins.get(run.stage)
-    if before and not foreign and stage != before:
-        raise CheckpointError(f"{source}: is a {stage} run; {run.stage} of {run.method} starts from a {before} run")
+    before = method.origins(run.model, run.stage)
+    if before and not foreign and stage not in before:
+        raise CheckpointError(f"{source}: is a {stage} run; {run.stage} of {run.method} starts from a {' or '.join(before)} run")
 
 
 def check_length(method: type[Method], run: RunConfig) -> None:
     """Raise ConfigError for a sequence length that the method's losses cannot take."""
-    clips = method.stages.get(run.stage) is Source.CLIPS
+    source = method.stages.get(run.stage)
+    low, high = method.lengths(run.model, run.stage)
+    if source is Source.ROLLOUT and not run.data:  # T = steps + 1
+        if run.rollout.steps + 1 < low:
+            raise ConfigError(f"rollout.steps={run.rollout.steps}: {run.method} learns from rollouts of at least {low - 1} steps")
+        return
+    clips = source is Source.CLIPS
     part = "pretrain" if clips else "online"
     length = run.pretrain.length if clips else run.online.length
-    low, high = method.lengths(run.model, run.stage)
     if length < low or (high is not None and length > high):
         least_most = f"at least {low}" if high is None else f"{low} to {high}"
         raise ConfigError(f"{part}.length={length}: {run.method} learns from sequences of {least_most} positions")
@@ -74,12 +81,26 @@ def check_length(method: type[Method], run: RunConfig) -> None:
 
 def check_begins(method: type[Method], run: RunConfig) -> None:
     """Raise ConfigError for a stage without the checkpoint that it starts from, and for labels that nothing reads."""
-    before = method.begins.get(run.stage)
+    before = method.origins(run.model, run.stage)
     if before and not run.checkpoint:
-        raise ConfigError(f"{run.stage} of {run.method} starts from a {before} run: give it with --checkpoint RUN")
+        raise ConfigError(f"{run.stage} of {run.method} starts from a {' or '.join(before)} run: give it with --checkpoint RUN")
     video = method.stages.get(run.stage) is Source.CLIPS
     if run.labels and (not run.data or (video and not method.needs(run.model, run.stage) & LABELS)):
         raise ConfigError(f"labels={run.labels}: {run.stage} reads no labels; they are a part of logged episodes, --data STORE")
+
+
+def check_rollout(method: type[Method], run: RunConfig) -> None:
+    """Raise ConfigError for settings that need what a rollout does not have: motion, vectors, masks, more environments."""
+    rollout, needed = run.rollout, method.needs(run.model, run.stage)
+    if rollout.minibatches > rollout.environments:
+        raise ConfigError(f"rollout.minibatches={rollout.minibatches} is more than rollout.environments={rollout.environments}")
+    if needed & MOTION or run.motion != "recipe" or run.observed != "pixels":
+        raise ConfigError(f"{run.method}: learns on-policy from pictures only; neither motion nor vectors are perceived there")
+    if needed & MASK:
+        raise ConfigError(
+            f"{run.stage} of {run.method}: with these settings it needs masks of the agent, and a rollout has none; use settings that"
+            " need no masks (docs/latent_actions.md)"
+        )
 
 
 def check_decay(method: type[Method], run: RunConfig) -> None:

@@ -72,7 +72,7 @@ def _online(run: RunConfig, path: Path, cls: type[Method]) -> Path:
 def _logged(run: RunConfig, path: Path, cls: type[Method]) -> Path:
     if run.observed != "pixels":
         raise ConfigError(f"observed={run.observed}: logged episodes have pictures only; leave it out")
-    if cls.extras:
+    if cls.extras and cls.stages[run.stage] is not Source.LOGGED:
         raise ConfigError(
             f"{run.method}: learns from values that its policy computes while acting ({', '.join(cls.extras)});"
             " logs do not hold them"
@@ -99,10 +99,6 @@ def _logged(run: RunConfig, path: Path, cls: type[Method]) -> Path:
 
 def _rollout(run: RunConfig, path: Path, cls: type[Method]) -> Path:
     rollout = run.rollout
-    if rollout.minibatches > rollout.environments:
-        raise ConfigError(f"rollout.minibatches={rollout.minibatches} is more than rollout.environments={rollout.environments}")
-    if cls.wants & MOTION or run.observed != "pixels":
-        raise ConfigError(f"{run.method}: learns on-policy from pictures only; neither motion nor vectors are perceived there")
     run = replace(run, recipe=with_recipe(run, path).recipe or Recipe())
     size = run.recipe.size if run.recipe else Recipe().size
     settings = {

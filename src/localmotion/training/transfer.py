@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from localmotion import methods
@@ -54,6 +55,8 @@ def load_pretrained(method: Method, run: RunConfig) -> Transfer:
     parts = _parts(method, run)
     foreign = theirs.method != run.method
     check_start(type(method), run, str(source), methods.get(theirs.method), theirs.stage)
+    if not run.load and theirs.stage not in method.acts_after:
+        parts = _without_actor(method, run, parts)
     path = checkpoint.newest(source)
     weights = checkpoint.read(path, "weights")
     here, there = {key.partition(".")[0] for key in method.state_dict()}, {key.partition(".")[0] for key in weights}
@@ -93,6 +96,14 @@ def _parts(method: Method, run: RunConfig) -> tuple[str, ...]:
     if len(set(parts)) < len(parts):
         raise ConfigError(f"--load {run.load}: names a part twice")
     return parts
+
+
+def _without_actor(method: Method, run: RunConfig, parts: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of ``parts`` that a model which does not act has."""
+    with torch.device("meta"):
+        model = type(method)(run.model, image_size=method.image_size, action_dim=None)
+    there = {name for name, _ in model.named_children()}
+    return tuple(part for part in parts if part in there)
 
 
 def _without_actions(method: Method, chosen: dict[str, Tensor]) -> list[str]:
