@@ -1,0 +1,139 @@
+"""Latent actions before moving backgrounds: what they know of actions, and what few labels are worth with them.
+
+    python studies/latent_actions/planar.py walker_run 0                         # task, seed; all arms
+    python studies/latent_actions/planar.py walker_run 0 lapo masklam bc         # some
+
+Data, recorded once a task: 100 episodes of 200 agent steps of the expert of studies/experts with noise 0.2, before a background that moves
+independently of it, at 32 pixels, and 20 more before textures that training does not show (`split: val`). For `masklam, motion` the same
+episodes with masks perceived by `extract --mask motion` instead of the simulator's.
+
+An arm learns in the stages of docs/latent_actions.md, preset `tiny` with 500 updates of `pretrain`, 500 of `clone`, and 300 of `decode` for
+each number of labelled transitions. `bc` learns from the labelled transitions alone for 800 updates, `idm` also trains an inverse model on
+them that labels all video. Rows go to studies/latent_actions/rows/, one JSON line an arm; arms that are there are not run again.
+
+    nmse            error of ridge regression from the latent action to the action / variance of actions; held-out backgrounds
+    actions, links, background
+                    R2 of ridge regression to actions, velocities of links in the picture, and the background's motion; held-out backgrounds
+    returns         number of labels: mean and deviation over 5 episodes before training's backgrounds, and before held-out ones
+    expert, random  returns of the noisy expert in the data, and of random actions, in episodes of 1,000 env steps
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from localmotion import methods
+from localmotion.evaluation.evaluate import evaluate_run
+from localmotion.evaluation.probes import probe
+from localmotion.methods.base import Source
+from localmotion.recipe import Recipe
+from localmotion.recording.collect import collect
+from localmotion.runs.settings import compose
+from localmotion.training.finetune import finetune
+from localmotion.training.pretrain import pretrain
+
+HERE = Path(__file__).parent
+LABELS = (50, 200, 1000, 5000)
+BACKGROUND = {"background": "independent"}
+ARMS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "lapo": ("lapo", ("form=continuous",)),
+    "masklam": ("masklam", ()),
+    "masklam, no mask": ("masklam", ("loss_mask=false", "mask_channel=false")),
+    "masklam, motion": ("masklam", ()),
+    "masklam, eroded": ("masklam", ("mask_grow=-1",)),
+    "laom": ("laom", ()),
+    "bc": ("bc", ("policy=impala",)),
+    "idm": ("bc", ("policy=impala", "relabel=true")),
+}
+
+
+def data(task: str, work: Path, kind: str) -> Path:
+    """The clip store of a kind: "exact", "motion" (perceived masks) or "val" (held-out backgrounds)."""
+    out = work / "data" / f"{task}-{kind}"
+    recipe = Recipe(size=32, percept_size=32, tracks=4, mask="motion" if kind == "motion" else "").with_motion("exact")
+    held_out = kind == "val"
+    options: dict[str, Any] = {**BACKGROUND, **({"split": "val"} if held_out else {})}
+    collect(
+        f"planar:{task}",
+        out,
+        policy=f"expert:{HERE.parent / 'experts' / task}",
+        noise=0.2,
+        episodes=20 if held_out else 100,
+        steps=200,
+        seed=int(held_out),
+        recipe=recipe,
+        **options,
+    )
+    return out
+
+
+def learn(method: str, stage: str, out: Path, updates: int, settings: tuple[str, ...], **flags: Any) -> Path:
+    clips = methods.get(method).stages[stage] is Source.CLIPS
+    own = (f"{'pretrain' if clips else 'online'}.updates={updates}", *(() if clips else ("online.eval_every=100000",)))
+    common = {"device": "cpu", "precision": "fp32", "threads": 1}
+    run = compose(method, stage, preset="tiny", env=flags.get("env", ""), flags={**common, **flags}, settings=(*settings, *own))
+    return pretrain(run, out) if clips else finetune(run, out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("task")
+    parser.add_argument("seed", type=int)
+    parser.add_argument("arms", nargs="*")
+    parser.add_argument("--work", type=Path, default=Path("runs/latent_actions"))
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = HERE / "rows" / f"{args.task}-{args.seed}.jsonl"
+    rows.parent.mkdir(exist_ok=True)
+    known = {json.loads(line)["arm"] for line in rows.read_text().splitlines()} if rows.exists() else set()
+    stores = {kind: data(args.task, args.work, kind) for kind in ("exact", "val")}
+    for arm in args.arms or ARMS:
+        if arm in known:
+            continue
+        if arm == "masklam, motion":
+            stores["motion"] = data(args.task, args.work, "motion")
+        began, (method, settings) = time.process_time(), ARMS[arm]
+        root = args.work / f"{args.task}-{args.seed}" / arm.replace(", ", "_")
+        shutil.rmtree(root, ignore_errors=True)
+        row: dict[str, Any] = {"task": args.task, "seed": args.seed, "arm": arm, "settings": list(settings)}
+        clips = str(stores["motion" if arm == "masklam, motion" else "exact"])
+        logs = {"data": str(stores["exact"]), "env": f"planar:{args.task}", "env_options": BACKGROUND, "seed": args.seed}
+        start: dict[str, Any] = {}
+        if method != "bc":
+            first = learn(method, "pretrain", root / "pretrain", 500, settings, data=clips, seed=args.seed)
+            scores = probe([first], [stores["exact"]], tests=[stores["val"]], networks=False, untrained=False, ceilings=False)
+            found = next(score for score in scores if score["code"].startswith(method))
+            names = {
+                "nmse": "ridge actions nmse",
+                "actions": "ridge actions",
+                "links": "ridge links",
+                "background": "ridge background",
+            }
+            row |= {name: round(float(found[key]), 4) for name, key in names.items()}
+            exact = next(score for score in scores if score["code"].startswith("exact flow"))
+            row["exact flow"] = {name: round(float(exact[key]), 4) for name, key in names.items()}
+            policy = learn(method, "clone", root / "clone", 500, settings, data=clips, seed=args.seed, checkpoint=str(first))
+            start = {"checkpoint": str(policy)}
+        row["returns"], row["held-out"] = {}, {}
+        for labels in LABELS:
+            agent = learn(
+                method, "decode", root / f"decode-{labels}", 300 if start else 800, settings, labels=labels, **logs, **start
+            )
+            for key, split in (("returns", "train"), ("held-out", "val")):
+                score = evaluate_run(agent, episodes=5, seed=args.seed + 1000, env_options={**BACKGROUND, "split": split})
+                row[key][str(labels)] = [round(score["return_mean"], 1), round(score["return_std"], 1)]
+        row["cpu_seconds"] = round(time.process_time() - began)
+        with rows.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()
