@@ -36,6 +36,17 @@ def test_what_was_done_before_does_not_count_as_fast(monkeypatch: pytest.MonkeyP
     assert said == ["work: about 10 s more on this machine (2 s for each of the parts)"]
 
 
+def test_work_that_ends_past_its_total_has_no_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    clock = [0.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(console, "say", said.append)
+    with console.progress("p", 10, "steps") as advance:
+        clock[0] = 100.0
+        advance(12)
+    assert said[-1].startswith("p 12/10 steps  0.12/s  ETA 0:00:00")
+
+
 def test_a_run_says_once_how_long_the_rest_takes_with_its_evaluations(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
     monkeypatch.setattr(pace.time, "perf_counter", lambda: clock[0])

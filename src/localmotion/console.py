@@ -103,7 +103,7 @@ def progress(label: str, total: int, unit: str, start: int = 0, every: float = 3
             return
         last = now
         rate = (done - start) / max(now - began, 1e-6)
-        left = (end - done) / rate if rate > 0 else float("inf")
+        left = max(end - done, 0) / rate if rate > 0 else float("inf")  # whole rollouts may end past the total
         eta = f"{int(left // 3600)}:{int(left % 3600 // 60):02d}:{int(left % 60):02d}" if left < 1e7 else "?"
         say(f"{label} {done:,}/{end:,} {unit}  {rate:.2f}/s  ETA {eta}  {note}".rstrip())
 
