@@ -2,6 +2,7 @@
 
     python studies/latent_actions/planar.py walker_run 0                         # task, seed; all arms
     python studies/latent_actions/planar.py walker_run 0 lapo masklam bc         # some
+    python studies/latent_actions/planar.py walker_run 0 --probes                # the first stage alone and its probes
 
 Data, recorded once a task: 100 episodes of 200 agent steps of the expert of studies/experts with noise 0.2, before a background that moves
 independently of it, at 32 pixels, and 20 more before textures that training does not show (`split: val`). For `masklam, motion` the same
@@ -87,15 +88,16 @@ def main() -> None:
     parser.add_argument("task")
     parser.add_argument("seed", type=int)
     parser.add_argument("arms", nargs="*")
+    parser.add_argument("--probes", action="store_true")
     parser.add_argument("--work", type=Path, default=Path("runs/latent_actions"))
     args = parser.parse_args()
     torch.set_num_threads(1)
-    rows = HERE / "rows" / f"{args.task}-{args.seed}.jsonl"
+    rows = HERE / "rows" / f"{'probes-' if args.probes else ''}{args.task}-{args.seed}.jsonl"
     rows.parent.mkdir(exist_ok=True)
     known = {json.loads(line)["arm"] for line in rows.read_text().splitlines()} if rows.exists() else set()
     stores = {kind: data(args.task, args.work, kind) for kind in ("exact", "val")}
     for arm in args.arms or ARMS:
-        if arm in known:
+        if arm in known or (args.probes and ARMS[arm][0] == "bc"):
             continue
         if arm == "masklam, motion":
             stores["motion"] = data(args.task, args.work, "motion")
@@ -119,10 +121,12 @@ def main() -> None:
             row |= {name: round(float(found[key]), 4) for name, key in names.items()}
             exact = next(score for score in scores if score["code"].startswith("exact flow"))
             row["exact flow"] = {name: round(float(exact[key]), 4) for name, key in names.items()}
+        if method != "bc" and not args.probes:
             policy = learn(method, "clone", root / "clone", 500, settings, data=clips, seed=args.seed, checkpoint=str(first))
             start = {"checkpoint": str(policy)}
-        row["returns"], row["held-out"] = {}, {}
-        for labels in LABELS:
+        if not args.probes:
+            row["returns"], row["held-out"] = {}, {}
+        for labels in () if args.probes else LABELS:
             agent = learn(
                 method, "decode", root / f"decode-{labels}", 300 if start else 800, settings, labels=labels, **logs, **start
             )
