@@ -65,7 +65,7 @@ def finetune(run: RunConfig, path: Path) -> Path:
         stage is not source and stage in (Source.CLIPS, Source.LOGGED) for stage in cls.stages.values()
     ):
         raise ConfigError(f"method {run.method} has no pre-training stage; use localmotion train without --checkpoint")
-    if run.motion != "recipe" and not (cls.wants & MOTION and run.env):
+    if run.motion != "recipe" and not (cls.needs(run.model, run.stage) & MOTION and run.env):
         reason = f"{run.method} perceives no motion" if run.env else "nothing is perceived without --env"
         raise ConfigError(f"motion={run.motion}: {reason}; leave it out")
     if run.env:
@@ -84,7 +84,7 @@ def finetune(run: RunConfig, path: Path) -> Path:
 def _online(run: RunConfig, path: Path, cls: type[Method]) -> Path:
     perception = streaming_recipe(with_recipe(run, path).recipe or Recipe(), run.motion)
     run = replace(run, recipe=perception)
-    observer = make_observer(run, perception if bool(cls.wants & MOTION) else None, size=perception.size)
+    observer = make_observer(run, perception if bool(cls.needs(run.model, run.stage) & MOTION) else None, size=perception.size)
     if run.observed != "pixels":
         run = _shown(run, observer)
     repeat = int(observer.env.describe()["action_repeat"])  # type: ignore[attr-defined]
@@ -108,7 +108,7 @@ def _logged(run: RunConfig, path: Path, cls: type[Method]) -> Path:
     make: Callable[[], Observer] | None = None
     if run.env:
         run = _as_logged(run)
-        perceived = recipe if bool(cls.wants & MOTION) else None
+        perceived = recipe if bool(cls.needs(run.model, run.stage) & MOTION) else None
 
         def make() -> Observer:
             return make_observer(run, perceived, size=recipe.size)
@@ -126,7 +126,7 @@ def _rollout(run: RunConfig, path: Path, cls: type[Method]) -> Path:
     rollout = run.rollout
     if rollout.minibatches > rollout.environments:
         raise ConfigError(f"rollout.minibatches={rollout.minibatches} is more than rollout.environments={rollout.environments}")
-    if cls.wants & MOTION or run.observed != "pixels":
+    if cls.needs(run.model, run.stage) & MOTION or run.observed != "pixels":
         raise ConfigError(f"{run.method}: learns on-policy from pictures only; neither motion nor vectors are perceived there")
     run = replace(run, recipe=with_recipe(run, path).recipe or Recipe())
     size = run.recipe.size if run.recipe else Recipe().size
