@@ -37,12 +37,14 @@ def distances(latent: RSSM, post: RSSMState, prior: Tensor, code: Code, action: 
     (B, T, Z). ``code``: (B, T - 1, ...), what the latent actions from position 1 on were drawn from.
     """
     order = torch.rand(len(action), device=action.device).argsort()  # the same for all positions; a video may stay in its place
+    given = action[order, 1:]  # (B, T - 1, Z)
+    moved = (given != action[:, 1:]).any(-1)  # elsewhere D^s is 0, and not the rounding of two ways to compute it
     with torch.no_grad():
         before = RSSMState(*(part[:, :-1].flatten(0, 1) for part in post))
-        other = latent.img_step(before, action[order, 1:].flatten(0, 1), sample=False).logits
+        other = latent.img_step(before, given.flatten(0, 1), sample=False).logits
         own = prior[:, 1:].flatten(0, 1)
-        state = categorical_kl(F.log_softmax(own, -1), F.log_softmax(other, -1))
-    return state, code.divergence(swapped(code, order)).flatten()
+        change = categorical_kl(F.log_softmax(own, -1), F.log_softmax(other, -1)) * moved.flatten()
+    return change, code.divergence(swapped(code, order)).flatten()
 
 
 def consistency_loss(form: Form, state: Tensor, action: Tensor, sharpness: float = 1.0) -> tuple[Tensor, Tensor]:
