@@ -91,7 +91,7 @@ class PreLARConfig:
     """Standard deviation of the Gaussian latent action's prior; 1.2449 in the released code."""
     beta_action: float = 1.0
     """Weight of the latent action's KL. With 0 discrete codes learn as in the release, whose term has no gradient."""
-    consistency: Form = "tanh"
+    consistency: Form = "pearson"
     """Form of the action-state consistency loss; sign is the released one, which has no gradient; none: the ablation "w/o CL"."""
     consistency_weight: float = 1.0
     """Weight of the consistency loss."""
@@ -125,12 +125,13 @@ class PreLAR(Method):
     stages = FROM_VIDEO
     wants = MOTION
     transfers = same("image", "latent")
+    # In a few hundred updates the paper's weight of the latent action's KL leaves it nearly empty (docs/decisions/0016).
     PRESETS = presets(
         paper={"online": {"pretrained_lr_factor": 1.0}},
         world={"context": False},
         own={
-            "small": {"action_width": 32, "action_hidden": 256, "action_codes": 8, "action_classes": 8},
-            "tiny": {"action_width": 16, "action_hidden": 128, "action_codes": 4, "action_classes": 8},
+            "small": {"action_width": 32, "action_hidden": 256, "action_codes": 8, "action_classes": 8, "beta_action": 0.1},
+            "tiny": {"action_width": 16, "action_hidden": 128, "action_codes": 4, "action_classes": 8, "beta_action": 0.1},
             "debug": {"action_width": 8, "action_hidden": 32, "action_codes": 4, "action_classes": 4},
         },
         online={"pretrained_lr_factor": 1.0},
