@@ -176,7 +176,7 @@ def test_the_released_form_counts_pairs_in_another_order() -> None:
     """0 for the same order; for the opposite one 4 for each pair, which is the most; between them for others."""
     state = torch.tensor([0.1, 3.0, 0.7, 2.0])
     assert consistency_loss("sign", state, 5 + state.square())[0] == 0
-    loss, agreement = consistency_loss("sign", state, -state)
+    loss, agreement = consistency_loss("sign", state, 4 - state)
     assert (float(loss), float(agreement)) == (4 * 12 / 16, -1)
     torch.manual_seed(0)
     for _ in range(5):
@@ -188,10 +188,11 @@ def test_the_released_form_counts_pairs_in_another_order() -> None:
 @pytest.mark.parametrize(("form", "least", "most"), [("tanh", 0, 4), ("logistic", 0, math.inf), ("pearson", 0, 2)])
 def test_other_forms_prefer_the_states_order_at_any_scale(form: Any, least: float, most: float) -> None:
     state = torch.tensor([0.1, 3.0, 0.7, 2.0])
-    same, opposite = (consistency_loss(form, state, sign * state)[0] for sign in (1, -1))
+    same, opposite = (consistency_loss(form, state, action)[0] for action in (state, 4 - state))
     assert least < float(same) < float(opposite) < most
-    torch.testing.assert_close(consistency_loss(form, state, 1000 * state)[0], same)
+    torch.testing.assert_close(consistency_loss(form, state, (1 + state).pow(9) - 1)[0], same)  # in ln(1 + D^a) a matter of scale
     assert consistency_loss(form, state, state, sharpness=5.0)[0] < same
+    assert torch.isfinite(consistency_loss(form, state, torch.tensor([0.0, 1.0, 1e30, 1e37]))[0])
     tied = torch.zeros(4).requires_grad_()
     (gradient,) = torch.autograd.grad(consistency_loss(form, torch.zeros(4), tied)[0], [tied])
     assert torch.isfinite(gradient).all()

@@ -71,7 +71,8 @@ def bottleneck(parts: Parts, model: Any) -> Tensor:
 def consistency(of_state: Tensor, of_action: Tensor, model: Any) -> tuple[Tensor, Tensor]:
     """The loss over all pairs of steps, and the agreement of the two orders over pairs that differ in the state."""
     count = len(of_state)
-    scaled = of_action * model.consistency_sharpness / of_action.detach().std()
+    logs_of = torch.log(1 + of_action)
+    scaled = logs_of * model.consistency_sharpness / logs_of.detach().std()
     signs = [[float(torch.sign(x - y)) for y in of_state] for x in of_state]
     squares, logs, agree, ordered = torch.tensor(0.0), torch.tensor(0.0), 0.0, 0
     ranks = []

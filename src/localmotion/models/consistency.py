@@ -9,8 +9,9 @@ and the order of D^a over all pairs of steps should be that of D^s. The release 
 
     1/N^2 sum_ij [sign(D^s_i - D^s_j) - sign(D^a_i - D^a_j)]^2
 
-whose gradient is zero everywhere. The other forms here have a gradient; docs/decisions/0016 compares them. All divide D^a by its standard
-deviation over the batch (without a gradient), so ``sharpness`` 1 fits any scale.
+whose gradient is zero everywhere. The other forms here have a gradient; docs/decisions/0016 compares them. They compare d = ln(1 + D^a),
+which has the same order: a KL of Gaussians without a floor of the deviation has no bound, and a few large ones would hide the others. d is
+divided by its standard deviation over the batch (without a gradient), so ``sharpness`` 1 fits any scale.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ def consistency_loss(form: Form, state: Tensor, action: Tensor, sharpness: float
 
     sign and tanh lie in [0, 4], pearson in [0, 2], logistic is positive. Raises ValueError for another form.
     """
+    action = action.log1p()
     size = action.detach().std().clamp(min=1e-8)
     wanted = (state.unsqueeze(1) - state).sign()  # (N, N), target
     found = (action.unsqueeze(1) - action) * (sharpness / size)  # (N, N)
