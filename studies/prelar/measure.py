@@ -2,13 +2,15 @@
 
     localmotion collect planar:walker_run --out STORE --store --policy smooth --episodes 40 --steps 50 --motion exact --size 32 \
         --percept-size 64
-    python studies/prelar/measure.py STORE 0 none tanh logistic pearson          # seed, arms: FORM, FORM:WEIGHT or FORM:WEIGHT:BETA_ACTION
+    python studies/prelar/measure.py STORE 0 none tanh logistic pearson     # seed, arms: FORM, FORM:WEIGHT, FORM:WEIGHT:BETA_ACTION
 
 Preset `tiny` with sequences of 16 frames, 300 updates of pre-training; beta_action is 0.1 unless the arm says otherwise. Rows go to
-studies/prelar/rows.jsonl, one line for each arm and seed; those that are already there are not run again.
+studies/prelar/rows.jsonl, one line for each arm and seed; those that are already there are not run again. The arm
+`untrained` makes no step.
 
     links, actions      R2 of ridge regression from the latent action's mean to the velocities of links in the picture and to the true
-                        actions, on held-out episodes (`localmotion probe --ridge-only`); links_pose: with the pose as further input
+                        actions, on held-out episodes (`localmotion probe --ridge-only`); links_pose: with the pose as further input;
+                        grid: links from the clips' own (exact) flow on an 8 x 8 grid
     true, zero, shuffled
                         error of 20 predicted frames after 5 observed ones (mean squared, of values in [-0.5, 0.5]), held-out clips, with
                         the latent actions of the true frames, zeros, and those of another clip
@@ -72,15 +74,24 @@ def measure(store: Path, seed: int, arm: str) -> dict[str, Any]:
     """One row: pre-train with a form of the loss and a seed, then look."""
     form, weight, beta = [*arm.split(":"), *("1", "0.1")[arm.count(":") :]][:3]
     flags = {"data": str(store), "device": "cpu", "threads": 1, "precision": "fp32", "seed": seed}
-    settings = [f"consistency={form}", f"consistency_weight={weight}", f"beta_action={beta}", f"pretrain.updates={UPDATES}"]
+    settings = [
+        f"consistency={form if form != 'untrained' else 'none'}",
+        f"consistency_weight={weight}",
+        f"beta_action={beta}",
+        f"pretrain.updates={UPDATES}",
+    ]
     settings += ["heldout_fraction=0.2", "pretrain.length=16", "pretrain.eval_every=100000", "pretrain.save_every=100000"]
+    if form == "untrained":
+        settings += ["pretrain.updates=1", "pretrain.lr=1e-9"]
     begin = time.process_time()
     with tempfile.TemporaryDirectory() as folder:
         path = pretrain(compose("prelar", "pretrain", preset="tiny", flags=flags, settings=settings), Path(folder) / "run")
         seconds = time.process_time() - begin
         model = load_run(path, device="cpu", threads=1)[1]
-        scores = probe([path], [store], untrained=False, networks=False, device="cpu")[-1]
+        rows = probe([path], [store], untrained=False, networks=False, device="cpu")
+    scores = rows[-1]
     row = {"links": scores["ridge links"], "links_pose": scores["ridge links + pose"], "actions": scores["ridge actions"]}
+    row["grid"] = next(other["ridge links"] for other in rows if other["code"].startswith("flow"))
     row |= figures(model.eval(), store)
     return {"arm": arm, "seed": seed, **{key: round(value, 5) for key, value in row.items()}, "cpu_s": round(seconds, 1)}
 

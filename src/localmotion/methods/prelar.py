@@ -1,7 +1,7 @@
 """PreLAR: a world model is pre-trained on videos with actions that it infers itself; fine-tuning maps real actions to them.
 
 Paper: "PreLAR: World Model Pre-training with Learnable Action Representation", ECCV 2024. Its release (zhanglixuan0720/PreLAR) grew out
-of APV and IPV. "release" marks what is known from that code only. What the paper says is taken from the release where both agree.
+of APV and IPV. All sizes, weights and rates are the release's; "release" also marks what only that code says about the method.
 
     pre-training    inverse dynamics q(a_t | o_{t-1}, o_t), a latent action of 64 numbers;
                     one RSSM: q(z_t | z_{t-1}, a_t, o_t), p(z_t | z_{t-1}, a_t); image from z_t;
@@ -16,10 +16,10 @@ of APV and IPV. "release" marks what is known from that code only. What the pape
   is of APV, over windows of image embeddings (release) instead of features of z.
 * In fine-tuning, encoder and RSSM are frozen for `online.freeze_updates` updates, then all learn at one rate (release).
 
-Where paper and released code differ, the default is what is described and a setting gives the code's:
+Where the released code does not do what it means to do, the default is what is meant and a setting gives the code's:
 
-* `consistency=sign`: the released loss has a gradient of zero, so the released pre-training is the ablation "w/o CL". The default form
-  has a gradient and was chosen by measurement (docs/decisions/0016); neither paper nor release has it.
+* `consistency=sign`: the released loss has a gradient of zero, so the released pre-training is the ablation "w/o CL". The default form,
+  a correlation of ranks, has a gradient and was chosen by measurement (docs/decisions/0016). In the release such a form raises an error.
 * `action_prior_std=1.2449`: the release passes the prior's deviation 1 through 2 sigmoid(s / 2).
 * `online.freeze_updates=99`: the release counts an update before the weights are loaded as the first of the 100 frozen ones.
 * `free_latent=true`: the RSSM is not frozen (release: finetune_rssm).
