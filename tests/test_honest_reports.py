@@ -163,7 +163,7 @@ def test_the_random_floor_plays_the_runs_own_environment(repeat: int, tmp_path: 
     """Same action repeat, same episodes as the agent's evaluation, uniform actions, rewards summed as they are."""
     flags = {"device": "cpu", "threads": 1, "seed": 4, "action_repeat": repeat}
     run = compose("dreamer_v2", "train", preset="debug", env="toy:dot", flags=flags)
-    method = type("NoMethod", (), {"wants": frozenset(), "image_size": 64})()
+    method = type("NoMethod", (), {"needs": lambda self, config, stage: frozenset(), "image_size": 64})()
     monkeypatch.setattr(evaluation, "load_run", lambda path, **options: (run, method, CPU))
     monkeypatch.setattr(evaluation, "read_config", lambda path: run)
     result = evaluation.random_floor(tmp_path, episodes=7)
@@ -200,7 +200,7 @@ def test_best_weights_are_not_scored_on_the_episodes_that_chose_them(tmp_path: P
 
     def loaded(path: Path, **options: Any) -> tuple[RunConfig, Any, Any]:
         asked.append(options["which"])
-        return run, type("NoMethod", (), {"wants": frozenset(), "image_size": 64})(), CPU
+        return run, type("NoMethod", (), {"needs": lambda self, config, stage: frozenset(), "image_size": 64})(), CPU
 
     monkeypatch.setattr(evaluation, "load_run", loaded)
     monkeypatch.setattr(evaluation, "read_config", lambda path: run)
@@ -214,7 +214,7 @@ def test_best_weights_are_not_scored_on_the_episodes_that_chose_them(tmp_path: P
 
 def test_the_agent_is_evaluated_without_exploring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = compose("dreamer_v2", "train", preset="debug", env="toy:dot", flags={"device": "cpu"})
-    method = type("NoMethod", (), {"wants": frozenset(), "image_size": 64})()
+    method = type("NoMethod", (), {"needs": lambda self, config, stage: frozenset(), "image_size": 64})()
     made: list[dict[str, Any]] = []
     monkeypatch.setattr(evaluation, "load_run", lambda path, **options: (run, method, CPU))
     monkeypatch.setattr(evaluation, "read_config", lambda path: run)

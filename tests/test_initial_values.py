@@ -34,7 +34,7 @@ def test_dreamer_v3_predicts_nothing_at_first() -> None:
     assert float(model.return_range.low) == float(model.return_range.high) == 0
 
 
-@pytest.mark.parametrize("name", ["dreamer_v2", "apv", "ipv", "drp", "dreamer_v3"])
+@pytest.mark.parametrize("name", ["dreamer_v2", "apv", "ipv", "drp", "prelar", "dreamer_v3"])
 def test_the_slow_critic_begins_as_a_copy_of_the_critic(name: str) -> None:
     _, method = make(name, "train")
     critics = method if name == "dreamer_v3" else method.behaviour
@@ -62,7 +62,7 @@ def test_heads_and_latents_begin_xavier_uniform_without_bias() -> None:
 
 def test_the_bonus_begins_with_an_empty_queue_and_a_mean_of_one() -> None:
     """A fixed projection of deviation 1/128; the running mean starts at 1, so that early bonuses are not blown up."""
-    for name in ("apv", "ipv", "drp"):
+    for name in ("apv", "ipv", "drp", "prelar"):
         _, method = make(name, "train")
         bonus = method.bonus
         assert float(bonus.mean) == 1

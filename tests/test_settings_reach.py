@@ -193,8 +193,31 @@ STATE = "!size.image.decoder !size.latent !size.dynamics !size.adapter !size.bon
 RETURNS = "!loss.actor !loss.critic"
 V3_RETURNS = "!loss.policy !loss.value !loss.repval"
 V3_STATE = "!size.dynamics !size.observations !size.reward !size.cont !size.actor !size.critic !size.slow_critic"
-UPSTREAM = "!step.image.encoder step.motion !step.latent !step.dynamics !step.adapter step.behaviour.actor step.behaviour.critic"
+UPSTREAM = (
+    "!step.image.encoder step.motion step.inverse step.mapping !step.latent !step.dynamics !step.adapter"
+    " step.behaviour.actor step.behaviour.critic"
+)
+ONE_STATE = "!size.image.decoder !size.latent " + HEADS  # of a method whose bonus does not see the state
+BESIDE = "size.latent size.dynamics size.inverse size.bonus"  # what reads embeddings, and a second image encoder
+CODED = "!size.inverse !size.latent !size.mapping"
 REACH: dict[str, str] = {
+    # PreLAR
+    "prelar world.deter": ONE_STATE,
+    "prelar world.stoch": ONE_STATE + " !size.*.latents",
+    "prelar world.classes": ONE_STATE + " !size.*.classes",
+    "action_input": "!size.inverse",
+    "action_output": "size.inverse !size.latent !size.mapping",  # logits may be as many as means and deviations
+    "action_width": CODED,
+    "action_codes": CODED,
+    "action_classes": CODED,
+    "action_hidden": "!size.inverse !size.mapping",
+    "action_prior_std": "!loss.action_kl",
+    "beta_action": "!weight.action_kl !step.inverse",
+    "consistency": "!loss.consistency weight.consistency",
+    "consistency_weight": "!weight.consistency !step.inverse",
+    "consistency_sharpness": "!loss.consistency",
+    "free_latent": "!rate.encoder !rate.model",
+    # World models in the manner of DreamerV2
     "motion_encoder": "!size.motion",
     "dae.patch": "!size.motion",
     "dae.mask_ratio": "!loss.masked",
@@ -209,11 +232,11 @@ REACH: dict[str, str] = {
     "dae.mats": "!size.motion !size.latent",
     "dae.flow_norm": "!size.motion",
     "dae.*": FREE,
-    "world.encoder": "!size.image.encoder !size.image.decoder size.image.context_encoder size.latent size.dynamics",
+    "world.encoder": "!size.image.encoder !size.image.decoder size.image.context_encoder " + BESIDE,
     "world.context": "!size.image.decoder size.image.context_encoder",
-    "world.stem": "!size.image.* size.latent size.dynamics",
-    "world.norm": "!size.image.*",
-    "world.depth": "!size.image.* size.latent size.dynamics",
+    "world.stem": "!size.image.* " + BESIDE,
+    "world.norm": "!size.image.* size.inverse",
+    "world.depth": "!size.image.* " + BESIDE,
     "world.context_mask": "!loss.*image !predicted.*",
     "world.context_dropout": "!loss.*image",
     "world.context_side": "!size.image.decoder",
@@ -297,6 +320,18 @@ IDLE: dict[tuple[str, str], str] = {
     ("pretrain", "slow_image"): "all of pre-training learns at one rate",
     ("pretrain", "context_erasing"): "only fine-tuning erases (IPV)",
     ("finetune", "beta_z"): "fine-tuning has a weight of its own, beta_z_finetune",
+    ("pretrain", "free_latent"): "all of pre-training learns at one rate",
+    **{
+        ("finetune", name): "fine-tuning has no inverse model"
+        for name in (
+            "action_input",
+            "action_prior_std",
+            "beta_action",
+            "consistency",
+            "consistency_weight",
+            "consistency_sharpness",
+        )
+    },
 }
 
 BASES: dict[str, tuple[str, ...]] = {
@@ -305,7 +340,10 @@ BASES: dict[str, tuple[str, ...]] = {
 }
 BASE = ("model.behaviour.horizon=3", "layers=1")
 UNCLIPPED = "optim.clip=1e12"  # one norm for a whole group would let each gradient change every step
-NEEDS: dict[str, tuple[str, ...]] = {f"world.context_{part}": ("context=true",) for part in ("mask", "dropout", "side", "copy")}
+NEEDS: dict[str, tuple[str, ...]] = {
+    **{f"world.context_{part}": ("context=true",) for part in ("mask", "dropout", "side", "copy")},
+    **{f"action_{part}": ("action_output=discrete",) for part in ("codes", "classes")},
+}
 """What has to be on for a setting to do anything."""
 
 
@@ -313,9 +351,10 @@ def matching(names: Iterable[str], patterns: Iterable[str]) -> set[str]:
     return {name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)}
 
 
-def declaration(stage: Stage, setting: str) -> str:
-    """The first row of `REACH` that is of a setting, or of a setting in a stage."""
-    return next((REACH[row] for row in REACH if any(fnmatchcase(key, row) for key in (f"{stage} {setting}", setting))), "")
+def declaration(name: str, stage: Stage, setting: str) -> str:
+    """The first row of `REACH` that is of a setting, or of a setting in a stage or of a method."""
+    keys = (f"{stage} {setting}", f"{name} {setting}", setting)
+    return next((REACH[row] for row in REACH if any(fnmatchcase(key, row) for key in keys)), "")
 
 
 @pytest.mark.parametrize(("name", "stage"), STAGES)
@@ -337,7 +376,7 @@ def test_every_setting_of_a_method_reaches_what_it_is_for_and_nothing_else(name:
             if all(part.startswith(("weight", "rate")) for part in found):
                 found |= difference(step, stepped(again))
         idle = (stage, setting) in IDLE and (setting != "beta_z" or getattr(run.model, "beta_z_finetune", None) is not None)
-        declared = [] if idle else declaration(stage, setting).split()
+        declared = [] if idle else declaration(name, stage, setting).split()
         must = [part[1:] for part in declared if part.startswith("!")]
         may = [part.removeprefix("!") for part in declared]
         missed, beyond = matching({**size, **now, **step}, must) - found, found - matching(found, may)
@@ -352,7 +391,7 @@ def test_every_setting_of_a_method_reaches_what_it_is_for_and_nothing_else(name:
 def test_the_balance_reaches_each_kl_by_itself(name: str, stage: Stage) -> None:
     """It changes gradients alone. Those of one KL would hide those of another in a step, so each KL is followed back by itself."""
     slopes: dict[float, list[Tensor]] = {}
-    kls = ("kl",) if stage == "pretrain" or name == "dreamer_v2" else ("kl", "latent_kl")
+    kls = ("kl",) if stage == "pretrain" or name in ("dreamer_v2", "prelar") else ("kl", "latent_kl")
     for balance in (0.8, 0.4):
         run, _ = make(name, stage, *BASES.get(name, BASE), f"kl_balance={balance}")
         method = build(run)
@@ -363,6 +402,6 @@ def test_the_balance_reaches_each_kl_by_itself(name: str, stage: Stage) -> None:
             method.zero_grad()
             losses[kl].backward()
             slopes[balance].append(torch.cat([p.grad.flatten() for p in method.parameters() if p.grad is not None]))
-        assert {key for key in losses if key.endswith("kl")} == set(kls)
+        assert {key for key in losses if key.endswith("kl")} - {"action_kl"} == set(kls)  # a latent action's KL has no balance
     same = [kl for kl, one, two in zip(kls, *slopes.values(), strict=True) if torch.allclose(one, two, rtol=1e-3)]
     assert not same

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 Weights = Mapping[str, Tensor]
+Mapped = Callable[[Weights, Tensor], Tensor]
+"""Actions (N, A) -> what the dynamics are given, (N, Z)."""
 
 
 # 1. Layers --------------------------------------------------------------------------------------------------------------------
@@ -248,6 +250,7 @@ def behaviour_losses(
     sizes: Sizes,
     noise: Any,
     dynamics: str = "dynamics.",
+    mapping: Mapped = lambda w, action: action,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Losses "actor" and "critic" of imagined trajectories from states (N, ...), and their metrics.
 
@@ -260,7 +263,7 @@ def behaviour_losses(
         policy = TruncatedNormal.of(mlp(w, "behaviour.actor.", feats[-1].detach(), layers))
         entropies.append(policy.entropy())
         action = policy.sample(noise.uniform(policy.mean.shape))
-        state = imagine_step(w, dynamics, state, action, sizes, noise)
+        state = imagine_step(w, dynamics, state, mapping(w, action), sizes, noise)
         feats.append(state.feat)
     feat = torch.stack(feats)  # (H+1, N, F)
     rewards = reward(feat)
@@ -384,7 +387,13 @@ def report(losses: Mapping[str, Tensor], metrics: Mapping[str, Tensor], norms: M
 
 
 def behaviour_update(
-    state: Any, start: State, run: Any, sizes: Sizes, noise: Any
+    state: Any,
+    start: State,
+    run: Any,
+    sizes: Sizes,
+    noise: Any,
+    dynamics: str = "dynamics.",
+    mapping: Mapped = lambda w, action: action,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
     """The second half of an online update: imagination with the world model as it is now, actor, critic, slow critic.
 
@@ -399,6 +408,8 @@ def behaviour_update(
         layers=layers,
         sizes=sizes,
         noise=noise,
+        dynamics=dynamics,
+        mapping=mapping,
     )
     norms = {}
     for name, lr in (("actor", run.online.actor_lr), ("critic", run.online.critic_lr)):

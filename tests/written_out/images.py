@@ -93,7 +93,7 @@ def resnet_encoder(state: Any, w: Weights, prefix: str, x: Tensor) -> tuple[Tens
 
     A convolution with ELU (stride 2 on pictures, 1 on blocks), then stages of residual layers, each pooled to half by its mean.
     """
-    stride = 2 if x.shape[1] == 3 else 1
+    stride = 1 if x.shape[1] % 16 == 0 else 2  # blocks of 16 pixels, or pixels
     x = elu(F.conv2d(x, w[f"{prefix}stem.weight"], w[f"{prefix}stem.bias"], stride=stride, padding=1))
     maps = []
     for stage in range(_count(w, f"{prefix}stages.")):
@@ -138,9 +138,9 @@ def encode(state: Any, w: Weights, image: Tensor, world: Any) -> tuple[Tensor, T
     return embed.unflatten(0, image.shape[:2]), truth
 
 
-def decode(state: Any, w: Weights, feat: Tensor, world: Any) -> Tensor:
-    """Features (B, T, F) -> pixels (B*T, ...), without context."""
+def decode(state: Any, w: Weights, feat: Tensor, world: Any, side: int = 4) -> Tensor:
+    """Features (B, T, F) -> pixels (B*T, ...), without context. ``side``: cells of the coarsest map, a sixteenth of the picture's side."""
     flat = feat.flatten(0, 1)
     if world.encoder == "cnn":
         return cnn_decoder(w, "image.decoder.", flat)
-    return resnet_decoder(state, w, "image.decoder.", flat, 4)
+    return resnet_decoder(state, w, "image.decoder.", flat, side)

@@ -76,7 +76,7 @@ def evaluate_run(
     check_env(asked.env or env, options)
     run, method, compute = load_run(path, device=device, which=which)
     run = replace(run, env=asked.env or env, env_options=options)
-    recipe = run.recipe if bool(method.wants & MOTION) else None
+    recipe = run.recipe if bool(method.needs(run.model, run.stage) & MOTION) else None
     base = run.seed + (which == "best") if seed is None else seed
 
     blind = policy == "random" and video is None  # nobody sees the pictures: skip rendering, returns are equal

@@ -90,7 +90,8 @@ def predict(
         seed: of the choice of windows and videos.
 
     DRP has two rows. ``motion`` uses a^agg of the tracked points, as in the paper's Fig. 8. ``zero_motion`` uses no
-    information from the future. IPV and APV have the row ``prior``.
+    information from the future. IPV and APV have the row ``prior``. PreLAR and latent action models have ``latent_action``,
+    with the latent actions of the true frames, and ``zero_action``.
 
     Raises CheckpointError, StoreError or VideoError, and ConfigError if a run cannot predict from video alone.
     """

@@ -22,6 +22,7 @@ _METHODS = {
     "laom": ("localmotion.methods.laom", "LAOM"),
     "lapo": ("localmotion.methods.lapo", "LAPO"),
     "masklam": ("localmotion.methods.masklam", "MaskLAM"),
+    "prelar": ("localmotion.methods.prelar", "PreLAR"),
 }
 _PLUGGED_IN: list[str] = []
 

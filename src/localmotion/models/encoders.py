@@ -22,6 +22,15 @@ def xavier(layer: nn.Module) -> nn.Module:
     return layer
 
 
+def xavier_all_(module: nn.Module) -> None:
+    """Xavier-uniform weights and zero biases in all linear layers and convolutions of a module, also those in residual blocks."""
+    for layer in module.modules():
+        if isinstance(layer, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
+            nn.init.xavier_uniform_(layer.weight)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
 BLOCK = 4  # side of the pixel blocks that become channels
 
 
@@ -58,13 +67,13 @@ class ResidualLayer(nn.Module):
 
 
 class CNNEncoder(nn.Module):
-    """Four convolutions, kernel 4, stride 2, ELU: 64 -> 31 -> 14 -> 6 -> 2 (DreamerV2)."""
+    """Four convolutions, kernel 4, stride 2, ELU: 64 -> 31 -> 14 -> 6 -> 2 (DreamerV2). ``colours``: values of a pixel."""
 
     feed_forward = True  # --compile compiles it
 
-    def __init__(self, *, depth: int = 48, image_size: int = 64) -> None:
+    def __init__(self, *, depth: int = 48, image_size: int = 64, colours: int = 3) -> None:
         super().__init__()
-        widths = [3, depth, 2 * depth, 4 * depth, 8 * depth]
+        widths = [colours, depth, 2 * depth, 4 * depth, 8 * depth]
         parts: list[nn.Module] = []
         side = image_size
         for a, b in itertools.pairwise(widths):
@@ -81,19 +90,21 @@ class ResNetEncoder(nn.Module):
     """IPV's residual encoder. `maps` returns the pre-pool features of each stage, which are the context of the decoder.
 
     ``stem="conv"``: a stride-2 convolution, then three stages of two residual layers (paper). ``stem="unshuffle"``: input in
-    blocks, two stages of one residual layer.
+    blocks, two stages of one residual layer. ``colours``: values of a pixel.
     """
 
     feed_forward = True  # --compile compiles it
 
-    def __init__(self, *, depth: int = 48, image_size: int = 64, stem: str = "conv", norm: str = "batch") -> None:
+    def __init__(
+        self, *, depth: int = 48, image_size: int = 64, stem: str = "conv", norm: str = "batch", colours: int = 3
+    ) -> None:
         super().__init__()
         self.unshuffle = stem == "unshuffle"
         if self.unshuffle:
-            self.stem = xavier(nn.Conv2d(48, depth, 3, padding=1))
+            self.stem = xavier(nn.Conv2d(BLOCK * BLOCK * colours, depth, 3, padding=1))
             stages, layers, side = 2, 1, image_size // 4
         else:
-            self.stem = xavier(nn.Conv2d(3, depth, 3, stride=2, padding=1))
+            self.stem = xavier(nn.Conv2d(colours, depth, 3, stride=2, padding=1))
             stages, layers, side = 3, 2, image_size // 2
         self.stages = nn.ModuleList()
         width = depth

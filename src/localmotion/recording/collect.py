@@ -210,7 +210,7 @@ class _Player:
             run = _changed(run, settings)
             if run.observed == "vectors":
                 run = replace(run, observed="both")  # as in training, and pictures for the collection
-            recipe = run.recipe if bool(method.wants & MOTION) else None
+            recipe = run.recipe if bool(method.needs(run.model, run.stage) & MOTION) else None
             self.observer = make_observer(run, recipe, size=method.image_size)
             self.act, self.compute = MethodPolicy(method, compute, explore=True, window=run.online.length), compute
         else:

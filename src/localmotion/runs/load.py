@@ -45,7 +45,7 @@ def load_run(path: Path, *, device: str = "auto", threads: int = 0, which: Which
     acts = run.stage in cls.acts_after
     if acts and (run.env or not run.data):
         _check_env(run, path)
-    if acts and cls.wants & MOTION and not run.recipe:
+    if acts and cls.needs(run.model, run.stage) & MOTION and not run.recipe:
         raise CheckpointError(f"{path / 'config.json'}: has no recipe, so its motion cannot be perceived; restore it")
     found = checkpoint.best(path) if which == "best" else checkpoint.newest(path)
     weights = checkpoint.read(found, "weights")

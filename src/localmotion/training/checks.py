@@ -38,7 +38,7 @@ def check_acting_stage(method: type[Method], run: RunConfig) -> None:
         stage is not source and stage in (Source.CLIPS, Source.LOGGED) for stage in method.stages.values()
     ):
         raise ConfigError(f"method {run.method} has no pre-training stage; use localmotion train without --checkpoint")
-    if run.motion != "recipe" and not (method.wants & MOTION and run.env):
+    if run.motion != "recipe" and not (method.needs(run.model, run.stage) & MOTION and run.env):
         reason = f"{run.method} perceives no motion" if run.env else "nothing is perceived without --env"
         raise ConfigError(f"motion={run.motion}: {reason}; leave it out")
     if run.env:

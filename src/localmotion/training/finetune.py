@@ -59,7 +59,7 @@ def finetune(run: RunConfig, path: Path) -> Path:
 def _online(run: RunConfig, path: Path, cls: type[Method]) -> Path:
     perception = streaming_recipe(with_recipe(run, path).recipe or Recipe(), run.motion)
     run = replace(run, recipe=perception)
-    observer = make_observer(run, perception if bool(cls.wants & MOTION) else None, size=perception.size)
+    observer = make_observer(run, perception if bool(cls.needs(run.model, run.stage) & MOTION) else None, size=perception.size)
     if run.observed != "pixels":
         run = _shown(run, observer)
     repeat = int(observer.env.describe()["action_repeat"])  # type: ignore[attr-defined]
@@ -83,7 +83,7 @@ def _logged(run: RunConfig, path: Path, cls: type[Method]) -> Path:
     make: Callable[[], Observer] | None = None
     if run.env:
         run = _as_logged(run)
-        perceived = recipe if bool(cls.wants & MOTION) else None
+        perceived = recipe if bool(cls.needs(run.model, run.stage) & MOTION) else None
 
         def make() -> Observer:
             return make_observer(run, perceived, size=recipe.size)
