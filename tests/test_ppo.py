@@ -272,7 +272,7 @@ REFUSED: list[tuple[str, tuple[str, ...], dict[str, Any], str]] = [
     ("lapo", ("rollout.steps=1",), {}, "learns from rollouts of at least 2 steps"),
     ("lapo", ("minibatches=3",), {}, "minibatches=3 is more than rollout.environments=2"),
     ("lapo", (), {"observed": "vectors"}, "learns on-policy from pictures only"),
-    ("lapo", (), {"motion": "exact"}, "neither motion nor vectors"),
+    ("lapo", (), {"motion": "exact"}, "lapo perceives no motion"),
     ("lapo", (), {"data": "logs"}, "logs do not hold them"),
     ("lapo", (), {"labels": 5}, "labels=5: finetune reads no labels"),
     ("lapo", ("online.lr_decay=0.5",), {}, "finetune of lapo keeps its learning rate"),
