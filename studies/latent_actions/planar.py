@@ -90,7 +90,7 @@ def main() -> None:
     parser.add_argument("arms", nargs="*")
     parser.add_argument("--probes", action="store_true")
     parser.add_argument("--work", type=Path, default=Path("runs/latent_actions"))
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     torch.set_num_threads(1)
     rows = HERE / "rows" / f"{'probes-' if args.probes else ''}{args.task}-{args.seed}.jsonl"
     rows.parent.mkdir(exist_ok=True)
