@@ -172,7 +172,10 @@ def test_the_command_prints_the_return(tmp_path: Path, capsys: pytest.CaptureFix
     main(["expert", "planar:pendulum_swingup", "--out", str(tmp_path), "--env-steps", "20", "--episodes", "1"])
     about = json.loads((tmp_path / "expert.json").read_text())
     assert (about["env_steps"], about["updates"], about["action_repeat"]) == (32, 0, 2)
-    assert f"return {about['return_mean']:.1f} +- 0.0 in 1 episodes after 32 env steps" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"return {about['return_mean']:.1f} +- 0.0 in 1 episodes after 32 env steps" in said
+    assert "it learned nothing; the first 8,000 env steps are random" in said
+    assert "videos of it" not in said
 
 
 @pytest.mark.slow

@@ -336,6 +336,10 @@ def expert(args: argparse.Namespace) -> None:
     say(
         f"{args.env}: {score} after {found['env_steps']:,} env steps, {found['updates']:,} updates, {found['cpu_seconds']:.0f} CPU s"
     )
+    if not found["updates"]:
+        begin = found["settings"]["begin"] * found["action_repeat"]
+        say(f"warning: it learned nothing; the first {begin:,} env steps are random. Raise --env-steps and choose another folder")
+        return
     say(f"videos of it: localmotion collect {args.env} --policy expert:{args.out} --out FOLDER")
 
 

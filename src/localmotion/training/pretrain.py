@@ -82,7 +82,7 @@ class VideoLoop(Loop):
         return self.run.pretrain.updates
 
     def lines(self) -> list[str]:
-        return [f"{self.run.method} pre-training on {len(self.store)} clips ({self.run.data}), {self.compute.note}"]
+        return [f"{self.run.method}, {self.run.stage} on {len(self.store)} clips ({self.run.data}), {self.compute.note}"]
 
     def record(self) -> dict[str, Any]:
         return {"recipe": self.store.recipe}

@@ -201,7 +201,7 @@ def _clips_of(store: ClipStore, length: int, split: Split, fraction: float) -> N
     held = np.asarray([is_heldout(video, fraction) for video in store.videos])
     chosen = np.ones_like(held) if split == "all" else held == (split == "heldout")
     if not chosen.any():
-        raise StoreError(f"{store.path}: none of {len(store)} clips is in the {split} part; use split='all' or more clips")
+        raise StoreError(f"{store.path}: none of {len(store)} clips is in the {split} part; add clips")
     clips = np.flatnonzero(chosen & (store.lengths >= length))
     if not len(clips):
         part = "" if split == "all" else f" of the {split} part"
