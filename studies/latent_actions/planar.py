@@ -15,8 +15,8 @@ them that labels all video. Rows go to studies/latent_actions/rows/, one JSON li
     nmse            error of ridge regression from the latent action to the action / variance of actions; held-out backgrounds
     actions, links, background
                     R2 of ridge regression to actions, velocities of links in the picture, and the background's motion; held-out backgrounds
-    returns         number of labels: mean and deviation over 5 episodes before training's backgrounds, and before held-out ones
-    expert, random  returns of the noisy expert in the data, and of random actions, in episodes of 1,000 env steps
+    returns, held-out
+                    number of labels: mean and deviation over 5 episodes, before the textures of training and before held-out ones
 """
 
 from __future__ import annotations
@@ -121,9 +121,9 @@ def main() -> None:
             row |= {name: round(float(found[key]), 4) for name, key in names.items()}
             exact = next(score for score in scores if score["code"].startswith("exact flow"))
             row["exact flow"] = {name: round(float(exact[key]), 4) for name, key in names.items()}
-        if method != "bc" and not args.probes:
-            policy = learn(method, "clone", root / "clone", 500, settings, data=clips, seed=args.seed, checkpoint=str(first))
-            start = {"checkpoint": str(policy)}
+            if not args.probes:
+                policy = learn(method, "clone", root / "clone", 500, settings, data=clips, seed=args.seed, checkpoint=str(first))
+                start = {"checkpoint": str(policy)}
         if not args.probes:
             row["returns"], row["held-out"] = {}, {}
         for labels in () if args.probes else LABELS:
