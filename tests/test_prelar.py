@@ -249,7 +249,7 @@ def test_encoder_and_rssm_wait_and_the_others_learn(free: str, still: bool) -> N
 
 
 def test_the_bonus_is_of_image_embeddings() -> None:
-    _, method = make("prelar", "finetune")
+    _, method = make("prelar", "finetune", "intrinsic_weight=0.5")
     seen: list[Tensor] = []
     method.bonus.register_forward_hook(lambda _module, inputs, _out: seen.append(inputs[0]))
     batch = make_batch()
@@ -322,6 +322,7 @@ CASES = [
     case("finetune", "loaded", updates=2, clip=1.0),
     case("finetune", "paper-discrete-free", world=PAPER, action_output="discrete", free_latent=True, free_nats=50.0),
     case("finetune", "pictures-loaded", load="image"),
+    case("finetune", "naive", intrinsic_weight=0.0),
 ]
 
 

@@ -142,6 +142,12 @@ def mapped(w: core.Weights, action: Tensor, model: Any) -> Tensor:
     return core.one_hot_sample(logits, torch.full_like(logits, 0.5)).flatten(-2)  # the same noise for all classes is none
 
 
+def plain_rewards(w: core.Weights, feat: Tensor, reward: Tensor, layers: int) -> dict[str, Tensor]:
+    """Naive fine-tuning: both heads learn r at every position."""
+    heads = ("reward", "reward_representative")
+    return {name: (0.5 * (core.mlp(w, f"{name}.", feat, layers)[..., 0] - reward) ** 2).mean() for name in heads}
+
+
 def finetune(state: Any, batch: Mapping[str, Tensor], noise: Any, run: Any) -> dict[str, Tensor]:
     """The same RSSM under mapped actions, two reward heads, then the behaviour in imagination."""
     model, world, online, w = run.model, run.model.world, run.online, core.leaves(state)
@@ -149,7 +155,10 @@ def finetune(state: Any, batch: Mapping[str, Tensor], noise: Any, run: Any) -> d
     action = mapped(w, batch["action"], model)
     post, prior = core.observe(w, "latent.", embed, action, batch["is_first"], ipv.sizes(run), noise)
     kl, metrics = core.balanced_kl(post.logits, prior, world.kl_balance, model.free_nats)
-    rewards, more = ipv.reward_losses(state, w, post.feat, embed, batch, run)
+    if model.intrinsic_weight:
+        rewards, more = ipv.reward_losses(state, w, post.feat, embed, batch, run)
+    else:
+        rewards, more = plain_rewards(w, post.feat, batch["reward"], world.layers), {"bonus/mean": torch.zeros(())}
     side = batch["image"].shape[2] // 16
     losses = {"image": images.image_loss(images.decode(state, w, post.feat, world, side), truth), "kl": kl, **rewards}
     scales = {"image": world.image_weight, "kl": model.beta, "reward": world.reward_weight}

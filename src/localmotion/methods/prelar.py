@@ -102,7 +102,7 @@ class PreLARConfig:
     beta_r: float = 1.0
     """Weight of the reward head that learns the reward without the bonus."""
     intrinsic_weight: float = 1.0
-    """Weight lambda of the bonus: 1.0 Meta-World."""
+    """Weight lambda of the bonus: 1.0 Meta-World; 0: no bonus (the release's naive fine-tuning)."""
     free_nats: float = 0.0
     """Free nats of the state's KL in fine-tuning: 0 Meta-World."""
     free_latent: bool = False
@@ -204,13 +204,15 @@ class PreLAR(Method):
         state, prior = self.latent.observe(embed, self.mapping(batch["action"]), is_first)  # state, (B, T, S, C)
         feat = self.latent.feat(state)  # (B, T, F)
         kl, metrics = kl_loss(state.logits, prior, balance=config.world.kl_balance, free=config.free_nats)
-        bonus = self.bonus(embed.detach().float(), is_first)  # (B, T - 4)
+        reward = batch["reward"]  # (B, T)
+        # Without a bonus no window ends the targets, so the reward is learnt at all positions (release).
+        bonus = self.bonus(embed.detach().float(), is_first) if config.intrinsic_weight else torch.zeros_like(reward)
         behavioural = self.reward(feat).squeeze(-1)  # (B, T)
         representative = self.reward_representative(feat).squeeze(-1)  # (B, T)
         losses = {
             "image": self.image.losses([feat], context, truth)[0],
             "kl": kl,
-            **dual_reward_losses(behavioural, representative, batch["reward"], bonus, weight=config.intrinsic_weight),
+            **dual_reward_losses(behavioural, representative, reward, bonus, weight=config.intrinsic_weight),
         }
         metrics = {f"latent/{key}": value for key, value in metrics.items()} | {"bonus/mean": bonus.mean()}
         return losses, metrics, state.starts()
