@@ -134,19 +134,19 @@ def build(case: str) -> tuple[RunConfig, Any]:
     return run, model.train()
 
 
-def make_batch(update: int = 0) -> dict[str, Tensor]:
-    """Two sequences. A smooth picture that moves, and noise."""
+def make_batch(update: int = 0, count: int = B) -> dict[str, Tensor]:
+    """Two sequences, or ``count``. A smooth picture that moves, and noise."""
     state = np.random.RandomState(99 + update)
     rows, columns = np.meshgrid(np.arange(64), np.arange(64), indexing="ij")
-    phase = np.arange(T)[None, :, None, None] * 0.4 + np.arange(B)[:, None, None, None] + 0.3 * update
+    phase = np.arange(T)[None, :, None, None] * 0.4 + np.arange(count)[:, None, None, None] + 0.3 * update
     waves = np.stack([np.sin(rows / 9 + phase), np.cos(columns / 7 - phase), np.sin((rows + columns) / 11 + 2 * phase)], -1)
-    image = np.clip(127 + 90 * waves + 12 * state.standard_normal((B, T, 64, 64, 3)), 0, 255).astype(np.uint8)
-    is_first = torch.zeros(B, T, dtype=torch.bool)
+    image = np.clip(127 + 90 * waves + 12 * state.standard_normal((count, T, 64, 64, 3)), 0, 255).astype(np.uint8)
+    is_first = torch.zeros(count, T, dtype=torch.bool)
     is_first[:, 0] = True
     return {
         "image": torch.from_numpy(image),
-        "action": torch.from_numpy(np.tanh(state.standard_normal((B, T, A)))).float(),
-        "reward": torch.from_numpy(state.standard_normal((B, T))).float(),
+        "action": torch.from_numpy(np.tanh(state.standard_normal((count, T, A)))).float(),
+        "reward": torch.from_numpy(state.standard_normal((count, T))).float(),
         "is_first": is_first,
     }
 
@@ -167,11 +167,11 @@ class Update(NamedTuple):
         return norms({name: p.detach() - before[name].detach() for name, p in self.model.named_parameters()})
 
 
-def norms(tensors: dict[str, Tensor]) -> dict[str, float]:
+def norms(tensors: dict[str, Tensor], parts: Sequence[str] = PARTS) -> dict[str, float]:
     """Of all tensors of each part."""
     squares: dict[str, list[Tensor]] = {}
     for name, x in tensors.items():
-        for part in PARTS:
+        for part in parts:
             if name.startswith(f"{part}."):
                 squares.setdefault(part, []).append(x.double().square().sum())
     return {part: float(torch.stack(found).sum().sqrt()) for part, found in squares.items()}
@@ -201,12 +201,12 @@ def updates(case: str) -> Iterator[Update]:
         )
 
 
-def act(model: Any, explore: bool) -> Tensor:
-    """Actions (3, B, A) for the first frames of the batch, in evaluation mode as in the acting loop."""
+def act(model: Any, explore: bool, count: int = B) -> Tensor:
+    """Actions (3, count, A) for the first frames of the batch, in evaluation mode as in the acting loop."""
     model.eval()
-    batch, actions = make_batch(), []
+    batch, actions = make_batch(0, count), []
     with torch.no_grad():
-        carry = model.initial_carry(B)
+        carry = model.initial_carry(count)
         for t in range(3):
             obs = {key: batch[key][:, t : t + 1] for key in ("image", "is_first")}
             action, carry = model.act(obs, carry, explore=explore)
