@@ -122,8 +122,8 @@ def fill_(model: Method) -> None:
     actor_critic.slow_critic.load_state_dict(actor_critic.critic.state_dict())
     for index, parameter in enumerate(actor_critic.slow_critic.parameters()):
         parameter.data.mul_(1 + 0.1 * float(np.sin(index)))
-    bonus: Any = model.bonus
-    bonus.projection.copy_(torch.from_numpy(numbers(1234, bonus.projection.shape) / bonus.projection.shape[1]))
+    if (bonus := getattr(model, "bonus", None)) is not None:
+        bonus.projection.copy_(torch.from_numpy(numbers(1234, bonus.projection.shape) / bonus.projection.shape[1]))
 
 
 def build(case: str) -> tuple[RunConfig, Any]:

@@ -9,29 +9,23 @@ writes the release's numbers, with which `tests/test_prelar_parity.py` compares 
 
 from __future__ import annotations
 
-import argparse
-import contextlib
-import io
 import json
 import re
-import subprocess
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from studies.parity import beside
+from studies.parity.beside import LIMITS, difference, rules
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests"))
-import ipv_parity as rules  # noqa: E402
-import prelar_parity as parity  # noqa: E402
+import prelar_parity as parity  # beside puts tests/ on the path  # isort: skip
 
-LIMITS = {"losses": 1e-6, "gradients": 1e-6, "weights": 1e-6, "actions": 1e-6}
 COMMANDS: dict[str, dict[str, Any]] = {
     "pre-training": {"rank_loss": "sign"},
     "pre-training, w/o CL": {},
@@ -43,7 +37,7 @@ COMMANDS: dict[str, dict[str, Any]] = {
     "fine-tuning, RSSM not frozen": {"loss_scales.aux_reward": 1.0, "finetune_rssm": True},
     "naive fine-tuning": {"beta": 0, "loss_scales.aux_reward": 0},
 }
-"""Flags of the release's commands, on top of `video` and `agent`."""
+"""Flags of the release's commands, on top of those in `settings`."""
 CONSTANT = ("pre-training, w/o AL & CL", "pre-training, discrete")
 """Cases whose KL of the action is a number without a gradient in the release: 0, and the logarithm of the number of classes."""
 LOSSES = {"image": "image", "kl": "kl", "va_kl": "action_kl", "rank": "consistency", "reward": "reward"}
@@ -54,28 +48,10 @@ LOSSES |= {"aux_reward": "reward_representative"}
 # 1. The release on today's torch ----------------------------------------------------------------------------------------------
 
 
-class _Anything(types.ModuleType):
-    """Stands in for a package that these updates do not use."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return _Anything(name)
-
-    def __getitem__(self, item: Any) -> Any:
-        return self
-
-    def __call__(self, *args: Any, **settings: Any) -> Any:
-        return args[0] if args else self
-
-
 def load(path: Path, patch: pytest.MonkeyPatch) -> Any:
     """The release's package, with its sampling by the rules."""
-    for name in ("torchtyping", "typeguard", "kornia", "torchvision", "torchvision.transforms", "wandb", "gym", "gym.spaces"):
-        try:
-            __import__(name)
-        except ImportError:
-            patch.setitem(sys.modules, name, _Anything(name))
+    packages = ("torchtyping", "typeguard", "kornia", "torchvision", "torchvision.transforms", "wandb", "gym", "gym.spaces")
+    beside.stand_ins(patch, *packages)
 
     class Scheduler(torch.optim.lr_scheduler.LRScheduler):
         def __init__(self, optimizer: Any, last_epoch: int, verbose: bool) -> None:  # torch no longer has the last argument
@@ -283,11 +259,6 @@ def act(agent: Any, mode: str) -> Tensor:
     return torch.stack(actions)
 
 
-def difference(one: Tensor, other: Tensor) -> float:
-    """Largest difference, relative to the largest number of the second."""
-    return float((one - other).abs().max() / other.abs().max().clamp(min=1e-12))
-
-
 def compare(wmlib: Any, path: Path, case: str, patch: pytest.MonkeyPatch) -> tuple[dict[str, float], dict[str, Any]]:
     """(largest differences by kind, the release's numbers)."""
     agent, gradients = release(wmlib, path, case, patch)
@@ -324,50 +295,5 @@ def compare(wmlib: Any, path: Path, case: str, patch: pytest.MonkeyPatch) -> tup
     return worst, result
 
 
-def rounded(value: Any) -> Any:
-    """Ten digits of every number."""
-    if isinstance(value, dict):
-        return {key: rounded(x) for key, x in value.items()}
-    if isinstance(value, list):
-        return [rounded(x) for x in value]
-    return float(f"{value:.10g}") if isinstance(value, float) else value
-
-
-@contextlib.contextmanager
-def ruled() -> Iterator[pytest.MonkeyPatch]:
-    """float64 and the noise of the rules."""
-    dtype = torch.get_default_dtype()
-    with pytest.MonkeyPatch.context() as patch:
-        rules.float64(patch)
-        parity.fix_noise(patch)
-        try:
-            yield patch
-        finally:
-            torch.set_default_dtype(dtype)
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("path", type=Path, help="checkout of zhanglixuan0720/PreLAR")
-    parser.add_argument("--commit", help="what to write as its commit; default: ask git")
-    parser.add_argument("--out", type=Path, help="write the release's numbers here, as JSON")
-    given = parser.parse_args()
-    path, cases, good = given.path.resolve(), {}, True
-    asked = ["git", "-C", str(path), "rev-parse", "HEAD"]
-    commit = given.commit or subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
-    with ruled() as outer:
-        wmlib = load(path, outer)
-        for case in parity.CASES:
-            with contextlib.redirect_stdout(io.StringIO()), pytest.MonkeyPatch.context() as patch:  # it prints what it builds
-                worst, cases[case] = compare(wmlib, path, case, patch)
-            good &= all(worst[kind] <= limit for kind, limit in LIMITS.items())
-            print(f"{case}: " + ", ".join(f"{kind} {value:.1e}" for kind, value in worst.items()), flush=True)
-    made = {"reference": f"zhanglixuan0720/PreLAR {commit}", "torch": torch.__version__, "precision": "float64"}
-    made["settings"] = {case: COMMANDS[case] for case in cases}
-    if given.out:
-        given.out.write_text(json.dumps(rounded({"made": made, "cases": cases}), indent=1) + "\n")
-    return 0 if good else 1
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(beside.main("zhanglixuan0720/PreLAR", COMMANDS, parity.fix_noise, load, compare, __doc__))
