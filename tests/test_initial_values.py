@@ -34,7 +34,7 @@ def test_dreamer_v3_predicts_nothing_at_first() -> None:
     assert float(model.return_range.low) == float(model.return_range.high) == 0
 
 
-@pytest.mark.parametrize("name", ["dreamer_v2", "apv", "ipv", "drp", "prelar", "dreamer_v3"])
+@pytest.mark.parametrize("name", ["dreamer_v2", "apv", "ipv", "drp", "prelar", "diswm", "dreamer_v3"])
 def test_the_slow_critic_begins_as_a_copy_of_the_critic(name: str) -> None:
     _, method = make(name, "train")
     critics = method if name == "dreamer_v3" else method.behaviour

@@ -117,10 +117,10 @@ def test_actor_and_critic_learn_from_their_own_loss(name: str) -> None:
 
 @pytest.mark.parametrize("name", AGENTS)
 @pytest.mark.parametrize("pretrained", [False, True])
-def test_only_slow_copies_have_no_optimiser(name: str, pretrained: bool) -> None:
+def test_only_slow_copies_and_teachers_have_no_optimiser(name: str, pretrained: bool) -> None:
     run, method = make(name, "finetune")
     held = {id(p) for group in groups_of(method, run, pretrained) for p in group.parameters}
-    assert all("slow" in key for key, p in method.named_parameters() if id(p) not in held)
+    assert all("slow" in key or "teacher" in key for key, p in method.named_parameters() if id(p) not in held)
 
 
 @pytest.mark.parametrize("name", AGENTS)
@@ -192,7 +192,8 @@ def test_commands_run_end_to_end_without_motion(
     main(["predict", "--checkpoint", str(tmp_path / "pre"), "--data", str(store), "--out", strips, "--split", "all"])
     main(["report", *(str(tmp_path / run) for run in ("pre", "fine", "scratch")), "--out", str(tmp_path / "r.html")])
     said = capsys.readouterr().out
-    assert f"of image, latent from {tmp_path / 'pre'}" in "".join(said.splitlines())
+    parts = ", ".join(methods.get(name).transfers)
+    assert f"of {parts} from {tmp_path / 'pre'}" in "".join(said.splitlines())
     assert "PSNR, dB" in said
     row = {"prelar": "zero_action"}.get(name, "prior")
     assert row in said

@@ -37,9 +37,10 @@ OTHER: dict[str, Any] = {
     "model.free_nats": 1000.0,
     "model.free_nats_z": 1000.0,
     "model.beta_z_finetune": 0.5,
-    "model.kl_free": 1000.0,
+    "model.kl_free": 1e9,
     "model.hidden": 48,
     "model.imag_last": 3,
+    "model.distillation_steps": 0,
     "model.scales.rep": 1.0,
 }
 
@@ -199,8 +200,29 @@ UPSTREAM = (
 )
 ONE_STATE = "!size.image.decoder !size.latent " + HEADS  # of a method whose bonus does not see the state
 BESIDE = "size.latent size.dynamics size.inverse size.bonus"  # what reads embeddings, and a second image encoder
+DISWM_STATE = "!size.dynamics !size.decoder " + HEADS
+DISWM_UPSTREAM = "!step.encoder !step.dynamics step.behaviour.actor step.behaviour.critic"
 CODED = "!size.inverse !size.latent !size.mapping"
 REACH: dict[str, str] = {
+    # DisWM
+    "diswm code": "!size.encoder !size.decoder !size.dynamics !size.teacher",
+    "diswm depth": "!size.encoder !size.decoder !size.teacher",
+    "diswm deter": DISWM_STATE,
+    "diswm stoch": DISWM_STATE + " !size.*.latents",
+    "diswm hidden": "!size.dynamics",
+    "diswm units": HEADS,
+    "diswm layers": "!size.behaviour.actor",
+    "critic_layers": "!size.behaviour.*critic",
+    "reward_layers": "!size.reward",
+    "image_weight": "!weight.image !step.decoder " + DISWM_UPSTREAM,
+    "diswm reward_weight": "!weight.reward !step.reward " + DISWM_UPSTREAM,
+    "diswm beta": "!weight.kl " + DISWM_UPSTREAM,
+    "diswm kl_balance": DISWM_UPSTREAM,
+    "diswm kl_free": "!loss.kl",
+    "beta_code": "!weight.code_kl !step.encoder",
+    "pretrain_means": "!loss.image !loss.kl !predicted.prior",
+    "distillation*": "!loss.distillation",
+    "cross_domain": "!loss.distillation",
     # PreLAR
     "prelar world.deter": ONE_STATE,
     "prelar world.stoch": ONE_STATE + " !size.*.latents",
@@ -320,6 +342,21 @@ IDLE: dict[tuple[str, str], str] = {
     ("pretrain", "slow_image"): "all of pre-training learns at one rate",
     ("pretrain", "context_erasing"): "only fine-tuning erases (IPV)",
     ("finetune", "beta_z"): "fine-tuning has a weight of its own, beta_z_finetune",
+    **{
+        ("pretrain", name): ACTING_ONLY
+        for name in (
+            "units",
+            "layers",
+            "critic_layers",
+            "reward_layers",
+            "reward_weight",
+            "distillation",
+            "distillation_steps",
+            "distillation_frames",
+            "cross_domain",
+        )
+    },
+    ("finetune", "pretrain_means"): "fine-tuning samples its states",
     ("pretrain", "free_latent"): "all of pre-training learns at one rate",
     **{
         ("finetune", name): "fine-tuning has no inverse model"
@@ -343,6 +380,7 @@ UNCLIPPED = "optim.clip=1e12"  # one norm for a whole group would let each gradi
 NEEDS: dict[str, tuple[str, ...]] = {
     **{f"world.context_{part}": ("context=true",) for part in ("mask", "dropout", "side", "copy")},
     **{f"action_{part}": ("action_output=discrete",) for part in ("codes", "classes")},
+    "distillation_steps": ("cross_domain=true",),
 }
 """What has to be on for a setting to do anything."""
 
@@ -391,7 +429,7 @@ def test_every_setting_of_a_method_reaches_what_it_is_for_and_nothing_else(name:
 def test_the_balance_reaches_each_kl_by_itself(name: str, stage: Stage) -> None:
     """It changes gradients alone. Those of one KL would hide those of another in a step, so each KL is followed back by itself."""
     slopes: dict[float, list[Tensor]] = {}
-    kls = ("kl",) if stage == "pretrain" or name in ("dreamer_v2", "prelar") else ("kl", "latent_kl")
+    kls = ("kl",) if stage == "pretrain" or name in ("dreamer_v2", "prelar", "diswm") else ("kl", "latent_kl")
     for balance in (0.8, 0.4):
         run, _ = make(name, stage, *BASES.get(name, BASE), f"kl_balance={balance}")
         method = build(run)
@@ -402,6 +440,8 @@ def test_the_balance_reaches_each_kl_by_itself(name: str, stage: Stage) -> None:
             method.zero_grad()
             losses[kl].backward()
             slopes[balance].append(torch.cat([p.grad.flatten() for p in method.parameters() if p.grad is not None]))
-        assert {key for key in losses if key.endswith("kl")} - {"action_kl"} == set(kls)  # a latent action's KL has no balance
+        assert {key for key in losses if key.endswith("kl")} - {"action_kl", "code_kl"} == set(
+            kls
+        )  # those of codes have no balance
     same = [kl for kl, one, two in zip(kls, *slopes.values(), strict=True) if torch.allclose(one, two, rtol=1e-3)]
     assert not same

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import method_batches
+import test_diswm
 import test_prelar
 import test_written_updates
 from localmotion.methods.apv import APV
@@ -171,7 +172,9 @@ def test_updates_are_what_the_papers_equations_give(case: Case) -> None:
 
 def test_every_method_and_stage_is_written_out() -> None:
     """Training from scratch is fine-tuning at other rates: one of the two is enough."""
-    written = {(case.method.name, case.stage) for case in (*CASES, *test_written_updates.CASES, *test_prelar.CASES)}
+    written = {
+        (case.method.name, case.stage) for case in (*CASES, *test_written_updates.CASES, *test_prelar.CASES, *test_diswm.CASES)
+    }
     for name, stage in method_batches.CASES:
         alike = ("pretrain",) if stage == "pretrain" else ("train", "finetune")
         assert any((name, other) in written for other in alike), (name, stage)

@@ -106,6 +106,9 @@ class OnlineConfig:
     """Updates between lines in metrics.jsonl."""
     save_every: int = 5_000
     """Agent steps between checkpoints (written at the next end of an episode). In a run on logged episodes: updates."""
+    phase_at: float | None = None
+    """Share of the run's agent steps after which environments change to their next phase (`diswm:`, the other palette), those of
+    evaluations too, at the next episode. None: never."""
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ def _distracting() -> tuple[list[str], Callable[..., PixelEnv]]:
 
 
 def _diswm() -> tuple[list[str], Callable[..., PixelEnv]]:
-    from localmotion.envs.diswm import DisWMEnv
+    from localmotion.envs.colours import DisWMEnv
 
     return _dmc()[0], DisWMEnv
 

@@ -15,6 +15,7 @@ from localmotion.methods.base import Batch, Group, Method
 _METHODS = {
     "apv": ("localmotion.methods.apv", "APV"),
     "bc": ("localmotion.methods.bc", "BC"),
+    "diswm": ("localmotion.methods.diswm", "DisWM"),
     "drp": ("localmotion.methods.drp", "DRP"),
     "dreamer_v2": ("localmotion.methods.dreamer_v2", "DreamerV2"),
     "dreamer_v3": ("localmotion.methods.dreamer_v3", "DreamerV3"),

@@ -124,6 +124,8 @@ class Counters(NamedTuple):
     """Number of updates made."""
     progress: float
     """Completed share of the stage, 0 to 1."""
+    agent_step: int | None = None
+    """Number of agent steps made at this update; None in a stage without an environment to learn in."""
 
 
 class Pass(NamedTuple):
@@ -299,6 +301,11 @@ class Method(nn.Module):
 
     def motion_code(self, batch: Batch) -> Tensor | None:
         """The method's code of the motion that led to each frame, (B,T,d). None for a method without one."""
+        return None
+
+    def traversal(self, batch: Batch, values: Tensor) -> Tensor | None:
+        """Pictures (B,D,K,3,S,S) in [-0.5, 0.5]: a frame of each sequence, decoded with each of the D numbers of its code set to each of
+        the K ``values``. None for a method without a code of few numbers."""
         return None
 
     def parameter_counts(self) -> dict[str, int]:

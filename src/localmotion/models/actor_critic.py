@@ -34,6 +34,7 @@ class ActorCritic(nn.Module):
 
     The actor's gradient flows through the dynamics (reparameterised actions, straight-through latents). The caller must
     exclude the world model's parameters: ``backward(inputs=actor parameters)`` computes no gradient for them.
+    ``critic_layers`` None: as many as the actor has.
     """
 
     updates: Tensor
@@ -45,6 +46,7 @@ class ActorCritic(nn.Module):
         *,
         units: int = 400,
         layers: int = 4,
+        critic_layers: int | None = None,
         horizon: int = 15,
         discount: float = 0.99,
         lambda_: float = 0.95,
@@ -53,7 +55,7 @@ class ActorCritic(nn.Module):
     ) -> None:
         super().__init__()
         self.actor = MLP(feat_dim, 2 * action_dim, units=units, layers=layers)
-        self.critic = MLP(feat_dim, 1, units=units, layers=layers)
+        self.critic = MLP(feat_dim, 1, units=units, layers=layers if critic_layers is None else critic_layers)
         self.slow_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.horizon, self.discount, self.lambda_, self.entropy, self.slow_every = (
             horizon,

@@ -22,6 +22,11 @@ def gumbel(shape: Sequence[int], like: Tensor, generator: torch.Generator | None
     return uniform.clamp_(1e-20, 1.0 - 1e-7).log_().neg_().log_().neg_()
 
 
+def normal(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Standard normal noise of the shape of ``like``, fp32."""
+    return torch.randn(like.shape, device=like.device, generator=generator)
+
+
 class _StraightThrough(torch.autograd.Function):
     """One-hot forward, softmax backward: sample + p - sg(p) in two kernels and exactly one-hot."""
 
@@ -57,6 +62,17 @@ def categorical_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
 def categorical_entropy(log_p: Tensor) -> Tensor:
     """Entropy in nats of log-probabilities (..., S, C), summed over the S categoricals: (...)."""
     return -(log_p.exp() * log_p).sum((-2, -1))
+
+
+def gaussian_kl(mean: Tensor, std: Tensor, other_mean: Tensor, other_std: Tensor) -> Tensor:
+    """KL in nats of N(mean, std^2) from N(other_mean, other_std^2), (..., S) each, summed over S: (...)."""
+    ratio, shift = std / other_std, (mean - other_mean) / other_std
+    return 0.5 * (ratio.square() + shift.square() - 1 - 2 * ratio.log()).sum(-1)
+
+
+def gaussian_entropy(std: Tensor) -> Tensor:
+    """Differential entropy in nats of Gaussians of deviation ``std`` (..., S), summed over S: (...)."""
+    return (std.log() + (0.5 + _LOG_SQRT_2PI)).sum(-1)
 
 
 def _phi(x: Tensor) -> Tensor:

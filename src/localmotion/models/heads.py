@@ -32,6 +32,13 @@ class MLP(nn.Module):
         return out
 
 
+def begin_as_torch_(module: nn.Module) -> None:
+    """PyTorch's own initial values in all linear layers of a module."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            layer.reset_parameters()
+
+
 def actor_distribution(out: Tensor) -> TruncatedNormal:
     """Truncated normal on [-1, 1] from the actor's (..., 2A) output: mean tanh(m), deviation 2 sigmoid(s / 2) + 0.1."""
     mean, std = out.float().chunk(2, -1)

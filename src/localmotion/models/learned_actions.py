@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from localmotion.config import WorldModelConfig
-from localmotion.models.distributions import categorical_entropy, categorical_kl, gumbel, straight_through
+from localmotion.models.distributions import categorical_entropy, categorical_kl, gaussian_kl, gumbel, straight_through
 from localmotion.models.encoders import CNNEncoder, ResNetEncoder
 from localmotion.models.heads import MLP
 from localmotion.models.rssm import RSSM, RSSMState
@@ -55,8 +55,7 @@ class GaussianCode(NamedTuple):
 
     def divergence(self, other: GaussianCode) -> Tensor:
         """KL(self || other) in nats, summed over Z: (...)."""
-        ratio, shift = self.std / other.std, (self.mean - other.mean) / other.std
-        return 0.5 * (ratio.square() + shift.square() - 1 - 2 * ratio.log()).sum(-1)
+        return gaussian_kl(self.mean, self.std, other.mean, other.std)
 
     def from_prior(self, deviation: float) -> Tensor:
         """KL(self || N(0, deviation^2)) in nats, summed over Z: (...)."""

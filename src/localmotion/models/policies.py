@@ -8,12 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from localmotion.models.distributions import gumbel, straight_through
-
-
-def normal(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Standard normal noise of the shape of ``like``, fp32."""
-    return torch.randn(like.shape, device=like.device, generator=generator)
+from localmotion.models.distributions import gumbel, normal, straight_through
 
 
 class BoundedNormal:

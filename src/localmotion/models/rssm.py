@@ -16,7 +16,10 @@ from localmotion.models.distributions import categorical_entropy, categorical_kl
 
 
 class RSSMState(NamedTuple):
-    """logits (..., S, C) of the latent's distribution, stoch (..., S, C) one-hot sample, deter (..., D)."""
+    """logits (..., S, C) of the latent's distribution, stoch (..., S, C) one-hot sample, deter (..., D).
+
+    `GaussianRSSM` has mean and deviation (..., S, 2) in the place of logits, and samples (..., S, 1).
+    """
 
     logits: Tensor
     stoch: Tensor
@@ -182,8 +185,16 @@ class RSSM(nn.Module):
             logits = probs.log()
         return logits
 
+    def _noise(self, shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
+        """What samples of ``shape`` latents are drawn with, (*shape, S, C)."""
+        return gumbel((*shape, self.stoch, self.classes), like, generator)
+
+    def _draw(self, logits: Tensor, noise: Tensor | None) -> Tensor:
+        """Sample (..., S, C), or without noise the most likely latent."""
+        return straight_through(logits, noise)
+
     def _sample(self, logits: Tensor, sample: bool, generator: torch.Generator | None) -> Tensor:
-        return straight_through(logits, gumbel(logits.shape, logits, generator) if sample else None)
+        return self._draw(logits, self._noise(tuple(logits.shape[:-2]), logits, generator) if sample else None)
 
     def prior(self, deter: Tensor) -> Tensor:
         """Prior logits (..., S, C) of deter (..., D)."""
@@ -239,7 +250,7 @@ class RSSM(nn.Module):
         gru = RecurrentProduct(self.gru.weight, self.gru.bias.to(low).expand(rows))
         post_in = RecurrentProduct(self.post_in.weight[:, : self.deter], embed_part)
         post_out = RecurrentProduct(self.post_out.weight, self.post_out.bias.to(low).expand(rows))
-        noise = gumbel((time, batch, self.stoch, self.classes), embed, generator).unbind(0) if sample else (None,) * time
+        noise = self._noise((time, batch), embed, generator).unbind(0) if sample else (None,) * time
         # On a CPU only positions where an episode starts are reset. On a GPU all are, because reading their list would make the host wait.
         reset = is_first.any(0).tolist() if is_first.device.type == "cpu" else [True] * time
         stoch, deter = state.stoch.flatten(-2), state.deter.float()
@@ -250,7 +261,7 @@ class RSSM(nn.Module):
             u = F.elu(first(t, stoch.to(low)))  # (B, H)
             deter = self._gates(gru(t, torch.cat([u, deter.to(low)], -1)), deter)  # (B, D)
             post = self._logits(post_out(t, F.elu(post_in(t, deter.to(low)))))  # (B, S, C)
-            one_hot = straight_through(post, noise[t])
+            one_hot = self._draw(post, noise[t])
             stoch = one_hot.flatten(-2)  # (B, S*C)
             logits.append(post)
             stochs.append(one_hot)
@@ -273,7 +284,7 @@ class RSSM(nn.Module):
             out.append(state)
         return RSSMState(*(torch.stack(x, 1) for x in zip(*out, strict=True)))
 
-    def open_loop(self, post: RSSMState, action: Tensor) -> Tensor:
+    def open_loop(self, post: RSSMState, action: Tensor, sample: bool = True) -> Tensor:
         """Features (B, C+H, F) of posterior states (B, C, ...) and of the prior that continues the last one along actions (B, H, A)."""
-        prior = self.imagine(RSSMState(*(x[:, -1] for x in post)), action)
+        prior = self.imagine(RSSMState(*(x[:, -1] for x in post)), action, sample)
         return torch.cat([self.feat(post), self.feat(prior)], 1)

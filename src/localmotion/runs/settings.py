@@ -109,7 +109,7 @@ def _check_ranges(config: RunConfig) -> None:
             low, high = -(2.0**31), 2.0**31
         else:
             low = 1 if isinstance(value, int) and last not in _MAY_BE_ZERO else 0
-            high = {"heldout_fraction": math.nextafter(1, 0), "lr_decay": 1.0}.get(last, 2.0**53)
+            high = {"heldout_fraction": math.nextafter(1, 0), "lr_decay": 1.0, "phase_at": 1.0}.get(last, 2.0**53)
         if not low <= value <= high:
             raise ConfigError(f"setting {name}={value} must be in {low:g}..{high:g}")
 

@@ -92,6 +92,8 @@ def check_begins(method: type[Method], run: RunConfig) -> None:
 def check_rollout(method: type[Method], run: RunConfig) -> None:
     """Raise ConfigError for settings that need what a rollout does not have: motion, vectors, masks, more environments."""
     rollout, needed = run.rollout, method.needs(run.model, run.stage)
+    if run.online.phase_at is not None:
+        raise ConfigError(f"online.phase_at={run.online.phase_at:g}: rollouts stay in one phase; set it to null")
     if rollout.minibatches > rollout.environments:
         raise ConfigError(f"rollout.minibatches={rollout.minibatches} is more than rollout.environments={rollout.environments}")
     if needed & MOTION or run.motion != "recipe" or run.observed != "pixels":
@@ -135,6 +137,16 @@ def check_learns(run: RunConfig, repeat: int = 1) -> None:
             f"online.train_every={online.train_every}: no update falls between prefill={online.prefill} and"
             f" env_steps={online.env_steps}; lower train_every or raise env_steps"
         )
+
+
+def check_phases(run: RunConfig, env: object) -> None:
+    """Raise ConfigError if the run changes to a phase that its environment does not have."""
+    if run.online.phase_at is None:
+        return
+    phase, count = getattr(env, "phase", 0), getattr(env, "phases", 0)
+    if phase >= count:
+        reason = f"begins with its last phase, {phase}" if count else "has no phases"
+        raise ConfigError(f"online.phase_at={run.online.phase_at:g}: {run.env} {reason}; set it to null")
 
 
 def never_learned(run: RunConfig) -> LocalmotionError:

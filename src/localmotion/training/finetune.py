@@ -24,7 +24,7 @@ from localmotion.recording.logs import action_dim
 from localmotion.runs.rundir import RunDir, claimed, read_environment
 from localmotion.runs.settings import recipe_of, with_recipe
 from localmotion.training import graphs
-from localmotion.training.checks import check_acting_stage, check_learns
+from localmotion.training.checks import check_acting_stage, check_learns, check_phases
 from localmotion.training.logged import LoggedLoop
 from localmotion.training.online import OnlineLoop
 from localmotion.training.rollout import RolloutLoop
@@ -64,6 +64,7 @@ def _online(run: RunConfig, path: Path, cls: type[Method]) -> Path:
         run = _shown(run, observer)
     repeat = int(observer.env.describe()["action_repeat"])  # type: ignore[attr-defined]
     check_learns(run, repeat)
+    check_phases(run, observer.env)
     method, updater = _built(run, path, cls, perception.size, observer.action_dim)
     OnlineLoop(run, RunDir(path, run), observer, method, updater, repeat).go()
     return path

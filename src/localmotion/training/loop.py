@@ -320,6 +320,10 @@ class ActingLoop(Loop):
     def count(self) -> int:
         return self.agent_step
 
+    def learn(self, batch: Batch) -> None:
+        self.updater.agent_step = self.agent_step
+        super().learn(batch)
+
     def where(self) -> dict[str, int]:
         return {"agent_step": self.agent_step, "env_step": self.agent_step * self.repeat}
 

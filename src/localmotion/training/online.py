@@ -32,6 +32,11 @@ FAULTS = 3
 """The run stops after this many failures of the environment without a complete episode between them."""
 
 
+def next_phase(env: Any) -> None:
+    """Episodes from the next reset on are of the next phase. For environments that `checks.check_phases` has let pass."""
+    env.set_phase(env.phase + 1)
+
+
 class OnlineLoop(ActingLoop):
     """Prefill the replay with random episodes, make the warm-up updates, then act and learn.
 
@@ -65,6 +70,7 @@ class OnlineLoop(ActingLoop):
         self.ahead = free is not None and storage != "device"  # prepare the next batch while the device works
         self.episode = 0
         self.playing: Playing | None = None
+        self.phase = 0  # number of changes to the next phase so far
         self.learned = False  # whether the agent (not the random policy) played the last complete episode
         self.faults = 0
         self.spent |= {"act": 0.0, "replay": 0.0}
@@ -118,11 +124,21 @@ class OnlineLoop(ActingLoop):
     def _begin(self) -> None:
         """Start a training episode: with random actions during the prefill, with the policy after it."""
         online = self.run.online
+        if online.phase_at is not None and not self.phase and self.agent_step >= online.phase_at * self.total:
+            self._change_phase()
         learning = self.agent_step * self.repeat >= online.prefill and bool(self.replay.episodes)
         while learning and self.updater.update < online.warmup_updates:
             self.stop.check()
             self._update()
         self.playing = self._open(learning)
+
+    def _change_phase(self) -> None:
+        """From now on episodes are of the next phase, those of evaluations too."""
+        self.phase = 1
+        for observer in (self.observer, *self.trials.observers):
+            next_phase(observer.env)
+        self.out.log("phase", **self.counters(), phase=self.observer.env.phase)  # type: ignore[attr-defined]
+        say(f"agent step {self.agent_step:,}: {self.run.env} changes to phase {self.observer.env.phase}")  # type: ignore[attr-defined]
 
     def _open(self, learning: bool) -> Playing:
         if learning:
@@ -178,8 +194,11 @@ class OnlineLoop(ActingLoop):
                 self.replay.prepare(size, self.compute.to_device)
 
     def _fresh(self) -> Observer:
-        """An environment of the run, with its perception."""
-        return make_observer(self.run, self.observer.recipe, size=self.method.image_size)
+        """An environment of the run in its present phase, with its perception."""
+        observer = make_observer(self.run, self.observer.recipe, size=self.method.image_size)
+        if self.phase:
+            next_phase(observer.env)
+        return observer
 
     def _broken(self, error: SimulationError) -> None:
         """Handle a failed environment: end its episode as a time limit would, and make a fresh environment.
@@ -235,6 +254,7 @@ class OnlineLoop(ActingLoop):
         values = {
             **super().state()[0],
             "episode": self.episode,
+            "phase": self.phase,
             "playing": {"learning": self.playing.learning} if self.playing else None,
             "replay": self.replay.state(),
         }
@@ -256,6 +276,9 @@ class OnlineLoop(ActingLoop):
     def restore(self, state: Mapping[str, Any], folder: Path) -> None:
         super().restore(state, folder)
         self.episode = int(state["episode"])
+        self.phase = int(state.get("phase", 0))
+        if self.phase:
+            next_phase(self.observer.env)
         self.replay.load(state["replay"])
         if state.get("playing"):
             try:

@@ -91,6 +91,8 @@ class Updater:
         self.update = 0
         self.progress = 0.0
         """Share of the stage that is complete, in [0, 1]. The training loop sets it; schedules read it."""
+        self.agent_step: int | None = None
+        """Agent steps made, where the method learns in an environment. The training loop sets it; schedules read it."""
         self._works: dict[
             tuple[int, ...], Callable[[Batch], dict[str, Tensor]]
         ] = {}  # by the passes that are due; a graph records one
@@ -216,7 +218,7 @@ class Updater:
             raise
         self._batch = batch
         self.update += 1
-        self.method.after_update(Counters(self.run.stage, self.update, self.progress))
+        self.method.after_update(Counters(self.run.stage, self.update, self.progress, self.agent_step))
         if not self.deferred:
             self.check()
         return found

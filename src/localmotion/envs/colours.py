@@ -2,7 +2,8 @@
 
 Source: DisWM (ICCV 2025), section 4 and its released environments. Every material starts uniformly in base +- 0.2 per channel and moves by
 Gaussian steps of 0.2 per env step, clipped to the box. With steps as large as the box, colours nearly flicker. The base changes from phase
-1 to phase 2 half way through DisWM's training. DisWM did not seed its random numbers; here the reset's seed does.
+1 to phase 2 half way through DisWM's training (setting `online.phase_at`). DisWM did not seed its random numbers; here the reset's seed
+does.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ class DisWMEnv(DMCEnv):
     """
 
     suite_name: ClassVar[str] = "diswm"
+    phases: ClassVar[int] = len(PALETTES)
 
     def __init__(
         self,
@@ -58,7 +60,7 @@ class DisWMEnv(DMCEnv):
 
     def set_phase(self, phase: int) -> None:
         """Use a palette from the next reset on."""
-        self.phase = int(in_range("phase", phase, 1, 2, whole=True))
+        self.phase = int(in_range("phase", phase, 1, self.phases, whole=True))
 
     def _begin(self, episode_seed: int) -> None:
         super()._begin(episode_seed)
