@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from localmotion.config import RunConfig
 from localmotion.envs.colours import DisWMEnv
@@ -15,7 +16,9 @@ from localmotion.methods.lapo import LAPO
 from localmotion.runs.settings import compose
 from localmotion.training.checks import check_phases, check_rollout
 from localmotion.training.finetune import finetune
+from localmotion.training.pretrain import pretrain
 from test_resume import SHORT, Stops, assert_same, in_pieces, lines
+from test_resume import weights as read_weights
 
 PHASES = {"online": {"phase_at": 0.7}}
 """Of 80 agent steps in episodes of 20: the change waits from 56 to 60."""
@@ -93,3 +96,28 @@ def test_an_environment_without_the_phase_is_refused_before_work_starts(tmp_path
     with pytest.raises(ConfigError, match="rollouts stay in one phase"):
         check_rollout(LAPO, rollouts)
     assert run_config("phase_at=null", **PHASES).online.phase_at is None
+
+
+def test_the_weight_of_the_distillation_falls_with_the_agent_steps_of_a_run(store: Path, tmp_path: Path) -> None:
+    """DisWM's weight follows the counter that the loop gives it; a run in pieces has the same log, `assert_same` above."""
+    flags = {"device": "cpu", "threads": 1, "precision": "fp32"}
+    video = compose("diswm", "pretrain", preset="debug", flags=flags | {"data": str(store), "pretrain": {"updates": 2}})
+    before = pretrain(video, tmp_path / "pre")
+    few = ("env_steps=80", "prefill=25", "warmup_updates=2", "online.eval_every=1000", "log_every=1", "distillation_steps=100")
+    run = compose(
+        "diswm",
+        "finetune",
+        preset="debug",
+        env="toy:dot",
+        flags=flags | {"checkpoint": str(before), "env_options": {"time_limit": 20}},
+        settings=few,
+    )
+    rows = [row for row in lines(finetune(run, tmp_path / "fine")) if row["kind"] == "train"]
+    weights = [row["distillation/weight"] for row in rows]
+    # The weight of an update is that of the agent steps at the update before: 40 in the warm-up, then every five.
+    assert weights == pytest.approx([0.1, 0.06, 0.06, 0.055, 0.05, 0.045, 0.04, 0.035, 0.03, 0.025])
+    teacher = {k: v for k, v in read_weights(tmp_path / "fine").items() if k.startswith("teacher.")}
+    assert teacher
+    for key, value in read_weights(before).items():
+        if key.startswith("encoder."):
+            assert torch.equal(teacher[key.replace("encoder", "teacher", 1)], value)
