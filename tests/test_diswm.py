@@ -205,6 +205,7 @@ def test_the_teacher_is_the_pretrained_encoder_and_stays_while_the_student_learn
     agent.teacher.load_state_dict(video.encoder.state_dict())
     updater = Updater(agent, run, CPU, pretrained=True)
     before = {name: value.clone() for name, value in agent.state_dict().items()}
+    agent.train()
     metrics = [updater.learn(make_batch(seed=seed)) for seed in range(3)][-1]
     assert agent.encoder.training
     assert not agent.teacher.training
