@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
 from localmotion.config import leaves
 from localmotion.errors import ConfigError
+from localmotion.evaluation.heldout import traversal
 from localmotion.methods.base import Counters
 from localmotion.methods.diswm import DisWM
 from localmotion.models.beta_vae import BetaVAEDecoder, BetaVAEEncoder, Code
 from localmotion.models.rssm_gaussian import GaussianRSSM, gaussian_kl_loss
+from localmotion.report import media
 from localmotion.runs.settings import compose
 from localmotion.testing.written import Case, check_update
 from localmotion.training.checks import check_acting_stage
@@ -201,6 +205,7 @@ def test_the_teacher_is_the_pretrained_encoder_and_stays_while_the_student_learn
     agent.teacher.load_state_dict(video.encoder.state_dict())
     updater = Updater(agent, run, CPU, pretrained=True)
     before = {name: value.clone() for name, value in agent.state_dict().items()}
+    agent.train()
     metrics = [updater.learn(make_batch(seed=seed)) for seed in range(3)][-1]
     assert agent.encoder.training
     assert not agent.teacher.training
@@ -268,9 +273,8 @@ def test_without_distillation_or_without_a_checkpoint_there_is_no_teacher() -> N
         assert method.teacher is None
         assert "distillation" not in method.loss_scales(stage)
         assert "distillation" not in method.world_model_losses(make_batch())[0]
-    run, method = make("diswm", "train", "distillation=0.1")
-    losses = method.passes("train")[0].losses(make_batch(), None)[0]
-    assert "distillation" not in losses
+    with pytest.raises(ConfigError, match="train has no teacher"):
+        make("diswm", "train", "distillation=0.1")[1].passes("train")
     run = compose("diswm", "finetune", preset="debug", env="toy:dot", flags={"data": "store"})
     with pytest.raises(ConfigError, match="starts from a pretrain run"):
         check_acting_stage(DisWM, run)
@@ -323,7 +327,7 @@ CASES = [
     case("finetune", "taught", updates=3, clip=1.0),
     case("finetune", "cross-domain", prepare=late, updates=2, cross_domain=True, kl_free=0.5),
     case("finetune", "released", distillation=0.095, distillation_steps=0),
-    case("train", "alone", updates=2),
+    case("train", "alone", updates=2, distillation=0.0),
 ]
 
 
@@ -337,3 +341,21 @@ def test_states_hold_what_the_imagination_starts_from() -> None:
     start = method.world_model_losses(make_batch())[2]
     assert [tuple(x.shape) for x in start] == [(16, 8, 2), (16, 8, 1), (16, 32)]
     assert not any(x.requires_grad for x in start)
+
+
+def test_a_page_shows_the_traversal_of_a_held_out_frame(tmp_path: Path) -> None:
+    _, method = make("diswm", "pretrain")
+    batch = make_batch()
+    arrays = traversal(method, batch)
+    assert arrays
+    assert arrays["pictures"].shape == (6, 7, 64, 64, 3)
+    assert np.array_equal(arrays["frame"], batch["image"][0, 0].numpy())
+    with torch.no_grad():
+        walked = method.traversal(batch, torch.from_numpy(arrays["values"]))[0, 3, 5].permute(1, 2, 0)
+    assert np.abs(arrays["pictures"][3, 5] - 255 * (walked.numpy() + 0.5).clip(0, 1)).max() <= 0.51
+    np.savez(tmp_path / "traversal_a.npz", **arrays)
+    assert media.traversal(tmp_path / "traversal_a.npz", "run").data.startswith(b"\x89PNG")
+    np.savez(tmp_path / "traversal_b.npz", **{**arrays, "values": np.zeros(3)})
+    with pytest.raises(media.MediaError, match=r"traversal_b\.npz: a traversal needs"):
+        media.traversal(tmp_path / "traversal_b.npz", "run")
+    assert traversal(make("apv", "pretrain")[1], batch) is None

@@ -183,6 +183,7 @@ def test_every_setting_of_a_run_is_looked_at() -> None:
     looked = {setting for _, setting, _, _ in RATES} | {setting for setting, _ in (*STEPS, *DECAY)}
     looked |= {f"online.{name}" for name in (*LOOP, *STORED)} | {f"pretrain.{name}" for name in PRETRAINING}
     looked |= {"online.updates", "online.lr_decay"}  # in test_logged and in test_written_latent
+    looked |= {"online.phase_at"}  # in test_phases
     parts = {"online": OnlineConfig, "pretrain": PretrainConfig, "optim": OptimConfig}
     assert looked == {f"{part}.{item.name}" for part, config in parts.items() for item in dataclasses.fields(config)}
 

@@ -108,7 +108,8 @@ class OnlineConfig:
     """Agent steps between checkpoints (written at the next end of an episode). In a run on logged episodes: updates."""
     phase_at: float | None = None
     """Share of the run's agent steps after which environments change to their next phase (`diswm:`, the other palette), those of
-    evaluations too, at the next episode. None: never."""
+    evaluations too, at the next episode. None: never. Only where the agent plays: rollouts refuse it, logged episodes ignore
+    it."""
 
 
 @dataclass(frozen=True)

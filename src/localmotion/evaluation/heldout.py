@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from localmotion.compute import Compute
@@ -16,6 +17,8 @@ from localmotion.models.dae import Motion, masked_loss
 from localmotion.video.sample import WindowSampler
 
 CONTEXT_FRAMES = 5
+WALKED = torch.linspace(-3, 3, 7)
+"""Values of one number of a code in the picture of a traversal. A beta-VAE's codes are near N(0, I)."""
 
 
 def trivial_reconstructions(motion: Motion, masked: Tensor) -> dict[str, Tensor]:
@@ -92,6 +95,19 @@ def open_loop_errors(method: Method, batch: Batch, context: int = CONTEXT_FRAMES
     return scores, {"truth": truth, **guesses}
 
 
+@torch.no_grad()
+def traversal(method: Method, batch: Batch) -> dict[str, NDArray[Any]] | None:
+    """Arrays of a traversal of the first sequence's code: frame (S,S,3) and pictures (D,K,S,S,3) uint8, values (K,).
+
+    None for a method without a code to traverse.
+    """
+    found = method.traversal({key: value[:1] for key, value in batch.items()}, WALKED.to(batch["image"].device))
+    if found is None:
+        return None
+    pictures = (found[0].float() + 0.5).clamp(0, 1).mul(255).round().byte().permute(0, 1, 3, 4, 2)  # (D, K, S, S, 3)
+    return {"frame": batch["image"][0, 0].cpu().numpy(), "pictures": pictures.cpu().numpy(), "values": WALKED.numpy()}
+
+
 def measure_heldout(
     method: Method, sampler: WindowSampler, batches: int, compute: Compute, media: Path | None, update: int
 ) -> dict[str, Any]:
@@ -133,6 +149,10 @@ def _measure_heldout(
                 if len(rolled) > 1:
                     arrays["prediction_zero"] = keep[rolled[1]]
                 np.savez_compressed(media / "openloop_heldout.npz", allow_pickle=False, **arrays)
+            with compute.autocast():
+                walked = traversal(method, batch)
+            if walked:
+                np.savez_compressed(media / "traversal_heldout.npz", allow_pickle=False, **walked)
             if found:
                 truth, rebuilt = (x.cpu().numpy() for x in found[1].values())
                 np.savez_compressed(

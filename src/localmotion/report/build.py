@@ -299,6 +299,7 @@ def report(run_dirs: Sequence[str | Path], out: str | Path) -> Path:
     topics: list[tuple[str, Sequence[Block], str]] = [
         ("Held-out figures of pre-training", heldout, ""),
         ("Open-loop prediction", strips, "No run saved an open-loop prediction (media/openloop_*.npz)."),
+        ("Latent traversal", data.each(data.runs, "traversal_*.npz", lambda p, r: media.traversal(p, r.name)), ""),
         (
             "Atomic Actions",
             data.each(data.runs, "atomic_*.png", lambda p, r: media.atomic_actions(p, r.name)),

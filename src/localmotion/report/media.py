@@ -3,6 +3,7 @@
     openloop_*.npz   truth, prediction (N, T, H, W, 3) uint8, context int; any prediction_<name> of the same shape
     masked_*.npz     truth, masked, reconstruction (M, P, P, 2) float: flow patches
     embedding_*.npz  xy (n, 2) float, labels (or label) (n,) strings, title; optional angle (n,) radians
+    traversal_*.npz  frame (H, W, 3), pictures (D, K, H, W, 3) uint8: the frame's code with number d set to values[k]; values (K,)
     flow_*.npz       magnitudes (n,) float, name
     atomic_*.png     Atomic Actions drawn on clips
     eval_<env step>.mp4   film of an evaluation episode; eval_<word>.mp4 for a special one, e.g. eval_best.mp4
@@ -129,6 +130,18 @@ def embedding(path: Path, run: str) -> Picture:
         raise MediaError(f"{path.name}: {error}") from error
     how = "direction of motion" if angle is not None else "label"
     return Picture(data, f"{run}: t-SNE of the motion code, {len(label)} windows, coloured by {how}.", title)
+
+
+def traversal(path: Path, run: str) -> Picture:
+    """Pictures of a code's numbers, each set to several values."""
+    arrays = read_arrays(path, ("frame", "pictures", "values"))
+    try:
+        data = strips.traversal(arrays["frame"], arrays["pictures"], arrays["values"])
+    except (ValueError, TypeError) as error:
+        raise MediaError(f"{path.name}: {error}") from error
+    caption = f"{run}: the code of one held-out frame, decoded with one of its {len(arrays['pictures'])} numbers set to the value above."
+    caption += " A row that does not change belongs to a number that the decoder does not read."
+    return Picture(data, caption, "Latent traversal: one row for each number of the code")
 
 
 def flow_magnitudes(path: Path) -> tuple[str, NDArray[np.float64]]:

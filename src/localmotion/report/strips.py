@@ -231,6 +231,41 @@ def masked_reconstruction(
     return _save(figure)
 
 
+@styled
+def traversal(frame: Pixels, pictures: Pixels, values: ArrayLike) -> bytes:
+    """Latent traversal as a PNG: a row for each of D numbers of a code, a column for each of K values that it is set to.
+
+    ``frame`` (H, W, 3) and ``pictures`` (D, K, H, W, 3) uint8, ``values`` (K,). Below a row's name is its largest change of a picture:
+    mean difference over pixels and channels, in grey levels. Rows fill two halves, left and right. Raises ValueError for other shapes.
+    """
+    numbers = np.asarray(values, dtype=np.float64)
+    fits = pictures.ndim == 5 and pictures.shape[-1] == 3 and pictures.size > 0 and frame.shape == pictures.shape[2:]
+    if not fits or numbers.shape != pictures.shape[1:2] or {pictures.dtype, frame.dtype} != {np.dtype(np.uint8)}:
+        raise ValueError(f"a traversal needs (D, K, H, W, 3) uint8 and (K,), not {pictures.shape} and {numbers.shape}")
+    D, K, H, W = pictures.shape[:4]
+    shown = pictures.astype(np.float64)
+    changes = np.abs(shown.max(1) - shown.min(1)).mean((1, 2, 3))  # (D,)
+    gap, label, head, aspect = 0.06, 0.75, 0.4, H / W
+    rows = -(-D // 2)
+    half = label + K * (1 + gap) + 0.35
+    across, down = 1.35 + 2 * half, head + rows * (aspect + gap)
+    figure, axes = _canvas(WIDTH, WIDTH * down / across, across, down)
+    axes.text(0.55, head * 0.5, "frame", ha="center", va="center", color=GREY, fontsize=8)
+    axes.imshow(frame, extent=(0.05, 1.05, head + aspect, head), interpolation="nearest", aspect="auto", zorder=2)
+    for d in range(D):
+        left, y = 1.35 + (d // rows) * half, head + (d % rows) * (aspect + gap)
+        text = f"{d + 1}\n{changes[d]:.1f}"
+        axes.text(left + label - 0.12, y + aspect / 2, text, ha="right", va="center", color=GREY, fontsize=7.5)
+        for k in range(K):
+            x = left + label + k * (1 + gap)
+            if d % rows == 0:
+                axes.text(x + 0.5, head * 0.5, f"{numbers[k]:g}", ha="center", va="center", color=GREY, fontsize=7.5)
+            axes.imshow(pictures[d, k], extent=(x, x + 1, y + aspect, y), interpolation="nearest", aspect="auto", zorder=2)
+    axes.set_xlim(0, across)
+    axes.set_ylim(down, 0)
+    return _save(figure)
+
+
 def _wheel(axes: Axes, x: float, y: float, scale: float, font: float) -> None:
     side = np.linspace(-1, 1, 161)
     field = np.stack(np.meshgrid(side, side), axis=-1)
