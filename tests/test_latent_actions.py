@@ -23,7 +23,7 @@ from localmotion.methods.base import MASK, MOTION
 from localmotion.models import augmentation
 from localmotion.models.augmentation import perspectives, rotations, shifts, warped
 from localmotion.models.latent_actions import Quantizer, masked_error
-from localmotion.models.latent_windows import pictures, stacks, starts
+from localmotion.models.latent_windows import futures, pictures, stacks, starts
 from localmotion.recipe import Recipe
 from localmotion.recording.collect import collect
 from localmotion.recording.logs import EpisodeSampler, label_set
@@ -572,3 +572,15 @@ def test_every_setting_reaches_what_it_is_for(name: str) -> None:
         if found != expected:
             wrong[setting] = f"changes {sorted(found)}, declared {sorted(expected)}"
     assert not wrong, "\n".join(f"{key} {what}" for key, what in wrong.items())
+
+
+def test_a_prediction_is_given_the_latent_actions_of_the_next_clip_after_its_context() -> None:
+    codes = torch.randn(3, 6, 4)
+    rows = futures(codes, 2)
+    assert list(rows) == ["latent_action", "zero_action", "swapped_action"]
+    assert torch.equal(rows["latent_action"], codes)
+    for row in rows.values():
+        assert torch.equal(row[:, :2], codes[:, :2])
+    assert not rows["zero_action"][:, 2:].any()
+    assert torch.equal(rows["swapped_action"][:, 2:], codes[[1, 2, 0], 2:])
+    assert "swapped_action" not in futures(codes[:1], 2)

@@ -165,7 +165,7 @@ def test_the_first_frame_has_no_latent_action_and_predictions_use_the_later_ones
         other = method.motion_code({**batch, "image": batch["image"].flip(0)})
     assert not code[:, 0].any()
     assert not torch.equal(code[:, 1:], other[:, 1:])
-    assert list(rows) == ["latent_action", "zero_action"]
+    assert list(rows) == ["latent_action", "zero_action", "swapped_action"]
     assert not torch.equal(rows["latent_action"][:, 3:], rows["zero_action"][:, 3:])
 
 

@@ -24,7 +24,7 @@ from localmotion.video.sample import Split, WindowSampler
 from localmotion.video.store import Clip, ClipStore, ClipStoreWriter
 
 AT_ONCE = 8
-"""Number of windows that are predicted in one batch."""
+"""Largest number of windows that are predicted in one batch."""
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,8 @@ def predict(
         seed: of the choice of windows and videos.
 
     DRP has two rows. ``motion`` uses a^agg of the tracked points, as in the paper's Fig. 8. ``zero_motion`` uses no
-    information from the future. IPV and APV have the row ``prior``. PreLAR and latent action models have ``latent_action``,
-    with the latent actions of the true frames, and ``zero_action``.
+    information from the future. IPV and APV have the row ``prior``. PreLAR, LAPO and MaskLAM have ``latent_action``, with the
+    latent actions of the true frames, ``zero_action``, and ``swapped_action``, with those of the next window (see `futures`).
 
     Raises CheckpointError, StoreError or VideoError, and ConfigError if a run cannot predict from video alone.
     """
@@ -143,8 +143,8 @@ def _predict(
             mask=bool(needs & MASK),
         )
         chosen = chosen or _spread(sampler, windows, seed)
-        for begin in range(0, len(chosen[0]), AT_ONCE):
-            part = slice(begin, begin + AT_ONCE)
+        for indices in np.array_split(np.arange(len(chosen[0])), -(-len(chosen[0]) // AT_ONCE)):  # no batch of one beside others
+            begin, part = int(indices[0]), slice(int(indices[0]), int(indices[-1]) + 1)
             batch = {k: v.to(each.compute.device) for k, v in sampler.windows(chosen[0][part], chosen[1][part]).items()}
             with each.compute.own_randomness(), each.compute.autocast():
                 torch.manual_seed(seed + begin)

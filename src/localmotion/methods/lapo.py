@@ -71,6 +71,7 @@ from localmotion.models.latent_windows import (
     decoding_error,
     every,
     frozen,
+    futures,
     newest,
     pictures,
     r_squared,
@@ -291,10 +292,7 @@ class LAPO(Method):
         return frozen(self.inverse, self._step(frames, ends - 1, begin)).unflatten(0, ends.shape)
 
     def open_loop(self, batch: Batch, context: int) -> dict[str, Tensor]:
-        """`latent_action`: the forward model given the latent actions of the true frames; `zero_action`: given zeros instead."""
+        """The forward model given latent actions: the rows of `futures`."""
         frames, codes = pictures(batch["image"]), self.motion_code(batch)
-        codes = self.inverse.code(codes.flatten(0, 1))[0].view_as(codes)
-
-        known = codes * (torch.arange(codes.shape[1], device=codes.device) < context)[:, None]
-        rows = {"latent_action": codes, "zero_action": known}
+        rows = futures(self.inverse.code(codes.flatten(0, 1))[0].view_as(codes), context)
         return {name: roll_out(self.dynamics, frames, latents, context, self.before) for name, latents in rows.items()}

@@ -63,6 +63,7 @@ from localmotion.models.latent_windows import (
     decoding_error,
     every,
     frozen,
+    futures,
     newest,
     pictures,
     r_squared,
@@ -267,15 +268,11 @@ class MaskLAM(Method):
         return frozen(self.inverse, self._steps(seen, now - 1, now, starts(batch["is_first"]))).unflatten(0, now.shape)
 
     def open_loop(self, batch: Batch, context: int) -> dict[str, Tensor]:
-        """`latent_action`: the forward model given the latent actions of the true frames; `zero_action`: given zeros instead.
-
-        A predicted frame has the last observed mask.
-        """
+        """The forward model given latent actions: the rows of `futures`. A predicted frame has the last observed mask."""
         frames, masks, codes = pictures(batch["image"]), self._masks(batch), self.motion_code(batch)
 
         def see(picture: Tensor, t: int) -> Tensor:
             return self._inputs(picture, masks[:, t])
 
-        known = codes * (torch.arange(codes.shape[1], device=codes.device) < context)[:, None]
-        rows = {"latent_action": codes, "zero_action": known}
+        rows = futures(codes, context)
         return {name: roll_out(self.dynamics, frames, latents, context, STACK, see) for name, latents in rows.items()}

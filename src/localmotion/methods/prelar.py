@@ -65,6 +65,7 @@ from localmotion.models.consistency import Form, consistency_loss, distances
 from localmotion.models.encoders import xavier_all_
 from localmotion.models.heads import MLP
 from localmotion.models.image import ImageModel
+from localmotion.models.latent_windows import futures
 from localmotion.models.learned_actions import ActionMapping, Code, CodeShape, InverseDynamics, MappedDynamics
 from localmotion.models.rssm import RSSM, RSSMState, kl_loss
 
@@ -264,13 +265,13 @@ class PreLAR(Method):
         return action, Carry(state, action)
 
     def open_loop(self, batch: Batch, context: int) -> dict[str, Tensor]:
-        """Prior rolled out after ``context`` frames: `latent_action` with the latent actions of the true frames, `zero_action` with
-        zeros instead. After fine-tuning `action`, with the real actions."""
+        """Prior rolled out after ``context`` frames, given latent actions: the rows of `futures`. After fine-tuning `action`, with the
+        real actions."""
         embed, maps = self.image.encode(self.image.pixels(batch["image"]), batch["image"], frame=context - 1)
         true = self.mapping(batch["action"]) if self.acts else self.motion_code(batch)  # (B, T, Z)
         assert true is not None
         post, _ = self.latent.observe(embed[:, :context], true[:, :context], batch["is_first"][:, :context])
-        rows = {"action": true} if self.acts else {"latent_action": true, "zero_action": torch.zeros_like(true)}
+        rows = {"action": true} if self.acts else futures(true, context)
         return {
             name: self.image.pictures(self.latent.open_loop(post, actions[:, context:]), maps) for name, actions in rows.items()
         }

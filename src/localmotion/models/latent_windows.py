@@ -123,6 +123,18 @@ def roll_out(
     return torch.stack(out, 1)
 
 
+def futures(codes: Tensor, context: int) -> dict[str, Tensor]:
+    """Latent actions (B, T, Z) that a prediction may be given after ``context`` frames, by the name of the row of `Method.open_loop`.
+
+    `latent_action`: ``codes``, those of the true frames. `zero_action`: zeros. `swapped_action`: those of the next clip of the batch (the
+    last clip gets those of the first). If latent actions mean the same in every clip, the prediction then moves as the next clip does. A
+    batch of one clip has no such row.
+    """
+    known = (torch.arange(codes.shape[1], device=codes.device) < context)[:, None]
+    rows = {"latent_action": codes, "zero_action": codes * known}
+    return rows if len(codes) == 1 else {**rows, "swapped_action": torch.where(known, codes, codes.roll(-1, 0))}
+
+
 def frozen(module: nn.Module, x: Tensor) -> Tensor:
     """``module(x)`` as float, without a gradient."""
     with torch.no_grad():

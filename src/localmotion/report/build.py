@@ -43,6 +43,7 @@ _PREDICTORS = {
     "latent_action": "with the latent actions of the true frames",
     "zero_motion": "with zero motion",
     "zero_action": "with latent actions of zero",
+    "swapped_action": "with the latent actions of another clip",
     "last_frame": "copy of the last frame",
 }
 _TRIVIAL = {"zero": "over zero flow", "frame_mean": "over the frame's mean", "nearest_time": "over the nearest time"}

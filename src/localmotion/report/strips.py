@@ -283,6 +283,7 @@ ROWS = {
     "latent_action": "prediction, true latent actions",
     "zero_motion": "prediction, zero motion",
     "zero_action": "prediction, zero latent actions",
+    "swapped_action": "prediction, latent actions of the next clip",
     "last_frame": "last frame, copied",
 }
 """Names of the held-out evaluation's predictors in a strip."""

@@ -69,25 +69,25 @@ def _whitened(image: Tensor) -> Tensor:
 def predictions_see_no_future(subject: Subject) -> None:
     """A prediction uses no picture or reward after its context. Only a row `motion` may use later motion, a row `action` actions.
 
-    A row `latent_action` may use what later pictures say of the action: it shows what a latent action holds.
+    The rows `latent_action` and `swapped_action` may use what later pictures say of the action: they show what a latent action holds.
     """
     method, batch = subject.build().eval(), _clips(subject)
     after = slice(CONTEXT, None)
     plain = _predicted(method, batch)
-    for what, keys, row_with in (
-        ("picture or reward", {"image", "reward"}, "latent_action"),
-        ("motion", set(MOTION_KEYS), "motion"),
-        ("action", {"action"}, "action"),
+    for what, keys, rows_with in (
+        ("picture or reward", {"image", "reward"}, ("latent_action", "swapped_action")),
+        ("motion", set(MOTION_KEYS), ("motion",)),
+        ("action", {"action"}, ("action",)),
     ):
         if not keys & set(batch):
             continue
         other = _predicted(method, _other(batch, keys, after))
         for row, pictures in plain.items():
-            if row != row_with:
+            if row not in rows_with:
                 # A sum over other values in another order may round otherwise; what is seen changes more.
                 same = torch.allclose(other[row], pictures, atol=1e-6, rtol=1e-5)
-                named = row_with in ("motion", "action")
-                fix = f"cut the batch at `context`, or call the row {row_with!r}" if named else "cut the batch at `context`"
+                named = what in ("motion", "action")
+                fix = f"cut the batch at `context`, or call the row {what!r}" if named else "cut the batch at `context`"
                 require(same, f"row {row!r} changes with another {what} after its {CONTEXT} frames of context", fix)
 
 
