@@ -10,6 +10,7 @@ import subprocess
 import sys
 import types
 from collections.abc import Callable, Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,10 @@ def stand_ins(patch: pytest.MonkeyPatch, *names: str) -> None:
     """`Anything` for those of the packages ``names`` that are not installed."""
     for name in names:
         try:
-            __import__(name)
-        except ImportError:
+            found = find_spec(name)
+        except (ModuleNotFoundError, ValueError):  # the parent package is missing or is a stand-in itself
+            found = None
+        if found is None:
             patch.setitem(sys.modules, name, Anything(name))
 
 
