@@ -183,8 +183,8 @@ def averages(report: Gathered, groups: Sequence[Group]) -> list[Block]:
         key, name = ("success_rate", "Success rate") if percent else ("return_mean", "Episode return")
         drawn = []
         for label, members in whole.items():
-            if curves := _mean_over_tasks(report, members, key):
-                drawn.append(plots.CurveGroup(label, curves, summarise(final_scores(curves))))
+            if means := _mean_over_tasks(report, members, key):
+                drawn.append(plots.CurveGroup(label, means, summarise(final_scores(means))))
         if drawn:
             title = f"{name}, average over {len(tasks)} tasks of {suite}"
             chart = plots.learning_curves(drawn, title=title, ylabel=name.lower(), percent=percent)
