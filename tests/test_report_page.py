@@ -19,14 +19,15 @@ from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
 from localmotion.errors import CheckpointError
-from localmotion.report import media, page
+from localmotion.report import media, page, plots
 from localmotion.report.build import duration, report, seconds_per_update
 from localmotion.report.page import Code, Fold, Notice, Picture, Row, Section, Settings, Table, Text, Tiles, Video
-from localmotion.report.results import differing_settings
+from localmotion.report.plots import CurveGroup
+from localmotion.report.results import Gathered, averages, differing_settings, group_runs
 from localmotion.report.strips import png
 from localmotion.runs.read import read_run
 from property_examples import examples
-from report_runs import moving_clip, online_run, pretrain_run, write_lines, write_mp4
+from report_runs import base, moving_clip, online_run, pretrain_run, write_lines, write_mp4
 
 VOID = {"meta", "img", "source", "br"}
 
@@ -192,6 +193,39 @@ def test_a_full_report_shows_everything(tmp_path: Path) -> None:
     assert line is not None
     assert f"{line['masked/model'] / 0.48:.2f}" in said
     assert not list(tmp_path.glob("**/*.tmp"))
+
+
+def evaluated(path: Path, env: str, seed: int, values: list[float], label: str = "DRP", **more: Any) -> Path:
+    """An online run with evaluations after 1,000, 2,000, ... env steps."""
+    config = {"method": "drp", "stage": "train", "preset": "tiny", "seed": seed, "env": env, "label": label, "checkpoint": ""}
+    base(path, config | more)
+    lines = [{"kind": "eval", "env_step": 1000.0 * (i + 1), "return_mean": v, "episodes": 2} for i, v in enumerate(values)]
+    write_lines(path / "metrics.jsonl", lines)
+    return path
+
+
+def test_curves_are_averaged_over_the_tasks_of_a_suite(tmp_path: Path) -> None:
+    """By seed, where every task has a value, and only for labels and seeds that every task has."""
+    runs = [
+        evaluated(tmp_path / "w0", "planar:walker_run", 0, [10, 20, 30]),
+        evaluated(tmp_path / "h0", "planar:hopper_stand", 0, [30, 60]),
+        evaluated(tmp_path / "w1", "planar:walker_run", 1, [10, 20, 30]),  # hopper has no seed 1
+        evaluated(tmp_path / "wi", "planar:walker_run", 0, [1, 2, 3], "IPV"),  # and no IPV
+        evaluated(tmp_path / "d", "dmc:walker_run", 0, [5, 5]),
+    ]
+    groups = group_runs([read_run(run) for run in runs])
+    drawn: list[CurveGroup] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "learning_curves", lambda groups, **_: drawn.extend(groups) or b"<svg></svg>")
+        blocks = averages(Gathered([read_run(run) for run in runs]), groups)
+    assert len(blocks) == 1
+    assert [(group.label, len(group.curves)) for group in drawn] == [("DRP", 1)]
+    assert drawn[0].curves[0].env_steps.tolist() == [1000, 2000]
+    assert drawn[0].curves[0].values.tolist() == [20, 40]
+    assert drawn[0].final is not None
+    assert drawn[0].final.mean == 40
+    assert "average over 2 tasks of planar" in report(runs, tmp_path / "page.html").read_text()
+    assert "Average over tasks" not in report(runs[2:], tmp_path / "one.html").read_text()
 
 
 def test_a_run_of_an_earlier_version_is_shown_as_a_run_of_today(tmp_path: Path) -> None:

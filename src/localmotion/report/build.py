@@ -26,7 +26,7 @@ from localmotion.report.page import (
     build_page,
     flatten,
 )
-from localmotion.report.results import Gathered, Group, origin, results
+from localmotion.report.results import Gathered, Group, averages, origin, results
 from localmotion.report.style import short
 from localmotion.runs.read import Line, RunData, number, read_run
 
@@ -292,6 +292,8 @@ def report(run_dirs: Sequence[str | Path], out: str | Path) -> Path:
         shown[:0] = _budgets(data, env, here)
         sections.append(Section(f"Results in {env}", shown))
         tiles += found
+    if shown := averages(data, groups):
+        sections.append(Section("Average over tasks", shown))
     heldout, found = _heldout(data)
     tiles += found
 

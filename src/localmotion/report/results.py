@@ -10,7 +10,7 @@ from typing import TypeVar
 import numpy as np
 
 from localmotion.errors import LocalmotionError
-from localmotion.evaluation.statistics import Curve, Summary, final_scores, summarise
+from localmotion.evaluation.statistics import Curve, Summary, aggregate_curves, final_scores, summarise
 from localmotion.report import media, plots
 from localmotion.report.page import Block, Notice, Picture, Row, Table, flatten
 from localmotion.report.style import score, short
@@ -159,6 +159,55 @@ def results(report: Gathered, env: str, groups: Sequence[Group]) -> tuple[list[B
     if not blocks:
         blocks.append(Notice(f"The runs in {env} have no evaluations, episodes or films yet."))
     return blocks, tiles
+
+
+def averages(report: Gathered, groups: Sequence[Group]) -> list[Block]:
+    """Learning curves averaged over the tasks of a suite: one chart for each suite with two tasks or more.
+
+    A chart has the labels that every task of the suite has, and of each label the seeds that every task has. A seed's curve is
+    the mean over tasks, where all of them have a value. Success rates are averaged if every task has them, else returns.
+    Runs on logged episodes are left out.
+    """
+    suites: dict[str, dict[str, dict[str, Group]]] = {}
+    for group in groups:
+        if group.unit == "env steps":
+            suites.setdefault(group.env.partition(":")[0], {}).setdefault(group.label, {})[group.env] = group
+    blocks: list[Block] = []
+    for suite, labels in suites.items():
+        tasks = list(dict.fromkeys(env for known in labels.values() for env in known))
+        whole = {label: list(known.values()) for label, known in labels.items() if len(known) == len(tasks)}
+        if len(tasks) < 2 or not whole:
+            continue
+        runs = [run for members in whole.values() for group in members for run in group.runs]
+        percent = all(any("success_rate" in line for line in run.lines.get("eval", ())) for run in runs)
+        key, name = ("success_rate", "Success rate") if percent else ("return_mean", "Episode return")
+        drawn = []
+        for label, members in whole.items():
+            if means := _mean_over_tasks(report, members, key):
+                drawn.append(plots.CurveGroup(label, means, summarise(final_scores(means))))
+        if drawn:
+            title = f"{name}, average over {len(tasks)} tasks of {suite}"
+            chart = plots.learning_curves(drawn, title=title, ylabel=name.lower(), percent=percent)
+            caption = (
+                f"Mean over {', '.join(tasks)} for each seed. Thick: mean over seeds; shade: one population standard deviation."
+            )
+            blocks.append(Picture(chart, caption, f"Learning curves: {title}"))
+    return blocks
+
+
+def _mean_over_tasks(report: Gathered, groups: Sequence[Group], key: str) -> tuple[Curve, ...]:
+    """One curve for each seed that all groups (one per task) have: the mean over tasks where all have a value."""
+    curves = []
+    by_seed = [{run.seed: run for run in group.runs} for group in groups]
+    for seed in by_seed[0]:
+        runs = [known[seed] for known in by_seed if seed in known]
+        found = [curve for run in runs if (curve := eval_curve(report, run, key)) is not None]
+        if len(found) < len(groups):
+            continue
+        band = aggregate_curves(found)
+        if band.complete.any():
+            curves.append(Curve(band.env_steps[band.complete], band.mean[band.complete]))
+    return tuple(curves)
 
 
 def _doubts(group: Group) -> list[str]:

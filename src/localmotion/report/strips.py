@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import math
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -95,6 +96,12 @@ def strip_times(frames: int, context: int, columns: int = 12) -> list[int]:
     return times + sorted({round(t) for t in np.linspace(context, frames - 1, left)}) if left > 0 else times
 
 
+def in_lines(name: str, width: int = 13) -> str:
+    """A row's name in lines of at most ``width`` characters: "ipv_pre: prior" -> "ipv_pre:" and "prior"."""
+    parts = name.replace(", ", ",\n").replace(": ", ":\n").split("\n")
+    return "\n".join(line for part in parts for line in textwrap.wrap(part, width))
+
+
 @styled
 def prediction_strips(
     truth: Pixels,
@@ -161,7 +168,7 @@ def prediction_strips(
         for name, prediction in predictions.items():
             y = row(
                 y,
-                plain(name, 40).replace(", ", ",\n"),
+                in_lines(plain(name, 40)),
                 prediction[n, times],
                 _frame_psnr(shown[n], prediction[n, times]),
             )
