@@ -168,7 +168,7 @@ def prediction_strips(
         for name, prediction in predictions.items():
             y = row(
                 y,
-                in_lines(plain(name, 40)),
+                in_lines(plain(name, 60)),
                 prediction[n, times],
                 _frame_psnr(shown[n], prediction[n, times]),
             )
