@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import math
-import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -131,7 +130,7 @@ def prediction_strips(
     top = max(0.05, math.ceil(max(peaks, default=0.0) * 20) / 20)
 
     # Laid out in units of a picture's width: `label` is the column of names, `line` the height of a line of text.
-    gap, label, line = 0.13, 1.6, 0.3
+    gap, label, line = 0.13, 1.3, 0.3
     aspect = H / W
     clip_height = (1 + 2 * len(predictions)) * (aspect + gap) + len(predictions) * line
     head = line * (2.4 if title else 1.2)
@@ -162,7 +161,7 @@ def prediction_strips(
         for name, prediction in predictions.items():
             y = row(
                 y,
-                textwrap.fill(plain(name, 60), 15),  # as wide as the column of names
+                plain(name, 40).replace(", ", ",\n"),
                 prediction[n, times],
                 _frame_psnr(shown[n], prediction[n, times]),
             )
