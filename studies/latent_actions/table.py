@@ -35,7 +35,7 @@ def main() -> None:
         [[str(row["latent"]), row["loss"], str(row["seed"]), f"{row['action']:.2f}", f"{row['texture']:.2f}"] for row in toy],
     )
     by_task: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
-    for row in rows("rows/probes-*.jsonl"):
+    for row in rows("rows/first/probes-*.jsonl"):
         by_task[row["task"]][row["arm"]].append(row)
     for task, arms in by_task.items():
         exact = next(iter(arms.values()))[0]["exact flow"]
