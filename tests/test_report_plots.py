@@ -121,7 +121,7 @@ def test_saved_strips_name_the_rows_and_make_the_folder(tmp_path: Path) -> None:
 
 def test_long_names_of_rows_stay_in_the_picture() -> None:
     clip = moving_clip(8, 16)[None]
-    for name in ("prelar: swapped action", "a_run_with_a_long_name: zero motion"):
+    for name in ("prelar: swapped action", "prelar: latent action", "a_run_with_a_long_name: zero motion"):
         shown = pixels(strips.prediction_strips(clip, {name: clip}, context=3))
         assert (shown[:, :2] == 255).all()  # no letter touches the edge
         assert (shown[:, :140, :3] < 200).any()
