@@ -31,6 +31,8 @@ from localmotion.report.style import GRID, GROUND, MUTED, PALETTE, WIDTH, plain,
 
 Floats = NDArray[np.float64]
 P = ParamSpec("P")
+MARKERS = "osD^vPX*"
+"""Marker of the first, second, ... learning curve, as many as there are colours."""
 
 
 def _save(figure: Figure) -> bytes:
@@ -102,7 +104,8 @@ def learning_curves(
         band = aggregate_curves(group.curves)
         several = len(group.curves) > 1
         one_grid = all(len(c.env_steps) == len(band.env_steps) for c in group.curves)
-        marker = "o" if one_grid and len(band.env_steps) <= 40 else None
+        shape = MARKERS[i % len(MARKERS)]
+        marker = shape if one_grid and len(band.env_steps) <= 40 else None
         if several:
             for curve in group.curves:
                 axes.plot(curve.env_steps, curve.values, color=colour, linewidth=0.8, alpha=0.45)
@@ -112,10 +115,10 @@ def learning_curves(
         if not band.complete.all():
             axes.plot(band.env_steps, band.mean, color=colour, linewidth=1.6, linestyle=(0, (2, 2)))
         axes.plot(
-            band.env_steps, solid, color=colour, linewidth=2.2, marker=marker, markersize=4, markeredgecolor=GROUND,
-            markeredgewidth=0.8, solid_capstyle="round",
+            band.env_steps, solid, color=colour, linewidth=2.2, marker=marker, markersize=6, markeredgecolor=GROUND,
+            markeredgewidth=0.6, solid_capstyle="round",
         )  # fmt: skip
-        lines = _legend_entry(figure, lines, unit, colour, group, percent)
+        lines = _legend_entry(figure, lines, unit, colour, shape if marker else "o", group, percent)
     if random_policy is not None:
         axes.axhline(random_policy, color=MUTED, linewidth=1.3, linestyle=(0, (1, 2)))
         value = score(random_policy, percent=percent)
@@ -170,9 +173,9 @@ def budget_curves(
     return figure
 
 
-def _legend_entry(figure: Figure, top: float, unit: float, colour: str, group: CurveGroup, percent: bool) -> float:
+def _legend_entry(figure: Figure, top: float, unit: float, colour: str, marker: str, group: CurveGroup, percent: bool) -> float:
     """One entry of the table beside the curves; returns where the next one starts, in figure fractions. ``unit``: 3.9 inches."""
-    figure.text(0.71, top - 0.03 * unit, "●", color=colour, fontsize=11, va="center")
+    figure.add_artist(Line2D([0.715], [top - 0.03 * unit], color=colour, marker=marker, markersize=7, linestyle=""))
     figure.text(0.735, top - 0.03 * unit, plain(group.label, 38), fontsize=9.5, weight="bold", va="center")
     seeds = f"{len(group.curves)} seed{'s' * (len(group.curves) > 1)}"
     text = seeds

@@ -96,7 +96,7 @@ def strip_times(frames: int, context: int, columns: int = 12) -> list[int]:
     return times + sorted({round(t) for t in np.linspace(context, frames - 1, left)}) if left > 0 else times
 
 
-def in_lines(name: str, width: int = 13) -> str:
+def in_lines(name: str, width: int = 12) -> str:
     """A row's name in lines of at most ``width`` characters: "ipv_pre: prior" -> "ipv_pre:" and "prior"."""
     parts = name.replace(", ", ",\n").replace(": ", ":\n").split("\n")
     return "\n".join(line for part in parts for line in textwrap.wrap(part, width))
