@@ -18,10 +18,10 @@ from localmotion.video.store import ClipStore
 
 Floats = NDArray[np.float32]
 SKIP = 4  # first positions of a window to leave out: a code that uses past frames has too little history there
-TARGETS = ("links", "velocities", "actions", "background")
+TARGETS = ("links", "velocities", "actions", "background", "colours", "pose")
 LEAST_MOTION = 1e-3
 """Pixels per step. Components of the links' velocities with a smaller standard deviation are left out."""
-FILES = ("velocities", "actions", "links", "exact_grid", "background")
+FILES = ("velocities", "actions", "links", "exact_grid", "background", "colours")
 PLACES = ("velocities", "links", "background")
 """Files whose row of the frame before is needed too."""
 LEAST_CLIPS, LEAST_TESTED = 10, 2
@@ -34,8 +34,8 @@ class Episodes:
     name: str
     episode: NDArray[np.int64]
     targets: dict[str, Floats]
-    """`velocities` (n, nv), `actions` (n, A), clipped to [-1, 1], `links` (n, up to 2L) and `background` (n, 2), if the collection
-    has them."""
+    """`velocities` (n, nv), `actions` (n, A), clipped to [-1, 1], `links` (n, up to 2L), `background` (n, 2) and `colours` (n, 3M), if
+    the collection has them. `pose` (n, up to 4L) stands beside `colours`: the dimensions of the pose that vary."""
     before: Floats | None
     """Velocities one frame earlier, (n, nv)."""
     tested: NDArray[np.bool_]
@@ -92,6 +92,10 @@ class ProbeData:
                 del joined["links"]
         if "background" in joined:
             joined["background"] = joined["background"] - earlier["background"]
+        if "colours" in joined:
+            joined["colours"] = joined["colours"].reshape(len(ids), -1)  # (n, M, 3) -> (n, 3M)
+            if pose is not None and (varies := pose.std(0) > LEAST_MOTION).any():
+                joined["pose"] = pose[:, varies]
         if "actions" in joined:
             joined["actions"] = joined["actions"].clip(-1, 1)
         self.episodes = Episodes(
