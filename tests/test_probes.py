@@ -118,6 +118,10 @@ def test_colours_and_pose_stand_in_tables_of_their_own(tmp_path: Path) -> None:
     picture, flow = rows[1:]
     assert picture["ridge colours"] > 0.7 > flow["ridge colours"]
     assert picture["mig colours"] < 0.2
+    for name, mean in (("ridge", "ridge colours"), ("mig", "mig colours")):
+        each = picture["by colour"][name]
+        assert list(each) == [f"{material} {channel}" for material in ("grid", "self") for channel in ("red", "green", "blue")]
+        assert np.mean(list(each.values())) == pytest.approx(picture[mean], abs=1e-3)
     tables = {title: (columns, cells) for title, columns, cells in probes.score_tables(rows)}
     for title in ("Colours of the materials", "Pose of the links"):
         columns, cells = tables[title]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,8 @@ class Episodes:
     """(n, 128) exact flow that led to the frame, averaged on an 8x8 grid, in pixels."""
     perceived_exactly: bool = False
     """The clips' own flow is exact."""
+    colours: tuple[str, ...] = ()
+    """Names of the dimensions of the target `colours`: material and channel."""
 
 
 class _Part(NamedTuple):
@@ -107,6 +110,7 @@ class ProbeData:
             pose,
             None if exact is None else exact.reshape(len(ids), -1),
             all(part.sampler.store.recipe["flow"] == "exact" for part in self._parts),
+            _channels(path) if "colours" in joined else (),
         )
 
     def batches(self) -> Iterator[Batch]:
@@ -149,6 +153,16 @@ def _read(path: Path, length: int, batch_size: int, mask: bool) -> _Part:
         raise ConfigError(f"{path}: some clips lack their actions, velocities or links; collect it again")
     now = {kind: np.concatenate(x) for kind, x in found.items()}
     return _Part(sampler, clips, starts, np.concatenate(episode), now, {kind: np.concatenate(x) for kind, x in before.items()})
+
+
+def _channels(path: Path) -> tuple[str, ...]:
+    """Names of the channels of a collection's materials, 3M. Raises ConfigError if they cannot be read."""
+    file = path / "collection.json"
+    try:
+        materials = json.loads(file.read_text())["colours"]["names"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{file}: has no names of materials ({error}); collect it again") from error
+    return tuple(f"{material} {channel}" for material in materials for channel in ("red", "green", "blue"))
 
 
 def _same_bodies(path: Path, test: Path, parts: list[_Part]) -> None:

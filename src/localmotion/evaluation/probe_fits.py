@@ -21,21 +21,24 @@ from localmotion.evaluation.probe_data import Episodes, Floats
 LAMBDAS = tuple(10.0**k for k in range(-4, 5))
 """Candidate ridge penalties, as factors on the number of samples. A tenth of the training episodes selects one."""
 
+LEAST_SPREAD = 1e-10
+"""A dimension of a target with a smaller variance does not vary."""
 BINS = 20
 """Bins of the histograms of the mutual information gap."""
 
 
 def r_squared(predicted: Floats, true: Floats) -> float:
-    """R^2 of two arrays (n, d): 1 - squared error / variance, averaged over the dimensions that vary.
+    """Mean of `explained` over the dimensions that vary; 0 if none varies."""
+    varies = true.astype(np.float64).var(0) > LEAST_SPREAD
+    return float(explained(predicted[:, varies], true[:, varies]).mean()) if varies.any() else 0.0
 
-    0 if none varies.
-    """
+
+def explained(predicted: Floats, true: Floats) -> NDArray[np.float64]:
+    """R^2 of each dimension of two arrays (n, d), (d,): 1 - squared error / variance. NaN for a dimension that does not vary."""
     spread = true.astype(np.float64).var(0)
-    varies = spread > 1e-10
-    if not varies.any():
-        return 0.0
     error = ((predicted.astype(np.float64) - true) ** 2).mean(0)
-    return float((1 - error[varies] / spread[varies]).mean())
+    found: NDArray[np.float64] = 1 - error / np.where(spread > LEAST_SPREAD, spread, np.nan)
+    return found
 
 
 @dataclass(frozen=True)

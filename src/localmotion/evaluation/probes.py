@@ -42,13 +42,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from localmotion import methods
 from localmotion.compute import PLAIN, Compute
 from localmotion.errors import ConfigError
 from localmotion.evaluation.probe_data import SKIP, Episodes, Floats, ProbeData
-from localmotion.evaluation.probe_fits import idm, mlp, mlp_fit, mutual_information_gap, ridge_fit
+from localmotion.evaluation.probe_fits import explained, idm, mlp, mlp_fit, mutual_information_gap, ridge_fit
 from localmotion.methods.base import MASK, Batch, Method
 from localmotion.runs.load import at_least, load_run
 
@@ -57,7 +58,7 @@ WITH_POSE, NMSE = " + pose", " nmse"
 MIG = "mig"
 """Beginning of the names of mutual information gaps."""
 EXACT, POSE, PICTURE = "exact flow, 8x8 grid", "pose alone", "picture, 8x8 grid"
-SHARE = "share of exact"
+SHARE, BY_COLOUR = "share of exact", "by colour"
 LEAST_EXACT = 0.1
 """No share is given where exact flow itself scores less than this."""
 OF_MOTION = ("links", "velocities")
@@ -116,7 +117,8 @@ def probe(
     Returns rows {data, code, width, frames, "ridge links", "ridge links + pose", "mlp links", "mlp links + pose", and the
     same for velocities, actions and background; "ridge actions nmse", "mlp actions nmse"}. Scores are R^2, except nmse (`Fit.nmse`).
     The background has no scores with the pose. A row lacks the scores of targets that the collection does not have. Colours and pose
-    have "mig colours" and "mig pose": means over their dimensions of `mutual_information_gap` on the test episodes.
+    have "mig colours" and "mig pose": means over their dimensions of `mutual_information_gap` on the test episodes. "by colour" has the
+    ridge regression's R^2 and the gap of each channel of a material: {"ridge": {"self red": 0.5, ...}, "mig": {...}}.
     If the collection has exact flow, "share of exact" is a dict of the scores for links and velocities divided by those of
     exact flow, where exact flow itself scores at least `LEAST_EXACT`.
 
@@ -204,12 +206,12 @@ def _row(data: ProbeData, name: str, width: int) -> dict[str, Any]:
     return {"data": data.episodes.name, "code": name, "width": width, "frames": len(data.episodes.episode)}
 
 
-def _scores(code: Floats | None, data: Episodes, networks: bool = True) -> dict[str, float]:
+def _scores(code: Floats | None, data: Episodes, networks: bool = True) -> dict[str, Any]:
     """Scores of a code (n, d) with and without the pose. ``code`` None: of the pose alone."""
     inputs = {} if code is None else {"": code}
     if data.pose is not None:
         inputs[WITH_POSE] = data.pose if code is None else np.concatenate([code, data.pose], 1)
-    out = {}
+    out: dict[str, Any] = {}
     for kind, target in data.targets.items():
         for ending, x in inputs.items():
             if ending and kind in ("background", *OF_A_FRAME):  # the pose of the agent is no part of it, or all
@@ -217,13 +219,22 @@ def _scores(code: Floats | None, data: Episodes, networks: bool = True) -> dict[
             for name, fit in {"ridge": ridge_fit, **({"mlp": mlp_fit} if networks else {})}.items():
                 found = fit(x, target, data)
                 out[f"{name} {kind}{ending}"] = round(found.score, 4)
+                if kind == "colours" and name == "ridge" and found.answer is not None:
+                    out[BY_COLOUR] = {name: _named(data.colours, explained(found.answer, target[data.tested]))}
                 if kind == "actions" and not ending:
                     out[f"{name} {kind}{NMSE}"] = round(found.nmse(target, data), 4)
         if code is not None and kind in OF_A_FRAME:
             gaps = mutual_information_gap(code[data.tested], target[data.tested])
+            if kind == "colours":
+                out[BY_COLOUR][MIG] = _named(data.colours, gaps)
             if (varies := np.isfinite(gaps)).any():
                 out[f"{MIG} {kind}"] = round(float(gaps[varies].mean()), 4)
     return out
+
+
+def _named(names: Sequence[str], values: NDArray[np.float64]) -> dict[str, float]:
+    """Those of the values that are numbers, by name."""
+    return {name: round(float(value), 4) for name, value in zip(names, values, strict=True) if np.isfinite(value)}
 
 
 def _ceilings(data: ProbeData, compute: Compute) -> list[dict[str, Any]]:
