@@ -105,7 +105,7 @@ def mutual_information_gap(code: Floats, factors: Floats) -> NDArray[np.float64]
     entropy. 1: one number says all of the factor and no other says anything. 0: no number says more than another one. NaN for a factor
     that does not vary. A code of one number is compared with 0.
 
-    Source: Chen et al. 2018 (arXiv 1802.04942), eq. 6. Probabilities are those of histograms of `BINS` bins of equal width between the
+    Source: Chen et al. 2018 (arXiv 1802.04942), section 4. Probabilities are those of histograms of `BINS` bins of equal width between the
     least and the largest value. With few rows this overestimates every mutual information. The bias is about the same for all numbers.
     """
     codes, wanted = (np.stack([_binned(column) for column in x.T]) for x in (code, factors))  # (d, n), (k, n)
