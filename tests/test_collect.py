@@ -108,6 +108,32 @@ def test_shifts_of_the_background_are_the_environments_in_pixels_of_the_stored_p
     made.close()
 
 
+def test_colours_are_those_that_the_pictures_are_drawn_with(tmp_path: Path) -> None:
+    """A scene painted with the kept colours, and all other materials in green, gives the stored pictures."""
+    collect("diswm:reacher_easy", tmp_path, policy="random", episodes=1, steps=3, recipe=SMALL)
+    kept = json.loads((tmp_path / "collection.json").read_text())
+    entry, names = kept["episodes"][0], kept["colours"]["names"]
+    colours, actions = (np.load(tmp_path / kind / f"{entry['id']}.npy") for kind in ("colours", "actions"))
+    assert names == ["grid", "self", "effector", "decoration", "target"]
+    assert colours.shape == (4, 5, 3)
+    assert colours.dtype == np.float32
+    stored = ClipStore(tmp_path).clip(0).frames
+    env: Any = make_env("diswm:reacher_easy", size=32)
+    env.reset(seed=entry["seed"])
+    painted = env.physics.model.ptr.mat_rgba
+    for t in range(4):
+        if t:
+            env.step(actions[t])
+        now = painted[:, :3].copy()
+        painted[:, :3] = (0, 1, 0)
+        for name, colour in zip(names, colours[t], strict=True):
+            painted[env.physics.model.ptr.material(name).id, :3] = colour
+        np.testing.assert_array_equal(env._draw(32), stored[t])
+        painted[:, :3] = now
+    assert np.abs(np.diff(colours, axis=0)).min(0).max() > 0.01
+    env.close()
+
+
 def test_a_collection_of_an_earlier_version_goes_on_without_links(tmp_path: Path) -> None:
     settings: Any = {"policy": "random", "steps": 2, "size": 32}
     collect("planar:hopper_hop", tmp_path, episodes=1, **settings)

@@ -19,8 +19,10 @@ from localmotion.envs import make_env
 from localmotion.errors import ConfigError
 from localmotion.evaluation import probe_data, probe_fits, probes
 from localmotion.evaluation.probe_data import Episodes, ProbeData
-from localmotion.evaluation.probe_fits import Fit, idm, mlp, mlp_fit, r_squared, ridge, ridge_fit
+from localmotion.evaluation.probe_fits import Fit, idm, mlp, mlp_fit, mutual_information_gap, r_squared, ridge, ridge_fit
 from localmotion.evaluation.probes import grid_flow, probe, save_probes
+from localmotion.recipe import Recipe
+from localmotion.recording.collect import collect
 from method_batches import CPU, make, make_batch
 
 
@@ -72,6 +74,59 @@ def test_what_names_the_episode_does_not_help_on_another() -> None:
     target = rng.normal(size=(20, 2)).astype(np.float32)[data.episode]
     assert ridge(x, target, data) < 0.05
     assert mlp(x, target, data, updates=200) < 0.2
+
+
+def test_the_gap_is_near_1_for_a_number_a_factor_and_near_0_for_numbers_that_share_them() -> None:
+    rng = np.random.default_rng(4)
+    factors = rng.uniform(-1, 1, (4000, 2)).astype(np.float32)
+    noise = rng.normal(size=(4000, 3)).astype(np.float32)
+    perfect = np.concatenate([noise, 3 - 5 * factors[:, ::-1]], 1)  # any order, sign and scale
+    assert mutual_information_gap(perfect, factors).min() > 0.9
+    assert mutual_information_gap(factors, factors).min() > 0.95
+    turned = factors @ (np.array([[1, 1], [-1, 1]], np.float32) / np.sqrt(2).astype(np.float32))
+    assert mutual_information_gap(turned, factors).max() < 0.05
+    assert mutual_information_gap(np.concatenate([factors, factors], 1), factors).max() == pytest.approx(0, abs=1e-9)
+    assert mutual_information_gap(noise, factors).max() < 0.03
+
+
+def test_the_gap_by_hand() -> None:
+    """Two fair bits. Number 0 of the code is the first bit, number 1 is it in half of the rows. Number 2 never varies."""
+    bit = np.array([0, 0, 1, 1] * 2, np.float32)
+    half = np.array([0, 0, 1, 1, 0, 0, 0, 0], np.float32)
+    code, factors = np.stack([bit, half, half * 0], 1), np.stack([bit, bit * 0 + 3], 1)
+    h = -(0.25 * np.log(0.25) + 0.75 * np.log(0.75))  # entropy of half
+    shared = h - 0.5 * np.log(2)  # H(half) - H(half | bit)
+    gaps = mutual_information_gap(code, factors)
+    assert gaps[0] == pytest.approx((np.log(2) - shared) / np.log(2))
+    assert np.isnan(gaps[1])
+    assert mutual_information_gap(code[:, 1:2], factors)[0] == pytest.approx(shared / np.log(2))
+
+
+def test_colours_and_pose_stand_in_tables_of_their_own(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    collect("diswm:cheetah_run", store, policy="random", episodes=10, steps=14, recipe=Recipe(size=16, percept_size=32, tracks=4))
+    rows = probe([], [store], length=8, networks=False)
+    assert [row["code"] for row in rows] == ["pose alone", "picture, 8x8 grid", "flow, 8x8 grid"]
+    assert rows[1]["width"] == 192
+    data = ProbeData(store, 8)
+    kept = [np.load(store / kind / f"{data.sampler.store.ids[0]}.npy") for kind in ("colours", "links")]
+    np.testing.assert_array_equal(data.episodes.targets["colours"][:4], kept[0][4:8].reshape(4, 6))
+    names = json.loads((store / "collection.json").read_text())["links"]["names"]
+    assert data.episodes.pose is not None
+    assert data.episodes.targets["pose"].shape[1] <= 4 * len(names)
+    np.testing.assert_allclose(data.episodes.targets["pose"][0, 0], kept[1][4, 0, 0], rtol=1e-6)
+    picture, flow = rows[1:]
+    assert picture["ridge colours"] > 0.7 > flow["ridge colours"]
+    assert picture["mig colours"] < 0.2
+    for name, mean in (("ridge", "ridge colours"), ("mig", "mig colours")):
+        each = picture["by colour"][name]
+        assert list(each) == [f"{material} {channel}" for material in ("grid", "self") for channel in ("red", "green", "blue")]
+        assert np.mean(list(each.values())) == pytest.approx(picture[mean], abs=1e-3)
+    tables = {title: (columns, cells) for title, columns, cells in probes.score_tables(rows)}
+    for title in ("Colours of the materials", "Pose of the links"):
+        columns, cells = tables[title]
+        assert columns == ["data", "code", "width", "ridge", "mig"]
+        assert [cell[1] for cell in cells] == ["picture, 8x8 grid", "flow, 8x8 grid"]
 
 
 def test_pictures_before_and_after_tell_a_displacement() -> None:

@@ -8,6 +8,7 @@ does.
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
@@ -16,8 +17,8 @@ from numpy.typing import NDArray
 from localmotion.envs.base import Observation
 from localmotion.envs.distracting import ColourWalk
 from localmotion.envs.dmc import ACTION_REPEAT, DMCEnv
-from localmotion.envs.visuals import in_range
-from localmotion.errors import ConfigError
+from localmotion.envs.visuals import drawn_materials, in_range
+from localmotion.errors import ConfigError, EnvError
 
 PALETTES: dict[int, tuple[float, float, float]] = {1: (0.7, 0.3, 0.5), 2: (0.5, 0.7, 0.3)}
 """Base colour of all materials in each phase."""
@@ -68,6 +69,28 @@ class DisWMEnv(DMCEnv):
         base = np.tile(np.array(PALETTES[self.phase]), (model.nmat, 1))
         rng = np.random.default_rng([episode_seed, 0xD15])
         self._colours = ColourWalk(model, base - DELTA, base + DELTA, STD, rng)
+
+    @cached_property
+    def _drawn(self) -> NDArray[np.int64]:
+        return drawn_materials(self.physics.model.ptr)
+
+    @property
+    def colour_names(self) -> tuple[str, ...]:
+        """Names of the M materials of the scene. A part of it can be outside the picture."""
+        return tuple(self.physics.model.ptr.material(int(i)).name for i in self._drawn)
+
+    def colours(self) -> NDArray[np.float32]:
+        """(M, 3) red, green and blue of these materials in the current picture, in 0..1.
+
+        A light or a texture changes what a pixel shows of them.
+
+        Raises:
+            EnvError: before the first reset.
+        """
+        if not self._begun:
+            raise EnvError(f"{self.name}: call reset() before colours()")
+        shown: NDArray[np.float32] = self.physics.model.ptr.mat_rgba[self._drawn, :3].copy()
+        return shown
 
     def step(self, action: NDArray[np.float32]) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         """As `PixelEnv.step`, with the reference's reward if ``reference_repeat``."""

@@ -50,6 +50,23 @@ class TextureSlot:
         return True
 
 
+SHOWN_GROUPS = 3
+"""MuJoCo draws geoms, sites, tendons and skins of the groups below this number."""
+
+
+def drawn_materials(model: Any) -> NDArray[np.int64]:
+    """Numbers of the materials whose colour a part of the scene has, sorted, (M,). ``model``: mujoco.MjModel.
+
+    A part has the colour of its material unless it has one of its own, that is one other than MuJoCo's default grey.
+    """
+    found: set[int] = set()
+    for kind in ("geom", "site", "tendon", "skin"):
+        material, colour, group = (np.asarray(getattr(model, f"{kind}_{name}")) for name in ("matid", "rgba", "group"))
+        plain = (colour.reshape(-1, 4) == np.array([0.5, 0.5, 0.5, 1], np.float32)).all(1)
+        found |= set(material[(material >= 0) & plain & (group < SHOWN_GROUPS)].tolist())
+    return np.array([i for i in sorted(found) if model.mat_rgba[i, 3] > 0], np.int64)
+
+
 class SkyStream:
     """Sends a sky of changing pictures to OpenGL: takes a fifth of the time of MuJoCo's upload, which allocates the texture each time.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +19,10 @@ from localmotion.video.store import ClipStore
 
 Floats = NDArray[np.float32]
 SKIP = 4  # first positions of a window to leave out: a code that uses past frames has too little history there
-TARGETS = ("links", "velocities", "actions", "background")
+TARGETS = ("links", "velocities", "actions", "background", "colours", "pose")
 LEAST_MOTION = 1e-3
 """Pixels per step. Components of the links' velocities with a smaller standard deviation are left out."""
-FILES = ("velocities", "actions", "links", "exact_grid", "background")
+FILES = ("velocities", "actions", "links", "exact_grid", "background", "colours")
 PLACES = ("velocities", "links", "background")
 """Files whose row of the frame before is needed too."""
 LEAST_CLIPS, LEAST_TESTED = 10, 2
@@ -34,8 +35,8 @@ class Episodes:
     name: str
     episode: NDArray[np.int64]
     targets: dict[str, Floats]
-    """`velocities` (n, nv), `actions` (n, A), clipped to [-1, 1], `links` (n, up to 2L) and `background` (n, 2), if the collection
-    has them."""
+    """`velocities` (n, nv), `actions` (n, A), clipped to [-1, 1], `links` (n, up to 2L), `background` (n, 2) and `colours` (n, 3M), if
+    the collection has them. `pose` (n, up to 4L) stands beside `colours`: the dimensions of the pose that vary."""
     before: Floats | None
     """Velocities one frame earlier, (n, nv)."""
     tested: NDArray[np.bool_]
@@ -46,6 +47,8 @@ class Episodes:
     """(n, 128) exact flow that led to the frame, averaged on an 8x8 grid, in pixels."""
     perceived_exactly: bool = False
     """The clips' own flow is exact."""
+    colours: tuple[str, ...] = ()
+    """Names of the dimensions of the target `colours`: material and channel."""
 
 
 class _Part(NamedTuple):
@@ -92,6 +95,10 @@ class ProbeData:
                 del joined["links"]
         if "background" in joined:
             joined["background"] = joined["background"] - earlier["background"]
+        if "colours" in joined:
+            joined["colours"] = joined["colours"].reshape(len(ids), -1)  # (n, M, 3) -> (n, 3M)
+            if pose is not None and (varies := pose.std(0) > LEAST_MOTION).any():
+                joined["pose"] = pose[:, varies]
         if "actions" in joined:
             joined["actions"] = joined["actions"].clip(-1, 1)
         self.episodes = Episodes(
@@ -103,6 +110,7 @@ class ProbeData:
             pose,
             None if exact is None else exact.reshape(len(ids), -1),
             all(part.sampler.store.recipe["flow"] == "exact" for part in self._parts),
+            _channels(path) if "colours" in joined else (),
         )
 
     def batches(self) -> Iterator[Batch]:
@@ -145,6 +153,16 @@ def _read(path: Path, length: int, batch_size: int, mask: bool) -> _Part:
         raise ConfigError(f"{path}: some clips lack their actions, velocities or links; collect it again")
     now = {kind: np.concatenate(x) for kind, x in found.items()}
     return _Part(sampler, clips, starts, np.concatenate(episode), now, {kind: np.concatenate(x) for kind, x in before.items()})
+
+
+def _channels(path: Path) -> tuple[str, ...]:
+    """Names of the channels of a collection's materials, 3M. Raises ConfigError if they cannot be read."""
+    file = path / "collection.json"
+    try:
+        materials = json.loads(file.read_text())["colours"]["names"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{file}: has no names of materials ({error}); collect it again") from error
+    return tuple(f"{material} {channel}" for material in materials for channel in ("red", "green", "blue"))
 
 
 def _same_bodies(path: Path, test: Path, parts: list[_Part]) -> None:

@@ -1,4 +1,7 @@
-"""How probes are fitted: ridge regression, a small network on codes, and a convolutional network on pictures (docs/studies.md)."""
+"""How probes are fitted: ridge regression, a small network on codes, and a convolutional network on pictures (docs/studies.md).
+
+`mutual_information_gap` needs no fit.
+"""
 
 from __future__ import annotations
 
@@ -18,18 +21,24 @@ from localmotion.evaluation.probe_data import Episodes, Floats
 LAMBDAS = tuple(10.0**k for k in range(-4, 5))
 """Candidate ridge penalties, as factors on the number of samples. A tenth of the training episodes selects one."""
 
+LEAST_SPREAD = 1e-10
+"""A dimension of a target with a smaller variance does not vary."""
+BINS = 20
+"""Bins of the histograms of the mutual information gap."""
+
 
 def r_squared(predicted: Floats, true: Floats) -> float:
-    """R^2 of two arrays (n, d): 1 - squared error / variance, averaged over the dimensions that vary.
+    """Mean of `explained` over the dimensions that vary; 0 if none varies."""
+    varies = true.astype(np.float64).var(0) > LEAST_SPREAD
+    return float(explained(predicted[:, varies], true[:, varies]).mean()) if varies.any() else 0.0
 
-    0 if none varies.
-    """
+
+def explained(predicted: Floats, true: Floats) -> NDArray[np.float64]:
+    """R^2 of each dimension of two arrays (n, d), (d,): 1 - squared error / variance. NaN for a dimension that does not vary."""
     spread = true.astype(np.float64).var(0)
-    varies = spread > 1e-10
-    if not varies.any():
-        return 0.0
     error = ((predicted.astype(np.float64) - true) ** 2).mean(0)
-    return float((1 - error[varies] / spread[varies]).mean())
+    found: NDArray[np.float64] = 1 - error / np.where(spread > LEAST_SPREAD, spread, np.nan)
+    return found
 
 
 @dataclass(frozen=True)
@@ -87,6 +96,46 @@ def ridge_fit(x: Floats, y: Floats, data: Episodes) -> Fit:
     best = max(LAMBDAS, key=lambda penalty: r_squared(answer(penalty, check), y[check]))
     found = answer(best, data.tested)
     return Fit(r_squared(found, y[data.tested]), found)
+
+
+def mutual_information_gap(code: Floats, factors: Floats) -> NDArray[np.float64]:
+    """(k,) mutual information gap of each factor (n, k) for a code (n, d).
+
+    The difference of the two largest mutual informations between the factor and one number of the code, divided by the factor's
+    entropy. 1: one number says all of the factor and no other says anything. 0: no number says more than another one. NaN for a factor
+    that does not vary. A code of one number is compared with 0.
+
+    Source: Chen et al. 2018 (arXiv 1802.04942), section 4. Probabilities are those of histograms of `BINS` bins of equal width between the
+    least and the largest value. With few rows this overestimates every mutual information. The bias is about the same for all numbers.
+    """
+    codes, wanted = (np.stack([_binned(column) for column in x.T]) for x in (code, factors))  # (d, n), (k, n)
+    gaps = np.full(len(wanted), np.nan)
+    for j, factor in enumerate(wanted):
+        whole = _entropy(np.bincount(factor))
+        if whole > 0:
+            known = sorted((_information(number, factor) for number in codes), reverse=True)
+            gaps[j] = (known[0] - [*known, 0.0][1]) / whole
+    return gaps
+
+
+def _binned(x: Floats) -> NDArray[np.int64]:
+    """Bins 0 .. `BINS` - 1 of (n,) values; all 0 if they are equal."""
+    low, high = float(x.min()), float(x.max())
+    if high <= low:
+        return np.zeros(len(x), np.int64)
+    bins: NDArray[np.int64] = ((x.astype(np.float64) - low) / (high - low) * BINS).astype(np.int64)
+    return bins.clip(max=BINS - 1)
+
+
+def _entropy(counts: NDArray[np.int64]) -> float:
+    """Entropy in nats of the shares of counts."""
+    share = counts[counts > 0] / counts.sum()
+    return float(-(share * np.log(share)).sum())
+
+
+def _information(a: NDArray[np.int64], b: NDArray[np.int64]) -> float:
+    """Mutual information in nats of two arrays (n,) of bins."""
+    return _entropy(np.bincount(a)) + _entropy(np.bincount(b)) - _entropy(np.bincount(a * BINS + b))
 
 
 def mlp(x: Floats, y: Floats, data: Episodes, *, updates: int = 1500, seed: int = 0) -> float:

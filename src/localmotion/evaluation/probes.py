@@ -1,24 +1,29 @@
 """Probes: how well a method's motion code predicts the true motion of a body (docs/studies.md).
 
-The probed network is frozen. Ridge regression (linear) and a small MLP (nonlinear) predict up to four targets from the code of
+The probed network is frozen. Ridge regression (linear) and a small MLP (nonlinear) predict up to six targets from the code of
 each frame:
 
     links         velocities of the agent's links in the picture, pixels per agent step
     velocities    the simulator's velocities
     actions       the action that led to the frame
     background    the motion of a moving background, pixels per agent step: a nuisance, which a code of the agent leaves out
+    colours       red, green and blue of the materials in the frame
+    pose          places and angles of the links in the frame, beside colours: both are what a single frame shows
 
 Training and test use different episodes, or different collections. The score is R^2 on the test episodes, averaged over
 the dimensions of the target that vary. 1 is a perfect prediction; 0 is no better than the mean of the target. For actions
 the normalized squared error (`nmse`) stands beside it: 0 is a perfect prediction, 1 says nothing.
 
-Each score is given twice: from the code alone, and from the code with the true pose of the links in the frame ("+ pose").
+Of colours and pose, the mutual information gap (`mig`) says whether single numbers of the code stand for single factors.
+
+Each other score is given twice: from the code alone, and from the code with the true pose of the links in the frame ("+ pose").
 A code may say how parts move without saying where they are; the pose makes up for that.
 
 References stand beside the methods:
 
     flow, 8x8 grid          floor: the flow field averaged on a grid, which is what perception alone gives
     exact flow, 8x8 grid    ceiling of motion: the same of exact flow, if the environment knows it
+    picture, 8x8 grid       the picture averaged on a grid, beside colours
     pose alone              floor of the scores with the pose
     NAME, untrained         floor: the method's network with new random weights
     idm                     ceiling: a convolutional network trained on the pictures of the same episodes and the target
@@ -37,31 +42,46 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from localmotion import methods
 from localmotion.compute import PLAIN, Compute
 from localmotion.errors import ConfigError
 from localmotion.evaluation.probe_data import SKIP, Episodes, Floats, ProbeData
-from localmotion.evaluation.probe_fits import idm, mlp, mlp_fit, ridge_fit
+from localmotion.evaluation.probe_fits import explained, idm, mlp, mlp_fit, mutual_information_gap, ridge_fit
 from localmotion.methods.base import MASK, Batch, Method
 from localmotion.runs.load import at_least, load_run
 
 WITH_POSE, NMSE = " + pose", " nmse"
 """Endings of the names of scores: of a code with the pose, and of the normalized squared error."""
-EXACT, POSE = "exact flow, 8x8 grid", "pose alone"
-SHARE = "share of exact"
+MIG = "mig"
+"""Beginning of the names of mutual information gaps."""
+EXACT, POSE, PICTURE = "exact flow, 8x8 grid", "pose alone", "picture, 8x8 grid"
+SHARE, BY_COLOUR = "share of exact", "by colour"
 LEAST_EXACT = 0.1
 """No share is given where exact flow itself scores less than this."""
 OF_MOTION = ("links", "velocities")
 """Targets with shares of exact flow. For actions it is no ceiling."""
+OF_A_FRAME = ("colours", "pose")
+"""Targets that one frame shows. They have mutual information gaps and no scores with the pose."""
 
 
 def grid_flow(batch: Batch, cells: int = 8) -> Tensor:
     """Flow averaged on a grid, (B, T, 2 cells^2), in pixels. It is the floor: what perception alone gives."""
-    flow = batch["flow"].float().permute(0, 1, 4, 2, 3)  # (B, T, 2, S, S)
-    pooled = F.adaptive_avg_pool2d(flow.flatten(0, 1), cells)  # (B T, 2, cells, cells)
-    return pooled.flatten(1).unflatten(0, flow.shape[:2])  # (B, T, 2 cells^2)
+    return _on_grid(batch["flow"], cells)
+
+
+def grid_picture(batch: Batch, cells: int = 8) -> Tensor:
+    """Pictures averaged on a grid, (B, T, 3 cells^2), in 0..255."""
+    return _on_grid(batch["image"], cells)
+
+
+def _on_grid(x: Tensor, cells: int) -> Tensor:
+    """(B, T, S, S, C) -> (B, T, C cells^2)"""
+    moved = x.float().permute(0, 1, 4, 2, 3)  # (B, T, C, S, S)
+    pooled = F.adaptive_avg_pool2d(moved.flatten(0, 1), cells)  # (B T, C, cells, cells)
+    return pooled.flatten(1).unflatten(0, moved.shape[:2])  # (B, T, C cells^2)
 
 
 @torch.random.fork_rng(devices=[])  # probes seed torch's generator; the caller's state must not change
@@ -96,7 +116,9 @@ def probe(
 
     Returns rows {data, code, width, frames, "ridge links", "ridge links + pose", "mlp links", "mlp links + pose", and the
     same for velocities, actions and background; "ridge actions nmse", "mlp actions nmse"}. Scores are R^2, except nmse (`Fit.nmse`).
-    The background has no scores with the pose. A row lacks the scores of targets that the collection does not have.
+    The background has no scores with the pose. A row lacks the scores of targets that the collection does not have. Colours and pose
+    have "mig colours" and "mig pose": means over their dimensions of `mutual_information_gap` on the test episodes. "by colour" has the
+    ridge regression's R^2 and the gap of each channel of a material: {"ridge": {"self red": 0.5, ...}, "mig": {...}}.
     If the collection has exact flow, "share of exact" is a dict of the scores for links and velocities divided by those of
     exact flow, where exact flow itself scores at least `LEAST_EXACT`.
 
@@ -134,11 +156,14 @@ def probe(
         other: dict[str, Any] = {"test": tests[number]} if tests else {}
         data, begin = ProbeData(path, length, mask=masks, **other), len(rows)
         known = data.episodes
-        total += (known.exact is not None) + (known.pose is not None)
+        total += (known.exact is not None) + (known.pose is not None) + ("colours" in known.targets)
         if known.exact is not None:
             add({**_row(data, EXACT, known.exact.shape[1]), **_scores(known.exact, known, networks)})
         if known.pose is not None:
             add({**_row(data, POSE, 0), **_scores(None, known, networks)})
+        if "colours" in known.targets:
+            code = data.code(grid_picture)
+            add({**_row(data, PICTURE, code.shape[1]), **_scores(code, known, networks)})
         for name, model, place in sources:
             with place.own_randomness():
                 torch.manual_seed(0)  # some codes are sampled
@@ -181,22 +206,35 @@ def _row(data: ProbeData, name: str, width: int) -> dict[str, Any]:
     return {"data": data.episodes.name, "code": name, "width": width, "frames": len(data.episodes.episode)}
 
 
-def _scores(code: Floats | None, data: Episodes, networks: bool = True) -> dict[str, float]:
+def _scores(code: Floats | None, data: Episodes, networks: bool = True) -> dict[str, Any]:
     """Scores of a code (n, d) with and without the pose. ``code`` None: of the pose alone."""
     inputs = {} if code is None else {"": code}
     if data.pose is not None:
         inputs[WITH_POSE] = data.pose if code is None else np.concatenate([code, data.pose], 1)
-    out = {}
+    out: dict[str, Any] = {}
     for kind, target in data.targets.items():
         for ending, x in inputs.items():
-            if ending and kind == "background":  # the pose of the agent is no part of it
+            if ending and kind in ("background", *OF_A_FRAME):  # the pose of the agent is no part of it, or all
                 continue
             for name, fit in {"ridge": ridge_fit, **({"mlp": mlp_fit} if networks else {})}.items():
                 found = fit(x, target, data)
                 out[f"{name} {kind}{ending}"] = round(found.score, 4)
+                if kind == "colours" and name == "ridge" and found.answer is not None:
+                    out[BY_COLOUR] = {name: _named(data.colours, explained(found.answer, target[data.tested]))}
                 if kind == "actions" and not ending:
                     out[f"{name} {kind}{NMSE}"] = round(found.nmse(target, data), 4)
+        if code is not None and kind in OF_A_FRAME:
+            gaps = mutual_information_gap(code[data.tested], target[data.tested])
+            if kind == "colours":
+                out[BY_COLOUR][MIG] = _named(data.colours, gaps)
+            if (varies := np.isfinite(gaps)).any():
+                out[f"{MIG} {kind}"] = round(float(gaps[varies].mean()), 4)
     return out
+
+
+def _named(names: Sequence[str], values: NDArray[np.float64]) -> dict[str, float]:
+    """Those of the values that are numbers, by name."""
+    return {name: round(float(value), 4) for name, value in zip(names, values, strict=True) if np.isfinite(value)}
 
 
 def _ceilings(data: ProbeData, compute: Compute) -> list[dict[str, Any]]:
@@ -225,10 +263,12 @@ def score_tables(rows: Sequence[dict[str, Any]]) -> list[tuple[str, list[str], l
         "velocities": "Velocities of the simulator",
         "actions": "Actions",
         "background": "Motion of the background, a nuisance",
+        "colours": "Colours of the materials",
+        "pose": "Pose of the links",
     }
     found = []
     for kind, title in titles.items():
-        keys = [f"{probe} {kind}{ending}" for probe in ("ridge", "mlp") for ending in ("", NMSE, WITH_POSE)]
+        keys = [f"{probe} {kind}{ending}" for probe in ("ridge", "mlp", MIG) for ending in ("", NMSE, WITH_POSE)]
         keys = [key for key in keys if any(key in row for row in rows)]
         shown = [row for row in rows if any(key in row for key in keys)]
         cells = [[r["data"], r["code"], str(r["width"] or "–"), *(_cell(r, key) for key in keys)] for r in shown]

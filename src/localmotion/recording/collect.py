@@ -46,7 +46,7 @@ POLICIES = ("random", "smooth", "expert")
 SHARD_CLIPS = 32
 CELLS = 8
 """Cells of the grid of exact flow along each side."""
-LATER = ("links", "exact_grid", "background")
+LATER = ("links", "exact_grid", "background", "colours")
 """Files that collections of earlier versions do not have. An episode that is added to such a collection has none, too."""
 
 
@@ -108,7 +108,9 @@ def collect(
                              cells of an 8x8 grid (row, column), if the environment has ``exact_flow``; row 0 is zero
         background/ID.npy    (T, 2) float32; row t holds the shift x, y of a moving background in frame t, in pixels, if the
                              environment has ``background_place`` and its background moves by shifts
-        collection.json      settings, names of the links, and one entry for each episode
+        colours/ID.npy       (T, M, 3) float32; row t holds red, green and blue in 0..1 of the materials in frame t, if the
+                             environment has ``colours`` (`diswm:`)
+        collection.json      settings, names of the links and of the materials, and one entry for each episode
 
     Pixels are those of the stored pictures: of the recipe's ``size``, or of the mp4's ``size``.
 
@@ -145,7 +147,7 @@ def collect(
     with claimed(out, "collection"):
         kept = _open(out, header)
         absent = {kind for kind in LATER if kept and not (out / kind).exists()}
-        links = player.links if "links" not in absent else None
+        names_of = {kind: found for kind, found in player.names.items() if kind not in absent}
         names = [f"{env.replace(':', '_')}-{label}-{seed}-{number:06d}" for number in range(episodes)]
         sink = _Store(out, recipe, names, player.extra) if recipe else _Files(out, player.fps)
         result = Collected(out)
@@ -157,7 +159,7 @@ def collect(
                         _save_array(out / kind / f"{name}.npy", array)
                 kept[name] = {"id": name, **played.entry}
                 sink.put(name, played)
-                _save(out, header, links, kept)
+                _save(out, header, names_of, kept)
                 result.new += 1
             if progress:
                 progress(number + 1, episodes, "")
@@ -226,7 +228,13 @@ class _Player:
         self.pixels = stored.size if stored else side
         """Side of the pictures in whose pixels links and flow are given."""
         names: tuple[str, ...] | None = getattr(self.env, "link_names", None)
-        self.links = None if names is None else {"names": list(names), "size": self.pixels}
+        self.names: dict[str, dict[str, Any]] = {}
+        """Names of the rows of the files beside the videos, by folder."""
+        if names is not None:
+            self.names["links"] = {"names": list(names), "size": self.pixels}
+        painted: tuple[str, ...] | None = getattr(self.env, "colour_names", None)
+        if painted is not None:
+            self.names["colours"] = {"names": list(painted)}
 
     def _load_expert(self, env: str, path: Path) -> None:
         inner: Any = self.observer.env
@@ -293,15 +301,17 @@ class _Player:
         return {name: np.asarray(record[name], np.dtype(dtype)) for name, dtype in REQUIRED.items()}
 
     def _known(self) -> dict[str, NDArray[Any]]:
-        """What the environment knows of the motion in the current frame, by folder."""
+        """What the environment knows of the current frame and of its motion, by folder."""
         env: Any = self.env
         found: dict[str, NDArray[Any]] = {}
         if hasattr(env, "velocities"):
             found["velocities"] = env.velocities()
-        if self.links is not None:
+        if "links" in self.names:
             found["links"] = env.link_places(self.pixels)
         if hasattr(env, "background_place") and (place := env.background_place(self.pixels)) is not None:
             found["background"] = place
+        if "colours" in self.names:
+            found["colours"] = env.colours()
         if hasattr(env, "exact_flow"):
             flow = torch.from_numpy(env.exact_flow()).permute(2, 0, 1)  # (2, S, S)
             cells = F.adaptive_avg_pool2d(flow, CELLS) * (self.pixels / flow.shape[-1])
@@ -404,8 +414,8 @@ def _open(out: Path, header: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return episodes
 
 
-def _save(out: Path, header: dict[str, Any], links: dict[str, Any] | None, episodes: dict[str, dict[str, Any]]) -> None:
-    about = {"settings": header, **({"links": links} if links else {})}
+def _save(out: Path, header: dict[str, Any], names: dict[str, dict[str, Any]], episodes: dict[str, dict[str, Any]]) -> None:
+    about = {"settings": header, **names}
     text = json.dumps({**about, "episodes": list(episodes.values())}, indent=1)
     _write(out / "collection.json", lambda file: file.write(text.encode()))
 
