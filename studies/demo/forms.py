@@ -27,6 +27,7 @@ HERE = Path(__file__).parent
 LETTER = ("embed_input=false", "beta_z_finetune=null")  # Eqs. 3 and 8
 RELEASE = ("embed_input=true", "beta_z_finetune=0")  # IPV's release
 FULL = ("online.pretrained_lr_factor=1",)
+TWICE = ("env_steps=40000", "train_every=4")  # twice the experience for about as many updates
 ARMS: dict[str, tuple[str, ...]] = {
     "letter": LETTER,
     "letter+full": (*LETTER, *FULL),
@@ -35,6 +36,10 @@ ARMS: dict[str, tuple[str, ...]] = {
     "embed+z0+full": (*RELEASE, *FULL),
     "embed+z0+entropy3": (*RELEASE, "entropy=0.003"),
     "embed+z0+entropy10": (*RELEASE, "entropy=0.01"),
+    "embed+z0+twice": (*RELEASE, *TWICE),
+    "embed+z0+full+twice": (*RELEASE, *FULL, *TWICE),
+    "letter+twice": (*LETTER, *TWICE),
+    "letter+full+twice": (*LETTER, *FULL, *TWICE),
     "scratch": RELEASE,
 }
 
