@@ -110,9 +110,9 @@ def drawn(path: Path, test: Path, file: Path) -> None:
 
 
 def measured(out: Path, task: str, model: str, seed: int) -> list[dict[str, Any]]:
-    """Rows of a run; of DisWM also of fresh weights and of the picture."""
+    """Rows of a run; of the first run of DisWM also of fresh weights and of the picture."""
     data, test = out / f"{task}_0", out / f"{task}_1"
-    path, floors = pretrained(out, task, model, seed), model == "diswm"
+    path, floors = pretrained(out, task, model, seed), model == "diswm" and not seed
     rows = []
     for row in probe([path], [data], tests=[test], length=LENGTH, untrained=floors, networks=False):
         own = row["code"].endswith(path.name)
