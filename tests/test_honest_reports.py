@@ -252,7 +252,7 @@ def test_an_untrained_network_stands_beside_the_trained_one(monkeypatch: pytest.
             parameter.fill_(0.5)
     episode = np.repeat(np.arange(10), 4)
     rng = np.random.default_rng(0)
-    targets = {kind: rng.normal(size=(40, 2)).astype(np.float32) for kind in TARGETS}
+    targets = {kind: rng.normal(size=(40, 2)).astype(np.float32) for kind in TARGETS if kind != "colours"}
 
     class Data:
         episodes = Episodes("made", episode, targets, None, episode > 7)

@@ -122,7 +122,7 @@ def test_a_probe_of_a_sampled_code_is_one_result(tmp_path: Path, monkeypatch: py
 class Stub:
     """A collection of one batch."""
 
-    episodes = SimpleNamespace(exact=None, pose=None, perceived_exactly=False)
+    episodes = SimpleNamespace(exact=None, pose=None, perceived_exactly=False, targets={})
 
     def code(self, of: Callable[..., torch.Tensor]) -> torch.Tensor:
         return of(make_batch())
