@@ -1,4 +1,4 @@
-"""studies/field: the study of all world models parses at each scale, and runs from the first line to the page."""
+"""Study files in studies/ are valid; the study of all world models runs from the first line to the page."""
 
 from __future__ import annotations
 
@@ -70,6 +70,19 @@ def test_its_runs_are_valid_at_the_papers_scale(number: int, count: int, tmp_pat
     jobs = load_study(path)  # checks the settings of every run
     assert len(jobs) == count
     assert {job.preset for job in jobs} == {"paper"}
+
+
+@pytest.mark.parametrize("path", sorted((STUDY.parents[1] / "diswm").glob("*_to_*.yaml")), ids=lambda path: path.stem)
+def test_transfers_of_diswm_differ_in_one_thing_each(path: Path) -> None:
+    jobs = load_study(path)
+    source, target = path.stem.split("_to_")
+    runs = {job.name: job for job in jobs if job.stage != "pretrain"}
+    assert len(runs) == 4 * 5
+    assert all({f"env=diswm:{target}", "phase_at=0.5"} <= set(job.settings) for job in runs.values())
+    assert all(f'data="{source}"' in job.settings for job in jobs if job.stage == "pretrain")
+    starts = {name.split("-")[0]: job.after.split("-")[0] for name, job in runs.items() if name.endswith("-0")}
+    without = {"without_distillation": "", "without_disentanglement": "no_disentanglement"}
+    assert starts == {"DisWM": "teacher", **without, "DreamerV2": ""}
 
 
 @pytest.mark.slow
