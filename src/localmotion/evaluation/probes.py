@@ -226,7 +226,7 @@ def _scores(code: Floats | None, data: Episodes, networks: bool = True) -> dict[
         if code is not None and kind in OF_A_FRAME:
             gaps = mutual_information_gap(code[data.tested], target[data.tested])
             if kind == "colours":
-                out[BY_COLOUR][MIG] = _named(data.colours, gaps)
+                out.setdefault(BY_COLOUR, {})[MIG] = _named(data.colours, gaps)
             if (varies := np.isfinite(gaps)).any():
                 out[f"{MIG} {kind}"] = round(float(gaps[varies].mean()), 4)
     return out
