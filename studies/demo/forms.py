@@ -32,6 +32,7 @@ ARMS: dict[str, tuple[str, ...]] = {
     "letter": LETTER,
     "letter+full": (*LETTER, *FULL),
     "embed": ("embed_input=true", "beta_z_finetune=null"),
+    "embed+free1": ("embed_input=true", "beta_z_finetune=null", "free_nats_z=1"),
     "embed+z0": RELEASE,
     "embed+z0+full": (*RELEASE, *FULL),
     "embed+z0+entropy3": (*RELEASE, "entropy=0.003"),
