@@ -56,6 +56,19 @@ def difference(one: Tensor, other: Tensor) -> float:
     return float((one - other).abs().max() / other.abs().max().clamp(min=1e-12))
 
 
+def measure(worst: dict[str, float], mine: Any, losses: Mapping[str, float], gradients: Mapping[str, Tensor]) -> None:
+    """Raise the largest differences "losses" and "gradients" by an update: ours, the release's losses and gradients in our names.
+
+    Raises AssertionError if other parameters have gradients.
+    """
+    for name, value in losses.items():
+        worst["losses"] = max(worst["losses"], abs(mine.losses[name] - value) / abs(value))
+    learned = {name for name, gradient in mine.gradients.items() if name in gradients or gradient.any()}
+    assert learned == set(gradients), learned ^ set(gradients)
+    for name, gradient in gradients.items():
+        worst["gradients"] = max(worst["gradients"], difference(mine.gradients[name], gradient))
+
+
 def rounded(value: Any) -> Any:
     """Ten digits of every number."""
     if isinstance(value, dict):

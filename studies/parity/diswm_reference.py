@@ -217,12 +217,7 @@ def compare(modules: Any, path: Path, case: str, patch: pytest.MonkeyPatch) -> t
         kl = context["kl"].mean()  # before free nats
         there["kl"] = float(kl.clamp(min=float(config.kl_free)))
         got = in_our_names(model, gradients.get)
-        for name, value in there.items():
-            worst["losses"] = max(worst["losses"], abs(mine.losses[name] - value) / abs(value))
-        learned = {name for name, gradient in mine.gradients.items() if name in got or gradient.any()}
-        assert learned == set(got), learned ^ set(got)
-        for name, gradient in got.items():
-            worst["gradients"] = max(worst["gradients"], difference(mine.gradients[name], gradient))
+        beside.measure(worst, mine, there, got)
         state = world.state_dict()
         for name, tensor in model.state_dict().items():
             if theirs(name) in state:

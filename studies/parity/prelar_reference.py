@@ -270,12 +270,7 @@ def compare(wmlib: Any, path: Path, case: str, patch: pytest.MonkeyPatch) -> tup
         if case in CONSTANT:
             del there["action_kl"]
         got = in_our_names(model, gradients.get)
-        for name, value in there.items():
-            worst["losses"] = max(worst["losses"], abs(mine.losses[name] - value) / abs(value))
-        learned = {name for name, gradient in mine.gradients.items() if name in got or gradient.any()}
-        assert learned == set(got), learned ^ set(got)
-        for name, gradient in got.items():
-            worst["gradients"] = max(worst["gradients"], difference(mine.gradients[name], gradient))
+        beside.measure(worst, mine, there, got)
         state = agent.state_dict()
         for name, tensor in model.state_dict().items():
             for part, value in parts_of(name, tensor).items():
