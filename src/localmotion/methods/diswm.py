@@ -41,7 +41,7 @@ A state is (B, T, S, 2) mean and deviation, (B, T, S, 1) sample and (B, T, D) de
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -68,7 +68,7 @@ from localmotion.models.beta_vae import BetaVAEDecoder, BetaVAEEncoder
 from localmotion.models.distributions import categorical_kl
 from localmotion.models.heads import MLP, begin_as_torch_
 from localmotion.models.image import image_losses
-from localmotion.models.rssm import RSSMState
+from localmotion.models.rssm import Carry, RSSMState, beginning
 from localmotion.models.rssm_gaussian import GaussianRSSM, gaussian_kl_loss
 
 STEPS_PER_UPDATE = 5
@@ -122,13 +122,6 @@ class DisWMConfig:
     """Factor on the distillation's mean over frames. The release sums over sequences of 50 frames."""
     cross_domain: bool = False
     """Distillation begins after `distillation_steps` agent steps, and its weight falls from then on (Pusher, DrawerWorld)."""
-
-
-class Carry(NamedTuple):
-    """What acting keeps between agent steps."""
-
-    state: RSSMState
-    action: Tensor  # (B, A), the one that leads to the next frame
 
 
 def _presets() -> dict[str, dict[str, Any]]:
@@ -317,8 +310,7 @@ class DisWM(Method):
     # 2. Acting and looking ----------------------------------------------------------------------------------------------------
 
     def initial_carry(self, batch_size: int) -> Carry:
-        device = next(self.parameters()).device
-        return Carry(self.dynamics.initial(batch_size), torch.zeros(batch_size, self.action_dim, device=device))
+        return beginning(self.dynamics, batch_size, self.action_dim)
 
     def act(self, obs: Batch, carry: Carry, *, explore: bool, window: int = 0) -> tuple[Tensor, Carry]:
         """One agent step. Codes and states are sampled, also in evaluation."""

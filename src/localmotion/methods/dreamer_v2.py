@@ -12,9 +12,7 @@ A state is (B, T, S, C) logits, (B, T, S, C) sample and (B, T, D) deter.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from localmotion.config import BehaviourConfig, WorldModelConfig
@@ -33,7 +31,7 @@ from localmotion.methods.sizes import presets
 from localmotion.models.actor_critic import ActorCritic
 from localmotion.models.heads import MLP
 from localmotion.models.image import ImageModel
-from localmotion.models.rssm import RSSM, RSSMState, kl_loss
+from localmotion.models.rssm import RSSM, Carry, RSSMState, beginning, kl_loss
 
 
 @dataclass(frozen=True)
@@ -46,13 +44,6 @@ class DreamerV2Config:
     """KL weight."""
     free_nats: float = 0.0
     """Free nats of the KL: 0 Meta-World, 1 DMC."""
-
-
-class Carry(NamedTuple):
-    """What acting keeps between agent steps."""
-
-    state: RSSMState
-    action: Tensor
 
 
 class DreamerV2(Method):
@@ -113,8 +104,7 @@ class DreamerV2(Method):
     # 2. Acting and looking ----------------------------------------------------------------------------------------------------
 
     def initial_carry(self, batch_size: int) -> Carry:
-        device = next(self.parameters()).device
-        return Carry(self.dynamics.initial(batch_size), torch.zeros(batch_size, self.action_dim, device=device))
+        return beginning(self.dynamics, batch_size, self.action_dim)
 
     def act(self, obs: Batch, carry: Carry, *, explore: bool, window: int = 0) -> tuple[Tensor, Carry]:
         embed = self.image.embed(obs["image"])

@@ -36,7 +36,7 @@ A state of the RSSM is (B, T, S, C) logits, (B, T, S, C) sample and (B, T, D) de
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -67,7 +67,7 @@ from localmotion.models.heads import MLP
 from localmotion.models.image import ImageModel
 from localmotion.models.latent_windows import futures
 from localmotion.models.learned_actions import ActionMapping, Code, CodeShape, InverseDynamics, MappedDynamics
-from localmotion.models.rssm import RSSM, RSSMState, kl_loss
+from localmotion.models.rssm import RSSM, Carry, RSSMState, beginning, kl_loss
 
 
 @dataclass(frozen=True)
@@ -108,13 +108,6 @@ class PreLARConfig:
     """Free nats of the state's KL in fine-tuning: 0 Meta-World."""
     free_latent: bool = False
     """The RSSM learns from the first update of fine-tuning on; off: it is frozen as long as the encoder."""
-
-
-class Carry(NamedTuple):
-    """What acting keeps between agent steps."""
-
-    state: RSSMState
-    action: Tensor  # (B, A), the one that leads to the next frame
 
 
 class PreLAR(Method):
@@ -254,8 +247,7 @@ class PreLAR(Method):
     # 3. Acting and looking ----------------------------------------------------------------------------------------------------
 
     def initial_carry(self, batch_size: int) -> Carry:
-        device = next(self.parameters()).device
-        return Carry(self.latent.initial(batch_size), torch.zeros(batch_size, self.action_dim, device=device))
+        return beginning(self.latent, batch_size, self.action_dim)
 
     def act(self, obs: Batch, carry: Carry, *, explore: bool, window: int = 0) -> tuple[Tensor, Carry]:
         """One agent step. Latents are sampled, also in evaluation."""

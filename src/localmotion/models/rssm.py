@@ -88,6 +88,13 @@ class RecurrentProduct:
         return torch.addmm(self.terms[t], x, self.weight)
 
 
+class Carry(NamedTuple):
+    """What acting with one RSSM keeps between agent steps."""
+
+    state: RSSMState
+    action: Tensor  # (B, A), the one that leads to the next frame
+
+
 class RSSM(nn.Module):
     """h_t = GRU(h_{t-1}, z_{t-1}, a_t), prior p(z_t | h_t), posterior q(z_t | h_t, e_t).
 
@@ -288,3 +295,9 @@ class RSSM(nn.Module):
         """Features (B, C+H, F) of posterior states (B, C, ...) and of the prior that continues the last one along actions (B, H, A)."""
         prior = self.imagine(RSSMState(*(x[:, -1] for x in post)), action, sample)
         return torch.cat([self.feat(post), self.feat(prior)], 1)
+
+
+def beginning(model: RSSM, batch: int, actions: int) -> Carry:
+    """The carry before the first frame: the initial state, and zeros for A = ``actions`` numbers of an action."""
+    state = model.initial(batch)
+    return Carry(state, state.deter.new_zeros(batch, actions))
