@@ -177,33 +177,53 @@ class RewardHeads(nn.Module):
 # 3. The losses of a rollout ---------------------------------------------------------------------------------------------------
 
 
+def step_losses(
+    mean: Tensor,
+    log_std: Tensor,
+    value: Tensor,
+    now: Tensor,
+    reward: Tensor,
+    batch: Mapping[str, Tensor],
+    known: Tensor,
+    config: PPOConfig,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Losses "policy", "value" and "entropy" of the steps of a rollout, n = T - 1, and metrics.
+
+    ``mean`` (B, n, A) and ``log_std`` (A,) of the actions, ``value`` (B, n) of the frames before the steps, both as they are now;
+    ``reward`` (B, n); ``known`` (B, n): whether they are made of what the policy saw when it acted. Other steps have no loss, but their
+    rewards and values enter the advantages of the steps before them.
+
+    Advantages use the values that were computed while acting. The last frame of an episode or a rollout has none, because nothing acted on
+    it; its value is that of ``now`` (B, T), which gets no gradient.
+    """
+    inside = ~batch["is_first"][:, 1:]  # (B, n): a step led to the position
+    now = now.detach()
+    acted = torch.cat([torch.where(inside, batch["value"][:, 1:].to(now.dtype), now[:, :-1]), now[:, -1:]], 1)
+    terminal = batch["is_terminal"][:, 1:]
+    reward = config.reward_scale * reward.to(now.dtype)
+    found = advantages(reward, acted, terminal, inside, discount=config.discount, lambda_=config.lambda_)
+    target, weight = found + acted[:, :-1], (inside & known).to(now.dtype)
+    log_prob = clipped_log_prob(batch["action"][:, 1:].to(now.dtype), mean, log_std)
+    loss, metrics = policy_loss(log_prob, batch["log_prob"][:, 1:], normalised(found, weight), weight, config.ratio_clip)
+    error = 0.5 * weighted_mean((value - target).square(), weight)
+    metrics["policy/std"] = log_std.detach().exp().mean()
+    metrics["value/r2"] = r_squared(value.reshape(-1, 1), target.reshape(-1, 1), weight.flatten())
+    return {"policy": loss, "value": error, "entropy": -normal_entropy(log_std)}, metrics
+
+
 def ppo_losses(
     heads: RewardHeads, decoded: Tensor, features: Tensor, batch: Mapping[str, Tensor], known: Tensor, config: PPOConfig
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Losses "policy", "value" and "entropy" of a rollout, and metrics.
+    """`step_losses` of a rollout with the environment's reward.
 
     ``decoded`` (B * T, A) and ``features`` (B * T, F) of every position; ``known`` (B, T): whether the policy saw here what it saw when it
-    acted. Other positions have no loss, but their rewards and values enter the advantages of the steps before them.
-
-    Advantages use the values that were computed while acting. The last frame of an episode or a rollout has none, because nothing acted on
-    it; its value is that of the heads now, without a gradient.
+    acted.
     """
     rows, time = batch["is_first"].shape
-    inside = ~batch["is_first"][:, 1:]  # (B, T - 1): a step led to the position
     value = heads.values(features).unflatten(0, (rows, time))
-    now = value.detach()
-    acted = torch.cat([torch.where(inside, batch["value"][:, 1:].to(now.dtype), now[:, :-1]), now[:, -1:]], 1)
-    reward = config.reward_scale * batch["reward"][:, 1:].to(now.dtype)
-    terminal = batch["is_terminal"][:, 1:]
-    found = advantages(reward, acted, terminal, inside, discount=config.discount, lambda_=config.lambda_)
-    target, weight = found + acted[:, :-1], (inside & known[:, :-1]).to(now.dtype)
     mean = heads.mean(decoded, features).unflatten(0, (rows, time))
-    log_prob = clipped_log_prob(batch["action"][:, 1:].to(now.dtype), mean[:, :-1], heads.log_std)
-    loss, metrics = policy_loss(log_prob, batch["log_prob"][:, 1:], normalised(found, weight), weight, config.ratio_clip)
-    error = 0.5 * weighted_mean((value[:, :-1] - target).square(), weight)
-    metrics["policy/std"] = heads.log_std.detach().exp().mean()
-    metrics["value/r2"] = r_squared(value[:, :-1].reshape(-1, 1), target.reshape(-1, 1), weight.flatten())
-    return {"policy": loss, "value": error, "entropy": -normal_entropy(heads.log_std)}, metrics
+    reward = batch["reward"][:, 1:]
+    return step_losses(mean[:, :-1], heads.log_std, value[:, :-1], value, reward, batch, known[:, :-1], config)
 
 
 def rollout_losses(
