@@ -225,8 +225,9 @@ class Method(nn.Module):
     the nearest one if there are several (`origins`)."""
     transfers: ClassVar[Mapping[str, str]] = {}
     """Weights that a later stage takes over: name of the child module in the checkpoint -> name of the child module that gets them."""
-    extras: ClassVar[Mapping[str, tuple[int, ...]]] = {}
-    """Names and shapes of what `act` returns for each agent step besides action and carry, e.g. {"value": ()}. The loop stores them."""
+    extras: Mapping[str, tuple[int, ...]] = {}
+    """Names and shapes of what `act` returns for each agent step besides action and carry, e.g. {"value": ()}. The loop stores them. An
+    instance may add those whose shapes depend on its settings."""
     vectors: ClassVar[bool] = False
     """Whether it can learn from vectors, with or without pictures. Its Config then has ``pixels`` and ``vector_dim``."""
 

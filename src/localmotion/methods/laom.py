@@ -62,7 +62,7 @@ from localmotion.models.latent_windows import (
     stacks,
     starts,
 )
-from localmotion.models.ppo import EXTRAS, PPOConfig, RewardHeads, rollout_losses
+from localmotion.models.ppo import EXTRAS, DecoderPPOConfig, RewardHeads, rollout_losses
 
 STACK = 3
 """Frames that a model sees at once."""
@@ -98,7 +98,7 @@ class LAOMConfig:
     """Updates over which the learning rate of the first stage rises; the paper: 3 of 10 epochs (preset `paper`)."""
     noise: float = 0.1
     """Standard deviation of the noise on actions while exploring, before `finetune`."""
-    ppo: PPOConfig = field(default_factory=PPOConfig)
+    ppo: DecoderPPOConfig = field(default_factory=DecoderPPOConfig)
     """Settings of the stage `finetune`."""
 
 

@@ -79,7 +79,7 @@ from localmotion.models.latent_windows import (
     stacks,
     starts,
 )
-from localmotion.models.ppo import EXTRAS, PPOConfig, RewardHeads, rollout_losses
+from localmotion.models.ppo import EXTRAS, DecoderPPOConfig, RewardHeads, rollout_losses
 
 MOTION_SCALE = 1 / 16
 """Flow is measured in this share of the picture's side: 4 pixels of 64."""
@@ -122,7 +122,7 @@ class LAPOConfig:
     """Weight decay of AdamW."""
     noise: float = 0.1
     """Standard deviation of the noise on actions while exploring, before `finetune`."""
-    ppo: PPOConfig = field(default_factory=PPOConfig)
+    ppo: DecoderPPOConfig = field(default_factory=DecoderPPOConfig)
     """Settings of the stage `finetune`."""
 
 

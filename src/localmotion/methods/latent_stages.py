@@ -15,7 +15,7 @@ from typing import Protocol
 
 from localmotion.errors import ConfigError
 from localmotion.methods.base import Batch, Group, Losses, Method, Metrics, Pass, Rates, trained
-from localmotion.models.ppo import PPOConfig, RewardHeads
+from localmotion.models.ppo import DecoderPPOConfig, RewardHeads
 
 
 class LearnsLatentActions(Protocol):
@@ -47,7 +47,7 @@ def latent_passes(method: LearnsLatentActions, stage: str, scales: Mapping[str, 
     return (Pass(lambda batch, _: (*losses(batch), None), scales, ("model",)),)
 
 
-def latent_scales(stage: str, first: Mapping[str, float], config: PPOConfig) -> dict[str, float]:
+def latent_scales(stage: str, first: Mapping[str, float], config: DecoderPPOConfig) -> dict[str, float]:
     """Weights of the losses of a stage; ``first``: those of `pretrain`."""
     if stage == "finetune":
         scales = {"policy": 1.0, "value": config.value_weight, "entropy": config.entropy}
@@ -55,7 +55,7 @@ def latent_scales(stage: str, first: Mapping[str, float], config: PPOConfig) -> 
     return dict(first) if stage == "pretrain" else {"latent" if stage == "clone" else "action": 1.0}
 
 
-def reward_groups(method: Method, config: PPOConfig, rates: Rates) -> list[Group]:
+def reward_groups(method: Method, config: DecoderPPOConfig, rates: Rates) -> list[Group]:
     """The optimisers of `finetune`. From here on the action head acts too.
 
     A policy from a checkpoint is frozen first and then learns at the slow rate. Raises ConfigError for shares outside of 0..1.
@@ -78,7 +78,7 @@ def reward_groups(method: Method, config: PPOConfig, rates: Rates) -> list[Group
     return groups
 
 
-def latent_origins(stage: str, config: PPOConfig) -> tuple[str, ...]:
+def latent_origins(stage: str, config: DecoderPPOConfig) -> tuple[str, ...]:
     """`Method.origins`. Where the decoder does not learn, `finetune` needs one that labels have trained."""
     if stage == "finetune":
         return ("clone", "decode") if config.decoder_until > 0 else ("decode",)

@@ -72,7 +72,7 @@ from localmotion.models.latent_windows import (
     starts,
 )
 from localmotion.models.mask_corruption import grow
-from localmotion.models.ppo import EXTRAS, PPOConfig, RewardHeads, rollout_losses
+from localmotion.models.ppo import EXTRAS, DecoderPPOConfig, RewardHeads, rollout_losses
 
 STACK = 3
 """Frames that a model sees at once."""
@@ -108,7 +108,7 @@ class MaskLAMConfig:
     """Weight decay of AdamW."""
     noise: float = 0.1
     """Standard deviation of the noise on actions while exploring, before `finetune`."""
-    ppo: PPOConfig = field(default_factory=lambda: PPOConfig(decoder_until=0.0))
+    ppo: DecoderPPOConfig = field(default_factory=lambda: DecoderPPOConfig(decoder_until=0.0))
     """Settings of the stage `finetune`. A rollout has no masks, so with masks in the inverse model's input the decoder stays as a `decode`
     run left it (`decoder_until=0`)."""
 

@@ -97,8 +97,22 @@ class Subject:
         return max(min(8, high or 8), low)
 
     def data(self, seed: int = 0) -> dict[str, Tensor]:
-        """A batch of two sequences."""
-        return self.batch(self.method, self.stage, batch=2, time=self.time, seed=seed)
+        """A batch of two sequences. It has the extras that the settings add to those of the class."""
+        found = self.batch(self.method, self.stage, batch=2, time=self.time, seed=seed)
+        generator = torch.Generator().manual_seed(seed + 2)
+        for name, shape in self.added_extras.items():
+            found[name] = torch.randn(2, self.time, *shape, generator=generator)
+            found[name][:, 0] = 0  # nothing led to the first frame
+        return found
+
+    @functools.cached_property
+    def added_extras(self) -> dict[str, tuple[int, ...]]:
+        """Extras that an instance has beside those of its class, in a stage whose batches have extras."""
+        if not self.acts or not self.method.extras or self.source not in (Source.REPLAY, Source.ROLLOUT):
+            return {}
+        with torch.device("meta"):
+            made: Method = self.method(self.run.model, image_size=SIZE, action_dim=ACTIONS)
+        return {name: shape for name, shape in made.extras.items() if name not in self.method.extras}
 
     def groups(self, method: Method, *, pretrained: bool = False) -> list[Group]:
         """Optimisers of the stage."""
