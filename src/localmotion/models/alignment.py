@@ -1,20 +1,65 @@
-"""The alignment module: from a representation of visual dynamics to an action, and the critic of the same shape.
+"""From a representation of visual dynamics to actions: the choice of a plan, the alignment module, its critic and its rewards.
 
 Used by PVDR (arXiv 2411.03169). Its critic is the alignment module's network with another last layer (the paper's second footnote).
+Sizes, weights and schedules are ours, because the paper's could not be read.
 
-Shapes: R rows, Z numbers of z, C numbers of the context feature, N cells of a picture, D numbers of a cell's features, A actions.
+Shapes: R rows, B environments, T positions, K plans, n frames of a plan, Z numbers of z, C numbers of the context feature, N cells of a
+picture, D numbers of a cell's features, A actions.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from localmotion.models.ppo import clipped_log_prob
+from localmotion.errors import ConfigError
+from localmotion.models.planning import GoalDistance, Metric, RunningDeviation, nearest_plan, plan_rewards
+from localmotion.models.ppo import clipped_log_prob, weighted_mean
 
+STATIC = 1e-3
+"""A plan is static if its first frame is nearer than this to the frame from which it was made."""
 MIN_LOG_STD, MAX_LOG_STD = -5.0, 1.0
+
+
+@dataclass(frozen=True)
+class AlignmentConfig:
+    """Settings of acting with plans, and of learning to."""
+
+    plans: int = 16
+    """Plans K drawn for each agent step while learning. 1: no planning."""
+    plans_eval: int = 32
+    """The same in evaluation."""
+    random_plan: float = 0.05
+    """Share of the steps while learning in which a random plan is taken."""
+    compared: Literal["last", "nearest"] = "last"
+    """Which frame of a plan is compared with the goal: its last one, or the one nearest to the goal."""
+    metric: Metric = "cosine"
+    """How two pictures' features are compared (`models.planning.GoalDistance`)."""
+    blur: float = 0.0
+    """Cells over which features are averaged before they are compared, as a standard deviation."""
+    width: int = 256
+    """Width of the alignment module and of the critic."""
+    log_std: float = -0.5
+    """Logarithm of the standard deviation of actions, at the start. It is learned."""
+    follow_weight: float = 1.0
+    """Weight of the reward for following the plan."""
+    progress_weight: float = 1.0
+    """Weight of the reward for progress to the goal."""
+    reward_weight: float = 0.0
+    """Weight of the environment's own reward, which has no part in the method as its summaries describe it."""
+    supervised: float = 1.0
+    """Weight of the error of actions, given the z of what happened, at the start. 0: the alignment learns by reward alone."""
+    supervised_end: float = 0.1
+    """The same at the end. It falls linearly."""
+    reward_from: float = 0.1
+    """Share of the run after which the alignment learns by reward, too. Before, it would learn from plans it cannot follow. 1: never."""
+    windows: int = 32
+    """Windows of a rollout that an update learns the representation and the alignment from."""
 
 
 class AlignmentNet(nn.Module):
@@ -81,3 +126,60 @@ class Critic(nn.Module):
         """Values (R,) of z (R, Z), context features (R, C) and the goal's features (R, N, D)."""
         out: Tensor = self.net(torch.cat([z, context, self.goal(goal.flatten(1))], -1)).squeeze(-1)
         return out
+
+
+class Aligner(nn.Module):
+    """Chooses a plan, acts on it, and rewards what came of it."""
+
+    reinforcing: Tensor
+    supervising: Tensor
+
+    def __init__(self, config: AlignmentConfig, *, latent: int, context: int, side: int, features: int, actions: int) -> None:
+        """Raises ConfigError for no plan, for no window, and for shares outside of 0..1."""
+        super().__init__()
+        if min(config.plans, config.plans_eval, config.windows) < 1:
+            counts = f"plans={config.plans}, plans_eval={config.plans_eval}, windows={config.windows}"
+            raise ConfigError(f"{counts}: each is at least 1")
+        if not 0 <= config.random_plan <= 1 or not 0 <= config.reward_from <= 1:
+            shares = f"random_plan={config.random_plan:g}, reward_from={config.reward_from:g}"
+            raise ConfigError(f"{shares}: both are shares, from 0 to 1")
+        self.config = config
+        self.actor = Alignment(latent, context, actions, config.width, config.log_std)
+        self.critic = Critic(latent, context, side * side * features, config.width)
+        self.distance = GoalDistance(side, config.metric, config.blur)
+        self.following, self.progress = RunningDeviation(), RunningDeviation()
+        self.register_buffer("reinforcing", torch.zeros(()))  # 1 while the alignment learns by reward
+        self.register_buffer("supervising", torch.tensor(config.supervised))  # weight of the error of actions
+
+    def count(self, progress: float) -> None:
+        """Set what the alignment learns from, at this share of the run."""
+        config = self.config
+        self.reinforcing.fill_(float(config.reward_from < 1 and progress >= config.reward_from))
+        self.supervising.fill_(config.supervised + (config.supervised_end - config.supervised) * progress)
+
+    def choose(self, plans: Tensor, goal: Tensor, explore: bool) -> Tensor:
+        """Index (B,) of a plan among ``plans`` (B, K, n, N, D), for the goal's features (B, N, D)."""
+        frames = plans[:, :, -1:] if self.config.compared == "last" else plans
+        far = self.distance(frames, goal[:, None, None]).amin(2)  # (B, K)
+        return nearest_plan(far, self.config.random_plan if explore else 0.0)
+
+    def rewards(
+        self, seen: Tensor, codes: Tensor, goal: Tensor, plan: Tensor, batch: Mapping[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Rewards (B, T - 1) of the steps of a rollout, and metrics.
+
+        ``seen``, ``goal`` and ``plan`` as in `plan_rewards`; ``codes`` (B, T, N, D): the frames after quantisation. The metric "plan/static"
+        is the share of plans whose first frame is the frame from which they were made: following these is rewarded for doing nothing.
+        """
+        inside = ~batch["is_first"][:, 1:]
+        share = inside.float()
+        follow, progress = plan_rewards(self.distance, seen, goal, plan, batch["is_first"])
+        metrics = {
+            "reward/follow": weighted_mean(follow, share),
+            "reward/progress": weighted_mean(progress, share),
+            "plan/static": weighted_mean((self.distance(codes[:, :-1], plan[:, 1:]) < STATIC).float(), share),
+            "goal/distance": self.distance(seen, goal).mean(),
+        }
+        config = self.config
+        reward = config.follow_weight * self.following(follow, inside) + config.progress_weight * self.progress(progress, inside)
+        return reward + config.reward_weight * batch["reward"][:, 1:].float(), metrics
