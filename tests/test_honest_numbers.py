@@ -231,7 +231,7 @@ def test_training_and_held_out_figures_share_no_clip(
     assert line["psnr/prior"] < 20
     assert line["psnr/last_frame"] > 20
     train = WindowSampler(clips, run.pretrain.length, 4, 0, split="train", heldout_fraction=fraction, prefetch=False)
-    on_train = pretraining.measure_heldout(method, train, 2, CPU, None, 0)
+    on_train = pretraining.measure_heldout(method, train, 2, CPU, None, "pretrain")
     assert on_train["psnr/prior"] > 50
 
 
@@ -295,7 +295,7 @@ def test_the_ratio_is_to_the_best_predictor_over_all_masked_tokens(best: str) ->
     """Two batches with different numbers of masked tokens: each token counts once."""
     batches = [planted(best, 0.2, seed=1), planted(best, 0.8, seed=2)]
     error = 0.05
-    found = pretraining.measure_heldout(rebuilds(*batches, error=error), Batches(), 2, CPU, None, 0)  # type: ignore[arg-type]
+    found = pretraining.measure_heldout(rebuilds(*batches, error=error), Batches(), 2, CPU, None, "pretrain")  # type: ignore[arg-type]
     model = error**2 * 32
     means = {}
     for name in ("zero", "frame_mean", "nearest_time"):
@@ -391,7 +391,7 @@ def test_held_out_figures_are_means_over_batches_and_horizons(monkeypatch: pytes
     method = Predicts(run.model, image_size=64, action_dim=None)
     method.right = 6
     random = torch.get_rng_state()
-    found = pretraining.measure_heldout(method, Two(), 2, CPU, None, 0)  # type: ignore[arg-type]
+    found = pretraining.measure_heldout(method, Two(), 2, CPU, None, "pretrain")  # type: ignore[arg-type]
     assert torch.equal(random, torch.get_rng_state())
     assert method.training
     each = [open_loop_errors(method, Two().batch(index))[0] for index in range(2)]

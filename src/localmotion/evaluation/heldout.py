@@ -69,9 +69,10 @@ def reconstruction_errors(
     return errors, {"truth": motion.patches.flatten(0, 2)[best], "reconstruction": rebuilt.float().flatten(0, 2)[best]}
 
 
-def predicts(method: Method) -> bool:
-    """Whether the method predicts video (it overrides `Method.open_loop`)."""
-    return type(method).open_loop is not Method.open_loop
+def predicts(method: type[Method], stage: str) -> bool:
+    """Whether the result of a stage predicts video: the method overrides `Method.open_loop`, and `Method.predicts_after` allows it."""
+    after = method.predicts_after
+    return method.open_loop is not Method.open_loop and (after is None or stage in after)
 
 
 @torch.no_grad()
@@ -79,10 +80,8 @@ def open_loop_errors(method: Method, batch: Batch, context: int = CONTEXT_FRAMES
     """Returns (scores, pictures) of the method's open-loop predictions and of a copy of the last observed frame.
 
     Scores are PSNR and SSIM, (T - context,): one number for each frame after the context. Pictures are (B,T,3,S,S) in
-    [0, 1]. Both are empty if the method does not predict video.
+    [0, 1].
     """
-    if not predicts(method):
-        return {}, {}
     shape = batch["image"].shape
     truth = images(batch).view(shape[0], shape[1], 3, *shape[2:4]) + 0.5  # (B, T, 3, S, S)
     guesses = {name: (x.float() + 0.5).clamp(0, 1) for name, x in method.open_loop(batch, context).items()}
@@ -109,31 +108,34 @@ def traversal(method: Method, batch: Batch) -> dict[str, NDArray[Any]] | None:
 
 
 def measure_heldout(
-    method: Method, sampler: WindowSampler, batches: int, compute: Compute, media: Path | None, update: int
+    method: Method, sampler: WindowSampler, batches: int, compute: Compute, media: Path | None, stage: str
 ) -> dict[str, Any]:
-    """Measure masked reconstruction against trivial predictors, and PSNR and SSIM of open-loop prediction.
+    """Measure masked reconstruction against trivial predictors, PSNR and SSIM of open-loop prediction, and `Method.heldout`.
 
     Every call uses the same clips and masks. The random state of training does not change, so measuring does not change
     the run. ``media``: folder for examples, or None.
     """
     with compute.own_randomness():
         torch.manual_seed(1234)
-        return _measure_heldout(method, sampler, batches, compute, media, update)
+        return _measure_heldout(method, sampler, batches, compute, media, stage)
 
 
 def _measure_heldout(
-    method: Method, sampler: WindowSampler, batches: int, compute: Compute, media: Path | None, update: int
+    method: Method, sampler: WindowSampler, batches: int, compute: Compute, media: Path | None, stage: str
 ) -> dict[str, Any]:
     generator = torch.Generator(device=compute.device).manual_seed(1234)
     method.eval()
     sums: dict[str, float] = {}
     weight = 0.0
     scores: dict[str, list[Tensor]] = {}
+    figures: dict[str, list[float]] = {}
     for index in range(batches):
         batch = compute.to_device(sampler.batch(index))
         with compute.autocast():
             found = reconstruction_errors(method, batch, generator)
-            errors, pictures = open_loop_errors(method, batch)
+            errors, pictures = open_loop_errors(method, batch) if predicts(type(method), stage) else ({}, {})
+            for name, value in method.heldout(stage, batch).items():
+                figures.setdefault(name, []).append(float(value))
         for name, value in errors.items():
             scores.setdefault(name, []).append(value)
         if found:
@@ -147,7 +149,7 @@ def _measure_heldout(
             if rolled:
                 arrays = {"truth": keep["truth"], "prediction": keep[rolled[0]], "context": np.array(CONTEXT_FRAMES)}
                 if len(rolled) > 1:
-                    arrays["prediction_zero"] = keep[rolled[1]]
+                    arrays[f"prediction_{rolled[1]}"] = keep[rolled[1]]
                 np.savez_compressed(media / "openloop_heldout.npz", allow_pickle=False, **arrays)
             with compute.autocast():
                 walked = traversal(method, batch)
@@ -170,4 +172,4 @@ def _measure_heldout(
         horizon = torch.stack(values).mean(0)
         result[name] = float(horizon.mean())
         result[f"{name}_horizon"] = [round(x, 4) for x in horizon.tolist()]
-    return result
+    return result | {f"figure/{name}": float(np.mean(values)) for name, values in figures.items()}

@@ -90,8 +90,9 @@ def predict(
         seed: of the choice of windows and videos.
 
     DRP has two rows. ``motion`` uses a^agg of the tracked points, as in the paper's Fig. 8. ``zero_motion`` uses no
-    information from the future. IPV and APV have the row ``prior``. PreLAR, LAPO and MaskLAM have ``latent_action``, with the
-    latent actions of the true frames, ``zero_action``, and ``swapped_action``, with those of the next window (see `futures`).
+    information from the future. IPV and APV have the row ``prior``; PVDR has it too, ``prior_sample``, and ``latent_action`` with
+    the latent of the true frames. PreLAR, LAPO and MaskLAM have ``latent_action``, with the latent actions of the true frames,
+    ``zero_action``, and ``swapped_action``, with those of the next window (see `futures`).
 
     Raises CheckpointError, StoreError or VideoError, and ConfigError if a run cannot predict from video alone.
     """
@@ -183,8 +184,8 @@ def _load(checkpoints: Sequence[Path], device: str) -> list[_Loaded]:
         run, method, compute = load_run(path, device=device)
         if method.acts:
             raise ConfigError(f"{path}: predicts from actions; give the pre-training run to predict video")
-        if not predicts(method):
-            raise ConfigError(f"{path}: method {run.method} does not predict video (it has no open_loop)")
+        if not predicts(type(method), run.stage):
+            raise ConfigError(f"{path}: a {run.stage} run of method {run.method} does not predict video")
         found.append(_Loaded(label, run, method, compute, run.recipe or Recipe()))
     return found
 

@@ -24,6 +24,7 @@ _METHODS = {
     "lapo": ("localmotion.methods.lapo", "LAPO"),
     "masklam": ("localmotion.methods.masklam", "MaskLAM"),
     "prelar": ("localmotion.methods.prelar", "PreLAR"),
+    "pvdr": ("localmotion.methods.pvdr", "PVDR"),
 }
 _PLUGGED_IN: list[str] = []
 

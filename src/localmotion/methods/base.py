@@ -93,6 +93,8 @@ class Group:
     """How the learning rate falls to zero over the stage's last share `lr_decay`."""
     weight_decay: float | None = None
     """None: `OptimConfig.weight_decay`. Adam adds it to the gradient; AdamW subtracts it from the weights, times the learning rate."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decays of the two moments of Adam and AdamW."""
     agc: float = 0.0
     """Above 0: each gradient is clipped to this share of its parameter's norm, instead of the group's global norm."""
 
@@ -220,6 +222,8 @@ class Method(nn.Module):
     """Stages whose result can act. Their models are built with the number of actions."""
     wants: ClassVar[frozenset[str]] = frozenset()
     """Batch keys it may need besides pictures, actions and rewards, e.g. `MOTION` or `MASK`. `needs` says when."""
+    predicts_after: ClassVar[frozenset[str] | None] = None
+    """Stages whose result predicts video, for a method with an `open_loop`. None: all."""
     begins: ClassVar[Mapping[str, str]] = {}
     """Stages that start from a checkpoint and cannot do without: name of the stage -> name of the stage that made the checkpoint, or of
     the nearest one if there are several (`origins`)."""
@@ -292,6 +296,10 @@ class Method(nn.Module):
     def open_loop(self, batch: Batch, context: int) -> dict[str, Tensor]:
         """Predicted images (B,T,3,S,S) in [-0.5, 0.5] by name; the first ``context`` frames are reconstructions."""
         raise NotImplementedError(f"{self.name} does not predict video")
+
+    def heldout(self, stage: str, batch: Batch) -> dict[str, Tensor]:
+        """Held-out figures of its own, scalars by name: means over a batch of clips that are never trained on. {}: it has none."""
+        return {}
 
     def masked_reconstruction(self, batch: Batch, generator: torch.Generator) -> tuple[Motion, Tensor, Tensor] | None:
         """Atomic Actions of a batch, the masked set (B,T,K), and the patches (B,T,K,P,P,2) rebuilt without it.

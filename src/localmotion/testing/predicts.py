@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from localmotion.evaluation import heldout
 from localmotion.methods.base import Method
 from localmotion.testing.batches import MOTION_KEYS, SIZE
 from localmotion.testing.rules import Rule, Subject, require, rule
@@ -16,8 +17,8 @@ CONTEXT = 3
 
 
 def predicts(subject: Subject) -> bool:
-    """Whether the class has an `open_loop` of its own."""
-    return subject.method.open_loop is not Method.open_loop
+    """Whether the class has an `open_loop` of its own, and the stage's result uses it."""
+    return heldout.predicts(subject.method, subject.stage)
 
 
 def _clips(subject: Subject) -> dict[str, Tensor]:

@@ -99,9 +99,9 @@ class VideoLoop(Loop):
 
     def measure(self, final: bool) -> None:
         if self.heldout:
-            media, update = self.out.path / "media", self.updater.update
-            result = measure_heldout(self.method, self.heldout, self.run.pretrain.eval_batches, self.compute, media, update)
-            self.out.log("heldout", update=update, **result)
+            media, batches = self.out.path / "media", self.run.pretrain.eval_batches
+            result = measure_heldout(self.method, self.heldout, batches, self.compute, media, self.run.stage)
+            self.out.log("heldout", update=self.updater.update, **result)
 
     def times(self, parts: Mapping[str, float], whole: float) -> dict[str, float]:
         """Mean seconds per update since the previous line."""

@@ -1,0 +1,392 @@
+"""PVDR: a model of plans learned from video without actions, for planning and learning in an environment.
+
+Paper: "Pre-trained Visual Dynamics Representations for Efficient Policy Learning", arXiv 2411.03169 (ECCV 2024).
+
+**This is a reconstruction.** We could not read the body of the paper. We know its abstract, two footnotes (one says what stays frozen
+online) and public summaries: a VQGAN makes tokens of frames; spatial-temporal Transformers predict the next n frames from m frames as a
+conditional VAE with posterior E, prior P and decoder D, whose latent z is the visual dynamics representation; it learns from BAIR robot
+pushing. They give no size, weight or schedule. What follows is ours where no source is named, and results say nothing about the paper's.
+
+    tokenize   s_t = tokens of o_t                                              (`models.tokenizer`)
+    pretrain   X = s_{t-m+1..t},  Y = s_{t+1..t+n},  z ~ q = E(X, Y),  p = P(X)    (`models.plan_cvae`)
+               mean over frames and cells of -log D(Y | X, z)  +  beta KL(q || p)
+
+Open choices, all settings unless "fixed" stands there:
+
+* Tokens: 8x8 of 1024 codes for 64 pixels. L1 + MSE instead of VQGAN's perceptual and adversarial losses: the first needs foreign weights,
+  the second is unstable on small data. Features before quantisation have the codes' width, so plans and pictures share a space.
+* z: one Gaussian of 32 numbers for a whole plan (footnote 1 names mean and variance). E averages the global tokens of the n later frames.
+* D answers all frames at once (`decode`): planning decodes many plans for each step of the environment.
+* E, P and D share no weights (fixed), so that online each can be frozen or trained by itself.
+* beta: with the mean over tokens and the sum over z, 1 / (n N) is the bound on the likelihood. The default is half of that for the
+  paper's sizes, because collapse is the larger risk. It rises from 0.
+* Windows: one random window of m + n frames of each sequence (fixed). Windows that overlap cost as much as others and say less. Sequences
+  are longer than windows only so that held-out predictions go beyond one plan.
+* Adam's betas are VQGAN's (0.5, 0.9) for the tokenizer and (0.9, 0.95), usual for Transformers, after it (fixed). Norms, biases and
+  embeddings have no weight decay (fixed). Gradients of the two groups, with and without decay, are clipped separately.
+* `pretrain` loads the tokenizer alone (setting `load` of the presets): runs with several sizes or seeds can share one.
+
+Shapes: B sequences, T positions, S side, K plans, m context, n horizon, N cells, V codes, Z numbers of z, D numbers of a code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from localmotion.methods.base import (
+    Batch,
+    Counters,
+    Group,
+    Losses,
+    Method,
+    Metrics,
+    Pass,
+    Rates,
+    Source,
+    images,
+    same,
+    trained,
+)
+from localmotion.methods.sizes import budgets
+from localmotion.models.latent_windows import starts
+from localmotion.models.plan_cvae import PlanConfig, PlanDecoder, Posterior, Prior, check, divergence, sample
+from localmotion.models.tokenizer import Tokenizer, TokenizerConfig, decibels
+
+ACTIVE = 0.05
+"""A number of z is active where its KL is above this, in nats."""
+PROBED = 4
+"""Sequences of a batch for the metric of shuffled latents."""
+SAMPLES = 16
+"""Plans of which the best is measured on held-out clips."""
+DRAWN = 16
+"""Sequences of a held-out batch whose plans are drawn."""
+AT_ONCE = 256
+"""Windows that are coded at once."""
+Latent = Callable[[Tensor, int], Tensor]
+"""(the newest frames' tokens (B, m, N), position of the next frame) -> z (B, Z)."""
+
+
+@dataclass(frozen=True)
+class PVDRConfig:
+    """Settings of PVDR. None of the defaults is known to be the paper's."""
+
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    """The tokenizer."""
+    plan: PlanConfig = field(default_factory=PlanConfig)
+    """The model of plans."""
+    beta: float = 1e-3
+    """Weight of the KL."""
+    beta_warmup: int = 10_000
+    """Updates over which that weight rises from 0; 0: none."""
+    kl_balance: float = 0.0
+    """Above 0: this share of the KL's gradient trains the prior, the rest the posterior. 0: the KL as it is."""
+    free_nats: float = 0.0
+    """The mean KL of each number of z counts as this at least."""
+    warmup: int = 2_000
+    """Updates over which the learning rate of `pretrain` rises."""
+    decay: float = 0.01
+    """Weight decay of `pretrain`."""
+
+
+_SIZES: dict[str, dict[str, Any]] = {
+    "small": {
+        "tokenizer": {"widths": (32, 64, 128), "codes": 512, "dim": 64},
+        "plan": {
+            "latent": 16,
+            "dim": 128,
+            "heads": 4,
+            "posterior_layers": 3,
+            "prior_layers": 2,
+            "decoder_layers": 3,
+        },
+        "beta_warmup": 1_000,
+        "warmup": 500,
+    },
+    "tiny": {
+        "tokenizer": {"widths": (16, 32, 64), "codes": 128, "dim": 32},
+        "plan": {
+            "context": 2,
+            "horizon": 4,
+            "latent": 8,
+            "dim": 96,
+            "heads": 4,
+            "posterior_layers": 2,
+            "prior_layers": 2,
+            "decoder_layers": 2,
+        },
+        "beta_warmup": 200,
+        "warmup": 100,
+    },
+    "debug": {
+        "tokenizer": {"widths": (4, 4, 8), "blocks": 1, "codes": 16, "dim": 8},
+        "plan": {
+            "context": 2,
+            "horizon": 3,
+            "latent": 4,
+            "dim": 16,
+            "heads": 2,
+            "posterior_layers": 1,
+            "prior_layers": 1,
+            "decoder_layers": 1,
+        },
+        "beta_warmup": 4,
+        "warmup": 2,
+    },
+}
+_VIDEO: dict[str, dict[str, dict[str, Any]]] = {
+    "paper": {
+        "tokenize": {"updates": 200_000, "batch_size": 64, "length": 2, "lr": 2e-4, "lr_decay": 0.0},
+        "pretrain": {"updates": 200_000, "batch_size": 64, "length": 13, "lr": 3e-4, "lr_decay": 1.0},
+    },
+    "small": {
+        "tokenize": {"updates": 10_000, "batch_size": 32, "length": 2, "lr": 4e-4},
+        "pretrain": {"updates": 20_000, "batch_size": 16, "length": 13, "lr": 5e-4, "lr_decay": 1.0},
+    },
+    "tiny": {
+        "tokenize": {"updates": 2_000, "batch_size": 16, "length": 2, "lr": 1e-3},
+        "pretrain": {"updates": 2_000, "batch_size": 16, "length": 13, "lr": 1e-3, "lr_decay": 1.0},
+    },
+    "debug": {"tokenize": {}, "pretrain": {}},
+}
+"""Batches of `tokenize` are frames: two of each clip, which differ more than many of one. Sequences of 13 frames are 5 that a held-out
+prediction observes, and one plan of 8 or two of 4."""
+
+
+def _presets() -> dict[str, dict[str, Any]]:
+    out = budgets(own=_SIZES)
+    for name, values in out.items():
+        video = _VIDEO[name]
+        values["optim"] = {"eps": 1e-8, "clip": 1.0}
+        values["stages"] = {
+            "tokenize": {"pretrain": video["tokenize"]},
+            "pretrain": {"pretrain": video["pretrain"], "load": "tokenizer"},
+        }
+    return out
+
+
+class PVDR(Method):
+    """Visual dynamics representations: tokens of frames, and a conditional VAE of plans."""
+
+    name = "pvdr"
+    paper = "arXiv 2411.03169"
+    Config = PVDRConfig
+    PRESETS = _presets()
+    stages = {"tokenize": Source.CLIPS, "pretrain": Source.CLIPS}
+    acts_after = frozenset({"finetune"})
+    predicts_after = frozenset({"pretrain"})
+    begins = {"pretrain": "tokenize"}
+    transfers = same("tokenizer", "posterior", "prior", "decoder")
+
+    warm: Tensor
+
+    def __init__(self, config: PVDRConfig, *, image_size: int, action_dim: int | None) -> None:
+        super().__init__(config, image_size=image_size, action_dim=action_dim)
+        self.config = config
+        check(config.plan)
+        self.before, self.ahead = config.plan.context, config.plan.horizon
+        self.tokenizer = Tokenizer(config.tokenizer, image_size)
+        sizes = self.tokenizer.codes, self.tokenizer.cells
+        self.posterior = Posterior(config.plan, *sizes)
+        self.prior = Prior(config.plan, *sizes)
+        self.decoder = PlanDecoder(config.plan, *sizes)
+        self.register_buffer("warm", torch.tensor(float(config.beta_warmup == 0)))  # share of beta that counts now
+
+    @classmethod
+    def lengths(cls, config: Any, stage: str) -> tuple[int, int | None]:
+        return (1 if stage == "tokenize" else config.plan.context + config.plan.horizon), None
+
+    # 1. Tokens ------------------------------------------------------------------------------------------------------------------
+
+    def tokenize_losses(self, batch: Batch) -> tuple[Losses, Metrics]:
+        """Losses of the tokenizer on all frames."""
+        _, losses, metrics = self.tokenizer.learn(images(batch))
+        return losses, metrics
+
+    @torch.no_grad()
+    def tokens(self, image: Tensor) -> Tensor:
+        """Pictures (B, T, S, S, 3) uint8 -> tokens (B, T, N)."""
+        found = self.tokenizer.tokens(self.tokenizer.features(images({"image": image})))
+        return found.unflatten(0, image.shape[:2])
+
+    @torch.no_grad()
+    def drawn(self, tokens: Tensor) -> Tensor:
+        """Tokens (B, T, N) -> pictures (B, T, 3, S, S) in [-0.5, 0.5]."""
+        image = self.tokenizer.decode(self.tokenizer.embed(tokens.flatten(0, 1)))
+        return image.clamp(-0.5, 0.5).unflatten(0, tokens.shape[:2])
+
+    # 2. Plans -------------------------------------------------------------------------------------------------------------------
+
+    def pretrain_losses(self, batch: Batch) -> tuple[Losses, Metrics]:
+        """Losses of the model of plans, on one random window of m + n frames of each sequence."""
+        image, count = batch["image"], self.before + self.ahead
+        start = torch.randint(image.shape[1] - count + 1, (len(image), 1), device=image.device)
+        rows = torch.arange(len(image), device=image.device)[:, None]
+        return self.plan_losses(self.tokens(image[rows, start + torch.arange(count, device=image.device)]))
+
+    def plan_losses(self, tokens: Tensor) -> tuple[Losses, Metrics]:
+        """The losses "tokens" and "kl" of windows (B, m + n, N), and metrics."""
+        past, future = tokens.split([self.before, self.ahead], 1)
+        posterior, prior = self.posterior(tokens), self.prior(past)[:2]
+        z = sample(*posterior)  # (B, Z)
+        kl, each = self._kl(posterior, prior)
+        losses = {"tokens": self.surprise(past, future, z), "kl": self.warm * kl}
+        with torch.no_grad():
+            some = slice(0, PROBED)
+            own = self.surprise(past[some], future[some], z[some])
+            other = self.surprise(past[some], future[some], z[some].roll(1, 0))
+        active = (each > ACTIVE).float().sum()
+        return losses, {"kl/nats": each.sum(), "kl/active": active, "tokens/shuffled": other - own}
+
+    def surprise(self, past: Tensor, future: Tensor, z: Tensor) -> Tensor:
+        """Mean cross-entropy in nats of the future's tokens (B, n, N), given the context (B, m, N) and z (B, Z)."""
+        logits = self.decoder(past, z.unsqueeze(1), future).squeeze(1)  # (B, n, N, V)
+        return F.cross_entropy(logits.flatten(0, 2), future.flatten())
+
+    def _kl(self, posterior: tuple[Tensor, Tensor], prior: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """The KL as it is learned, and the KL of each number of z without a gradient, (Z,): means over sequences."""
+        share = self.config.kl_balance
+        each = divergence(*posterior, *prior)  # (B, Z)
+        if share > 0:
+            (mean_q, log_q), (mean_p, log_p) = posterior, prior
+            to_prior = divergence(mean_q.detach(), log_q.detach(), mean_p, log_p)
+            each = share * to_prior + (1 - share) * divergence(mean_q, log_q, mean_p.detach(), log_p.detach())
+        mean = each.mean(0)
+        return mean.clamp(min=self.config.free_nats).sum(), mean.detach()
+
+    @torch.no_grad()
+    def plans(self, past: Tensor, z: Tensor) -> Tensor:
+        """Most likely tokens (B, K, n, N) of plans, from the context (B, m, N) and latents (B, K, Z)."""
+        found: Tensor = self.decoder(past, z).argmax(-1)
+        return found
+
+    def after_update(self, counters: Counters) -> None:
+        if counters.stage == "pretrain" and self.config.beta_warmup > 0:
+            self.warm.fill_(min(1.0, counters.update / self.config.beta_warmup))
+
+    # Stages ---------------------------------------------------------------------------------------------------------------------
+
+    def loss_scales(self, stage: str) -> dict[str, float]:
+        if stage == "tokenize":
+            return {"image": 1.0, "commitment": self.config.tokenizer.commitment}
+        return {"tokens": 1.0, "kl": self.config.beta}
+
+    def passes(self, stage: str) -> tuple[Pass, ...]:
+        scales = self.loss_scales(stage)
+        if stage == "tokenize":
+            return (Pass(lambda batch, _: (*self.tokenize_losses(batch), None), scales, ("tokenizer",)),)
+        return (Pass(lambda batch, _: (*self.pretrain_losses(batch), None), scales, ("decayed", "plain")),)
+
+    def groups(self, stage: str, rates: Rates) -> list[Group]:
+        if stage == "tokenize":
+            parameters = trained(self, "tokenizer")
+            return [Group("tokenizer", parameters, rates.lr, weight_decay=0.0, betas=(0.5, 0.9))]
+        parameters = trained(self, "posterior", "prior", "decoder")
+        matrices = {id(module.weight) for module in self.modules() if isinstance(module, nn.Linear)}
+        groups = []
+        for name, decay in (("decayed", self.config.decay), ("plain", 0.0)):
+            own = [p for p in parameters if (id(p) in matrices) == (name == "decayed")]
+            shared: dict[str, Any] = {"warmup": self.config.warmup, "decay": "cosine", "betas": (0.9, 0.95)}
+            groups.append(Group(name, own, rates.lr, optimizer="adamw", weight_decay=decay, **shared))
+        return groups
+
+    # Looking --------------------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def motion_code(self, batch: Batch) -> Tensor:
+        """The mean of q(z | X, Y) of the window whose plan begins with each frame, (B, T, Z): so it also knows the n - 1 frames after it.
+
+        Windows that reach beyond an episode, or the sequence, have copies of its first or last frame there.
+        """
+        tokens, begin = self.tokens(batch["image"]), starts(batch["is_first"])
+        length = tokens.shape[1]
+        end = length - 1 - starts(batch["is_first"].roll(-1, 1).flip(1)).flip(1)  # last position of each episode
+        now = torch.arange(length, device=tokens.device)[:, None]
+        index = now + torch.arange(-self.before, self.ahead, device=tokens.device)  # (T, m + n)
+        index = torch.minimum(torch.maximum(index, begin.unsqueeze(-1)), end.unsqueeze(-1))  # (B, T, m + n)
+        windows = tokens[torch.arange(len(tokens), device=tokens.device)[:, None, None], index].flatten(0, 1)
+        codes = torch.cat([self.posterior(part)[0] for part in windows.split(AT_ONCE)])
+        return codes.unflatten(0, tokens.shape[:2])
+
+    @torch.no_grad()
+    def open_loop(self, batch: Batch, context: int) -> dict[str, Tensor]:
+        """Plans after the observed frames, and plans after these. `prior`: with the prior's mean; `prior_sample`: with a sample of it;
+        `latent_action`: with the posterior's mean of the true frames, which is what z holds."""
+        image = batch["image"]
+        truth, length = self.tokens(image), image.shape[1]
+
+        def mean(past: Tensor, at: int) -> Tensor:
+            found: Tensor = self.prior(past)[0]
+            return found
+
+        def drawn(past: Tensor, at: int) -> Tensor:
+            return sample(*self.prior(past)[:2])
+
+        def true(past: Tensor, at: int) -> Tensor:
+            now = torch.arange(at - self.before, at + self.ahead, device=truth.device).clamp(0, length - 1)
+            found: Tensor = self.posterior(truth[:, now])[0]
+            return found
+
+        rows = {"prior": mean, "prior_sample": drawn, "latent_action": true}
+        return {name: self.drawn(self._continued(truth[:, :context], length, z)) for name, z in rows.items()}
+
+    def _continued(self, tokens: Tensor, length: int, latent: Latent) -> Tensor:
+        """Tokens (B, T, N) and plans after them, (B, length, N). A context of fewer than m frames begins with copies of its first."""
+        while (known := tokens.shape[1]) < length:
+            newest = torch.arange(known - self.before, known, device=tokens.device).clamp(min=0)
+            past = tokens[:, newest]
+            plan = self.plans(past, latent(past, known).unsqueeze(1)).squeeze(1)
+            tokens = torch.cat([tokens, plan], 1)
+        return tokens[:, :length]
+
+    @torch.no_grad()
+    def heldout(self, stage: str, batch: Batch) -> dict[str, Tensor]:
+        """`tokenize`: PSNR of reconstructions, and the share of the codes that a batch uses. `pretrain`: the same, and of the first m + n
+        frames of each sequence
+
+            kl_nats, active     KL of the posterior from the prior, and how many numbers of z have one
+            ce, shuffled        cross-entropy with z of the posterior; how much more it is with that of another sequence
+            accuracy, copied    share of tokens that a plan with the posterior's mean gets right; that a copy of the last frame does
+            mse_tokens          squared error of the pictures (range 1) of the true tokens, the least that a plan can have
+            mse_posterior       of plans with the posterior's mean
+            mse_mean            of plans with the prior's mean
+            mse_one, mse_best   of plans with a sample of the prior, and with the best of 16 samples
+            best_of_one         mse_best / mse_one
+        """
+        truth = images(batch)
+        tokens = self.tokens(batch["image"])
+        rebuilt = self.drawn(tokens).flatten(0, 1)
+        out = {
+            "psnr": decibels((rebuilt - truth).square().mean((1, 2, 3))).mean(),
+            "codes_used": self.tokenizer.used(tokens),
+        }
+        return out if stage == "tokenize" else out | self._plan_figures(truth.unflatten(0, tokens.shape[:2]), tokens)
+
+    def _plan_figures(self, truth: Tensor, tokens: Tensor) -> dict[str, Tensor]:
+        """Of pictures (B, T, 3, S, S) and their tokens (B, T, N)."""
+        window = tokens[:, : self.before + self.ahead]
+        past, future = window.split([self.before, self.ahead], 1)
+        posterior, prior = self.posterior(window), self.prior(past)[:2]
+        each, z = divergence(*posterior, *prior).mean(0), sample(*posterior)
+        ce = self.surprise(past, future, z)
+        out = {"kl_nats": each.sum(), "active": (each > ACTIVE).float().sum(), "ce": ce}
+        out["shuffled"] = self.surprise(past, future, z.roll(1, 0)) - ce
+        plan = self.plans(past, posterior[0].unsqueeze(1)).squeeze(1)
+        out |= {"accuracy": (plan == future).float().mean(), "copied": (past[:, -1:] == future).float().mean()}
+        past, mean, log_variance = past[:DRAWN], *(x[:DRAWN] for x in prior)
+        true = truth[:DRAWN, self.before : self.before + self.ahead]
+
+        def error(plan: Tensor) -> Tensor:
+            return (self.drawn(plan) - true).square().flatten(1).mean(1)  # (B,)
+
+        samples = [sample(mean, log_variance) for _ in range(SAMPLES)]
+        errors = torch.stack([error(self.plans(past, z.unsqueeze(1)).squeeze(1)) for z in samples])  # (K, B)
+        one, best = errors.mean(), errors.amin(0).mean()  # the mean over samples: that of one, with less noise
+        out |= {"mse_tokens": error(future[:DRAWN]).mean(), "mse_posterior": error(plan[:DRAWN]).mean()}
+        out["mse_mean"] = error(self.plans(past, mean.unsqueeze(1)).squeeze(1)).mean()
+        return out | {"mse_one": one, "mse_best": best, "best_of_one": best / one.clamp(min=1e-12)}
