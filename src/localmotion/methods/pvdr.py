@@ -33,7 +33,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -53,9 +53,12 @@ from localmotion.methods.base import (
     same,
     trained,
 )
-from localmotion.methods.sizes import budgets
-from localmotion.models.latent_windows import starts
+from localmotion.methods.sizes import plan_presets
+from localmotion.models.alignment import Aligner, AlignmentConfig
+from localmotion.models.latent_windows import r_squared, starts
 from localmotion.models.plan_cvae import PlanConfig, PlanDecoder, Posterior, Prior, check, divergence, sample
+from localmotion.models.planning import choose_windows
+from localmotion.models.ppo import EXTRAS, PPOConfig, clipped_log_prob, step_losses
 from localmotion.models.tokenizer import Tokenizer, TokenizerConfig, decibels
 
 ACTIVE = 0.05
@@ -92,95 +95,44 @@ class PVDRConfig:
     """Updates over which the learning rate of `pretrain` rises."""
     decay: float = 0.01
     """Weight decay of `pretrain`."""
+    pretrained: bool = True
+    """Whether `finetune` starts from a `pretrain` run. false: from a `tokenize` run, with a model of plans that has learned nothing and all
+    of which learns online (an ablation)."""
+    align: AlignmentConfig = field(default_factory=AlignmentConfig)
+    """Acting with plans, and learning to, in `finetune`."""
+    ppo: PPOConfig = field(default_factory=lambda: PPOConfig(discount=0.99, entropy=1e-3))
+    """PPO in `finetune`."""
 
 
-_SIZES: dict[str, dict[str, Any]] = {
-    "small": {
-        "tokenizer": {"widths": (32, 64, 128), "codes": 512, "dim": 64},
-        "plan": {
-            "latent": 16,
-            "dim": 128,
-            "heads": 4,
-            "posterior_layers": 3,
-            "prior_layers": 2,
-            "decoder_layers": 3,
-        },
-        "beta_warmup": 1_000,
-        "warmup": 500,
-    },
-    "tiny": {
-        "tokenizer": {"widths": (16, 32, 64), "codes": 128, "dim": 32},
-        "plan": {
-            "context": 2,
-            "horizon": 4,
-            "latent": 8,
-            "dim": 96,
-            "heads": 4,
-            "posterior_layers": 2,
-            "prior_layers": 2,
-            "decoder_layers": 2,
-        },
-        "beta_warmup": 200,
-        "warmup": 100,
-    },
-    "debug": {
-        "tokenizer": {"widths": (4, 4, 8), "blocks": 1, "codes": 16, "dim": 8},
-        "plan": {
-            "context": 2,
-            "horizon": 3,
-            "latent": 4,
-            "dim": 16,
-            "heads": 2,
-            "posterior_layers": 1,
-            "prior_layers": 1,
-            "decoder_layers": 1,
-        },
-        "beta_warmup": 4,
-        "warmup": 2,
-    },
-}
-_VIDEO: dict[str, dict[str, dict[str, Any]]] = {
-    "paper": {
-        "tokenize": {"updates": 200_000, "batch_size": 64, "length": 2, "lr": 2e-4, "lr_decay": 0.0},
-        "pretrain": {"updates": 200_000, "batch_size": 64, "length": 13, "lr": 3e-4, "lr_decay": 1.0},
-    },
-    "small": {
-        "tokenize": {"updates": 10_000, "batch_size": 32, "length": 2, "lr": 4e-4},
-        "pretrain": {"updates": 20_000, "batch_size": 16, "length": 13, "lr": 5e-4, "lr_decay": 1.0},
-    },
-    "tiny": {
-        "tokenize": {"updates": 2_000, "batch_size": 16, "length": 2, "lr": 1e-3},
-        "pretrain": {"updates": 2_000, "batch_size": 16, "length": 13, "lr": 1e-3, "lr_decay": 1.0},
-    },
-    "debug": {"tokenize": {}, "pretrain": {}},
-}
-"""Batches of `tokenize` are frames: two of each clip, which differ more than many of one. Sequences of 13 frames are 5 that a held-out
-prediction observes, and one plan of 8 or two of 4."""
+class PlanCarry(NamedTuple):
+    """What acting keeps: the newest frames' tokens (B, m, N), the plans made for the newest one (B, K, n, N), and the chosen one (B,)."""
+
+    tokens: Tensor
+    plans: Tensor
+    chosen: Tensor
 
 
-def _presets() -> dict[str, dict[str, Any]]:
-    out = budgets(own=_SIZES)
-    for name, values in out.items():
-        video = _VIDEO[name]
-        values["optim"] = {"eps": 1e-8, "clip": 1.0}
-        values["stages"] = {
-            "tokenize": {"pretrain": video["tokenize"]},
-            "pretrain": {"pretrain": video["pretrain"], "load": "tokenizer"},
-        }
-    return out
+class Coded(NamedTuple):
+    """Windows with their posterior: mean and log variance of z (R, Z), and the context feature (R, d)."""
+
+    mean: Tensor
+    log_variance: Tensor
+    context: Tensor
 
 
 class PVDR(Method):
-    """Visual dynamics representations: tokens of frames, and a conditional VAE of plans."""
+    """Visual dynamics representations: tokens of frames, a conditional VAE of plans, and actions aligned with it."""
 
     name = "pvdr"
     paper = "arXiv 2411.03169"
     Config = PVDRConfig
-    PRESETS = _presets()
-    stages = {"tokenize": Source.CLIPS, "pretrain": Source.CLIPS}
+    PRESETS = plan_presets()
+    stages = {"tokenize": Source.CLIPS, "pretrain": Source.CLIPS, "finetune": Source.ROLLOUT}
     acts_after = frozenset({"finetune"})
     predicts_after = frozenset({"pretrain"})
-    begins = {"pretrain": "tokenize"}
+    begins = {"pretrain": "tokenize", "finetune": "pretrain"}
+    wants = frozenset({"goal"})
+    extras = EXTRAS
     transfers = same("tokenizer", "posterior", "prior", "decoder")
 
     warm: Tensor
@@ -196,6 +148,21 @@ class PVDR(Method):
         self.prior = Prior(config.plan, *sizes)
         self.decoder = PlanDecoder(config.plan, *sizes)
         self.register_buffer("warm", torch.tensor(float(config.beta_warmup == 0)))  # share of beta that counts now
+        if action_dim is not None:
+            sides = {"side": self.tokenizer.side, "features": self.tokenizer.dim}
+            self.aligner = Aligner(config.align, latent=config.plan.latent, context=config.plan.dim, actions=action_dim, **sides)
+            frame = (self.tokenizer.cells, self.tokenizer.dim)  # the codes of a plan's first frame
+            made = {"z": (config.plan.latent,), "context": (config.plan.dim,), "plan": frame}
+            self.extras = {**EXTRAS, **made}
+
+    @classmethod
+    def needs(cls, config: Any, stage: str) -> frozenset[str]:
+        return cls.wants if stage == "finetune" else frozenset()
+
+    @classmethod
+    def origins(cls, config: Any, stage: str) -> tuple[str, ...]:
+        start = "pretrain" if config.pretrained else "tokenize"
+        return {"pretrain": ("tokenize",), "finetune": (start,)}.get(stage, ())
 
     @classmethod
     def lengths(cls, config: Any, stage: str) -> tuple[int, int | None]:
@@ -227,21 +194,22 @@ class PVDR(Method):
         image, count = batch["image"], self.before + self.ahead
         start = torch.randint(image.shape[1] - count + 1, (len(image), 1), device=image.device)
         rows = torch.arange(len(image), device=image.device)[:, None]
-        return self.plan_losses(self.tokens(image[rows, start + torch.arange(count, device=image.device)]))
+        return self.plan_losses(self.tokens(image[rows, start + torch.arange(count, device=image.device)]))[:2]
 
-    def plan_losses(self, tokens: Tensor) -> tuple[Losses, Metrics]:
-        """The losses "tokens" and "kl" of windows (B, m + n, N), and metrics."""
+    def plan_losses(self, tokens: Tensor) -> tuple[Losses, Metrics, Coded]:
+        """The losses "tokens" and "kl" of windows (B, m + n, N), metrics, and the windows' codes without a gradient."""
         past, future = tokens.split([self.before, self.ahead], 1)
-        posterior, prior = self.posterior(tokens), self.prior(past)[:2]
+        posterior, (*prior, context) = self.posterior(tokens), self.prior(past)
         z = sample(*posterior)  # (B, Z)
-        kl, each = self._kl(posterior, prior)
+        kl, each = self._kl(posterior, (prior[0], prior[1]))
         losses = {"tokens": self.surprise(past, future, z), "kl": self.warm * kl}
         with torch.no_grad():
             some = slice(0, PROBED)
             own = self.surprise(past[some], future[some], z[some])
             other = self.surprise(past[some], future[some], z[some].roll(1, 0))
         active = (each > ACTIVE).float().sum()
-        return losses, {"kl/nats": each.sum(), "kl/active": active, "tokens/shuffled": other - own}
+        metrics = {"kl/nats": each.sum(), "kl/active": active, "tokens/shuffled": other - own}
+        return losses, metrics, Coded(*(x.detach() for x in (*posterior, context)))
 
     def surprise(self, past: Tensor, future: Tensor, z: Tensor) -> Tensor:
         """Mean cross-entropy in nats of the future's tokens (B, n, N), given the context (B, m, N) and z (B, Z)."""
@@ -265,34 +233,146 @@ class PVDR(Method):
         found: Tensor = self.decoder(past, z).argmax(-1)
         return found
 
+    # 3. Acting ------------------------------------------------------------------------------------------------------------------
+
+    def initial_carry(self, batch_size: int) -> PlanCarry:
+        device, cells = self.warm.device, self.tokenizer.cells
+        shapes = (self.before, cells), (self.config.align.plans, self.ahead, cells), ()
+        return PlanCarry(*(torch.zeros(batch_size, *shape, dtype=torch.int64, device=device) for shape in shapes))
+
+    def act(self, obs: Batch, carry: PlanCarry, *, explore: bool, window: int) -> tuple[Tensor, PlanCarry, dict[str, Tensor]]:
+        """K plans from the prior; the one nearest to the goal; the action for its z."""
+        now = self.tokens(obs["image"])  # (B, 1, N)
+        past = torch.where(obs["is_first"].unsqueeze(-1), now.expand_as(carry.tokens), torch.cat([carry.tokens[:, 1:], now], 1))
+        goal = self.tokenizer.features(images({"image": obs["goal"]}))  # (B, N, D)
+        mean, log_variance, context = self.prior(past)
+        count = self.config.align.plans if explore else self.config.align.plans_eval
+        z = sample(*(x.unsqueeze(1).expand(-1, count, -1) for x in (mean, log_variance)))  # (B, K, Z)
+        plans = self.plans(past, z)  # (B, K, n, N)
+        codes = self.tokenizer.embed(plans)  # (B, K, n, N, D)
+        chosen = self.aligner.choose(codes, goal, explore)  # (B,)
+        rows = torch.arange(len(chosen), device=chosen.device)
+        z = z[rows, chosen]
+        action, log_prob = self.aligner.actor.act(z, context, explore)
+        stored = {"z": z, "context": context, "plan": codes[rows, chosen, 0]}
+        extras = {"log_prob": log_prob, "value": self.aligner.critic(z, context, goal), **stored}
+        return action, PlanCarry(past, plans, chosen), extras
+
+    @torch.no_grad()
+    def panels(self, carry: PlanCarry) -> dict[str, Tensor]:
+        """The newest plans as pictures: "plan" (B, n, 3, S, S), "candidates" (B, K, n, 3, S, S), and the plan's index, "chosen" (B,)."""
+        shape = carry.plans.shape[:3]
+        candidates = self.drawn(carry.plans.flatten(1, 2)).unflatten(1, shape[1:])
+        rows = torch.arange(len(carry.chosen), device=carry.chosen.device)
+        return {"plan": candidates[rows, carry.chosen], "candidates": candidates, "chosen": carry.chosen}
+
+    # 4. Learning in the environment ---------------------------------------------------------------------------------------------
+
+    def dynamics_losses(self, batch: Batch) -> tuple[Losses, Metrics, tuple[Coded, Tensor, Tensor]]:
+        """The losses of `pretrain` on random windows of the rollout. Handed on: their codes, actions a_t (R, A), and known (R,)."""
+        count = self.before + self.ahead
+        row, first, known = choose_windows(batch["is_first"], count, self.config.align.windows)
+        place = first.unsqueeze(-1) + torch.arange(count, device=first.device)  # (R, m + n)
+        losses, metrics, codes = self.plan_losses(self.tokens(batch["image"][row.unsqueeze(-1), place]))
+        counts = known.any().float()  # without a whole window in an episode there is nothing to learn
+        action = batch["action"][row, first + self.before].float()  # led to the first of the later frames
+        return {name: loss * counts for name, loss in losses.items()}, metrics, (codes, action, known)
+
+    def align_losses(self, batch: Batch, found: tuple[Coded, Tensor, Tensor]) -> tuple[Losses, Metrics]:
+        """PPO with the rewards of plans, and the error of the actions a_t that led to what z describes.
+
+        The stored z and context are inputs: how the model changes within a rollout does not count. The last frames, on which nothing acted,
+        have the value of the prior's mean.
+        """
+        aligner, (rows, time) = self.aligner, batch["is_first"].shape
+        with torch.no_grad():
+            seen, goal = (self.tokenizer.features(images({"image": batch[key]})) for key in ("image", "goal"))  # (B T, N, D)
+            tokens = self.tokenizer.tokens(seen).unflatten(0, (rows, time))  # (B, T, N)
+            index = torch.arange(time, device=tokens.device)[:, None] + torch.arange(1 - self.before, 1, device=tokens.device)
+            index = torch.maximum(index, starts(batch["is_first"]).unsqueeze(-1))  # (B, T, m)
+            past = tokens[torch.arange(rows, device=tokens.device)[:, None, None], index]
+            mean, _, context = self.prior(past.flatten(0, 1))
+            now = aligner.critic(mean, context, goal).unflatten(0, (rows, time))
+            seen, goal = (x.unflatten(0, (rows, time)) for x in (seen, goal))
+            reward, metrics = aligner.rewards(seen, self.tokenizer.embed(tokens), goal, batch["plan"], batch)
+        z, context = (batch[key][:, 1:].flatten(0, 1).float() for key in ("z", "context"))
+        value = aligner.critic(z, context, goal[:, :-1].flatten(0, 1)).unflatten(0, (rows, time - 1))
+        means = aligner.actor(z, context).unflatten(0, (rows, time - 1))
+        known = torch.ones_like(reward, dtype=torch.bool)
+        losses, more = step_losses(means, aligner.actor.log_std, value, now, reward, batch, known, self.config.ppo)
+        for name in ("policy", "entropy"):
+            losses[name] = losses[name] * aligner.reinforcing
+        losses["action"], r2 = self._action_error(*found)
+        losses["action"] = losses["action"] * aligner.supervising
+        return losses, {**metrics, **more, "action/r2": r2}
+
+    def _action_error(self, codes: Coded, action: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+        """Negative log-likelihood of actions (R, A) given their windows' z, and R^2 of the mean.
+
+        z is the posterior's mean for every other window and a sample for the rest, because acting has samples (of the prior).
+        """
+        half = (torch.arange(len(action), device=action.device) % 2 == 0).unsqueeze(-1)
+        z = torch.where(half, codes.mean, sample(codes.mean, codes.log_variance))
+        mean = self.aligner.actor(z, codes.context)
+        weight = known.float()
+        spread = self.aligner.actor.log_std.detach()  # learned by reward alone: this error would end exploration
+        surprise = -clipped_log_prob(action.clamp(-1, 1), mean, spread)
+        return (weight * surprise).sum() / weight.sum().clamp(min=1.0), r_squared(mean, action, weight)
+
     def after_update(self, counters: Counters) -> None:
         if counters.stage == "pretrain" and self.config.beta_warmup > 0:
             self.warm.fill_(min(1.0, counters.update / self.config.beta_warmup))
+        elif counters.stage == "finetune":
+            self.aligner.count(counters.progress)
 
     # Stages ---------------------------------------------------------------------------------------------------------------------
 
     def loss_scales(self, stage: str) -> dict[str, float]:
         if stage == "tokenize":
             return {"image": 1.0, "commitment": self.config.tokenizer.commitment}
-        return {"tokens": 1.0, "kl": self.config.beta}
+        plans = {"tokens": 1.0, "kl": self.config.beta}
+        ppo = {"policy": 1.0, "value": self.config.ppo.value_weight, "entropy": self.config.ppo.entropy, "action": 1.0}
+        return plans if stage == "pretrain" else plans | ppo
 
     def passes(self, stage: str) -> tuple[Pass, ...]:
         scales = self.loss_scales(stage)
         if stage == "tokenize":
             return (Pass(lambda batch, _: (*self.tokenize_losses(batch), None), scales, ("tokenizer",)),)
-        return (Pass(lambda batch, _: (*self.pretrain_losses(batch), None), scales, ("decayed", "plain")),)
+        if stage == "pretrain":
+            return (Pass(lambda batch, _: (*self.pretrain_losses(batch), None), scales, ("decayed", "plain")),)
+        plans = {name: scales.pop(name) for name in ("tokens", "kl")}
+        return (
+            Pass(lambda batch, _: self.dynamics_losses(batch), plans, ("decayed", "plain")),
+            Pass(lambda batch, found: (*self.align_losses(batch, found), None), scales, ("actor", "critic")),
+        )
 
     def groups(self, stage: str, rates: Rates) -> list[Group]:
         if stage == "tokenize":
             parameters = trained(self, "tokenizer")
             return [Group("tokenizer", parameters, rates.lr, weight_decay=0.0, betas=(0.5, 0.9))]
-        parameters = trained(self, "posterior", "prior", "decoder")
+        online = stage == "finetune"
+        parameters = trained(self, "posterior", "prior", "decoder", *(("aligner",) if online else ()))
+        rate, warmup = rates.lr, self.config.warmup
+        if online:
+            self.warm.fill_(1.0)
+            warmup = 0
+            parameters = [p for part in (self.posterior, self.prior, self.decoder) for p in part.parameters()]
+            if self.config.pretrained:  # footnote 1: of the posterior, only the last layer learns
+                self.posterior.body.requires_grad_(False)
+                parameters = [p for p in parameters if p.requires_grad]
+                rate = rate * rates.slow
         matrices = {id(module.weight) for module in self.modules() if isinstance(module, nn.Linear)}
         groups = []
         for name, decay in (("decayed", self.config.decay), ("plain", 0.0)):
             own = [p for p in parameters if (id(p) in matrices) == (name == "decayed")]
-            shared: dict[str, Any] = {"warmup": self.config.warmup, "decay": "cosine", "betas": (0.9, 0.95)}
-            groups.append(Group(name, own, rates.lr, optimizer="adamw", weight_decay=decay, **shared))
+            shared: dict[str, Any] = {"warmup": warmup, "decay": "cosine", "betas": (0.9, 0.95)}
+            groups.append(Group(name, own, rate, optimizer="adamw", weight_decay=decay, **shared))
+        if online:
+            for name, module, lr in (
+                ("actor", self.aligner.actor, rates.actor_lr),
+                ("critic", self.aligner.critic, rates.critic_lr),
+            ):
+                groups.append(Group(name, list(module.parameters()), lr, weight_decay=0.0))
         return groups
 
     # Looking --------------------------------------------------------------------------------------------------------------------

@@ -283,3 +283,132 @@ def latent_presets(
         parts["online"] |= (online or {}).get(name, {})
         out[name] = {**RUN.get(name, {}), "optim": {"eps": 1e-8}, "model": dict(model), **parts, "stages": stages[name]}
     return out
+
+
+PLAN_SIZES: dict[str, dict[str, Any]] = {
+    "small": {
+        "tokenizer": {"widths": (32, 64, 128), "codes": 512, "dim": 64},
+        "plan": {
+            "latent": 16,
+            "dim": 128,
+            "heads": 4,
+            "posterior_layers": 3,
+            "prior_layers": 2,
+            "decoder_layers": 3,
+        },
+        "beta_warmup": 1_000,
+        "warmup": 500,
+    },
+    "tiny": {
+        "tokenizer": {"widths": (16, 32, 64), "codes": 128, "dim": 32},
+        "plan": {
+            "context": 2,
+            "horizon": 4,
+            "latent": 8,
+            "dim": 96,
+            "heads": 4,
+            "posterior_layers": 2,
+            "prior_layers": 2,
+            "decoder_layers": 2,
+        },
+        "beta_warmup": 200,
+        "warmup": 100,
+    },
+    "debug": {
+        "tokenizer": {"widths": (4, 4, 8), "blocks": 1, "codes": 16, "dim": 8},
+        "plan": {
+            "context": 2,
+            "horizon": 3,
+            "latent": 4,
+            "dim": 16,
+            "heads": 2,
+            "posterior_layers": 1,
+            "prior_layers": 1,
+            "decoder_layers": 1,
+        },
+        "beta_warmup": 4,
+        "warmup": 2,
+    },
+}
+PLAN_VIDEO: dict[str, dict[str, dict[str, Any]]] = {
+    "paper": {
+        "tokenize": {"updates": 200_000, "batch_size": 64, "length": 2, "lr": 2e-4, "lr_decay": 0.0},
+        "pretrain": {"updates": 200_000, "batch_size": 64, "length": 13, "lr": 3e-4, "lr_decay": 1.0},
+    },
+    "small": {
+        "tokenize": {"updates": 10_000, "batch_size": 32, "length": 2, "lr": 4e-4},
+        "pretrain": {"updates": 20_000, "batch_size": 16, "length": 13, "lr": 5e-4, "lr_decay": 1.0},
+    },
+    "tiny": {
+        "tokenize": {"updates": 2_000, "batch_size": 16, "length": 2, "lr": 1e-3},
+        "pretrain": {"updates": 2_000, "batch_size": 16, "length": 13, "lr": 1e-3, "lr_decay": 1.0},
+    },
+    "debug": {"tokenize": {}, "pretrain": {}},
+}
+"""Batches of `tokenize` are frames: two of each clip, which differ more than many of one. Sequences of 13 frames are 5 that a held-out
+prediction observes, and one plan of 8 or two of 4."""
+
+
+PLAN_ONLINE: dict[str, dict[str, Any]] = {
+    "paper": {
+        "online": {
+            "env_steps": 500_000,
+            "lr": 1e-4,
+            "actor_lr": 3e-4,
+            "critic_lr": 3e-4,
+            "pretrained_lr_factor": 1.0,
+            "freeze_updates": 0,
+            "eval_every": 10_000,
+            "eval_episodes": 20,
+        },
+        "rollout": {"environments": 8, "steps": 256, "epochs": 10, "minibatches": 8},
+    },
+    "small": {
+        "online": {
+            "env_steps": 100_000,
+            "lr": 5e-4,
+            "actor_lr": 3e-4,
+            "critic_lr": 3e-4,
+            "pretrained_lr_factor": 0.3,
+            "freeze_updates": 0,
+            "eval_every": 10_000,
+            "eval_episodes": 10,
+        },
+        "rollout": {"environments": 8, "steps": 64, "epochs": 4, "minibatches": 4},
+        "model": {"align": {"plans": 8, "plans_eval": 16}},
+    },
+    "tiny": {
+        "online": {
+            "env_steps": 20_000,
+            "lr": 1e-3,
+            "actor_lr": 1e-3,
+            "critic_lr": 1e-3,
+            "pretrained_lr_factor": 0.3,
+            "freeze_updates": 0,
+            "eval_every": 5_000,
+            "eval_episodes": 10,
+            "save_every": 5_000,
+        },
+        "rollout": {"environments": 8, "steps": 32, "epochs": 4, "minibatches": 2},
+        "model": {"align": {"plans": 8, "plans_eval": 8, "width": 128}},
+    },
+    "debug": {
+        "online": {"env_steps": 64, "eval_every": 100, "save_every": 32},
+        "rollout": {"environments": 2, "workers": 1, "steps": 8, "epochs": 1, "minibatches": 2},
+        "model": {"align": {"plans": 3, "plans_eval": 2, "width": 16, "windows": 4, "reward_from": 0.0}},
+    },
+}
+
+
+def plan_presets() -> dict[str, dict[str, Any]]:
+    """PRESETS of a method that plans in pictures."""
+    out = budgets(own=PLAN_SIZES)
+    for name, values in out.items():
+        video = PLAN_VIDEO[name]
+        values["optim"] = {"eps": 1e-8, "clip": 1.0}
+        values["stages"] = {
+            "tokenize": {"pretrain": video["tokenize"]},
+            "pretrain": {"pretrain": video["pretrain"], "load": "tokenizer"},
+            "finetune": {**PLAN_ONLINE[name], "optim": {"clip": 0.5}},
+        }
+    return out

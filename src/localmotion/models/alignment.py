@@ -168,8 +168,8 @@ class Aligner(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Rewards (B, T - 1) of the steps of a rollout, and metrics.
 
-        ``seen``, ``goal`` and ``plan`` as in `plan_rewards`; ``codes`` (B, T, N, D): the frames after quantisation. The metric "plan/static"
-        is the share of plans whose first frame is the frame from which they were made: following these is rewarded for doing nothing.
+        ``seen``, ``goal`` and ``plan`` as in `plan_rewards`; ``codes`` (B, T, N, D): the frames after quantisation. The metric
+        "plan/static" is the share of plans whose first frame is the frame from which they were made. To follow these, do nothing.
         """
         inside = ~batch["is_first"][:, 1:]
         share = inside.float()
