@@ -96,7 +96,7 @@ class PVDRConfig:
 
 _SIZES: dict[str, dict[str, Any]] = {
     "small": {
-        "tokenizer": {"widths": (32, 64, 128), "codes": 512, "dim": 64},
+        "tokenizer": {"widths": (32, 64, 128), "codes": 512, "code_dim": 64},
         "plan": {
             "latent": 16,
             "dim": 128,
@@ -109,7 +109,7 @@ _SIZES: dict[str, dict[str, Any]] = {
         "warmup": 500,
     },
     "tiny": {
-        "tokenizer": {"widths": (16, 32, 64), "codes": 128, "dim": 32},
+        "tokenizer": {"widths": (16, 32, 64), "codes": 128, "code_dim": 32},
         "plan": {
             "context": 2,
             "horizon": 4,
@@ -124,7 +124,7 @@ _SIZES: dict[str, dict[str, Any]] = {
         "warmup": 100,
     },
     "debug": {
-        "tokenizer": {"widths": (4, 4, 8), "blocks": 1, "codes": 16, "dim": 8},
+        "tokenizer": {"widths": (4, 4, 8), "blocks": 1, "codes": 16, "code_dim": 8},
         "plan": {
             "context": 2,
             "horizon": 3,
