@@ -35,9 +35,9 @@ class TokenizerConfig:
     """Residual blocks of a stage, and after the attention."""
     codes: int = 1024
     """Codes V of the codebook."""
-    dim: int = 256
+    code_dim: int = 256
     """Numbers D of a code."""
-    decay: float = 0.99
+    code_decay: float = 0.99
     """Decay of the averages that codes follow."""
     restart: float = 0.01
     """A code that is used less often than this share of the mean of all codes becomes a random feature of the batch."""
@@ -176,14 +176,14 @@ class Tokenizer(nn.Module):
         halved = 1 << len(config.widths)
         if not config.widths or image_size % halved:
             raise ConfigError(f"pictures of side {image_size}: {len(config.widths)} stages need a multiple of {halved}")
-        if not 0 < config.restart < 1 or not 0 < config.decay < 1:
-            raise ConfigError(f"decay={config.decay:g}, restart={config.restart:g}: both are between 0 and 1")
+        if not 0 < config.restart < 1 or not 0 < config.code_decay < 1:
+            raise ConfigError(f"code_decay={config.code_decay:g}, restart={config.restart:g}: both are between 0 and 1")
         self.config = config
-        self.side, self.dim, self.codes = image_size // halved, config.dim, config.codes
+        self.side, self.dim, self.codes = image_size // halved, config.code_dim, config.codes
         self.cells = self.side**2
-        self.encoder = Encoder(config.widths, config.blocks, config.dim)
-        self.decoder = Decoder(config.widths, config.blocks, config.dim)
-        self.codebook = Codebook(config.codes, config.dim, config.decay, config.restart)
+        self.encoder = Encoder(config.widths, config.blocks, config.code_dim)
+        self.decoder = Decoder(config.widths, config.blocks, config.code_dim)
+        self.codebook = Codebook(config.codes, config.code_dim, config.code_decay, config.restart)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def features(self, image: Tensor) -> Tensor:

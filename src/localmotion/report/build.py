@@ -39,6 +39,7 @@ _COUNTERS = ("update", "agent_step", "env_step", "episode", "wall", "updates_per
 _PREDICTORS = {
     "motion": "with real motion",
     "prior": "from the observed frames alone",
+    "prior_sample": "from the observed frames, one sample",
     "action": "with the real actions",
     "latent_action": "with the latent actions of the true frames",
     "zero_motion": "with zero motion",
@@ -87,6 +88,12 @@ def _heldout(report: Gathered) -> tuple[list[Block], list[tuple[str, str]]]:
             others = [f"{_PREDICTORS[k]} {v:.1f}" for k, v in scores.items() if k != first]
             tiles.append((f"{scores[first]:.1f} dB", "; ".join([f"{run.name}: open-loop PSNR {_PREDICTORS[first]}", *others])))
         blocks += _horizon(run, line)
+        own = [k for k in line if k.startswith("figure/")]
+        rows = [[k.removeprefix("figure/").replace("_", " "), _cell(line, k, ".4g")] for k in own]
+        if rows:
+            blocks.append(
+                Table(["held-out figure", run.name], rows, "Figures of the method's own (`heldout` in its file explains them).")
+            )
     return blocks, tiles
 
 

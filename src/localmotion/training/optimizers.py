@@ -148,7 +148,7 @@ def _adam(
     # torch accepts `capturable` on a GPU only; the fused kernel keeps its counts on the device in any case.
     graphs = torch.is_tensor(lr) and lr.device.type == "cuda"
     decay = settings.weight_decay if group.weight_decay is None else group.weight_decay
-    return kind(group.parameters, lr=lr, betas=group.betas, eps=settings.eps, weight_decay=decay, fused=True, capturable=graphs)
+    return kind(group.parameters, lr=lr, eps=settings.eps, weight_decay=decay, betas=group.betas, fused=True, capturable=graphs)
 
 
 def _make_laprop(group: Group, settings: OptimConfig, lr: float | Tensor) -> torch.optim.Optimizer:
