@@ -242,10 +242,10 @@ def test_windows_are_drawn_from_all_starts_of_a_sequence() -> None:
     for row in range(4):
         for t in range(8):
             batch["image"][row, t] = 8 * t
-    model.plan_losses = lambda tokens: tokens  # type: ignore[method-assign, assignment]
+    model.plan_losses = lambda tokens: (tokens, {}, None)  # type: ignore[method-assign, assignment]
     model.tokens = lambda image: image[..., 0, 0, 0]  # type: ignore[method-assign]
     for _ in range(10):
-        times = model.pretrain_losses(batch) // 8  # type: ignore[operator]
+        times = model.pretrain_losses(batch)[0] // 8  # type: ignore[operator]
         assert bool((times.diff(dim=1) == 1).all())
         assert times.shape == (4, 5)
         seen |= set(times[:, 0].tolist())

@@ -117,6 +117,7 @@ def make_env(
     camera: str | int | None = None,
     supersample: int = 1,
     observed: Observed = "pixels",
+    goal: bool = False,
     **options: Any,
 ) -> PixelEnv:
     """Make an environment; its interface is that of `localmotion.envs.base.PixelEnv`.
@@ -134,11 +135,12 @@ def make_env(
         supersample: 2 draws observations at twice their side and averages, i.e. four samples a pixel, in either quality: slow motion is
             found much better (docs/perception.md), for 2 to 5 ms more per frame.
         observed: "pixels", "vectors" (the suite's own low-dimensional observation; no rendering), or "both".
+        goal: observations also have ``goal``, a picture of the episode's task solved (docs/environments.md).
         options: the suite's own options by name, e.g. ``difficulty="easy"`` of distracting; `list_options` has them.
 
     Raises:
         ConfigError: a name that does not exist (the message suggests the nearest ones), an option the suite lacks, or a setting out of
-            range.
+            range; ``goal`` for an environment without goal pictures.
         EnvError: no working OpenGL; the message says what to install.
     """
     task, factory = _found(name)
@@ -158,6 +160,8 @@ def make_env(
     )
     env.supersample = supersample
     env.show(observed)
+    if goal:
+        env.show_goal()
     return env
 
 
@@ -168,6 +172,7 @@ SETTINGS = {
     "action_repeat": "--action_repeat",
     "supersample": "--supersample",
     "observed": "--observed",
+    "goal": "the method (Method.wants)",
     "size": "the recipe of the clip store (extract --size)",
     "percept_size": "the recipe of the clip store (extract --percept-size)",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, get_args
 
 import cv2
@@ -27,6 +28,8 @@ class PixelEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
     Observation: Dict with ``image`` (size, size, 3) uint8 and, when ``percept_size`` is given and differs, ``percept``
     (percept_size, percept_size, 3) uint8. Both come from ONE rendering at ``percept_size``; ``image`` is its area average.
     After ``show("vectors")`` it is only ``vector`` (V,) float32, without rendering; after ``show("both")`` both.
+    After ``show_goal()`` also ``goal`` (size, size, 3) uint8: a picture of this episode's task solved, drawn once at the reset as ``image``
+    is. The episode is the same with and without it.
     Action: Box(-1, 1, (A,), float32), mapped linearly to the range of the environment.
     ``step`` applies the action ``action_repeat`` times and sums the rewards; one application is one env step (control step).
     ``info`` always has ``env_steps``, the env steps done in this call, and ``success`` (0 or 1) in suites that signal it.
@@ -77,6 +80,8 @@ class PixelEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         self.action_space.seed(seed)
         self._np_random, self._np_random_seed = seeding.np_random(seed)
         self.observed: Observed = "pixels"
+        self.shows_goal = False
+        self._goal: NDArray[np.uint8] | None = None  # of this episode
         self._elapsed: int | None = None  # env steps of this episode; None: no episode is running
         self._begun = False
         self.supersample = 1
@@ -94,6 +99,19 @@ class PixelEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
 
     def _draw(self, size: int) -> NDArray[np.uint8]:
         """Picture of the current state, (size, size, 3)."""
+        raise NotImplementedError
+
+    @property
+    def has_goals(self) -> bool:
+        """Whether the environment has goal pictures (`show_goal`). One that has implements `_solve`."""
+        return False
+
+    def _solve(self, episode_seed: int) -> bool:
+        """Bring the episode that ``_begin(episode_seed)`` has just begun into a state in which its task is solved, for the goal picture.
+
+        What does not belong to the task, such as a moving background, stays as at the reset. The state follows from ``episode_seed``
+        alone. Afterwards ``_begin(episode_seed)`` is called again, so the episode may be spoilt. Returns whether the task is solved.
+        """
         raise NotImplementedError
 
     def _success(self) -> float:
@@ -121,16 +139,40 @@ class PixelEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
             self._begin(0)  # some tasks have no observation before their first episode
             boxes["vector"] = spaces.Box(-np.inf, np.inf, (len(self.vector()),), np.float32)
         self.observed = observed
-        self.observation_space = spaces.Dict(boxes)  # type: ignore[assignment]
+        self._set_space(boxes)
+
+    def show_goal(self, on: bool = True) -> None:
+        """Choose whether observations have ``goal`` from the next reset on. Raises ConfigError if the environment has no goal pictures."""
+        if on and not self.has_goals:
+            from localmotion.envs.goals import no_goals
+
+            raise no_goals(self.name)
+        self.shows_goal = on
+        self._set_space(self.observation_space.spaces)  # type: ignore[attr-defined]
+
+    def _set_space(self, boxes: Mapping[str, Any]) -> None:
+        """Make ``boxes`` the spaces of the observation, with or without that of the goal."""
+        goal = {"goal": spaces.Box(0, 255, (self.size, self.size, 3), np.uint8)} if self.shows_goal else {}
+        kept = {key: box for key, box in boxes.items() if key != "goal"}
+        self.observation_space = spaces.Dict({**kept, **goal})  # type: ignore[assignment]
 
     # -- gymnasium ------------------------------------------------------------------------------------------------------
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Observation, dict[str, Any]]:
-        """Start an episode. The same ``seed`` gives bit-identical states and pictures; ``options`` are not used."""
+        """Start an episode. The same ``seed`` gives bit-identical states and pictures; ``options`` are not used.
+
+        With a goal picture, ``info["goal_solved"]`` is 1 if it shows the task solved, and 0 if it shows the nearest state that was found.
+        """
         super().reset(seed=seed)
-        self._begin(int(self.np_random.integers(2**31)))
+        episode_seed = int(self.np_random.integers(2**31))
+        self._begin(episode_seed)
         self._elapsed, self._begun = 0, True
-        return self._observe(), self._info(0)
+        if not self.shows_goal:
+            return self._observe(), self._info(0)
+        solved = self._solve(episode_seed)
+        self._goal = self._averaged(self.render_frame(self.draw_size))
+        self._begin(episode_seed)
+        return self._observe(), self._info(0) | {"goal_solved": float(solved)}
 
     def step(self, action: NDArray[np.float32]) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         """One agent step: ``action`` (A,) applied ``action_repeat`` times, or fewer if the episode ends.
@@ -183,6 +225,7 @@ class PixelEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
             "percept_size": self.draw_size,
             "supersample": self.supersample,
             "observed": self.observed,
+            **({"goal": True} if self.shows_goal else {}),
             "action_dim": self.action_space.shape[0],  # type: ignore[index]
             "action_repeat": self.action_repeat,
             "time_limit": self.time_limit,
@@ -205,12 +248,18 @@ class PixelEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
 
     def _observe(self) -> Observation:
         shown: Observation = {} if self.observed == "pixels" else {"vector": self.vector().astype(np.float32)}
+        if self.shows_goal and self._goal is not None:
+            shown["goal"] = self._goal.copy()
         if self.observed == "vectors":
             return shown
         picture = self.render_frame(self.draw_size)
         if self.draw_size == self.size:
             return shown | {"image": picture}
-        return shown | {"image": area_average(picture, self.size), "percept": picture}
+        return shown | {"image": self._averaged(picture), "percept": picture}
+
+    def _averaged(self, picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """A picture of the drawn size at the agent's size."""
+        return picture if self.draw_size == self.size else area_average(picture, self.size)
 
     def _info(self, env_steps: int) -> dict[str, Any]:
         info: dict[str, Any] = {"env_steps": env_steps}

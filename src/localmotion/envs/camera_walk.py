@@ -76,14 +76,17 @@ class CameraWalk:
         roll = self._roll + float(np.clip(wanted, -self._roll_top, self._roll_top))
         roll = float(np.clip(roll, -self._roll_limit, self._roll_limit))
         self._roll_velocity, self._roll = roll - self._roll, roll
+        self.aim()
+
+    def aim(self) -> None:
+        """After the physics has reset the camera to its own pose, move it to the walk's present pose."""
+        eye, look = from_sphere(self._place), self._look
         if self._tracks:
-            after, look = after + self._data.subtree_com[1], self._own_look()
-        else:
-            look = self._look
-        axes = looking(after, look, level=self._level)
-        c, s = np.cos(roll), np.sin(roll)
+            eye, look = eye + self._data.subtree_com[1], self._own_look()
+        axes = looking(eye, look, level=self._level)
+        c, s = np.cos(self._roll), np.sin(self._roll)
         axes = axes @ np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]])
-        self._data.cam_xpos[self._camera] = after
+        self._data.cam_xpos[self._camera] = eye
         self._data.cam_xmat[self._camera] = axes.reshape(9)
 
 

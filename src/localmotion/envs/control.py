@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localmotion.envs.base import PixelEnv
+from localmotion.envs.goals import solve, solved_tasks
 from localmotion.errors import EnvError, unknown_name
 
 TASKS: dict[str, tuple[str, str]] = {
@@ -122,6 +123,15 @@ class ControlEnv(PixelEnv):
     def velocities(self) -> NDArray[np.float64]:
         """Generalised velocities (nv,) of the physics, radians and metres per second, the targets of probes."""
         return np.array(self.physics.data.qvel, np.float64)
+
+    @property
+    def has_goals(self) -> bool:
+        """Goal pictures exist for tasks with a solved pose (`localmotion.envs.goals`)."""
+        return self.name.partition(":")[2] in solved_tasks()
+
+    def _solve(self, episode_seed: int) -> bool:
+        solve(self.name.partition(":")[2], self.physics, self._task)
+        return True
 
     def vector(self) -> NDArray[np.float64]:
         """dm_control's own observation of the task, its parts in their order, as one vector."""

@@ -164,6 +164,12 @@ class DistractingEnv(DMCEnv):
             self._colours.advance()
         return result
 
+    def _solve(self, episode_seed: int) -> bool:
+        solved = super()._solve(episode_seed)
+        if self._walk is not None:
+            self._walk.aim()
+        return solved
+
     def _draw(self, size: int) -> NDArray[np.uint8]:
         if self._playback is not None and self._slot is not None:
             showing = self._playback.number, self._playback.index

@@ -40,6 +40,10 @@ CAMERA = "corner"
 UPSIDE_DOWN = ("corner", "corner2", "corner3", "corner4")
 """Cameras that 3.1.1 mounts upside down. Only here their pictures are rotated by 180 degrees."""
 ACTION_REPEAT, TIME_LIMIT = 1, 500
+EXPERT_TRIES, EXPERT_STEPS, SETTLING = 4, 250, 20
+"""For a goal picture the scripted policy plays at most this often and this many env steps, and goes on this long after it succeeded."""
+EXPERT_NOISE = 0.3
+"""Deviation of the noise on its actions after the first try."""
 
 
 class MetaWorldEnv(CameraLinks, PixelEnv):
@@ -107,7 +111,8 @@ class MetaWorldEnv(CameraLinks, PixelEnv):
         inner._set_task_called = True
         inner._freeze_rand_vec = False
         inner.seeded_rand_vec = True
-        inner.max_path_length = self.time_limit + 1  # Meta-World raises at its own limit; our limit truncates before it
+        # Meta-World raises at its own limit; our limit truncates before it.
+        inner.max_path_length = max(self.time_limit, EXPERT_STEPS) + 1
         model = inner.model
         self._fresh = {name: getattr(model, name).copy() for name in ("body_pos", "body_quat", "site_pos", "geom_pos")}
         self._met = 0.0
@@ -154,6 +159,40 @@ class MetaWorldEnv(CameraLinks, PixelEnv):
             wanted = self._expert.get_action(self._vector)
         action: NDArray[np.float32] = np.clip(wanted, -1.0, 1.0).astype(np.float32)
         return action
+
+    @property
+    def has_goals(self) -> bool:
+        """Goal pictures show the last success of the scripted policy."""
+        return True
+
+    def _solve(self, episode_seed: int) -> bool:
+        """The scripted policy plays until `SETTLING` env steps after its first success; the last successful state is kept. If it fails,
+        it plays again with noise. If all tries fail, the state with the smallest distance to the target is kept."""
+        mujoco, model, data = self._mujoco, self.inner.model, self.inner.data
+        spec = mujoco.mjtState.mjSTATE_INTEGRATION
+        nearest, kept = np.inf, np.empty(mujoco.mj_stateSize(model, spec))
+        for attempt in range(EXPERT_TRIES):
+            if attempt:
+                self._begin(episode_seed)
+            noise, left = np.random.default_rng([episode_seed, attempt]), SETTLING
+            for _ in range(EXPERT_STEPS):
+                action = self.expert_action()
+                if attempt:
+                    action = np.clip(action + noise.normal(0, EXPERT_NOISE, 4), -1, 1).astype(np.float32)
+                self._vector, _, _, _, info = self.inner.step(action)
+                distance = -1.0 if info["success"] else float(info["obj_to_target"])
+                if distance <= nearest:
+                    nearest = distance
+                    mujoco.mj_getState(model, data, kept, spec)
+                if nearest < 0:
+                    left -= 1
+                if left < 0:
+                    break
+            if nearest < 0:
+                break
+        mujoco.mj_setState(model, data, kept, spec)
+        mujoco.mj_forward(model, data)
+        return nearest < 0
 
     def _draw(self, size: int) -> NDArray[np.uint8]:
         return self._renderer.frame(self.inner.data, size)

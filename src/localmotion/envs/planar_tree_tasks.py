@@ -34,7 +34,7 @@ class Run(base.Task):
         data.qpos[limited] = (low + high) / 2 + (high - low) / 4 * self.random.uniform(-1, 1, limited.sum())
         data.qpos[2] = self.random.uniform(-np.pi / 6, np.pi / 6)
         physics.forward()
-        data.qpos[1] -= _lowest(physics) - 0.01
+        data.qpos[1] -= lowest(physics) - 0.01
         physics.step(nstep=SETTLING)
         data.time = 0
         super().initialize_episode(physics)
@@ -55,11 +55,17 @@ class Run(base.Task):
 
 
 class Reach(base.Task):
-    """Hold the end of the longest chain in the target: the reward is 1 there and 0 elsewhere, like dm_control's reacher."""
+    """Hold the end of the longest chain in the target: the reward is 1 there and 0 elsewhere, like dm_control's reacher.
+
+    solution  (nq,) the position of the hinges from which the target was drawn
+    """
+
+    solution: Any
 
     def initialize_episode(self, physics: Any) -> None:
         """The target is where the chain's end is in one random position of the hinges, so it can be reached; the body begins in another."""
         self._pose(physics)
+        self.solution = physics.data.qpos.copy()
         physics.model.geom_pos[TARGET, :2] = physics.data.site_xpos[TIP, :2]
         for _ in range(20):
             self._pose(physics)
@@ -98,7 +104,7 @@ def load(number: int, kind: str) -> control.Environment:
     return control.Environment(physics, task, control_timestep=CONTROL_STEP)
 
 
-def _lowest(physics: Any) -> float:
+def lowest(physics: Any) -> float:
     """Height of the lowest point of the links, metres."""
     model, data = physics.model, physics.data
     links = model.geom_bodyid > 0

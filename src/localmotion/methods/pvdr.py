@@ -40,6 +40,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from localmotion.methods.base import (
+    GOAL,
     Batch,
     Counters,
     Group,
@@ -131,7 +132,7 @@ class PVDR(Method):
     acts_after = frozenset({"finetune"})
     predicts_after = frozenset({"pretrain"})
     begins = {"pretrain": "tokenize", "finetune": "pretrain"}
-    wants = frozenset({"goal"})
+    wants = GOAL
     extras = EXTRAS
     transfers = same("tokenizer", "posterior", "prior", "decoder")
 
