@@ -1,0 +1,189 @@
+"""PVDR in the environment: plans towards a goal, what is learned from a rollout, and by which parts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from localmotion.errors import ConfigError
+from localmotion.methods.base import Counters, Rates
+from localmotion.methods.pvdr import PVDR
+from localmotion.models.alignment import STATIC
+from localmotion.models.planning import GoalDistance
+from localmotion.testing.rules import Subject
+from localmotion.training.trees import leaves_of
+from method_batches import CPU
+
+ROWS, TIME = 2, 12
+
+
+def made(*settings: str) -> tuple[Subject, Any]:
+    """The stage at preset debug, and its method with noise on every weight."""
+    subject = Subject(PVDR, "finetune", settings=settings)
+    return subject, subject.awake()
+
+
+def observation(seed: int, first: bool, rows: int = ROWS) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    picture = torch.randint(0, 256, (rows, 1, 64, 64, 3), generator=g, dtype=torch.uint8)
+    goal = torch.randint(0, 256, (rows, 1, 64, 64, 3), generator=torch.Generator().manual_seed(99), dtype=torch.uint8)
+    return {"image": picture, "goal": goal, "is_first": torch.full((rows, 1), first)}
+
+
+def rollout(method: Any, ends: int = 5) -> dict[str, Tensor]:
+    """A rollout as the loop stores it: the step to position t + 1 was chosen at position t. An episode begins at position ``ends``."""
+    method.eval()
+    carry, records, chosen = method.initial_carry(ROWS), [], {}
+    for t in range(TIME):
+        first = t in (0, ends)
+        obs = observation(t, first)
+        led = {key: torch.zeros_like(value) if first else value for key, value in chosen.items()}
+        with torch.no_grad():
+            action, carry, extras = method.act(obs, carry, explore=True, window=TIME)
+        if not led:
+            led = {key: torch.zeros_like(value) for key, value in {"action": action, **extras}.items()}
+        records.append({**{key: value[:, 0] for key, value in obs.items()}, **led, "reward": torch.zeros(ROWS)})
+        chosen = {"action": action, **extras}
+    method.train()
+    batch = {key: torch.stack([record[key] for record in records], 1) for key in records[0]}
+    return batch | {"is_terminal": torch.zeros(ROWS, TIME, dtype=torch.bool)}
+
+
+def losses(method: Any, batch: dict[str, Tensor], seed: int = 0) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    torch.manual_seed(seed)
+    own, metrics, found = method.dynamics_losses(batch)
+    more, more_metrics = method.align_losses(batch, found)
+    return {name: loss.detach() for name, loss in {**own, **more}.items()}, {**metrics, **more_metrics}
+
+
+def test_the_plan_nearest_to_the_goal_is_taken() -> None:
+    _, method = made("plans=7", "plans_eval=7", "random_plan=0")
+    with torch.no_grad():
+        _, carry, extras = method.act(observation(0, True), method.initial_carry(ROWS), explore=True, window=TIME)
+        goal = method.tokenizer.features(observation(0, True)["goal"][:, 0].permute(0, 3, 1, 2).float() / 255 - 0.5)
+        last = method.tokenizer.embed(carry.plans[:, :, -1])  # (B, K, N, D)
+        far = GoalDistance(method.tokenizer.side, "cosine", 0.0)(last, goal[:, None])
+        again = method.plans(carry.tokens, extras["z"][:, None])[:, 0]
+    assert torch.equal(carry.chosen, far.argmin(1))
+    rows = torch.arange(ROWS)
+    assert torch.equal(again, carry.plans[rows, carry.chosen])  # the stored z is that of the plan
+    assert torch.equal(extras["plan"], method.tokenizer.embed(again[:, 0]))
+    pictures = method.panels(carry)
+    assert pictures["candidates"].shape == (ROWS, 7, 3, 3, 64, 64)
+    assert torch.equal(pictures["plan"], pictures["candidates"][rows, carry.chosen])
+
+
+def test_evaluation_draws_its_own_number_of_plans() -> None:
+    _, method = made("plans=2", "plans_eval=5")
+    with torch.no_grad():
+        for explore, count in ((True, 2), (False, 5)):
+            carry = method.act(observation(0, True), method.initial_carry(ROWS), explore=explore, window=TIME)[1]
+            assert carry.plans.shape[1] == count
+
+
+def test_the_context_is_the_newest_frames_and_begins_with_copies() -> None:
+    _, method = made()
+    carry = method.initial_carry(ROWS)
+    tokens = []
+    with torch.no_grad():
+        for t, first in enumerate((True, False, False)):
+            _, carry, _ = method.act(observation(t, first), carry, explore=False, window=TIME)
+            tokens.append(method.tokens(observation(t, first)["image"])[:, 0])
+            kept = [tokens[max(t - 1, 0)], tokens[t]]
+            assert torch.equal(carry.tokens, torch.stack(kept, 1))
+    assert all(leaf.dtype == torch.int64 for leaf in leaves_of(carry))
+
+
+def test_losses_see_the_policy_that_acted() -> None:
+    _, method = made()
+    _, metrics = losses(method, rollout(method))
+    assert float(metrics["policy/kl"]) == pytest.approx(0, abs=1e-6)
+    assert float(metrics["policy/clipped"]) == 0
+
+
+def test_pairs_are_the_action_that_led_to_the_first_planned_frame() -> None:
+    """Frame t is t everywhere and action t is t / 100: a window of the frames t - 1, t | t + 1, .. goes with the action to t + 1."""
+    _, method = made("windows=40")
+    batch = rollout(method)
+    time = torch.arange(TIME)
+    batch["image"] = time.to(torch.uint8)[None, :, None, None, None].expand(ROWS, -1, 64, 64, 3)
+    batch["action"] = (time / 100)[None, :, None].expand(ROWS, -1, 3)
+    seen: list[Tensor] = []
+    method.tokens = lambda image: seen.append(image[..., 0, 0, 0]) or torch.zeros(*image.shape[:2], 64, dtype=torch.int64)
+    _, _, (_, action, known) = method.dynamics_losses(batch)
+    windows = seen[0].long()
+    assert windows.shape == (40, 5)
+    assert torch.equal((100 * action[:, 0]).round().long(), windows[:, 2])
+    assert known.all()
+    assert not ((windows[:, 0] < 5) & (windows[:, -1] >= 5)).any()  # none crosses the end of the episode
+
+
+def test_only_the_posteriors_last_layer_the_prior_and_the_decoder_learn_online() -> None:
+    subject, method = made()
+    before = {key: value.clone() for key, value in method.state_dict().items()}
+    updater = subject.updater(method, CPU, pretrained=True)
+    batch = rollout(method)
+    for _ in range(3):
+        updater.learn(batch)
+    changed = {key for key, value in method.state_dict().items() if not torch.equal(value, before[key])}
+    parts = {key.partition(".")[0] for key in changed}
+    assert parts == {"posterior", "prior", "decoder", "aligner", "warm"} - ({"warm"} if before["warm"] == 1 else set())
+    assert {key for key in changed if key.startswith("posterior")} == {"posterior.last.weight", "posterior.last.bias"}
+
+
+def test_without_pretraining_the_whole_posterior_learns() -> None:
+    subject, method = made("pretrained=false")
+    trained = {id(p) for group in subject.groups(method) for p in group.parameters}
+    assert {id(p) for p in method.posterior.parameters()} <= trained
+    assert not {id(p) for p in method.tokenizer.parameters()} & trained
+    assert PVDR.origins(method.config, "finetune") == ("tokenize",)
+    assert PVDR.origins(made()[1].config, "finetune") == ("pretrain",)
+
+
+def test_the_alignment_learns_by_reward_from_its_share_of_the_run_on() -> None:
+    _, method = made("reward_from=0.5", "supervised=2", "supervised_end=1")
+    batch = rollout(method)
+    found = {}
+    for progress in (0.25, 0.5):
+        method.after_update(Counters("finetune", 1, progress))
+        found[progress] = losses(method, batch)[0]
+    assert float(found[0.25]["policy"]) == float(found[0.25]["entropy"]) == 0
+    assert float(found[0.5]["entropy"]) != 0
+    assert float(found[0.5]["action"] / found[0.25]["action"]) == pytest.approx(1.5 / 1.75, rel=1e-4)
+
+
+def test_the_value_of_a_last_frame_is_not_that_of_another_position() -> None:
+    """The critic of the last frame sees the prior's mean there, so changing the last picture changes the value's target."""
+    _, method = made("reward_from=0", "follow_weight=0", "progress_weight=0")
+    method.aligner.count(1.0)
+    batch = rollout(method)
+    plain = losses(method, batch)[0]["value"]
+    other = {key: value.clone() for key, value in batch.items()}
+    other["image"][:, -1] = 255 - other["image"][:, -1]
+    assert float(losses(method, other)[0]["value"]) != float(plain)
+
+
+def test_static_plans_are_counted() -> None:
+    _, method = made()
+    batch = rollout(method)
+    tokens = method.tokens(batch["image"])
+    batch["plan"] = torch.cat([torch.zeros(ROWS, 1, 64, 8), method.tokenizer.embed(tokens[:, :-1])], 1)
+    assert float(losses(method, batch)[1]["plan/static"]) == 1
+    batch["plan"] = -batch["plan"]
+    assert float(losses(method, batch)[1]["plan/static"]) < STATIC
+
+
+@pytest.mark.parametrize("settings", ["plans=0", "plans_eval=0", "windows=0", "random_plan=1.5", "reward_from=-0.1"])
+def test_settings_out_of_range_are_refused(settings: str) -> None:
+    with pytest.raises(ConfigError, match=settings.partition("=")[0]):
+        made(settings)
+
+
+def test_pretrained_parts_learn_at_their_factor() -> None:
+    subject, method = made()
+    found = {group.name: group.lr for group in method.groups("finetune", Rates(1e-3, 2e-3, 3e-3, slow=0.1))}
+    assert found == pytest.approx({"decayed": 1e-4, "plain": 1e-4, "actor": 2e-3, "critic": 3e-3})
+    assert subject.acts
