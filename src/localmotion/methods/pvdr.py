@@ -13,8 +13,8 @@ pushing. They give no size, weight or schedule. What follows is ours where no so
 
 Open choices, all settings unless "fixed" stands there:
 
-* Tokens: 8x8 of 1024 codes for 64 pixels. L1 + MSE instead of VQGAN's perceptual and adversarial losses: the first needs foreign weights,
-  the second is unstable on small data. Features before quantisation have the codes' width, so plans and pictures share a space.
+* Tokens: 8x8 of 1024 codes for 64 pixels. L1 + MSE; VQGAN's losses are off: `perceptual` needs foreign weights, `adversarial` is unstable
+  on small data (its weight is fixed here, not scaled by gradients). Features have the codes' width: plans and pictures share a space.
 * z: one Gaussian of 32 numbers for a whole plan (footnote 1 names mean and variance). E averages the global tokens of the n later frames.
 * D answers all frames at once (`decode`): planning decodes many plans for each step of the environment.
 * E, P and D share no weights (fixed), so that online each can be frozen or trained by itself.
@@ -33,6 +33,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -57,6 +58,7 @@ from localmotion.methods.sizes import budgets
 from localmotion.models.latent_windows import starts
 from localmotion.models.plan_cvae import PlanConfig, PlanDecoder, Posterior, Prior, check, divergence, sample
 from localmotion.models.tokenizer import Tokenizer, TokenizerConfig, decibels
+from localmotion.models.vqgan_losses import PatchDiscriminator, Perceptual, hinge
 
 ACTIVE = 0.05
 """A number of z is active where its KL is above this, in nats."""
@@ -86,7 +88,7 @@ class PVDRConfig:
     """Updates over which that weight rises from 0; 0: none."""
     kl_balance: float = 0.0
     """Above 0: this share of the KL's gradient trains the prior, the rest the posterior. 0: the KL as it is."""
-    free_nats: float = 0.0
+    free_nats_each: float = 0.0
     """The mean KL of each number of z counts as this at least."""
     warmup: int = 2_000
     """Updates over which the learning rate of `pretrain` rises."""
@@ -109,7 +111,7 @@ _SIZES: dict[str, dict[str, Any]] = {
         "warmup": 500,
     },
     "tiny": {
-        "tokenizer": {"widths": (16, 32, 64), "codes": 128, "code_dim": 32},
+        "tokenizer": {"widths": (16, 32, 64), "blocks": 1, "codes": 128, "code_dim": 32},
         "plan": {
             "context": 2,
             "horizon": 4,
@@ -184,6 +186,7 @@ class PVDR(Method):
     transfers = same("tokenizer", "posterior", "prior", "decoder")
 
     warm: Tensor
+    awake: Tensor
 
     def __init__(self, config: PVDRConfig, *, image_size: int, action_dim: int | None) -> None:
         super().__init__(config, image_size=image_size, action_dim=action_dim)
@@ -196,6 +199,10 @@ class PVDR(Method):
         self.prior = Prior(config.plan, *sizes)
         self.decoder = PlanDecoder(config.plan, *sizes)
         self.register_buffer("warm", torch.tensor(float(config.beta_warmup == 0)))  # share of beta that counts now
+        self.vgg: Perceptual | None = None  # read when `tokenize` begins
+        if config.tokenizer.adversarial > 0:
+            self.discriminator = PatchDiscriminator()
+            self.register_buffer("awake", torch.tensor(float(config.tokenizer.adversarial_from == 0)))
 
     @classmethod
     def lengths(cls, config: Any, stage: str) -> tuple[int, int | None]:
@@ -203,10 +210,26 @@ class PVDR(Method):
 
     # 1. Tokens ------------------------------------------------------------------------------------------------------------------
 
-    def tokenize_losses(self, batch: Batch) -> tuple[Losses, Metrics]:
-        """Losses of the tokenizer on all frames."""
-        _, losses, metrics = self.tokenizer.learn(images(batch))
-        return losses, metrics
+    def tokenize_losses(self, batch: Batch) -> tuple[Losses, Metrics, tuple[Tensor, Tensor]]:
+        """Losses of the tokenizer on all frames, metrics, and the frames with their reconstructions."""
+        true, config = images(batch), self.config.tokenizer
+        found, losses, metrics = self.tokenizer.learn(true)
+        if config.perceptual:
+            losses["perceptual"] = self._vgg()(found, true)
+        if config.adversarial > 0:
+            losses["adversarial"] = -self.awake * self.discriminator(found).float().mean()
+        return losses, metrics, (true, found.detach())
+
+    def discriminator_losses(self, both: tuple[Tensor, Tensor]) -> tuple[Losses, Metrics]:
+        """The discriminator's hinge loss of true and decoded frames, from the update on where it begins."""
+        true, found = (self.discriminator(image) for image in both)
+        return {"discriminator": self.awake * hinge(true, found)}, {}
+
+    def _vgg(self) -> Perceptual:
+        """The network of the perceptual loss, on the device of the model. Raises ConfigError if its file does not fit."""
+        if self.vgg is None:
+            self.vgg = Perceptual(Path(self.config.tokenizer.perceptual)).to(self.warm.device)
+        return self.vgg
 
     @torch.no_grad()
     def tokens(self, image: Tensor) -> Tensor:
@@ -257,7 +280,7 @@ class PVDR(Method):
             to_prior = divergence(mean_q.detach(), log_q.detach(), mean_p, log_p)
             each = share * to_prior + (1 - share) * divergence(mean_q, log_q, mean_p.detach(), log_p.detach())
         mean = each.mean(0)
-        return mean.clamp(min=self.config.free_nats).sum(), mean.detach()
+        return mean.clamp(min=self.config.free_nats_each).sum(), mean.detach()
 
     @torch.no_grad()
     def plans(self, past: Tensor, z: Tensor) -> Tensor:
@@ -268,24 +291,35 @@ class PVDR(Method):
     def after_update(self, counters: Counters) -> None:
         if counters.stage == "pretrain" and self.config.beta_warmup > 0:
             self.warm.fill_(min(1.0, counters.update / self.config.beta_warmup))
+        if counters.stage == "tokenize" and self.config.tokenizer.adversarial > 0:
+            self.awake.fill_(float(counters.update >= self.config.tokenizer.adversarial_from))
 
     # Stages ---------------------------------------------------------------------------------------------------------------------
 
     def loss_scales(self, stage: str) -> dict[str, float]:
-        if stage == "tokenize":
-            return {"image": 1.0, "commitment": self.config.tokenizer.commitment}
-        return {"tokens": 1.0, "kl": self.config.beta}
+        if stage == "pretrain":
+            return {"tokens": 1.0, "kl": self.config.beta}
+        config = self.config.tokenizer
+        scales = {"image": 1.0, "commitment": config.commitment}
+        scales |= {"perceptual": config.perceptual_weight} if config.perceptual else {}
+        return scales | ({"adversarial": config.adversarial} if config.adversarial > 0 else {})
 
     def passes(self, stage: str) -> tuple[Pass, ...]:
         scales = self.loss_scales(stage)
-        if stage == "tokenize":
-            return (Pass(lambda batch, _: (*self.tokenize_losses(batch), None), scales, ("tokenizer",)),)
-        return (Pass(lambda batch, _: (*self.pretrain_losses(batch), None), scales, ("decayed", "plain")),)
+        if stage == "pretrain":
+            return (Pass(lambda batch, _: (*self.pretrain_losses(batch), None), scales, ("decayed", "plain")),)
+        first = Pass(lambda batch, _: self.tokenize_losses(batch), scales, ("tokenizer",))
+        second = Pass(lambda _, both: (*self.discriminator_losses(both), None), {"discriminator": 1.0}, ("discriminator",))
+        return (first, second) if "adversarial" in scales else (first,)
 
     def groups(self, stage: str, rates: Rates) -> list[Group]:
         if stage == "tokenize":
-            parameters = trained(self, "tokenizer")
-            return [Group("tokenizer", parameters, rates.lr, weight_decay=0.0, betas=(0.5, 0.9))]
+            if self.config.tokenizer.perceptual:
+                self._vgg()
+            parts = ("tokenizer", "discriminator") if self.config.tokenizer.adversarial > 0 else ("tokenizer",)
+            trained(self, *parts)
+            owned = {name: list(self.get_submodule(name).parameters()) for name in parts}
+            return [Group(name, own, rates.lr, weight_decay=0.0, betas=(0.5, 0.9)) for name, own in owned.items()]
         parameters = trained(self, "posterior", "prior", "decoder")
         matrices = {id(module.weight) for module in self.modules() if isinstance(module, nn.Linear)}
         groups = []
