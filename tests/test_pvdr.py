@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -18,11 +19,19 @@ from localmotion.config import update
 from localmotion.errors import ConfigError
 from localmotion.evaluation.heldout import measure_heldout
 from localmotion.evaluation.predict import predict
+from localmotion.methods.base import Counters, Rates
 from localmotion.methods.pvdr import PVDR, PVDRConfig
 from localmotion.models.plan_cvae import PlanConfig, PlanDecoder, Posterior, Prior, divergence
 from localmotion.models.tokenizer import Codebook, Tokenizer, TokenizerConfig
+from localmotion.models.vqgan_losses import DEVIATION, MEAN, Perceptual, hinge
 from localmotion.runs.settings import compose
-from localmotion.testing import full_batch
+from localmotion.testing import Subject, full_batch
+from localmotion.testing.learns import (
+    each_parameter_has_one_optimiser,
+    losses_match_their_scales,
+    losses_of,
+    updates_change_every_group,
+)
 from written_out import pvdr as written
 
 CODES, CELLS = 11, 4
@@ -110,6 +119,76 @@ def test_tokens_are_the_nearest_codes_also_under_autocast() -> None:
 def test_a_tokenizer_that_cannot_be_is_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         Tokenizer(TokenizerConfig(**{"widths": (4, 4), **settings}), 20)
+
+
+# --- VQGAN's losses ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def vgg(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.nn.Sequential]:
+    """Random weights, and torchvision's VGG16 with them."""
+    torch.manual_seed(0)
+    parts: list[torch.nn.Module] = []
+    channels = 3
+    for block in ("64 64", "128 128", "256 256 256", "512 512 512", "512 512 512"):
+        for width in map(int, block.split()):
+            parts += [torch.nn.Conv2d(channels, width, 3, padding=1), torch.nn.ReLU()]
+            channels = width
+        parts.append(torch.nn.MaxPool2d(2))
+    net = torch.nn.Sequential(*parts).requires_grad_(False)
+    file = tmp_path_factory.mktemp("vgg") / "vgg16.safetensors"
+    save_file({f"features.{name}": value for name, value in net.state_dict().items()}, file)
+    return file, net
+
+
+def test_the_perceptual_loss_compares_unit_features_of_vgg16(vgg: tuple[Path, torch.nn.Sequential]) -> None:
+    file, net = vgg
+    perceptual = Perceptual(file)
+    g = torch.Generator().manual_seed(0)
+    true, decoded = (torch.rand(2, 3, 16, 16, generator=g) - 0.5 for _ in range(2))
+    expected = torch.zeros(())
+    a, b = ((x + 0.5 - torch.tensor(MEAN)[:, None, None]) / torch.tensor(DEVIATION)[:, None, None] for x in (true, decoded))
+    for number, layer in enumerate(net[:30]):
+        a, b = layer(a), layer(b)
+        if number in (3, 8, 15, 22, 29):  # relu1_2, 2_2, 3_3, 4_3, 5_3
+            expected = expected + (a / a.norm(dim=1, keepdim=True) - b / b.norm(dim=1, keepdim=True)).square().sum(1).mean()
+    torch.testing.assert_close(perceptual(decoded, true), expected, rtol=1e-4, atol=1e-6)
+    assert float(perceptual(true, true)) == 0
+    assert not perceptual.state_dict()
+
+
+def test_a_file_that_is_not_vgg16_is_refused(vgg: tuple[Path, torch.nn.Sequential], tmp_path: Path) -> None:
+    settings = {"tokenizer": {"perceptual": str(tmp_path / "none"), "perceptual_weight": 0.3}}
+    with pytest.raises(ConfigError, match="cannot be read"):
+        method("tokenize", **settings).groups("tokenize", Rates(1e-3))
+    save_file({"features.0.weight": torch.zeros(64, 3, 3, 3)}, tmp_path / "short")
+    with pytest.raises(ConfigError, match=r"features.0.bias is missing, VGG16 of torchvision has \(64,\)"):
+        Perceptual(tmp_path / "short")
+    settings["tokenizer"]["perceptual"] = str(vgg[0])
+    model = method("tokenize", **settings)
+    assert model.loss_scales("tokenize")["perceptual"] == 0.3
+    assert float(model.tokenize_losses(full_batch(1, 1))[0]["perceptual"].detach()) > 0
+
+
+def test_the_adversarial_loss_begins_at_its_update_and_has_an_optimiser_of_its_own() -> None:
+    settings = ("adversarial=0.1", "adversarial_from=1")
+    subject = Subject(PVDR, "tokenize", settings=settings)
+    for rule in (losses_match_their_scales, each_parameter_has_one_optimiser, updates_change_every_group):
+        rule(subject)
+    model = subject.build()
+    assert losses_of(model, "tokenize", subject.data())["adversarial"] == 0
+    model.after_update(Counters("tokenize", 1, 0.0))
+    found = losses_of(model, "tokenize", subject.data())
+    assert float(found["discriminator"]) > 0
+    assert float(found["adversarial"]) != 0
+
+
+def test_the_hinge_loss_leaves_scores_beyond_the_margin_alone() -> None:
+    true, decoded = torch.tensor([2.0, 0.5], requires_grad=True), torch.tensor([-2.0, 0.5], requires_grad=True)
+    loss = hinge(true, decoded)
+    assert float(loss) == pytest.approx(0.5 * (0.25 + 0.75))
+    slopes = torch.autograd.grad(loss, (true, decoded))
+    assert [slope.tolist() for slope in slopes] == [[0, -0.25], [0, 0.25]]
 
 
 # --- what sees what ---------------------------------------------------------------------------------------------------
@@ -308,19 +387,13 @@ def test_shuffled_latents_tell_more_only_where_plans_use_them() -> None:
 
 def test_only_matrices_of_linear_layers_decay() -> None:
     model = method()
-    groups = {group.name: group for group in model.groups("pretrain", _rates())}
+    groups = {group.name: group for group in model.groups("pretrain", Rates(1e-3))}
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     decayed, plain = ([names[id(p)] for p in groups[name].parameters] for name in ("decayed", "plain"))
     assert all(name.endswith(".weight") and "norm" not in name for name in decayed)
     assert [name for name in plain if name.endswith(".weight") and "norm" not in name] == []
     assert {name.split(".")[0] for name in decayed + plain} == {"posterior", "prior", "decoder"}
     assert (groups["decayed"].weight_decay, groups["plain"].weight_decay) == (0.01, 0.0)
-
-
-def _rates() -> Any:
-    from localmotion.methods.base import Rates
-
-    return Rates(1e-3)
 
 
 def test_the_paper_preset_has_the_sizes_of_the_docstrings() -> None:

@@ -232,7 +232,7 @@ def pretrain(state: Any, batch: Mapping[str, Tensor], noise: Any, run: Any) -> d
         learned = (share * kl_of(still, p) + (1 - share) * kl_of(q, fixed)).mean(0)  # type: ignore[arg-type]
     else:
         learned = each
-    kl = sum(x if float(x.detach()) > model.free_nats else torch.tensor(model.free_nats) for x in learned)
+    kl = sum(x if float(x.detach()) > model.free_nats_each else torch.tensor(model.free_nats_each) for x in learned)
     warm = state.weights["warm"].clone()
     losses = {"tokens": surprise(decoded(w, past, future, z, plan), future), "kl": warm * kl}
     state.weights["warm"] = torch.tensor(min(1.0, (state.update + 1) / model.beta_warmup))

@@ -13,8 +13,8 @@ pushing. They give no size, weight or schedule. What follows is ours where no so
 
 Open choices, all settings unless "fixed" stands there:
 
-* Tokens: 8x8 of 1024 codes for 64 pixels. L1 + MSE instead of VQGAN's perceptual and adversarial losses: the first needs foreign weights,
-  the second is unstable on small data. Features before quantisation have the codes' width, so plans and pictures share a space.
+* Tokens: 8x8 of 1024 codes for 64 pixels. L1 + MSE; VQGAN's losses are off: `perceptual` needs foreign weights, `adversarial` is unstable
+  on small data (its weight is fixed here, not scaled by gradients). Features have the codes' width: plans and pictures share a space.
 * z: one Gaussian of 32 numbers for a whole plan (footnote 1 names mean and variance). E averages the global tokens of the n later frames.
 * D answers all frames at once (`decode`): planning decodes many plans for each step of the environment.
 * E, P and D share no weights (fixed), so that online each can be frozen or trained by itself.
@@ -33,6 +33,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -61,6 +62,7 @@ from localmotion.models.plan_cvae import PlanConfig, PlanDecoder, Posterior, Pri
 from localmotion.models.planning import choose_windows
 from localmotion.models.ppo import EXTRAS, PPOConfig, clipped_log_prob, step_losses
 from localmotion.models.tokenizer import Tokenizer, TokenizerConfig, decibels
+from localmotion.models.vqgan_losses import Perceptual, hinge
 
 ACTIVE = 0.05
 """A number of z is active where its KL is above this, in nats."""
@@ -90,7 +92,7 @@ class PVDRConfig:
     """Updates over which that weight rises from 0; 0: none."""
     kl_balance: float = 0.0
     """Above 0: this share of the KL's gradient trains the prior, the rest the posterior. 0: the KL as it is."""
-    free_nats: float = 0.0
+    free_nats_each: float = 0.0
     """The mean KL of each number of z counts as this at least."""
     warmup: int = 2_000
     """Updates over which the learning rate of `pretrain` rises."""
@@ -137,6 +139,7 @@ class PVDR(Method):
     transfers = same("tokenizer", "posterior", "prior", "decoder")
 
     warm: Tensor
+    awake: Tensor
 
     def __init__(self, config: PVDRConfig, *, image_size: int, action_dim: int | None) -> None:
         super().__init__(config, image_size=image_size, action_dim=action_dim)
@@ -171,10 +174,26 @@ class PVDR(Method):
 
     # 1. Tokens ------------------------------------------------------------------------------------------------------------------
 
-    def tokenize_losses(self, batch: Batch) -> tuple[Losses, Metrics]:
-        """Losses of the tokenizer on all frames."""
-        _, losses, metrics = self.tokenizer.learn(images(batch))
-        return losses, metrics
+    def tokenize_losses(self, batch: Batch) -> tuple[Losses, Metrics, tuple[Tensor, Tensor]]:
+        """Losses of the tokenizer on all frames, metrics, and the frames with their reconstructions."""
+        true, config = images(batch), self.config.tokenizer
+        found, losses, metrics = self.tokenizer.learn(true)
+        if config.perceptual:
+            losses["perceptual"] = self._vgg()(found, true)
+        if config.adversarial > 0:
+            losses["adversarial"] = -self.awake * self.discriminator(found).float().mean()
+        return losses, metrics, (true, found.detach())
+
+    def discriminator_losses(self, both: tuple[Tensor, Tensor]) -> tuple[Losses, Metrics]:
+        """The discriminator's hinge loss of true and decoded frames, from the update on where it begins."""
+        true, found = (self.discriminator(image) for image in both)
+        return {"discriminator": self.awake * hinge(true, found)}, {}
+
+    def _vgg(self) -> Perceptual:
+        """The network of the perceptual loss, on the device of the model. Raises ConfigError if its file does not fit."""
+        if self.vgg is None:
+            self.vgg = Perceptual(Path(self.config.tokenizer.perceptual)).to(self.warm.device)
+        return self.vgg
 
     @torch.no_grad()
     def tokens(self, image: Tensor) -> Tensor:
@@ -226,7 +245,7 @@ class PVDR(Method):
             to_prior = divergence(mean_q.detach(), log_q.detach(), mean_p, log_p)
             each = share * to_prior + (1 - share) * divergence(mean_q, log_q, mean_p.detach(), log_p.detach())
         mean = each.mean(0)
-        return mean.clamp(min=self.config.free_nats).sum(), mean.detach()
+        return mean.clamp(min=self.config.free_nats_each).sum(), mean.detach()
 
     @torch.no_grad()
     def plans(self, past: Tensor, z: Tensor) -> Tensor:

@@ -300,7 +300,7 @@ PLAN_SIZES: dict[str, dict[str, Any]] = {
         "warmup": 500,
     },
     "tiny": {
-        "tokenizer": {"widths": (16, 32, 64), "codes": 128, "code_dim": 32},
+        "tokenizer": {"widths": (16, 32, 64), "blocks": 1, "codes": 128, "code_dim": 32},
         "plan": {
             "context": 2,
             "horizon": 4,

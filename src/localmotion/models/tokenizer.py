@@ -45,6 +45,14 @@ class TokenizerConfig:
     """Weight of the loss that keeps features near their codes."""
     mse_weight: float = 0.5
     """Weight of the squared error beside the absolute error."""
+    perceptual: str = ""
+    """File of VGG16's weights (safetensors, names of torchvision) for VQGAN's perceptual loss. Empty: none."""
+    perceptual_weight: float = 1.0
+    """Weight of that loss."""
+    adversarial: float = 0.0
+    """Weight of VQGAN's adversarial loss. 0: none, and no discriminator."""
+    adversarial_from: int = 50_000
+    """Update with which it begins."""
 
 
 def group_norm(width: int) -> nn.GroupNorm:
