@@ -57,12 +57,12 @@ from localmotion.methods.base import (
 )
 from localmotion.methods.sizes import plan_presets
 from localmotion.models.alignment import Aligner, AlignmentConfig
-from localmotion.models.latent_windows import r_squared, starts
+from localmotion.models.latent_windows import starts
 from localmotion.models.plan_cvae import PlanConfig, PlanDecoder, Posterior, Prior, check, divergence, sample
 from localmotion.models.planning import choose_windows
-from localmotion.models.ppo import EXTRAS, PPOConfig, clipped_log_prob, step_losses
+from localmotion.models.ppo import EXTRAS, PPOConfig, step_losses
 from localmotion.models.tokenizer import Tokenizer, TokenizerConfig, decibels
-from localmotion.models.vqgan_losses import Perceptual, hinge
+from localmotion.models.vqgan_losses import PatchDiscriminator, Perceptual, hinge
 
 ACTIVE = 0.05
 """A number of z is active where its KL is above this, in nats."""
@@ -152,6 +152,10 @@ class PVDR(Method):
         self.prior = Prior(config.plan, *sizes)
         self.decoder = PlanDecoder(config.plan, *sizes)
         self.register_buffer("warm", torch.tensor(float(config.beta_warmup == 0)))  # share of beta that counts now
+        self.vgg: Perceptual | None = None  # read when `tokenize` begins
+        if config.tokenizer.adversarial > 0:
+            self.discriminator = PatchDiscriminator()
+            self.register_buffer("awake", torch.tensor(float(config.tokenizer.adversarial_from == 0)))
         if action_dim is not None:
             sides = {"side": self.tokenizer.side, "features": self.tokenizer.dim}
             self.aligner = Aligner(config.align, latent=config.plan.latent, context=config.plan.dim, actions=action_dim, **sides)
@@ -322,34 +326,26 @@ class PVDR(Method):
         losses, more = step_losses(means, aligner.actor.log_std, value, now, reward, batch, known, self.config.ppo)
         for name in ("policy", "entropy"):
             losses[name] = losses[name] * aligner.reinforcing
-        losses["action"], r2 = self._action_error(*found)
-        losses["action"] = losses["action"] * aligner.supervising
+        codes, action, of_window = found
+        losses["action"], r2 = aligner.action_error(*codes, action, of_window)
         return losses, {**metrics, **more, "action/r2": r2}
-
-    def _action_error(self, codes: Coded, action: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
-        """Negative log-likelihood of actions (R, A) given their windows' z, and R^2 of the mean.
-
-        z is the posterior's mean for every other window and a sample for the rest, because acting has samples (of the prior).
-        """
-        half = (torch.arange(len(action), device=action.device) % 2 == 0).unsqueeze(-1)
-        z = torch.where(half, codes.mean, sample(codes.mean, codes.log_variance))
-        mean = self.aligner.actor(z, codes.context)
-        weight = known.float()
-        spread = self.aligner.actor.log_std.detach()  # learned by reward alone: this error would end exploration
-        surprise = -clipped_log_prob(action.clamp(-1, 1), mean, spread)
-        return (weight * surprise).sum() / weight.sum().clamp(min=1.0), r_squared(mean, action, weight)
 
     def after_update(self, counters: Counters) -> None:
         if counters.stage == "pretrain" and self.config.beta_warmup > 0:
             self.warm.fill_(min(1.0, counters.update / self.config.beta_warmup))
-        elif counters.stage == "finetune":
+        if counters.stage == "tokenize" and self.config.tokenizer.adversarial > 0:
+            self.awake.fill_(float(counters.update >= self.config.tokenizer.adversarial_from))
+        if counters.stage == "finetune":
             self.aligner.count(counters.progress)
 
     # Stages ---------------------------------------------------------------------------------------------------------------------
 
     def loss_scales(self, stage: str) -> dict[str, float]:
         if stage == "tokenize":
-            return {"image": 1.0, "commitment": self.config.tokenizer.commitment}
+            config = self.config.tokenizer
+            scales = {"image": 1.0, "commitment": config.commitment}
+            scales |= {"perceptual": config.perceptual_weight} if config.perceptual else {}
+            return scales | ({"adversarial": config.adversarial} if config.adversarial > 0 else {})
         plans = {"tokens": 1.0, "kl": self.config.beta}
         ppo = {"policy": 1.0, "value": self.config.ppo.value_weight, "entropy": self.config.ppo.entropy, "action": 1.0}
         return plans if stage == "pretrain" else plans | ppo
@@ -357,7 +353,9 @@ class PVDR(Method):
     def passes(self, stage: str) -> tuple[Pass, ...]:
         scales = self.loss_scales(stage)
         if stage == "tokenize":
-            return (Pass(lambda batch, _: (*self.tokenize_losses(batch), None), scales, ("tokenizer",)),)
+            first = Pass(lambda batch, _: self.tokenize_losses(batch), scales, ("tokenizer",))
+            second = Pass(lambda _, both: (*self.discriminator_losses(both), None), {"discriminator": 1.0}, ("discriminator",))
+            return (first, second) if "adversarial" in scales else (first,)
         if stage == "pretrain":
             return (Pass(lambda batch, _: (*self.pretrain_losses(batch), None), scales, ("decayed", "plain")),)
         plans = {name: scales.pop(name) for name in ("tokens", "kl")}
@@ -368,8 +366,12 @@ class PVDR(Method):
 
     def groups(self, stage: str, rates: Rates) -> list[Group]:
         if stage == "tokenize":
-            parameters = trained(self, "tokenizer")
-            return [Group("tokenizer", parameters, rates.lr, weight_decay=0.0, betas=(0.5, 0.9))]
+            if self.config.tokenizer.perceptual:
+                self._vgg()
+            parts = ("tokenizer", "discriminator") if self.config.tokenizer.adversarial > 0 else ("tokenizer",)
+            trained(self, *parts)
+            owned = {name: list(self.get_submodule(name).parameters()) for name in parts}
+            return [Group(name, own, rates.lr, weight_decay=0.0, betas=(0.5, 0.9)) for name, own in owned.items()]
         online = stage == "finetune"
         parameters = trained(self, "posterior", "prior", "decoder", *(("aligner",) if online else ()))
         rate, warmup = rates.lr, self.config.warmup

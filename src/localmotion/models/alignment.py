@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from localmotion.errors import ConfigError
+from localmotion.models.latent_windows import r_squared
+from localmotion.models.plan_cvae import sample
 from localmotion.models.planning import GoalDistance, Metric, RunningDeviation, nearest_plan, plan_rewards
 from localmotion.models.ppo import clipped_log_prob, weighted_mean
 
@@ -183,3 +185,17 @@ class Aligner(nn.Module):
         config = self.config
         reward = config.follow_weight * self.following(follow, inside) + config.progress_weight * self.progress(progress, inside)
         return reward + config.reward_weight * batch["reward"][:, 1:].float(), metrics
+
+    def action_error(
+        self, mean: Tensor, log_variance: Tensor, context: Tensor, action: Tensor, known: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Negative log-likelihood of actions (R, A) given the posterior of what they led to, times its present weight, and R^2 of the mean.
+
+        z is the posterior's ``mean`` (R, Z) for every other window and a sample for the rest, because acting has samples (of the prior).
+        ``known`` (R,): which windows count. The deviation of actions gets no gradient: what it learned here would end exploration.
+        """
+        even = (torch.arange(len(action), device=action.device) % 2 == 0).unsqueeze(-1)
+        z = torch.where(even, mean, sample(mean, log_variance))
+        found = self.actor(z, context)
+        surprise = -clipped_log_prob(action.clamp(-1, 1), found, self.actor.log_std.detach())
+        return self.supervising * weighted_mean(surprise, known.float()), r_squared(found, action, known.float())
