@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from localmotion.envs import make_env, toy
 from localmotion.envs.base import area_average
-from localmotion.envs.toy import BlockEnv, DotEnv
+from localmotion.envs.toy import BlockEnv, DotEnv, ReachEnv
 from localmotion.errors import EnvError
 from property_examples import examples
 
@@ -26,7 +26,7 @@ def _episode(env: DotEnv, policy: str) -> float:
     return total
 
 
-@pytest.mark.parametrize("kind", [DotEnv, BlockEnv])
+@pytest.mark.parametrize("kind", [DotEnv, BlockEnv, ReachEnv])
 def test_passes_the_checker_of_gymnasium(kind: type[DotEnv]) -> None:
     check_env(kind(size=32, percept_size=64), skip_render_check=True)
 
@@ -36,6 +36,7 @@ def test_passes_the_checker_of_gymnasium(kind: type[DotEnv]) -> None:
     [
         (DotEnv(), toy.RANDOM_RETURN, toy.OPTIMAL_RETURN),
         (BlockEnv(), toy.BLOCK_RANDOM, toy.BLOCK_OPTIMAL),
+        (ReachEnv(), toy.REACH_RANDOM, toy.REACH_OPTIMAL),
     ],
 )
 def test_optimal_and_random_returns_are_as_documented(env: DotEnv, random: float, optimal: float) -> None:
@@ -157,3 +158,21 @@ def test_step_outside_an_episode_is_an_error() -> None:
     with pytest.raises(EnvError, match="episode is over"):
         env.step(ACTION)
     assert env.render_frame(96).shape == (96, 96, 3)
+
+
+def test_the_picture_of_reach_does_not_show_its_goal() -> None:
+    """Two episodes with one start and two goals look the same. The goal picture shows the block at the goal."""
+    env = ReachEnv(size=32)
+    env.show_goal()
+    obs, _ = env.reset(seed=3)
+    start, env.goal = env.agent.copy(), np.array([1.0, 0.0])
+    np.testing.assert_array_equal(env.render_frame(32), obs["image"])
+    env.agent = np.array([0.9, 0.0])
+    assert env._success() == 1.0
+    env.agent = start
+    env.goal = [*start, 0.2, 0.0]
+    assert env._success() == 0.0
+    again, _ = env.reset(seed=3)
+    env.agent = env.goal
+    np.testing.assert_array_equal(again["goal"], env.render_frame(32))
+    assert not np.array_equal(again["goal"], again["image"])

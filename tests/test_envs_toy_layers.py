@@ -19,6 +19,7 @@ from property_examples import examples
 
 NAMES = [
     "toy:block",
+    "toy:reach",
     "toy:moving_background",
     "toy:moving_background_lagged",
     "toy:moving_background_twin",

@@ -37,6 +37,7 @@ def make() -> Iterator[Make]:
     ("name", "settings"),
     [
         ("toy:dot", {}),
+        ("toy:reach", {}),
         ("toy:moving_background_lagged", {"percept_size": 64}),
         ("planar:tree-0004_reach", {}),
         ("planar:finger_turn_hard", {"observed": "both"}),

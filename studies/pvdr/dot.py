@@ -10,7 +10,7 @@ stops at walls. PVDR sees one frame of context and plans four, so nothing in the
     covered     of the five displacements, the mean number among the plans of K samples from the prior, from the middle of the ground.
                 A plan counts as the displacement whose true pictures are nearest
     nats        KL of the posterior from the prior; log 5 = 1.61 tell five displacements apart
-    reached     share of 500 episodes in which the dot is at the goal within 16 steps. Each step draws K plans and takes the nearest to the
+    reached     share of 200 episodes in which the dot is at the goal within 16 steps. Each step draws K plans and takes the nearest to the
                 goal; the displacement is that of the ridge regression from its z. Start and goal are random places, up to 12 steps apart
     random      the same for random displacements
 """
@@ -139,7 +139,7 @@ def covered(method: PVDR, plans: int, repeats: int = 50) -> float:
 
 
 def reached(
-    method: PVDR, oracle: Oracle | None, plans: int, metric: tuple[Metric, float, str], g: torch.Generator, episodes: int = 500
+    method: PVDR, oracle: Oracle | None, plans: int, metric: tuple[Metric, float, str], g: torch.Generator, episodes: int = 200
 ) -> float:
     """Share of episodes that reach their goal. Without an oracle displacements are random."""
     place, goal = (torch.randint(PLACES, (episodes, 2), generator=g) for _ in range(2))
@@ -173,7 +173,10 @@ def measured(seed: int, tokenize: int = 800, pretrain: int = 1_500) -> dict[str,
     row |= {"accuracy": float(figures["accuracy"]), "best of one": float(figures["best_of_one"])}
     row["covered"] = {str(k): covered(method, k) for k in (8, 16, 64)}
     row["reached"] = {
-        " ".join(map(str, metric)): {str(k): reached(method, oracle, k, metric, g) for k in (1, 8, 32)} for metric in METRICS
+        " ".join(map(str, metric)): {
+            str(k): reached(method, oracle, k, metric, g) for k in ((1, 8, 32) if metric == METRICS[-1] else (8,))
+        }
+        for metric in METRICS
     }
     row["random"] = reached(method, None, 1, METRICS[0], g)
     return row

@@ -18,7 +18,7 @@ from localmotion.errors import ConfigError, EnvError, unknown_name
 
 Source = Literal["independent", "lagged", "twin", "leaky"]
 SOURCES: tuple[Source, ...] = get_args(Source)
-TASKS = ("dot", "block", "moving_background", *(f"moving_background_{source}" for source in SOURCES[1:]), "pairs")
+TASKS = ("dot", "block", "reach", "moving_background", *(f"moving_background_{source}" for source in SOURCES[1:]), "pairs")
 SPEED = 0.06
 """Arena widths per env step at full action."""
 PATCH = 1 / 8
@@ -33,6 +33,8 @@ RANDOM_RETURN, OPTIMAL_RETURN = 23.5, 47.8
 """Mean return in `DotEnv` of uniform random actions and of `optimal_action`, over 2,000 episodes of the default length each."""
 BLOCK_RANDOM, BLOCK_OPTIMAL = 15.0, 49.3
 """The same for `BlockEnv`."""
+REACH_RANDOM, REACH_OPTIMAL = 10.4, 48.2
+"""The same for `ReachEnv`."""
 
 
 def make_toy(task: str, *, camera: str | int | None = None, quality: str = "auto", **settings: Any) -> LayeredEnv:
@@ -48,8 +50,8 @@ def make_toy(task: str, *, camera: str | int | None = None, quality: str = "auto
         raise unknown_name("rendering quality", quality, QUALITIES)
     if task == "dot":
         return DotEnv(**settings)
-    if task == "block":
-        return BlockEnv(**settings)
+    if task in ("block", "reach"):
+        return BlockEnv(**settings) if task == "block" else ReachEnv(**settings)
     if task == "pairs":
         return PairsEnv(**settings)
     source: Source = next((name for name in SOURCES if task.endswith(f"_{name}")), "independent")
@@ -252,6 +254,23 @@ class BlockEnv(DotEnv):
         picture = np.full((size, size, 3), (50, 55, 60), np.uint8)
         picture[y : y + side, x : x + side] = _art(size, side)[1]
         return picture
+
+
+class ReachEnv(BlockEnv):
+    """`BlockEnv` with another goal in every episode. The observation does not show it, so an agent needs the goal picture (`show_goal`).
+
+    ``success`` is 1 while the block is within 0.1 of the goal.
+    """
+
+    task = "reach"
+    has_success = True
+
+    def _begin(self, episode_seed: int) -> None:
+        super()._begin(episode_seed)
+        self.goal = np.random.default_rng([episode_seed, 1]).uniform(0, 1, 2)
+
+    def _success(self) -> float:
+        return float(np.hypot(*(self.goal - self.agent)) <= 0.1)
 
 
 class MovingBackgroundEnv(DotEnv):
