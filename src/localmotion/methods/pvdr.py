@@ -201,7 +201,7 @@ class PVDR(Method):
         self.register_buffer("warm", torch.tensor(float(config.beta_warmup == 0)))  # share of beta that counts now
         self.vgg: Perceptual | None = None  # read when `tokenize` begins
         if config.tokenizer.adversarial > 0:
-            self.discriminator = PatchDiscriminator()
+            self.discriminator = PatchDiscriminator(config.tokenizer.widths[0])
             self.register_buffer("awake", torch.tensor(float(config.tokenizer.adversarial_from == 0)))
 
     @classmethod
@@ -258,18 +258,18 @@ class PVDR(Method):
         posterior, prior = self.posterior(tokens), self.prior(past)[:2]
         z = sample(*posterior)  # (B, Z)
         kl, each = self._kl(posterior, prior)
-        losses = {"tokens": self.surprise(past, future, z), "kl": self.warm * kl}
+        losses = {"tokens": self.surprise(past, future, z.unsqueeze(1))[0], "kl": self.warm * kl}
         with torch.no_grad():
-            some = slice(0, PROBED)
-            own = self.surprise(past[some], future[some], z[some])
-            other = self.surprise(past[some], future[some], z[some].roll(1, 0))
+            few = z[:PROBED]
+            own, other = self.surprise(past[:PROBED], future[:PROBED], torch.stack([few, few.roll(1, 0)], 1))
         active = (each > ACTIVE).float().sum()
         return losses, {"kl/nats": each.sum(), "kl/active": active, "tokens/shuffled": other - own}
 
     def surprise(self, past: Tensor, future: Tensor, z: Tensor) -> Tensor:
-        """Mean cross-entropy in nats of the future's tokens (B, n, N), given the context (B, m, N) and z (B, Z)."""
-        logits = self.decoder(past, z.unsqueeze(1), future).squeeze(1)  # (B, n, N, V)
-        return F.cross_entropy(logits.flatten(0, 2), future.flatten())
+        """Mean cross-entropy in nats of the future's tokens (B, n, N), given the context (B, m, N) and latents (B, K, Z): (K,)."""
+        logits = self.decoder(past, z, future)  # (B, K, n, N, V)
+        target = future.unsqueeze(1).expand(logits.shape[:-1])
+        return F.cross_entropy(logits.flatten(0, -2), target.flatten(), reduction="none").view(target.shape).mean((0, 2, 3))
 
     def _kl(self, posterior: tuple[Tensor, Tensor], prior: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """The KL as it is learned, and the KL of each number of z without a gradient, (Z,): means over sequences."""
@@ -407,9 +407,8 @@ class PVDR(Method):
         past, future = window.split([self.before, self.ahead], 1)
         posterior, prior = self.posterior(window), self.prior(past)[:2]
         each, z = divergence(*posterior, *prior).mean(0), sample(*posterior)
-        ce = self.surprise(past, future, z)
-        out = {"kl_nats": each.sum(), "active": (each > ACTIVE).float().sum(), "ce": ce}
-        out["shuffled"] = self.surprise(past, future, z.roll(1, 0)) - ce
+        ce, other = self.surprise(past, future, torch.stack([z, z.roll(1, 0)], 1))
+        out = {"kl_nats": each.sum(), "active": (each > ACTIVE).float().sum(), "ce": ce, "shuffled": other - ce}
         plan = self.plans(past, posterior[0].unsqueeze(1)).squeeze(1)
         out |= {"accuracy": (plan == future).float().mean(), "copied": (past[:, -1:] == future).float().mean()}
         past, mean, log_variance = past[:DRAWN], *(x[:DRAWN] for x in prior)
