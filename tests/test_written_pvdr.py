@@ -12,8 +12,8 @@ from written_out import pvdr
 
 TOKENIZER: dict[str, Any] = {"widths": (4, 8), "blocks": 1, "codes": 7, "code_dim": 5, "code_decay": 0.8, "restart": 0.3}
 PLAN: dict[str, Any] = {"context": 2, "horizon": 3, "latent": 3, "dim": 12, "heads": 3}
-LAYERS = {"posterior_layers": 2, "prior_layers": 1, "decoder_layers": 2}
-MODEL: dict[str, Any] = {"beta": 0.3, "beta_warmup": 2, "warmup": 2, "decay": 0.2}
+LAYERS = {"posterior_layers": 2, "prior_layers": 2, "decoder_layers": 2}
+MODEL: dict[str, Any] = {"beta": 15.0, "beta_warmup": 2, "warmup": 2, "decay": 0.2}
 
 
 def settled(method: Any) -> None:

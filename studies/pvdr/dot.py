@@ -49,6 +49,7 @@ MODEL: dict[str, Any] = {
         "prior_layers": 1,
         "decoder_layers": 2,
     },
+    "beta": 1.0,
     "warmup": 50,
     "beta_warmup": 200,
 }

@@ -214,7 +214,7 @@ def kl_of(q: tuple[Tensor, Tensor], p: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def pretrain(state: Any, batch: Mapping[str, Tensor], noise: Any, run: Any) -> dict[str, Tensor]:
-    """mean -log D(Y | X, z) + warm * beta * KL(q || p), z ~ q, on one window of each sequence."""
+    """mean -log D(Y | X, z) + warm * beta / (n N) * KL(q || p), z ~ q, on one window of each sequence."""
     model, plan, w = run.model, run.model.plan, core.leaves(state)
     rows, time = batch["image"].shape[:2]
     count = plan.context + plan.horizon
@@ -248,7 +248,7 @@ def pretrain(state: Any, batch: Mapping[str, Tensor], noise: Any, run: Any) -> d
     rate = run.pretrain.lr * (0.5 - 0.5 * math.cos(math.pi * share_done)) * min(1.0, state.update / model.warmup)
     names = core.named(state, "posterior.", "prior.", "decoder.")
     heavy = [name for name in names if name.endswith(".weight") and "norm" not in name]
-    total = losses["tokens"] + model.beta * losses["kl"]
+    total = losses["tokens"] + model.beta / (plan.horizon * tokens.shape[-1]) * losses["kl"]
     split = {"decayed": heavy, "plain": [name for name in names if name not in heavy]}
     norms = {}
     for group, own_names in split.items():

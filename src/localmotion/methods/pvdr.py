@@ -9,7 +9,7 @@ pushing. They give no size, weight or schedule. What follows is ours where no so
 
     tokenize   s_t = tokens of o_t                                              (`models.tokenizer`)
     pretrain   X = s_{t-m+1..t},  Y = s_{t+1..t+n},  z ~ q = E(X, Y),  p = P(X)    (`models.plan_cvae`)
-               mean over frames and cells of -log D(Y | X, z)  +  beta KL(q || p)
+               mean over frames and cells of -log D(Y | X, z)  +  beta / (n N) KL(q || p)
 
 Open choices, all settings unless "fixed" stands there:
 
@@ -18,8 +18,8 @@ Open choices, all settings unless "fixed" stands there:
 * z: one Gaussian of 32 numbers for a whole plan (footnote 1 names mean and variance). E averages the global tokens of the n later frames.
 * D answers all frames at once (`decode`): planning decodes many plans for each step of the environment.
 * E, P and D share no weights (fixed), so that online each can be frozen or trained by itself.
-* beta: with the mean over tokens and the sum over z, 1 / (n N) is the bound on the likelihood. The default is half of that for the
-  paper's sizes, because collapse is the larger risk. It rises from 0.
+* beta: 1 is the bound on the likelihood, because "tokens" is a mean over n N tokens and the KL a sum over z. The default is half of
+  that, because collapse is the larger risk. It rises from 0.
 * Windows: one random window of m + n frames of each sequence (fixed). Windows that overlap cost as much as others and say less. Sequences
   are longer than windows only so that held-out predictions go beyond one plan.
 * Adam's betas are VQGAN's (0.5, 0.9) for the tokenizer and (0.9, 0.95), usual for Transformers, after it (fixed). Norms, biases and
@@ -86,8 +86,8 @@ class PVDRConfig:
     """The tokenizer."""
     plan: PlanConfig = field(default_factory=PlanConfig)
     """The model of plans."""
-    beta: float = 1e-3
-    """Weight of the KL."""
+    beta: float = 0.5
+    """Weight of the KL. 1: that of the bound on the likelihood."""
     beta_warmup: int = 10_000
     """Updates over which that weight rises from 0; 0: none."""
     kl_balance: float = 0.0
@@ -154,7 +154,7 @@ class PVDR(Method):
         self.register_buffer("warm", torch.tensor(float(config.beta_warmup == 0)))  # share of beta that counts now
         self.vgg: Perceptual | None = None  # read when `tokenize` begins
         if config.tokenizer.adversarial > 0:
-            self.discriminator = PatchDiscriminator()
+            self.discriminator = PatchDiscriminator(config.tokenizer.widths[0])
             self.register_buffer("awake", torch.tensor(float(config.tokenizer.adversarial_from == 0)))
         if action_dim is not None:
             sides = {"side": self.tokenizer.side, "features": self.tokenizer.dim}
@@ -226,19 +226,19 @@ class PVDR(Method):
         posterior, (*prior, context) = self.posterior(tokens), self.prior(past)
         z = sample(*posterior)  # (B, Z)
         kl, each = self._kl(posterior, (prior[0], prior[1]))
-        losses = {"tokens": self.surprise(past, future, z), "kl": self.warm * kl}
+        losses = {"tokens": self.surprise(past, future, z.unsqueeze(1))[0], "kl": self.warm * kl}
         with torch.no_grad():
-            some = slice(0, PROBED)
-            own = self.surprise(past[some], future[some], z[some])
-            other = self.surprise(past[some], future[some], z[some].roll(1, 0))
+            few = z[:PROBED]
+            own, other = self.surprise(past[:PROBED], future[:PROBED], torch.stack([few, few.roll(1, 0)], 1))
         active = (each > ACTIVE).float().sum()
         metrics = {"kl/nats": each.sum(), "kl/active": active, "tokens/shuffled": other - own}
         return losses, metrics, Coded(*(x.detach() for x in (*posterior, context)))
 
     def surprise(self, past: Tensor, future: Tensor, z: Tensor) -> Tensor:
-        """Mean cross-entropy in nats of the future's tokens (B, n, N), given the context (B, m, N) and z (B, Z)."""
-        logits = self.decoder(past, z.unsqueeze(1), future).squeeze(1)  # (B, n, N, V)
-        return F.cross_entropy(logits.flatten(0, 2), future.flatten())
+        """Mean cross-entropy in nats of the future's tokens (B, n, N), given the context (B, m, N) and latents (B, K, Z): (K,)."""
+        logits = self.decoder(past, z, future)  # (B, K, n, N, V)
+        target = future.unsqueeze(1).expand(logits.shape[:-1])
+        return F.cross_entropy(logits.flatten(0, -2), target.flatten(), reduction="none").view(target.shape).mean((0, 2, 3))
 
     def _kl(self, posterior: tuple[Tensor, Tensor], prior: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """The KL as it is learned, and the KL of each number of z without a gradient, (Z,): means over sequences."""
@@ -346,7 +346,7 @@ class PVDR(Method):
             scales = {"image": 1.0, "commitment": config.commitment}
             scales |= {"perceptual": config.perceptual_weight} if config.perceptual else {}
             return scales | ({"adversarial": config.adversarial} if config.adversarial > 0 else {})
-        plans = {"tokens": 1.0, "kl": self.config.beta}
+        plans = {"tokens": 1.0, "kl": self.config.beta / (self.ahead * self.tokenizer.cells)}  # "tokens" is a mean over n N
         ppo = {"policy": 1.0, "value": self.config.ppo.value_weight, "entropy": self.config.ppo.entropy, "action": 1.0}
         return plans if stage == "pretrain" else plans | ppo
 
@@ -475,9 +475,8 @@ class PVDR(Method):
         past, future = window.split([self.before, self.ahead], 1)
         posterior, prior = self.posterior(window), self.prior(past)[:2]
         each, z = divergence(*posterior, *prior).mean(0), sample(*posterior)
-        ce = self.surprise(past, future, z)
-        out = {"kl_nats": each.sum(), "active": (each > ACTIVE).float().sum(), "ce": ce}
-        out["shuffled"] = self.surprise(past, future, z.roll(1, 0)) - ce
+        ce, other = self.surprise(past, future, torch.stack([z, z.roll(1, 0)], 1))
+        out = {"kl_nats": each.sum(), "active": (each > ACTIVE).float().sum(), "ce": ce, "shuffled": other - ce}
         plan = self.plans(past, posterior[0].unsqueeze(1)).squeeze(1)
         out |= {"accuracy": (plan == future).float().mean(), "copied": (past[:, -1:] == future).float().mean()}
         past, mean, log_variance = past[:DRAWN], *(x[:DRAWN] for x in prior)

@@ -162,11 +162,14 @@ class Codebook(nn.Module):
     @torch.no_grad()
     def follow(self, features: Tensor, tokens: Tensor) -> None:
         """Move the codes towards their features (..., D) of numbers ``tokens`` (...)."""
-        rows, chosen = features.detach().float().flatten(0, -2), tokens.flatten()  # (R, D), (R,)
-        share = 1 - self.decay
-        found = torch.zeros_like(self.count).index_add_(0, chosen, torch.ones_like(rows[:, 0]))
-        self.count.mul_(self.decay).add_(found, alpha=share)
-        self.total.mul_(self.decay).add_(torch.zeros_like(self.total).index_add_(0, chosen, rows), alpha=share)
+        rows, share = features.detach().float().flatten(0, -2), 1 - self.decay  # (R, D)
+        number = torch.arange(len(self.count), device=tokens.device)
+        chosen = (tokens.flatten().unsqueeze(1) == number).to(
+            rows.dtype
+        )  # (R, V), one-hot: sums in the same order on every device
+        with torch.autocast(rows.device.type, enabled=False):
+            self.count.mul_(self.decay).add_(chosen.sum(0), alpha=share)
+            self.total.mul_(self.decay).add_(chosen.T @ rows, alpha=share)
         mean = self.count.mean()
         fresh = rows[torch.randint(len(rows), (len(self.count),), device=rows.device)]  # (V, D)
         idle = self.count < self.restart * mean

@@ -34,8 +34,8 @@ class PatchDiscriminator(nn.Sequential):
 
     feed_forward = True  # --compile compiles it
 
-    def __init__(self, width: int = 64) -> None:
-        """``width`` is a multiple of 8."""
+    def __init__(self, width: int) -> None:
+        """``width`` is a multiple of 4."""
         parts: list[nn.Module] = [nn.Conv2d(3, width, 4, 2, 1), nn.LeakyReLU(0.2)]
         for (a, b), stride in zip(itertools.pairwise((width, 2 * width, 4 * width, 8 * width)), (2, 2, 1), strict=True):
             parts += [nn.Conv2d(a, b, 4, stride, 1, bias=False), nn.GroupNorm(8, b), nn.LeakyReLU(0.2)]
