@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -11,8 +12,9 @@ from torch import Tensor
 from localmotion.errors import ConfigError
 from localmotion.methods.base import Counters, Rates
 from localmotion.methods.pvdr import PVDR
-from localmotion.models.alignment import STATIC
+from localmotion.models.alignment import STATIC, AlignmentConfig
 from localmotion.models.planning import GoalDistance
+from localmotion.models.ppo import PPOConfig
 from localmotion.testing.rules import Subject
 from localmotion.training.trees import leaves_of
 from method_batches import CPU
@@ -187,3 +189,74 @@ def test_pretrained_parts_learn_at_their_factor() -> None:
     found = {group.name: group.lr for group in method.groups("finetune", Rates(1e-3, 2e-3, 3e-3, slow=0.1))}
     assert found == pytest.approx({"decayed": 1e-4, "plain": 1e-4, "actor": 2e-3, "critic": 3e-3})
     assert subject.acts
+
+
+REACH = {
+    "plans": "act.plans",
+    "plans_eval": "act.evaluation",
+    "random_plan": "act.plan",
+    "compared": "act.plan",
+    "metric": "loss.value",
+    "blur": "act.plan loss.value",
+    "width": "size",
+    "log_std": "act.action",
+    "follow_weight": "loss.value",
+    "progress_weight": "loss.value",
+    "reward_weight": "loss.value",
+    "supervised": "loss.action",
+    "supervised_end": "loss.action",
+    "reward_from": "loss.policy",
+    "windows": "loss.tokens",
+    "discount": "loss.value",
+    "lambda_": "loss.value",
+    "ratio_clip": "metric.policy/clipped",
+    "value_weight": "weight.value",
+    "entropy": "weight.entropy",
+    "reward_scale": "loss.value",
+}
+"""What each setting of `align` and `ppo` changes at least."""
+OTHER: dict[str, Any] = {
+    "compared": "nearest",
+    "metric": "squared",
+    "blur": 1.0,
+    "random_plan": 1.0,
+    "reward_from": 0.9,
+    "reward_weight": 3.0,
+    "log_std": 0.5,
+}
+
+
+def shown(*settings: str) -> dict[str, Any]:
+    """Sizes, weights, losses of one and the same rollout, and what acting does on one and the same observation."""
+    _, method = made("plans=6", "plans_eval=4", "reward_from=0.5", *settings)
+    out: dict[str, Any] = {"size": sum(p.numel() for p in method.parameters())}
+    out |= {f"weight.{name}": weight for name, weight in method.loss_scales("finetune").items()}
+    _, other = made("plans=6", "plans_eval=4", "reward_from=0.5")
+    batch = rollout(other)
+    batch["reward"] = torch.arange(TIME).float().expand(ROWS, -1)
+    batch["log_prob"] = batch["log_prob"] - 0.15  # ratios between those of two clips
+    method.after_update(Counters("finetune", 1, 0.6))
+    found, metrics = losses(method.train(), batch)
+    out |= {f"loss.{name}": float(value) for name, value in found.items()}
+    out |= {f"metric.{name}": float(value) for name, value in metrics.items()}
+    obs = observation(5, True)
+    with torch.no_grad():
+        for name, explore in (("", True), ("evaluation", False)):
+            torch.manual_seed(3)
+            action, carry, extras = method.eval().act(obs, method.initial_carry(ROWS), explore=explore, window=TIME)
+            out["act.evaluation" if name else "act.plans"] = carry.plans.shape[1]
+            if not name:
+                out |= {"act.plan": extras["z"].tolist(), "act.action": action.tolist()}
+    return out
+
+
+def test_every_setting_of_the_online_stage_reaches_something() -> None:
+    plain = shown()
+    settings = {f.name: f for kind in (AlignmentConfig, PPOConfig) for f in dataclasses.fields(kind)}
+    assert set(REACH) == set(settings)
+    for name, wanted in REACH.items():
+        value = OTHER.get(name, 2 * getattr(AlignmentConfig(), name, 0) or 0.5 * getattr(PPOConfig(), name, 0.5))
+        where = "align" if name in {f.name for f in dataclasses.fields(AlignmentConfig)} else "ppo"
+        found = shown(f"model.{where}.{name}={value}")
+        same = [part for part in wanted.split() if found.get(part) == plain.get(part)]
+        assert not same, f"{name}={value} leaves {same}"

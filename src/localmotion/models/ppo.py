@@ -40,14 +40,14 @@ class PPOConfig:
     """Weight of the entropy of actions."""
     reward_scale: float = 1.0
     """Factor on rewards, so that values are of the order of 1 to 10."""
-    log_std: float = -0.5
-    """Logarithm of the standard deviation of actions, at the start. It is learned."""
 
 
 @dataclass(frozen=True)
 class DecoderPPOConfig(PPOConfig):
     """Settings of PPO with a decoder of latent actions beside a new head (LAPO)."""
 
+    log_std: float = -0.5
+    """Logarithm of the standard deviation of actions, at the start. It is learned."""
     head_share: float = 0.5
     """Share of the new head in the mean action, above 0 and at most 1; the decoder has the rest. 1: plain PPO, the decoder is not used."""
     decoder_lr: float = 1e-3
