@@ -93,7 +93,7 @@ def test_a_batch_has_the_keys_of_its_loop() -> None:
     class Moving(Small):
         wants = frozenset({"flow", "tracks", "mask"})
 
-    assert set(random_batch(Small, "pretrain")) == {"image", "is_first", "goal", "clip", "start"}
+    assert set(random_batch(Small, "pretrain")) == {"image", "is_first", "clip", "start"}
     logged = {"image", "is_first", "action", "reward", "is_terminal", "goal", "labelled"}
     assert set(random_batch(Small, "decode")) == logged
     played = random_batch(Small, "finetune")

@@ -11,23 +11,30 @@ import gymnasium
 import numpy as np
 from numpy.typing import NDArray
 
+from localmotion import methods
 from localmotion.config import RunConfig
 from localmotion.errors import LocalmotionError, SimulationError
+from localmotion.methods.base import GOAL
 from localmotion.recipe import Motion, Recipe
 
 if TYPE_CHECKING:
     from localmotion.perception.stream import StreamingExtractor
 
-SHOWN = ("image", "vector")
+SHOWN = ("image", "vector", "goal")
 """Keys of an observation that the agent gets and the replay stores."""
+
+
+def wants_goal(run: RunConfig) -> bool:
+    """Whether the run's method needs goal pictures in the run's stage (`methods.base.GOAL`)."""
+    return bool(methods.get(run.method).needs(run.model, run.stage) & GOAL)
 
 
 class Observer:
     """One environment with its stream of Atomic Actions: what the agent sees and what the replay stores.
 
     Args:
-        env: a localmotion environment. Its observation has "image" or "vector", and "percept" if perception uses
-            another picture size.
+        env: a localmotion environment, or any other whose observations are a dict. They have "image" or "vector", "percept" if
+            perception uses another picture size, and "goal" if it has goal pictures.
         recipe: perception recipe, or None for methods without motion.
     """
 
@@ -119,10 +126,11 @@ class Observer:
         return record
 
 
-def make_observer(run: RunConfig, recipe: Recipe | None, *, size: int = 64) -> Observer:
+def make_observer(run: RunConfig, recipe: Recipe | None, *, size: int = 64, goal: bool | None = None) -> Observer:
     """The environment of a run with its perception. A picture is rendered once, at the size that perception needs.
 
-    ``size`` is the side of "image" for methods without motion. A recipe sets its own size.
+    ``size`` is the side of "image" for methods without motion. A recipe sets its own size. ``goal``: whether observations have goal
+    pictures; None: if the run's method needs them.
     """
     from localmotion.envs import make_env
 
@@ -138,6 +146,7 @@ def make_observer(run: RunConfig, recipe: Recipe | None, *, size: int = 64) -> O
         action_repeat=run.action_repeat or None,
         supersample=run.supersample,
         observed=run.observed,
+        goal=wants_goal(run) if goal is None else goal,
         **run.env_options,
     )
     return Observer(env, recipe)

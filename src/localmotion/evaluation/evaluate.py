@@ -13,9 +13,10 @@ import torch
 
 from localmotion import methods
 from localmotion.acting.episodes import episode_seed, evaluate
-from localmotion.acting.observer import Observer, make_observer
+from localmotion.acting.observer import Observer, make_observer, wants_goal
 from localmotion.acting.policy import MethodPolicy, random_policy
 from localmotion.envs import check_env
+from localmotion.envs.goals import check_goals
 from localmotion.errors import CheckpointError, ConfigError
 from localmotion.files import check_output, read_json
 from localmotion.methods.base import MOTION
@@ -74,6 +75,8 @@ def evaluate_run(
         raise ConfigError(f"{path}: was trained in {asked.env}, not in {env}")
     options = {**asked.env_options, **(env_options or {})}
     check_env(asked.env or env, options)
+    if policy == "agent" and wants_goal(asked):
+        check_goals(asked.env or env)
     run, method, compute = load_run(path, device=device, which=which)
     run = replace(run, env=asked.env or env, env_options=options)
     recipe = run.recipe if bool(method.needs(run.model, run.stage) & MOTION) else None
@@ -83,7 +86,9 @@ def evaluate_run(
     shown = replace(run, observed="vectors") if blind else run
 
     def make() -> Observer:
-        return make_observer(shown, recipe if policy == "agent" else None, size=method.image_size)
+        if policy == "random":
+            return make_observer(shown, None, size=method.image_size, goal=False)
+        return make_observer(shown, recipe, size=method.image_size)
 
     observers = [make()]
     dim = observers[0].action_dim

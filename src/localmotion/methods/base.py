@@ -6,7 +6,7 @@ Batches follow the time convention of docs/decisions/0001. B sequences, T positi
     action (B,T,A) float32       reward (B,T) float32       is_terminal (B,T) bool            (from a replay or logged episodes)
     flow (B,T,S,S,2) float16     tracks (B,T,N,2) float32   visible (B,T,N) bool   track_id (B,T,N) int32   (if the method wants them)
     mask (B,T,S,S) bool                                               (clips and logged episodes, if the method wants it)
-    goal (B,T,S,S,3) uint8                                            (from an environment, if the method wants it)
+    goal (B,T,S,S,3) uint8                                            (from all but clips, if the method wants it)
 
 `is_first` is true at the start of every sequence. In a replay it is also true within a sequence, where a new episode follows one shorter
 than T (docs/decisions/0011). Nothing may be carried, averaged or bootstrapped across it. Action and motion are zero there.
@@ -36,8 +36,9 @@ MASK = frozenset({"mask"})
 """`Method.wants` of a method that learns from the pixels of the agent. Its clip store needs the array `mask`."""
 
 GOAL = frozenset({"goal"})
-"""`Method.wants` of a method that acts towards a picture. Each observation of its environment, and each batch from a replay or a rollout,
-then has `goal` (B,T,S,S,3) uint8: a picture of the same episode's task solved, constant in an episode (docs/environments.md)."""
+"""`Method.wants` of a method that acts towards a picture. Observations, and batches of all sources but clips, then have `goal`
+(B,T,S,S,3) uint8, constant in an episode: a picture of this episode's task solved (docs/environments.md). In logged episodes, which do not
+hold it, it is the episode's last picture."""
 
 LABELS = frozenset({"labelled_image", "labelled_action", "labelled_is_first"})
 """`Method.wants` of a method that learns from clips and from a few labelled transitions at once. The clip store then holds logged

@@ -60,12 +60,13 @@ class EpisodeSampler:
         image (B,T,S,S,3) uint8   action (B,T,A) float32   reward (B,T) float32   is_terminal, is_first (B,T) bool
         flow, tracks, visible, track_id as in `video.sample.WindowSampler`, if ``motion``
         mask (B,T,S,S) bool, if ``mask``
+        goal (B,T,S,S,3) uint8, if ``goal``: the last picture of the episode
 
     Args:
         store: a store of `collect --store`, or any other store with the arrays of `logged`.
         length, batch_size: T and B.
         seed: of the sampling, 0 or more.
-        motion, mask: whether batches have these keys.
+        motion, mask, goal: whether batches have these keys.
         prioritize_ends: draw ends of episodes more often, as `Replay` does.
         labels: number of labelled transitions; 0: all. The sampler then draws from these only (`label_set`).
         label_seed: of the choice of the labelled transitions.
@@ -84,6 +85,7 @@ class EpisodeSampler:
         *,
         motion: bool = False,
         mask: bool = False,
+        goal: bool = False,
         prioritize_ends: bool = False,
         heldout_fraction: float = 0.0,
         labels: int = 0,
@@ -94,7 +96,7 @@ class EpisodeSampler:
         self.store, self.length, self.batch_size, self.seed = store, length, batch_size, seed
         self.prioritize_ends = prioritize_ends
         self.action_dim = action_dim(store)
-        self._motion = layout(store, motion, mask)
+        self._motion, self._goal = layout(store, motion, mask), goal
         store.require_clips()
         kept = np.array([not is_heldout(video, heldout_fraction) for video in store.videos])
         self.clips = np.flatnonzero(kept & (store.lengths >= 2))
@@ -123,12 +125,15 @@ class EpisodeSampler:
             "is_first": np.zeros(shape, np.bool_),
         }
         seen = {name: np.empty((*shape, *entry), dtype) for name, (entry, dtype) in self._motion.items()}
+        goals = {"goal": np.empty_like(seen["image"])} if self._goal else {}
         for row in range(self.batch_size):
             for piece in self._pieces(rng):
                 part = (row, slice(piece.at, piece.at + piece.length))
                 read_window(self.store, piece.clip, piece.start, {name: array[part] for name, array in seen.items()})
                 self._read(piece, {name: array[part] for name, array in plain.items()})
-        return {name: torch.from_numpy(array) for name, array in (seen | plain).items()}
+                for array in goals.values():
+                    array[part] = self.store.window("frames", piece.clip, int(self.store.lengths[piece.clip]) - 1)
+        return {name: torch.from_numpy(array) for name, array in (seen | plain | goals).items()}
 
     def _pieces(self, rng: np.random.Generator) -> list[_Piece]:
         """The pieces of a sequence: one window, or several short episodes in a row."""

@@ -52,7 +52,7 @@ def random_batch(method: type[Method], stage: str, *, batch: int = 2, time: int 
 
         flow, tracks   all four keys of motion
         mask           (B,T,S,S) bool, where the agent is seen; `Source.CLIPS` and `Source.LOGGED`
-        goal           (B,T,S,S,3) uint8, a picture of the goal
+        goal           (B,T,S,S,3) uint8, a picture of the goal, the same at all positions; not `Source.CLIPS`
         labelled       (B,T) bool, whether the action at a position is known
         labelled_...   a second batch of logged episodes (`LABELS`); `Source.CLIPS` only
         video_image    (B,T,S,S,3) uint8, pictures of clips without actions (`VIDEO`); `Source.LOGGED` only
@@ -69,7 +69,7 @@ def random_batch(method: type[Method], stage: str, *, batch: int = 2, time: int 
     keys |= MOTION_KEYS if method.wants & MOTION_KEYS else frozenset()
     found = {key: value for key, value in full_batch(batch, time, seed=seed).items() if key in keys}
     g = torch.Generator().manual_seed(seed + 1)
-    if "goal" in method.wants:
+    if "goal" in method.wants and source is not Source.CLIPS:
         goal = torch.randint(0, 256, (batch, 1, SIZE, SIZE, 3), generator=g, dtype=torch.uint8)
         found["goal"] = goal.expand(-1, time, -1, -1, -1).clone()
     if "mask" in method.wants and source in (Source.CLIPS, Source.LOGGED):

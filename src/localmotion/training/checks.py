@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from localmotion.config import RunConfig
 from localmotion.envs import check_env
+from localmotion.envs.goals import check_goals
 from localmotion.errors import CheckpointError, ConfigError, LocalmotionError
-from localmotion.methods.base import LABELS, MASK, MOTION, Method, Source
+from localmotion.methods.base import GOAL, LABELS, MASK, MOTION, Method, Source
 
 
 def check_video_stage(method: type[Method], run: RunConfig) -> None:
@@ -43,6 +44,8 @@ def check_acting_stage(method: type[Method], run: RunConfig) -> None:
         raise ConfigError(f"motion={run.motion}: {reason}; leave it out")
     if run.env:
         check_env(run.env, run.env_options)
+        if method.needs(run.model, run.stage) & GOAL:
+            check_goals(run.env)
     if source is Source.ROLLOUT and not run.data:
         check_rollout(method, run)
     check_length(method, run)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from localmotion import methods
-from localmotion.acting.observer import Observer, make_observer, streaming_recipe
+from localmotion.acting.observer import Observer, make_observer, streaming_recipe, wants_goal
 from localmotion.compute import choose
 from localmotion.config import RunConfig
 from localmotion.console import say
@@ -107,6 +107,7 @@ def _rollout(run: RunConfig, path: Path, cls: type[Method]) -> Path:
         "quality": run.quality,
         "action_repeat": run.action_repeat or None,
         "supersample": run.supersample,
+        "goal": wants_goal(run),
         **run.env_options,
     }
     with closing(VectorEnv(run.env, rollout.environments, seed=run.seed, workers=rollout.workers or None, **settings)) as envs:

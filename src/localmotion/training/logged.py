@@ -13,7 +13,7 @@ from torch import Tensor
 
 from localmotion.acting.observer import Observer
 from localmotion.config import RunConfig
-from localmotion.methods.base import MASK, MOTION, VIDEO, Method
+from localmotion.methods.base import GOAL, MASK, MOTION, VIDEO, Method
 from localmotion.recording.logs import EpisodeSampler
 from localmotion.runs.rundir import RunDir
 from localmotion.training.loop import Clock, Loop
@@ -48,6 +48,7 @@ class LoggedLoop(Loop):
             run.seed,
             motion=bool(needs & MOTION),
             mask=bool(needs & MASK),
+            goal=bool(needs & GOAL),
             prioritize_ends=online.prioritize_ends,
             labels=run.labels,
             label_seed=run.seed,
