@@ -3,16 +3,20 @@
     python studies/pvdr/dot.py 0            # seed; rows go to studies/pvdr/dot.jsonl, seeds that are there are not run again
 
 In a video a dot of 4 pixels moves on a ground of 16 by the same displacement at each frame: none, or 2 pixels left, right, up or down. It
-stops at walls. PVDR sees one frame of context and plans four, so nothing in the context says where the dot will go. 800 updates of
-`tokenize` with 128 frames, 1,500 of `pretrain` with 64 windows: about three CPU minutes.
+stops at walls. PVDR sees one frame of context and plans four, so nothing in the context says where the dot will go. 300 updates of
+`tokenize` with 160 frames, 800 of `pretrain` with 48 windows: about four CPU minutes in all.
 
-    probe       share of held-out windows, away from walls, whose displacement is the largest output of ridge regression from z
+    linear      share of held-out windows, away from walls, whose displacement is the largest output of ridge regression from z
+    probe       the same of a network of the alignment module's form, from z and the context feature. It serves as the oracle of planning
     covered     of the five displacements, the mean number among the plans of K samples from the prior, from the middle of the ground.
                 A plan counts as the displacement whose true pictures are nearest
     nats        KL of the posterior from the prior; log 5 = 1.61 tell five displacements apart
     reached     share of 200 episodes in which the dot is at the goal within 16 steps. Each step draws K plans and takes the nearest to the
-                goal; the displacement is that of the ridge regression from its z. Start and goal are random places, up to 12 steps apart
+                goal; the displacement is the oracle's for its z. Start and goal are random places, up to 12 steps apart
     random      the same for random displacements
+
+Seed 100 is for development. On it these targets were set: probe at least 0.95, 32 samples cover at least 4.9 displacements, and with the
+last of `METRICS` at least 0.8 reach their goal with 32 plans and at most 0.4 with one.
 """
 
 from __future__ import annotations
@@ -29,6 +33,7 @@ from torch import Tensor
 from localmotion.compute import Compute
 from localmotion.config import RunConfig, update
 from localmotion.methods.pvdr import PVDR
+from localmotion.models.alignment import AlignmentNet
 from localmotion.models.plan_cvae import sample
 from localmotion.models.planning import GoalDistance, Metric
 from localmotion.training.update import Updater
@@ -57,8 +62,6 @@ METRICS: tuple[tuple[Metric, float, str], ...] = (
     ("cosine", 0.0, "last"),
     ("cosine", 1.0, "last"),
     ("cosine", 1.0, "nearest"),
-    ("squared", 1.0, "last"),
-    ("squared", 1.0, "nearest"),
 )
 """Distances to the goal that planning is tried with: metric, blur, compared frame (`AlignmentConfig`)."""
 
@@ -102,22 +105,45 @@ def learned(seed: int, tokenize: int, pretrain: int, g: torch.Generator) -> PVDR
     return method.eval()
 
 
+def free(place: Tensor, move: Tensor) -> Tensor:
+    """Whether a dot that starts at places (N, 2) meets no wall in a clip, (N,)."""
+    end = place + MOVES[move] * (FRAMES - 1)
+    return (end.clamp(0, PLACES - 1) == end).all(1)
+
+
 class Oracle:
-    """Ridge regression from z to the displacement, fitted on windows whose displacement is known."""
+    """A network of the alignment module's form from z and the context feature to the displacement, fitted on known displacements."""
 
-    def __init__(self, method: PVDR, g: torch.Generator) -> None:
-        batch, move, place = clips(2_000, g)
-        free = ((place + MOVES[move] * (FRAMES - 1)).clamp(0, PLACES - 1) == place + MOVES[move] * (FRAMES - 1)).all(1)
-        z, move = method.posterior(method.tokens(batch["image"][free]))[0], move[free]
+    def __init__(self, method: PVDR, g: torch.Generator, updates: int = 600) -> None:
+        batch, move, place = clips(5_000, g)
+        batch, move = {key: value[free(place, move)] for key, value in batch.items()}, move[free(place, move)]
+        tokens = method.tokens(batch["image"])
+        z, context = method.posterior(tokens)[0], method.prior(tokens[:, :1])[2]
         fit = len(z) * 4 // 5
-        x = torch.cat([z, torch.ones(len(z), 1)], 1).double()
-        one_hot = torch.nn.functional.one_hot(move, len(MOVES)).double()
-        self.weights = torch.linalg.solve(x[:fit].T @ x[:fit] + 1e-3 * torch.eye(x.shape[1]).double(), x[:fit].T @ one_hot[:fit])
-        self.accuracy = float((self(z[fit:]) == move[fit:]).float().mean())
+        self.linear = self.ridge(z[:fit], move[:fit], z[fit:], move[fit:])
+        torch.manual_seed(0)
+        self.net = AlignmentNet(z.shape[1] + context.shape[1], len(MOVES), 64)
+        optimiser = torch.optim.Adam(self.net.parameters(), 2e-3)
+        with torch.enable_grad():
+            for _ in range(updates):
+                some = torch.randint(fit, (256,), generator=g)
+                loss = torch.nn.functional.cross_entropy(self.net(torch.cat([z[some], context[some]], 1)), move[some])
+                optimiser.zero_grad()
+                loss.backward()
+                optimiser.step()
+        self.accuracy = float((self(z[fit:], context[fit:]) == move[fit:]).float().mean())
 
-    def __call__(self, z: Tensor) -> Tensor:
-        """Displacements (N,) of latents (N, Z)."""
-        return (torch.cat([z, torch.ones(len(z), 1)], 1).double() @ self.weights).argmax(1)
+    @staticmethod
+    def ridge(z: Tensor, move: Tensor, new: Tensor, true: Tensor) -> float:
+        """Accuracy of ridge regression from z alone to the displacement, on new windows."""
+        x, y = (torch.cat([part, torch.ones(len(part), 1)], 1).double() for part in (z, new))
+        one_hot = torch.nn.functional.one_hot(move, len(MOVES)).double()
+        weights = torch.linalg.solve(x.T @ x + 1e-3 * torch.eye(x.shape[1]).double(), x.T @ one_hot)
+        return float(((y @ weights).argmax(1) == true).float().mean())
+
+    def __call__(self, z: Tensor, context: Tensor) -> Tensor:
+        """Displacements (N,) of latents (N, Z) in contexts (N, d)."""
+        return self.net(torch.cat([z, context], 1)).argmax(1)
 
 
 def covered(method: PVDR, plans: int, repeats: int = 50) -> float:
@@ -152,27 +178,32 @@ def reached(
             move = torch.randint(len(MOVES), (episodes,), generator=g)
         else:
             past = method.tokens(picture(place)[:, None])
-            mean, log_variance, _ = method.prior(past)
+            mean, log_variance, context = method.prior(past)
             z = sample(*(x[:, None].expand(-1, plans, -1) for x in (mean, log_variance)))  # (E, K, Z)
             codes = method.tokenizer.embed(method.plans(past, z))  # (E, K, n, N, D)
             codes = codes[:, :, -1:] if metric[2] == "last" else codes
             chosen = distance(codes, wanted[:, None, None]).amin(2).argmin(1)
-            move = oracle(z[torch.arange(episodes), chosen])
+            move = oracle(z[torch.arange(episodes), chosen], context)
         place = torch.where(done[:, None], place, moved(place, move))
         done |= (place == goal).all(1)
     return float(done.float().mean())
 
 
 @torch.no_grad()
-def measured(seed: int, tokenize: int = 800, pretrain: int = 1_500) -> dict[str, Any]:
+def measured(seed: int, tokenize: int = 300, pretrain: int = 800) -> dict[str, Any]:
     g = torch.Generator().manual_seed(seed)
     with torch.enable_grad():
         method = learned(seed, tokenize, pretrain, g)
     oracle = Oracle(method, g)
     figures = method.heldout("pretrain", clips(500, g)[0])
-    row: dict[str, Any] = {"probe": oracle.accuracy, "nats": float(figures["kl_nats"]), "psnr": float(figures["psnr"])}
+    row: dict[str, Any] = {
+        "linear": oracle.linear,
+        "probe": oracle.accuracy,
+        "nats": float(figures["kl_nats"]),
+        "psnr": float(figures["psnr"]),
+    }
     row |= {"accuracy": float(figures["accuracy"]), "best of one": float(figures["best_of_one"])}
-    row["covered"] = {str(k): covered(method, k) for k in (8, 16, 64)}
+    row["covered"] = {str(k): covered(method, k) for k in (8, 32)}
     row["reached"] = {
         " ".join(map(str, metric)): {
             str(k): reached(method, oracle, k, metric, g) for k in ((1, 8, 32) if metric == METRICS[-1] else (8,))
