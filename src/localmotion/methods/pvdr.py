@@ -18,8 +18,8 @@ Open choices, all settings unless "fixed" stands there:
 * z: one Gaussian of 32 numbers for a whole plan (footnote 1 names mean and variance). E averages the global tokens of the n later frames.
 * D answers all frames at once (`decode`): planning decodes many plans for each step of the environment.
 * E, P and D share no weights (fixed), so that online each can be frozen or trained by itself.
-* beta: with the mean over tokens and the sum over z, 1 / (n N) is the bound on the likelihood. The default is half of that for the
-  paper's sizes, because collapse is the larger risk. It rises from 0.
+* beta: with the mean over tokens and the sum over z, 1 / (n N) is the bound on the likelihood. The presets have half of that, because
+  collapse is the larger risk. It rises from 0.
 * Windows: one random window of m + n frames of each sequence (fixed). Windows that overlap cost as much as others and say less. Sequences
   are longer than windows only so that held-out predictions go beyond one plan.
 * Adam's betas are VQGAN's (0.5, 0.9) for the tokenizer and (0.9, 0.95), usual for Transformers, after it (fixed). Norms, biases and
@@ -122,6 +122,7 @@ _SIZES: dict[str, dict[str, Any]] = {
             "prior_layers": 2,
             "decoder_layers": 2,
         },
+        "beta": 8e-3,
         "beta_warmup": 200,
         "warmup": 100,
     },
