@@ -60,7 +60,7 @@ def test_the_examples_keep_the_rules(module: str, cls: str, monkeypatch: pytest.
 
 def test_capabilities_are_checked_by_themselves() -> None:
     assert names_of(check_acts(Small, stages=["finetune"])) == {name_of(rule) for rule in CAPABILITIES["acts"][1]}
-    assert names_of(check_plans(Small)) == {"actions_depend_on_the_goal"}
+    assert names_of(check_plans(Small)) == {"actions_depend_on_the_goal", "panels_show_the_plan"}
     assert names_of(check_decodes(Small)) == {"labels_matter", "unlabelled_actions_are_not_read"}
     assert check_decodes(Small, stages=["finetune"]) == []
     assert "predictions_see_no_future" in names_of(check_predicts(Small, stages=["pretrain"]))
@@ -497,6 +497,37 @@ class Box(Small):
         return action, {"state": state}, extras
 
 
+class Plans(Small):
+    """Shows plans."""
+
+    def panels(self, carry: Any) -> dict[str, Tensor]:
+        candidates = torch.rand(2, 3, 4, 3, 64, 64) - 0.5
+        return {"plan": candidates[:, 1], "candidates": candidates, "chosen": torch.ones(2, dtype=torch.int64)}
+
+
+class FlatPlan(Plans):
+    """Shows plans without time."""
+
+    def panels(self, carry: Any) -> dict[str, Tensor]:
+        return {name: value.mean(2) if name == "candidates" else value for name, value in super().panels(carry).items()}
+
+
+class OtherPlan(Plans):
+    """Shows another plan than it chose."""
+
+    def panels(self, carry: Any) -> dict[str, Tensor]:
+        found = super().panels(carry)
+        return found | {"plan": found["candidates"][:, 0]}
+
+
+class Beyond(Plans):
+    """Chooses a plan that it has not."""
+
+    def panels(self, carry: Any) -> dict[str, Tensor]:
+        found = super().panels(carry)
+        return found | {"chosen": found["chosen"] + 2}
+
+
 class Aimless(Small):
     """Does not look at the goal."""
 
@@ -575,6 +606,9 @@ REFUSED: list[tuple[type[Small], str, str, str]] = [
     (Lonely, "finetune", "agents_act_as_if_alone", "alone gets other actions"),
     (Box, "finetune", "the_carry_can_be_saved", "the carry is dict"),
     (Aimless, "finetune", "actions_depend_on_the_goal", "two goals give the same actions"),
+    (FlatPlan, "finetune", "panels_show_the_plan", r"panels returned .*candidates must be \(B, K, n, 3, 64, 64\)"),
+    (OtherPlan, "finetune", "panels_show_the_plan", "the plan is not the chosen candidate"),
+    (Beyond, "finetune", "panels_show_the_plan", r"chosen is \[3, 3\], of 3 candidates"),
     (Unlabelled, "decode", "labels_matter", "other actions give the same losses"),
     (Leaks, "decode", "unlabelled_actions_are_not_read", r"the losses \['action'\] read actions of unlabelled positions"),
 ]

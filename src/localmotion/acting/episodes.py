@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localmotion.acting.observer import Observer
-from localmotion.acting.policy import Policy
+from localmotion.acting.policy import MethodPolicy, Plan, Policy
 
 
 def episode_seed(seed: int, stream: str, episode: int) -> int:
@@ -23,6 +23,18 @@ def episode_seed(seed: int, stream: str, episode: int) -> int:
 
 
 @dataclass
+class Planned:
+    """Plans of one episode of T pictures. S is the side of the agent's pictures."""
+
+    seen: NDArray[np.uint8]
+    """(T, S, S, 3): what the agent saw."""
+    goal: NDArray[np.uint8] | None
+    """(S, S, 3): its goal picture, if it has one."""
+    plans: list[Plan]
+    """T - 1: before each action."""
+
+
+@dataclass
 class Rollout:
     """Finished evaluation episodes."""
 
@@ -32,6 +44,8 @@ class Rollout:
     """For each episode, 1.0 if any agent step signalled success. Empty if the suite has no success signal."""
     frames: NDArray[np.uint8] | None = None
     """Pictures (T, S, S, 3) of the first episode."""
+    plans: Planned | None = None
+    """What was planned in the first episode, if it has pictures and the method shows its plans."""
 
     def summary(self) -> dict[str, Any]:
         """Fields of an "eval" line."""
@@ -47,20 +61,35 @@ class Rollout:
         return out
 
 
-def run_episodes(observers: Sequence[Observer], seeds: Sequence[int], policy: Policy, *, keep_frames: bool = False) -> Rollout:
+def run_episodes(
+    observers: Sequence[Observer],
+    seeds: Sequence[int],
+    policy: Policy,
+    *,
+    keep_frames: bool = False,
+    check: Callable[[], None] | None = None,
+) -> Rollout:
     """Play one episode in each of E environments, in lockstep.
 
-    ``policy(records, first)`` returns all actions (E, A).
+    ``policy(records, first)`` returns all actions (E, A). ``check`` is called before every agent step; it may raise to end the episodes.
     """
     records = [observer.reset(seed) for observer, seed in zip(observers, seeds, strict=True)]
     count = len(observers)
     returns, lengths, success = np.zeros(count), np.zeros(count, int), np.zeros(count)
     alive, has_success = np.ones(count, bool), False
     frames = [_picture(observers[0], records[0])] if keep_frames else []
+    seen: list[Any] = [records[0].get("image")]
+    plans: list[Plan] = []
+    goal = records[0].get("goal")
     first = True
     while alive.any():
+        if check is not None:
+            check()
         actions = policy(records, first)
         first = False
+        if keep_frames and alive[0] and isinstance(policy, MethodPolicy) and seen[0] is not None:
+            plan = policy.plan()
+            plans += [] if plan is None else [plan]
         for index in np.flatnonzero(alive).tolist():
             records[index], done, info = observers[index].step(actions[index])
             returns[index] += records[index]["reward"]
@@ -71,11 +100,13 @@ def run_episodes(observers: Sequence[Observer], seeds: Sequence[int], policy: Po
             alive[index] = not done
         if keep_frames and lengths[0] == len(frames):
             frames.append(_picture(observers[0], records[0]))
+            seen.append(records[0].get("image"))
     return Rollout(
         returns.tolist(),
         lengths.tolist(),
         success.tolist() if has_success else [],
         np.stack(frames) if keep_frames else None,
+        Planned(np.stack(seen), goal, plans) if plans else None,
     )
 
 
@@ -101,10 +132,11 @@ def evaluate(
     at_once: int = 5,
     observers: list[Observer] | None = None,
     keep_frames: bool = False,
+    check: Callable[[], None] | None = None,
 ) -> Rollout:
     """The evaluation protocol: play ``episodes`` episodes with seeds of the eval stream, ``at_once`` in lockstep.
 
-    The function adds environments to ``observers`` (if given), so that later evaluations can reuse them.
+    The function adds environments to ``observers`` (if given), so that later evaluations can reuse them. ``check``: as `run_episodes`.
     """
     pool = observers if observers is not None else []
     while len(pool) < min(at_once, episodes):
@@ -113,9 +145,10 @@ def evaluate(
     for begin in range(0, episodes, len(pool)):
         wanted = range(begin, min(begin + len(pool), episodes))
         seeds = [episode_seed(seed, "eval", index) for index in wanted]
-        part = run_episodes(pool[: len(seeds)], seeds, policy_for(), keep_frames=keep_frames and begin == 0)
+        part = run_episodes(pool[: len(seeds)], seeds, policy_for(), keep_frames=keep_frames and begin == 0, check=check)
         out.returns += part.returns
         out.lengths += part.lengths
         out.successes += part.successes
         out.frames = out.frames if out.frames is not None else part.frames
+        out.plans = out.plans or part.plans
     return out

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from localmotion.compute import Compute, uncompiled
-from localmotion.methods.base import Method, acted
+from localmotion.methods.base import Method, acted, planned
 
 Policy = Callable[[list[dict[str, Any]], bool], NDArray[np.float32]]
 
@@ -24,6 +24,17 @@ def to_batch(
     batch = {key: torch.from_numpy(np.stack([np.asarray(r[key]) for r in records])[:, None]).to(device) for key in keys}
     batch["is_first"] = torch.full((len(records), 1), first, device=device)
     return batch
+
+
+class Plan(NamedTuple):
+    """What a method planned for one action: n frames, K candidates."""
+
+    frames: NDArray[np.uint8]
+    """(n, S, S, 3): what the chosen plan expects from this action on, one frame an agent step."""
+    ends: NDArray[np.uint8]
+    """(K, S, S, 3): the last frame of each candidate."""
+    chosen: int
+    """The plan's number among them."""
 
 
 class MethodPolicy:
@@ -59,6 +70,22 @@ class MethodPolicy:
         self.extras = {name: value.float().cpu().numpy() for name, value in extras.items()}
         result: NDArray[np.float32] = action.float().clamp(-1, 1).cpu().numpy()
         return result
+
+    @torch.inference_mode()
+    def plan(self) -> Plan | None:
+        """What the method planned for the newest action of the first environment. None for a method that shows no plans."""
+        with self.compute.own_randomness(), self.compute.acting(), uncompiled(self.method):
+            found = planned(self.method, self.carry)
+        if found is None:
+            return None
+        chosen = int(found["chosen"][0])
+        return Plan(_pictures(found["plan"][0]), _pictures(found["candidates"][0, :, -1]), chosen)
+
+
+def _pictures(values: Tensor) -> NDArray[np.uint8]:
+    """(N,3,S,S) in [-0.5, 0.5] -> (N,S,S,3) uint8."""
+    found: NDArray[np.uint8] = values.float().add(0.5).clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return found
 
 
 def random_policy(action_dim: int, seed: int) -> Policy:

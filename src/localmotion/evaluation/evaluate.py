@@ -18,6 +18,7 @@ from localmotion.acting.policy import MethodPolicy, random_policy
 from localmotion.envs import check_env
 from localmotion.envs.goals import check_goals
 from localmotion.errors import CheckpointError, ConfigError
+from localmotion.evaluation.films import film
 from localmotion.files import check_output, read_json
 from localmotion.methods.base import MOTION
 from localmotion.runs.load import Which, at_least, load_run
@@ -104,7 +105,7 @@ def evaluate_run(
     with compute.own_randomness():
         result = evaluate(policy_for, make, seed=base, episodes=episodes, observers=observers, keep_frames=video is not None)
     if video is not None and result.frames is not None:
-        write_video(video, result.frames, fps=25)
+        write_video(video, film(result), fps=25)
     changed = {"env_options": dict(env_options)} if env_options else {}
     return {**result.summary(), "env": run.env, **changed, "policy": policy, "seed": base}
 

@@ -323,6 +323,15 @@ class Method(nn.Module):
         the K ``values``. None for a method without a code of few numbers."""
         return None
 
+    def panels(self, carry: Any) -> Mapping[str, Tensor] | None:
+        """Pictures in [-0.5, 0.5] of what was planned for the newest actions, from the carry that `act` returned with them.
+
+        "plan" (B,n,3,S,S): the n frames that the chosen plan expects from this action on, one an agent step. "candidates" (B,K,n,3,S,S):
+        all plans that it was chosen from. "chosen" (B,) int64: the plan's number among them. None for a method that does not plan
+        in pictures. Only called where a film is made, through `planned`.
+        """
+        return None
+
     def parameter_counts(self) -> dict[str, int]:
         """Parameters per child module."""
         return {name: sum(p.numel() for p in child.parameters()) for name, child in self.named_children()}
@@ -348,6 +357,28 @@ def acted(method: Method, obs: Batch, carry: Any, *, explore: bool, window: int)
                 f"{method.name}: extra {name!r} is {value.dtype} {tuple(value.shape)}, declared is a float ({len(action)}, *{shape})"
             )
     return action, carry, extras
+
+
+def planned(method: Method, carry: Any) -> Mapping[str, Tensor] | None:
+    """`Method.panels`. Raises AssertionError where its names, shapes or types are not those that it documents."""
+    found = method.panels(carry)
+    if found is None:
+        return None
+    if set(found) != {"plan", "candidates", "chosen"}:
+        raise AssertionError(f"{method.name}: panels returned {sorted(found)}, expected plan, candidates and chosen")
+    candidates, side = tuple(found["candidates"].shape), method.image_size
+    rows, count, frames = candidates[:3] if len(candidates) == 6 else (0, 0, 0)
+    wanted = {"candidates": (rows, count, frames, 3, side, side), "plan": (rows, frames, 3, side, side), "chosen": (rows,)}
+    shapes = {name: tuple(value.shape) for name, value in found.items()}
+    if shapes != wanted or 0 in candidates:
+        raise AssertionError(
+            f"{method.name}: panels returned {shapes}; candidates must be (B, K, n, 3, {side}, {side}), plan (B, n, ...), chosen (B,)"
+        )
+    if not all(found[name].is_floating_point() and bool(found[name].isfinite().all()) for name in ("plan", "candidates")):
+        raise AssertionError(f"{method.name}: panels must be finite floats in [-0.5, 0.5]")
+    if not bool(((found["chosen"] >= 0) & (found["chosen"] < count)).all()):
+        raise AssertionError(f"{method.name}: chosen is {found['chosen'].tolist()}, of {count} candidates")
+    return found
 
 
 def images(batch: Batch) -> Tensor:

@@ -310,6 +310,7 @@ def report(run_dirs: Sequence[str | Path], out: str | Path) -> Path:
         ("Held-out figures of pre-training", heldout, ""),
         ("Open-loop prediction", strips, "No run saved an open-loop prediction (media/openloop_*.npz)."),
         ("Latent traversal", data.each(data.runs, "traversal_*.npz", lambda p, r: media.traversal(p, r.name)), ""),
+        ("Plans", data.each(data.runs, "plans_*.npz", lambda p, r: media.plans(p, r.name)), ""),
         (
             "Atomic Actions",
             data.each(data.runs, "atomic_*.png", lambda p, r: media.atomic_actions(p, r.name)),

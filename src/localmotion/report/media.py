@@ -4,6 +4,7 @@
     masked_*.npz     truth, masked, reconstruction (M, P, P, 2) float: flow patches
     embedding_*.npz  xy (n, 2) float, labels (or label) (n,) strings, title; optional angle (n,) radians
     traversal_*.npz  frame (H, W, 3), pictures (D, K, H, W, 3) uint8: the frame's code with number d set to values[k]; values (K,)
+    plans_*.npz      observed (N, H, W, 3), plan and followed (N, n, H, W, 3) uint8, steps (N,), ahead (n,) int; optional goal (H, W, 3)
     flow_*.npz       magnitudes (n,) float, name
     atomic_*.png     Atomic Actions drawn on clips
     eval_<env step>.mp4   film of an evaluation episode; eval_<word>.mp4 for a special one, e.g. eval_best.mp4
@@ -144,6 +145,21 @@ def traversal(path: Path, run: str) -> Picture:
     return Picture(data, caption, "Latent traversal: one row for each number of the code")
 
 
+_PLANS = ("observed", "plan", "followed", "steps", "ahead")
+
+
+def plans(path: Path, run: str) -> Picture:
+    """Plans of an evaluation episode beside what followed."""
+    arrays = read_arrays(path, _PLANS)
+    try:
+        data = strips.plan_strips(**{name: arrays[name] for name in (*_PLANS, "goal") if name in arrays})
+    except (ValueError, TypeError) as error:
+        raise MediaError(f"{path.name}: {error}") from error
+    caption = f"{run}, evaluation at {_text(arrays, 'when', 'an unknown time')}: what the agent expected from an agent step on (red) and"
+    caption += " what followed (green), with the PSNR between the two. An agent may choose a new plan at each step."
+    return Picture(data, caption, "Plans: rows of expected frames and of the frames that followed")
+
+
 def flow_magnitudes(path: Path) -> tuple[str, NDArray[np.float64]]:
     """(name, finite magnitudes in pixels) of a flow_*.npz."""
     arrays = read_arrays(path, ("magnitudes",))
@@ -190,4 +206,4 @@ def film(path: Path, label: str, unit: str = "env steps") -> Video:
         raise MediaError(f"{path.name}: is not a readable video") from error
     step = env_step_of(path)
     when = f"after {short(step)} {unit}" if step is not None else path.stem.removeprefix("eval_").replace("_", " ")
-    return Video(data, f"{label}, {when}.", strips.png(image))
+    return Video(data, f"{label}, {when}.", strips.png(image), wide=image.shape[1] > image.shape[0])

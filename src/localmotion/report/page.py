@@ -42,11 +42,12 @@ class Picture:
 
 @dataclass(frozen=True)
 class Video:
-    """An mp4 with an optional still picture shown before it plays."""
+    """An mp4 with an optional still picture shown before it plays. ``wide``: it is not square and has a line of its own."""
 
     data: bytes
     caption: str
     poster: bytes | None = None
+    wide: bool = False
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,8 @@ def _caption(text: str) -> str:
 def _video(block: Video) -> str:
     poster = f' poster="{data_uri(block.poster, image_type(block.poster))}"' if block.poster else ""
     video = f'<video controls loop muted playsinline{poster} src="{data_uri(block.data, "video/mp4")}"></video>'
-    return f"<figure>{video}{_caption(block.caption)}</figure>"
+    figure = '<figure class="wide">' if block.wide else "<figure>"
+    return f"{figure}{video}{_caption(block.caption)}</figure>"
 
 
 def _table(block: Table) -> str:
@@ -245,6 +247,7 @@ figure img { display: block; max-width: 100%; height: auto; } figure img:not(.sv
 .row figure img:not(.svg) { width: auto; }
 figcaption { color: var(--muted); font-size: 13.5px; line-height: 1.45; margin-top: 8px; max-width: 88ch; }
 video { display: block; width: 100%; max-width: 360px; aspect-ratio: 1; background: #000; border-radius: 8px; }
+figure.wide { grid-column: 1 / -1; } figure.wide video { max-width: 640px; aspect-ratio: auto; }
 .row { display: grid; grid-template-columns: repeat(auto-fill, minmax(210px, 1fr)); gap: 0 22px; align-items: start; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(205px, 1fr)); gap: 14px; margin: 6px 0 20px; }
 .tiles div { background: var(--soft); border: 1px solid var(--line); border-radius: 10px; padding: 13px 16px; }

@@ -273,6 +273,59 @@ def traversal(frame: Pixels, pictures: Pixels, values: ArrayLike) -> bytes:
     return _save(figure)
 
 
+@styled
+def plan_strips(
+    observed: Pixels, plan: Pixels, followed: Pixels, *, steps: ArrayLike, ahead: ArrayLike, goal: Pixels | None = None
+) -> bytes:
+    """Plans of an agent as a PNG: for each of N plans a row of the n frames that it expected and a row of those that followed.
+
+    ``observed`` (N, H, W, 3), ``plan`` and ``followed`` (N, n, H, W, 3) uint8; ``steps`` (N,): the agent step of each plan; ``ahead``
+    (n,): agent steps from the plan to its frames; ``goal`` (H, W, 3). The PSNR in dB is below each pair of frames. Raises ValueError for
+    other shapes.
+    """
+    at, later = (np.asarray(x, dtype=np.int64) for x in (steps, ahead))
+    N, n, H, W = plan.shape[:4] if plan.ndim == 5 else (0, 0, 0, 0)
+    wanted = [(N, H, W, 3), (N, n, H, W, 3), (N, n, H, W, 3), (N,), (n,), (H, W, 3)]
+    given = [observed, plan, followed, at, later, observed[0] if goal is None and len(observed) else goal]
+    if not plan.size or any(x is None or x.shape != shape for x, shape in zip(given, wanted, strict=True)):
+        shapes = [None if x is None else x.shape for x in given]
+        raise ValueError(f"plans must be (N, n, H, W, 3) with frames of the same shape, not {shapes}")
+    if any(x.dtype != np.uint8 for x in (observed, plan, followed)):
+        raise ValueError("strips need uint8 frames")
+    gap, label, line, aspect = 0.13, 1.3, 0.3, H / W
+    first = label + (0.0 if goal is None else 1 + 3 * gap)
+    across, down = first + max(n + 1, 8) * (1 + gap) + gap, line + N * (2 * (aspect + gap) + 1.4 * line)
+    figure, axes = _canvas(WIDTH, WIDTH * down / across, across, down)
+
+    def show(picture: Pixels, x: float, y: float, colour: tuple[int, int, int] | None) -> None:
+        if colour is not None:
+            axes.add_patch(Rectangle((x - 0.04, y - 0.04), 1.08, aspect + 0.08, color=tuple(c / 255 for c in colour), lw=0))
+        axes.imshow(picture, extent=(x, x + 1, y + aspect, y), interpolation="nearest", aspect="auto", zorder=2)
+
+    def write(text: str, x: float, y: float, ha: str = "center") -> None:
+        axes.text(x, y, text, ha=ha, va="center", color=GREY, fontsize=7.6)
+
+    if goal is not None:
+        write("goal", label + 0.5, line / 2)
+        show(goal, label, line, None)
+    for column, name in enumerate(["now", *(f"+{k}" for k in later)]):
+        write(name, first + column * (1 + gap) + 0.5, line / 2)
+    for k in range(N):
+        y = line + k * (2 * (aspect + gap) + 1.4 * line)
+        below = y + aspect + gap
+        write(f"step {at[k]}\nplan", label - 0.14, y + aspect / 2, "right")
+        write("what\nfollowed", label - 0.14, below + aspect / 2, "right")
+        show(observed[k], first, y, OBSERVED)
+        for j, quality in enumerate(_frame_psnr(followed[k], plan[k])):
+            x = first + (j + 1) * (1 + gap)
+            show(plan[k, j], x, y, IMAGINED)
+            write(f"{quality:.1f} dB" if math.isfinite(quality) else "exact", x + 0.5, below + aspect + line * 0.55)
+            show(followed[k, j], x, below, OBSERVED)
+    axes.set_xlim(0, across)
+    axes.set_ylim(down, 0)
+    return _save(figure)
+
+
 def _wheel(axes: Axes, x: float, y: float, scale: float, font: float) -> None:
     side = np.linspace(-1, 1, 161)
     field = np.stack(np.meshgrid(side, side), axis=-1)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from localmotion.methods.base import acted
+from localmotion.methods.base import acted, planned
 from localmotion.testing.batches import ACTIONS
 from localmotion.testing.rules import Rule, Subject, require, rule
 from localmotion.training.trees import leaves_of, with_leaves
@@ -151,4 +151,17 @@ def actions_depend_on_the_goal(subject: Subject) -> None:
     require(not same, "two goals give the same actions", "use obs['goal'] in act, or take it out of `wants`")
 
 
-PLANS: tuple[Rule, ...] = (actions_depend_on_the_goal,)
+@rule
+def panels_show_the_plan(subject: Subject) -> None:
+    """`panels` is None, or has pictures of the plan (B,n,3,S,S), of all candidates (B,K,n,3,S,S), and which one is chosen (B,)."""
+    method, batch = subject.build().eval(), subject.data()
+    with torch.no_grad():
+        _, carry, _ = _step(subject, method, batch, 0, None, method.initial_carry(2), False)
+        found = planned(method, carry)
+    if found is not None:
+        chosen = found["candidates"][torch.arange(2), found["chosen"]]
+        fix = "return candidates[chosen] as the plan"
+        require(torch.allclose(chosen, found["plan"], atol=1e-5), "the plan is not the chosen candidate", fix)
+
+
+PLANS: tuple[Rule, ...] = (actions_depend_on_the_goal, panels_show_the_plan)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from localmotion.acting.episodes import Rollout, evaluate
 from localmotion.acting.observer import Observer
@@ -16,6 +14,7 @@ from localmotion.compute import Compute
 from localmotion.config import RunConfig
 from localmotion.console import say
 from localmotion.errors import SimulationError
+from localmotion.evaluation.films import film, save_plans
 from localmotion.methods.base import Method
 from localmotion.runs import checkpoint
 from localmotion.runs.rundir import RunDir
@@ -57,8 +56,11 @@ class Trials:
             self.observers.clear()
             result = self._play(count, final)
         self.out.log("eval", **counters, **result.summary(), seed=self.run.seed, final=final)
+        media = self.out.path / "media"
         if result.frames is not None:
-            write_video(self.out.path / "media" / f"eval_{number:09d}.mp4", result.frames, fps=25)
+            write_video(media / f"eval_{number:09d}.mp4", film(result), fps=25)
+        if result.plans is not None:
+            save_plans(result.plans, media / "plans_eval.npz", f"{unit} {number:,}")
         found = [float(np.mean(result.successes or [0.0])), float(np.mean(result.returns))]
         if self.best is None or found >= self.best:
             self.best = found
@@ -77,13 +79,8 @@ class Trials:
             episodes=max(10, episodes) if final else episodes,
             observers=self.observers,
             keep_frames=True,
+            check=self.check,  # an evaluation may take minutes
         )
 
     def _policy(self) -> Policy:
-        chosen = MethodPolicy(self.method, self.compute, explore=False, window=self.run.online.length)
-
-        def act(records: list[dict[str, Any]], first: bool) -> NDArray[np.float32]:
-            self.check()  # an evaluation may take minutes
-            return chosen(records, first)
-
-        return act
+        return MethodPolicy(self.method, self.compute, explore=False, window=self.run.online.length)
