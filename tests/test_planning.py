@@ -9,6 +9,7 @@ from torch import Tensor
 from localmotion.models.planning import (
     GoalDistance,
     RunningDeviation,
+    WindowMemory,
     blur_kernel,
     choose_windows,
     nearest_plan,
@@ -112,3 +113,18 @@ def test_without_a_whole_window_none_is_known() -> None:
     assert not known.any()
     assert int(row.max()) < 2
     assert int(first.max()) < 3
+
+
+def test_the_memory_has_the_newest_windows_and_draws_only_these() -> None:
+    torch.manual_seed(0)
+    memory = WindowMemory(5, 3, 2, 1)
+    assert not memory.draw(4)[2].any()
+    yes, no = torch.ones(2, dtype=torch.bool), torch.zeros(2, dtype=torch.bool)
+    for number in range(1, 5):  # windows 1, 1, 2, 2, .. of which the last five stay
+        memory.add(torch.full((2, 3, 2), number), torch.full((2, 1), number / 10), yes)
+        memory.add(torch.full((2, 3, 2), 99), torch.full((2, 1), 9.9), no)
+        tokens, action, known = memory.draw(200)
+        assert known.all()
+        assert torch.allclose(tokens[:, 0, 0] / 10, action[:, 0])
+        newest = [old for old in range(1, number + 1) for _ in range(2)][-5:]
+        assert set(tokens.unique().tolist()) == set(newest)

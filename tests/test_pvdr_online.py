@@ -110,6 +110,7 @@ def test_pairs_are_the_action_that_led_to_the_first_planned_frame() -> None:
     """Frame t is t everywhere and action t is t / 100: a window of the frames t - 1, t | t + 1, .. goes with the action to t + 1."""
     _, method = made("windows=40")
     batch = rollout(method)
+    method.eval()
     time = torch.arange(TIME)
     batch["image"] = time.to(torch.uint8)[None, :, None, None, None].expand(ROWS, -1, 64, 64, 3)
     batch["action"] = (time / 100)[None, :, None].expand(ROWS, -1, 3)
@@ -132,7 +133,7 @@ def test_only_the_posteriors_last_layer_the_prior_and_the_decoder_learn_online()
         updater.learn(batch)
     changed = {key for key, value in method.state_dict().items() if not torch.equal(value, before[key])}
     parts = {key.partition(".")[0] for key in changed}
-    assert parts == {"posterior", "prior", "decoder", "aligner", "warm"} - ({"warm"} if before["warm"] == 1 else set())
+    assert parts == {"posterior", "prior", "decoder", "aligner", "memory", "warm"} - ({"warm"} if before["warm"] == 1 else set())
     assert {key for key in changed if key.startswith("posterior")} == {"posterior.last.weight", "posterior.last.bias"}
 
 
@@ -148,6 +149,7 @@ def test_without_pretraining_the_whole_posterior_learns() -> None:
 def test_the_alignment_learns_by_reward_from_its_share_of_the_run_on() -> None:
     _, method = made("reward_from=0.5", "supervised=2", "supervised_end=1")
     batch = rollout(method)
+    method.eval()  # the same windows each time
     found = {}
     for progress in (0.25, 0.5):
         method.after_update(Counters("finetune", 1, progress))
@@ -178,7 +180,7 @@ def test_static_plans_are_counted() -> None:
     assert float(losses(method, batch)[1]["plan/static"]) < STATIC
 
 
-@pytest.mark.parametrize("settings", ["plans=0", "plans_eval=0", "windows=0", "random_plan=1.5", "reward_from=-0.1"])
+@pytest.mark.parametrize("settings", ["plans=0", "plans_eval=0", "windows=0", "memory=3", "random_plan=1.5", "reward_from=-0.1"])
 def test_settings_out_of_range_are_refused(settings: str) -> None:
     with pytest.raises(ConfigError, match=settings.partition("=")[0]):
         made(settings)
@@ -207,6 +209,7 @@ REACH = {
     "supervised_end": "loss.action",
     "reward_from": "loss.policy",
     "windows": "loss.tokens",
+    "memory": "size.memory",
     "discount": "loss.value",
     "lambda_": "loss.value",
     "ratio_clip": "metric.policy/clipped",
@@ -229,7 +232,7 @@ OTHER: dict[str, Any] = {
 def shown(*settings: str) -> dict[str, Any]:
     """Sizes, weights, losses of one and the same rollout, and what acting does on one and the same observation."""
     _, method = made("plans=6", "plans_eval=4", "reward_from=0.5", *settings)
-    out: dict[str, Any] = {"size": sum(p.numel() for p in method.parameters())}
+    out: dict[str, Any] = {"size": sum(p.numel() for p in method.parameters()), "size.memory": len(method.memory.tokens)}
     out |= {f"weight.{name}": weight for name, weight in method.loss_scales("finetune").items()}
     _, other = made("plans=6", "plans_eval=4", "reward_from=0.5")
     batch = rollout(other)

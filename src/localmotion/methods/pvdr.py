@@ -59,7 +59,7 @@ from localmotion.methods.sizes import plan_presets
 from localmotion.models.alignment import Aligner, AlignmentConfig
 from localmotion.models.latent_windows import starts
 from localmotion.models.plan_cvae import PlanConfig, PlanDecoder, Posterior, Prior, check, divergence, sample
-from localmotion.models.planning import choose_windows
+from localmotion.models.planning import WindowMemory, choose_windows
 from localmotion.models.ppo import EXTRAS, PPOConfig, step_losses
 from localmotion.models.tokenizer import Tokenizer, TokenizerConfig, decibels
 from localmotion.models.vqgan_losses import PatchDiscriminator, Perceptual, hinge
@@ -159,6 +159,7 @@ class PVDR(Method):
         if action_dim is not None:
             sides = {"side": self.tokenizer.side, "features": self.tokenizer.dim}
             self.aligner = Aligner(config.align, latent=config.plan.latent, context=config.plan.dim, actions=action_dim, **sides)
+            self.memory = WindowMemory(config.align.memory, self.before + self.ahead, self.tokenizer.cells, action_dim)
             frame = (self.tokenizer.cells, self.tokenizer.dim)  # the codes of a plan's first frame
             made = {"z": (config.plan.latent,), "context": (config.plan.dim,), "plan": frame}
             self.extras = {**EXTRAS, **made}
@@ -276,11 +277,10 @@ class PVDR(Method):
         codes = self.tokenizer.embed(plans)  # (B, K, n, N, D)
         chosen = self.aligner.choose(codes, goal, explore)  # (B,)
         rows = torch.arange(len(chosen), device=chosen.device)
-        z = z[rows, chosen]
-        action, log_prob = self.aligner.actor.act(z, context, explore)
-        stored = {"z": z, "context": context, "plan": codes[rows, chosen, 0]}
-        extras = {"log_prob": log_prob, "value": self.aligner.critic(z, context, goal), **stored}
-        return action, PlanCarry(past, plans, chosen), extras
+        stored = {"z": z[rows, chosen], "context": context, "plan": codes[rows, chosen, 0]}
+        action, log_prob = self.aligner.actor.act(stored["z"], context, explore)
+        value = self.aligner.critic(stored["z"], context, goal)
+        return action, PlanCarry(past, plans, chosen), {"log_prob": log_prob, "value": value, **stored}
 
     @torch.no_grad()
     def panels(self, carry: PlanCarry) -> dict[str, Tensor]:
@@ -293,13 +293,20 @@ class PVDR(Method):
     # 4. Learning in the environment ---------------------------------------------------------------------------------------------
 
     def dynamics_losses(self, batch: Batch) -> tuple[Losses, Metrics, tuple[Coded, Tensor, Tensor]]:
-        """The losses of `pretrain` on random windows of the rollout. Handed on: their codes, actions a_t (R, A), and known (R,)."""
+        """The losses of `pretrain` on windows of this and earlier rollouts. Handed on: their codes, actions a_t (R, A), and known (R,).
+
+        Random windows of the rollout go into the memory, and as many are drawn from it. In evaluation mode the first ones are used.
+        """
         count = self.before + self.ahead
         row, first, known = choose_windows(batch["is_first"], count, self.config.align.windows)
         place = first.unsqueeze(-1) + torch.arange(count, device=first.device)  # (R, m + n)
-        losses, metrics, codes = self.plan_losses(self.tokens(batch["image"][row.unsqueeze(-1), place]))
-        counts = known.any().float()  # without a whole window in an episode there is nothing to learn
+        tokens = self.tokens(batch["image"][row.unsqueeze(-1), place])
         action = batch["action"][row, first + self.before].float()  # led to the first of the later frames
+        if self.training:
+            self.memory.add(tokens, action, known)
+            tokens, action, known = self.memory.draw(len(tokens))
+        losses, metrics, codes = self.plan_losses(tokens)
+        counts = known.any().float()  # without a whole window in an episode there is nothing to learn
         return {name: loss * counts for name, loss in losses.items()}, metrics, (codes, action, known)
 
     def align_losses(self, batch: Batch, found: tuple[Coded, Tensor, Tensor]) -> tuple[Losses, Metrics]:

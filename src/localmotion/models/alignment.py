@@ -61,7 +61,9 @@ class AlignmentConfig:
     reward_from: float = 0.1
     """Share of the run after which the alignment learns by reward, too. Before, it would learn from plans it cannot follow. 1: never."""
     windows: int = 32
-    """Windows of a rollout that an update learns the representation and the alignment from."""
+    """Windows that an update takes from the rollout into the memory, and draws from the memory to learn representation and alignment."""
+    memory: int = 20_000
+    """Windows in the memory. It holds the newest ones of all rollouts: what an action led to stays true while the policy changes."""
 
 
 class AlignmentNet(nn.Module):
@@ -139,9 +141,9 @@ class Aligner(nn.Module):
     def __init__(self, config: AlignmentConfig, *, latent: int, context: int, side: int, features: int, actions: int) -> None:
         """Raises ConfigError for no plan, for no window, and for shares outside of 0..1."""
         super().__init__()
-        if min(config.plans, config.plans_eval, config.windows) < 1:
-            counts = f"plans={config.plans}, plans_eval={config.plans_eval}, windows={config.windows}"
-            raise ConfigError(f"{counts}: each is at least 1")
+        if min(config.plans, config.plans_eval, config.windows) < 1 or config.memory < config.windows:
+            counts = f"plans={config.plans}, plans_eval={config.plans_eval}, windows={config.windows}, memory={config.memory}"
+            raise ConfigError(f"{counts}: each is at least 1, and the memory holds as many windows as an update takes")
         if not 0 <= config.random_plan <= 1 or not 0 <= config.reward_from <= 1:
             shares = f"random_plan={config.random_plan:g}, reward_from={config.reward_from:g}"
             raise ConfigError(f"{shares}: both are shares, from 0 to 1")

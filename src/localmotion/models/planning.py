@@ -121,3 +121,32 @@ def choose_windows(is_first: Tensor, frames: int, count: int) -> tuple[Tensor, T
     weight = torch.where(known.any(), known.float(), torch.ones_like(known, dtype=torch.float32))
     index = torch.multinomial(weight, count, replacement=True)
     return index // breaks.shape[1], index % breaks.shape[1], known[index]
+
+
+class WindowMemory(nn.Module):
+    """The newest windows of tokens with their actions, for learning from earlier rollouts. It is kept with the weights."""
+
+    tokens: Tensor
+    action: Tensor
+    count: Tensor
+
+    def __init__(self, size: int, frames: int, cells: int, actions: int) -> None:
+        super().__init__()
+        self.register_buffer("tokens", torch.zeros(size, frames, cells, dtype=torch.int16))
+        self.register_buffer("action", torch.zeros(size, actions))
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))  # windows added so far
+
+    def add(self, tokens: Tensor, action: Tensor, known: Tensor) -> None:
+        """Add windows (R, frames, N) with actions (R, A), in place of the oldest ones. All of them are ``known`` (R,), or none is."""
+        size, number = len(self.tokens), len(tokens)
+        place = (self.count + torch.arange(number, device=tokens.device)) % size
+        keep = known[:, None]
+        self.action.index_copy_(0, place, torch.where(keep, action, self.action[place]))
+        self.tokens.index_copy_(0, place, torch.where(keep[..., None], tokens.short(), self.tokens[place]))
+        self.count.add_(number * known.all())
+
+    def draw(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Random windows (n, frames, N) int64, their actions (n, A), and whether there is any, (n,) bool. With replacement."""
+        filled = self.count.clamp(max=len(self.tokens))
+        index = (torch.rand(number, device=self.tokens.device) * filled).long().clamp(max=len(self.tokens) - 1)
+        return self.tokens[index].long(), self.action[index], (filled > 0).expand(number)
