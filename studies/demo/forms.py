@@ -27,7 +27,10 @@ HERE = Path(__file__).parent
 LETTER = ("embed_input=false", "beta_z_finetune=null")  # Eqs. 3 and 8
 RELEASE = ("embed_input=true", "beta_z_finetune=0")  # IPV's release
 FULL = ("online.pretrained_lr_factor=1",)
-WIDE = ("online.batch_size=8", "online.length=16")  # as many positions in an update as the preset, in half as many steps of the RSSM
+WIDE = (
+    "online.batch_size=8",
+    "online.length=16",
+)  # as many positions in an update as the preset, in half as many steps of the RSSM
 HALF_MORE = ("env_steps=30000",)  # with half as many updates more
 TWICE = ("env_steps=40000", "train_every=4")  # twice the experience for about as many updates
 ARMS: dict[str, tuple[str, ...]] = {
