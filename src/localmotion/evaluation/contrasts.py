@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -25,6 +25,24 @@ Verdict = Literal["confirmed", "refuted", "undecided"]
 EXACT_SIGNS = 20
 """Most differences for which `sign_flip_test` tries every pattern of signs."""
 _PATTERNS = 100_000  # random patterns of signs for more differences
+
+
+class Contrast(NamedTuple):
+    """A comparison that a study names before its runs: is variant ``of`` better than ``against``?"""
+
+    of: str
+    against: str
+    tasks: tuple[str, ...]
+    """Tasks of both."""
+    seeds: tuple[int, ...]
+    """Seeds of either. A seed counts once both have a finished run of it in every task."""
+
+
+class Contrasts(NamedTuple):
+    """A family of contrasts, and the smallest effect of interest in units of the score (None: no verdicts)."""
+
+    pairs: tuple[Contrast, ...]
+    smallest: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
