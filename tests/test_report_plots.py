@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 from numpy.typing import NDArray
 
+from localmotion.evaluation.contrasts import performance_profile
 from localmotion.evaluation.statistics import Curve, summarise
 from localmotion.report import plots, strips, style
 from report_runs import moving_clip
@@ -186,6 +187,11 @@ def draw_all(label: str) -> dict[str, bytes]:
         "budgets": plots.budget_curves(
             {label: {50: summarise([1.0, 2]), 200: summarise([3.0])}, "b": {50: summarise([0.0])}}, title=label
         ),
+        "profiles": plots.profile_curves(
+            {label: performance_profile([[0.2, 0.6]], [0.0, 0.5, 1.0]), "b": performance_profile([[0.1]], [0.0, 0.5, 1.0])},
+            title=label,
+            xlabel="score",
+        ),
         "losses": plots.loss_curves({label: [(label, np.arange(900), np.geomspace(1, 1e-3, 900))], "b": [("y", [1], [-2])]}),
         "scatter": plots.tsne_scatter(xy, [label, "b"] * 15, title=label),
         "angles": plots.tsne_scatter(xy, ["b"] * 30, title=label, angles=np.linspace(0, 6, 30)),
@@ -281,6 +287,7 @@ def test_charts_refuse_emptiness() -> None:
         lambda: plots.learning_curves([], title=""),
         lambda: plots.learning_curves([plots.CurveGroup("a", ())], title=""),
         lambda: plots.budget_curves({"a": {}}, title=""),
+        lambda: plots.profile_curves({}, title="", xlabel=""),
         lambda: plots.loss_curves({}),
         lambda: plots.share_bars({"run": {"update": 0.0}}),
         lambda: plots.flow_histogram({"a": [math.nan]}),
@@ -300,6 +307,17 @@ def test_numbers_are_written_short() -> None:
     assert style.score(3.2, 0.414) == "3.20 ± 0.41"
     assert style.score(0.873, 0.04, percent=True) == "87 ± 4 %"
     assert style.score(0.0312) == "0.031"
+
+
+@pytest.mark.parametrize("count", [2, 20])
+def test_no_profile_is_known_by_its_colour_alone(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[Figure] = []
+    monkeypatch.setattr(plots, "_save", lambda figure: figures.append(figure) or b"")
+    plots.profile_curves({f"v{n}": performance_profile([[0.5, 0.7]], [0.0, 0.6]) for n in range(count)}, title="", xlabel="")
+    lines = figures[0].axes[0].lines
+    assert [line.get_ydata()[1] for line in lines] == [0.5] * count
+    assert len({(line.get_color(), line.get_linestyle(), str(line._dash_pattern)) for line in lines}) == count  # type: ignore[attr-defined]
+    assert len({str(line._dash_pattern) for line in lines}) == min(count, len(plots.DASHES))  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("count", [2, 5, 14])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,7 +14,9 @@ import pytest
 
 from localmotion.cli import main
 from localmotion.errors import ConfigError
+from localmotion.evaluation.contrasts import Contrast, Contrasts
 from localmotion.training.study import RunsFailedError, load_study, run_study, slug, state
+from localmotion.training.study_file import read_study
 from waiting import holds, wait_until
 
 STUDY = """
@@ -72,6 +75,27 @@ def test_the_grid_is_what_the_file_says(tmp_path: Path) -> None:
         ("seeds: [0, 1]", "seeds: [0, 0]", "two runs would be called 'DreamerV2-toy_dot-0'"),
         ("seeds: [0, 1]", "seeds: 3", r"seeds is a list, e.g. \[0, 1\]"),
         ("name: tiny", "name: [", "cannot be read as a study"),
+        ("variants:", "contrasts: [DreamerV2]\nvariants:", "contrasts is a mapping, e.g. contrasts: {of: DRP, against"),
+        ("variants:", "contrasts: {of: DreamerV2}\nvariants:", "contrasts is a mapping"),
+        ("variants:", "contrasts: {of: DreamerV2, against: [], least: 1}\nvariants:", "unknown key of contrasts 'least'"),
+        (
+            "variants:",
+            "contrasts: {of: Dreamer, against: entropy}\nvariants:",
+            "contrasts: unknown variant 'Dreamer'; did you mean DreamerV2",
+        ),
+        (
+            "variants:",
+            "contrasts: {of: DreamerV2, against: entropy}\nvariants:",
+            r"unknown variant 'entropy'; did you mean entropy, entropy 0.01, entropy, entropy 0.001\?",
+        ),
+        ("variants:", "contrasts: {of: DreamerV2, against: DreamerV2}\nvariants:", "name each variant once"),
+        (
+            "variants:",
+            "contrasts: {of: DreamerV2, against: ['entropy, entropy 0.01'], smallest: 0}\nvariants:",
+            "smallest is the smallest difference that matters, a number above 0",
+        ),
+        ("variants:", "reference: {'toy:dot': [3, 3]}\nvariants:", "pairs .return of the random policy, return above it"),
+        ("variants:", "reference: {'toy:dot': [1, 2, 3]}\nvariants:", "pairs .return of the random policy, return above it"),
     ],
 )
 def test_mistakes_are_told_before_anything_runs(tmp_path: Path, old: str, new: str, said: str) -> None:
@@ -81,18 +105,42 @@ def test_mistakes_are_told_before_anything_runs(tmp_path: Path, old: str, new: s
     assert not (tmp_path / "out").exists()
 
 
+def test_contrasts_and_references_are_what_the_file_says(tmp_path: Path) -> None:
+    text = STUDY.replace("seeds: [0]}", "seeds: [0, 2], tasks: ['dmc:walker_walk', 'toy:dot']}")
+    more = "  other: {method: dreamer_v2, seeds: [3]}\n  far: {method: dreamer_v2, tasks: ['dmc:walker_walk']}\n"
+    text = text.replace("  DreamerV2:", f"{more}  DreamerV2:")
+    text += "contrasts: {of: DreamerV2, against: ['entropy, entropy 0.01', 'entropy, entropy 0.001'], smallest: 0.02}\n"
+    study = read_study(write(tmp_path, text + "reference: {'toy:dot': [-2, 10], 'dmc:walker_walk': 900}\n"))
+    pairs = [Contrast("DreamerV2", f"entropy, entropy {value}", ("toy:dot",), (0, 1, 2)) for value in (0.01, 0.001)]
+    assert study.contrasts == Contrasts(tuple(pairs), 0.02)
+    assert study.reference == {"toy:dot": (-2.0, 10.0), "dmc:walker_walk": 900.0}
+    one = re.sub(r"contrasts: .*", "contrasts: {of: DreamerV2, against: 'entropy, entropy 0.01'}", text)
+    assert read_study(write(tmp_path, one)).contrasts == Contrasts((pairs[0],), None)
+    assert read_study(write(tmp_path, STUDY)).contrasts is None
+    for name, what in (("other", "seed"), ("far", "task")):
+        with pytest.raises(ConfigError, match=f"'DreamerV2' and '{name}' share no {what}"):
+            read_study(write(tmp_path, one.replace("against: 'entropy, entropy 0.01'", f"against: {name}")))
+
+
 def test_a_study_runs_reports_and_is_not_run_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path, out = write(tmp_path, ONE), tmp_path / "out"
+    text = (
+        ONE
+        + "contrasts: {of: DreamerV2, against: ['entropy, entropy 0.01'], smallest: 0.1}\nreference: {'toy:dot': [-1000, 10]}\n"
+    )
+    path, out = write(tmp_path, text), tmp_path / "out"
     main(["study", str(path), "--out", str(out), "--jobs", "2"])
     text = capsys.readouterr().out
     assert "0 finished, 3 to do" in text
     table = (out / "table.md").read_text()
     assert "| toy:dot | DreamerV2 | 2 | 160 | return_mean |" in table
     assert "| toy:dot | entropy, entropy 0.01 | 1 | 160 |" in table
+    assert "| DreamerV2 against entropy, entropy 0.01 | 1 | 1 of 2 |" in table
     curves = json.loads((out / "curves.json").read_text())
     assert [(c["method"], c["seed"]) for c in curves if c["method"] == "DreamerV2"] == [("DreamerV2", 0), ("DreamerV2", 1)]
     assert all(len(c["xs"]) == len(c["ys"]) >= 2 for c in curves)
-    assert "entropy, entropy 0.01" in (out / "report.html").read_text()
+    page = (out / "report.html").read_text()
+    assert "<td>DreamerV2 against entropy, entropy 0.01</td>" in page
+    assert "Performance profiles" not in page  # one variant has a single run
     written = {run: (run / "metrics.jsonl").stat().st_mtime_ns for run in (out / "runs").iterdir()}
     main(["study", str(path), "--out", str(out)])
     assert "3 finished, 0 to do" in capsys.readouterr().out

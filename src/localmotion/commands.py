@@ -191,9 +191,10 @@ def study(args: argparse.Namespace) -> None:
         failed = error
     runs = sorted(path.parent for path in (args.out / "runs").glob("*/metrics.jsonl"))
     if runs:
-        for line in write_table(runs, args.out, read_study(args.file).reference):
+        given = read_study(args.file)
+        for line in write_table(runs, args.out, given.reference, given.contrasts):
             say(line)
-        say(f"wrote {report(runs, args.out / 'report.html')}")
+        say(f"wrote {report(runs, args.out / 'report.html', given.reference, given.contrasts)}")
     if failed:
         raise failed
 

@@ -18,7 +18,8 @@ Statistic = Callable[..., Any]
 """A function that reduces (..., n) scores to (...) with ``axis=-1``: `mean`, `iqm`, numpy.median."""
 
 
-def _scores(values: ArrayLike) -> Floats:
+def finite_scores(values: ArrayLike) -> Floats:
+    """Scores as float64. Raises ValueError for empty and non-finite ones."""
     scores = np.asarray(values, dtype=np.float64)
     if scores.size == 0:
         raise ValueError("no scores")
@@ -29,12 +30,12 @@ def _scores(values: ArrayLike) -> Floats:
 
 def mean(values: ArrayLike, axis: int = -1) -> Any:
     """Arithmetic mean along ``axis``."""
-    return _scores(values).mean(axis=axis)
+    return finite_scores(values).mean(axis=axis)
 
 
 def population_std(values: ArrayLike, axis: int = -1) -> Any:
     """Standard deviation with divisor n. The papers of this field print it after "+-". One score gives 0."""
-    return _scores(values).std(axis=axis)
+    return finite_scores(values).std(axis=axis)
 
 
 def iqm(values: ArrayLike, axis: int = -1) -> Any:
@@ -43,7 +44,7 @@ def iqm(values: ArrayLike, axis: int = -1) -> Any:
     Agarwal et al., "Deep Reinforcement Learning at the Edge of the Statistical Precipice" (2021); the number of removed
     scores is that of its released code (a 25 % trimmed mean). The IQM of fewer than four scores is their mean.
     """
-    scores = np.sort(_scores(values), axis=axis)
+    scores = np.sort(finite_scores(values), axis=axis)
     n = scores.shape[axis]
     cut = n // 4
     return np.take(scores, np.arange(cut, n - cut), axis=axis).mean(axis=axis)
@@ -74,15 +75,27 @@ def bootstrap_interval(
     over axis -1. The same ``seed`` gives the same interval. Raises ValueError for empty or non-finite scores, or a
     level outside (0, 1).
     """
-    strata = [_scores(g).ravel() for g in groups]
+    strata = [finite_scores(g).ravel() for g in groups]
     if not strata:
         raise ValueError("no scores")
+
+    def draw(rng: np.random.Generator) -> Floats:
+        drawn = np.concatenate([s[rng.integers(len(s), size=(resamples, len(s)))] for s in strata], axis=-1)  # (R, N)
+        return np.asarray(statistic(drawn, axis=-1))
+
+    low, high = percentiles(draw, level, resamples, seed)
+    return Interval(float(statistic(np.concatenate(strata), axis=-1)), float(low), float(high), level)
+
+
+def percentiles(draw: Callable[[np.random.Generator], Floats], level: float, resamples: int, seed: int) -> Floats:
+    """The two ends, (2, ...), of a percentile bootstrap: ``draw`` gives (resamples, ...) values of the statistic.
+
+    Raises ValueError for a level outside (0, 1) and without resamples.
+    """
     if not 0 < level < 1 or resamples < 1:
         raise ValueError(f"level must lie in (0, 1) and resamples be positive: {level}, {resamples}")
     rng = np.random.default_rng(seed)
-    drawn = np.concatenate([s[rng.integers(len(s), size=(resamples, len(s)))] for s in strata], axis=-1)  # (R, N)
-    low, high = np.quantile(statistic(drawn, axis=-1), [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float(statistic(np.concatenate(strata), axis=-1)), float(low), float(high), level)
+    return np.quantile(draw(rng), [(1 - level) / 2, (1 + level) / 2], axis=0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +106,7 @@ class Curve:
     values: Floats
 
     def __post_init__(self) -> None:
-        steps, values = _scores(self.env_steps), _scores(self.values)
+        steps, values = finite_scores(self.env_steps), finite_scores(self.values)
         if steps.ndim != 1 or steps.shape != values.shape:
             raise ValueError(f"a curve needs two vectors of one length, not {steps.shape} and {values.shape}")
         if (np.diff(steps) <= 0).any():
@@ -138,7 +151,7 @@ def aggregate_curves(curves: Sequence[Curve], grid: ArrayLike | None = None) -> 
     """
     if not curves:
         raise ValueError("no curves to aggregate")
-    points = np.concatenate([c.env_steps for c in curves]) if grid is None else _scores(grid).ravel()
+    points = np.concatenate([c.env_steps for c in curves]) if grid is None else finite_scores(grid).ravel()
     points = np.unique(points)
     values = np.stack([c.at(points) for c in curves])
     present = np.isfinite(values)
@@ -174,6 +187,6 @@ class Summary:
 
 def summarise(scores: ArrayLike, *, level: float = 0.95, seed: int = 0) -> Summary:
     """Mean, population standard deviation, IQM and the bootstrap interval of the IQM of one task's (S,) scores."""
-    flat = _scores(scores).ravel()
+    flat = finite_scores(scores).ravel()
     interval = bootstrap_interval([flat], iqm, level=level, seed=seed) if len(flat) > 1 else None
     return Summary(tuple(flat.tolist()), float(mean(flat)), float(population_std(flat)), float(iqm(flat)), interval)

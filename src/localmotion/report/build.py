@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 
 from localmotion.errors import CheckpointError
+from localmotion.evaluation.contrasts import Contrasts
 from localmotion.report import media, plots
 from localmotion.report.budgets import by_budget, score_of
+from localmotion.report.comparisons import Reference, comparisons, contrast_table
 from localmotion.report.page import (
     Block,
     Code,
@@ -274,11 +276,14 @@ def _settings(runs: Sequence[RunData]) -> list[Block]:
     return blocks
 
 
-def report(run_dirs: Sequence[str | Path], out: str | Path) -> Path:
+def report(
+    run_dirs: Sequence[str | Path], out: str | Path, reference: Reference | None = None, contrasts: Contrasts | None = None
+) -> Path:
     """Write one self-contained HTML page about one or more run directories and return its path.
 
     Online runs are grouped by environment, method, origin (pre-trained or from scratch) and preset; seeds of a group
-    become one curve with its spread. The page lists what is missing or damaged. Raises CheckpointError if no
+    become one curve with its spread. Variants that ran on the same tasks are compared over them, on the scale of ``reference``
+    if there is one; a study's ``contrasts`` have a table. The page lists what is missing or damaged. Raises CheckpointError if no
     directory is given, or one is not a run directory or given twice; OSError if ``out`` cannot be written (the old file
     is kept).
     """
@@ -301,6 +306,11 @@ def report(run_dirs: Sequence[str | Path], out: str | Path) -> Path:
         tiles += found
     if shown := averages(data, groups):
         sections.append(Section("Average over tasks", shown))
+    if contrasts:
+        table, notes = contrast_table(data, contrasts, reference)
+        sections.append(Section("Contrasts", [table, *map(Text, notes)]))
+    if shown := comparisons(data, groups, reference):
+        sections.append(Section("Comparison of variants", shown))
     heldout, found = _heldout(data)
     tiles += found
 

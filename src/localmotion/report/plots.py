@@ -23,6 +23,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import ArrayLike, NDArray
 
+from localmotion.evaluation.contrasts import Profile
 from localmotion.evaluation.statistics import Curve, Summary, aggregate_curves
 from localmotion.report.strips import flow_to_rgb
 from localmotion.report.strips import masked_reconstruction as masked_reconstruction
@@ -30,6 +31,7 @@ from localmotion.report.strips import prediction_strips as prediction_strips
 from localmotion.report.style import GRID, GROUND, MUTED, PALETTE, WIDTH, plain, score, short, short_ticks, styled
 
 Floats = NDArray[np.float64]
+DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1)), (0, (6, 1.5, 1.5, 1.5)))
 P = ParamSpec("P")
 MARKERS = "osD^vPX*"
 """Marker of the first, second, ... learning curve, as many as there are colours."""
@@ -169,6 +171,30 @@ def budget_curves(
     axes.set_xlabel("labelled transitions")
     axes.set_ylabel(ylabel)
     figure.legend(loc="outside right upper", frameon=False, fontsize=9)
+    _title(figure, title)
+    return figure
+
+
+@_chart
+def profile_curves(profiles: Mapping[str, Profile], *, title: str, xlabel: str) -> Figure:
+    """Share of runs above each score: a line per variant, with its interval as a band. Raises ValueError without profiles."""
+    if not profiles:
+        raise ValueError("no profiles to draw")
+    rows = math.ceil(len(profiles) / 2)
+    figure = Figure(figsize=(WIDTH * 0.72, 3.6 + 0.2 * rows), layout=ConstrainedLayoutEngine(rect=(0, 0, 1, 0.92)))
+    axes = _axes(figure.add_subplot())
+    for i, (name, profile) in enumerate(profiles.items()):
+        colour, dash = PALETTE[i % len(PALETTE)], DASHES[(i + i // len(PALETTE)) % len(DASHES)]
+        axes.fill_between(profile.thresholds, profile.low, profile.high, color=colour, alpha=0.1, linewidth=0, step="post")
+        axes.step(
+            profile.thresholds, profile.share, color=colour, linewidth=2.0, linestyle=dash, where="post", label=plain(name, 38)
+        )
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:g}%"))
+    axes.set_ylim(-0.02, 1.02)
+    axes.margins(x=0)
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel("runs with a higher score")
+    figure.legend(loc="outside lower left", ncols=2, frameon=False, fontsize=9, handlelength=2.6)
     _title(figure, title)
     return figure
 

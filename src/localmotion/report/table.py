@@ -7,20 +7,24 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from localmotion.evaluation.contrasts import Contrasts
 from localmotion.evaluation.statistics import final_scores, summarise
 from localmotion.report.budgets import by_budget, labels_of, score_of, variant_of
+from localmotion.report.comparisons import Reference, contrast_table, reference_scale
 from localmotion.report.results import Gathered, eval_curve, random_score
 from localmotion.report.style import score
 from localmotion.runs.read import read_run
 
 
-def write_table(run_dirs: Sequence[Path], out: Path, reference: str | float | Mapping[str, float] | None = None) -> list[str]:
+def write_table(
+    run_dirs: Sequence[Path], out: Path, reference: Reference | None = None, contrasts: Contrasts | None = None
+) -> list[str]:
     """Write ``out/table.md`` and ``out/curves.json`` of online runs and return the table's lines.
 
     One row per variant and task: seeds, env steps of the last evaluations, mean and population standard deviation of each seed's last
-    evaluation, IQM with its 95 % bootstrap interval over seeds. With a ``reference`` (a variant's label, a return, or a return for each
-    task) the last column is the mean divided by the reference. Variants with label budgets have a second table: mean and standard
-    deviation at each number of labelled transitions.
+    evaluation, IQM with its 95 % bootstrap interval over seeds. With a ``reference`` (`comparisons.Reference`) the last column is the
+    mean as a share of it. Variants with label budgets have a second table: mean and standard deviation at each number of labelled
+    transitions. ``contrasts`` have a table of differences over paired seeds (`comparisons.contrast_table`).
 
     curves.json is a list of {task, method, seed, score, labels, variant, xs (env steps, or updates of runs on logged episodes), ys}.
     ``labels`` is the number of labelled transitions or null, ``variant`` the method's label without it.
@@ -72,21 +76,22 @@ def write_table(run_dirs: Sequence[Path], out: Path, reference: str | float | Ma
                 f"| {env} | random policy | - | - | return_mean | {score(floor)} | - | - | - |" + " - |" * bool(reference)
             )
     rows += _label_table(data)
+    if contrasts:
+        table, notes = contrast_table(data, contrasts, reference)
+        rows += ["", f"| {' | '.join(table.header)} |", "|" + "---|" * len(table.header)]
+        rows += [f"| {' | '.join(row)} |".replace("–", "-") for row in table.rows]
+        rows += [line for note in notes for line in ("", note)]
     _replace(out / "table.md", "\n".join(rows) + "\n")
     _replace(out / "curves.json", json.dumps(curves, indent=1) + "\n")
     return rows
 
 
-def _share(
-    means: Mapping[tuple[str, str], tuple[str, float]], task: str, label: str, reference: str | float | Mapping[str, float]
-) -> str:
-    """The mean of a variant divided by the reference, "-" without one for this task and score."""
+def _share(means: Mapping[tuple[str, str], tuple[str, float]], task: str, label: str, reference: Reference) -> str:
+    """The mean of a variant as a share of the reference, "-" without one for this task and score."""
     key, mean = means[task, label]
-    if isinstance(reference, str):
-        theirs, whole = means.get((task, reference), ("", 0.0))
-        return f"{mean / whole:.3f}" if theirs == key and whole > 0 else "-"
-    whole = reference.get(task, 0.0) if isinstance(reference, Mapping) else reference
-    return f"{mean / whole:.3f}" if key == "return_mean" and whole > 0 else "-"
+    same = {other: value for (env, other), (theirs, value) in means.items() if (env, theirs) == (task, key)}
+    scale = reference_scale(reference, task, key, same)
+    return f"{scale(mean):.3f}" if scale else "-"
 
 
 def _label_table(data: Gathered) -> list[str]:

@@ -11,6 +11,7 @@
     variants:                                    # a line of the table each
       LAPO: {method: lapo, stage: decode, checkpoint: policy, sweep: {labels: [50, 200, 1000]}}   # one variant for each value
     reference: LAPO, labels 1000                 # the table then has returns as shares of that variant's
+    contrasts: {of: "LAPO, labels 1000", against: ["LAPO, labels 50"], smallest: 0.1}     # differences over paired seeds
 
 A run is known by its entry, its seed and the values of its sweep. It starts from the run of its checkpoint's entry with the
 same seed and the same values. Values that only the checkpoint's entry sweeps pass on: there is one run for each of them. A
@@ -34,6 +35,7 @@ import yaml
 from localmotion import methods
 from localmotion.config import RunConfig, Stage, leaves
 from localmotion.errors import CheckpointError, ConfigError, StoreError, unknown_name
+from localmotion.evaluation.contrasts import Contrast, Contrasts
 from localmotion.files import check_tree, one_line, read_bytes
 from localmotion.methods.base import Source
 from localmotion.recording.logs import label_set
@@ -41,8 +43,9 @@ from localmotion.runs.settings import compose
 from localmotion.training.checks import check_acting_stage, check_learns, check_start, check_video_stage
 from localmotion.video.store import ClipStore
 
-_STUDY = {"name", "preset", "settings", "tasks", "seeds", "pretrain", "variants", "reference"}
+_STUDY = {"name", "preset", "settings", "tasks", "seeds", "pretrain", "variants", "reference", "contrasts"}
 _VARIANT = {"method", "preset", "settings", "stage", "checkpoint", "sweep", "tasks", "seeds"}
+_CONTRASTS = {"of", "against", "smallest"}
 _PRETRAIN = {"method", "preset", "settings", "stage", "checkpoint", "sweep", "seed", "per_seed"}
 MAX_STUDY, MAX_RUNS = 1 << 20, 10_000  # most bytes (and values) of a study file, and most runs that it may describe
 Values = Mapping[str, Any]
@@ -73,8 +76,9 @@ class Study(NamedTuple):
 
     jobs: list[Job]
     """The runs in the order in which they start."""
-    reference: str | float | dict[str, float] | None
-    """What returns are divided by: a variant, a return, or a return for each task. None: nothing."""
+    reference: str | float | dict[str, float | tuple[float, float]] | None
+    """What returns are divided by: a variant, a return, or for each task a return or the returns that count as 0 and as 1."""
+    contrasts: Contrasts | None = None
 
 
 @dataclass
@@ -125,7 +129,7 @@ def read_study(path: Path) -> Study:
     if not variants:
         raise ConfigError(f"{path}: a study needs variants, e.g. variants: {{DRP: {{method: drp}}}}")
     jobs: list[Job] = []
-    labels: list[str] = []
+    grid: dict[str, tuple[list[Any], list[Any]]] = {}  # tasks and seeds of each variant
     for name, given in variants.items():
         _known(path, f"variant {name!r}", given, _VARIANT)
         method, checkpoint = _method(path, given), str(given.get("checkpoint") or "")
@@ -137,7 +141,7 @@ def read_study(path: Path) -> Study:
         if source:
             source.seeds += [seed for seed in seeds if seed not in source.seeds]
         for values in combinations:
-            labels.append(label := labelled(name, values))
+            grid[label := labelled(name, values)] = tasks, seeds
             extra = _texts(path, given, method, values)
             for task, seed in itertools.product(tasks, seeds):
                 after = source.place(values, seed) if source else ""
@@ -153,7 +157,7 @@ def read_study(path: Path) -> Study:
     if twice := next((name for name, count in Counter(job.name for job in every).items() if count > 1), None):
         raise ConfigError(f"{path}: two runs would be called {twice!r}; give variants other names, and name seeds and tasks once")
     _check(path, every)
-    return Study(every, _reference(path, study, labels))
+    return Study(every, _reference(path, study, list(grid)), _contrasts(path, study, grid))
 
 
 # -- runs that others start from ----------------------------------------------------------------------------------------
@@ -289,7 +293,9 @@ def _count_labels(run: RunConfig) -> None:
         label_set(ClipStore(Path(run.data)), run.labels, run.seed)
 
 
-def _reference(path: Path, study: Mapping[str, Any], labels: Sequence[str]) -> str | float | dict[str, float] | None:
+def _reference(
+    path: Path, study: Mapping[str, Any], labels: Sequence[str]
+) -> str | float | dict[str, float | tuple[float, float]] | None:
     """What returns are divided by. Raises ConfigError for an unknown variant and for a return that is not above 0."""
     given = study.get("reference")
     if given is None:
@@ -298,11 +304,47 @@ def _reference(path: Path, study: Mapping[str, Any], labels: Sequence[str]) -> s
         if given not in labels:
             raise ConfigError(f"{path}: reference: {unknown_name('variant', given, labels)}")
         return given
-    returns = given if isinstance(given, dict) else {"": given}
-    if not all(isinstance(x, (int, float)) and not isinstance(x, bool) and 0 < x < math.inf for x in returns.values()):
-        raise ConfigError(f"{path}: reference is a variant, a return above 0, or a mapping of tasks to returns above 0")
-    found = {str(task): float(x) for task, x in returns.items()}
-    return found if isinstance(given, dict) else found[""]
+    found: dict[str, float | tuple[float, float]] = {}
+    for task, value in (given if isinstance(given, dict) else {"": given}).items():
+        ends = value if isinstance(value, list) and isinstance(given, dict) else [0, value]
+        if len(ends) != 2 or not all(map(_finite, ends)) or ends[0] >= ends[1]:
+            raise ConfigError(
+                f"{path}: reference is a variant, a return above 0, or a mapping of tasks to returns above 0 or to pairs"
+                " [return of the random policy, return above it]"
+            )
+        found[str(task)] = (float(ends[0]), float(ends[1])) if ends is value else float(value)
+    return found if isinstance(given, dict) else found[""]  # type: ignore[return-value]
+
+
+def _contrasts(path: Path, study: Mapping[str, Any], grid: Mapping[str, tuple[list[Any], list[Any]]]) -> Contrasts | None:
+    """The family of contrasts. Raises ConfigError for an unknown variant and for two that share no task or no seed."""
+    given = study.get("contrasts")
+    if given is None:
+        return None
+    if not isinstance(given, dict) or not {"of", "against"} <= set(given):
+        raise ConfigError(f"{path}: contrasts is a mapping, e.g. contrasts: {{of: DRP, against: [IPV, APV], smallest: 0.02}}")
+    _known(path, "contrasts", given, _CONTRASTS)
+    of, against = str(given["of"]), given["against"]
+    against = [str(name) for name in (against if isinstance(against, list) else [against])]
+    if unknown := next((name for name in [of, *against] if name not in grid), None):
+        raise ConfigError(f"{path}: contrasts: {unknown_name('variant', unknown, grid)}")
+    if not against or len({of, *against}) <= len(against):
+        raise ConfigError(f"{path}: contrasts: name each variant once")
+    smallest = given.get("smallest")
+    if smallest is not None and not (_finite(smallest) and smallest > 0):
+        raise ConfigError(f"{path}: contrasts: smallest is the smallest difference that matters, a number above 0")
+    pairs = []
+    for name in against:
+        tasks = tuple(str(task) for task in grid[of][0] if task in grid[name][0])
+        seeds, others = ({int(seed) for seed in grid[variant][1]} for variant in (of, name))
+        if not tasks or not seeds & others:
+            raise ConfigError(f"{path}: contrasts: {of!r} and {name!r} share no {'seed' if tasks else 'task'}")
+        pairs.append(Contrast(of, name, tasks, tuple(sorted(seeds | others))))
+    return Contrasts(tuple(pairs), None if smallest is None else float(smallest))
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 # -- reading values -----------------------------------------------------------------------------------------------------
