@@ -263,3 +263,12 @@ def test_every_setting_of_the_online_stage_reaches_something() -> None:
         found = shown(f"model.{where}.{name}={value}")
         same = [part for part in wanted.split() if found.get(part) == plain.get(part)]
         assert not same, f"{name}={value} leaves {same}"
+
+
+def test_the_error_of_actions_leaves_their_deviation_alone() -> None:
+    _, method = made("supervised=1")
+    _, _, (codes, action, known) = method.dynamics_losses(rollout(method))
+    loss, _ = method.aligner.action_error(*codes, action, known)
+    loss.backward()
+    assert method.aligner.actor.spread.grad is None
+    assert all(p.grad is not None for p in method.aligner.actor.net.parameters())
