@@ -93,6 +93,25 @@ def masks() -> Iterator[Row]:
         yield ", ".join(name.partition(":")[2] for name in names), cells
 
 
+def goals() -> Iterator[Row]:
+    """Observation at the reset and goal picture, side by side."""
+    for names in (
+        ("metaworld:reach", "metaworld:drawer-open", "metaworld:button-press", "metaworld:pick-place"),
+        ("metaworld:door-open", "metaworld:peg-insert-side", "metaworld:window-close", "metaworld:hammer"),
+        ("planar:reacher_easy", "planar:finger_turn_easy", "planar:pendulum_swingup", "planar:cartpole_two_poles"),
+        ("planar:walker_stand", "planar:tree-0000_reach", "planar:tree-0004_reach", "planar:tree-0011_reach"),
+        ("dmc:acrobot_swingup", "dmc:reacher_hard", "dmc:hopper_stand", "dmc:swimmer_swimmer6"),
+        ("toy:dot", "toy:block", "toy:moving_background", "dmw:drawer-open"),
+    ):
+        cells = []
+        for name in names:
+            env = make_env(name, size=CELL, quality="fast", goal=True)
+            seen = env.reset(seed=1)[0]
+            cells += [seen["image"], seen["goal"]]
+            env.close()
+        yield ", ".join(names), cells
+
+
 def planar() -> Iterator[Row]:
     """Four times of an episode; then, at the last one, each pixel's part, the flow of the last step, the agent's mask,
     the textured look and a moving background."""
@@ -190,6 +209,7 @@ def main() -> None:
         "diswm": (colours, ["phase 1", "phase 2"]),
         "painted_procedural": (lambda: painted("procedural"), list(MOTIONS)),
         "masks": (masks, []),
+        "goals": (goals, ["reset", "goal"] * 4),
         "planar": (planar, ["start", "4 steps", "8", "12", "parts", "flow", "agent", "textured", "background"]),
         "planar_trees": (planar_trees, ["run", "15 steps", "30", "flow", "reach", "15 steps", "30", "flow"]),
     }
