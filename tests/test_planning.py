@@ -117,14 +117,16 @@ def test_without_a_whole_window_none_is_known() -> None:
 
 def test_the_memory_has_the_newest_windows_and_draws_only_these() -> None:
     torch.manual_seed(0)
-    memory = WindowMemory(5, 3, 2, 1)
-    assert not memory.draw(4)[2].any()
+    memory = WindowMemory(5, 3, 2, 1, 4)
+    assert not memory.draw(4)[1].any()
     yes, no = torch.ones(2, dtype=torch.bool), torch.zeros(2, dtype=torch.bool)
     for number in range(1, 5):  # windows 1, 1, 2, 2, .. of which the last five stay
-        memory.add(torch.full((2, 3, 2), number), torch.full((2, 1), number / 10), yes)
-        memory.add(torch.full((2, 3, 2), 99), torch.full((2, 1), 9.9), no)
-        tokens, action, known = memory.draw(200)
+        memory.add(torch.full((2, 3, 2), number), torch.full((2, 1), number / 10), torch.full((2, 4), number / 100), yes)
+        memory.add(torch.full((2, 3, 2), 99), torch.full((2, 1), 9.9), torch.full((2, 4), 0.99), no)
+        place, known = memory.draw(200)
         assert known.all()
-        assert torch.allclose(tokens[:, 0, 0] / 10, action[:, 0])
+        tokens = memory.tokens[place].long()
+        assert torch.allclose(tokens[:, 0, 0] / 10, memory.action[place][:, 0])
+        assert torch.allclose(tokens[:, 0, 0] / 100, memory.code[place][:, 3])
         newest = [old for old in range(1, number + 1) for _ in range(2)][-5:]
         assert set(tokens.unique().tolist()) == set(newest)

@@ -180,7 +180,9 @@ def test_static_plans_are_counted() -> None:
     assert float(losses(method, batch)[1]["plan/static"]) < STATIC
 
 
-@pytest.mark.parametrize("settings", ["plans=0", "plans_eval=0", "windows=0", "memory=3", "random_plan=1.5", "reward_from=-0.1"])
+@pytest.mark.parametrize(
+    "settings", ["plans=0", "plans_eval=0", "windows=0", "pairs=0", "memory=3", "random_plan=1.5", "reward_from=-0.1"]
+)
 def test_settings_out_of_range_are_refused(settings: str) -> None:
     with pytest.raises(ConfigError, match=settings.partition("=")[0]):
         made(settings)
@@ -210,6 +212,7 @@ REACH = {
     "reward_from": "loss.policy",
     "windows": "loss.tokens",
     "memory": "size.memory",
+    "pairs": "loss.action",
     "discount": "loss.value",
     "lambda_": "loss.value",
     "ratio_clip": "metric.policy/clipped",
@@ -239,7 +242,9 @@ def shown(*settings: str) -> dict[str, Any]:
     batch["reward"] = torch.arange(TIME).float().expand(ROWS, -1)
     batch["log_prob"] = batch["log_prob"] - 0.15  # ratios between those of two clips
     method.after_update(Counters("finetune", 1, 0.6))
-    found, metrics = losses(method.train(), batch)
+    batch["action"] = batch["action"] + 0.3 * torch.arange(TIME)[None, :, None] / TIME
+    for _ in range(3):  # the memory fills
+        found, metrics = losses(method.train(), batch)
     out |= {f"loss.{name}": float(value) for name, value in found.items()}
     out |= {f"metric.{name}": float(value) for name, value in metrics.items()}
     obs = observation(5, True)
@@ -272,3 +277,20 @@ def test_the_error_of_actions_leaves_their_deviation_alone() -> None:
     loss.backward()
     assert method.aligner.actor.spread.grad is None
     assert all(p.grad is not None for p in method.aligner.actor.net.parameters())
+
+
+def test_codes_in_the_memory_are_those_of_their_windows() -> None:
+    _, method = made("windows=6", "memory=6")
+    batch = rollout(method)
+    for _ in range(2):
+        _, _, (codes, action, known) = method.dynamics_losses(batch)
+        with torch.no_grad():
+            tokens = method.memory.tokens.long()
+            mean, log_variance = method.posterior(tokens)
+            context = method.prior(tokens[:, :2])[2]
+            torch.testing.assert_close(method.memory.code, torch.cat([mean, log_variance, context], 1))
+            for parameter in method.prior.parameters():
+                parameter.add_(0.0)  # nothing has changed, so old codes are true
+        rows = (codes.mean[:, None] - mean).abs().sum(-1).argmin(1)
+        torch.testing.assert_close(action, method.memory.action[rows])
+        assert known.all()

@@ -25,6 +25,10 @@ Open choices, all settings unless "fixed" stands there:
 * Adam's betas are VQGAN's (0.5, 0.9) for the tokenizer and (0.9, 0.95), usual for Transformers, after it (fixed). Norms, biases and
   embeddings have no weight decay (fixed). Gradients of the two groups, with and without decay, are clipped separately.
 * `pretrain` loads the tokenizer alone (setting `load` of the presets): runs with several sizes or seeds can share one.
+* Online: prior and decoder learn, the tokenizer does not. The distance to the goal compares features cell by cell; an object that shares no
+  cell with its goal is then never nearer, so `blur` can average over cells (`models.planning`). PPO for the critic of footnote 2. The
+  critic also sees the goal. Pairs of z and action come from all rollouts, because they are true whatever the policy was (`WindowMemory`).
+  PPO begins after `reward_from` of the run: before, it would learn from plans that the alignment cannot follow.
 
 Shapes: B sequences, T positions, S side, K plans, m context, n horizon, N cells, V codes, Z numbers of z, D numbers of a code.
 """
@@ -34,7 +38,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -56,9 +60,9 @@ from localmotion.methods.base import (
     trained,
 )
 from localmotion.methods.sizes import plan_presets
-from localmotion.models.alignment import Aligner, AlignmentConfig
+from localmotion.models.alignment import Aligner, AlignmentConfig, PlanCarry
 from localmotion.models.latent_windows import starts
-from localmotion.models.plan_cvae import PlanConfig, PlanDecoder, Posterior, Prior, check, divergence, sample
+from localmotion.models.plan_cvae import Coded, PlanConfig, PlanDecoder, Posterior, Prior, balanced, check, divergence, sample
 from localmotion.models.planning import WindowMemory, choose_windows
 from localmotion.models.ppo import EXTRAS, PPOConfig, step_losses
 from localmotion.models.tokenizer import Tokenizer, TokenizerConfig, decibels
@@ -107,22 +111,6 @@ class PVDRConfig:
     """PPO in `finetune`."""
 
 
-class PlanCarry(NamedTuple):
-    """What acting keeps: the newest frames' tokens (B, m, N), the plans made for the newest one (B, K, n, N), and the chosen one (B,)."""
-
-    tokens: Tensor
-    plans: Tensor
-    chosen: Tensor
-
-
-class Coded(NamedTuple):
-    """Windows with their posterior: mean and log variance of z (R, Z), and the context feature (R, d)."""
-
-    mean: Tensor
-    log_variance: Tensor
-    context: Tensor
-
-
 class PVDR(Method):
     """Visual dynamics representations: tokens of frames, a conditional VAE of plans, and actions aligned with it."""
 
@@ -157,12 +145,17 @@ class PVDR(Method):
             self.discriminator = PatchDiscriminator(config.tokenizer.widths[0])
             self.register_buffer("awake", torch.tensor(float(config.tokenizer.adversarial_from == 0)))
         if action_dim is not None:
-            sides = {"side": self.tokenizer.side, "features": self.tokenizer.dim}
-            self.aligner = Aligner(config.align, latent=config.plan.latent, context=config.plan.dim, actions=action_dim, **sides)
-            self.memory = WindowMemory(config.align.memory, self.before + self.ahead, self.tokenizer.cells, action_dim)
-            frame = (self.tokenizer.cells, self.tokenizer.dim)  # the codes of a plan's first frame
-            made = {"z": (config.plan.latent,), "context": (config.plan.dim,), "plan": frame}
-            self.extras = {**EXTRAS, **made}
+            cells, code_dim, latent, context = self.tokenizer.cells, self.tokenizer.dim, config.plan.latent, config.plan.dim
+            shape = {"side": self.tokenizer.side, "features": code_dim, "actions": action_dim}
+            self.aligner = Aligner(config.align, latent=latent, context=context, **shape)
+            frames = self.before + self.ahead
+            self.memory = WindowMemory(config.align.memory, frames, cells, action_dim, 2 * latent + context)
+            self.extras = {
+                **EXTRAS,
+                "z": (latent,),
+                "context": (context,),
+                "plan": (cells, code_dim),
+            }  # plan: its first frame's codes
 
     @classmethod
     def needs(cls, config: Any, stage: str) -> frozenset[str]:
@@ -226,7 +219,7 @@ class PVDR(Method):
         past, future = tokens.split([self.before, self.ahead], 1)
         posterior, (*prior, context) = self.posterior(tokens), self.prior(past)
         z = sample(*posterior)  # (B, Z)
-        kl, each = self._kl(posterior, (prior[0], prior[1]))
+        kl, each = balanced(posterior, (prior[0], prior[1]), self.config.kl_balance, self.config.free_nats_each)
         losses = {"tokens": self.surprise(past, future, z.unsqueeze(1))[0], "kl": self.warm * kl}
         with torch.no_grad():
             few = z[:PROBED]
@@ -240,17 +233,6 @@ class PVDR(Method):
         logits = self.decoder(past, z, future)  # (B, K, n, N, V)
         target = future.unsqueeze(1).expand(logits.shape[:-1])
         return F.cross_entropy(logits.flatten(0, -2), target.flatten(), reduction="none").view(target.shape).mean((0, 2, 3))
-
-    def _kl(self, posterior: tuple[Tensor, Tensor], prior: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """The KL as it is learned, and the KL of each number of z without a gradient, (Z,): means over sequences."""
-        share = self.config.kl_balance
-        each = divergence(*posterior, *prior)  # (B, Z)
-        if share > 0:
-            (mean_q, log_q), (mean_p, log_p) = posterior, prior
-            to_prior = divergence(mean_q.detach(), log_q.detach(), mean_p, log_p)
-            each = share * to_prior + (1 - share) * divergence(mean_q, log_q, mean_p.detach(), log_p.detach())
-        mean = each.mean(0)
-        return mean.clamp(min=self.config.free_nats_each).sum(), mean.detach()
 
     @torch.no_grad()
     def plans(self, past: Tensor, z: Tensor) -> Tensor:
@@ -293,19 +275,28 @@ class PVDR(Method):
     # 4. Learning in the environment ---------------------------------------------------------------------------------------------
 
     def dynamics_losses(self, batch: Batch) -> tuple[Losses, Metrics, tuple[Coded, Tensor, Tensor]]:
-        """The losses of `pretrain` on windows of this and earlier rollouts. Handed on: their codes, actions a_t (R, A), and known (R,).
+        """The losses of `pretrain` on windows of this and earlier rollouts. Handed on: codes, actions a_t (R, A), and known (R,).
 
-        Random windows of the rollout go into the memory, and as many are drawn from it. In evaluation mode the first ones are used.
+        Random windows of the rollout go into the memory, and others are drawn from it. In evaluation mode the first ones are used.
         """
-        count = self.before + self.ahead
-        row, first, known = choose_windows(batch["is_first"], count, self.config.align.windows)
+        config, count = self.config.align, self.before + self.ahead
+        row, first, known = choose_windows(batch["is_first"], count, config.windows)
         place = first.unsqueeze(-1) + torch.arange(count, device=first.device)  # (R, m + n)
         tokens = self.tokens(batch["image"][row.unsqueeze(-1), place])
         action = batch["action"][row, first + self.before].float()  # led to the first of the later frames
-        if self.training:
-            self.memory.add(tokens, action, known)
-            tokens, action, known = self.memory.draw(len(tokens))
-        losses, metrics, codes = self.plan_losses(tokens)
+        if not self.training:
+            losses, metrics, codes = self.plan_losses(tokens)
+        else:
+            with torch.no_grad():
+                new = (*self.posterior(tokens), self.prior(tokens[:, : self.before])[2])
+            memory = self.memory
+            memory.add(tokens, action, torch.cat(new, 1), known)
+            chosen, known = memory.draw(config.windows)
+            losses, metrics, codes = self.plan_losses(memory.tokens[chosen].long())
+            memory.code.index_copy_(0, chosen, torch.cat(codes, 1))
+            pairs, known = memory.draw(config.pairs)
+            codes = Coded(*memory.code[pairs].split([part.shape[1] for part in codes], 1))
+            action = memory.action[pairs]
         counts = known.any().float()  # without a whole window in an episode there is nothing to learn
         return {name: loss * counts for name, loss in losses.items()}, metrics, (codes, action, known)
 

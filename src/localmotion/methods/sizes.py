@@ -390,13 +390,15 @@ PLAN_ONLINE: dict[str, dict[str, Any]] = {
             "save_every": 5_000,
             "log_every": 40,
         },
-        "rollout": {"environments": 8, "steps": 32, "epochs": 4, "minibatches": 2},
-        "model": {"align": {"plans": 8, "plans_eval": 8, "width": 128}, "ppo": {"reward_scale": 0.1}},
+        "rollout": {"environments": 8, "steps": 32, "epochs": 4, "minibatches": 4},
+        "model": {"align": {"plans": 8, "plans_eval": 8, "width": 128, "windows": 16}, "ppo": {"reward_scale": 0.1}},
     },
     "debug": {
         "online": {"env_steps": 64, "eval_every": 100, "save_every": 32},
         "rollout": {"environments": 2, "workers": 1, "steps": 8, "epochs": 1, "minibatches": 2},
-        "model": {"align": {"plans": 3, "plans_eval": 2, "width": 16, "windows": 4, "memory": 64, "reward_from": 0.0}},
+        "model": {
+            "align": {"plans": 3, "plans_eval": 2, "width": 16, "windows": 4, "pairs": 6, "memory": 64, "reward_from": 0.0}
+        },
     },
 }
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -61,9 +61,19 @@ class AlignmentConfig:
     reward_from: float = 0.1
     """Share of the run after which the alignment learns by reward, too. Before, it would learn from plans it cannot follow. 1: never."""
     windows: int = 32
-    """Windows that an update takes from the rollout into the memory, and draws from the memory to learn representation and alignment."""
+    """Windows that an update takes from the rollout into the memory, and draws from the memory to learn the representation."""
+    pairs: int = 256
+    """Windows of the memory whose codes and actions an update learns the alignment from."""
     memory: int = 20_000
     """Windows in the memory. It holds the newest ones of all rollouts: what an action led to stays true while the policy changes."""
+
+
+class PlanCarry(NamedTuple):
+    """What acting keeps: the newest frames' tokens (B, m, N), the plans made for the newest one (B, K, n, N), and the chosen one (B,)."""
+
+    tokens: Tensor
+    plans: Tensor
+    chosen: Tensor
 
 
 class AlignmentNet(nn.Module):
@@ -141,8 +151,9 @@ class Aligner(nn.Module):
     def __init__(self, config: AlignmentConfig, *, latent: int, context: int, side: int, features: int, actions: int) -> None:
         """Raises ConfigError for no plan, for no window, and for shares outside of 0..1."""
         super().__init__()
-        if min(config.plans, config.plans_eval, config.windows) < 1 or config.memory < config.windows:
-            counts = f"plans={config.plans}, plans_eval={config.plans_eval}, windows={config.windows}, memory={config.memory}"
+        if min(config.plans, config.plans_eval, config.windows, config.pairs) < 1 or config.memory < config.windows:
+            names = ("plans", "plans_eval", "windows", "pairs", "memory")
+            counts = ", ".join(f"{name}={getattr(config, name)}" for name in names)
             raise ConfigError(f"{counts}: each is at least 1, and the memory holds as many windows as an update takes")
         if not 0 <= config.random_plan <= 1 or not 0 <= config.reward_from <= 1:
             shares = f"random_plan={config.random_plan:g}, reward_from={config.reward_from:g}"

@@ -14,7 +14,7 @@ d width.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +68,31 @@ def divergence(mean: Tensor, log_variance: Tensor, other_mean: Tensor, other_log
     ratio = torch.exp(log_variance - other_log_variance)
     shift = (mean - other_mean).square() * torch.exp(-other_log_variance)
     return 0.5 * (other_log_variance - log_variance + ratio + shift - 1)
+
+
+def balanced(
+    posterior: tuple[Tensor, Tensor], prior: tuple[Tensor, Tensor], share: float, free_nats: float
+) -> tuple[Tensor, Tensor]:
+    """The KL (), summed over numbers of z, as it is learned, and the KL of each number without a gradient, (Z,): means over sequences.
+
+    Each distribution is a mean and a log variance (B, Z). Above 0, ``share`` of the gradient trains the prior, the rest the posterior.
+    The mean KL of a number counts as ``free_nats`` at least.
+    """
+    each = divergence(*posterior, *prior)  # (B, Z)
+    if share > 0:
+        (mean_q, log_q), (mean_p, log_p) = posterior, prior
+        to_prior = divergence(mean_q.detach(), log_q.detach(), mean_p, log_p)
+        each = share * to_prior + (1 - share) * divergence(mean_q, log_q, mean_p.detach(), log_p.detach())
+    mean = each.mean(0)
+    return mean.clamp(min=free_nats).sum(), mean.detach()
+
+
+class Coded(NamedTuple):
+    """Windows with their posterior: mean and log variance of z (R, Z), and the context feature (R, d)."""
+
+    mean: Tensor
+    log_variance: Tensor
+    context: Tensor
 
 
 class PosteriorBody(nn.Module):

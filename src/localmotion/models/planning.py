@@ -124,29 +124,34 @@ def choose_windows(is_first: Tensor, frames: int, count: int) -> tuple[Tensor, T
 
 
 class WindowMemory(nn.Module):
-    """The newest windows of tokens with their actions, for learning from earlier rollouts. It is kept with the weights."""
+    """The newest windows of tokens, with an action and a code each, for learning from earlier rollouts. It is kept with the weights.
+
+    A code is what the model of plans makes of the window. It is as old as the window's last use, so that drawing many codes costs nothing.
+    """
 
     tokens: Tensor
     action: Tensor
+    code: Tensor
     count: Tensor
 
-    def __init__(self, size: int, frames: int, cells: int, actions: int) -> None:
+    def __init__(self, size: int, frames: int, cells: int, actions: int, code: int) -> None:
         super().__init__()
         self.register_buffer("tokens", torch.zeros(size, frames, cells, dtype=torch.int16))
         self.register_buffer("action", torch.zeros(size, actions))
+        self.register_buffer("code", torch.zeros(size, code))
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))  # windows added so far
 
-    def add(self, tokens: Tensor, action: Tensor, known: Tensor) -> None:
-        """Add windows (R, frames, N) with actions (R, A), in place of the oldest ones. All of them are ``known`` (R,), or none is."""
+    def add(self, tokens: Tensor, action: Tensor, code: Tensor, known: Tensor) -> None:
+        """Add windows (R, frames, N), actions (R, A) and codes (R, c) in place of the oldest. All are ``known`` (R,), or none is."""
         size, number = len(self.tokens), len(tokens)
         place = (self.count + torch.arange(number, device=tokens.device)) % size
-        keep = known[:, None]
-        self.action.index_copy_(0, place, torch.where(keep, action, self.action[place]))
-        self.tokens.index_copy_(0, place, torch.where(keep[..., None], tokens.short(), self.tokens[place]))
+        for kept, new in ((self.tokens, tokens.short()), (self.action, action), (self.code, code)):
+            keep = known.view(-1, *[1] * (new.dim() - 1))
+            kept.index_copy_(0, place, torch.where(keep, new, kept[place]))
         self.count.add_(number * known.all())
 
-    def draw(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Random windows (n, frames, N) int64, their actions (n, A), and whether there is any, (n,) bool. With replacement."""
+    def draw(self, number: int) -> tuple[Tensor, Tensor]:
+        """Places (n,) of random windows, with replacement, and whether there is any, (n,) bool."""
         filled = self.count.clamp(max=len(self.tokens))
-        index = (torch.rand(number, device=self.tokens.device) * filled).long().clamp(max=len(self.tokens) - 1)
-        return self.tokens[index].long(), self.action[index], (filled > 0).expand(number)
+        place = (torch.rand(number, device=self.tokens.device) * filled).long().clamp(max=len(self.tokens) - 1)
+        return place, (filled > 0).expand(number)
