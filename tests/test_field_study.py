@@ -85,6 +85,19 @@ def test_transfers_of_diswm_differ_in_one_thing_each(path: Path) -> None:
     assert starts == {"DisWM": "teacher", **without, "DreamerV2": ""}
 
 
+@pytest.mark.parametrize("path", sorted((STUDY.parents[1] / "pvdr").glob("*.yaml")), ids=lambda path: path.stem)
+def test_arms_of_pvdr_start_from_what_their_settings_say(path: Path) -> None:
+    jobs = {job.name: job for job in load_study(path)}
+    arms = {name: job for name, job in jobs.items() if job.stage == "finetune" and name.endswith("-0")}
+    assert len(arms) in (4, 5)
+    for name, job in arms.items():
+        start = jobs[job.after]
+        assert start.stage == ("tokenize" if "without_pre_training" in name else "pretrain")
+        sizes = ("context=", "horizon=")  # the same in both, or the weights would not fit
+        assert [s for s in job.settings if s.startswith(sizes)] == [s for s in start.settings if s.startswith(sizes)]
+        assert start.stage == "tokenize" or jobs[start.after].name == "tokens"
+
+
 @pytest.mark.slow
 def test_it_runs_from_videos_of_other_bodies_to_the_page(tmp_path: Path) -> None:
     """At the preset `debug` with one seed: eight curves a task, and their average."""

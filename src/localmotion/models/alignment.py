@@ -38,12 +38,12 @@ class AlignmentConfig:
     """The same in evaluation."""
     random_plan: float = 0.05
     """Share of the steps while learning in which a random plan is taken."""
-    compared: Literal["last", "nearest"] = "last"
+    compared: Literal["last", "nearest"] = "nearest"
     """Which frame of a plan is compared with the goal: its last one, or the one nearest to the goal."""
     metric: Metric = "cosine"
     """How two pictures' features are compared (`models.planning.GoalDistance`)."""
-    blur: float = 0.0
-    """Cells over which features are averaged before they are compared, as a standard deviation."""
+    blur: float = 1.0
+    """Cells over which features are averaged before they are compared, as a standard deviation. 0: none."""
     width: int = 256
     """Width of the alignment module and of the critic."""
     log_std: float = -0.5
