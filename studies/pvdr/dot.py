@@ -96,7 +96,7 @@ def learned(seed: int, tokenize: int, pretrain: int, g: torch.Generator) -> PVDR
     torch.manual_seed(seed)
     config = update(PVDR.Config(), MODEL)
     method = PVDR(config, image_size=SIDE, action_dim=None)
-    for stage, updates, batch, lr in (("tokenize", tokenize, 32, 2e-3), ("pretrain", pretrain, 48, 1e-3)):
+    for stage, updates, batch, lr in (("tokenize", tokenize, 32, 1e-3), ("pretrain", pretrain, 48, 1e-3)):
         run = RunConfig("pvdr", stage, config)
         run = update(run, {"pretrain": {"updates": updates, "lr": lr, "lr_decay": 1.0}, "optim": {"eps": 1e-8, "clip": 1.0}})
         updater = Updater(method, run, CPU)
