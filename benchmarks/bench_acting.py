@@ -12,8 +12,11 @@ import torch
 from benchmarks.bench_machine import clock
 from benchmarks.bench_update import ACTIONS, setup
 from localmotion.acting.policy import MethodPolicy
+from localmotion.compute import Compute
+from localmotion.methods.pvdr import PVDR
 from localmotion.perception.stream import StreamingExtractor
 from localmotion.recipe import Recipe
+from localmotion.runs.settings import compose
 
 EDGES_MS = (0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 15.0, 20.0, 50.0, float("inf"))
 """Bounds of the latency histogram, milliseconds."""
@@ -68,6 +71,27 @@ def acting(method: str, steps: int) -> list[float]:
     return times
 
 
+def planning(steps: int) -> tuple[list[float], list[float]]:
+    """Seconds of decoding eight plans of PVDR `tiny`, and of whole policy steps with as many."""
+    run = compose("pvdr", "finetune", preset="tiny", env="toy:reach")
+    torch.manual_seed(0)
+    method = PVDR(run.model, image_size=32, action_dim=2).eval()
+    assert run.model.align.plans == 8
+    policy = MethodPolicy(method, Compute(torch.device("cpu"), False, 1, ""), explore=True, window=32)
+    picture = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
+    past = torch.randint(method.tokenizer.codes, (1, method.before, method.tokenizer.cells))
+    z, decoded, acted = torch.randn(1, 8, run.model.plan.latent), [], []
+    for t in range(steps):
+        began = clock()
+        policy([{"image": picture[t % 2], "goal": picture[0]}], t == 0)
+        acted.append(clock() - began)
+        began = clock()
+        with torch.inference_mode():
+            method.plans(past, z)
+        decoded.append(clock() - began)
+    return decoded, acted
+
+
 def run(steps: int = 300) -> list[dict[str, object]]:
     threads, theirs = torch.get_num_threads(), cv2.getNumThreads()
     torch.set_num_threads(1)
@@ -75,6 +99,7 @@ def run(steps: int = 300) -> list[dict[str, object]]:
     try:
         seen = {percept: perception(percept, steps) for percept in (64, 128)}
         acted = {method: acting(method, steps) for method in ("drp", "ipv", "dreamer_v2", "dreamer_v3")}
+        plans = planning(steps)
     finally:
         torch.set_num_threads(threads)
         cv2.setNumThreads(theirs)
@@ -88,4 +113,6 @@ def run(steps: int = 300) -> list[dict[str, object]]:
             )
             for percept, times in seen.items()
         ),
+        row("pvdr tiny, eight plans decoded (goal 30)", plans[0]),
+        row("pvdr tiny, policy step with eight plans", plans[1]),
     ]

@@ -105,6 +105,14 @@ GOALS = (
     Goal("windows out of a store", "extract", 15_000.0, "windows/s", True, lambda rows: one(rows, "windows/s", what="sample")),
     Goal("perception at 64 px and policy step of DRP small", "acting", 8.0, "ms", False, _acting(64)),
     Goal("perception at 128 px and policy step of DRP small", "acting", 8.0, "ms", False, _acting(128)),
+    Goal(
+        "eight plans of PVDR tiny decoded",
+        "acting",
+        30.0,
+        "ms",
+        False,
+        lambda rows: one(rows, "median ms", what="pvdr tiny, eight"),
+    ),
 )
 
 
