@@ -15,8 +15,8 @@ stops at walls. PVDR sees one frame of context and plans four, so nothing in the
                 goal; the displacement is the oracle's for its z. Start and goal are random places, up to 12 steps apart
     random      the same for random displacements
 
-Seed 100 is for development, with 300 updates of `tokenize`. On it these targets were set: probe at least 0.95, 32 samples cover at least 4.9 displacements, and with the
-last of `METRICS` at least 0.8 reach their goal with 32 plans and at most 0.4 with one.
+Seed 100 is for development, with 300 updates of `tokenize`. On it these targets were set: probe at least 0.95, 32 samples cover at
+least 4.9 displacements, and with the last of `METRICS` at least 0.8 reach their goal with 32 plans and at most 0.4 with one.
 """
 
 from __future__ import annotations
