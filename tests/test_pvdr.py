@@ -72,7 +72,7 @@ def test_the_first_update_takes_the_codes_that_nothing_was_near_to_from_the_batc
     book = Codebook(8, 3, decay=0.9, restart=0.01)
     rows = torch.randn(40, 3) * 1e-3 + book.embedding[2]  # all are nearest to one code
     assert book.nearest(rows).unique().tolist() == [2]
-    book.follow(rows, book.nearest(rows))
+    book.follow(rows, book.nearest(rows), torch.tensor(False))
     others = [code for code in range(8) if code != 2]
     assert all(bool((rows - book.embedding[code]).abs().sum(-1).min() < 1e-6) for code in others)
     torch.testing.assert_close(book.embedding[2], rows.mean(0))
@@ -85,8 +85,26 @@ def test_a_code_in_use_follows_the_mean_of_its_features_and_no_other() -> None:
     book.count.copy_(torch.tensor([4.0, 4.0]))
     book.total.copy_(book.embedding * 4)
     rows = torch.tensor([[1.0], [2.0], [9.0], [8.0]])
-    book.follow(rows, book.nearest(rows))
+    book.follow(rows, book.nearest(rows), torch.tensor(False))
     torch.testing.assert_close(book.embedding, torch.tensor([[0.5 * 3 / 3], [(20 + 8.5) / 3]]))
+
+
+def test_pictures_pass_through_the_codes_from_an_update_on_and_all_codes_are_features_then() -> None:
+    model = method("tokenize", tokenizer={"quantise_from": 2})
+    image = torch.rand(6, 3, 64, 64, generator=torch.Generator().manual_seed(0)) - 0.5
+    book = model.tokenizer.codebook
+    for update_number, quantised in ((1, False), (2, True)):
+        model.tokenizer.train().learn(image)
+        features = model.tokenizer.features(image)
+        near = torch.cdist(book.embedding.double(), features.flatten(0, 1).detach().double()).amin(1)
+        assert bool((near < 1e-4).all()), "codes are features of the last batch until they are used"
+        model.after_update(Counters("tokenize", update_number, 0.5))
+        model.eval()
+        found, losses, _ = model.tokenizer.learn(image)
+        plain = model.tokenizer.decode(features)
+        coded = model.tokenizer.decode(model.tokenizer.embed(model.tokenizer.tokens(features)))
+        torch.testing.assert_close(found, coded if quantised else plain)
+        assert (float(losses["commitment"].detach()) > 0) == quantised
 
 
 def test_codes_move_in_training_alone() -> None:

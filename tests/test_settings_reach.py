@@ -248,6 +248,8 @@ REACH: dict[str, str] = {
     "tokenizer.widths": "!size.tokenizer size.posterior size.prior size.decoder",
     "tokenizer.code_decay": "!predicted.*",  # what is predicted after the codes have moved
     "tokenizer.restart": "!predicted.* !code",
+    "pretrain tokenizer.quantise_from": "!step.tokenizer",  # a buffer that an earlier stage sets
+    "tokenizer.quantise_from": "!loss.image !loss.commitment predicted.* code",
     "tokenizer.commitment": "!weight.commitment !step.tokenizer",
     "tokenizer.mse_weight": "!loss.image",
     "tokenizer.adversarial": "!size.discriminator !size.awake",

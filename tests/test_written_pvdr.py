@@ -10,7 +10,15 @@ from localmotion.methods.pvdr import PVDR
 from localmotion.testing.written import Case, check_update
 from written_out import pvdr
 
-TOKENIZER: dict[str, Any] = {"widths": (4, 8), "blocks": 1, "codes": 7, "code_dim": 5, "code_decay": 0.8, "restart": 0.3}
+TOKENIZER: dict[str, Any] = {
+    "widths": (4, 8),
+    "blocks": 1,
+    "codes": 7,
+    "code_dim": 5,
+    "code_decay": 0.8,
+    "restart": 0.3,
+    "quantise_from": 0,
+}
 PLAN: dict[str, Any] = {"context": 2, "horizon": 3, "latent": 3, "dim": 12, "heads": 3}
 LAYERS = {"posterior_layers": 2, "prior_layers": 2, "decoder_layers": 2}
 MODEL: dict[str, Any] = {"beta": 15.0, "beta_warmup": 2, "warmup": 2, "decay": 0.2}
@@ -22,6 +30,7 @@ def settled(method: Any) -> None:
     book.count.abs_().add_(30.0)
     book.count[2] = 0.1
     method.warm.fill_(0.5)
+    method.tokenizer.quantising.fill_(1.0)
 
 
 def case(stage: str, written: Any, label: str = "", tokenizer: Any = {}, plan: Any = {}, **more: Any) -> Case:  # noqa: B006

@@ -105,7 +105,7 @@ def tokenize(state: Any, batch: Mapping[str, Tensor], noise: Any, run: Any) -> d
         "codes/used": torch.tensor(len(set(tokens.flatten().tolist())) / len(book)),
     }
     total = losses["image"] + model.commitment * losses["commitment"]
-    names = [name for name in core.named(state, "tokenizer.") if "codebook" not in name]
+    names = [name for name in core.named(state, "tokenizer.") if "codebook" not in name and "quantising" not in name]
     norm = step(state, w, total, names, run.pretrain.lr, run, (0.5, 0.9), {})
     follow(state, psi.detach().flatten(0, 1), tokens.flatten(), noise, model)
     return core.report(losses, metrics, {"tokenizer": norm})

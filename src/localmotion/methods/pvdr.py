@@ -331,6 +331,8 @@ class PVDR(Method):
     def after_update(self, counters: Counters) -> None:
         if counters.stage == "pretrain" and self.config.beta_warmup > 0:
             self.warm.fill_(min(1.0, counters.update / self.config.beta_warmup))
+        if counters.stage == "tokenize":
+            self.tokenizer.quantising.fill_(float(counters.update >= self.config.tokenizer.quantise_from))
         if counters.stage == "tokenize" and self.config.tokenizer.adversarial > 0:
             self.awake.fill_(float(counters.update >= self.config.tokenizer.adversarial_from))
         if counters.stage == "finetune":

@@ -287,7 +287,7 @@ def latent_presets(
 
 PLAN_SIZES: dict[str, dict[str, Any]] = {
     "small": {
-        "tokenizer": {"widths": (32, 64, 128), "codes": 512, "code_dim": 64},
+        "tokenizer": {"widths": (32, 64, 128), "codes": 512, "code_dim": 64, "quantise_from": 500},
         "plan": {
             "latent": 16,
             "dim": 128,
@@ -300,7 +300,7 @@ PLAN_SIZES: dict[str, dict[str, Any]] = {
         "warmup": 500,
     },
     "tiny": {
-        "tokenizer": {"widths": (16, 32, 64), "blocks": 1, "codes": 128, "code_dim": 32},
+        "tokenizer": {"widths": (16, 32, 64), "blocks": 1, "codes": 128, "code_dim": 32, "quantise_from": 200},
         "plan": {
             "context": 2,
             "horizon": 4,
@@ -315,7 +315,7 @@ PLAN_SIZES: dict[str, dict[str, Any]] = {
         "warmup": 100,
     },
     "debug": {
-        "tokenizer": {"widths": (4, 4, 8), "blocks": 1, "codes": 16, "code_dim": 8},
+        "tokenizer": {"widths": (4, 4, 8), "blocks": 1, "codes": 16, "code_dim": 8, "quantise_from": 0},
         "plan": {
             "context": 2,
             "horizon": 3,

@@ -47,7 +47,8 @@ class GoalDistance(nn.Module):
         """(..., N, D), (..., N, D) -> (...), in float32."""
         u, v = u.float(), v.float()
         if self.kernel.numel():
-            u, v = self.kernel @ u, self.kernel @ v
+            with torch.autocast(u.device.type, enabled=False):
+                u, v = self.kernel @ u, self.kernel @ v
         if self.metric == "cosine":
             return 1 - F.cosine_similarity(u, v, dim=-1).mean(-1)
         return (u - v).square().mean((-2, -1))

@@ -41,6 +41,9 @@ class TokenizerConfig:
     """Decay of the averages that codes follow."""
     restart: float = 0.01
     """A code that is used less often than this share of the mean of all codes becomes a random feature of the batch."""
+    quantise_from: int = 2_000
+    """Update from which pictures pass through the codes. Before it the tokenizer is an autoencoder without codes, and then all codes begin
+    as features. From the start, codes of untrained features are nearly equal: some runs then never draw a small object."""
     commitment: float = 0.25
     """Weight of the loss that keeps features near their codes."""
     mse_weight: float = 0.5
@@ -160,8 +163,8 @@ class Codebook(nn.Module):
             return distance.argmin(-1).view(features.shape[:-1])
 
     @torch.no_grad()
-    def follow(self, features: Tensor, tokens: Tensor) -> None:
-        """Move the codes towards their features (..., D) of numbers ``tokens`` (...)."""
+    def follow(self, features: Tensor, tokens: Tensor, begin: Tensor) -> None:
+        """Move the codes towards their features (..., D) of numbers ``tokens`` (...). With ``begin`` () all become random features."""
         rows, share = features.detach().float().flatten(0, -2), 1 - self.decay  # (R, D)
         number = torch.arange(len(self.count), device=tokens.device)
         chosen = (tokens.flatten().unsqueeze(1) == number).to(
@@ -172,7 +175,7 @@ class Codebook(nn.Module):
             self.total.mul_(self.decay).add_(chosen.T @ rows, alpha=share)
         mean = self.count.mean()
         fresh = rows[torch.randint(len(rows), (len(self.count),), device=rows.device)]  # (V, D)
-        idle = self.count < self.restart * mean
+        idle = begin | (self.count < self.restart * mean)
         self.count.copy_(torch.where(idle, mean, self.count))
         self.total.copy_(torch.where(idle.unsqueeze(-1), fresh * mean, self.total))
         self.embedding.copy_(self.total / self.count.unsqueeze(-1))
@@ -180,6 +183,8 @@ class Codebook(nn.Module):
 
 class Tokenizer(nn.Module):
     """VQ-VAE. Codes move only in `learn`, in training mode."""
+
+    quantising: Tensor
 
     def __init__(self, config: TokenizerConfig, image_size: int) -> None:
         """Raises ConfigError for pictures that the stages cannot halve, and for shares outside of (0, 1)."""
@@ -195,6 +200,7 @@ class Tokenizer(nn.Module):
         self.encoder = Encoder(config.widths, config.blocks, config.code_dim)
         self.decoder = Decoder(config.widths, config.blocks, config.code_dim)
         self.codebook = Codebook(config.codes, config.code_dim, config.code_decay, config.restart)
+        self.register_buffer("quantising", torch.tensor(float(config.quantise_from == 0)))  # 1: pictures pass through the codes
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def features(self, image: Tensor) -> Tensor:
@@ -224,16 +230,16 @@ class Tokenizer(nn.Module):
         features = self.features(image)
         tokens = self.tokens(features)
         nearest = self.embed(tokens)
-        found = self.decode(features + (nearest - features).detach())
+        found = self.decode(features + self.quantising * (nearest - features).detach())
         error = 2 * (found - image)
         squared = error.square().mean()
         losses = {
             "image": error.abs().mean() + self.config.mse_weight * squared,
-            "commitment": (features - nearest).square().mean(),
+            "commitment": self.quantising * (features - nearest).square().mean(),
         }
         metrics = {"image/psnr": decibels(squared.detach() / 4), "codes/used": self.used(tokens)}
         if self.training:
-            self.codebook.follow(features, tokens)
+            self.codebook.follow(features, tokens, self.quantising == 0)
         return found, losses, metrics
 
     def used(self, tokens: Tensor) -> Tensor:
