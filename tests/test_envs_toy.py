@@ -170,7 +170,7 @@ def test_the_picture_of_reach_does_not_show_its_goal() -> None:
     env.agent = np.array([0.9, 0.0])
     assert env._success() == 1.0
     env.agent = start
-    env.goal = [*start, 0.2, 0.0]
+    env.goal = start + np.array([0.2, 0.0])
     assert env._success() == 0.0
     again, _ = env.reset(seed=3)
     env.agent = env.goal
