@@ -294,3 +294,17 @@ def test_codes_in_the_memory_are_those_of_their_windows() -> None:
         rows = (codes.mean[:, None] - mean).abs().sum(-1).argmin(1)
         torch.testing.assert_close(action, method.memory.action[rows])
         assert known.all()
+
+
+def test_the_prior_of_a_rollout_sees_what_it_saw_while_acting() -> None:
+    """The newest frames of each position; at the start of an episode, copies of its first."""
+    _, method = made()
+    batch, ends = rollout(method), 5
+    tokens = method.tokens(batch["image"])
+    seen: list[Tensor] = []
+    method.prior.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    _, _, found = method.dynamics_losses(batch)
+    seen.clear()
+    method.align_losses(batch, found)
+    before = [t if t in (0, ends) else t - 1 for t in range(TIME)]
+    assert torch.equal(seen[0].unflatten(0, (ROWS, TIME)), torch.stack([tokens[:, before], tokens], 2))

@@ -61,7 +61,7 @@ from localmotion.methods.base import (
 )
 from localmotion.methods.sizes import plan_presets
 from localmotion.models.alignment import Aligner, AlignmentConfig, PlanCarry
-from localmotion.models.latent_windows import starts
+from localmotion.models.latent_windows import every, stacks, starts
 from localmotion.models.plan_cvae import Coded, PlanConfig, PlanDecoder, Posterior, Prior, balanced, check, divergence, sample
 from localmotion.models.planning import WindowMemory, choose_windows
 from localmotion.models.ppo import EXTRAS, PPOConfig, step_losses
@@ -150,12 +150,8 @@ class PVDR(Method):
             self.aligner = Aligner(config.align, latent=latent, context=context, **shape)
             frames = self.before + self.ahead
             self.memory = WindowMemory(config.align.memory, frames, cells, action_dim, 2 * latent + context)
-            self.extras = {
-                **EXTRAS,
-                "z": (latent,),
-                "context": (context,),
-                "plan": (cells, code_dim),
-            }  # plan: its first frame's codes
+            # Of the plan, acting stores the codes of its first frame.
+            self.extras = {**EXTRAS, "z": (latent,), "context": (context,), "plan": (cells, code_dim)}
 
     @classmethod
     def needs(cls, config: Any, stage: str) -> frozenset[str]:
@@ -310,10 +306,8 @@ class PVDR(Method):
         with torch.no_grad():
             seen, goal = (self.tokenizer.features(images({"image": batch[key]})) for key in ("image", "goal"))  # (B T, N, D)
             tokens = self.tokenizer.tokens(seen).unflatten(0, (rows, time))  # (B, T, N)
-            index = torch.arange(time, device=tokens.device)[:, None] + torch.arange(1 - self.before, 1, device=tokens.device)
-            index = torch.maximum(index, starts(batch["is_first"]).unsqueeze(-1))  # (B, T, m)
-            past = tokens[torch.arange(rows, device=tokens.device)[:, None, None], index]
-            mean, _, context = self.prior(past.flatten(0, 1))
+            past = stacks(tokens, every(tokens, 0, time - 1), self.before, starts(batch["is_first"]))  # (B T, m N)
+            mean, _, context = self.prior(past.unflatten(1, (self.before, -1)))
             now = aligner.critic(mean, context, goal).unflatten(0, (rows, time))
             seen, goal = (x.unflatten(0, (rows, time)) for x in (seen, goal))
             reward, metrics = aligner.rewards(seen, self.tokenizer.embed(tokens), goal, batch["plan"], batch)

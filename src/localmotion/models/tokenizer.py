@@ -167,9 +167,7 @@ class Codebook(nn.Module):
         """Move the codes towards their features (..., D) of numbers ``tokens`` (...). With ``begin`` () all become random features."""
         rows, share = features.detach().float().flatten(0, -2), 1 - self.decay  # (R, D)
         number = torch.arange(len(self.count), device=tokens.device)
-        chosen = (tokens.flatten().unsqueeze(1) == number).to(
-            rows.dtype
-        )  # (R, V), one-hot: sums in the same order on every device
+        chosen = (tokens.flatten().unsqueeze(1) == number).to(rows.dtype)  # (R, V), one-hot: one order of sums on every device
         with torch.autocast(rows.device.type, enabled=False):
             self.count.mul_(self.decay).add_(chosen.sum(0), alpha=share)
             self.total.mul_(self.decay).add_(chosen.T @ rows, alpha=share)
