@@ -18,6 +18,7 @@ from localmotion.config import RunConfig, leaves, to_dict
 from localmotion.errors import CheckpointError, ConfigError
 from localmotion.files import LOCK, check_output, locked, read_json, refuse_links
 from localmotion.runs.settings import from_dict
+from localmotion.runs.source import commit
 
 # Settings that may differ when a run continues. They change its length and its machine, but not what it computes
 # (except for rounding).
@@ -141,8 +142,8 @@ class RunDir:
             raise ConfigError(f"{self.path}: holds a run of other settings: {shown}; choose another --run or the same settings")
 
     def environment(self, values: Mapping[str, Any]) -> None:
-        """Save versions and the decisions at the start (device, GL, environment description)."""
-        write_json(self.path / "environment.json", {"versions": versions(), **values})
+        """Save versions, the commit and the decisions at the start (device, GL, environment description)."""
+        write_json(self.path / "environment.json", {"versions": versions(), "commit": commit(), **values})
 
     def status(self, state: str, **more: Any) -> None:
         """state: running, finished, interrupted or failed."""
