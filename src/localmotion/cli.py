@@ -102,7 +102,7 @@ def _parser(stage: str = "") -> _Parser:
     sub.add_argument("--jobs", type=int, default=0, help="runs at a time; 0: one per core")
 
     sub = add("evaluate", "Play evaluation episodes with a trained agent.", commands.evaluate)
-    sub.add_argument("run", type=Path, help="run directory")
+    sub.add_argument("run", help="run directory, hf:owner/name[@revision] or shelf:NAME")
     sub.add_argument("--episodes", type=int, default=10, help="episodes (paper: 10)")
     sub.add_argument(
         "--seed", type=int, help="seed of the evaluation episodes; default: the run's, for --which best the next one"
@@ -142,7 +142,7 @@ def _parser(stage: str = "") -> _Parser:
         "--policy",
         default="smooth",
         help="random, smooth (random, changing smoothly), expert (Meta-World's scripts), expert:PATH (of localmotion expert), or a run"
-        " directory",
+        " (directory, hf:owner/name[@revision] or shelf:NAME)",
     )
     sub.add_argument("--episodes", type=int, default=16)
     sub.add_argument("--steps", type=int, default=0, help="maximum agent steps per video; 0 for whole episodes")
@@ -165,7 +165,9 @@ def _parser(stage: str = "") -> _Parser:
     sub = add(
         "predict", "Open-loop prediction of clips, runs side by side: truth, prediction, error; PSNR and SSIM.", commands.predict
     )
-    sub.add_argument("--checkpoint", type=Path, required=True, nargs="+", help="pre-training runs")
+    sub.add_argument(
+        "--checkpoint", required=True, nargs="+", help="pre-training runs: directories, hf:owner/name[@revision] or shelf:NAME"
+    )
     sub.add_argument("--data", type=Path, required=True, help="clip store, video file, or folder of videos")
     sub.add_argument("--out", type=Path, required=True, help="strips, .png; the scores are written beside it, .json")
     sub.add_argument("--clips", type=int, default=4, help="windows drawn")
@@ -177,7 +179,7 @@ def _parser(stage: str = "") -> _Parser:
     sub = add(
         "probe", "Predict true motion and actions from motion codes, by ridge regression and a small network.", commands.probe
     )
-    sub.add_argument("runs", type=Path, nargs="*", help="run directories of methods with a motion code")
+    sub.add_argument("runs", nargs="*", help="runs of methods with a motion code: directories, hf:owner/name or shelf:NAME")
     sub.add_argument(
         "--data", type=Path, action="append", required=True, help="collection (localmotion collect --store), repeatable"
     )
@@ -235,6 +237,21 @@ def _parser(stage: str = "") -> _Parser:
     sub.add_argument("runs", type=Path, nargs="+", help="run directories")
     sub.add_argument("--out", type=Path, required=True, help="page.html")
 
+    sub = add(
+        "push",
+        "Share the weights of a run: to a repository of the Hugging Face Hub, to the weights shelf, or to a folder.",
+        commands.push,
+    )
+    sub.add_argument("run", type=Path, help="run directory; its newest weights are shared")
+    sub.add_argument(
+        "target", help="hf:owner/name (a repository of the Hub), shelf:NAME (weights/NAME of a source checkout), or a new folder"
+    )
+    sub.add_argument("--license", default="", help="license of the weights, e.g. mit or cc-by-4.0; default: the card names none")
+    sub.add_argument("--public", action="store_true", help="a new repository is public; default: private")
+    sub.add_argument("--dry-run", action="store_true", help="write the folder RUN/shared and stop")
+
+    sub = add("shelf", "List the weights shelf: name, method, preset, data, MB and scores of each entry.", commands.shelf)
+
     sub = add("demo", "The whole chain on this machine, from videos to a report. Needs no data and no network.", commands.demo)
     sub.add_argument("--run", type=Path, default=Path("demo_run"), help="where everything goes")
     sub.add_argument("--videos", type=Path, help="your own folder of videos instead of rendered ones")
@@ -247,7 +264,7 @@ TRAINING = {
     "finetune": "Fine-tune a pre-trained method in an environment. The same command with the same run directory resumes.",
     "train": "Learn in an environment from scratch. The same command with the same run directory resumes.",
 }
-WITH_METHODS = {*TRAINING, "study", "evaluate", "collect", "predict", "probe", "report"}
+WITH_METHODS = {*TRAINING, "study", "evaluate", "collect", "predict", "probe", "report", "push"}
 """Commands that take a method or read a run."""
 
 

@@ -203,9 +203,10 @@ def evaluate(args: argparse.Namespace) -> None:
     """`localmotion evaluate`"""
     from localmotion.console import say
     from localmotion.evaluation.evaluate import evaluate_run
+    from localmotion.runs.sharing import local_run
 
     result = evaluate_run(
-        args.run,
+        local_run(args.run),
         episodes=args.episodes,
         seed=args.seed,
         video=args.video,
@@ -225,13 +226,15 @@ def predict(args: argparse.Namespace) -> None:
     from localmotion.console import progress, say, show_table
     from localmotion.evaluation.predict import predict as run_prediction
     from localmotion.report.strips import save_strips
+    from localmotion.runs.sharing import local_run
 
     scores = args.out.with_suffix(".json")
     check_output(args.out, ConfigError, suffixes=(".png",))
     check_output(scores, ConfigError)
     options = {name: getattr(args, name) for name in ("clips", "windows", "split", "seed", "device")}
+    runs = [local_run(name) for name in args.checkpoint]
     with progress("predict", 1, "windows") as advance:
-        found = run_prediction(args.checkpoint, args.data, **options, progress=advance)
+        found = run_prediction(runs, args.data, **options, progress=advance)
     for reason in found.rejected:
         say(f"left out, {reason}")
     save_strips(found.pictures, args.out, context=found.context)
@@ -246,12 +249,14 @@ def probe(args: argparse.Namespace) -> None:
     from localmotion.console import progress, say, show_table
     from localmotion.evaluation.probes import probe as measure
     from localmotion.evaluation.probes import save_probes, score_tables
+    from localmotion.runs.sharing import local_run
 
     if args.out:
         check_output(args.out, ConfigError, suffixes=(".json",))
+    runs = [local_run(name) for name in args.runs]
     with progress("probe", 1, "codes") as advance:
         rows = measure(
-            args.runs,
+            runs,
             args.data,
             tests=args.test_data,
             length=args.length,
@@ -349,6 +354,7 @@ def collect(args: argparse.Namespace) -> None:
     from localmotion.console import progress, say
     from localmotion.envs import check_env
     from localmotion.recording.collect import collect as record
+    from localmotion.runs.sharing import local_run
 
     settings = {"quality": args.quality, "action_repeat": args.action_repeat}
     check_env(args.env, _options(args))
@@ -361,7 +367,7 @@ def collect(args: argparse.Namespace) -> None:
         found = record(
             args.env,
             args.out,
-            policy=args.policy,
+            policy=str(local_run(args.policy)),
             episodes=args.episodes,
             seed=args.seed,
             steps=args.steps,
@@ -374,6 +380,28 @@ def collect(args: argparse.Namespace) -> None:
         )
     for line in found.lines():
         say(line)
+
+
+def push(args: argparse.Namespace) -> None:
+    """`localmotion push`"""
+    from localmotion.console import say
+    from localmotion.report.curve import learning_curve
+    from localmotion.runs.push import push as push_run
+
+    curve = learning_curve(args.run)
+    say(push_run(args.run, args.target, license=args.license, curve=curve, public=args.public, dry_run=args.dry_run))
+
+
+def shelf(args: argparse.Namespace) -> None:
+    """`localmotion shelf`"""
+    from localmotion.console import say, show_table
+    from localmotion.runs.sharing import shelf_lines
+
+    found = shelf_lines()
+    if found:
+        show_table("The weights shelf: --checkpoint shelf:NAME", *found, width=160)
+    else:
+        say("the weights shelf is empty here; it is the folder weights of a source checkout of localmotion (docs/sharing.md)")
 
 
 def demo(args: argparse.Namespace) -> None:

@@ -262,7 +262,8 @@ class RunConfig:
     """Number of labelled transitions of the logged episodes (``data``); 0: all. The run learns from these only. Episodes are
     taken in an order that depends on ``seed``, so a larger number adds to the labels of a smaller one."""
     checkpoint: str = ""
-    """Pre-trained run to start from (fine-tuning)."""
+    """Pre-trained run to start from (fine-tuning): a run directory, hf:owner/name[@revision] or shelf:NAME
+    (docs/sharing.md)."""
     load: str = ""
     """Parts to load from the checkpoint, e.g. image,latent. Empty: all parts that the method transfers, from a run of
     the same method. With named parts, the other parts start untrained (an ablation), and the checkpoint may be of

@@ -128,6 +128,22 @@ def links_trusted() -> bool:
     return _trusted
 
 
+_stores: dict[str, str] = {}  # real path of a folder -> folder that its links may lead into; set by `accept_links`
+
+
+def accept_links(root: Path, into: Path) -> None:
+    """Let `refuse_links` accept links below ``root`` that lead into the folder ``into``, in this process.
+
+    For the cache of a library that keeps each file once and links to it. ``into`` holds nothing else.
+    """
+    _stores[os.path.realpath(root)] = os.path.realpath(into)
+
+
+def _in_store(root: Path, link: Path) -> bool:
+    store = _stores.get(os.path.realpath(root))
+    return store is not None and os.path.realpath(link).startswith(store + os.sep)
+
+
 def refuse_links(root: Path, error: type[LocalmotionError], *, folders: bool = True) -> None:
     """Raise ``error`` for a symbolic link below ``root`` that leads out of it; without ``folders`` links to folders are accepted.
 
@@ -137,7 +153,7 @@ def refuse_links(root: Path, error: type[LocalmotionError], *, folders: bool = T
     if _trusted:
         return
     for path in links_out_of(root):
-        if folders or not path.is_dir():
+        if (folders or not path.is_dir()) and not _in_store(root, path):
             raise error(
                 f"{path}: is a link to a place outside of {root}; put the file itself there, "
                 "or give --follow-links if the links are your own"

@@ -14,6 +14,7 @@ from localmotion.perception import backends
 from localmotion.runs.rundir import versions
 
 EXTRAS = {
+    "hub: sharing weights": ("huggingface_hub", "pip install 'localmotion[hub]'"),
     "perception: SEA-RAFT": ("ptlflow", "see docs/perception.md"),
     "perception: Grounding DINO + SAM": ("transformers", "pip install 'localmotion[perception]'"),
 }

@@ -19,6 +19,7 @@ from localmotion.methods.base import MASK, MOTION, Method
 from localmotion.perception.extract import extract_one
 from localmotion.recipe import Recipe
 from localmotion.runs.load import at_least, load_run
+from localmotion.runs.sharing import run_label
 from localmotion.video.listing import usable_videos
 from localmotion.video.sample import Split, WindowSampler
 from localmotion.video.store import Clip, ClipStore, ClipStoreWriter
@@ -178,7 +179,8 @@ def _predict(
 
 
 def _load(checkpoints: Sequence[Path], device: str) -> list[_Loaded]:
-    labels = [path.name if [p.name for p in checkpoints].count(path.name) == 1 else str(path) for path in checkpoints]
+    names = [run_label(path) for path in checkpoints]
+    labels = [name if names.count(name) == 1 else str(path) for name, path in zip(names, checkpoints, strict=True)]
     found = []
     for path, label in zip(checkpoints, labels, strict=True):
         run, method, compute = load_run(path, device=device)

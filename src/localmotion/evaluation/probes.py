@@ -52,6 +52,7 @@ from localmotion.evaluation.probe_data import SKIP, Episodes, Floats, ProbeData
 from localmotion.evaluation.probe_fits import explained, idm, mlp, mlp_fit, mutual_information_gap, ridge_fit
 from localmotion.methods.base import MASK, Batch, Method
 from localmotion.runs.load import at_least, load_run
+from localmotion.runs.sharing import run_label
 
 WITH_POSE, NMSE = " + pose", " nmse"
 """Endings of the names of scores: of a code with the pose, and of the normalized squared error."""
@@ -136,13 +137,13 @@ def probe(
         run, method, compute = load_run(path, device=device, threads=threads)
         if type(method).motion_code is Method.motion_code:
             raise ConfigError(f"{path}: method {run.method} has no motion code to probe")
-        sources.append((f"{run.method}, {path.name}", method, compute))
+        sources.append((f"{run.method}, {run_label(path)}", method, compute))
         masks = masks or bool(method.wants & MASK)
         if untrained:
             torch.manual_seed(0)
             dim = method.action_dim if method.acts else None
             fresh = methods.get(run.method)(run.model, image_size=method.image_size, action_dim=dim)
-            sources.append((f"{run.method}, {path.name}, untrained", fresh.to(compute.device).eval(), compute))
+            sources.append((f"{run.method}, {run_label(path)}, untrained", fresh.to(compute.device).eval(), compute))
     rows: list[dict[str, Any]] = []
     ceilings = ceilings and networks
     total = len(collections) * (len(sources) + (2 if ceilings else 0))

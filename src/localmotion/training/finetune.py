@@ -23,6 +23,7 @@ from localmotion.recipe import Recipe
 from localmotion.recording.logs import action_dim
 from localmotion.runs.rundir import RunDir, claimed, read_environment
 from localmotion.runs.settings import recipe_of, with_recipe
+from localmotion.runs.sharing import local_run, pinned
 from localmotion.training import graphs
 from localmotion.training.checks import check_acting_stage, check_learns, check_phases
 from localmotion.training.logged import LoggedLoop
@@ -53,11 +54,11 @@ def finetune(run: RunConfig, path: Path) -> Path:
     else:
         work = _online
     with claimed(path):
-        return work(run, path, cls)
+        return work(pinned(run, path), path, cls)
 
 
 def _online(run: RunConfig, path: Path, cls: type[Method]) -> Path:
-    perception = streaming_recipe(with_recipe(run, path).recipe or Recipe(), run.motion)
+    perception = streaming_recipe(with_recipe(run, path, _start(run)).recipe or Recipe(), run.motion)
     run = replace(run, recipe=perception)
     observer = make_observer(run, perception if bool(cls.needs(run.model, run.stage) & MOTION) else None, size=perception.size)
     if run.observed != "pixels":
@@ -100,7 +101,7 @@ def _logged(run: RunConfig, path: Path, cls: type[Method]) -> Path:
 
 def _rollout(run: RunConfig, path: Path, cls: type[Method]) -> Path:
     rollout = run.rollout
-    run = replace(run, recipe=with_recipe(run, path).recipe or Recipe())
+    run = replace(run, recipe=with_recipe(run, path, _start(run)).recipe or Recipe())
     size = run.recipe.size if run.recipe else Recipe().size
     settings = {
         "size": size,
@@ -115,6 +116,11 @@ def _rollout(run: RunConfig, path: Path, cls: type[Method]) -> Path:
         method, updater = _built(run, path, cls, size, dim)
         RolloutLoop(run, RunDir(path, run), envs, method, updater, int(envs.description["action_repeat"])).go()
     return path
+
+
+def _start(run: RunConfig) -> Path | None:
+    """The folder of the run's checkpoint."""
+    return local_run(run.checkpoint) if run.checkpoint else None
 
 
 def _as_logged(run: RunConfig) -> RunConfig:

@@ -18,6 +18,7 @@ from localmotion.evaluation.heldout import CONTEXT_FRAMES, measure_heldout
 from localmotion.methods.base import LABELS, MASK, MOTION, Method
 from localmotion.recording.logs import EpisodeSampler
 from localmotion.runs.rundir import RunDir, claimed, read_environment
+from localmotion.runs.sharing import pinned
 from localmotion.training import graphs
 from localmotion.training.checks import check_video_stage
 from localmotion.training.loop import Clock, Loop
@@ -36,7 +37,7 @@ def pretrain(run: RunConfig, path: Path) -> Path:
     cls = methods.get(run.method)
     check_video_stage(cls, run)
     with claimed(path):
-        return _pretrain(run, path, cls)
+        return _pretrain(pinned(run, path), path, cls)
 
 
 def _pretrain(run: RunConfig, path: Path, cls: type[Method]) -> Path:

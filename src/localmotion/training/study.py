@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from localmotion import methods
@@ -22,7 +22,8 @@ from localmotion.console import say
 from localmotion.errors import ConfigError, LocalmotionError
 from localmotion.files import links_trusted, read_json
 from localmotion.machine import cores
-from localmotion.runs.rundir import claimed
+from localmotion.runs.rundir import claimed, write_json
+from localmotion.runs.sharing import is_shared, resolve
 from localmotion.training.interrupt import StopRequest
 from localmotion.training.study_file import Job, load_study, slug
 
@@ -54,6 +55,7 @@ def _run_study(path: Path, out: Path, todo: Sequence[Job], jobs: int) -> None:
     running: dict[subprocess.Popen[bytes], tuple[Job, float]] = {}
     failed: dict[str, str] = {}
     (out / "console").mkdir(exist_ok=True)
+    starts = _starts(out, todo)
     try:
         with StopRequest() as stop:
             while waiting or running:
@@ -64,7 +66,7 @@ def _run_study(path: Path, out: Path, todo: Sequence[Job], jobs: int) -> None:
                 ready = [job for job in waiting if not job.after or job.after in done]
                 for job in ready[: max(jobs - len(running), 0)]:
                     waiting.remove(job)
-                    running[_start(job, out, jobs)] = (job, time.monotonic())
+                    running[_start(job, out, jobs, starts)] = (job, time.monotonic())
                     say(f"begins  {job.name}")
                 time.sleep(0.2)
                 for process in [process for process in running if process.poll() is not None]:
@@ -94,8 +96,22 @@ def state(run: Path) -> str:
         return ""
 
 
-def _start(job: Job, out: Path, jobs: int) -> subprocess.Popen[bytes]:
+def _starts(out: Path, todo: Sequence[Job]) -> dict[str, str]:
+    """Checkpoints of the Hub that a study names, with their commits of today; a study that goes on keeps its first ones."""
+    kept = out / "starts.json"
+    starts: dict[str, str] = read_json(kept, ConfigError, "choose another --out") if kept.exists() else {}
+    named = {text.partition("=")[2] for job in todo for text in job.settings if text.startswith("checkpoint=")}
+    if new := {name: resolve(name)[1] for name in sorted(named - set(starts)) if is_shared(name)}:
+        starts |= new
+        write_json(kept, starts)
+    return starts
+
+
+def _start(job: Job, out: Path, jobs: int, starts: Mapping[str, str]) -> subprocess.Popen[bytes]:
     arguments = job.arguments(out)
+    named = next((text.partition("=")[2] for text in job.settings if text.startswith("checkpoint=")), "")
+    if named in starts:
+        arguments += ["--set", f"checkpoint={starts[named]}"]
     if jobs > 1 and not any(text.startswith("threads=") for text in job.settings):
         arguments += ["--set", f"threads={max(cores() // jobs, 1)}"]
     if links_trusted():

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -24,6 +23,7 @@ from localmotion.methods.base import Method
 from localmotion.models.rssm import RSSM
 from localmotion.runs import checkpoint
 from localmotion.runs.settings import read_config
+from localmotion.runs.sharing import local_run
 from localmotion.training.checks import check_start
 
 
@@ -50,11 +50,11 @@ def load_pretrained(method: Method, run: RunConfig) -> Transfer:
     of another method if ``run.load`` names no parts. Raises ConfigError for parts that the method does not transfer,
     and for a recipe that runs foreign code.
     """
-    source = Path(run.checkpoint)
+    source = local_run(run.checkpoint)
     theirs = read_config(source)
     parts = _parts(method, run)
     foreign = theirs.method != run.method
-    check_start(type(method), run, str(source), methods.get(theirs.method), theirs.stage)
+    check_start(type(method), run, run.checkpoint, methods.get(theirs.method), theirs.stage)
     if not run.load and theirs.stage not in method.acts_after:
         parts = _without_actor(method, run, parts)
     path = checkpoint.newest(source)
@@ -82,7 +82,7 @@ def load_pretrained(method: Method, run: RunConfig) -> Transfer:
     loaded = checkpoint.load_weights(method, chosen, str(path), partial=True)
     if fresh := [place for part, place in method.transfers.items() if part not in parts and place in here]:
         notes.append(f"not pre-trained: {', '.join(fresh)}")
-    return Transfer(str(source), theirs.method, parts, loaded, notes)
+    return Transfer(run.checkpoint, theirs.method, parts, loaded, notes)
 
 
 def _parts(method: Method, run: RunConfig) -> tuple[str, ...]:
