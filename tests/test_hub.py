@@ -335,7 +335,6 @@ def test_nothing_is_asked_of_the_network_without_hf(
     shutil.rmtree(run)
     main(["finetune", "--method", "drp", "--checkpoint", str(tmp_path / "out"), "--run", str(tmp_path / "fine"), *TINY])
     main(["evaluate", str(tmp_path / "fine"), "--episodes", "1", "--device", "cpu"])
-    main(["report", str(tmp_path / "fine"), "--out", str(tmp_path / "page.html")])
     main(["shelf"])
     load_run(tmp_path / "out")
     assert hub.COMMIT.fullmatch("0" * 40)

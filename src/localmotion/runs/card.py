@@ -123,7 +123,14 @@ def _parameters(counts: Mapping[str, Any]) -> str:
 
 def _scores(scores: Mapping[str, Any]) -> list[str]:
     titles = {"eval": "Last evaluation of training.", "heldout": "Held-out clips of its data."}
-    return [part for kind, line in scores.items() for part in (titles[kind], _table({k: _shown(v) for k, v in line.items()}))]
+    tables = {kind: {f"{key}{_meaning(key)}": _shown(value) for key, value in line.items()} for kind, line in scores.items()}
+    return [part for kind, rows in tables.items() for part in (titles[kind], _table(rows))]
+
+
+def _meaning(key: str) -> str:
+    if key.startswith("psnr/"):
+        return " (open-loop prediction, dB)"
+    return " (squared error on hidden motion / that of the best trivial predictor)" if key == "masked/ratio_best" else ""
 
 
 def _shown(value: Any) -> str:

@@ -36,7 +36,7 @@ from localmotion.runs.rundir import read_environment, write_json
 from localmotion.runs.settings import read_config
 from localmotion.runs.sharing import HUB, MANIFEST, SHELF, digest, is_shared, shelf_path
 
-_STATE = ("update", "stage", "action_dim", "agent_step", "env_step", "episode")
+_STATE = ("update", "stage", "action_dim", "agent_step", "env_step")
 """What is kept of a checkpoint's state.json. Loading needs `action_dim`; the counts say how long the run learned."""
 _ENVIRONMENT = ("recipe", "device", "precision", "parameters", "commit")
 _PLACE = re.compile(r"(?<![\w.~/\\-])(?:~[\w.-]*|\.{1,2}|[A-Za-z]:)?[\\/](?:[^\s\"',;=\[\]{}()]*[\\/])?")
@@ -111,6 +111,7 @@ def write_shared(run_dir: Path, out: Path, *, name: str, license: str = "", curv
         kept = {key: state[key] for key in _STATE if key in state}
         (target / "state.json").write_text(json.dumps({"format": checkpoint.FORMAT, **kept}) + "\n")
         (target / "COMPLETE").write_text("")
+        (target / "weights.safetensors").chmod((target / "COMPLETE").stat().st_mode)  # safetensors lets only its owner read it
         config = _config(run_dir)
         environment = _environment(read_environment(run_dir))
         write_json(temporary / "config.json", config)

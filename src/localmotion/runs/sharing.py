@@ -43,6 +43,7 @@ SHELF_REPOSITORY = ""
 taken by anybody."""
 _CHECKED = re.compile(r"(config|environment)\.json|checkpoints/\d+/(weights\.safetensors|state\.json|COMPLETE)")
 _ENTRY = re.compile(r"[A-Za-z0-9][\w.-]*", re.ASCII)
+_COUNTS = ("update", "env_step", "episodes")
 _FETCH_AGAIN = "it is incomplete or damaged; remove it and fetch it again"
 
 
@@ -175,11 +176,12 @@ def shelf_lines() -> tuple[list[str], list[list[str]]] | None:
     """Columns and rows of a table of the shelf, None if it is empty. Raises as `entries`."""
     rows = []
     for entry in entries():
-        config, scores = entry.config, entry.scores
-        of = {kind: line for kind, line in scores.items() if isinstance(line, dict)}
-        text = ", ".join(f"{key} {value:.3g}" for line in of.values() for key, value in line.items() if isinstance(value, float))
-        cells = (config.get("method"), config.get("stage"), config.get("preset"), config.get("env") or config.get("data"))
-        rows.append([entry.name, *(one_line(cell or "", 60) for cell in cells), f"{entry.megabytes:.1f}", text])
+        lines = [line for line in entry.scores.values() if isinstance(line, dict)]
+        shown = [(key, value) for line in lines for key, value in line.items() if key not in _COUNTS and isinstance(value, float)]
+        values = (entry.config.get(key) for key in ("method", "stage", "preset"))
+        cells = [*values, entry.config.get("env") or entry.config.get("data")]
+        text = ", ".join(f"{key} {value:.3g}" for key, value in shown)
+        rows.append([entry.name, *(one_line(cell or "", 60) for cell in cells), f"{entry.megabytes:.1f}", one_line(text)])
     return (["name", "method", "stage", "preset", "data", "MB", "scores"], rows) if rows else None
 
 
