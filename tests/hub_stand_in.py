@@ -118,11 +118,13 @@ class _Handler(BaseHTTPRequestHandler):
                     self.refuse(404, "EntryNotFound")
                     return
                 tag = hashlib.sha256(data).hexdigest()
+                start = int(self.headers.get("range", "bytes=0-").removeprefix("bytes=").partition("-")[0])
+                data, part = data[start:], {"Content_Range": f"bytes {start}-{len(data) - 1}/{len(data)}"} if start else {}
                 size = len(data)
                 if self.state.cut and path.endswith(self.state.cut) and self.command == "GET":
                     data = data[: size // 2]
                     size = len(data)
-                self.answer(data, X_Repo_Commit=found[1], ETag=f'"{tag}"', Content_Length=str(size))
+                self.answer(data, 206 if part else 200, X_Repo_Commit=found[1], ETag=f'"{tag}"', Content_Length=str(size), **part)
         else:
             self.refuse(404, "RepoNotFound")
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from localmotion import files
 from localmotion.cli import main
 from localmotion.errors import CheckpointError, ConfigError, LocalmotionError
 from localmotion.runs import checkpoint, push, sharing, source
@@ -228,6 +229,33 @@ def test_without_a_checkout_the_shelf_says_how_to_get_one(monkeypatch: pytest.Mo
 @pytest.mark.parametrize("name", ["shelf:", "shelf:../x", "shelf:a/b", "shelf:.x", "shelf:a b"])
 def test_a_name_of_the_shelf_stays_in_it(name: str) -> None:
     refused("is written shelf:NAME", lambda: local_run(name), ConfigError)
+
+
+# -- links of the Hub's cache -------------------------------------------------------------------------------------------
+
+
+def test_links_into_the_cache_are_read_and_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Hub's cache has links to files that commits share. They are accepted for that folder and that place only."""
+    monkeypatch.setattr(files, "_stores", {})
+    run, blobs = write_linked(tmp_path, "a"), tmp_path / "a" / "blobs"
+    refused("is a link to a place outside", lambda: load_run(run))
+    files.accept_links(run, blobs)
+    load_run(run)
+    refused("is a link to a place outside", lambda: load_run(write_linked(tmp_path, "b")))
+    (tmp_path / "secret").touch()
+    (run / "state.json").symlink_to(tmp_path / "secret")
+    refused("state.json: is a link to a place outside", lambda: load_run(run))
+
+
+def write_linked(folder: Path, name: str) -> Path:
+    """A shared run whose files are links, as in the Hub's cache."""
+    run = folder / name / "snapshots" / "commit"
+    write_shared(pretrained_run(folder / f"run-{name}"), run, name=name)
+    (folder / name / "blobs").mkdir()
+    for number, path in enumerate([path for path in run.rglob("*") if path.is_file()]):
+        path.rename(folder / name / "blobs" / str(number))
+        path.symlink_to(folder / name / "blobs" / str(number))
+    return run
 
 
 # -- the source ---------------------------------------------------------------------------------------------------------

@@ -35,9 +35,8 @@ def check_names(repo: str, revision: str = "") -> None:
 def fetch(repo: str, revision: str, patterns: Sequence[str], folder: str = "") -> tuple[Path, str]:
     """Fetch the files of ``folder`` in ``repo`` that match ``patterns``.
 
-    Returns the folder in the Hub's cache, and the commit. A commit that is in the cache already needs no network. Raises
-    MissingExtraError without huggingface_hub, ConfigError for names that no repository has, else CheckpointError with the
-    cause and the fix.
+    Returns the folder in the Hub's cache, and the commit. Raises MissingExtraError without huggingface_hub, ConfigError for
+    names that no repository has, else CheckpointError with the cause and the fix.
     """
     check_names(repo, revision)
     library = _library(f"hf:{repo}")
@@ -45,9 +44,25 @@ def fetch(repo: str, revision: str, patterns: Sequence[str], folder: str = "") -
     with _explained(repo, revision):
         given = {"revision": revision or None, "allow_patterns": wanted, "library_name": "localmotion"}
         found = Path(library.snapshot_download(repo, **given))
-    # In the cache the files of a commit are links to files that all commits share.
-    accept_links(found / folder, found.parent.parent / "blobs")
-    return found / folder, found.name
+    return _linked(found, folder), found.name
+
+
+def cached(repo: str, commit: str, patterns: Sequence[str], folder: str = "") -> Path | None:
+    """The folder that `fetch` would return for a commit, without any connection. It may be incomplete. None if there is none."""
+    check_names(repo, commit)
+    library = _library(f"hf:{repo}")
+    wanted = [f"{folder}/{pattern}" if folder else pattern for pattern in patterns]
+    try:
+        found = library.snapshot_download(repo, revision=commit, allow_patterns=wanted, local_files_only=True)
+    except library.errors.LocalEntryNotFoundError:
+        return None
+    return _linked(Path(found), folder)
+
+
+def _linked(snapshot: Path, folder: str) -> Path:
+    """A folder of the cache. There the files of a commit are links to files that all commits share."""
+    accept_links(snapshot / folder, snapshot.parent.parent / "blobs")
+    return snapshot / folder
 
 
 def visibility(repo: str) -> str:

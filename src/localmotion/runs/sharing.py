@@ -10,6 +10,7 @@ records the commit that it got, so that it resumes from the same weights.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
 from collections.abc import Mapping
@@ -90,6 +91,10 @@ def pinned(run: RunConfig, path: Path) -> RunConfig:
 
 
 def _fetched(name: str, repo: str, revision: str, folder: str) -> tuple[Path, str]:
+    if hub.COMMIT.fullmatch(revision) and (known := hub.cached(repo, revision, FILES, folder)):
+        with contextlib.suppress(CheckpointError):  # incomplete: the rest is fetched below
+            check_shared(known, name)
+            return known, name
     found, commit = hub.fetch(repo, revision, FILES, folder)
     if commit != revision:
         say(f"{name}: commit {commit}")
