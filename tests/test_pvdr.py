@@ -32,6 +32,7 @@ from localmotion.testing.learns import (
     losses_of,
     updates_change_every_group,
 )
+from localmotion.training.checks import check_video_stage
 from written_out import pvdr as written
 
 CODES, CELLS = 11, 4
@@ -505,3 +506,17 @@ def test_the_commands_run_end_to_end(store: Path, tmp_path: Path, capsys: pytest
     page = (tmp_path / "r.html").read_text()
     assert "best of one" in page
     assert "codes used" in page
+
+
+@pytest.mark.parametrize(
+    ("late", "needed"),
+    [({"quantise_from": 20}, 21), ({"adversarial": 0.1, "adversarial_from": 30}, 31), ({"quantise_from": 19}, None)],
+)
+def test_a_tokenizer_that_would_end_before_a_part_of_it_begins_is_refused(late: dict[str, Any], needed: int | None) -> None:
+    settings = [f"model.tokenizer.{name}={value}" for name, value in late.items()]
+    run = compose("pvdr", "tokenize", preset="debug", flags={"data": "store"}, settings=("pretrain.updates=20", *settings))
+    if needed is None:
+        check_video_stage(PVDR, run)
+        return
+    with pytest.raises(ConfigError, match=f"pretrain.updates=20.*at least {needed}"):
+        check_video_stage(PVDR, run)

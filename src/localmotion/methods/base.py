@@ -267,6 +267,11 @@ class Method(nn.Module):
         """The stages whose runs a stage may start from, with the method's settings. Empty: it is not in `begins`."""
         return (cls.begins[stage],) if stage in cls.begins else ()
 
+    @classmethod
+    def least_updates(cls, config: Any, stage: str) -> int:
+        """Updates that a stage on clips needs at least, so that every part of its model takes part in the end."""
+        return 1
+
     # Learning ---------------------------------------------------------------------------------------------------------------
 
     @abstractmethod

@@ -166,6 +166,11 @@ class PVDR(Method):
     def lengths(cls, config: Any, stage: str) -> tuple[int, int | None]:
         return (1 if stage == "tokenize" else config.plan.context + config.plan.horizon), None
 
+    @classmethod
+    def least_updates(cls, config: Any, stage: str) -> int:
+        late = (config.tokenizer.quantise_from, config.tokenizer.adversarial_from if config.tokenizer.adversarial > 0 else 0)
+        return max(late) + 1 if stage == "tokenize" else 1
+
     # 1. Tokens ------------------------------------------------------------------------------------------------------------------
 
     def tokenize_losses(self, batch: Batch) -> tuple[Losses, Metrics, tuple[Tensor, Tensor]]:

@@ -15,6 +15,11 @@ def check_video_stage(method: type[Method], run: RunConfig) -> None:
         raise ConfigError(f"method {run.method} has no pre-training stage; use localmotion train")
     check_length(method, run)
     check_begins(method, run)
+    if run.pretrain.updates < (least := method.least_updates(run.model, run.stage)):
+        raise ConfigError(
+            f"pretrain.updates={run.pretrain.updates}: with its settings {run.stage} of {run.method} needs at least {least}, because a"
+            " part of the model begins late; give more, or let that part begin earlier"
+        )
 
 
 def check_acting_stage(method: type[Method], run: RunConfig) -> None:
