@@ -66,6 +66,16 @@ def test_the_grid_is_what_the_file_says(tmp_path: Path) -> None:
     assert all("online.env_steps=160" in job.settings for job in jobs)
 
 
+def test_a_study_may_be_of_pretrainings_alone_and_may_set_the_recipe(tmp_path: Path) -> None:
+    head, _, _ = STUDY.partition("variants:")
+    alone = head + "pretrain:\n  clips: {method: drp, settings: {data: store}}\n"
+    assert [(job.name, job.stage) for job in load_study(write(tmp_path, alone))] == [("clips", "pretrain")]
+    with pytest.raises(ConfigError, match=r"needs variants.*or pretrain alone"):
+        load_study(write(tmp_path, head))
+    jobs = load_study(write(tmp_path, STUDY.replace("{threads: 1,", "{recipe: {size: 32, percept_size: 64}, threads: 1,")))
+    assert all('recipe={"size": 32, "percept_size": 64}' in job.settings for job in jobs)
+
+
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [

@@ -126,8 +126,8 @@ def read_study(path: Path) -> Study:
     common, preset = _pairs(path, study.get("settings")), str(study.get("preset", "small"))
     entries = _entries(path, _table(path, study, "pretrain"))
     variants = _table(path, study, "variants")
-    if not variants:
-        raise ConfigError(f"{path}: a study needs variants, e.g. variants: {{DRP: {{method: drp}}}}")
+    if not variants and not entries:
+        raise ConfigError(f"{path}: a study needs variants, e.g. variants: {{DRP: {{method: drp}}}}, or pretrain alone")
     jobs: list[Job] = []
     grid: dict[str, tuple[list[Any], list[Any]]] = {}  # tasks and seeds of each variant
     for name, given in variants.items():
@@ -386,14 +386,14 @@ def _stage(path: Path, name: str, given: Mapping[str, Any], method: str, usual: 
 
 
 def _pairs(path: Path, settings: Any) -> list[str]:
-    """Settings as name=value texts. A nested mapping is written with dots."""
+    """Settings as name=value texts. A nested mapping is written with dots, except for the two settings that are mappings."""
     if settings is None:
         return []
     if not isinstance(settings, dict):
         raise ConfigError(f"{path}: settings are a mapping of names to values")
     out = []
     for name, value in settings.items():
-        if isinstance(value, dict) and name != "env_options":
+        if isinstance(value, dict) and name not in ("env_options", "recipe"):
             out += [f"{name}.{text}" for text in _pairs(path, value)]
         else:
             out.append(f"{name}={_json(path, value)}")
