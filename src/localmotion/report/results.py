@@ -183,7 +183,7 @@ def averages(report: Gathered, groups: Sequence[Group]) -> list[Block]:
         key, name = ("success_rate", "Success rate") if percent else ("return_mean", "Episode return")
         drawn = []
         for label, members in whole.items():
-            if means := _mean_over_tasks(report, members, key):
+            if means := mean_over_tasks(report, members, key):
                 drawn.append(plots.CurveGroup(label, means, summarise(final_scores(means))))
         if drawn:
             title = f"{name}, average over {len(tasks)} tasks of {suite}"
@@ -195,7 +195,7 @@ def averages(report: Gathered, groups: Sequence[Group]) -> list[Block]:
     return blocks
 
 
-def _mean_over_tasks(report: Gathered, groups: Sequence[Group], key: str) -> tuple[Curve, ...]:
+def mean_over_tasks(report: Gathered, groups: Sequence[Group], key: str) -> tuple[Curve, ...]:
     """One curve for each seed that all groups (one per task) have: the mean over tasks where all have a value."""
     curves = []
     by_seed = [{run.seed: run for run in group.runs} for group in groups]
