@@ -33,6 +33,7 @@ FLOORS = (
     "config",
     "recipe",
     "console",
+    "foreign",
     "files",
     "machine",
     "errors",

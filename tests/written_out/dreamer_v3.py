@@ -148,8 +148,12 @@ class State(NamedTuple):
 
 def latent(out: Tensor, model: Any, classes: int) -> Tensor:
     """(..., S*C) -> log-probabilities (..., S, C), of which ``unimix`` is uniform."""
-    probs = torch.exp(log_softmax(out.reshape(*out.shape[:-1], model.stoch, classes)))
-    return torch.log((1 - model.unimix) * probs + model.unimix / classes)
+    return mixed(out.reshape(*out.shape[:-1], model.stoch, classes), model.unimix)
+
+
+def mixed(out: Tensor, share: float) -> Tensor:
+    """(..., C) -> log-probabilities (..., C), of which ``share`` is uniform."""
+    return torch.log((1 - share) * torch.exp(log_softmax(out)) + share / out.shape[-1])
 
 
 def recurrent(w: Weights, stoch: Tensor, deter: Tensor, action: Tensor, blocks: int) -> Tensor:
@@ -198,10 +202,10 @@ def observe(w: Weights, embed: Tensor, batch: Mapping[str, Tensor], model: Any, 
 class Policy:
     """Normal of mean tanh(m) and deviation 0.9 sigmoid(s + 2) + 0.1, or one of A actions."""
 
-    def __init__(self, out: Tensor, discrete: bool) -> None:
-        self.discrete = discrete
-        if discrete:
-            self.log_probs = log_softmax(out)
+    def __init__(self, out: Tensor, model: Any) -> None:
+        self.discrete = model.discrete
+        if self.discrete:
+            self.log_probs = mixed(out, model.unimix)
         else:
             mean, std = out.chunk(2, -1)
             self.mean, self.std = torch.tanh(mean), 0.9 * sigmoid(std + 2) + 0.1
@@ -260,7 +264,7 @@ def imagine(w: Weights, start: State, model: Any, classes: int, noise: Any) -> t
     """Features (H+1, N, F) and actions (H, N, A) of the policy in the prior."""
     state, feats, actions = start, [start.feat], []
     for _ in range(model.imag_length):
-        actions.append(Policy(mlp(w, "actor.", feats[-1], 3), model.discrete).sample(noise))
+        actions.append(Policy(mlp(w, "actor.", feats[-1], 3), model).sample(noise))
         deter = recurrent(w, state.stoch, state.deter, actions[-1], model.blocks)
         log_probs = prior(w, deter, model, classes)
         state = State(core.one_hot_sample(log_probs, noise.uniform(log_probs.shape)), deter, log_probs)
@@ -286,7 +290,7 @@ def behaviour(
     low, high = state.weights["return_range.low"], state.weights["return_range.high"]
     scale = torch.maximum(torch.ones(()), high - low)
     policy_loss, value_loss, reach, sizes = [], [], cont[0].clone(), []
-    policies = [Policy(mlp(w, "actor.", feat[t], 3), model.discrete) for t in range(model.imag_length)]
+    policies = [Policy(mlp(w, "actor.", feat[t], 3), model) for t in range(model.imag_length)]
     for t, policy in enumerate(policies):
         if t:
             reach = reach * base * cont[t]

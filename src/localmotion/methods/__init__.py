@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 
 from localmotion.errors import ConfigError, unknown_name
+from localmotion.foreign import see_working_folder
 from localmotion.methods import plugins
 from localmotion.methods.base import Batch, Group, Method
 
@@ -53,7 +54,7 @@ def plug_in(text: str) -> type[Method]:
     that another class has.
     """
     module, cls = plugins.parse(text)
-    plugins.see_working_folder()
+    see_working_folder()
     who = f"--plugin {text}"
     found = plugins.import_class(module, cls, who)
     taken = [".".join(_METHODS[found.name])] if found.name in _METHODS else []

@@ -240,6 +240,8 @@ class Method(nn.Module):
     instance may add those whose shapes depend on its settings."""
     vectors: ClassVar[bool] = False
     """Whether it can learn from vectors, with or without pictures. Its Config then has ``pixels`` and ``vector_dim``."""
+    discrete: ClassVar[bool] = False
+    """Whether it can choose one of A actions, as a one-hot vector. Its Config then has ``discrete``, which the environment sets."""
 
     @abstractmethod
     def __init__(self, config: Any, *, image_size: int, action_dim: int | None) -> None:

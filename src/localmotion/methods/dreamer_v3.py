@@ -105,9 +105,9 @@ class DreamerV3Config:
     vector_dim: int = 0
     """Length of the vector observation; 0 for none."""
     discrete: bool = False
-    """Actions are one-hot vectors instead of numbers in [-1, 1]."""
+    """Actions are one-hot vectors instead of numbers in [-1, 1]. The environment decides; set it for logged episodes without one."""
     unimix: float = 0.01
-    """Share of the uniform distribution in every latent."""
+    """Share of the uniform distribution in every latent, and in a policy of discrete actions."""
     kl_free: float = 1.0
     """Free nats of each KL, per position. The name differs from DreamerV2's because suites set that one."""
     horizon: int = 333
@@ -157,6 +157,7 @@ class DreamerV3(Method):
     Config = DreamerV3Config
     stages = FROM_SCRATCH
     vectors = True
+    discrete = True
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         # Reference, block dmc_vision: batches of 16 x 64 and one update in 4 env steps (train ratio 256), 2 agent steps at action repeat 2.
         "paper": {
@@ -299,7 +300,7 @@ class DreamerV3(Method):
     def policy(self, feat: Tensor) -> BoundedNormal | OneHotPolicy:
         """Action distribution at features (..., F)."""
         out = self.actor(feat)
-        return OneHotPolicy(out) if self.config.discrete else BoundedNormal(out)
+        return OneHotPolicy(out, self.config.unimix) if self.config.discrete else BoundedNormal(out)
 
     @torch.no_grad()
     def imagine(self, start: State) -> Imagined:

@@ -8,14 +8,10 @@ An entry point is how a package says that it has a method; in its pyproject.toml
 
 from __future__ import annotations
 
-import importlib
-import os
-import sys
-import traceback
 from importlib.metadata import EntryPoint, entry_points
 
 from localmotion.errors import ConfigError
-from localmotion.files import one_line
+from localmotion.foreign import import_named
 from localmotion.methods.base import Method
 
 GROUP = "localmotion.methods"
@@ -37,19 +33,7 @@ def import_class(module: str, cls: str, who: str) -> type[Method]:
     Raises ConfigError, with the fix, for a module that is not there or cannot be imported, a class that it does not have, and a class
     that is not a `Method` with a name.
     """
-    try:
-        found = importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
-            raise ConfigError(f"{who}: importing {module} failed: {one_line(error)}; install what it needs") from error
-        raise ConfigError(
-            f"{who}: there is no module {error.name!r}; run the command in the folder that has it, add that folder to PYTHONPATH, or"
-            " install its package"
-        ) from error
-    except Exception as error:  # whatever a module does when it is imported
-        at = traceback.extract_tb(error.__traceback__)[-1]
-        cause = f"{type(error).__name__}: {one_line(error)} ({at.filename}, line {at.lineno})"
-        raise ConfigError(f"{who}: importing {module} failed: {cause}; fix the module") from error
+    found = import_named(module, who)
     methods = [name for name, value in vars(found).items() if _is_method(value) and value.__module__ == module]
     known = f"its methods are {', '.join(methods)}" if methods else "it has no method"
     if not hasattr(found, cls):
@@ -72,9 +56,3 @@ def parse(text: str) -> tuple[str, str]:
     if not cls.isidentifier() or not all(part.isidentifier() for part in module.split(".")):
         raise ConfigError(f"--plugin {text!r:.200}: write it as MODULE:CLASS, e.g. --plugin my_method:MyMethod")
     return module, cls
-
-
-def see_working_folder() -> None:
-    """Let the folder that a command runs in be looked through for modules, after all others, as `python -m` does first."""
-    if not {"", os.getcwd()} & set(sys.path):
-        sys.path.append(os.getcwd())

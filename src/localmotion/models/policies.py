@@ -47,7 +47,10 @@ class BoundedNormal:
 
 
 class OneHotPolicy:
-    """One of A actions as a one-hot vector, logits (..., A); ``unimix`` of the probability is uniform (0 in the reference)."""
+    """One of A actions as a one-hot vector, logits (..., A).
+
+    ``unimix`` of the probability is uniform (0.01 in the reference's configs.yaml).
+    """
 
     def __init__(self, out: Tensor, unimix: float = 0.0) -> None:
         log_probs = F.log_softmax(out.float(), -1)
