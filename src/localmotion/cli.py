@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 from localmotion import __version__, commands
 from localmotion.errors import ConfigError, LocalmotionError, unknown_name
 from localmotion.files import trust_links
+from localmotion.foreign import trust_env
 
 
 class _Parser(argparse.ArgumentParser):
@@ -48,6 +49,13 @@ def _parser(stage: str = "") -> _Parser:
                 default=[],
                 metavar="MODULE:CLASS",
                 help="import a method from outside the package (docs/add_a_method.md); repeatable",
+            )
+            sub.add_argument(
+                "--trust-env",
+                action="append",
+                default=[],
+                metavar="NAME",
+                help="import this environment of your own (docs/own_environments.md) where a run or study names it; repeatable",
             )
         sub.set_defaults(call=call)
         return sub
@@ -341,6 +349,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise unknown_name(f"option of {args.command}", rest[0], known)
         args.rest = rest
         trust_links(args.follow_links)
+        for name in getattr(args, "trust_env", []):
+            trust_env(name)
         if plugins := getattr(args, "plugin", []):
             from localmotion import methods
 

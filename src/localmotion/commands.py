@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from localmotion.errors import ConfigError, LocalmotionError
 from localmotion.files import check_output
+from localmotion.foreign import trust_env
 
 if TYPE_CHECKING:
     from localmotion.recipe import Recipe
@@ -142,6 +143,7 @@ def train(args: argparse.Namespace) -> None:
     texts = _settings(rest) + args.set
     env = next((t.partition("=")[2] for t in texts if t.startswith("env=")), "")
     run = compose(args.method, args.command, preset=args.preset, env=env, settings=texts)
+    trust_env(run.env)  # only this command line has named it
     if args.help:
         _show_settings(args.command, run)
         return
@@ -205,6 +207,7 @@ def evaluate(args: argparse.Namespace) -> None:
     from localmotion.evaluation.evaluate import evaluate_run
     from localmotion.runs.sharing import local_run
 
+    trust_env(args.env)
     result = evaluate_run(
         local_run(args.run),
         episodes=args.episodes,
@@ -333,6 +336,7 @@ def expert(args: argparse.Namespace) -> None:
     from localmotion.training.experts import train_expert
     from localmotion.training.interrupt import Interrupted
 
+    trust_env(args.env)
     try:
         found = train_expert(args.env, args.out, env_steps=args.env_steps, seed=args.seed, episodes=args.episodes)
     except Interrupted as stopped:  # unlike a run, the same command does not go on
@@ -357,6 +361,7 @@ def collect(args: argparse.Namespace) -> None:
     from localmotion.runs.sharing import local_run
 
     settings = {"quality": args.quality, "action_repeat": args.action_repeat}
+    trust_env(args.env)
     check_env(args.env, _options(args))
     if args.motion == "exact" and not args.store:
         raise ConfigError("--motion exact: mp4 files have no motion; write a clip store with --store")

@@ -1,4 +1,7 @@
-"""Import a module that the user named, with errors on one line. For names that the user typed or installed, never for those of a file."""
+"""Code outside the package, which the user names or installs: imports with errors on one line, entry points, trust in environments.
+
+Importing runs code. No name out of a file gets here, unless the user has named the same.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,24 @@ import importlib
 import os
 import sys
 import traceback
+from importlib.metadata import EntryPoint, entry_points
 from types import ModuleType
 
 from localmotion.errors import ConfigError
 from localmotion.files import one_line
+
+_trusted: list[str] = []
+
+
+def trust_env(name: str) -> None:
+    """Let the environment of exactly this name be imported in this process. For names that the user typed, never for those of a file."""
+    if name and name not in _trusted:
+        _trusted.append(name)
+
+
+def trusted_envs() -> tuple[str, ...]:
+    """The names that `trust_env` was given, for code that starts further processes of this program."""
+    return tuple(_trusted)
 
 
 def import_named(module: str, who: str) -> ModuleType:
@@ -31,6 +48,15 @@ def cause(error: Exception) -> str:
     """An error of somebody's code on one line, with the place where it was raised."""
     at = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__}: {one_line(error)} ({at.filename}, line {at.lineno})"
+
+
+def entries(group: str) -> dict[str, list[EntryPoint]]:
+    """Entry points of installed packages by name; nothing is imported. A name has several where packages disagree."""
+    found: dict[str, list[EntryPoint]] = {}
+    for point in entry_points(group=group):
+        if all(point.value != other.value for other in found.setdefault(point.name, [])):
+            found[point.name].append(point)
+    return found
 
 
 def see_working_folder() -> None:

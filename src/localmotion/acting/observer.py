@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from localmotion.perception.stream import StreamingExtractor
 
 SHOWN = ("image", "vector", "goal")
-"""Keys of an observation that the agent gets and the replay stores."""
+"""Keys of an observation that the agent gets and the replay stores, besides those that the environment has recorded
+(`PixelEnv.recorded`)."""
 
 
 def wants_goal(run: RunConfig) -> bool:
@@ -40,6 +41,9 @@ class Observer:
 
     def __init__(self, env: gymnasium.Env[Any, Any], recipe: Recipe | None) -> None:
         self.env, self.recipe = env, recipe
+        self.shown = (*SHOWN, *(key for key in getattr(env, "recorded", ()) if key not in SHOWN))
+        self.discrete: bool = getattr(env, "discrete", False)
+        """Whether an action is a one-hot vector."""
         self.seconds = {"env": 0.0, "perception": 0.0}
         self.extractor: StreamingExtractor | None = None
 
@@ -54,7 +58,7 @@ class Observer:
         """Shapes and dtypes of a replay record."""
         boxes: dict[str, Any] = self.env.observation_space.spaces  # type: ignore[attr-defined]
         spec: dict[str, tuple[tuple[int, ...], str]] = {
-            **{key: (tuple(boxes[key].shape), boxes[key].dtype.name) for key in SHOWN if key in boxes},
+            **{key: (tuple(boxes[key].shape), boxes[key].dtype.name) for key in self.shown if key in boxes},
             "action": ((self.action_dim,), "float32"),
             "reward": ((), "float32"),
             "is_terminal": ((), "bool"),
@@ -111,7 +115,12 @@ class Observer:
     def _record(
         self, obs: dict[str, Any], action: NDArray[np.float32], reward: float, terminal: bool, *, first: bool
     ) -> dict[str, Any]:
-        record = {**{key: obs[key] for key in SHOWN if key in obs}, "action": action, "reward": reward, "is_terminal": terminal}
+        record = {
+            **{key: obs[key] for key in self.shown if key in obs},
+            "action": action,
+            "reward": reward,
+            "is_terminal": terminal,
+        }
         if self.recipe and self.extractor:
             began = time.perf_counter()
             frame = obs.get("percept", obs["image"])

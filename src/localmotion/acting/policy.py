@@ -88,7 +88,9 @@ def _pictures(values: Tensor) -> NDArray[np.uint8]:
     return found
 
 
-def random_policy(action_dim: int, seed: int) -> Policy:
-    """Uniform random actions."""
+def random_policy(action_dim: int, seed: int, *, discrete: bool = False) -> Policy:
+    """Uniform random actions; ``discrete``: one-hot vectors."""
     rng = np.random.default_rng(seed)
+    if discrete:
+        return lambda records, first: np.eye(action_dim, dtype=np.float32)[rng.integers(action_dim, size=len(records))]
     return lambda records, first: rng.uniform(-1, 1, (len(records), action_dim)).astype(np.float32)

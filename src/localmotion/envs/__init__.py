@@ -10,11 +10,12 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from localmotion.errors import ConfigError, unknown_name
+from localmotion.foreign import trust_env, trusted_envs
 
 if TYPE_CHECKING:
     from localmotion.envs.base import Observed, PixelEnv
 
-__all__ = ["check_env", "list_envs", "list_options", "make_env"]
+__all__ = ["check_env", "is_own", "list_envs", "list_options", "make_env", "trust_env", "trusted_envs"]
 
 
 def _dmc() -> tuple[list[str], Callable[..., PixelEnv]]:
@@ -98,6 +99,12 @@ OWN_DRAWING = {"planar", "toy"}
 """Suites that draw their own pictures: they have no cameras and one quality, "exact"."""
 
 
+def is_own(name: str) -> bool:
+    """Whether a name is that of an environment outside the package (`localmotion.envs.own`)."""
+    suite, colon, _ = name.partition(":")
+    return bool(colon) and suite not in _SUITES
+
+
 def list_envs(suite: str | None = None) -> list[str]:
     """Full names of all environments, or of one suite's. Raises ConfigError for an unknown suite."""
     if suite is not None and suite not in _SUITES:
@@ -124,7 +131,7 @@ def make_env(
 
     Args:
         name: "dmc:walker_walk", "metaworld:reach" (or "metaworld:reach-v3"), "planar:walker_walk", "toy:dot";
-            `list_envs` has all.
+            `list_envs` has all. Or one of your own: "gym:CartPole-v1", "my_module:make" (docs/own_environments.md).
         seed: seed of the environment's own generator, used by resets without a seed.
         size: side of the ``image`` observation in pixels.
         percept_size: side of the ``percept`` observation, a multiple of ``size``: one rendering serves both.
@@ -136,17 +143,20 @@ def make_env(
             found much better (docs/perception.md), for 2 to 5 ms more per frame.
         observed: "pixels", "vectors" (the suite's own low-dimensional observation; no rendering), or "both".
         goal: observations also have ``goal``, a picture of the episode's task solved (docs/environments.md).
-        options: the suite's own options by name, e.g. ``difficulty="easy"`` of distracting; `list_options` has them.
+        options: the suite's own options by name, e.g. ``difficulty="easy"`` of distracting; `list_options` has them. Those of an
+            environment of your own are its arguments.
 
     Raises:
-        ConfigError: a name that does not exist (the message suggests the nearest ones), an option the suite lacks, or a setting out of
-            range; ``goal`` for an environment without goal pictures.
+        ConfigError: a name that does not exist (the message suggests the nearest ones) or is not trusted (`trust_env`), an option the
+            suite lacks, or a setting out of range; ``goal`` for an environment without goal pictures.
         EnvError: no working OpenGL; the message says what to install.
     """
     task, factory = _found(name)
     _check_options(name, factory, options)
     if not 1 <= supersample <= 4 or supersample * (percept_size or size) > 1024:
         raise ConfigError(f"supersample={supersample} of {name} must be 1..4, and pictures are drawn at no more than 1024 pixels")
+    if supersample > 1 and is_own(name):
+        raise ConfigError(f"supersample={supersample} of {name}: its pictures are as large as it draws them; leave it out")
     env = factory(
         task,
         seed=seed,
@@ -187,11 +197,12 @@ def check_env(name: str, options: Mapping[str, Any]) -> None:
     """
     task, factory = _found(name)
     own, suite = dict(options), name.partition(":")[0]
+    cameras = suite not in OWN_DRAWING and not is_own(name)
     if "time_limit" in own:
         limit = own.pop("time_limit")
         if type(limit) is not int or not 1 <= limit < 2**31:
             raise ConfigError(f"option time_limit={limit!r:.60} of {name}: must be a whole number of env steps, 1 or more")
-    if "camera" in own and suite not in OWN_DRAWING:
+    if "camera" in own and cameras:
         camera = own.pop("camera")
         if type(camera) not in (int, str):
             raise ConfigError(f"option camera={camera!r:.60} of {name}: must be a name or a number")
@@ -208,7 +219,9 @@ def _found(name: str) -> tuple[str, Callable[..., PixelEnv]]:
         hint = f"; did you mean {' or '.join(near)}?" if near else ", as in dmc:walker_walk, metaworld:reach or toy:dot"
         raise ConfigError(f"environment {name!r} has no suite before its name{hint}")
     if suite not in _SUITES:
-        raise unknown_name("environment suite", suite, _SUITES)
+        from localmotion.envs.own import find_own
+
+        return task, find_own(name, _SUITES)
     tasks, factory = _SUITES[suite]()
     if task.removesuffix("-v3") not in tasks and task not in _unlisted(suite):
         raise unknown_name("environment", name, [f"{suite}:{known}" for known in tasks])
@@ -232,11 +245,15 @@ def _options_of(factory: Callable[..., PixelEnv]) -> list[str]:
 
 def _check_options(env: str, factory: Callable[..., PixelEnv], options: Mapping[str, Any]) -> None:
     """Raise ConfigError for a name that is not one of the suite's own options."""
-    suite, known = env.partition(":")[0], _options_of(factory)
+    suite, own = env.partition(":")[0], getattr(factory, "check", None)
+    known = [] if own else _options_of(factory)
     common = ["time_limit"] if suite in OWN_DRAWING else ["time_limit", "camera"]
     for name in options:
         if name in SETTINGS:
-            raise ConfigError(f"option {name}={options[name]!r:.60} of {env}: it is set by {SETTINGS[name]}")
+            way = '; an argument of this name is given as {"kwargs": {...}}' if own else ""
+            raise ConfigError(f"option {name}={options[name]!r:.60} of {env}: it is set by {SETTINGS[name]}{way}")
+        if own:
+            continue
         if name == "camera":
             raise ConfigError(f"option camera={options[name]!r:.60} of {env}: {suite} has no cameras; leave it out")
         if not known:
@@ -245,3 +262,5 @@ def _check_options(env: str, factory: Callable[..., PixelEnv], options: Mapping[
             )
         if name not in known:
             raise unknown_name(f"option of {env!r:.60}", name[:60], [*known, *common])
+    if own:
+        own(options)

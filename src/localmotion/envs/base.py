@@ -52,6 +52,10 @@ class PixelEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
 
     metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 20}
     has_success: ClassVar[bool] = False
+    discrete: bool = False
+    """Whether an action is one of A, given as a one-hot vector, instead of A numbers in [-1, 1]."""
+    recorded: tuple[str, ...] = ()
+    """Keys of the observation that the replay records although no method reads them."""
 
     def __init__(
         self,
@@ -114,6 +118,10 @@ class PixelEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         """
         raise NotImplementedError
 
+    def _cut(self) -> bool:
+        """Whether the suite itself ends the episode here although the task has not ended, e.g. by a time limit of its own."""
+        return False
+
     def _success(self) -> float:
         """1.0 while the task's goal is met, for suites that signal it."""
         return 0.0
@@ -169,10 +177,15 @@ class PixelEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         self._elapsed, self._begun = 0, True
         if not self.shows_goal:
             return self._observe(), self._info(0)
-        solved = self._solve(episode_seed)
-        self._goal = self._averaged(self.render_frame(self.draw_size))
-        self._begin(episode_seed)
+        self._goal, solved = self._goal_picture(episode_seed)
         return self._observe(), self._info(0) | {"goal_solved": float(solved)}
+
+    def _goal_picture(self, episode_seed: int) -> tuple[NDArray[np.uint8], bool]:
+        """The goal picture (size, size, 3) of the episode that has just begun, and whether it shows the task solved."""
+        solved = self._solve(episode_seed)
+        picture = self._averaged(self.render_frame(self.draw_size))
+        self._begin(episode_seed)
+        return picture, solved
 
     def step(self, action: NDArray[np.float32]) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         """One agent step: ``action`` (A,) applied ``action_repeat`` times, or fewer if the episode ends.
@@ -187,13 +200,14 @@ class PixelEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
                 else f"{self.name}: call reset() before step()"
             )
         checked = self._checked(action)
-        total, done, terminated = 0.0, 0, False
-        while done < self.action_repeat and not terminated and self._elapsed < self.time_limit:
+        total, done, terminated, cut = 0.0, 0, False, False
+        while done < self.action_repeat and not (terminated or cut):
             reward, terminated = self._control(checked)
             total += reward
             done += 1
             self._elapsed += 1
-        truncated = not terminated and self._elapsed >= self.time_limit
+            cut = self._elapsed >= self.time_limit or self._cut()
+        truncated = cut and not terminated
         if terminated or truncated:
             self._elapsed = None
         return self._observe(), float(total), terminated, truncated, self._info(done)
@@ -227,6 +241,7 @@ class PixelEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
             "observed": self.observed,
             **({"goal": True} if self.shows_goal else {}),
             "action_dim": self.action_space.shape[0],  # type: ignore[index]
+            **({"discrete": True} if self.discrete else {}),
             "action_repeat": self.action_repeat,
             "time_limit": self.time_limit,
             **self._facts(),

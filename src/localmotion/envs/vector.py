@@ -22,6 +22,7 @@ from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
 from localmotion.errors import ConfigError, EnvError
+from localmotion.foreign import trust_env, trusted_envs
 from localmotion.machine import cores
 
 _FLAGS = ("reward", "terminated", "truncated", "env_steps", "success")
@@ -172,7 +173,7 @@ class VectorEnv(gymnasium.vector.VectorEnv):
     def _probe(self) -> tuple[spaces.Dict, spaces.Box, dict[str, Any], dict[str, Any]]:
         """Spaces of one environment, made in a child process, so this process needs no OpenGL."""
         ours, theirs = self._context.Pipe()
-        process = self._context.Process(target=_describe, args=(theirs, self.name, self._settings), daemon=True)
+        process = self._context.Process(target=_describe, args=(theirs, self.name, self._settings, trusted_envs()), daemon=True)
         process.start()
         theirs.close()
         try:
@@ -191,7 +192,7 @@ class VectorEnv(gymnasium.vector.VectorEnv):
     def _start(self, index: int) -> _Worker:
         slots = self._slots[index]
         seeds = [env_seed(self.seed, slot, self._lives[index]) for slot in slots]
-        arguments = (self.name, self._settings, slots, seeds, self._shared, self.num_envs)
+        arguments = (self.name, self._settings, slots, seeds, self._shared, self.num_envs, trusted_envs())
         return _Worker(self._context, arguments, self._timeout * 10)
 
     def _ask(self, command: str, parts: list[list[Any]]) -> list[int]:
@@ -301,12 +302,14 @@ def _views(shared: dict[str, Any]) -> dict[str, NDArray[Any]]:
     return {key: np.frombuffer(raw, dtype).reshape(shape) for key, (raw, shape, dtype) in shared.items()}
 
 
-def _describe(pipe: Connection, name: str, settings: dict[str, Any]) -> None:
+def _describe(pipe: Connection, name: str, settings: dict[str, Any], trusted: Sequence[str]) -> None:
     """Main function of the child that only describes the environment."""
     from localmotion.envs import make_env
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
+        for own in trusted:
+            trust_env(own)
         env = make_env(name, **settings)
         pipe.send(("ready", (env.observation_space, env.action_space, env.describe(), env.metadata)))
         env.close()
@@ -322,11 +325,14 @@ def _serve(
     seeds: list[int],
     shared: dict[str, Any],
     count: int,
+    trusted: Sequence[str],
 ) -> None:
     """Main loop of a worker: make the environments, then execute commands until told to exit. The parent handles interrupts."""
     from localmotion.envs import make_env
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for own in trusted:
+        trust_env(own)
     views = _views(shared)
     made: dict[int, Any] = {}
     while True:

@@ -98,7 +98,7 @@ def evaluate_run(
     def policy_for() -> Any:
         group = next(counter)
         if policy == "random":
-            return random_policy(dim, base * 1000 + group)
+            return random_policy(dim, base * 1000 + group, discrete=observers[0].discrete)
         torch.manual_seed(episode_seed(base, "policy", group))
         return MethodPolicy(method, compute, explore=False, window=run.online.length)
 

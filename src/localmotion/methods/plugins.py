@@ -8,10 +8,10 @@ An entry point is how a package says that it has a method; in its pyproject.toml
 
 from __future__ import annotations
 
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint
 
 from localmotion.errors import ConfigError
-from localmotion.foreign import import_named
+from localmotion.foreign import entries, import_named
 from localmotion.methods.base import Method
 
 GROUP = "localmotion.methods"
@@ -20,11 +20,7 @@ GROUP = "localmotion.methods"
 
 def installed() -> dict[str, list[EntryPoint]]:
     """Entry points of installed packages by method's name; nothing is imported. A name has several where packages disagree."""
-    found: dict[str, list[EntryPoint]] = {}
-    for point in entry_points(group=GROUP):
-        if all(point.value != other.value for other in found.setdefault(point.name, [])):
-            found[point.name].append(point)
-    return found
+    return entries(GROUP)
 
 
 def import_class(module: str, cls: str, who: str) -> type[Method]:

@@ -134,6 +134,8 @@ def collect(
         raise ConfigError(f"steps={steps} is too short for motion; at least 2")
     side = recipe.percept_size if recipe else size
     player = _Player(env, policy, side, settings, recipe)
+    if noise and player.observer.discrete:
+        raise ConfigError(f"noise={noise:g}: the actions of {env} are choices, to which no noise can be added; leave it out")
     label = policy if policy in POLICIES else "expert" if policy.startswith(PREFIX) else "agent"
     header = {
         "env": player.env.describe(),  # type: ignore[attr-defined]
@@ -148,7 +150,7 @@ def collect(
         kept = _open(out, header)
         absent = {kind for kind in LATER if kept and not (out / kind).exists()}
         names_of = {kind: found for kind, found in player.names.items() if kind not in absent}
-        names = [f"{env.replace(':', '_')}-{label}-{seed}-{number:06d}" for number in range(episodes)]
+        names = [f"{env.replace(':', '_').replace('/', '_')}-{label}-{seed}-{number:06d}" for number in range(episodes)]
         sink = _Store(out, recipe, names, player.extra) if recipe else _Files(out, player.fps)
         result = Collected(out)
         for number, name in enumerate(names):
@@ -255,14 +257,13 @@ class _Player:
 
         rng = np.random.default_rng(begin)
         dim = self.observer.action_dim
-        info: dict[str, Any] = {}
         record, done = self.observer.reset(begin), False
         pictures, rows, known = [self._picture(record)], [self._row(record)], [self._known()]
         if self.mask:
             self.mask.begin()
         stream = StreamingExtractor(self.exact, begin, self.env) if self.exact else None
         moves = [stream.reset(pictures[0])] if stream else []
-        total, success = 0.0, 0.0
+        total, success, signals = 0.0, 0.0, False
         waves = smooth_actions(rng, 2048, dim) if self.policy == "smooth" else np.zeros((1, dim))
         while not done and (not steps or len(pictures) < steps + 1):
             if self.act is not None:
@@ -273,11 +274,14 @@ class _Player:
                 action = waves[(len(pictures) - 1) % len(waves)]
             else:
                 action = rng.uniform(-1, 1, dim)
+            if self.observer.discrete and self.act is None:
+                action = np.eye(dim)[np.argmax(action)]  # the largest of random numbers, or of smooth waves, is chosen
             if noise:
                 action = np.clip(action + rng.normal(0, noise, dim), -1, 1)
             action = np.asarray(action, np.float32)
             record, done, info = self.observer.step(action)
             total, success = total + record["reward"], max(success, float(info.get("success", 0)))
+            signals = signals or "success" in info
             pictures.append(self._picture(record))
             if stream:
                 moves.append(stream.step(pictures[-1]))
@@ -286,7 +290,7 @@ class _Player:
                 self.mask.advance()
             known.append(self._known())
         entry = {"seed": begin, "frames": len(pictures), "return": total}
-        if "success" in info:
+        if signals:
             entry["success"] = success
         extra = {name: np.stack([row[name] for row in rows]) for name in REQUIRED}
         if self.mask:

@@ -253,6 +253,9 @@ def train_expert(
     with _one_thread(), torch.random.fork_rng(devices=[]), StopRequest() as stop:
         torch.manual_seed(seed)
         players, rng = _Players(make, settings.envs, seed), np.random.default_rng(seed)
+        if players.envs[0].discrete or not players.vectors.size:
+            lacks = "its actions are choices" if players.envs[0].discrete else "its observation has no numbers"
+            raise ConfigError(f"{env}: experts act with numbers and see a state vector, but {lacks}")
         inputs, actions = players.vectors.shape[1], len(players.envs[0].action_space.low)  # type: ignore[attr-defined]
         learner = Learner(inputs, actions, settings)
         memory = Memory(env_steps // settings.envs + 1, settings.envs, inputs, actions)

@@ -61,6 +61,7 @@ def _online(run: RunConfig, path: Path, cls: type[Method]) -> Path:
     perception = streaming_recipe(with_recipe(run, path, _start(run)).recipe or Recipe(), run.motion)
     run = replace(run, recipe=perception)
     observer = make_observer(run, perception if bool(cls.needs(run.model, run.stage) & MOTION) else None, size=perception.size)
+    run = _acting(run, observer.discrete)
     if run.observed != "pixels":
         run = _shown(run, observer)
     repeat = int(observer.env.describe()["action_repeat"])  # type: ignore[attr-defined]
@@ -93,6 +94,7 @@ def _logged(run: RunConfig, path: Path, cls: type[Method]) -> Path:
         observer = make()
         if observer.action_dim != dim:
             raise ConfigError(f"{run.data}: was logged with {dim} action dimensions, {run.env} has {observer.action_dim}")
+        run = _acting(run, observer.discrete)
         observer.env.close()
     method, updater = _built(run, path, cls, store.size, dim)
     LoggedLoop(run, RunDir(path, run), store, method, updater, make).go()
@@ -113,6 +115,7 @@ def _rollout(run: RunConfig, path: Path, cls: type[Method]) -> Path:
     }
     with closing(VectorEnv(run.env, rollout.environments, seed=run.seed, workers=rollout.workers or None, **settings)) as envs:
         dim = int(np.prod(envs.single_action_space.shape or ()))
+        run = _acting(run, bool(envs.description.get("discrete")))
         method, updater = _built(run, path, cls, size, dim)
         RolloutLoop(run, RunDir(path, run), envs, method, updater, int(envs.description["action_repeat"])).go()
     return path
@@ -144,6 +147,25 @@ def _built(run: RunConfig, path: Path, cls: type[Method], size: int, dim: int) -
     return method, Updater(method, run, compute, pretrained=bool(run.checkpoint), graph=graphs.wanted(run))
 
 
+def _acting(run: RunConfig, discrete: bool) -> RunConfig:
+    """The run with model settings for the environment's actions.
+
+    Raises ConfigError if the method cannot act with them.
+    """
+    cls = methods.get(run.method)
+    if not discrete:
+        if getattr(run.model, "discrete", False):
+            raise ConfigError(f"model.discrete=true: the actions of {run.env} are numbers, not choices; leave it out")
+        return run
+    if not cls.discrete:
+        able = ", ".join(name for name in methods.names() if methods.get(name).discrete)
+        raise ConfigError(
+            f"{run.env}: its actions are choices (Discrete), and {run.method} acts with numbers in [-1, 1]; methods that take choices:"
+            f" {able}"
+        )
+    return replace(run, model=replace(run.model, discrete=True))
+
+
 def _shown(run: RunConfig, observer: Observer) -> RunConfig:
     """The run with model settings for the environment's vector.
 
@@ -153,4 +175,6 @@ def _shown(run: RunConfig, observer: Observer) -> RunConfig:
         able = ", ".join(name for name in methods.names() if methods.get(name).vectors)
         raise ConfigError(f"observed={run.observed}: {run.method} learns from pictures only; methods that take vectors: {able}")
     (length,) = observer.spec()["vector"][0]
+    if not length:
+        raise ConfigError(f"observed={run.observed}: the observation of {run.env} has no numbers; leave it out")
     return replace(run, model=replace(run.model, pixels=run.observed == "both", vector_dim=length))

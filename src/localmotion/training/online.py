@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from localmotion import methods
 from localmotion.acting.episodes import episode_seed
 from localmotion.acting.observer import Observer, make_observer
 from localmotion.acting.policy import MethodPolicy, Policy, random_policy
 from localmotion.config import RunConfig
 from localmotion.console import say
-from localmotion.errors import EnvError, SimulationError
+from localmotion.errors import ConfigError, EnvError, SimulationError
 from localmotion.methods.base import Method
 from localmotion.perception.companding import Companding
 from localmotion.replay import Replay
@@ -37,6 +38,15 @@ def next_phase(env: Any) -> None:
     env.set_phase(env.phase + 1)
 
 
+def _recorded(run: RunConfig, described: Mapping[str, Any]) -> list[str]:
+    """A line about the numbers that the environment shows beside its pictures, if the agent does not learn from them."""
+    kept = described.get("recorded")
+    if not kept or run.observed != "pixels":
+        return []
+    way = "set --observed both to learn from them" if methods.get(run.method).vectors else "it learns from pictures only"
+    return [f"the replay also records {', '.join(kept)}; {run.method} does not use them: {way}"]
+
+
 class OnlineLoop(ActingLoop):
     """Prefill the replay with random episodes, make the warm-up updates, then act and learn.
 
@@ -54,6 +64,8 @@ class OnlineLoop(ActingLoop):
         limit: int = observer.env.describe()["time_limit"]  # type: ignore[attr-defined]
         self.longest = -(-limit // repeat)  # agent steps of an episode that ends at its time limit
         recipe = observer.recipe if online.replay_flow == "int8" else None
+        if both := set(observer.spec()) & set(method.extras):
+            raise ConfigError(f"{run.env}: records {', '.join(sorted(both))}, a name that {run.method} uses too; rename it there")
         self.replay = Replay(
             observer.spec() | {name: (shape, "float32") for name, shape in method.extras.items()},
             capacity=records_needed(online, self.total, self.longest),
@@ -100,6 +112,7 @@ class OnlineLoop(ActingLoop):
             f"{self.run.method} on {self.run.env}: {self.compute.note}",
             f"rendering {described.get('quality')}{drawn}; action repeat {self.repeat}",
             self.replay_note,
+            *_recorded(self.run, described),
             f"{self.total:,} agent steps = {self.total * self.repeat:,} env steps, one update per {online.train_every} agent steps"
             f" ({online.batch_size} x {online.length}): {self.total // online.train_every:,} updates",
         ]
@@ -144,7 +157,9 @@ class OnlineLoop(ActingLoop):
         if learning:
             policy: Policy = MethodPolicy(self.method, self.compute, explore=True, window=self.run.online.length)
         else:
-            policy = random_policy(self.observer.action_dim, episode_seed(self.run.seed, "prefill", self.episode))
+            policy = random_policy(
+                self.observer.action_dim, episode_seed(self.run.seed, "prefill", self.episode), discrete=self.observer.discrete
+            )
         seed = episode_seed(self.run.seed, "train", self.episode)
         playing = Playing(self.observer, policy, seed, learning=learning, extras=self.method.extras)
         self.replay.add(playing.record, last=False)
