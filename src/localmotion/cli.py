@@ -130,6 +130,23 @@ def _parser(stage: str = "") -> _Parser:
     )
 
     sub = add(
+        "check-env",
+        "Try an environment of your own, and say what fits, what does not, and which methods can use it.",
+        commands.check_env,
+    )
+    sub.add_argument("env", help="gym:ID, gym:MODULE:ID or MODULE:CALLABLE (docs/own_environments.md)")
+    sub.add_argument(
+        "--env-option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="option of the environment, or time_limit; repeatable",
+    )
+    sub.add_argument("--steps", type=int, default=200, help="env steps of random actions (default 200)")
+    sub.add_argument("--size", type=int, default=64, help="side of the agent's pictures (default 64)")
+    sub.add_argument("--json", action="store_true", help="print everything as JSON")
+
+    sub = add(
         "expert",
         "Train an expert on a task's state vector, for videos that show the task (collect --policy expert:DIRECTORY). Minutes on one core.",
         commands.expert,

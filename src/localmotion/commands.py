@@ -330,6 +330,30 @@ def report(args: argparse.Namespace) -> None:
     say(f"report: {make_report(args.runs, args.out)}")
 
 
+def check_env(args: argparse.Namespace) -> None:
+    """`localmotion check-env`. Exits with 1 if nothing can be trained on the environment."""
+    import yaml
+
+    from localmotion.acting.env_check import inspect_env
+    from localmotion.console import say
+
+    options = {}
+    for text in args.env_option:
+        name, sign, value = text.partition("=")
+        if not sign:
+            raise ConfigError(f"--env-option {text!r:.80}: write it as name=value")
+        try:
+            options[name] = yaml.safe_load(value)
+        except (yaml.YAMLError, ValueError) as error:
+            raise ConfigError(f"--env-option {text!r:.80}: the value cannot be read") from error
+    trust_env(args.env)
+    found = inspect_env(args.env, options, steps=args.steps, size=args.size)
+    for line in [json.dumps(found.to_json(), indent=1)] if args.json else found.lines():
+        say(line)
+    if not found.usable:
+        raise SystemExit(1)
+
+
 def expert(args: argparse.Namespace) -> None:
     """`localmotion expert`"""
     from localmotion.console import say

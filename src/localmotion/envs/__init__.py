@@ -14,8 +14,9 @@ from localmotion.foreign import trust_env, trusted_envs
 
 if TYPE_CHECKING:
     from localmotion.envs.base import Observed, PixelEnv
+    from localmotion.envs.own import Own
 
-__all__ = ["check_env", "is_own", "list_envs", "list_options", "make_env", "trust_env", "trusted_envs"]
+__all__ = ["check_env", "is_own", "list_envs", "list_options", "make_env", "own_env", "trust_env", "trusted_envs"]
 
 
 def _dmc() -> tuple[list[str], Callable[..., PixelEnv]]:
@@ -103,6 +104,13 @@ def is_own(name: str) -> bool:
     """Whether a name is that of an environment outside the package (`localmotion.envs.own`)."""
     suite, colon, _ = name.partition(":")
     return bool(colon) and suite not in _SUITES
+
+
+def own_env(name: str) -> Own:
+    """An environment outside the package, to be made. Builds nothing. Raises ConfigError for a name that is wrong or not trusted."""
+    from localmotion.envs.own import find_own
+
+    return find_own(name, _SUITES)
 
 
 def list_envs(suite: str | None = None) -> list[str]:
@@ -219,9 +227,7 @@ def _found(name: str) -> tuple[str, Callable[..., PixelEnv]]:
         hint = f"; did you mean {' or '.join(near)}?" if near else ", as in dmc:walker_walk, metaworld:reach or toy:dot"
         raise ConfigError(f"environment {name!r} has no suite before its name{hint}")
     if suite not in _SUITES:
-        from localmotion.envs.own import find_own
-
-        return task, find_own(name, _SUITES)
+        return task, own_env(name)
     tasks, factory = _SUITES[suite]()
     if task.removesuffix("-v3") not in tasks and task not in _unlisted(suite):
         raise unknown_name("environment", name, [f"{suite}:{known}" for known in tasks])

@@ -78,7 +78,7 @@ class GymEnv(PixelEnv):
             )
         try:
             self.inner.reset(seed=0)
-            self._native()
+            self.picture()
         except LocalmotionError:
             raise
         except Exception as error:  # whatever the environment does
@@ -107,7 +107,7 @@ class GymEnv(PixelEnv):
             raise EnvError(f"{self.name}: action {given.tolist()} is not a one-hot vector of {self.actions.count} numbers")
         return given
 
-    def _native(self) -> NDArray[np.uint8]:
+    def picture(self) -> NDArray[np.uint8]:
         """The current picture as the environment gives it, (H, W, 3)."""
         key = self.observations.picture
         if key is not None:
@@ -119,7 +119,7 @@ class GymEnv(PixelEnv):
         return drawn
 
     def _draw(self, size: int) -> NDArray[np.uint8]:
-        return fit(self._native(), size)
+        return fit(self.picture(), size)
 
     @property
     def has_goals(self) -> bool:

@@ -115,7 +115,7 @@ def find_own(name: str, suites: Iterable[str]) -> Own:
     known = [*suites, *entries(GROUP), GYM]
     if name not in trusted_envs() or not task.isidentifier() or not all(part.isidentifier() for part in suite.split(".")):
         unknown = unknown_name("environment suite", suite[:80], known)
-        raise ConfigError(f"{unknown}; an environment of your own, MODULE:CALLABLE, {_only_if_named(name)}")
+        raise ConfigError(f"{unknown} (an environment of your own {_only_if_named(name)})")
     see_working_folder()
     try:
         make = _member(suite, task, f"environment {name}")
@@ -143,7 +143,7 @@ def _of_gymnasium(name: str, task: str) -> Own:
     spec = gymnasium.registry.get(ident)
     if spec is None:
         unknown = unknown_name("id of gymnasium", ident[:80], gymnasium.registry)
-        raise ConfigError(f"{unknown}; an id that a module registers is written gym:MODULE:{ident[:80]}")
+        raise ConfigError(f"{unknown} (an id that a module registers is written gym:MODULE:{ident[:80]})")
     if not _gymnasiums_own(spec) and name not in trusted_envs():
         raise ConfigError(f"environment {name!r:.120}: its code, {spec.entry_point!s:.80}, {_only_if_named(name)}")
 
@@ -164,10 +164,7 @@ def _gymnasiums_own(spec: EnvSpec) -> bool:
 
 
 def _only_if_named(name: str) -> str:
-    return (
-        f"is imported only if you name it yourself: --trust-env {name:.120} (or --env) on the command line, localmotion.envs.trust_env in"
-        " Python (docs/own_environments.md)"
-    )
+    return f"is imported only if you name it: --trust-env {name:.120}, or localmotion.envs.trust_env in Python"
 
 
 def _member(module: str, attribute: str, who: str) -> Any:
