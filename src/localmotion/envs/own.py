@@ -111,7 +111,7 @@ def find_own(name: str, suites: Iterable[str]) -> Own:
         make = _member(points[0].module, points[0].attr, f"suite {suite!r}, entry point {told[0]}")
         if (tasks := getattr(make, "tasks", None)) is not None and task not in tasks:
             raise unknown_name("environment", name[:80], [f"{suite}:{known}" for known in tasks])
-        return Own(name, lambda options, _: make(task, **options), _arguments(make, skip=1))
+        return Own(name, lambda options, _: make(task, **{**_drawn(make), **options}), _arguments(make, skip=1))
     known = [*suites, *entries(GROUP), GYM]
     if name not in trusted_envs() or not task.isidentifier() or not all(part.isidentifier() for part in suite.split(".")):
         unknown = unknown_name("environment suite", suite[:80], known)
@@ -123,13 +123,7 @@ def find_own(name: str, suites: Iterable[str]) -> Own:
         near = difflib.get_close_matches(suite, known)
         hint = f"; or did you mean the suite {' or '.join(near)}?" if near else ""
         raise ConfigError(f"{error}{hint}") from error
-    arguments = _arguments(make)
-
-    def made(options: Mapping[str, Any], _: int | None) -> gymnasium.Env[Any, Any]:
-        drawn = {"render_mode": "rgb_array"} if arguments and "render_mode" in arguments.parameters else {}
-        return make(**{**drawn, **options})
-
-    return Own(name, made, arguments)
+    return Own(name, lambda options, _: make(**{**_drawn(make), **options}), _arguments(make))
 
 
 def _of_gymnasium(name: str, task: str) -> Own:
@@ -148,13 +142,19 @@ def _of_gymnasium(name: str, task: str) -> Own:
         raise ConfigError(f"environment {name!r:.120}: its code, {spec.entry_point!s:.80}, {_only_if_named(name)}")
 
     def made(options: Mapping[str, Any], time_limit: int | None) -> gymnasium.Env[Any, Any]:
-        creator = load_env_creator(spec.entry_point) if isinstance(spec.entry_point, str) else spec.entry_point
-        modes = getattr(creator, "metadata", {}).get("render_modes", ())
-        drawn = {"render_mode": "rgb_array"} if "rgb_array" in modes else {}
+        creator: Any = load_env_creator(spec.entry_point) if isinstance(spec.entry_point, str) else spec.entry_point
         limit = {} if time_limit is None else {"max_episode_steps": time_limit}
-        return gymnasium.make(ident, disable_env_checker=True, **{**drawn, **limit, **options})
+        return gymnasium.make(ident, disable_env_checker=True, **{**_drawn(creator), **limit, **options})
 
     return Own(name, made, None)
+
+
+def _drawn(make: Callable[..., Any]) -> dict[str, Any]:
+    """The argument that has pictures rendered, if a callable has it and can."""
+    modes = getattr(make, "metadata", {}).get("render_modes")
+    arguments = _arguments(make)
+    takes = arguments is not None and "render_mode" in arguments.parameters if modes is None else "rgb_array" in modes
+    return {"render_mode": "rgb_array"} if takes else {}
 
 
 def _gymnasiums_own(spec: EnvSpec) -> bool:

@@ -1,0 +1,265 @@
+"""Runs in environments of one's own: choices and numbers as actions, recording, resuming, processes, collections, learning."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from localmotion import foreign
+from localmotion.acting.episodes import Rollout
+from localmotion.cli import main
+from localmotion.envs import make_env
+from localmotion.envs.vector import VectorEnv, env_seed
+from localmotion.errors import ConfigError
+from localmotion.evaluation.evaluate import evaluate_run
+from localmotion.methods.dreamer_v3 import DreamerV3
+from localmotion.models.policies import OneHotPolicy
+from localmotion.models.values import TwoHot
+from localmotion.recording.collect import collect
+from localmotion.replay import Replay
+from localmotion.runs import checkpoint
+from localmotion.runs.load import load_run
+from localmotion.runs.settings import compose
+from localmotion.training import trials
+from localmotion.training.finetune import finetune
+from localmotion.training.interrupt import Interrupted, StopRequest
+from localmotion.training.online import OnlineLoop
+
+CHOICES, DRAWN, LAMPS = "own_envs:choices", "own_envs:drawn", "examples.lamps:Lamps"
+FLAGS: dict[str, Any] = {
+    "precision": "fp32",
+    "device": "cpu",
+    "threads": 1,
+    "recipe": {"size": 32, "percept_size": 32, "tracks": 4},
+}
+FEW = ("env_steps=60", "prefill=20", "warmup_updates=2", "online.eval_every=100000", "online.save_every=25")
+
+
+@pytest.fixture(autouse=True)
+def trusted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(foreign, "_trusted", [CHOICES, DRAWN, LAMPS])
+
+
+@pytest.fixture
+def no_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs end without their ten episodes of evaluation, which take longer than the learning here."""
+    monkeypatch.setattr(trials, "evaluate", lambda *_, **__: Rollout([0.0], [1]))
+
+
+def run_of(method: str, env: str, *more: str, **flags: Any) -> Any:
+    return compose(method, "train", preset="debug", env=env, flags={**FLAGS, **flags}, settings=(*FEW, *more))
+
+
+def replayed(run: Path, key: str) -> Tensor:
+    """All records of a run's replay."""
+    from safetensors.torch import load_file
+
+    return torch.cat([load_file(path)[key] for path in sorted((run / "replay").glob("*.safetensors"))])
+
+
+# 1. Choices in DreamerV3 ------------------------------------------------------------------------------------------------------
+
+
+def test_the_policy_of_choices_written_out() -> None:
+    """1 % of the uniform distribution is mixed in, as in the release; log-probability, entropy and mode are those of the mixture."""
+    logits = [2.0, -1.0, 0.5]
+    total = sum(map(math.exp, logits))
+    probs = [0.99 * math.exp(x) / total + 0.01 / 3 for x in logits]
+    policy = OneHotPolicy(torch.tensor(logits), 0.01)
+    for index, prob in enumerate(probs):
+        assert policy.log_prob(torch.eye(3)[index]).item() == pytest.approx(math.log(prob), rel=1e-5)
+    assert policy.entropy().item() == pytest.approx(-sum(p * math.log(p) for p in probs), rel=1e-5)
+    assert policy.mode.tolist() == [1, 0, 0]
+    drawn = OneHotPolicy(torch.tensor([logits] * 4000), 0.01).sample(torch.Generator().manual_seed(0))
+    assert set(drawn.unique().tolist()) == {0.0, 1.0}
+    assert drawn.mean(0).tolist() == pytest.approx(probs, abs=0.03)
+
+
+def test_an_update_on_recorded_choices(no_evaluation: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the agent chose is in the replay, one-hot; the loss of the policy is -w (log pi(a) A + eta H) of it."""
+    seen: list[Any] = []
+    take = OnlineLoop._update
+
+    def update(loop: OnlineLoop) -> None:
+        seen.append((loop.method, loop.replay, loop.observer.env))
+        take(loop)
+
+    monkeypatch.setattr(OnlineLoop, "_update", update)
+    run = finetune(run_of("dreamer_v3", CHOICES), tmp_path / "run")
+    method, replay, env = seen[-1]
+    assert isinstance(method, DreamerV3)
+    assert isinstance(replay, Replay)
+    assert json.loads((run / "config.json").read_text())["model"]["discrete"] is True
+    action, first = replayed(run, "action"), replayed(run, "reward") == 0
+    assert action.shape[1] == 3
+    assert set(action.sum(-1).tolist()) == {0.0, 1.0}
+    assert not action[action.sum(-1) == 0].any()
+    assert first[action.sum(-1) == 0].all()  # no action led to the record of a reset
+    assert (action.sum(0) > 2).all()  # random and sampled choices of every kind
+    taken = [int(x) for x in env.inner.taken]
+    assert action[action.sum(-1) == 1].argmax(-1).tolist() == taken[: int(action.sum())]
+    torch.manual_seed(0)
+    path = method.imagine(method.dynamics.initial(2))
+    assert set(path.action.unique().tolist()) == {0.0, 1.0}
+    losses, metrics, returns = method._actor_critic(path)
+    with torch.no_grad():
+        log_probs = torch.log(0.99 * torch.softmax(method.actor(path.feat[:-1]), -1) + 0.01 / 3)  # (H, N, A)
+        value = TwoHot(method.critic(path.feat), method.bins).pred()
+        cont = torch.sigmoid(method.cont(path.feat).squeeze(-1))
+        entropy = -(log_probs.exp() * log_probs).sum(-1)
+        advantage = (returns - value[:-1]) / metrics["return_range/scale"]
+        score = (log_probs * path.action).sum(-1) * advantage + method.config.entropy * entropy
+        torch.testing.assert_close(losses["policy"], -(cont.cumprod(0)[:-1] * score).mean(), atol=1e-5, rtol=1e-4)
+    assert metrics["actor/entropy"] == pytest.approx(entropy.mean().item(), rel=1e-4)
+    gradient = torch.autograd.grad(losses["policy"], next(method.actor.parameters()))[0]
+    assert gradient.abs().sum() > 0
+
+
+# 2. Runs --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "observed"), [(CHOICES, "both"), (DRAWN, "pixels")])
+def test_a_run_in_pieces_is_the_whole_run(
+    name: str, observed: str, no_evaluation: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped in the middle of episodes: the environment gets its seed and actions again."""
+    run = run_of("dreamer_v3", name, "model.imag_length=2", observed=observed, env_options={"limit": 11})
+    whole = finetune(run, tmp_path / "whole")
+    left = iter([7, 30, 13])
+    count = [next(left)]
+
+    def check(request: StopRequest) -> None:
+        count[0] -= 1
+        if not count[0]:
+            count[0] = next(left, 10**6)
+            raise Interrupted(signal.SIGTERM)
+
+    monkeypatch.setattr(StopRequest, "check", check)
+    for _ in range(3):
+        with pytest.raises(Interrupted):
+            finetune(run, tmp_path / "pieces")
+    finetune(run, tmp_path / "pieces")
+    one, other = (checkpoint.read(checkpoint.newest(path), "weights") for path in (whole, tmp_path / "pieces"))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    for key in ("action", "image", "reward", "is_terminal", "position" if name == CHOICES else "state"):
+        assert torch.equal(replayed(whole, key), replayed(tmp_path / "pieces", key)), key
+    assert replayed(whole, "action").shape[1] == (3 if name == CHOICES else 2)
+
+
+def test_the_commands_from_a_working_folder(
+    tmp_path: Path, no_evaluation: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The name on the command line is enough to train and to resume. Other commands that read the run need it too."""
+    monkeypatch.setattr(foreign, "_trusted", [])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_lamps.py").write_text(
+        "import examples.lamps\ndef make(presses=4):\n    return examples.lamps.Lamps(presses)\n"
+    )
+    head = ["train", "--method", "dreamer_v3", "--preset", "debug", "--env", "my_lamps:make", "--run", "r"]
+    head += [part for text in (*FEW, "device=cpu", "threads=1", "precision=fp32", "recipe={size: 32, percept_size: 32}")
+             for part in ("--set", text)]  # fmt: skip
+    main(head)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "the replay also records left; dreamer_v3 does not use them: set --observed both to learn from them" in said
+    main(head)  # resumes: nothing is left to do
+    monkeypatch.setattr(foreign, "_trusted", [])
+    with pytest.raises(SystemExit):
+        main(["evaluate", "r", "--episodes", "1"])
+    assert "my_lamps:make" in " ".join(capsys.readouterr().err.split())
+    main(["evaluate", "r", "--episodes", "2", "--trust-env", "my_lamps:make", "--device", "cpu"])
+    result = json.loads(capsys.readouterr().out.strip())
+    assert result["length_mean"] == 4.0
+    assert "success_rate" in result
+    random = evaluate_run(Path("r"), episodes=4, policy="random", device="cpu")
+    assert 0 < random["return_mean"] < 4
+
+
+def test_methods_that_act_with_numbers_refuse_choices(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"its actions are choices \(Discrete\), and dreamer_v2 acts with .* choices: dreamer_v3$"
+    ):
+        finetune(run_of("dreamer_v2", CHOICES), tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"model\.discrete=true: the actions of own_envs:drawn are numbers"):
+        finetune(run_of("dreamer_v3", DRAWN, "model.discrete=true"), tmp_path / "run")
+    foreign.trust_env("own_envs:pictures")
+    with pytest.raises(ConfigError, match="has no numbers"):
+        finetune(run_of("dreamer_v3", "own_envs:pictures", observed="both"), tmp_path / "run")
+
+
+def test_a_method_of_pictures_learns_in_an_environment_of_numbers(no_evaluation: None, tmp_path: Path) -> None:
+    run = finetune(run_of("dreamer_v2", DRAWN, env_options={"limit": 8}), tmp_path / "run")
+    assert replayed(run, "state").shape[1:] == (1,)
+    assert load_run(run, device="cpu")[1].action_dim == 2
+
+
+def test_in_processes_the_episodes_are_the_same() -> None:
+    """The modules that the user trusts are trusted in the workers; the numbers come along."""
+    env = VectorEnv(CHOICES, 2, seed=3, workers=1, size=16)
+    try:
+        assert env.description["discrete"] is True
+        single = [make_env(CHOICES, seed=env_seed(3, i), size=16) for i in range(2)]
+        observed, _ = env.reset(seed=[4, 5])
+        expected = [one.reset(seed=seed)[0] for one, seed in zip(single, (4, 5), strict=True)]
+        for step in range(6):
+            for key in ("image", "position", "kind"):
+                np.testing.assert_array_equal(observed[key], np.stack([seen[key] for seen in expected]))
+            actions = np.eye(3, dtype=np.float32)[[step % 2, 0]]
+            observed, reward, terminated, truncated, _ = env.step(actions)
+            alone = [one.step(action) for one, action in zip(single, actions, strict=True) if one._elapsed is not None]
+            if len(alone) < 2:
+                break
+            expected = [part[0] for part in alone]
+            np.testing.assert_array_equal(reward, [part[1] for part in alone])
+            assert terminated.tolist() == [part[2] for part in alone]
+            assert truncated.tolist() == [part[3] for part in alone]
+    finally:
+        env.close()
+
+
+@pytest.mark.parametrize("policy", ["random", "smooth"])
+def test_choices_are_collected(policy: str, tmp_path: Path) -> None:
+    found = collect(CHOICES, tmp_path / "videos", policy=policy, episodes=3, size=32)
+    (first, *_) = sorted((tmp_path / "videos" / "actions").glob("*.npy"))
+    action = np.load(first)
+    assert not action[0].any()
+    assert (action[1:].sum(1) == 1).all()
+    assert all("success" in episode for episode in found.episodes)
+    with pytest.raises(ConfigError, match="the actions of own_envs:choices are choices, to which no noise can be added"):
+        collect(CHOICES, tmp_path / "noisy", policy=policy, noise=0.1)
+
+
+def test_an_expert_needs_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["expert", CHOICES, "--out", str(tmp_path / "x")])
+    assert "experts act with numbers and see a state vector, but its actions are choices" in " ".join(
+        capsys.readouterr().err.split()
+    )
+
+
+# 3. Learning ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_dreamer_v3_learns_choices_from_pictures(tmp_path: Path) -> None:
+    """The lit lamp's button, ten times an episode: random presses have 5 of 10. Most seeds are there after 500 updates."""
+    settings = ("prefill=300", "warmup_updates=100", "batch_size=8", "online.length=8", "online.lr=2e-3", "train_every=3",
+                "imag_length=4", "model.horizon=4", "model.entropy=0.1", "online.eval_every=100000")  # fmt: skip
+    reached = []
+    for budget in (1_500, 2_500):
+        run = compose("dreamer_v3", "train", preset="debug", env=LAMPS, flags=FLAGS, settings=(*settings, f"env_steps={budget}"))
+        out = finetune(run, tmp_path / "run")
+        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        reached.append([line for line in lines if line["kind"] == "eval"][-1]["return_mean"])
+        if reached[-1] > 8.5:
+            break
+    assert reached[-1] > 8.5, reached
+    random = [line["return"] for line in lines if line["kind"] == "episode" and line["random"]]
+    assert 3.5 < np.mean(random) < 6.5
