@@ -114,6 +114,22 @@ def suite(task: str, offset: int = 0) -> Walk:
     return choices(offset=offset)
 
 
+class Loose(Walk):
+    """Takes any arguments."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(NUMBERS["speed"], spaces.Discrete(2), **options)
+
+
+class Named(Walk):
+    """Has the argument, and says that it cannot draw."""
+
+    metadata = {"render_modes": ["human"]}
+
+    def __init__(self, render_mode: str | None = None) -> None:
+        super().__init__(NUMBERS["speed"], spaces.Discrete(2), render_mode)
+
+
 suite.tasks = ("choices",)  # type: ignore[attr-defined]
 not_an_env = dict
 

@@ -280,6 +280,18 @@ def test_cartpole_is_drawn_with_pygame() -> None:
     env.close()
 
 
+def test_rendering_is_asked_for_where_it_can_be_had() -> None:
+    """By an argument render_mode, or by metadata of what takes any argument; and not of a class that has neither."""
+    for name in ("examples.lamps:Lamps", "own_envs:Loose", "own_envs:Named"):
+        trust_env(name)
+    assert make_env("examples.lamps:Lamps", presses=3).inner.presses == 3  # type: ignore[attr-defined]
+    assert make_env("own_envs:Loose").inner.render_mode == "rgb_array"  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match="its render_mode is None"):
+        make_env("own_envs:Named")
+    with pytest.raises(ConfigError, match="its render_mode is 'human'"):
+        make_env(DRAWN, render_mode="human")
+
+
 def test_options_are_arguments() -> None:
     trust_env("own_envs:strict")
     env = make_env("own_envs:strict", camera="right", kwargs={"size": 8})

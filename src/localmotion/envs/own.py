@@ -151,9 +151,10 @@ def _of_gymnasium(name: str, task: str) -> Own:
 
 def _drawn(make: Callable[..., Any]) -> dict[str, Any]:
     """The argument that has pictures rendered, if a callable has it and can."""
-    modes = getattr(make, "metadata", {}).get("render_modes")
-    arguments = _arguments(make)
-    takes = arguments is not None and "render_mode" in arguments.parameters if modes is None else "rgb_array" in modes
+    modes, arguments = getattr(make, "metadata", {}).get("render_modes"), _arguments(make)
+    given = [] if arguments is None else list(arguments.parameters.values())
+    named, more = any(x.name == "render_mode" for x in given), any(x.kind is x.VAR_KEYWORD for x in given)
+    takes = (named and (modes is None or "rgb_array" in modes)) or (more and "rgb_array" in (modes or ()))
     return {"render_mode": "rgb_array"} if takes else {}
 
 
