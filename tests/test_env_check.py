@@ -101,6 +101,9 @@ def test_names_and_options_that_are_wrong(capsys: pytest.CaptureFixture[str]) ->
         (["gym:CartPol-v1"], "did you mean CartPole-v1"),
         (["own_envs:choices", "--env-option", "limi=3"], "did you mean limit"),
         (["own_envs:choices", "--env-option", "limit"], "write it as name=value"),
+        (["own_envs:choices", "--env-option", "time_limit=0"], "option time_limit=0 of own_envs:choices: must be a whole number"),
+        (["own_envs:choices", "--env-option", "size=9"], "it is set by the recipe"),
+        (["own_envs:choices", "--steps", "0"], "steps=0 must be at least 1"),
     ):
         with pytest.raises(SystemExit) as caught:
             main(["check-env", *arguments])

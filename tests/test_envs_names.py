@@ -47,6 +47,7 @@ def test_written_out_names_are_those_of_the_suites() -> None:
         ("walker_walk", "did you mean dmc:walker_walk"),
         ("reach-v3", "did you mean metaworld:reach"),
         ("something", "no suite before its name"),
+        ("CartPole-v1", "did you mean gym:CartPole-v1"),
         ("dcm:walker_walk", "did you mean dmw, dmc"),
         ("toy:", "toy:dot"),
     ],

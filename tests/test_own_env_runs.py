@@ -244,6 +244,11 @@ def test_an_expert_needs_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[s
     )
 
 
+def test_the_page_shows_the_example() -> None:
+    root = Path(__file__).parent.parent
+    assert f"```python\n{(root / 'examples' / 'lamps.py').read_text()}```" in (root / "docs" / "own_environments.md").read_text()
+
+
 # 3. Learning ------------------------------------------------------------------------------------------------------------------
 
 

@@ -240,7 +240,8 @@ class RunConfig:
     """For a GPU: torch.compile for encoders, decoders, attention blocks and heads. Kernels are fewer and larger, and
     round differently. Compilation during the first updates took 30 to 70 s on two CPU cores."""
     env: str = ""
-    """Environment name, suite:task. With logged episodes (``data``) it is used for evaluation only."""
+    """Environment name, suite:task, or one of your own (docs/own_environments.md). With logged episodes (``data``) it is used
+    for evaluation only."""
     action_repeat: int = 0
     """Env steps per agent step; 0: the suite's default (DMC 2, Meta-World 1)."""
     quality: Literal["auto", "fast", "reference"] = "auto"

@@ -15,7 +15,7 @@ from gymnasium.utils.env_checker import check_env as gymnasiums_check
 from numpy.typing import NDArray
 
 from localmotion import methods
-from localmotion.envs import is_own, own_env
+from localmotion.envs import check_env, is_own, own_env
 from localmotion.envs.gym_env import TIME_LIMIT, GymEnv, own_limit
 from localmotion.envs.own import Own
 from localmotion.envs.spaces import picture_problem, read_actions, read_observations
@@ -89,6 +89,7 @@ def inspect_env(name: str, options: Mapping[str, Any] | None = None, *, steps: i
 
     Raises ConfigError for a name that does not exist or is not trusted, and for an environment that cannot be made.
     """
+    check_env(name, options or {})
     if not is_own(name):
         raise ConfigError(f"{name}: is built in and fits; check-env is for environments of your own (gym:ID or MODULE:CALLABLE)")
     if steps < 1:
@@ -96,7 +97,6 @@ def inspect_env(name: str, options: Mapping[str, Any] | None = None, *, steps: i
     found = own_env(name)
     given = dict(options or {})
     limit = given.pop("time_limit", None)
-    found.check(given)
     report, inner = EnvReport(name), found.inner(given, limit)
 
     def make() -> GymEnv:

@@ -223,7 +223,10 @@ def _found(name: str) -> tuple[str, Callable[..., PixelEnv]]:
     """Task and maker of an environment. Raises ConfigError for a name that does not exist."""
     suite, colon, task = name.partition(":")
     if not colon:
+        import gymnasium
+
         near = [full for full in list_envs() if full.partition(":")[2].removesuffix("-v3") == name.removesuffix("-v3")]
+        near += [f"gym:{name}"] if name in gymnasium.registry else []
         hint = f"; did you mean {' or '.join(near)}?" if near else ", as in dmc:walker_walk, metaworld:reach or toy:dot"
         raise ConfigError(f"environment {name!r} has no suite before its name{hint}")
     if suite not in _SUITES:

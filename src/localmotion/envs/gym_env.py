@@ -56,7 +56,7 @@ class GymEnv(PixelEnv):
             percept_size=percept_size,
             action_dim=self.actions.count,
             action_repeat=1 if action_repeat is None else action_repeat,
-            time_limit=time_limit or own_limit(inner) or TIME_LIMIT,
+            time_limit=(own_limit(inner) or TIME_LIMIT) if time_limit is None else time_limit,
         )
         self.discrete, self.recorded = self.actions.discrete, self.observations.numbers
         self.action_space = self.actions.box()  # type: ignore[assignment]
