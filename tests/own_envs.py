@@ -56,9 +56,9 @@ class Walk(gymnasium.Env[Any, Any]):
         return int(100 * self.at) % 256
 
     def render(self) -> Any:
-        """Left half as bright as the number, right half black, wider than high."""
+        """Left half with stripes as bright as the number, right half black, wider than high."""
         picture = np.zeros((20, 40, 3), np.uint8)
-        picture[:, :20] = self.level
+        picture[::2, :20] = self.level
         return picture
 
 
