@@ -26,8 +26,10 @@ PRETRAIN = ("updates=500", "pretrain.log_every=50", "pretrain.eval_every=250", "
 # Four env steps per agent step, as in PlaNet for this task: twice the experience for the same number of updates.
 FINETUNE = (
     "action_repeat=4",
-    "env_steps=20000",
+    "env_steps=30000",
     "prefill=3000",
+    "online.batch_size=8",  # of 16 positions: as many in an update as the preset has, in half as many steps of the RSSM
+    "online.length=16",
     "online.eval_every=2500",
     "online.save_every=2500",
     "online.log_every=50",

@@ -3,8 +3,8 @@
     python studies/demo/forms.py 20 letter embed+z0 embed+z0+full      # seed, arms
 
 One seed decides videos, pre-training and fine-tuning; its arms share the videos and the pre-trained weights. Everything that an arm
-does not name is the demo's. Rows go to studies/demo/forms.jsonl; arms that are there are not run again. An arm takes about
-four minutes on one idle core.
+does not name is that of the demo's form at the time. Rows go to studies/demo/forms.jsonl; arms that are there are not run again. An
+arm takes about four minutes on one idle core.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from localmotion.training.finetune import finetune
 from localmotion.training.pretrain import pretrain
 
 HERE = Path(__file__).parent
+FORMER = ("env_steps=20000", "online.batch_size=4", "online.length=32")  # the demo's until `letter+wide+more` replaced it
 LETTER = ("embed_input=false", "beta_z_finetune=null")  # Eqs. 3 and 8
 RELEASE = ("embed_input=true", "beta_z_finetune=0")  # IPV's release
 FULL = ("online.pretrained_lr_factor=1",)
@@ -67,8 +68,8 @@ def main() -> None:
     extract_folder(videos, store, demo.RECIPE, workers=1)
     fixed = {"seed": args.seed, "threads": 1}
     pretrain(demo._settings("pretrain", demo.PRETRAIN, data=str(store), **fixed), pre)
-    own = {text.partition("=")[0] for text in LETTER}
-    shared = tuple(text for text in demo.FINETUNE if text.partition("=")[0] not in own)
+    own = {text.partition("=")[0] for text in (*LETTER, *FORMER)}
+    shared = (*(text for text in demo.FINETUNE if text.partition("=")[0] not in own), *FORMER)
     for arm in args.arms or ARMS:
         if any((row["seed"], row["arm"]) == (args.seed, arm) for row in known):
             continue
