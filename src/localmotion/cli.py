@@ -294,7 +294,13 @@ WITH_METHODS = {*TRAINING, "study", "evaluate", "collect", "predict", "probe", "
 
 
 def _videos(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("videos", type=Path, help="folder of mp4/webm/mkv/avi/mov/gif files or of frame folders")
+    sub.add_argument(
+        "videos",
+        type=Path,
+        help="folder of mp4/webm/mkv/avi/mov/gif files or of frame folders; lerobot:PATH or lerobot:owner/name[@revision] for a"
+        " LeRobot data set",
+    )
+    sub.add_argument("--camera", default="", metavar="KEY", help="camera of a LeRobot data set; default: the only one")
     sub.add_argument(
         "--list",
         type=Path,

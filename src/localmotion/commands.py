@@ -71,13 +71,16 @@ def scan(args: argparse.Namespace) -> None:
     """`localmotion scan`"""
     from localmotion.console import progress, say
     from localmotion.machine import cores
+    from localmotion.runs.datasets import local_videos
     from localmotion.video.scan import scan as scan_videos
 
     if args.manifest:
         check_output(args.manifest, ConfigError)
+    videos = local_videos(args.videos, args.camera)
     with progress("scan", 1, "videos") as advance:
         found = scan_videos(
-            args.videos,
+            videos,
+            camera=args.camera,
             min_frames=args.min_frames,
             list_file=args.list_file,
             workers=args.workers if args.workers is not None else cores(),
@@ -98,12 +101,15 @@ def extract(args: argparse.Namespace) -> None:
     from localmotion.console import progress, say
     from localmotion.machine import cores
     from localmotion.perception.extract import extract_folder
+    from localmotion.runs.datasets import local_videos
 
+    videos = local_videos(args.videos, args.camera)
     with progress("extract", 1, "videos") as advance:
         summary = extract_folder(
-            args.videos,
+            videos,
             args.out,
             _recipe_of(args),
+            camera=args.camera,
             list_file=args.list_file,
             min_frames=args.min_frames,
             max_frames=args.max_frames,

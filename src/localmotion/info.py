@@ -15,6 +15,7 @@ from localmotion.runs.rundir import versions
 
 EXTRAS = {
     "hub: sharing weights": ("huggingface_hub", "pip install 'localmotion[hub]'"),
+    "lerobot: LeRobot data sets": ("pyarrow", "pip install 'localmotion[lerobot]'"),
     "perception: SEA-RAFT": ("ptlflow", "see docs/perception.md"),
     "perception: Grounding DINO + SAM": ("transformers", "pip install 'localmotion[perception]'"),
 }

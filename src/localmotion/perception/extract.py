@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,9 @@ from localmotion.video.claims import shared_work
 from localmotion.video.decode import iter_frames, memory_fault
 from localmotion.video.history import SPAN, Limits, clip_id
 from localmotion.video.history import content as content_of
-from localmotion.video.listing import VideoRef, find_videos, shown
+from localmotion.video.lerobot import keep_about
+from localmotion.video.listing import VideoRef, shown
+from localmotion.video.sources import open_videos
 from localmotion.video.spool import Spool
 from localmotion.video.store import Clip, ClipStoreWriter
 from localmotion.video.timing import Decoding
@@ -60,6 +62,8 @@ class _Span:
     frames: NDArray[np.uint8]
     info: dict[str, Any]
     """Their properties by `Decoding.take`."""
+    rows: dict[str, NDArray[Any]] = field(default_factory=dict)
+    """Further arrays of the whole video, by frame."""
     last: bool = False
     """Whether this is the last clip of the video."""
     left_out: int = 0
@@ -170,6 +174,7 @@ def _spans(ref: VideoRef, recipe: Recipe, limits: Limits, memory: int | None) ->
         ref, recipe.percept_size, recipe.frame_stride, fps=recipe.fps, legacy=recipe.legacy_decoding, found=found
     )
     allowance = 3 * 3 * limits.max_frames * recipe.percept_size**2
+    rows = ref.rows.read(recipe.frame_stride) if ref.rows else {}
     last: _Span | None = None
     start = grown = 0
     for _ in itertools.count() if limits.max_clips is None else range(limits.max_clips):
@@ -186,7 +191,7 @@ def _spans(ref: VideoRef, recipe: Recipe, limits: Limits, memory: int | None) ->
             return
         if last is not None:
             yield last
-        last = _Span(ref, start, frames, found.take())
+        last = _Span(ref, start, frames, found.take(), rows)
         start = last.stop
         if len(frames) < limits.max_frames:
             yield replace(last, last=True)
@@ -208,7 +213,8 @@ def _clip_of_span(span: _Span, motion: ClipMotion, recipe: Recipe) -> Clip:
     source = {"video": span.ref.id, "start": span.start, "stop": span.stop}
     name = clip_id(span.ref.id, span.start, span.stop)
     clip = _clip(span.frames, motion, recipe, name, span.ref.label, span.info | {"cut_short": span.more or span.left_out > 0})
-    return replace(clip, source=source)
+    rows = {key: array[span.start : span.stop] for key, array in span.rows.items()}
+    return replace(clip, source=source, extra={**clip.extra, **rows})
 
 
 def clip_of(frames: NDArray[np.uint8], clip_id: str, extractor: ClipExtractor, *, label: int | str | None = None) -> Clip:
@@ -250,6 +256,7 @@ def extract_folder(
     recipe: Recipe,
     *,
     list_file: Path | None = None,
+    camera: str = "",
     min_frames: int = 25,
     max_frames: int = 300,
     max_clips: int | None = None,
@@ -260,7 +267,10 @@ def extract_folder(
     memory: int | None = MEMORY_LIMIT,
     together: int | None = None,
 ) -> ExtractSummary:
-    """Extract every video below ``videos`` into the store ``out``. Continues where an earlier call stopped.
+    """Extract every video of ``videos`` into the store ``out``. Continues where an earlier call stopped.
+
+    ``videos`` is a folder, or a LeRobot data set, `lerobot:PATH`, seen through ``camera``. The clips of a data set also have its actions,
+    rewards and states (`video.lerobot.Logged.layout`), so stages that learn from logged episodes can use the store.
 
     A video is cut into consecutive clips of ``max_frames`` stored frames. A rest shorter than ``min_frames`` is left out and counted.
     ``max_clips`` limits the clips per video (None: all); frames after them are not read. A video that is damaged anywhere before is
@@ -281,9 +291,9 @@ def extract_folder(
     fewer if some workers would get no video, else 1). A network may round differently in another batch; with the embedded backends the
     bytes are the same.
 
-    Raises VideoError for a missing or empty folder and if no video is usable; StoreError for a store of another recipe or clip length, a
-    store in use by a process with other work, or a full disk; ConfigError for invalid limits; LocalmotionError if a backend cannot be
-    built or used.
+    Raises VideoError for a missing or empty folder and if no video is usable, and as `read_data_set`; StoreError for a store of another
+    recipe or clip length, a store in use by a process with other work, or a full disk; ConfigError for invalid limits; LocalmotionError
+    if a backend cannot be built or used.
     """
     if together is not None and together < 1:
         raise ConfigError(f"together={together}: a worker takes at least one video")
@@ -293,11 +303,25 @@ def extract_folder(
         raise ConfigError(f"min_frames {min_frames} and max_frames {max_frames}: at least 2 frames, and no more than max_frames")
     began = time.monotonic()
     limits = Limits(min_frames, max_frames, max_clips)
-    refs = {ref.id: ref for ref in _unambiguous(find_videos(videos, list_file))}
+    listed, data = open_videos(videos, list_file, camera)
+    refs = {ref.id: ref for ref in _unambiguous(listed)}
     extra = mask_layout(recipe.size) if recipe.mask else {}
+    if data:
+        if recipe.fps:
+            raise ConfigError(
+                f"fps={recipe.fps:g}: the data set has {data.info['fps']:g} frames a second; use frame_stride instead"
+            )
+        extra = {**extra, **data.logged.layout(recipe.frame_stride)}
     writer = ClipStoreWriter.open(out, recipe.size, recipe.to_json(), recipe.hash(), recipe.tracks, shard_clips, extra)
-    terms = {"videos": str(Path(videos).resolve()), "list": str(list_file and Path(list_file).resolve()), **limits.to_json()}
-    summary = ExtractSummary(out)
+    if data:
+        keep_about(data, out, recipe.frame_stride)
+    terms = {
+        "videos": str(Path(videos).resolve()),
+        "list": str(list_file and Path(list_file).resolve()),
+        **limits.to_json(),
+        "camera": camera,
+    }
+    summary = ExtractSummary(out, notes=data.notes if data else [])
     with shared_work(out, terms, lambda: make_plan(writer, refs, limits)) as work:
         shards = Shards(writer, Spool(out), work, refs, limits)
         planned = sum(len(names) for _, names in work.plan["shards"])

@@ -65,11 +65,13 @@ class ExtractSummary:
     """Clips of variable frame rate, if the recipe has no `fps`."""
     repeating: int = 0
     """Clips with repeated frames, because their videos have fewer than the recipe's `fps`."""
+    notes: list[str] = field(default_factory=list)
+    """What the reader of a data set says about it."""
 
     def lines(self) -> list[str]:
         """Printable lines."""
         rate = f", {self.new} new in {self.seconds:.0f} s ({self.new / self.seconds:.1f} clips/s)" if self.new else ""
-        out = [f"{self.clips} clips, {self.frames:,} frames in {self.store}{rate}"]
+        out = [f"{self.clips} clips, {self.frames:,} frames in {self.store}{rate}", *(f"  {note}" for note in self.notes)]
         for reason, number in sorted(self.rejected.items()):
             first = [entry["id"] for entry in self.rejections if entry["reason"] == reason]
             out.append(f"  rejected {number}: {reason} ({_first(first)})")

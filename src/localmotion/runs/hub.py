@@ -1,4 +1,6 @@
-"""The Hugging Face Hub: fetch a shared run, upload one. Only this file imports huggingface_hub, and only when it is asked to.
+"""The Hugging Face Hub: fetch a shared run or a data set, upload a run.
+
+Only this file imports huggingface_hub, and only when it is asked to.
 
 Fetched files lie in the Hub's own cache (HF_HOME, HF_HUB_CACHE). The environment variables of huggingface_hub apply:
 HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE.
@@ -19,30 +21,34 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 """A full commit hash."""
 _NAME = r"[A-Za-z0-9](?:[\w.-]{0,94}\w)?"
 _REPO, _REVISION = re.compile(rf"{_NAME}/{_NAME}", re.ASCII), re.compile(r"\w[\w.-]*(?:/\w[\w.-]*)*", re.ASCII)
+PREFIXES = {"model": "hf:", "dataset": "lerobot:"}
+"""How a user writes a repository, by its kind."""
 
 
-def check_names(repo: str, revision: str = "") -> None:
+def check_names(repo: str, revision: str = "", kind: str = "model") -> None:
     """Raise ConfigError unless these can be a repository, owner/name, and a branch, tag or commit ("": the default branch).
 
     Both become parts of file names in the cache.
     """
+    name = PREFIXES[kind]
     if not _REPO.fullmatch(repo) or ".." in repo or "--" in repo:
-        raise ConfigError(f"hf:{repo:.100}: a repository of the Hub is written hf:owner/name or hf:owner/name@revision")
+        raise ConfigError(f"{name}{repo:.100}: a repository of the Hub is written {name}owner/name or {name}owner/name@revision")
     if revision and (not _REVISION.fullmatch(revision) or ".." in revision):
-        raise ConfigError(f"hf:{repo}@{revision:.100}: is no branch, tag or commit")
+        raise ConfigError(f"{name}{repo}@{revision:.100}: is no branch, tag or commit")
 
 
-def fetch(repo: str, revision: str, patterns: Sequence[str], folder: str = "") -> tuple[Path, str]:
+def fetch(repo: str, revision: str, patterns: Sequence[str], folder: str = "", kind: str = "model") -> tuple[Path, str]:
     """Fetch the files of ``folder`` in ``repo`` that match ``patterns``.
 
-    Returns the folder in the Hub's cache, and the commit. Raises MissingExtraError without huggingface_hub, ConfigError for
-    names that no repository has, else CheckpointError with the cause and the fix.
+    ``kind`` of the repository: "model" or "dataset". Returns the folder in the Hub's cache, and the commit. Raises MissingExtraError
+    without huggingface_hub, ConfigError for names that no repository has, else CheckpointError with the cause and the fix.
     """
-    check_names(repo, revision)
-    library = _library(f"hf:{repo}")
+    check_names(repo, revision, kind)
+    name = PREFIXES[kind] + repo
+    library = _library(name)
     wanted = [f"{folder}/{pattern}" if folder else pattern for pattern in patterns]
-    with _explained(repo, revision):
-        given = {"revision": revision or None, "allow_patterns": wanted, "library_name": "localmotion"}
+    with _explained(name, revision):
+        given = {"revision": revision or None, "allow_patterns": wanted, "library_name": "localmotion", "repo_type": kind}
         found = Path(library.snapshot_download(repo, **given))
     return _linked(found, folder), found.name
 
@@ -69,7 +75,7 @@ def visibility(repo: str) -> str:
     """Whether a repository is "public" or "private". "" if it does not exist, or if the user may not see it."""
     check_names(repo)
     library = _library(f"hf:{repo}")
-    with _explained(repo), contextlib.suppress(library.errors.RepositoryNotFoundError):
+    with _explained(f"hf:{repo}"), contextlib.suppress(library.errors.RepositoryNotFoundError):
         return "private" if library.HfApi().repo_info(repo).private else "public"
     return ""
 
@@ -83,7 +89,7 @@ def upload(folder: Path, repo: str, *, private: bool, stale: Sequence[str] = ())
     library = _library(f"hf:{repo}")
     api = library.HfApi(library_name="localmotion")
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    with _explained(repo, doing="upload"):
+    with _explained(f"hf:{repo}", doing="upload"):
         api.create_repo(repo, private=private, exist_ok=True)
         old = [name for name in api.list_repo_files(repo) if name.startswith(tuple(stale)) and name not in names]
         operations = [library.CommitOperationAdd(name, str(folder / name)) for name in names]
@@ -106,33 +112,33 @@ def _library(what: str) -> Any:
 
 
 @contextlib.contextmanager
-def _explained(repo: str, revision: str = "", doing: str = "fetch") -> Iterator[None]:
+def _explained(name: str, revision: str = "", doing: str = "fetch") -> Iterator[None]:
     """Turn the errors of huggingface_hub and of the network into one line each."""
-    errors = _library(f"hf:{repo}").errors
+    errors = _library(name).errors
     login = "log in with `hf auth login`, or set HF_TOKEN"
     try:
         yield
     except LocalmotionError:
         raise
     except errors.GatedRepoError as error:
-        raise CheckpointError(f"hf:{repo}: asks you to accept its conditions; do so on its page, then {login}") from error
+        raise CheckpointError(f"{name}: asks you to accept its conditions; do so on its page, then {login}") from error
     except errors.RepositoryNotFoundError as error:
         if doing != "fetch":
-            raise CheckpointError(f"hf:{repo}: cannot be written with your token; {login} as one who may") from error
-        raise CheckpointError(f"hf:{repo}: no such repository, or it is private; check the name, or {login}") from error
+            raise CheckpointError(f"{name}: cannot be written with your token; {login} as one who may") from error
+        raise CheckpointError(f"{name}: no such repository, or it is private; check the name, or {login}") from error
     except errors.RevisionNotFoundError as error:
-        raise CheckpointError(f"hf:{repo}: has no branch, tag or commit {revision!r}; its page lists them") from error
+        raise CheckpointError(f"{name}: has no branch, tag or commit {revision!r}; its page lists them") from error
     except errors.LocalEntryNotFoundError as error:
         cause = error.__cause__ or error
         offline = isinstance(cause, errors.OfflineModeIsEnabled) or "HF_HUB_OFFLINE" in str(error)
         fix = "it is not in the cache and HF_HUB_OFFLINE is set" if offline else "connect and try again"
-        raise CheckpointError(f"hf:{repo}: the Hub cannot be reached ({one_line(cause, 200)}); {fix}") from error
+        raise CheckpointError(f"{name}: the Hub cannot be reached ({one_line(cause, 200)}); {fix}") from error
     except errors.OfflineModeIsEnabled as error:
-        raise CheckpointError(f"hf:{repo}: HF_HUB_OFFLINE is set; unset it to {doing}") from error
+        raise CheckpointError(f"{name}: HF_HUB_OFFLINE is set; unset it to {doing}") from error
     except errors.HfHubHTTPError as error:
         code = getattr(error.response, "status_code", 0)
         fix = f"{login} as one who may" if code in (401, 403) else "try again later"
-        raise CheckpointError(f"hf:{repo}: {doing} failed ({one_line(error, 300)}); {fix}") from error
+        raise CheckpointError(f"{name}: {doing} failed ({one_line(error, 300)}); {fix}") from error
     except Exception as error:  # of the network, the disk, or a damaged answer: many libraries raise here
         cause = f"{error}: {error.__cause__}" if error.__cause__ else error
-        raise CheckpointError(f"hf:{repo}: {doing} failed ({one_line(cause, 300)}); try the same command again") from error
+        raise CheckpointError(f"{name}: {doing} failed ({one_line(cause, 300)}); try the same command again") from error

@@ -38,7 +38,7 @@ from localmotion.runs.sharing import HUB, MANIFEST, SHELF, digest, is_shared, sh
 
 _STATE = ("update", "stage", "action_dim", "agent_step", "env_step")
 """What is kept of a checkpoint's state.json. Loading needs `action_dim`; the counts say how long the run learned."""
-_ENVIRONMENT = ("recipe", "device", "precision", "parameters", "commit")
+_ENVIRONMENT = ("recipe", "device", "precision", "parameters", "commit", "lerobot")
 _PLACE = re.compile(r"(?<![\w.~/\\-])(?:~[\w.-]*|\.{1,2}|[A-Za-z]:)?[\\/](?:[^\s\"',;=\[\]{}()]*[\\/])?")
 """The folders of a path in a text: all of it but its last part. A relative path such as runs/drp is none of them."""
 

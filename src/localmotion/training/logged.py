@@ -19,6 +19,7 @@ from localmotion.runs.rundir import RunDir
 from localmotion.training.loop import Clock, Loop
 from localmotion.training.trials import Trials
 from localmotion.training.update import Updater
+from localmotion.video.lerobot import about_of
 from localmotion.video.sample import WindowSampler
 from localmotion.video.store import ClipStore
 
@@ -78,7 +79,8 @@ class LoggedLoop(Loop):
 
     def record(self) -> dict[str, Any]:
         transitions = int(self.sampler.frames.sum()) - len(self.sampler.clips)
-        return {"recipe": self.store.recipe, "transitions": transitions}
+        about = about_of(self.store.path)  # whoever uses the agent needs the ranges of its actions
+        return {"recipe": self.store.recipe, "transitions": transitions, **({"lerobot": about} if about else {})}
 
     def advance(self) -> None:
         with self.timed("data"):

@@ -13,10 +13,10 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain, pairwise
+from itertools import chain, islice, pairwise
 from math import nan
 from pathlib import Path
 from typing import Any, Literal
@@ -32,6 +32,7 @@ from localmotion.video.colour import Converter, hdr_of, opaque
 from localmotion.video.container import check_complete, quarter_turns
 from localmotion.video.libav import ERRORS, LENIENT_METADATA, fault, listening, memory_fault, words
 from localmotion.video.listing import VideoRef, frame_files, shown
+from localmotion.video.parts import before, pictures_of, seek
 from localmotion.video.pictures import has_alpha, picture_size
 from localmotion.video.timing import Decoding, Picture, deinterlaced, resampled
 
@@ -87,10 +88,17 @@ def probe(ref: VideoRef) -> VideoInfo:
         files = frame_files(ref.path)
         height, width = _read_image(files[0], 0, ref).shape[:2]
         return VideoInfo(len(files), width, height, None, files[0].suffix[1:].lower(), "rgb24", 0, None, False, 8, 1.0)
+    if ref.kind == "stored":
+        height, width = next(_stored_pictures(ref, False)).shape[:2]
+        frames, fps = (ref.part.frames, ref.part.fps) if ref.part else (0, None)
+        return VideoInfo(frames, width, height, fps, "picture", "rgb24", 0, fps and frames / fps, False, 8, 1.0)
     with _open(ref.path) as (container, stream):
         first: Any = None
         times: list[float] = []
+        seek(container, stream, ref.part)
         for packet in _packets(ref.path, container, stream):
+            if first is not None and ref.part:
+                break  # number and times of the pictures are known, and checked where they are decoded
             if first is None:
                 first = next(iter(_decode_packet(ref.path, packet, 0)), None)
             if packet.size and not packet.is_discard:
@@ -101,7 +109,7 @@ def probe(ref: VideoRef) -> VideoInfo:
         _check_size(ref, first.width, first.height)
         turns, mirrored = quarter_turns(ref.path, first)
         width, height = (first.width, first.height) if turns % 2 == 0 else (first.height, first.width)
-        known = sorted(time for time in times if time == time)
+        known = sorted(time for time in times if time == time) if not ref.part else []
         gaps = [b - a for a, b in pairwise(known)]
         fps, duration, vfr = None, None, False
         if gaps and known[-1] > known[0]:
@@ -110,10 +118,12 @@ def probe(ref: VideoRef) -> VideoInfo:
             vfr = max(abs(gap - median) for gap in gaps) > max(0.1 * median, 2.5 * float(stream.time_base))
             fps = len(gaps) / (known[-1] - known[0])
             duration = known[-1] - known[0] + median
+        if ref.part:
+            fps, duration = ref.part.fps, ref.part.frames / ref.part.fps
         bits = max((component.bits for component in first.format.components), default=8)
         aspect = float(stream.sample_aspect_ratio or context.sample_aspect_ratio or 1)
         return VideoInfo(
-            len(times),
+            ref.part.frames if ref.part else len(times),
             width,
             height,
             fps,
@@ -154,7 +164,8 @@ def iter_frames(
     Memory is bounded by a few frames for any length of video. `max_frames` limits the yielded frames; damage after the
     last one is not detected. With `size` None every frame has the shape of the first. Raises VideoError as `probe`
     does, and "truncated" if the data end before the length in the container or a frame cannot be decoded completely;
-    with `fps` also "odd_times" if times are missing, go back or jump.
+    with `fps` also "odd_times" if times are missing, go back or jump. Of a file with a `part` exactly its pictures are used: "odd_times"
+    or "wrong_length" if they are not those that it promises, in number and time.
     """
     if stride < 1 or start < 0 or (max_frames is not None and max_frames < 1) or (size is not None and size < 1) or not fps >= 0:
         raise ValueError(f"stride {stride}, start {start}, max_frames {max_frames}, size {size}, fps {fps}: out of range")
@@ -163,6 +174,10 @@ def iter_frames(
     found.rate = fps / stride
     if ref.kind == "frames":
         for frame in _folder_frames(ref, size, stride, start, max_frames, legacy):
+            found.add(nan)
+            yield frame
+    elif ref.kind == "stored":
+        for frame in _in_one_size(ref, _stored_pictures(ref, legacy, start, stride, max_frames), size):
             found.add(nan)
             yield frame
     else:
@@ -271,10 +286,13 @@ def _decode_packet(path: Path, packet: Any, done: int) -> list[Any]:
 def _pictures(ref: VideoRef, container: Any, stream: Any) -> Iterator[Picture]:
     """All decoded pictures of a file, complete ones only; VideoError if there is none, or if the next is damaged."""
     done = packets = 0
+    seek(container, stream, ref.part)
     for packet in _packets(ref.path, container, stream):
         if packet.size or packet.dts is not None:
             packets += 1
         for frame in _decode_packet(ref.path, packet, done):
+            if before(frame, ref.part):
+                continue
             if frame.is_corrupt:
                 raise VideoError(ref.path, "truncated", f"frame {done} is damaged")
             _check_size(ref, frame.width, frame.height)
@@ -283,7 +301,8 @@ def _pictures(ref: VideoRef, container: Any, stream: Any) -> Iterator[Picture]:
             done += 1
     if done == 0:
         raise VideoError(ref.path, "unreadable", "no frame could be decoded; the file is damaged or its codec is unknown")
-    check_complete(ref.path, container, stream, packets)
+    if not ref.part or ref.part.alone:
+        check_complete(ref.path, container, stream, packets)
 
 
 def _file_frames(
@@ -300,6 +319,8 @@ def _file_frames(
         turns, mirrored = quarter_turns(ref.path, first.frame)
         shape = (size, size) if size else (first.frame.width, first.frame.height)
         pictures = chain([first], pictures)
+        if ref.part:
+            pictures = pictures_of(ref.part, pictures, ref.path)
         if not legacy:
             pictures = deinterlaced(pictures, ref.path)
         if fps:
@@ -327,15 +348,33 @@ def _folder_frames(
     ref: VideoRef, size: int | None, stride: int, start: int, max_frames: int | None, legacy: bool
 ) -> Iterator[NDArray[np.uint8]]:
     files = frame_files(ref.path)[start::stride][:max_frames]
+    images = (_read_image(file, number, ref, legacy) for number, file in enumerate(files))
+    yield from _in_one_size(ref, images, size, names=[file.name for file in files])
+
+
+def _stored_pictures(
+    ref: VideoRef, legacy: bool, start: int = 0, stride: int = 1, max_frames: int | None = None
+) -> Iterator[NDArray[np.uint8]]:
+    """Pictures of a table, uint8 BGR."""
+    assert ref.rows
+    stop = None if max_frames is None else start + stride * (max_frames - 1) + 1
+    for number, data in enumerate(islice(ref.rows.pictures(), start, stop, stride)):
+        yield _image(data, f"picture {start + stride * number}", "truncated" if number else "unreadable", ref, legacy)
+
+
+def _in_one_size(
+    ref: VideoRef, images: Iterator[NDArray[np.uint8]], size: int | None, names: Sequence[str] = ()
+) -> Iterator[NDArray[np.uint8]]:
+    """BGR pictures as RGB, (size, size, 3), or as they are. Raises VideoError "mixed_sizes" if one has another size than the first."""
     shape: tuple[int, int] | None = (size, size) if size else None
     first: tuple[int, ...] | None = None
-    for number, file in enumerate(files):
-        image = _read_image(file, number, ref, legacy)
+    for number, image in enumerate(images):
         shape = shape or (image.shape[1], image.shape[0])
         first = first or image.shape
         if image.shape != first:
             (height, width), (usual_height, usual_width) = image.shape[:2], first[:2]
-            what = f"{shown(file.name)} has {width}x{height} pixels, the pictures before it {usual_width}x{usual_height}"
+            name = shown(names[number]) if names else f"picture {number}"
+            what = f"{name} has {width}x{height} pixels, the pictures before it {usual_width}x{usual_height}"
             raise VideoError(ref.path, "mixed_sizes", f"{what}; keep pictures of one size in a folder")
         if image.shape[1::-1] != shape:
             image = cv2.resize(image, shape, interpolation=cv2.INTER_AREA)
@@ -343,8 +382,7 @@ def _folder_frames(
 
 
 def _read_image(file: Path, number: int, ref: VideoRef, legacy: bool = False) -> NDArray[np.uint8]:
-    """One picture, uint8 BGR. Its size and completeness are checked first, because the decoder allocates the size in the
-    header and fills the missing part of a cut-off picture with grey."""
+    """One picture of a folder, uint8 BGR."""
     reason: Literal["truncated", "unreadable"] = "truncated" if number else "unreadable"
     name = shown(file.name)
     try:
@@ -352,8 +390,14 @@ def _read_image(file: Path, number: int, ref: VideoRef, legacy: bool = False) ->
     except OSError as error:
         wrong = "too_large" if error.errno == errno.EFBIG else reason
         raise VideoError(ref.path, wrong, f"cannot read {name}: {error.strerror}") from error
+    return _image(data, name, reason, ref, legacy, file.suffix.lower())
+
+
+def _image(data: bytes, name: str, reason: str, ref: VideoRef, legacy: bool, suffix: str = ".png") -> NDArray[np.uint8]:
+    """An encoded picture, uint8 BGR. Its size and completeness are checked first, because the decoder allocates the size in the
+    header and fills the missing part of a cut-off picture with grey."""
     try:
-        size = picture_size(data, file.suffix.lower())
+        size = picture_size(data, suffix)
     except ValueError as error:
         raise VideoError(ref.path, reason, f"{name} {error}") from error
     _check_size(ref, *size)

@@ -126,8 +126,8 @@ def _changed(record: dict[str, Any], ref: VideoRef, unreadable: bool) -> bool:
 
 
 def _files(ref: VideoRef) -> list[Path]:
-    if ref.kind == "file":
-        return [ref.path]
+    if ref.kind != "frames":
+        return [ref.path, *({ref.rows.file} - {ref.path} if ref.rows else ())]
     names = sorted(os.listdir(ref.path))
     return [ref.path / name for name in names if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES]
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple, Protocol
+
+from numpy.typing import NDArray
 
 from localmotion.errors import VideoError
 
@@ -28,15 +31,39 @@ ARCHIVES = frozenset({".7z", ".bz2", ".gz", ".rar", ".tar", ".tbz2", ".tgz", ".t
 UNFINISHED = frozenset({".crdownload", ".download", ".filepart", ".part", ".partial"})
 
 
+class Part(NamedTuple):
+    """The pictures of a file that make a video. Picture i is shown `start + i / fps` seconds after the beginning of the file."""
+
+    start: float
+    frames: int
+    fps: float
+    alone: bool
+    """Whether the file has no other pictures."""
+
+
+class Rows(Protocol):
+    """What a table holds of a video beside its pictures."""
+
+    @property
+    def file(self) -> Path:
+        """The table."""
+
+    def read(self, stride: int) -> dict[str, NDArray[Any]]:
+        """Arrays (T, ...) by name, of the frames 0, stride, 2 stride, ... Raises VideoError, also if the rows do not fit the video."""
+
+    def pictures(self) -> Iterator[bytes]:
+        """The encoded pictures of a video of kind "stored". Raises VideoError."""
+
+
 @dataclass(frozen=True)
 class VideoRef:
-    """One video that may be decoded. `path` is a file (kind "file") or a folder of numbered pictures (kind
-    "frames")."""
+    """One video that may be decoded. `path` is a file (kind "file"), a folder of numbered pictures (kind "frames"), or a table
+    that holds encoded pictures (kind "stored")."""
 
     id: str
     """Relative POSIX path below the searched root, extension included; stable and unique."""
     path: Path
-    kind: Literal["file", "frames"]
+    kind: Literal["file", "frames", "stored"]
     label: int | str | None = None
     """Class of the video from the list file; None without one."""
     frames_hint: int | None = None
@@ -45,6 +72,9 @@ class VideoRef:
     """Reason code and detail if the listing already shows that it cannot be used; decoding it raises VideoError with them."""
     warning: str = ""
     """`code: detail` of something unusual in the listing that does not reject the video; empty for none."""
+    part: Part | None = None
+    """The pictures of the file, if they are not all of them or must be a known number."""
+    rows: Rows | None = None
 
     def check(self) -> None:
         """Raise VideoError when there is a `fault`."""

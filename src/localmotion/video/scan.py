@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 
 from localmotion.errors import LocalmotionError, VideoError
 from localmotion.video.decode import VideoInfo, iter_frames, memory_fault, probe
-from localmotion.video.listing import VideoRef, find_videos, shown
+from localmotion.video.listing import VideoRef, shown
+from localmotion.video.sources import open_videos
 from localmotion.video.workers import MEMORY_LIMIT, TIME_LIMIT, Lost, limited_memory, map_isolated
 
 SCAN_SIZE = 64
@@ -143,12 +144,13 @@ def scan(
     *,
     min_frames: int = 25,
     list_file: Path | None = None,
+    camera: str = "",
     workers: int = 1,
     progress: Callable[[int, int], Any] | None = None,
     timeout: float = TIME_LIMIT,
     memory: int | None = MEMORY_LIMIT,
 ) -> ScanReport:
-    """Examine every video below `root` (see `find_videos`) in `workers` worker processes.
+    """Examine every video of `root` (see `open_videos`) in `workers` worker processes.
 
     `progress(done, total)` is called after each video. If a decoder crashes, takes more than `timeout` seconds, or needs
     more than `memory` bytes (None: no limit), only its own video is rejected ("decoder_crash", "decoder_timeout",
@@ -156,7 +158,7 @@ def scan(
     starts faster but has no such limits; use it for videos that you trust. Raises VideoError only for errors of the
     folder or the list as a whole.
     """
-    refs = find_videos(Path(root), list_file)
+    refs, _ = open_videos(Path(root), list_file, camera)
     reports: list[VideoReport] = []
     for done, report in enumerate(_examine_all(refs, min_frames, workers, timeout, memory), 1):
         reports.append(report)
@@ -172,6 +174,8 @@ def examine(ref: VideoRef, min_frames: int, memory: int | None = None) -> VideoR
         with limited_memory(memory):
             report = replace(report, bytes=_bytes(ref))
             report = replace(report, info=(info := probe(ref)))
+            if ref.rows:
+                ref.rows.read(1)
             motion = _Motion()
             for frame in iter_frames(ref, SCAN_SIZE):
                 motion.add(frame)
@@ -281,7 +285,7 @@ def _mark_duplicates(reports: list[VideoReport]) -> Iterator[VideoReport]:
 def _bytes(ref: VideoRef) -> int:
     ref.check()
     try:
-        files = [ref.path] if ref.kind == "file" else [Path(entry.path) for entry in os.scandir(ref.path)]
+        files = [ref.path] if ref.kind != "frames" else [Path(entry.path) for entry in os.scandir(ref.path)]
         return sum(file.stat().st_size for file in files if file.is_file())
     except OSError as error:
         raise VideoError(ref.path, "unreadable", f"cannot be read: {error.strerror}") from error
