@@ -1,4 +1,5 @@
-"""A server on this machine that answers what huggingface_hub asks of the Hub to make, fill and fetch a repository of a model."""
+"""A server on this machine that answers what huggingface_hub asks of the Hub: make, fill and fetch a repository of a model, fetch a
+data set."""
 
 from __future__ import annotations
 
@@ -99,8 +100,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path)
         self.state.asked.append(f"{self.command} {path}")
-        parts = path.strip("/").split("/")
-        if parts[:2] == ["api", "models"]:
+        parts = path.removeprefix("/datasets").strip("/").split("/")
+        if parts[:2] in (["api", "models"], ["api", "datasets"]):
             name, kind, revision = "/".join(parts[2:4]), *[*parts[4:6], "", "main"][:2]
             revision = parts[5] if len(parts) > 5 else "main"
             if found := self.found(name, revision):

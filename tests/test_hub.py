@@ -16,13 +16,17 @@ import pytest
 import torch
 
 from hub_stand_in import TOKEN, Repository, StandIn, stand_in
+from lerobot_files import CAMERAS, DATA, LENGTHS
 from localmotion.cli import main
 from localmotion.errors import CheckpointError, ConfigError, LocalmotionError, MissingExtraError
 from localmotion.runs import hub, sharing
+from localmotion.runs.datasets import local_videos
 from localmotion.runs.load import load_run
 from localmotion.runs.push import push, write_shared
 from localmotion.runs.sharing import local_run, resolve
 from localmotion.training import study
+from localmotion.video.decode import iter_frames
+from localmotion.video.lerobot import read_data_set
 from shared_runs import acting_run, pretrained_run, same_outputs
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # huggingface_hub calls httpx so
@@ -66,6 +70,32 @@ def refused(match: str, call: Any, kind: type[LocalmotionError] = CheckpointErro
     with pytest.raises(kind, match=match) as found:
         call()
     assert len(str(found.value).splitlines()) == 1
+
+
+@installed
+@pytest.mark.skipif(
+    importlib.util.find_spec("pyarrow") is None, reason="pyarrow is not installed: pip install 'localmotion[lerobot]'"
+)
+@pytest.mark.parametrize("version", ["v21", "v30"])
+def test_of_a_data_set_only_one_camera_is_fetched(
+    server: StandIn, tmp_path: Path, capsys: pytest.CaptureFixture[str], version: str
+) -> None:
+    commit = served(server, DATA / version, "me/robot", **{"README.md": b"", "meta/notes.txt": b"", "videos/film.mp4": b""})
+    asked = Path("lerobot:me/robot")
+    refused("the cameras .*; choose one with --camera KEY", lambda: local_videos(asked), ConfigError)
+    assert not any("/videos/" in line or "/data/" in line for line in server.asked)
+    videos = local_videos(asked, CAMERAS[1])
+    fetched = {line.partition(f"{commit}/")[2] for line in server.asked if "/resolve/" in line}
+    assert {name.split("/")[0] for name in fetched} == {"meta", "data", "videos"}
+    assert all(CAMERAS[1] in name for name in fetched if name.startswith("videos/"))
+    assert f"lerobot:me/robot: commit {commit}" in capsys.readouterr().out
+    data = read_data_set(videos, CAMERAS[1])
+    assert data.about(1)["data_set"] == f"me/robot@{commit}"
+    assert [sum(1 for _ in iter_frames(ref, 16)) for ref in data.refs] == list(LENGTHS)
+    assert local_videos(Path(f"lerobot:{DATA}")) == Path(f"lerobot:{DATA}")  # a folder is used as it is
+    refused("lerobot:me/none: no such repository", lambda: local_videos(Path("lerobot:me/none")))
+    refused("lerobot:me/robot: has no branch, tag or commit 'v9'", lambda: local_videos(Path("lerobot:me/robot@v9")))
+    refused("written lerobot:owner/name", lambda: local_videos(Path("lerobot:robot")), ConfigError)
 
 
 @installed

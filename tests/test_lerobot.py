@@ -15,11 +15,10 @@ import pytest
 
 from lerobot_files import ACTION, CAMERAS, DATA, FPS, LENGTHS, TASKS, picture, read_picture, row
 from localmotion.cli import main
-from localmotion.errors import ConfigError, LocalmotionError, MissingExtraError, StoreError, VideoError
+from localmotion.errors import ConfigError, MissingExtraError, StoreError, VideoError
 from localmotion.perception.extract import extract_folder
 from localmotion.recipe import Recipe
 from localmotion.recording.logs import EpisodeSampler, action_dim
-from localmotion.video import lerobot
 from localmotion.video.decode import iter_frames, probe
 from localmotion.video.lerobot import ABOUT, commands, read_data_set
 from localmotion.video.refs import Part, VideoRef
@@ -31,7 +30,6 @@ pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("pyarrow") is None, reason="pyarrow is not installed: pip install 'localmotion[lerobot]'"
 )
 RECIPE = Recipe(size=16, percept_size=32, tracks=4, redraw_rounds=0)
-Change = Callable[[Callable[[Any], Any]], None]
 
 
 def names(frames: Any) -> list[tuple[int, int, int]]:
@@ -60,7 +58,9 @@ def change_table(path: Path, column: str, change: Callable[[list[Any]], Any]) ->
     table = pq.read_table(path)
     values = table.column(column).to_pylist()
     change(values)
-    pq.write_table(table.set_column(table.column_names.index(column), column, pa.array(values, table.schema.field(column).type)), path)
+    pq.write_table(
+        table.set_column(table.column_names.index(column), column, pa.array(values, table.schema.field(column).type)), path
+    )
 
 
 def faults(data: Path, camera: str = CAMERAS[0]) -> dict[str, str]:
@@ -108,7 +108,9 @@ def test_a_row_has_what_led_to_its_frame(version: str) -> None:
         assert not found["action"][0].any()
         for t in range(1, LENGTHS[episode]):
             low, high = ranges.T
-            np.testing.assert_allclose((found["action"][t] + 1) / 2 * (high - low) + low, [*table[t - 1]["action"][:2], 7], rtol=1e-5)
+            np.testing.assert_allclose(
+                (found["action"][t] + 1) / 2 * (high - low) + low, [*table[t - 1]["action"][:2], 7], rtol=1e-5
+            )
         assert not found["action"][:, 2].any()  # the gripper never moves
         rewards = np.concatenate([line["next.reward"] for line in table])
         # There is no frame after the last one, so what the last command led to is kept with it.
@@ -229,7 +231,7 @@ def test_frames_before_a_part_are_not_all_decoded(long: Path, monkeypatch: pytes
 
 
 def test_a_part_that_is_not_as_promised_is_rejected(long: Path, tmp_path: Path) -> None:
-    with pytest.raises(VideoError, match="has 10 pictures from 14.0000 s on, its table 20 rows") as found:
+    with pytest.raises(VideoError, match=r"has 10 pictures from 14.0000 s on, its table 20 rows") as found:
         list(iter_frames(part(long, 14, 20), None))
     assert found.value.reason == "wrong_length"
     with pytest.raises(VideoError, match="more than the 140 pictures") as found:
@@ -247,9 +249,11 @@ def test_a_part_that_is_not_as_promised_is_rejected(long: Path, tmp_path: Path) 
 
 
 def test_the_user_chooses_a_camera() -> None:
-    with pytest.raises(ConfigError, match="has the cameras observation.images.side, observation.images.top; choose one with --camera"):
+    with pytest.raises(
+        ConfigError, match=r"has the cameras observation.images.side, observation.images.top; choose one with --camera"
+    ):
         read_data_set(DATA / "v30")
-    with pytest.raises(ConfigError, match="unknown camera 'top'; known: observation.images.side, obs"):
+    with pytest.raises(ConfigError, match=r"unknown camera 'top'; known: observation.images.side, obs"):
         read_data_set(DATA / "v30", "top")
     with pytest.raises(ConfigError, match="--camera top: only a LeRobot data set has cameras"):
         scan(DATA, camera="top", workers=0)
@@ -279,7 +283,7 @@ def test_episodes_that_cannot_be_used_are_rejected_with_reasons(tmp_path: Path) 
     assert faults(data) == {"episode_000000": "missing", "episode_000001": "bad_table", "episode_000002": "wrong_length"}
     with pytest.raises(VideoError, match="action 1 of frame 2 is 300; by the data set's statistics it is 0 to 208"):
         read_data_set(data, CAMERAS[0]).refs[1].rows.read(1)  # type: ignore[union-attr]
-    with pytest.raises(VideoError, match="none of 3 videos is usable: 1 missing: .*1 bad_table: .*1 wrong_length: "):
+    with pytest.raises(VideoError, match=r"none of 3 videos is usable: 1 missing: .*1 bad_table: .*1 wrong_length: "):
         extracted(tmp_path / "store", data)
 
 
@@ -327,7 +331,20 @@ def test_what_is_missing_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert any("has no rewards (next.reward): zeros are stored" in note for note in read_data_set(data, CAMERAS[0]).notes)
     change_info(data, lambda info: info["features"]["action"].update(dtype="string"))
     change_info(data, lambda info: info.update(total_episodes=5))
-    main(["extract", f"lerobot:{data}", "--camera", CAMERAS[0], "--out", str(tmp_path / "plain"), "--min-frames", "5", "--workers", "0"])
+    main(
+        [
+            "extract",
+            f"lerobot:{data}",
+            "--camera",
+            CAMERAS[0],
+            "--out",
+            str(tmp_path / "plain"),
+            "--min-frames",
+            "5",
+            "--workers",
+            "0",
+        ]
+    )
     said = " ".join(capsys.readouterr().out.split())
     assert "pictures only, without actions: its dtype is string" in said
     assert "promises 5 episodes, 3 are listed" in said
