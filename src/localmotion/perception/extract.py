@@ -174,7 +174,7 @@ def _spans(ref: VideoRef, recipe: Recipe, limits: Limits, memory: int | None) ->
         ref, recipe.percept_size, recipe.frame_stride, fps=recipe.fps, legacy=recipe.legacy_decoding, found=found
     )
     allowance = 3 * 3 * limits.max_frames * recipe.percept_size**2
-    rows = ref.rows.read(recipe.frame_stride) if ref.rows else {}
+    rows = _rows(ref, recipe.frame_stride, memory)
     last: _Span | None = None
     start = grown = 0
     for _ in itertools.count() if limits.max_clips is None else range(limits.max_clips):
@@ -198,6 +198,15 @@ def _spans(ref: VideoRef, recipe: Recipe, limits: Limits, memory: int | None) ->
             return
     assert last is not None
     yield replace(last, last=True, more=_goes_on(stream))
+
+
+def _rows(ref: VideoRef, stride: int, memory: int | None) -> dict[str, NDArray[Any]]:
+    """The further arrays of a video, by kept frame."""
+    try:
+        with limited_memory(memory):
+            return ref.rows.read(stride) if ref.rows else {}
+    except MemoryError as error:
+        raise memory_fault(ref.path) from error
 
 
 def _decoded(ref: VideoRef, stream: Iterator[NDArray[np.uint8]], limits: Limits) -> NDArray[np.uint8]:
