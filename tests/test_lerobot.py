@@ -292,7 +292,7 @@ def test_episodes_that_cannot_be_used_are_rejected_with_reasons(tmp_path: Path) 
     [
         ("frame_index", lambda values: values.__setitem__(13, 0), "odd_times"),
         ("timestamp", lambda values: values.__setitem__(13, 0.35), "odd_times"),
-        ("action", lambda values: values.__setitem__(13, None), "bad_table"),
+        ("next.reward", lambda values: values.__setitem__(13, None), "bad_table"),
         ("observation.state", lambda values: values[13].__setitem__(0, float("nan")), "bad_table"),
         ("episode_index", lambda values: values.__setitem__(13, 2), "wrong_length"),
     ],

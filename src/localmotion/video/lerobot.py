@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from localmotion.errors import ConfigError, StoreError, unknown_name
 from localmotion.files import MAX_TEXT, one_line, parse_json, read_json
-from localmotion.video.lerobot_rows import ACTION, PREFIX, STATE, EpisodeRows, Logged, Range, parquet
+from localmotion.video.lerobot_rows import ACTION, PREFIX, STATE, UNREADABLE, EpisodeRows, Logged, Range, parquet
 from localmotion.video.refs import Part, VideoRef
 from localmotion.video.shards import write_atomic, write_error
 
@@ -192,7 +192,7 @@ def _ranges(root: Path, width: int) -> tuple[Range, ...]:
         high = np.max([np.asarray(entry["max"], np.float64).reshape(width) for entry in stats], axis=0)
         if not (np.isfinite(low).all() and np.isfinite(high).all() and (low <= high).all()):
             raise ValueError("min and max are not finite and in order")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except UNREADABLE as error:
         raise ConfigError(
             f"{root}: its statistics of {ACTION} cannot be used ({one_line(error)}); compute them again with lerobot"
         ) from error
@@ -247,7 +247,7 @@ def _spans(root: Path, camera: str, stored: bool) -> Iterator[dict[str, Any]]:
     for path in files:
         try:
             table = parquet().read_table(path, columns=wanted, use_threads=False)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except UNREADABLE as error:
             raise ConfigError(f"{path}: cannot be read ({one_line(error)}); fetch it again") from error
         yield from table.to_pylist()
 

@@ -20,6 +20,8 @@ from localmotion.video.shards import Extra
 
 PREFIX = "lerobot:"
 ACTION, STATE = "action", "observation.state"
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, NotImplementedError)
+"""What pyarrow raises for a table that it cannot read, and Python for values of another form."""
 _BATCH = 32  # pictures read from a table at a time
 _SLACK = 1e-4  # share of an action's range by which it may exceed the statistics, which are rounded
 
@@ -113,7 +115,7 @@ class EpisodeRows:
                         count += 1
         except VideoError:
             raise
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except UNREADABLE as error:
             raise self._fault("unreadable", f"its table cannot be read ({one_line(error)})") from error
         if count != self.frames:
             raise self._fault("wrong_length", f"has {count} pictures, {self.frames} frames are listed")
@@ -124,7 +126,7 @@ class EpisodeRows:
             table = parquet().read_table(
                 self.file, columns=list(widths), filters=[("episode_index", "==", self.episode)], use_threads=False
             )
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except UNREADABLE as error:
             raise self._fault("unreadable", f"its table cannot be read ({one_line(error)})") from error
         if table.num_rows != self.frames:
             raise self._fault("wrong_length", f"has {table.num_rows} rows, {self.frames} frames are listed")
@@ -134,7 +136,7 @@ class EpisodeRows:
                 values = np.concatenate([_numbers(chunk) for chunk in table.column(name).chunks])
                 if values.size != self.frames * width or not np.isfinite(values).all():
                     raise ValueError(f"not {width} finite numbers a frame")
-            except (ValueError, TypeError, NotImplementedError) as error:
+            except UNREADABLE as error:
                 raise self._fault("bad_table", f"its column {name} cannot be used ({one_line(error)})") from error
             found[name] = values.reshape(self.frames, width)
         return found
