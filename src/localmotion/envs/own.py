@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -144,6 +145,8 @@ def _of_gymnasium(name: str, task: str) -> Own:
     def made(options: Mapping[str, Any], time_limit: int | None) -> gymnasium.Env[Any, Any]:
         creator: Any = load_env_creator(spec.entry_point) if isinstance(spec.entry_point, str) else spec.entry_point
         limit = {} if time_limit is None else {"max_episode_steps": time_limit}
+        if not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+            os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame draws to memory; looking for a screen prints an error line
         return gymnasium.make(ident, disable_env_checker=True, **{**_drawn(creator), **limit, **options})
 
     return Own(name, made, None)
