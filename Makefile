@@ -9,7 +9,7 @@ ifdef TORCH_INDEX
 export TORCH_INDEX
 endif
 
-.PHONY: setup demo test lint types unit test-slow test-other mutants mutants-tool bench fuzz soak clean
+.PHONY: setup demo test lint types unit test-slow test-other docs mutants mutants-tool bench fuzz soak clean
 
 setup: $(VENV)/.ready
 
@@ -58,6 +58,18 @@ mutants-tool: setup
 	$(BIN)/mutmut run --max-children 2 $(TOOL)
 	$(BIN)/mutmut results
 
+# The documentation site, in an environment of its own that has neither torch nor the package: site/index.html.
+DOCS_VENV ?= .venv-docs
+docs: $(DOCS_VENV)/.ready
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict
+
+$(DOCS_VENV)/.ready: pyproject.toml
+	@command -v $(PYTHON) >/dev/null 2>&1 || { echo "error: $(PYTHON) not found; install Python 3.11 or say make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(DOCS_VENV)/bin/python -m pip install --quiet --group docs
+	touch $@
+
 # R2DREAMER=PATH to a checkout of NM512/r2dreamer, DREAMERV3=PATH to one of danijar/dreamerv3, to be timed beside DreamerV3.
 bench: setup
 	$(BIN)/python -m benchmarks $(if $(R2DREAMER),--r2dreamer "$(R2DREAMER)") $(if $(DREAMERV3),--dreamerv3 "$(DREAMERV3)")
@@ -76,4 +88,4 @@ soak: setup
 	$(BIN)/python -m soak.memory --hours $(HOURS) --out $(SOAK_DIR)
 
 clean:
-	rm -rf mutants $(VENV) .venv312 $(RUN_DIR) $(FUZZ_DIR) $(SOAK_DIR)
+	rm -rf mutants site $(VENV) $(DOCS_VENV) .venv312 $(RUN_DIR) $(FUZZ_DIR) $(SOAK_DIR)
