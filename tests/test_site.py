@@ -12,6 +12,10 @@ import pytest
 import yaml
 from tools import site_hooks
 
+from localmotion import methods
+from localmotion.config import leaves
+from localmotion.runs.settings import compose
+
 ROOT = site_hooks.ROOT
 CONFIG = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
 PAGES = [path.relative_to(ROOT).as_posix() for path in sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])]
@@ -62,6 +66,23 @@ def test_nothing_is_loaded_from_another_server() -> None:
     assert not [text[:80] for text in pages if re.search(r"!\[[^\]]*\]\(http|<(script|iframe|link)\b", text)]
     assert not CONFIG.get("extra_javascript")
     assert not any("mermaid" in text for text in pages)  # the theme would load it from another server
+
+
+@pytest.mark.parametrize("name", sorted(methods.names()))
+def test_each_method_has_a_page_and_its_settings_exist(name: str) -> None:
+    page = (ROOT / "docs/methods" / f"{name}.md").read_text()
+    headings = [line for line in page.splitlines() if line.startswith("#")]
+    assert headings[1:] == ["## Paper", "## Commands", "## Settings that matter", "## Results here", "## When to use it"]
+    stage = next(iter(methods.get(name).stages))
+    known = {setting for setting, _ in leaves(compose(name, stage, env="toy:reach", flags={"data": "store"}))}
+    rows = page.split("## Settings that matter")[1].split("##")[0].split("|---|")[1]
+    cells = re.findall(r"^\| (.+?) \|", rows, re.MULTILINE)
+    for setting in re.findall(r"`([\w.]+)`", " ".join(cells)):
+        assert any(full == setting or full.endswith(f".{setting}") for full in known), setting
+    commands = re.findall(r"^ {4}localmotion ([a-z]+) +--method ([\w]+)", page, re.MULTILINE)
+    assert {command for command, _ in commands} <= {*methods.get(name).stages}
+    assert {method for _, method in commands} == {name}
+    assert name in (ROOT / "docs/which_method.md").read_text()
 
 
 def test_links_out_of_docs_are_rewritten_and_those_in_code_are_not() -> None:

@@ -83,7 +83,7 @@ def relinked(markdown: str, page: str) -> str:
 
 
 def widened(markdown: str) -> str:
-    """The page with the lists that Python-Markdown needs: what belongs to an item is indented by 4, and a list begins after a blank line."""
+    """The page with the lists that Python-Markdown needs: items are indented by 4, and a list begins after a blank line."""
     out: list[str] = []
     width, fenced = 0, False
     for line in markdown.split("\n"):
