@@ -85,6 +85,18 @@ def test_each_method_has_a_page_and_its_settings_exist(name: str) -> None:
     assert name in (ROOT / "docs/which_method.md").read_text()
 
 
+def test_messages_in_troubleshooting_are_those_of_the_source() -> None:
+    sources = "\n".join(path.read_text() for path in [*(ROOT / "src").rglob("*.py"), ROOT / "tools/install_torch.py"])
+    joined = re.sub(r'"\s*\n\s*f?"', "", sources)  # strings that go on in the next line
+    page = (ROOT / "docs/troubleshooting.md").read_text()
+    messages = re.findall(r"^ {4,6}(?:error: |warning: |note: )?(\S.*)$", page, re.MULTILINE)
+    assert len(messages) > 30
+    for message in messages:
+        parts = [part.strip(" .") for part in message.split("…") if "did you mean" not in message]
+        for part in (part for part in parts if len(part) > 8):
+            assert part in joined, message
+
+
 def test_links_out_of_docs_are_rewritten_and_those_in_code_are_not() -> None:
     text = (
         "[a](../../METHODS.md#drp) [b](../videos.md) `[c](../no.md)` [d](#here) [e](https://x.org/)\n\n```\n[f](../no.md)\n```\n"
