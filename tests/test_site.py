@@ -92,7 +92,7 @@ def test_messages_in_troubleshooting_are_those_of_the_source() -> None:
     messages = re.findall(r"^ {4,6}(?:error: |warning: |note: )?(\S.*)$", page, re.MULTILINE)
     assert len(messages) > 30
     for message in messages:
-        parts = [part.strip(" .") for part in message.split("…") if "did you mean" not in message]
+        parts = [part.strip(" .:;'()") for part in message.split("…") if "did you mean" not in message]
         for part in (part for part in parts if len(part) > 8):
             assert part in joined, message
 
