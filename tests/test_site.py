@@ -98,9 +98,7 @@ def test_messages_in_troubleshooting_are_those_of_the_source() -> None:
 
 
 def test_links_out_of_docs_are_rewritten_and_those_in_code_are_not() -> None:
-    text = (
-        "[a](../../METHODS.md#drp) [b](../videos.md) `[c](../../no.md)` [d](#here) [e](https://x.org/)\n\n```\n[f](../../no.md)\n```\n"
-    )
+    text = "[a](../../METHODS.md#drp) [b](../videos.md) `[c](../../no.md)` [d](#here) [e](https://x.org/)\n\n```\n[f](../../no.md)\n```\n"
     assert site_hooks.relinked(text, "docs/methods/drp.md") == text.replace("../../METHODS.md", "../repository/METHODS.md")
     assert (
         site_hooks.relinked("[a](docs/videos.md) ![b](docs/pictures/x.png)", "README.md")
