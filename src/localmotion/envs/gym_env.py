@@ -163,6 +163,7 @@ class GymEnv(PixelEnv):
             "gl": None,
             "pictures": self.observations.picture or "render",
             "recorded": list(self.recorded),
+            "actions": self.actions.to_json(),
             "left_out": dict(self.observations.left_out),
             "versions": {"gymnasium": gymnasium.__version__},
         }

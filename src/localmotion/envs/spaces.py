@@ -12,6 +12,7 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 
 from localmotion.errors import ConfigError, EnvError
+from localmotion.files import one_line
 
 PICTURES = ("image", "pixels", "rgb")
 """Keys of an observation under which its picture is looked for, in this order."""
@@ -137,6 +138,13 @@ class Actions:
         """The space of a method's actions: one-hot vectors, or numbers in [-1, 1]."""
         return spaces.Box(0.0 if self.discrete else -1.0, 1.0, (self.count,), np.float32)
 
+    def to_json(self) -> dict[str, Any]:
+        """The environment's action space as JSON values, for `actions_of`."""
+        space: Any = self.space
+        if self.discrete:
+            return {"n": self.count, "start": int(space.start)}
+        return {"low": space.low.tolist(), "high": space.high.tolist(), "dtype": space.dtype.name}
+
     def given(self, action: NDArray[np.float64]) -> Any:
         """The environment's action for a method's: the number of the one, or [-1, 1] mapped linearly to the bounds of the box."""
         if isinstance(self.space, spaces.Discrete):
@@ -170,6 +178,22 @@ def read_actions(space: spaces.Space[Any]) -> Actions:
             f"TransformAction(env, lambda a: a, gymnasium.spaces.Box(-1, 1, {space.shape}))"
         )
     return Actions(space, int(np.prod(space.shape)))
+
+
+def actions_of(values: Any) -> Actions:
+    """What `Actions.to_json` wrote. Raises ConfigError for anything else."""
+    try:
+        if "n" in values:
+            n, start = values["n"], values["start"]
+            if not all(type(x) is int and abs(x) < 2**31 for x in (n, start)):
+                raise ValueError("n and start are not whole numbers")
+            return read_actions(spaces.Discrete(n, start=start))
+        if values["dtype"] not in ("float16", "float32", "float64"):
+            raise ValueError("its type is not a float")
+        low, high = (np.array(values[name], values["dtype"]) for name in ("low", "high"))
+        return read_actions(spaces.Box(low, high, dtype=low.dtype.type))
+    except (TypeError, ValueError, KeyError, AssertionError) as error:
+        raise ConfigError(f"action space {values!r:.200} cannot be read ({one_line(error)})") from error
 
 
 def fit(picture: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:

@@ -6,7 +6,9 @@ Categorical latents: (..., S, C) logits or log-probabilities of S independent ca
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -16,14 +18,31 @@ from torch import Tensor
 _LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
 
 
+_likeliest: ContextVar[bool] = ContextVar("likeliest", default=False)
+
+
+@contextmanager
+def likeliest() -> Iterator[None]:
+    """Context in which `gumbel` and `normal` give zeros, so that a draw is the likeliest class or the mean, without random numbers."""
+    token = _likeliest.set(True)
+    try:
+        yield
+    finally:
+        _likeliest.reset(token)
+
+
 def gumbel(shape: Sequence[int], like: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Standard Gumbel noise in fp32 on the device of ``like``."""
+    if _likeliest.get():
+        return torch.zeros(tuple(shape), device=like.device)
     uniform = torch.rand(tuple(shape), device=like.device, dtype=torch.float32, generator=generator)
     return uniform.clamp_(1e-20, 1.0 - 1e-7).log_().neg_().log_().neg_()
 
 
 def normal(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Standard normal noise of the shape of ``like``, fp32."""
+    if _likeliest.get():
+        return torch.zeros(like.shape, device=like.device)
     return torch.randn(like.shape, device=like.device, generator=generator)
 
 

@@ -32,10 +32,13 @@ def at_least(**given: tuple[float, float]) -> None:
             raise ConfigError(f"{name}={value} must be at least {least}")
 
 
-def load_run(path: Path, *, device: str = "auto", threads: int = 0, which: Which = "newest") -> tuple[RunConfig, Method, Compute]:
+def load_run(
+    path: Path, *, device: str = "auto", threads: int = 0, which: Which = "newest", plays: bool = True
+) -> tuple[RunConfig, Method, Compute]:
     """Load a run. Returns its settings, its method in evaluation mode, and the device settings (`Compute`).
 
-    ``which``: the newest weights, or those of the best evaluation. The state of torch's generator does not change.
+    ``which``: the newest weights, or those of the best evaluation. ``plays``: check that the run's environment can be made here. The
+    state of torch's generator does not change.
 
     Raises CheckpointError if the run is missing, incomplete or damaged, or if its weights do not fit the model of its
     settings. Raises ConfigError if its settings or its recipe do not fit this version.
@@ -43,7 +46,7 @@ def load_run(path: Path, *, device: str = "auto", threads: int = 0, which: Which
     run = replace(read_config(path), device=device, threads=threads)
     cls = methods.get(run.method)
     acts = run.stage in cls.acts_after
-    if acts and (run.env or not run.data):
+    if plays and acts and (run.env or not run.data):
         _check_env(run, path)
     if acts and cls.needs(run.model, run.stage) & MOTION and not run.recipe:
         raise CheckpointError(f"{path / 'config.json'}: has no recipe, so its motion cannot be perceived; restore it")

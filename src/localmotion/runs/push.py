@@ -170,6 +170,9 @@ def _config(run_dir: Path) -> dict[str, Any]:
 
 def _environment(values: Mapping[str, Any]) -> dict[str, Any]:
     kept = {key: values[key] for key in _ENVIRONMENT if key in values}
+    env = values.get("env")
+    if isinstance(env, dict) and "actions" in env:  # the range that actions are given in, of an environment of the user's own
+        kept["env"] = {"actions": env["actions"]}
     versions = values.get("versions")
     kept["versions"] = {k: v for k, v in versions.items() if k != "platform"} if isinstance(versions, dict) else {}
     cleaned: dict[str, Any] = without_places(kept)
