@@ -130,6 +130,16 @@ def _parser(stage: str = "") -> _Parser:
     )
 
     sub = add(
+        "export",
+        "Write the encoder and the agent step of a run as programs that run without localmotion (docs/deployment.md).",
+        commands.export,
+    )
+    sub.add_argument("run", help="run directory, hf:owner/name[@revision] or shelf:NAME")
+    sub.add_argument("--format", choices=("torch", "onnx"), default="torch", help="torch: .pt2 of torch.export; onnx: .onnx")
+    sub.add_argument("--out", type=Path, required=True, help="folder for the programs and export.json")
+    sub.add_argument("--which", choices=("newest", "best"), default="newest", help="weights, as in evaluate")
+
+    sub = add(
         "check-env",
         "Try an environment of your own, and say what fits, what does not, and which methods can use it.",
         commands.check_env,
@@ -289,7 +299,7 @@ TRAINING = {
     "finetune": "Fine-tune a pre-trained method in an environment. The same command with the same run directory resumes.",
     "train": "Learn in an environment from scratch. The same command with the same run directory resumes.",
 }
-WITH_METHODS = {*TRAINING, "study", "evaluate", "collect", "predict", "probe", "report", "push"}
+WITH_METHODS = {*TRAINING, "study", "evaluate", "collect", "predict", "probe", "report", "push", "export"}
 """Commands that take a method or read a run."""
 
 

@@ -230,6 +230,17 @@ def evaluate(args: argparse.Namespace) -> None:
         say(f"film: {args.video}")
 
 
+def export(args: argparse.Namespace) -> None:
+    """`localmotion export`"""
+    from localmotion.acting.export import ABOUT, export_run
+    from localmotion.console import say
+
+    found = export_run(args.run, args.out, args.format, which=args.which)
+    for name, part in found["programs"].items():
+        say(f"{name}: {args.out / part['file']}, differs from the method by at most {part['difference']:.1g}")
+    say(f"names, shapes, range of actions: {args.out / ABOUT}")
+
+
 def predict(args: argparse.Namespace) -> None:
     """`localmotion predict`"""
     from localmotion.console import progress, say, show_table
