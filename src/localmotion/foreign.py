@@ -1,4 +1,4 @@
-"""Code outside the package, which the user names or installs: imports with errors on one line, entry points, trust in environments.
+"""Code outside the package, which the user names or installs: imports with errors on one line, extras, entry points, trust in environments.
 
 Importing runs code. No name out of a file gets here, unless the user has named the same.
 """
@@ -6,13 +6,14 @@ Importing runs code. No name out of a file gets here, unless the user has named 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import sys
 import traceback
 from importlib.metadata import EntryPoint, entry_points
 from types import ModuleType
 
-from localmotion.errors import ConfigError
+from localmotion.errors import ConfigError, MissingExtraError
 from localmotion.files import one_line
 
 _trusted: list[str] = []
@@ -27,6 +28,17 @@ def trust_env(name: str) -> None:
 def trusted_envs() -> tuple[str, ...]:
     """The names that `trust_env` was given, for code that starts further processes of this program."""
     return tuple(_trusted)
+
+
+def needs(extra: str, *packages: str, who: str) -> None:
+    """Raise MissingExtraError, with the command that installs ``extra``, unless its packages are installed. Imports nothing."""
+    for package in packages:
+        try:
+            found = importlib.util.find_spec(package)
+        except ValueError:  # a module without a specification
+            found = None
+        if found is None:
+            raise MissingExtraError(f"{who}: needs {package}, which is not installed; run: pip install 'localmotion[{extra}]'")
 
 
 def import_named(module: str, who: str) -> ModuleType:

@@ -14,6 +14,10 @@ from localmotion.perception import backends
 from localmotion.runs.rundir import versions
 
 EXTRAS = {
+    "dmc: DeepMind Control": ("dm_control", "pip install 'localmotion[dmc]'"),
+    "metaworld: Meta-World": ("metaworld", "pip install 'localmotion[metaworld]'"),
+    "report: t-SNE of motion codes": ("sklearn", "pip install 'localmotion[report]'"),
+    "onnx: export to ONNX": ("onnxruntime", "pip install 'localmotion[onnx]'"),
     "hub: sharing weights": ("huggingface_hub", "pip install 'localmotion[hub]'"),
     "lerobot: LeRobot data sets": ("pyarrow", "pip install 'localmotion[lerobot]'"),
     "perception: SEA-RAFT": ("ptlflow", "see docs/perception.md"),

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from localmotion.errors import ConfigError, unknown_name
-from localmotion.foreign import trust_env, trusted_envs
+from localmotion.foreign import needs, trust_env, trusted_envs
 
 if TYPE_CHECKING:
     from localmotion.envs.base import Observed, PixelEnv
@@ -87,6 +87,12 @@ _SUITES: dict[str, Callable[[], tuple[list[str], Callable[..., PixelEnv]]]] = {
 }
 
 
+_CONTROL = ("dmc", "mujoco", "dm_control")
+NEEDS = dict.fromkeys(("dmc", "dmcr", "distracting", "diswm", "masklam", "planar"), _CONTROL)
+NEEDS |= dict.fromkeys(("metaworld", "dmw"), ("metaworld", "mujoco", "metaworld"))
+"""For each suite of a simulator the extra of this package that installs it, and its packages."""
+
+
 def _unlisted(suite: str) -> tuple[str, ...]:
     """Tasks that exist but are not listed: bodies that are kept for a pre-registered test."""
     if suite != "planar":
@@ -158,8 +164,12 @@ def make_env(
         ConfigError: a name that does not exist (the message suggests the nearest ones) or is not trusted (`trust_env`), an option the
             suite lacks, or a setting out of range; ``goal`` for an environment without goal pictures.
         EnvError: no working OpenGL; the message says what to install.
+        MissingExtraError: the suite's simulator is not installed.
     """
     task, factory = _found(name)
+    suite = name.partition(":")[0]
+    if suite in NEEDS:
+        needs(*NEEDS[suite], who=name)
     _check_options(name, factory, options)
     if not 1 <= supersample <= 4 or supersample * (percept_size or size) > 1024:
         raise ConfigError(f"supersample={supersample} of {name} must be 1..4, and pictures are drawn at no more than 1024 pixels")

@@ -23,6 +23,7 @@ from typing import Any, Protocol
 
 from localmotion.errors import EnvError
 from localmotion.files import one_line
+from localmotion.foreign import needs
 
 MENDS = {
     "egl": "EGL needs a GPU driver with EGL, or Mesa: apt-get install libegl1 libgl1-mesa-dri libopengl0",
@@ -163,10 +164,12 @@ def choose_gl(timeout: float = 60.0) -> GLInfo:
 
     Raises:
         EnvError: no backend works; the message has the cause for each and the packages to install. Also the errors of `load_triton`.
+        MissingExtraError: MuJoCo is not installed.
     """
     global _INFO
     if _INFO is not None:
         return _INFO
+    needs("dmc", "mujoco", who="drawing with OpenGL")
     load_triton()
     # Pictures of 64 pixels are too small for Mesa's rasteriser threads: passing work to them takes a third of a DMC frame on an idle
     # machine, and several times the frame while the cores are busy with learning. Zero draws in the calling thread, the same picture.

@@ -9,6 +9,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from localmotion.foreign import needs
+
 
 def _vectors(vectors: ArrayLike, least: int) -> NDArray[np.float64]:
     x = np.asarray(vectors, dtype=np.float64)
@@ -33,6 +35,7 @@ def tsne(vectors: ArrayLike, *, perplexity: float = 30.0, seed: int = 0) -> NDAr
     is at most (n - 1) / 3. As usual, vectors are first reduced to 50 principal components. Raises ValueError for fewer
     than 4 vectors and for non-finite ones.
     """
+    needs("report", "sklearn", who="t-SNE")
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
 
@@ -92,6 +95,7 @@ def silhouette(vectors: ArrayLike, labels: ArrayLike) -> float:
 
     Raises ValueError unless there are at least two labels and fewer labels than vectors.
     """
+    needs("report", "sklearn", who="silhouette")
     from sklearn.metrics import silhouette_score
 
     x = _vectors(vectors, 3)
