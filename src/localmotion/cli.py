@@ -93,7 +93,13 @@ def _parser(stage: str = "") -> _Parser:
     for name, text in (TRAINING | own).items():
         sub = add(name, text, commands.train)
         sub.add_argument("--method", help="registry name of the method, e.g. drp")
-        sub.add_argument("--preset", default="small", help="paper, small, tiny or debug")
+        sub.add_argument("--preset", help="paper, small (default), tiny or debug")
+        sub.add_argument(
+            "--config",
+            type=Path,
+            metavar="FILE",
+            help="settings from a file: a run's config.json, or YAML of its form; flags win",
+        )
         sub.add_argument("--run", type=Path, help="run directory; an existing one with the same settings is continued")
         sub.add_argument(
             "--set",
@@ -286,6 +292,13 @@ def _parser(stage: str = "") -> _Parser:
     sub.add_argument("--dry-run", action="store_true", help="write the folder RUN/shared and stop")
 
     sub = add("shelf", "List the weights shelf: name, method, preset, data, MB and scores of each entry.", commands.shelf)
+
+    sub = add(
+        "completion",
+        'Print completion for a shell. bash: eval "$(localmotion completion bash)"; zsh: write it to a file _localmotion of $fpath.',
+        commands.completion,
+    )
+    sub.add_argument("shell", choices=("bash", "zsh"))
 
     sub = add("demo", "The whole chain on this machine, from videos to a report. Needs no data and no network.", commands.demo)
     sub.add_argument("--run", type=Path, default=Path("demo_run"), help="where everything goes")

@@ -139,17 +139,21 @@ def train(args: argparse.Namespace) -> None:
     """`localmotion pretrain | finetune | train`, and further stages of a method by their names"""
     from localmotion import methods
     from localmotion.methods.base import Source
-    from localmotion.runs.settings import compose
+    from localmotion.runs.settings import compose, read_settings
 
+    asked = {"method": args.method, "stage": args.command, "preset": args.preset}
+    given = read_settings(args.config, **asked) if args.config else {}
+    args.method, preset = args.method or given.get("method"), args.preset or given.get("preset", "small")
     if not args.method:
         if not args.help:
             raise ConfigError(f"{args.command}: give a --method; registered: {', '.join(methods.names())}")
         args.method = "drp"
     rest = [item for item in args.rest if item not in ("-h", "--help")]
     texts = _settings(rest) + args.set
-    env = next((t.partition("=")[2] for t in texts if t.startswith("env=")), "")
-    run = compose(args.method, args.command, preset=args.preset, env=env, settings=texts)
-    trust_env(run.env)  # only this command line has named it
+    named = next((t.partition("=")[2] for t in texts if t.startswith("env=")), "")
+    run = compose(args.method, args.command, preset=preset, env=named or given.get("env", ""), flags=given, settings=texts)
+    if named:  # not by a file
+        trust_env(run.env)  # only this command line has named it
     if args.help:
         _show_settings(args.command, run)
         return
@@ -448,6 +452,17 @@ def shelf(args: argparse.Namespace) -> None:
         show_table("The weights shelf: --checkpoint shelf:NAME", *found, width=160)
     else:
         say("the weights shelf is empty here; it is the folder weights of a source checkout of localmotion (docs/sharing.md)")
+
+
+def completion(args: argparse.Namespace) -> None:
+    """`localmotion completion`"""
+    from localmotion.cli import _parser
+    from localmotion.foreign import needs
+
+    needs("completion", "shtab", who="completion")
+    import shtab
+
+    print(shtab.complete(_parser(), args.shell))
 
 
 def demo(args: argparse.Namespace) -> None:

@@ -8,10 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from localmotion import methods
 from localmotion.config import PRESETS, SUITES, RunConfig, Stage, assign, leaves, update
 from localmotion.errors import CheckpointError, ConfigError, unknown_name
-from localmotion.files import one_line, read_json, refuse_links
+from localmotion.files import MAX_TEXT, check_tree, one_line, read_bytes, read_json, refuse_links
 from localmotion.methods.base import Source
 from localmotion.perception.trust import check_recipe
 from localmotion.recipe import Recipe, read_recipe
@@ -133,6 +135,34 @@ def from_dict(values: Mapping[str, Any]) -> RunConfig:
     if config.recipe:
         check_recipe(config.recipe)
     return config
+
+
+def read_settings(path: Path, **asked: str | None) -> dict[str, Any]:
+    """The settings in a file for a command: a run's config.json, or YAML of the same form with any of its keys.
+
+    ``asked``: method, stage and preset of the command line, None where it names none. Those that the file names must be the same, because
+    the other settings of the file are meant for them.
+
+    Raises ConfigError for a file that cannot be read, or is for another method, stage or preset. `compose` checks all other settings.
+    """
+    try:
+        values = yaml.safe_load(read_bytes(path, MAX_TEXT))
+        check_tree(values)
+    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(
+            f"{path}: cannot be read as settings ({one_line(error)}); give a config.json, or YAML of its form"
+        ) from error
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise ConfigError(f"{path}: settings are a mapping of names to values, as in a run's config.json")
+    for name in {*asked, "env"} & set(values):
+        if not isinstance(values[name], str):
+            raise ConfigError(f"{path}: {name}={values[name]!r:.80} must be a name")
+    for name, text in asked.items():
+        if text is not None and values.get(name, text) != text:
+            raise ConfigError(
+                f"{path}: its {name} is {values[name]!r:.80}, the command's is {text}; leave it out in one of the two"
+            )
+    return values
 
 
 def read_config(path: Path) -> RunConfig:

@@ -1,0 +1,119 @@
+"""--config: settings from a file. The command line wins, unknown names are errors, and a file imports nothing."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from localmotion.cli import main
+from localmotion.config import RunConfig, to_dict
+from localmotion.errors import ConfigError
+from localmotion.runs.settings import compose, read_settings
+from localmotion.training import finetune
+
+
+@pytest.fixture
+def begun(monkeypatch: pytest.MonkeyPatch) -> list[RunConfig]:
+    """The runs that commands would begin."""
+    runs: list[RunConfig] = []
+    monkeypatch.setattr(finetune, "finetune", lambda run, path: runs.append(run))
+    return runs
+
+
+def written(path: Path, values: Any) -> str:
+    path.write_text(json.dumps(values))
+    return str(path)
+
+
+def test_a_runs_own_settings_begin_the_same_run(tmp_path: Path, begun: list[RunConfig]) -> None:
+    run = compose("drp", "train", preset="debug", env="toy:dot", settings=("model.beta_z=0.25", "recipe={tracks: 5}", "lr=1e-3"))
+    file = written(tmp_path / "config.json", to_dict(run))
+    main(["train", "--config", file, "--run", str(tmp_path / "run")])
+    main(["train", "--config", file, "--run", str(tmp_path / "run"), "--seed", "3", "--online.lr=0.5", "--env", "toy:block"])
+    same, changed = begun
+    assert same == run
+    assert (changed.seed, changed.online.lr, changed.env) == (3, 0.5, "toy:block")
+    assert (changed.model, changed.recipe) == (run.model, run.recipe)
+
+
+def test_a_few_settings_in_yaml(tmp_path: Path, begun: list[RunConfig]) -> None:
+    """They win over those of the preset; the rest is the preset's."""
+    (tmp_path / "few.yaml").write_text("env: dmc:walker_walk\nmodel:\n  free_nats: 0.5\nonline: {batch_size: 3}\n")
+    main(["train", "--method", "dreamer_v2", "--preset", "tiny", "--config", str(tmp_path / "few.yaml"), "--run", "x"])
+    tiny = compose("dreamer_v2", "train", preset="tiny", env="dmc:walker_walk")
+    assert begun == [
+        compose("dreamer_v2", "train", preset="tiny", env="dmc:walker_walk", settings=("free_nats=0.5", "batch_size=3"))
+    ]
+    assert begun[0].model.world == tiny.model.world
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"sede": 1}, "unknown setting 'sede'; did you mean seed"),
+        ({"model": {"beta": 1, "betta": 2}}, "unknown setting 'model.betta'"),
+        ({"online": {"lr": "fast"}}, "setting online.lr='fast': expected float"),
+        ({"method": "drp"}, "its method is 'drp', the command's is dreamer_v2"),
+        ({"stage": "pretrain"}, "its stage is 'pretrain', the command's is train"),
+        ({"preset": "tiny"}, "its preset is 'tiny', the command's is debug"),
+        ({"env": ["toy:dot"]}, "env=.* must be a name"),
+        ({"method": {"a": 1}}, "method=.* must be a name"),
+        ([1], "settings are a mapping"),
+        ({"env": "evil_module:make"}, "evil_module.*--trust-env|--trust-env.*evil_module"),
+    ],
+)
+def test_a_wrong_file_is_an_error(
+    values: Any, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "evil_module.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    file = written(tmp_path / "x.json", values)
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "--method", "dreamer_v2", "--preset", "debug", "--config", file, "--run", str(tmp_path / "run")])
+    assert ended.value.code == 2
+
+    assert re.search(message, " ".join(capsys.readouterr().err.split()))
+    assert "evil_module" not in sys.modules
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    bomb = tmp_path / "bomb.yaml"
+    bomb.write_text(
+        "a: &a [x, x, x, x, x, x, x, x, x, x]\n"
+        + "".join(f"{b}: &{b} [{', '.join(['*' + a] * 10)}]\n" for a, b in zip("abcdefg", "bcdefgh", strict=True))
+    )
+    (tmp_path / "code.yaml").write_text("a: !!python/object/apply:os.system [ls]")
+    for path in (bomb, tmp_path / "code.yaml", tmp_path / "missing.json", tmp_path):
+        with pytest.raises(ConfigError, match="cannot be read as settings"):
+            read_settings(path)
+
+
+# -- completion ----------------------------------------------------------------------------------------------------------------
+
+
+def test_completion_without_its_package_names_the_extra(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    with pytest.raises(SystemExit):
+        main(["completion", "bash"])
+    assert "pip install 'localmotion[completion]'" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.skipif(importlib.util.find_spec("shtab") is None, reason="the extra completion is not installed")
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_completion_knows_commands_and_options(shell: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["completion", shell])
+    script = capsys.readouterr().out
+    assert "check-env" in script
+    assert "--env-options" in script
+    if shell == "bash":
+        (tmp_path / "completion").write_text(script)
+        assert subprocess.run(["bash", "-n", str(tmp_path / "completion")]).returncode == 0
