@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from localmotion import envs
+from localmotion.demo import demo
 from localmotion.envs import gl, list_envs, make_env
 from localmotion.errors import MissingExtraError
 from localmotion.evaluation.embedding import silhouette, tsne
@@ -93,6 +94,14 @@ def test_a_missing_extra_of_reports_is_named(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(MissingExtraError, match=r"this: needs no_such_thing.*localmotion\[x\]"):
         needs("x", "json", "no_such_thing", who="this")
     needs("x", "json", who="this")
+
+
+def test_the_demo_asks_for_its_extras_before_it_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module, extra in (("sklearn", "report"), ("dm_control", "dmc")):
+        monkeypatch.setitem(sys.modules, module, None)
+        with pytest.raises(MissingExtraError, match=rf"demo: needs {module}, .*localmotion\[{extra}\]"):
+            demo(tmp_path / "demo")
+    assert not (tmp_path / "demo").exists()
 
 
 def test_info_names_extras_that_exist() -> None:

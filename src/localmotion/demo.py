@@ -13,6 +13,7 @@ from typing import Any
 from localmotion.config import RunConfig, Stage
 from localmotion.console import progress, say
 from localmotion.errors import LocalmotionError
+from localmotion.foreign import needs
 from localmotion.machine import cores
 from localmotion.methods import sizes
 from localmotion.recipe import Recipe
@@ -44,7 +45,12 @@ def _settings(stage: Stage, extra: tuple[str, ...], **flags: Any) -> RunConfig:
 
 
 def demo(root: Path, *, videos: Path | None = None, task: str = TASK, seed: int = 0) -> Path:
-    """Run the whole chain under ``root`` and return the report's path. ``videos``: a folder of your own videos."""
+    """Run the whole chain under ``root`` and return the report's path. ``videos``: a folder of your own videos.
+
+    Raises MissingExtraError, before anything is written, without the extras dmc and report.
+    """
+    needs("dmc", "mujoco", "dm_control", who="demo")
+    needs("report", "sklearn", who="demo")
     from localmotion.envs.bodies import render_videos
     from localmotion.evaluation.evaluate import evaluate_run, random_floor
     from localmotion.evaluation.motion_media import motion_media
