@@ -154,18 +154,13 @@ def checked_picture(key: str, value: Any) -> NDArray[np.uint8]:
     return value
 
 
-def acting_run(run: str | Path, *, device: str, which: Which) -> tuple[Path, RunConfig, Method, Compute]:
-    """A run whose result can act, loaded without its environment: folder, settings, method, device settings. Raises as `load_policy`."""
-    path = local_run(run)
-    asked = read_config(path)
-    if asked.stage not in methods.get(asked.method).acts_after:
-        raise CheckpointError(f"{run}: is a run of stage {asked.stage} and has no actor; fine-tune it first")
+def loaded(path: Path, *, device: str, which: Which) -> tuple[RunConfig, Method, Compute]:
+    """`load_run` without the run's environment, and with the caller's number of torch threads."""
     threads = torch.get_num_threads()
     try:
-        loaded = load_run(path, device=device, threads=1, which=which, plays=False)
+        return load_run(path, device=device, threads=1, which=which, plays=False)
     finally:
-        torch.set_num_threads(threads)  # the caller's; a step takes one thread in any case (`Compute.acting`)
-    return path, *loaded
+        torch.set_num_threads(threads)  # a step takes one thread in any case (`Compute.acting`)
 
 
 def known_actions(path: Path, count: int, discrete: bool) -> Actions:
@@ -206,7 +201,11 @@ def load_policy(
         ConfigError: settings that do not fit this version; exact motion, which only a simulator has; an action space that does not fit.
         MissingExtraError: a package of its perception, or of the Hub, is missing.
     """
-    path, config, method, compute = acting_run(run, device=device, which=which)
+    path = local_run(run)
+    asked = read_config(path)
+    if asked.stage not in methods.get(asked.method).acts_after:
+        raise CheckpointError(f"{run}: is a run of stage {asked.stage} and has no actor; fine-tune it first")
+    config, method, compute = loaded(path, device=device, which=which)
     recipe = config.recipe if method.needs(config.model, config.stage) & MOTION else None
     if recipe and recipe.exact:
         raise ConfigError(

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from localmotion import methods
-from localmotion.acting.deployed import known_actions
+from localmotion.acting.deployed import known_actions, loaded
 from localmotion.acting.observer import wants_goal
 from localmotion.config import RunConfig
 from localmotion.errors import ConfigError, LocalmotionError, MissingExtraError, unknown_name
@@ -29,7 +29,7 @@ from localmotion.models.distributions import likeliest
 from localmotion.models.image import ImageModel
 from localmotion.models.observations import ObservationModel
 from localmotion.recipe import Recipe
-from localmotion.runs.load import Which, load_run
+from localmotion.runs.load import Which
 from localmotion.runs.rundir import versions, write_json
 from localmotion.runs.sharing import local_run, run_label
 
@@ -239,9 +239,7 @@ def export_run(run: str | Path, out: Path, format: Format = "torch", *, which: W
         needs_onnx()
     check_output(out, ConfigError, folder=True)
     path = local_run(run)
-    threads = torch.get_num_threads()
-    config, method, _ = load_run(path, device="cpu", threads=1, which=which, plays=False)
-    torch.set_num_threads(threads)
+    config, method, _ = loaded(path, device="cpu", which=which)
     for parameter in method.parameters():
         parameter.requires_grad_(False)
     parts: dict[str, tuple[nn.Module, Tensors, Tensors]] = {}  # name -> module, observation, carry
