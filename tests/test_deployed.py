@@ -15,10 +15,12 @@ from gymnasium import spaces
 
 import localmotion
 from deployed_runs import MOVING, saved
+from localmotion.acting.episodes import episode_seed
 from localmotion.acting.observer import Observer
 from localmotion.envs.spaces import actions_of, read_actions
 from localmotion.errors import CheckpointError, ConfigError, LocalmotionError
 from localmotion.evaluation.evaluate import evaluate_run
+from localmotion.perception.stream import StreamingExtractor
 from localmotion.recipe import Recipe
 from localmotion.runs.push import write_shared
 
@@ -76,6 +78,17 @@ def test_pictures_of_a_camera_are_resized_as_in_training(tmp_path: Path) -> None
     assert record["image"].shape == (32, 32, 3)
     assert np.abs(record["image"] - blocks).max() <= 0.5
     assert record["flow"].shape == (32, 32, 2)
+
+
+def test_points_are_drawn_as_in_the_evaluation_with_the_seed(tmp_path: Path) -> None:
+    policy = localmotion.load_policy(saved(tmp_path / "run", "drp"), device="cpu")
+    frame = RNG.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    found = []
+    for seed in (3, 4):
+        policy.reset(seed)
+        found.append(policy._record(frame)["tracks"])
+        assert np.array_equal(found[-1], StreamingExtractor(MOVING, episode_seed(seed, "eval", 0)).reset(frame).tracks)
+    assert not np.array_equal(*found)
 
 
 def test_without_random_numbers(tmp_path: Path) -> None:
