@@ -18,6 +18,7 @@ import torch
 from deployed_runs import saved
 from localmotion import load_policy
 from localmotion.acting import export
+from localmotion.acting.deployed import loaded
 from localmotion.acting.export import export_run
 from localmotion.cli import main
 from localmotion.errors import ConfigError, LocalmotionError, MissingExtraError
@@ -125,11 +126,18 @@ def test_a_pretrained_run_gives_its_encoder(tmp_path: Path) -> None:
     assert about["recipe"]["percept_size"] == 64
 
 
+def test_a_carry_that_grows_is_refused(tmp_path: Path) -> None:
+    """DRP attends over a window that grows from step to step."""
+    run, method, _ = loaded(saved(tmp_path / "run", "drp"), device="cpu", which="newest")
+    with (
+        torch.no_grad(),
+        pytest.raises(ConfigError, match=r"drp: cannot be exported .*carry_motion_motion_patches .*no fixed shapes"),
+    ):
+        export._check_carry(export.Step(method, 8), run, export.observation(run, method))
+
+
 def test_what_no_program_can_express_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A carry that grows (DRP's window), random draws, a program that differs from the method."""
-    with pytest.raises(ConfigError, match=r"drp: cannot be exported .*carry_motion_motion_patches .*no fixed shapes"):
-        export_run(saved(tmp_path / "drp", "drp"), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    """No actor and no encoder, random draws, a program that differs from the method."""
     with pytest.raises(ConfigError, match="has no actor after pretrain and no encoder"):
         export_run(saved(tmp_path / "lapo", "lapo", "pretrain", env="", actions=None), tmp_path / "out")
     bc = saved(tmp_path / "bc", "bc", "decode")
