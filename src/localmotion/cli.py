@@ -108,12 +108,14 @@ def _parser(stage: str = "") -> _Parser:
             metavar="NAME=VALUE",
             help="change any setting (short names where unique)",
         )
+        _track(sub)
         sub.add_argument("-h", "--help", action="store_true", help="show this help and every setting")
 
     sub = add("study", "Run a grid of methods, tasks, seeds and settings, several at a time, and report it.", commands.study)
     sub.add_argument("file", type=Path, help="the study, .yaml (docs/studies.md)")
     sub.add_argument("--out", type=Path, required=True, help="folder for its runs, page and table")
     sub.add_argument("--jobs", type=int, default=0, help="runs at a time; 0: one per core")
+    _track(sub)
 
     sub = add("evaluate", "Play evaluation episodes with a trained agent.", commands.evaluate)
     sub.add_argument("run", help="run directory, hf:owner/name[@revision] or shelf:NAME")
@@ -314,6 +316,16 @@ TRAINING = {
 }
 WITH_METHODS = {*TRAINING, "study", "evaluate", "collect", "predict", "probe", "report", "push", "export"}
 """Commands that take a method or read a run."""
+
+
+def _track(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--track",
+        action="append",
+        default=[],
+        metavar="TRACKER",
+        help="send what the run logs to tensorboard, wandb or trackio (docs/tracking.md); repeatable",
+    )
 
 
 def _videos(sub: argparse.ArgumentParser) -> None:

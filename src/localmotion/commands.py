@@ -159,14 +159,14 @@ def train(args: argparse.Namespace) -> None:
         return
     if not args.run:
         raise ConfigError(f"{args.command}: give the run directory with --run DIRECTORY")
+    from localmotion.training.tracking import tracked
+
     if methods.get(args.method).stages.get(args.command, Source.CLIPS) is Source.CLIPS:
-        from localmotion.training.pretrain import pretrain
-
-        pretrain(run, args.run)
+        from localmotion.training.pretrain import pretrain as learn
     else:
-        from localmotion.training.finetune import finetune
-
-        finetune(run, args.run)
+        from localmotion.training.finetune import finetune as learn
+    with tracked(args.run, args.track):
+        learn(run, args.run)
 
 
 def _show_settings(command: str, run: Any) -> None:
@@ -198,7 +198,7 @@ def study(args: argparse.Namespace) -> None:
 
     failed: RunsFailedError | None = None
     try:
-        run_study(args.file, args.out, jobs=args.jobs)
+        run_study(args.file, args.out, jobs=args.jobs, track=args.track)
     except RunsFailedError as error:  # raised again below, after the report of the other runs
         failed = error
     runs = sorted(path.parent for path in (args.out / "runs").glob("*/metrics.jsonl"))

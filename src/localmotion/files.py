@@ -92,6 +92,13 @@ def read_json(path: Path, error: type[LocalmotionError], fix: str, *, limit: int
     return value
 
 
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON through a temporary file in the same folder, so that a reader never sees an incomplete file."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=1, sort_keys=True, default=str) + "\n")
+    os.replace(temporary, path)
+
+
 def links_out_of(root: Path) -> Iterator[Path]:
     """Symbolic links below ``root`` that lead out of it. No link is followed. ``root`` itself may be a link."""
     real = os.path.realpath(root)

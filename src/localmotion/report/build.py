@@ -26,11 +26,10 @@ from localmotion.report.page import (
     Text,
     Tiles,
     build_page,
-    flatten,
 )
 from localmotion.report.results import Gathered, Group, averages, origin, results
 from localmotion.report.style import short
-from localmotion.runs.read import Line, RunData, number, read_run
+from localmotion.runs.read import Line, RunData, flatten, number, read_run
 
 _COUNTERS = ("update", "agent_step", "env_step", "episode", "wall", "updates_per_second")
 

@@ -15,63 +15,24 @@ report prints its message.
 
 from __future__ import annotations
 
-import math
 import re
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from localmotion.errors import LocalmotionError, VideoError
-from localmotion.files import one_line, read_bytes
+from localmotion.errors import VideoError
+from localmotion.files import read_bytes
 from localmotion.report import plots, strips
+from localmotion.report.arrays import MediaError, read_arrays
 from localmotion.report.page import Picture, Video
 from localmotion.report.style import short
 from localmotion.video.decode import iter_frames
 from localmotion.video.listing import VideoRef
 
-MAX_ARRAYS = 1 << 28
-"""Largest total size of the arrays in one file, bytes."""
 MAX_FILE = 12 << 20
 """Largest picture or video put into the page, bytes."""
-
-
-class MediaError(LocalmotionError):
-    """A file of RUN/media that cannot be shown."""
-
-
-def read_arrays(path: Path, names: tuple[str, ...]) -> dict[str, NDArray[Any]]:
-    """All arrays of an npz file. Raises MediaError if it is damaged, too large, holds objects or lacks a name.
-
-    The sizes in the archive and in each array's header are added up before anything is allocated.
-    """
-    try:
-        if not path.is_file():
-            raise ValueError("not a regular file")
-        with zipfile.ZipFile(path) as archive:
-            size = sum(_claimed(archive, entry) for entry in archive.infolist())
-        if size > MAX_ARRAYS:
-            raise MediaError(f"{path.name}: holds {size / 2**30:.1f} GB of arrays, more than a report reads")
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except MediaError:
-        raise
-    except Exception as error:  # zip, its compressors, and numpy's header parser have different error types
-        raise MediaError(f"{path.name}: cannot be read ({one_line(str(error) or 'damaged', 120)})") from error
-    if missing := [name for name in names if name not in arrays]:
-        raise MediaError(f"{path.name}: lacks {', '.join(missing)}")
-    return arrays
-
-
-def _claimed(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> int:
-    """Bytes needed to read one array: by the archive or by its own header, the larger of both."""
-    with archive.open(entry) as part:
-        version = np.lib.format.read_magic(part)
-        head = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = head(part)
-    return max(entry.file_size, math.prod(shape) * dtype.itemsize)
 
 
 def _text(arrays: dict[str, NDArray[Any]], name: str, default: str) -> str:

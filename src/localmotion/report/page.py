@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from localmotion.report.style import dark_variant
+from localmotion.runs.read import flatten
 
 
 @dataclass(frozen=True)
@@ -128,17 +129,6 @@ def image_type(data: bytes) -> str:
 
 def data_uri(data: bytes, mime: str) -> str:
     return f"data:{mime};base64,{base64.b64encode(data).decode('ascii')}"
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}; lists and empty dicts stay values."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def _esc(text: object) -> str:

@@ -12,9 +12,9 @@ import numpy as np
 from localmotion.errors import LocalmotionError
 from localmotion.evaluation.statistics import Curve, Summary, aggregate_curves, final_scores, summarise
 from localmotion.report import media, plots
-from localmotion.report.page import Block, Notice, Picture, Row, Table, flatten
+from localmotion.report.page import Block, Notice, Picture, Row, Table
 from localmotion.report.style import score, short
-from localmotion.runs.read import RunData, number
+from localmotion.runs.read import RunData, flatten, number
 
 R = TypeVar("R")
 

@@ -19,40 +19,13 @@ from matplotlib.patches import Rectangle
 from numpy.typing import ArrayLike, NDArray
 
 from localmotion.evaluation.metrics import psnr
+from localmotion.report.arrays import Pixels, flow_to_rgb
 from localmotion.report.style import WIDTH, plain, styled
 
-Pixels = NDArray[np.uint8]
 GREY = "#808895"
 """Contrast at least 3.5 on #ffffff and on #14171d."""
 OBSERVED, IMAGINED = (0, 150, 105), (213, 70, 40)
-HIDDEN = (148, 152, 160)
 DPI = 200
-
-# The wheel of Baker et al., "A Database and Evaluation Methodology for Optical Flow" (2011): arcs between six pure
-# hues, with lengths by the number of steps that the eye can distinguish.
-_WHEEL_AT = np.cumsum([0, 15, 6, 4, 11, 13, 6]) / 55.0
-_WHEEL = np.array([[1, 0, 0], [1, 1, 0], [0, 1, 0], [0, 1, 1], [0, 0, 1], [1, 0, 1], [1, 0, 0]], dtype=np.float64)
-
-
-def flow_to_rgb(flow: ArrayLike, max_magnitude: float) -> Pixels:
-    """Colour of motion: (..., 2) flow in pixels (x right, y down) -> (..., 3) uint8.
-
-    Hue is direction (red: right, then clockwise through yellow, green, cyan and blue), saturation is magnitude up to
-    ``max_magnitude``, white is no motion. Non-finite vectors are grey. Raises ValueError for another last dimension,
-    or a ``max_magnitude`` that is not positive.
-    """
-    field = np.asarray(flow, dtype=np.float64)
-    if field.ndim < 1 or field.shape[-1] != 2:
-        raise ValueError(f"flow must be (..., 2), not {field.shape}")
-    if not max_magnitude > 0:
-        raise ValueError(f"max_magnitude must be positive, not {max_magnitude}")
-    known = np.asarray(np.isfinite(field).all(axis=-1))
-    field = np.where(known[..., None], field, 0.0)
-    turn = np.arctan2(field[..., 1], field[..., 0]) / (2 * math.pi) % 1.0
-    strength = np.minimum(np.hypot(field[..., 0], field[..., 1]) / max_magnitude, 1.0)[..., None]
-    hue = np.stack([np.interp(turn, _WHEEL_AT, _WHEEL[:, c]) for c in range(3)], axis=-1)
-    colour = np.rint(255 * (1 - strength * (1 - hue))).astype(np.uint8)
-    return np.where(known[..., None], colour, np.array(HIDDEN, dtype=np.uint8))
 
 
 def error_to_rgb(error: ArrayLike, top: float) -> Pixels:

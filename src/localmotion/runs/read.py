@@ -128,7 +128,7 @@ class RunData:
 
     def keys(self, kind: str) -> list[str]:
         """Names of the fields that hold a number in any line of this kind, sorted."""
-        return sorted({k for line in self.lines.get(kind, ()) for k, v in line.items() if _is_number(v)})
+        return sorted({k for line in self.lines.get(kind, ()) for k, v in line.items() if is_number(v)})
 
     def series(self, kind: str, key: str, x: str = "env_step") -> tuple[Floats, Floats]:
         """``key`` against ``x`` over the lines of one kind that have both: two (n,) vectors, x strictly increasing.
@@ -136,9 +136,7 @@ class RunData:
         A resumed run may write some lines again. If x decreases, the later lines replace the earlier ones from that x
         on. Non-finite values stay, as NaN or infinity.
         """
-        pairs = [
-            (line[x], line[key]) for line in self.lines.get(kind, ()) if _is_number(line.get(x)) and _is_number(line.get(key))
-        ]
+        pairs = [(line[x], line[key]) for line in self.lines.get(kind, ()) if is_number(line.get(x)) and is_number(line.get(key))]
         xs, ys = np.array(pairs, dtype=np.float64).reshape(-1, 2).T
         keep = superseded_by_none(xs)
         return xs[keep], ys[keep]
@@ -175,7 +173,7 @@ def superseded_by_none(xs: Floats) -> NDArray[np.bool_]:
     return xs < np.append(np.minimum.accumulate(xs[::-1])[::-1], np.inf)[1:]
 
 
-def _is_number(value: Any) -> TypeGuard[int | float]:
+def is_number(value: Any) -> TypeGuard[int | float]:
     """Whether a JSON value is a number that fits a float (true for NaN and infinities, false for 10**400)."""
     return isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 63)
 
@@ -183,7 +181,23 @@ def _is_number(value: Any) -> TypeGuard[int | float]:
 def number(line: Mapping[str, Any] | None, key: str) -> float | None:
     """The finite number under ``key`` of a line, or None."""
     value = line.get(key) if line else None
-    return float(value) if _is_number(value) and np.isfinite(value) else None
+    return float(value) if is_number(value) and np.isfinite(value) else None
+
+
+def count_of(line: Mapping[str, Any], key: str) -> int:
+    """A counter of a line as an integer, 0 if it has none."""
+    return int(number(line, key) or 0)
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}; lists and empty dicts stay values."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
 
 
 def _read_dict(path: Path, notices: list[str]) -> dict[str, Any]:
@@ -211,26 +225,42 @@ def _read_text(path: Path, notices: list[str]) -> str:
     return ""
 
 
-def _parse_lines(path: Path) -> Iterator[Line | None]:
-    """The lines of a metrics file as dicts.
+class Tail:
+    """Lines that were appended to a metrics file since the last look. ``path`` need not exist yet."""
 
-    None for a line longer than `MAX_LINE`, or without an object with a "kind".
-    """
-    with path.open("rb") as file:
-        while raw := file.readline(MAX_LINE):
-            if len(raw) == MAX_LINE and not raw.endswith(b"\n"):
-                while (rest := file.readline(MAX_LINE)) and not rest.endswith(b"\n"):
-                    pass
-                yield None
-                continue
-            if not raw.strip():
-                continue
-            try:
-                line = json.loads(raw)
-            except (ValueError, RecursionError):  # also UnicodeDecodeError, if a line is cut inside a character
-                yield None
-                continue
-            yield line if isinstance(line, dict) and isinstance(line.get("kind"), str) else None
+    def __init__(self, path: Path) -> None:
+        self.path, self.offset = path, 0
+
+    def new(self, incomplete: bool = False) -> Iterator[Line | None]:
+        """Yield the new lines as dicts, with the names of today.
+
+        None for a line longer than `MAX_LINE`, or without an object with a "kind". A last line without its end is left for the next
+        look, or with ``incomplete`` yielded.
+        """
+        if not self.path.is_file():
+            return
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            while raw := file.readline(MAX_LINE):
+                long = len(raw) == MAX_LINE and not raw.endswith(b"\n")
+                while long and (rest := file.readline(MAX_LINE)):
+                    raw = rest
+                    if rest.endswith(b"\n"):
+                        break
+                if not raw.endswith(b"\n") and not incomplete:
+                    return
+                self.offset = file.tell()
+                if long or raw.strip():
+                    yield None if long else _parsed(raw)
+
+
+def _parsed(raw: bytes) -> Line | None:
+    try:
+        line: Any = json.loads(raw)
+    except (ValueError, RecursionError):  # also UnicodeDecodeError, if a line is cut inside a character
+        return None
+    named = isinstance(line, dict) and isinstance(line.get("kind"), str)
+    return {FORMER_KEYS.get(key, key): value for key, value in line.items()} if named else None
 
 
 def _read_lines(path: Path, notices: list[str]) -> tuple[dict[str, list[Line]], int]:
@@ -242,11 +272,10 @@ def _read_lines(path: Path, notices: list[str]) -> tuple[dict[str, list[Line]], 
     elif path.stat().st_size > MAX_METRICS:
         notices.append(f"metrics.jsonl has {path.stat().st_size / 2**20:.0f} MB, more than a report reads; it is left out.")
     else:
-        for line in _parse_lines(path):
+        for line in Tail(path).new(incomplete=True):
             if line is None:
                 bad += 1
             else:
-                line = {FORMER_KEYS.get(key, key): value for key, value in line.items()}
                 lines.setdefault(line["kind"], []).append(line)
     if bad:
         notices.append(f"metrics.jsonl has {bad} unreadable line{'s' * (bad > 1)}, left out (a killed run leaves one).")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import platform
 import shlex
 import sys
@@ -16,7 +15,7 @@ from typing import Any
 
 from localmotion.config import RunConfig, leaves, to_dict
 from localmotion.errors import CheckpointError, ConfigError
-from localmotion.files import LOCK, check_output, locked, read_json, refuse_links
+from localmotion.files import LOCK, check_output, locked, read_json, refuse_links, write_json
 from localmotion.runs.settings import from_dict
 from localmotion.runs.source import commit
 
@@ -51,13 +50,6 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             found[name] = "not installed"
     return found
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON through a temporary file in the same folder, so that a reader never sees an incomplete file."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=1, sort_keys=True, default=str) + "\n")
-    os.replace(temporary, path)
 
 
 def read_environment(path: Path) -> dict[str, Any]:

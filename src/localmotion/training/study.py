@@ -20,12 +20,13 @@ from pathlib import Path
 from localmotion import methods
 from localmotion.console import say
 from localmotion.errors import ConfigError, LocalmotionError
-from localmotion.files import links_trusted, read_json
+from localmotion.files import links_trusted, read_json, write_json
 from localmotion.machine import cores
-from localmotion.runs.rundir import claimed, write_json
+from localmotion.runs.rundir import claimed
 from localmotion.runs.sharing import is_shared, resolve
 from localmotion.training.interrupt import StopRequest
 from localmotion.training.study_file import Job, load_study, slug
+from localmotion.training.tracking import check_trackers
 
 PATIENCE = 120.0  # seconds that interrupted runs have to save
 
@@ -34,19 +35,22 @@ class RunsFailedError(LocalmotionError):
     """Some runs of a study failed. The others have finished."""
 
 
-def run_study(path: Path, out: Path, *, jobs: int = 0) -> None:
+def run_study(path: Path, out: Path, *, jobs: int = 0, track: Sequence[str] = ()) -> None:
     """Run the unfinished runs of the study below ``out``/runs, ``jobs`` processes at a time (0: one for each core).
+
+    ``track``: experiment trackers of each run (`tracking.NAMES`).
 
     Raises ConfigError as `study_file.read_study` does, and if ``out`` holds another study. Raises CheckpointError if a study is
     already running there or if nothing can be written. At the end, raises RunsFailedError with the names of the failed
     runs.
     """
     todo = load_study(path)
+    check_trackers(track)
     with claimed(out, "study"):
-        _run_study(path, out, todo, jobs)
+        _run_study(path, out, todo, jobs, track)
 
 
-def _run_study(path: Path, out: Path, todo: Sequence[Job], jobs: int) -> None:
+def _run_study(path: Path, out: Path, todo: Sequence[Job], jobs: int, track: Sequence[str]) -> None:
     _same_study(path, out, todo)
     jobs = jobs or cores()
     done = {job.name for job in todo if state(out / "runs" / job.name) == "finished"}
@@ -66,7 +70,7 @@ def _run_study(path: Path, out: Path, todo: Sequence[Job], jobs: int) -> None:
                 ready = [job for job in waiting if not job.after or job.after in done]
                 for job in ready[: max(jobs - len(running), 0)]:
                     waiting.remove(job)
-                    running[_start(job, out, jobs, starts)] = (job, time.monotonic())
+                    running[_start(job, out, jobs, starts, track)] = (job, time.monotonic())
                     say(f"begins  {job.name}")
                 time.sleep(0.2)
                 for process in [process for process in running if process.poll() is not None]:
@@ -107,7 +111,7 @@ def _starts(out: Path, todo: Sequence[Job]) -> dict[str, str]:
     return starts
 
 
-def _start(job: Job, out: Path, jobs: int, starts: Mapping[str, str]) -> subprocess.Popen[bytes]:
+def _start(job: Job, out: Path, jobs: int, starts: Mapping[str, str], track: Sequence[str]) -> subprocess.Popen[bytes]:
     arguments = job.arguments(out)
     named = next((text.partition("=")[2] for text in job.settings if text.startswith("checkpoint=")), "")
     if named in starts:
@@ -117,6 +121,7 @@ def _start(job: Job, out: Path, jobs: int, starts: Mapping[str, str]) -> subproc
     if links_trusted():
         arguments += ["--follow-links"]
     arguments += [part for text in methods.plugged_in() for part in ("--plugin", text)]
+    arguments += [part for name in track for part in ("--track", name)]
     # A new session: otherwise Ctrl-C would reach the run twice, from the terminal and from `_stop`.
     with (out / "console" / f"{job.name}.log").open("ab") as log:
         return subprocess.Popen([sys.executable, "-m", "localmotion", *arguments], stdout=log, stderr=log, start_new_session=True)
