@@ -280,6 +280,12 @@ def _parser(stage: str = "") -> _Parser:
     sub.add_argument("runs", type=Path, nargs="+", help="run directories")
     sub.add_argument("--out", type=Path, required=True, help="page.html")
 
+    sub = add("watch", "Serve the report of running runs on this machine, with what is new as it comes.", commands.watch)
+    sub.add_argument("runs", nargs="+", help="run directories, folders of runs, or patterns of these; runs may begin later")
+    sub.add_argument("--port", type=int, help="port; default: 8600, or the next one that is free")
+    sub.add_argument("--host", default="127.0.0.1", help="address to serve at (default 127.0.0.1: only this machine)")
+    sub.add_argument("--every", type=float, default=5.0, help="seconds between two looks for something new (default 5)")
+
     sub = add(
         "push",
         "Share the weights of a run: to a repository of the Hugging Face Hub, to the weights shelf, or to a folder.",
@@ -314,7 +320,7 @@ TRAINING = {
     "finetune": "Fine-tune a pre-trained method in an environment. The same command with the same run directory resumes.",
     "train": "Learn in an environment from scratch. The same command with the same run directory resumes.",
 }
-WITH_METHODS = {*TRAINING, "study", "evaluate", "collect", "predict", "probe", "report", "push", "export"}
+WITH_METHODS = {*TRAINING, "study", "evaluate", "collect", "predict", "probe", "report", "watch", "push", "export"}
 """Commands that take a method or read a run."""
 
 

@@ -375,6 +375,13 @@ def check_env(args: argparse.Namespace) -> None:
         raise SystemExit(1)
 
 
+def watch(args: argparse.Namespace) -> None:
+    """`localmotion watch`"""
+    from localmotion.report.watch import watch as serve
+
+    serve(args.runs, host=args.host, port=args.port, every=args.every)
+
+
 def expert(args: argparse.Namespace) -> None:
     """`localmotion expert`"""
     from localmotion.console import say

@@ -292,6 +292,21 @@ def report(
     if len({p.resolve() for p in paths}) < len(paths):
         raise CheckpointError("a run directory is given twice; name each once")
     data = Gathered([read_run(p) for p in paths])
+    title, sections = sections_of(data, reference, contrasts)
+    count = f"{len(data.runs)} run{'s' * (len(data.runs) > 1)}"
+    page = build_page(
+        title,
+        sections,
+        subtitle=f"{count} of localmotion, world models that know motion from unlabeled video",
+        footer="Made by localmotion report from the files of the run directories. Self-contained: opens offline.",
+    )
+    return _write(Path(out), page)
+
+
+def sections_of(
+    data: Gathered, reference: Reference | None = None, contrasts: Contrasts | None = None
+) -> tuple[str, list[Section]]:
+    """Title and sections of the page about some runs."""
     groups = data.groups
     envs = list(dict.fromkeys(g.env for g in groups))
 
@@ -363,14 +378,7 @@ def report(
 
     methods = list(dict.fromkeys(run.method for run in data.runs))
     title = f"{', '.join(methods)}: {', '.join(envs) if envs else 'pre-training'}"
-    count = f"{len(data.runs)} run{'s' * (len(data.runs) > 1)}"
-    page = build_page(
-        title,
-        sections,
-        subtitle=f"{count} of localmotion, world models that know motion from unlabeled video",
-        footer="Made by localmotion report from the files of the run directories. Self-contained: opens offline.",
-    )
-    return _write(Path(out), page)
+    return title, sections
 
 
 def _write(out: Path, page: str) -> Path:

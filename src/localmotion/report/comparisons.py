@@ -21,6 +21,7 @@ from localmotion.evaluation.contrasts import (
 from localmotion.evaluation.statistics import Curve, Interval, bootstrap_interval, final_scores, iqm
 from localmotion.report import plots
 from localmotion.report.budgets import score_of
+from localmotion.report.memory import recall
 from localmotion.report.page import Block, Fold, Notice, Picture, Table
 from localmotion.report.results import Gathered, Group, eval_curve, random_score
 from localmotion.report.style import score
@@ -234,7 +235,8 @@ def _suite(report: Gathered, suite: str, tasks: Mapping[str, Sequence[Group]], r
     every = np.concatenate([values for found in kept.values() for values in found])
     low, high = min(0.0, every.min()), max(1.0, every.max())
     profiles = {
-        label: performance_profile(found, np.linspace(low, high + 0.02 * (high - low), 256)) for label, found in kept.items()
+        label: recall(performance_profile, found, np.linspace(low, high + 0.02 * (high - low), 256))
+        for label, found in kept.items()
     }
     chart = plots.profile_curves(profiles, title=f"Performance profiles, {place}", xlabel="score, on a common scale of the tasks")
     caption = (
@@ -275,7 +277,7 @@ def _aggregates(kept: Mapping[str, Sequence[Sequence[float]]]) -> Table:
         cells = [label, str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"]
         cells.append(f"{np.mean([np.mean(values) for values in found]):.3f}")
         for statistic in (iqm, optimality_gap):
-            known = bootstrap_interval(found, statistic)
+            known = recall(bootstrap_interval, found, statistic)
             cells += [f"{known.point:.3f}", f"[{known.low:.3f}, {known.high:.3f}]" if counts[0] > 1 else "–"]
         rows.append(cells)
     header = ["", "seeds", "mean", "IQM", "95 % interval", "gap to 1", "95 % interval"]

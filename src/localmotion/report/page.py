@@ -10,7 +10,7 @@ import base64
 import html
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +49,17 @@ class Video:
     caption: str
     poster: bytes | None = None
     wide: bool = False
+
+
+class Age(str):
+    """Text of a table's cell: how long ago ``at`` (seconds since 1970) was. A live page counts on."""
+
+    at: float
+
+    def __new__(cls, at: float, now: float) -> Age:
+        age = super().__new__(cls, ago(now - at))
+        age.at = at
+        return age
 
 
 @dataclass(frozen=True)
@@ -127,7 +138,12 @@ def image_type(data: bytes) -> str:
     raise ValueError("not a PNG, JPEG, GIF or SVG picture")
 
 
+Uri = Callable[[bytes, str], str]
+"""The address of a picture or video on the page, from its bytes and MIME type."""
+
+
 def data_uri(data: bytes, mime: str) -> str:
+    """An address that holds the bytes themselves."""
     return f"data:{mime};base64,{base64.b64encode(data).decode('ascii')}"
 
 
@@ -145,11 +161,11 @@ def _value(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
-def _picture(block: Picture) -> str:
+def _picture(block: Picture, uri: Uri) -> str:
     mime = image_type(block.data)
-    image = f'<img src="{data_uri(block.data, mime)}" alt="{_esc(block.alt or block.caption)}" class="{mime[6:9]}">'
+    image = f'<img src="{uri(block.data, mime)}" alt="{_esc(block.alt or block.caption)}" class="{mime[6:9]}">'
     if mime == "image/svg+xml":
-        dark = data_uri(dark_variant(block.data), mime)
+        dark = uri(dark_variant(block.data), mime)
         source = f'<source srcset="{dark}" media="screen and (prefers-color-scheme: dark)">'
         image = f"<picture>{source}{image}</picture>"
     return f"<figure>{image}{_caption(block.caption)}</figure>"
@@ -159,9 +175,9 @@ def _caption(text: str) -> str:
     return f"<figcaption>{_esc(text)}</figcaption>" if text else ""
 
 
-def _video(block: Video) -> str:
-    poster = f' poster="{data_uri(block.poster, image_type(block.poster))}"' if block.poster else ""
-    video = f'<video controls loop muted playsinline{poster} src="{data_uri(block.data, "video/mp4")}"></video>'
+def _video(block: Video, uri: Uri) -> str:
+    poster = f' poster="{uri(block.poster, image_type(block.poster))}"' if block.poster else ""
+    video = f'<video controls loop muted playsinline{poster} src="{uri(block.data, "video/mp4")}"></video>'
     figure = '<figure class="wide">' if block.wide else "<figure>"
     return f"{figure}{video}{_caption(block.caption)}</figure>"
 
@@ -172,10 +188,22 @@ def _table(block: Table) -> str:
     cls = [' class="n"' if r else "" for r in right]
     head = "".join(f'<th scope="col"{c}>{_esc(h)}</th>' for h, c in zip(block.header, cls, strict=True))
     body = "".join(
-        "<tr>" + "".join(f"<td{c}>{_esc(cell)}</td>" for cell, c in zip(row, cls, strict=True)) + "</tr>" for row in block.rows
+        "<tr>" + "".join(f"<td{c}>{_cell(cell)}</td>" for cell, c in zip(row, cls, strict=True)) + "</tr>" for row in block.rows
     )
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
     return f'<figure><div class="scroll">{table}</div>{_caption(block.caption)}</figure>'
+
+
+def _cell(cell: str) -> str:
+    return f'<time data-at="{cell.at:.0f}">{_esc(cell)}</time>' if isinstance(cell, Age) else _esc(cell)
+
+
+def ago(seconds: float) -> str:
+    """75 -> "1 min ago". A live page's script says the same."""
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{int(seconds / size)} {unit} ago"
+    return f"{max(int(seconds), 0)} s ago"
 
 
 def _settings(block: Settings) -> str:
@@ -185,30 +213,30 @@ def _settings(block: Settings) -> str:
     return f'<div class="scroll"><table class="settings">{head}<tbody>{rows}</tbody></table></div>'
 
 
-def _block(block: Block) -> str:
+def _block(block: Block, uri: Uri) -> str:
     match block:
         case Text(text):
             return f"<p>{_esc(text)}</p>"
         case Notice(text):
             return f'<p class="notice">{_esc(text)}</p>'
         case Picture():
-            return _picture(block)
+            return _picture(block, uri)
         case Video():
-            return _video(block)
+            return _video(block, uri)
         case Table():
             return _table(block)
         case Settings():
             return _settings(block)
         case Fold(title, blocks, note):
             summary = f"<summary>{_esc(title)} <small>{_esc(note)}</small></summary>"
-            return f"<details>{summary}{''.join(_block(b) for b in blocks)}</details>"
+            return f"<details>{summary}{''.join(_block(b, uri) for b in blocks)}</details>"
         case Code(text):
             return f'<pre class="scroll"><code>{_esc(text)}</code></pre>'
         case Tiles(items):
             tiles = "".join(f"<div><strong>{_esc(v)}</strong><span>{_esc(what)}</span></div>" for v, what in items)
             return f'<div class="tiles">{tiles}</div>'
         case Row(blocks):
-            return f'<div class="row">{"".join(_block(b) for b in blocks)}</div>'
+            return f'<div class="row">{"".join(_block(b, uri) for b in blocks)}</div>'
 
 
 _CSS = """
@@ -269,24 +297,36 @@ footer { color: var(--muted); font-size: 13px; padding-block: 18px 50px; }
 _POLICY = "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'"
 
 
-def build_page(title: str, sections: Sequence[Section], *, subtitle: str = "", footer: str = "") -> str:
+def build_page(
+    title: str,
+    sections: Sequence[Section],
+    *,
+    subtitle: str = "",
+    footer: str = "",
+    uri: Uri = data_uri,
+    policy: str = _POLICY,
+    script: str = "",
+) -> str:
     """The whole page as one string of HTML5 that opens offline.
 
-    Pictures and videos become data URIs, SVG charts have a dark version, the table of contents links every section.
-    Raises ValueError for picture bytes of an unknown format, or a table row with another length than its header.
+    Pictures and videos become data URIs (or what ``uri`` makes of them), SVG charts have a dark version, the table of
+    contents links every section.
+    ``script`` runs on the page if ``policy`` lets it. Raises ValueError for picture bytes of an unknown format, or a
+    table row with another length than its header.
     """
     links = "".join(f'<li><a href="#s{i}">{_esc(s.title)}</a></li>' for i, s in enumerate(sections, 1))
     body = "\n".join(
-        f'<section id="s{i}"><h2>{_esc(s.title)}</h2>\n' + "\n".join(_block(b) for b in s.blocks) + "</section>"
+        f'<section id="s{i}"><h2>{_esc(s.title)}</h2>\n' + "\n".join(_block(b, uri) for b in s.blocks) + "</section>"
         for i, s in enumerate(sections, 1)
     )
     below = f"<p>{_esc(subtitle)}</p>" if subtitle else ""
+    run = f"<script>{script}</script>\n" if script else ""
     foot = f"<footer>{_esc(footer)}</footer>" if footer else ""
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{_esc(title)}</title>\n<style>{_CSS}</style>\n</head>\n<body>\n"
         f'<header><h1>{_esc(title)}</h1>{below}<nav aria-label="Contents"><ol>{links}</ol></nav></header>\n'
-        f"<main>\n{body}\n</main>\n{foot}\n</body>\n</html>\n"
+        f"<main>\n{body}\n</main>\n{foot}\n{run}</body>\n</html>\n"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 from localmotion.errors import LocalmotionError
 from localmotion.evaluation.statistics import Curve, Summary, aggregate_curves, final_scores, summarise
 from localmotion.report import media, plots
+from localmotion.report.memory import recall, recalled, stamp
 from localmotion.report.page import Block, Notice, Picture, Row, Table
 from localmotion.report.style import score, short
 from localmotion.runs.read import RunData, flatten, number
@@ -94,7 +96,7 @@ class Gathered:
         for run in runs:
             for path in run.media(pattern):
                 try:
-                    found.append(show(path, run))
+                    found.append(recalled((pattern, run.name, str(path), stamp(path)), functools.partial(show, path, run)))
                 except (LocalmotionError, OSError) as error:
                     self.missing.append(f"{run.name}: {error}.")
         return found
@@ -130,7 +132,7 @@ def results(report: Gathered, env: str, groups: Sequence[Group]) -> tuple[list[B
         for group in groups:
             curves = tuple(c for run in group.runs if (c := eval_curve(report, run, key)) is not None)
             if curves:
-                drawn.append((group, plots.CurveGroup(group.label, curves, summarise(final_scores(curves)))))
+                drawn.append((group, plots.CurveGroup(group.label, curves, recall(summarise, final_scores(curves)))))
             elif key == "return_mean":
                 report.missing.append(f"{group.label} in {env} has no evaluations yet.")
         if not drawn:
@@ -184,7 +186,7 @@ def averages(report: Gathered, groups: Sequence[Group]) -> list[Block]:
         drawn = []
         for label, members in whole.items():
             if means := mean_over_tasks(report, members, key):
-                drawn.append(plots.CurveGroup(label, means, summarise(final_scores(means))))
+                drawn.append(plots.CurveGroup(label, means, recall(summarise, final_scores(means))))
         if drawn:
             title = f"{name}, average over {len(tasks)} tasks of {suite}"
             chart = plots.learning_curves(drawn, title=title, ylabel=name.lower(), percent=percent)
@@ -306,7 +308,9 @@ def _films(report: Gathered, groups: Sequence[Group]) -> list[Block]:
         seed = f", seed {run.seed}" if run.seed is not None else ""
         for path in dict.fromkeys(chosen):
             try:
-                videos.append(media.film(path, f"{group.label}{seed}", group.unit))
+                label = f"{group.label}{seed}"
+                what = ("film", str(path), stamp(path), label, group.unit)
+                videos.append(recalled(what, functools.partial(media.film, path, label, group.unit)))
             except (LocalmotionError, OSError) as error:
                 report.missing.append(f"{run.name}: {error}.")
     return [Row(videos)] if videos else []

@@ -10,6 +10,8 @@ import matplotlib as mpl
 from matplotlib import font_manager
 from matplotlib.ticker import FuncFormatter
 
+from localmotion.report.memory import recalled
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -107,7 +109,10 @@ def styled(draw: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(draw)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        with mpl.rc_context(_settings()):
-            return draw(*args, **kwargs)
+        def drawn() -> R:
+            with mpl.rc_context(_settings()):
+                return draw(*args, **kwargs)
+
+        return recalled((draw.__module__, draw.__qualname__, args, kwargs), drawn)
 
     return run

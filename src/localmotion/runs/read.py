@@ -263,31 +263,41 @@ def _parsed(raw: bytes) -> Line | None:
     return {FORMER_KEYS.get(key, key): value for key, value in line.items()} if named else None
 
 
-def _read_lines(path: Path, notices: list[str]) -> tuple[dict[str, list[Line]], int]:
-    """Lines of metrics.jsonl by kind, and the number of unreadable lines."""
-    lines: dict[str, list[Line]] = {}
-    bad = 0
+class Log:
+    """metrics.jsonl in memory: lines by kind, and the number of unreadable ones. `more` reads what was appended."""
+
+    def __init__(self, path: Path) -> None:
+        self.tail = Tail(path)
+        self.lines: dict[str, list[Line]] = {}
+        self.bad = 0
+
+    def more(self, incomplete: bool) -> None:
+        """``incomplete``: a last line without its end counts, too."""
+        for line in self.tail.new(incomplete):
+            if line is None:
+                self.bad += 1
+            else:
+                self.lines.setdefault(line["kind"], []).append(line)
+
+
+def _read_log(log: Log, notices: list[str], live: bool) -> None:
+    path = log.tail.path
     if not path.is_file():
         notices.append("metrics.jsonl is missing: the run wrote no numbers yet.")
     elif path.stat().st_size > MAX_METRICS:
         notices.append(f"metrics.jsonl has {path.stat().st_size / 2**20:.0f} MB, more than a report reads; it is left out.")
     else:
-        for line in Tail(path).new(incomplete=True):
-            if line is None:
-                bad += 1
-            else:
-                lines.setdefault(line["kind"], []).append(line)
-    if bad:
-        notices.append(f"metrics.jsonl has {bad} unreadable line{'s' * (bad > 1)}, left out (a killed run leaves one).")
-    return lines, bad
+        log.more(incomplete=not live)
+    if log.bad:
+        notices.append(f"metrics.jsonl has {log.bad} unreadable line{'s' * (log.bad > 1)}, left out (a killed run leaves one).")
 
 
-def read_run(path: str | Path) -> RunData:
+def read_run(path: str | Path, log: Log | None = None) -> RunData:
     """Read a run directory.
 
     Raises CheckpointError if ``path`` is not a directory, has neither config.json nor metrics.jsonl, or has links that
     lead out of it (a shared report must not contain other files of the user). Other missing or damaged files are
-    reported in `RunData.notices`.
+    reported in `RunData.notices`. ``log``: what was read of a run that still writes; only what is new is read then.
     """
     path = Path(path)
     if not path.is_dir():
@@ -297,7 +307,8 @@ def read_run(path: str | Path) -> RunData:
         raise CheckpointError(f"{path}: not a run directory: it has neither config.json nor metrics.jsonl")
     notices: list[str] = []
     refuse_links(path, CheckpointError)
-    lines, bad = _read_lines(metrics, notices)
+    live, log = log is not None, log or Log(metrics)
+    _read_log(log, notices, live)
     return RunData(
         path=path,
         config=_read_dict(path / "config.json", notices),
@@ -305,7 +316,7 @@ def read_run(path: str | Path) -> RunData:
         environment=_read_dict(path / "environment.json", notices),
         status=_read_dict(path / "status.json", notices),
         random=_read_dict(path / "random.json", notices) if (path / "random.json").exists() else {},
-        lines=lines,
-        bad_lines=bad,
+        lines=log.lines,
+        bad_lines=log.bad,
         notices=tuple(notices),
     )
