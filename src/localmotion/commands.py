@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 from localmotion.errors import ConfigError, LocalmotionError
@@ -380,6 +382,8 @@ def watch(args: argparse.Namespace) -> None:
     from localmotion.report.watch import watch as serve
 
     serve(args.runs, host=args.host, port=args.port, every=args.every)
+    sys.stdout.flush()
+    os._exit(0)  # at once: a thread that draws a chart has nothing to save, and Python's end would run into it
 
 
 def expert(args: argparse.Namespace) -> None:

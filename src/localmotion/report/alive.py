@@ -89,17 +89,25 @@ class Watched:
 
     @property
     def state(self) -> str:
-        """State for the table."""
+        """damaged, begins, running, killed (it ended and did not say why), or as its status says."""
         if self.data is None:
-            return f"damaged: {self.damage.removeprefix(f'{self.path}: ')}"
-        state, holder = self.data.state, self.holder()
-        if state == "running" and holder == "gone":
-            return "killed: it is not running and did not say why"
-        if state == "running" and holder != "alive":
-            return f"running on {holder}" if holder else "running"
-        if state == "failed":
-            return f"failed: {one_line(self.data.status.get('error', ''), 160)}"
-        return "begins" if state == "unknown" else one_line(state, 40)
+            return "damaged"
+        state = one_line(self.data.state, 40)
+        return {"unknown": "begins", "running": "killed" if self.holder() == "gone" else "running"}.get(state, state)
+
+    @property
+    def cause(self) -> str:
+        """A sentence about a run that is damaged, failed, killed, or runs on another machine. Else ""."""
+        name, holder = self.path.name, self.holder()
+        if self.data is None:
+            return f"{name} cannot be read: {self.damage}."
+        if self.state == "failed":
+            return f"{name} failed: {one_line(self.data.status.get('error', ''))}."
+        if self.state == "killed":
+            return f"{name} is not running, and did not say why it ended. The same command goes on from its last checkpoint."
+        if self.state == "running" and holder not in ("alive", ""):
+            return f"{name} runs on {holder}: whether it lives is only seen by its newest line."
+        return ""
 
     @property
     def newest(self) -> float | None:

@@ -159,21 +159,22 @@ class Watcher:
 
     def _live(self, runs: Sequence[Watched], now: float) -> Section:
         rows = []
-        for run in runs:
+        for run in sorted(runs, key=lambda run: run.state not in ("running", "begins")):
             found = progress(run.data) if run.data else None
-            left = seconds_left(run.data) if run.data and run.state.startswith("running") else None
+            left = seconds_left(run.data) if run.data and run.state == "running" else None
             rows.append(
                 [
                     run.path.name or str(run.path),
                     run.state,
-                    Age(run.newest, now) if run.newest else "–",
-                    f"{short(found[0])} of {short(found[1])} {found[2]}" if found else "–",
+                    f"{short(found[0])}/{short(found[1])} {found[2]}" if found else "–",
                     f"about {duration(left)}" if left else "–",
+                    Age(run.newest, now) if run.newest else "–",
                 ]
             )
         if not rows:
             return Section("Live", [Notice(f"No run yet in {', '.join(self.places)}. This page shows runs as they begin.")])
-        return Section("Live", [Table(["run", "state", "newest line", "progress", "to go"], rows)])
+        causes = [Notice(run.cause) for run in runs if run.cause]
+        return Section("Live", [Table(["run", "state", "progress", "to go", "newest line"], rows), *causes])
 
 
 def watch(places: Sequence[str], *, host: str = "127.0.0.1", port: int | None = None, every: float = 5.0) -> None:
@@ -190,7 +191,8 @@ def watch(places: Sequence[str], *, host: str = "127.0.0.1", port: int | None = 
     watcher.changed()
     say(f"{len(watcher.runs)} runs at {server.address} (Ctrl-C ends it)")
     try:
-        server.run()
+        server.start()
+        threading.Event().wait()
     except KeyboardInterrupt:
         say("no longer watched; the runs go on")
     finally:
@@ -198,7 +200,7 @@ def watch(places: Sequence[str], *, host: str = "127.0.0.1", port: int | None = 
 
 
 class Server:
-    """Answers requests in threads and builds pages in the thread that calls `run`."""
+    """Answers requests, and builds pages while somebody looks."""
 
     def __init__(self, watcher: Watcher, host: str, port: int | None) -> None:
         self.watcher, self.host = watcher, host
@@ -211,15 +213,22 @@ class Server:
         self.address = f"http://{where}:{self.http.server_address[1]}/"
         self._serving = threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True)
 
-    def run(self) -> None:
-        """Build pages while somebody looks. Ends with KeyboardInterrupt only."""
+    def start(self) -> None:
+        """Serve and build in threads of their own: so Ctrl-C, which Python hands to the main thread, never waits for a chart."""
         self._serving.start()
+        threading.Thread(target=self._build, daemon=True).start()
+
+    def _build(self) -> None:
+        """Build pages while somebody looks."""
         while True:
             self.asked.wait()
             self.asked.clear()
             began = time.perf_counter()
-            if self.watcher.changed() or self.built is None:
-                self.built = self.watcher.build()
+            try:
+                if self.watcher.changed() or self.built is None:
+                    self.built = self.watcher.build()
+            except Exception as error:  # the disk, the memory: the page stays, and is tried again
+                say(f"the page could not be built: {one_line(error)}")
             spent = time.perf_counter() - began if self.first.is_set() else 0.0  # the first page draws everything
             self.first.set()
             time.sleep(max(min(0.5, self.watcher.every / 2), spent / SHARE - spent))
