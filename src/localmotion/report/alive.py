@@ -23,11 +23,12 @@ RATE = 20
 
 def find_runs(places: Sequence[str]) -> list[Path]:
     """Run directories: each place is one, a folder of them, or a glob pattern of these. Those that are not there yet are left out."""
-    found: list[Path] = []
+    found: dict[Path, Path] = {}
     for place in places:
         for path in sorted(glob.glob(place)) if glob.has_magic(place) and not Path(place).exists() else [place]:
-            found += _below(Path(path), DEPTH)
-    return list({path.resolve(): path for path in reversed(found)}.values())[::-1]
+            for run in _below(Path(path), DEPTH):
+                found.setdefault(run.resolve(), run)
+    return list(found.values())
 
 
 def _below(path: Path, depth: int) -> Iterator[Path]:

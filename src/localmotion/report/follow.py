@@ -208,6 +208,7 @@ class Follower:
         if (text := json.dumps(state)) != self.noted:
             if tracker := tracker or self.tracker:
                 tracker.flush()
+            self.kept.parent.mkdir(exist_ok=True)
             write_json(self.kept, state)
             self.noted, self.saved = text, time.monotonic()
 
@@ -269,9 +270,13 @@ def main(path: Path, name: str, stamp: int) -> None:
     """
     os.nice(5)
     parent, status = Parent(), path / "status.json"
-    while not status.exists() or status.stat().st_mtime_ns == stamp:
-        if parent.ended(0.1):
-            return  # the run did not begin
+
+    def begun() -> bool:
+        return status.exists() and status.stat().st_mtime_ns != stamp
+
+    while not begun():
+        if parent.ended(0.1) and not begun():
+            return
     errors = os.fdopen(os.dup(2), "w")
 
     def warn(text: str) -> None:

@@ -284,6 +284,7 @@ details { border: 1px solid var(--line); border-radius: 8px; padding: 8px 14px; 
 small { font-size: 13px; }
 summary { cursor: pointer; font-weight: 600; }
 summary small { color: var(--muted); font-weight: 400; margin-left: 6px; }
+tr:has(time) td { white-space: nowrap; }
 table.settings td:first-child { white-space: nowrap; width: 1%; padding-right: 26px; }
 table.settings td { overflow-wrap: anywhere; padding-block: 4px; }
 table.settings { margin: 8px 0 16px; }
