@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
 from localmotion.errors import CheckpointError
-from localmotion.report import media, page, plots
+from localmotion.report import arrays, media, page, plots
 from localmotion.report.build import duration, report, seconds_per_update
 from localmotion.report.page import Code, Fold, Notice, Picture, Row, Section, Settings, Table, Text, Tiles, Video
 from localmotion.report.plots import CurveGroup
@@ -325,7 +325,7 @@ def test_damaged_media_are_told_and_never_unpickled(tmp_path: Path, monkeypatch:
 
 def test_huge_media_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     np.savez_compressed(tmp_path / "flow_big.npz", magnitudes=np.zeros(100_000))
-    monkeypatch.setattr(media, "MAX_ARRAYS", 10_000)
+    monkeypatch.setattr(arrays, "MAX_ARRAYS", 10_000)
     with pytest.raises(media.MediaError, match=r"flow_big\.npz: holds"):
         media.flow_magnitudes(tmp_path / "flow_big.npz")
     (tmp_path / "atomic_big.png").write_bytes(PNG * 100)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from localmotion.evaluation.contrasts import performance_profile
 from localmotion.evaluation.statistics import Curve, summarise
-from localmotion.report import plots, strips, style
+from localmotion.report import arrays, plots, strips, style
 from report_runs import moving_clip
 
 finite = st.floats(-5, 5)
@@ -54,7 +54,7 @@ def test_flow_colours_golden() -> None:
     assert found[3].tolist() == [255, 128, 128]  # half the maximum: half way to white
     assert found[4].tolist() == [255, 255, 0]
     assert found[5].tolist() == [0, round(255 * (1 - 2.5 / 11)), 255]  # left: 2.5 of 11 steps from cyan to blue
-    assert found[6].tolist() == list(strips.HIDDEN)
+    assert found[6].tolist() == list(arrays.HIDDEN)
 
 
 @given(finite, finite, st.floats(1.01, 3))
@@ -155,9 +155,9 @@ def test_masked_patches_are_hidden_in_grey_and_the_row_goes_when_all_are_hidden(
     some = strips.masked_reconstruction(truth, seen, truth)
     seen[2] = np.nan
     more = strips.masked_reconstruction(truth, seen, truth)
-    assert count(more, strips.HIDDEN) / count(some, strips.HIDDEN) == pytest.approx(1.5, rel=0.05)
+    assert count(more, arrays.HIDDEN) / count(some, arrays.HIDDEN) == pytest.approx(1.5, rel=0.05)
     none = strips.masked_reconstruction(truth, np.zeros_like(truth), truth)
-    assert count(none, strips.HIDDEN) < 0.1 * count(some, strips.HIDDEN)
+    assert count(none, arrays.HIDDEN) < 0.1 * count(some, arrays.HIDDEN)
     assert pixels(none).shape[0] < pixels(some).shape[0]
 
 

@@ -304,6 +304,21 @@ def test_commands_that_train_take_trackers(
     assert not Path("r").exists()
 
 
+def test_the_log_is_read_once_the_run_has_begun(run: Path) -> None:
+    status = run / "status.json"
+    status.write_text("{}")  # of an earlier session, whose log this one will cut
+    stamp = status.stat().st_mtime_ns
+
+    class Short(Parent):
+        def ended(self, seconds: float) -> bool:
+            os.utime(status, ns=(stamp + 1, stamp + 1))  # it begins and ends within one look
+            return True
+
+    assert follow.wait_for(status, stamp, Parent(2)) is False  # type: ignore[arg-type]
+    assert follow.wait_for(status, stamp, Short(0)) is True  # type: ignore[arg-type]
+    assert follow.wait_for(run / "none", 0, Parent(2)) is False  # type: ignore[arg-type]
+
+
 # -- beside a run -----------------------------------------------------------------------------------------------------------
 
 STAND_IN = """

@@ -20,6 +20,10 @@ EXTRAS = {
     "onnx: export to ONNX": ("onnxruntime", "pip install 'localmotion[onnx]'"),
     "hub: sharing weights": ("huggingface_hub", "pip install 'localmotion[hub]'"),
     "lerobot: LeRobot data sets": ("pyarrow", "pip install 'localmotion[lerobot]'"),
+    **{
+        f"{name}: experiment tracker": (name, f"pip install 'localmotion[{name}]'")
+        for name in ("tensorboard", "wandb", "trackio")
+    },
     "perception: SEA-RAFT": ("ptlflow", "see docs/perception.md"),
     "perception: Grounding DINO + SAM": ("transformers", "pip install 'localmotion[perception]'"),
 }

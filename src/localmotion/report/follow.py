@@ -231,6 +231,18 @@ class Parent:
         return bool(select.select([sys.stdin], [], [], seconds)[0]) or os.getppid() != self.pid
 
 
+def wait_for(status: Path, stamp: int, parent: Parent) -> bool:
+    """Wait until the run has begun: ``status`` has another time (ns) than ``stamp``. False if the run ended before."""
+
+    def begun() -> bool:
+        return status.exists() and status.stat().st_mtime_ns != stamp
+
+    while not begun():
+        if parent.ended(0.1) and not begun():
+            return False
+    return True
+
+
 def follow(path: Path, name: str, parent: Parent, warn: Callable[[str], None]) -> None:
     """Follow the run to its end. A failure is a warning, once; the tracker is tried again after `PAUSE` and at the end."""
     over, warned, wait = False, False, 0.0
@@ -269,14 +281,9 @@ def main(path: Path, name: str, stamp: int) -> None:
     the tracker's library prints goes to RUN/tracking/NAME.log, one warning to the run's own errors.
     """
     os.nice(5)
-    parent, status = Parent(), path / "status.json"
-
-    def begun() -> bool:
-        return status.exists() and status.stat().st_mtime_ns != stamp
-
-    while not begun():
-        if parent.ended(0.1) and not begun():
-            return
+    parent = Parent()
+    if not wait_for(path / "status.json", stamp, parent):
+        return
     errors = os.fdopen(os.dup(2), "w")
 
     def warn(text: str) -> None:
