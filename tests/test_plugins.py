@@ -128,10 +128,13 @@ def test_every_command_with_methods_takes_plugins(command: str, capsys: pytest.C
     needed = {
         "collect": ["toy:dot", "--out", "x"],
         "evaluate": ["x"],
+        "export": ["x", "--out", "x"],
         "predict": ["--checkpoint", "x", "--data", "x", "--out", "x.png"],
         "probe": ["--data", "x"],
+        "push": ["x", "y"],
         "report": ["x", "--out", "x.html"],
         "study": ["x.yaml", "--out", "x"],
+        "watch": ["x"],
     }
     assert "there is no module 'theirs_nowhere'" in fails(
         capsys, command, *needed.get(command, []), "--plugin", "theirs_nowhere:X"
