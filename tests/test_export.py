@@ -93,7 +93,7 @@ def test_a_torch_program_acts_as_the_policy(name: str, tmp_path: Path, capsys: p
 
 @needs_onnx
 @pytest.mark.parametrize("name", ["dreamer_v2", "dreamer_v3"])
-@pytest.mark.filterwarnings("ignore")  # of onnxscript, when it is imported
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # onnxscript uses old names of other packages when it is imported
 def test_an_onnx_program_acts_as_the_policy(name: str, tmp_path: Path) -> None:
     import onnxruntime
 

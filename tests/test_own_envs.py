@@ -25,6 +25,7 @@ from localmotion.runs.load import load_run
 from localmotion.runs.settings import compose
 from localmotion.training.study import load_study
 from own_envs import NUMBERS, Walk, picture
+from refusals import fails
 
 CHOICES, DRAWN = "own_envs:choices", "own_envs:drawn"
 
@@ -373,15 +374,6 @@ def foreign_run(folder: Path, name: str) -> Path:
     (folder / "run").mkdir()
     (folder / "run" / "config.json").write_text(json.dumps({**values, "env": name}))
     return folder / "run"
-
-
-def fails(capsys: pytest.CaptureFixture[str], *args: str) -> str:
-    """The error of a command, on one line."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as caught:
-        main(args)
-    assert caught.value.code == 2
-    return " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize("name", ["theirs_code:make", "gym:theirs_code:CartPole-v1"])

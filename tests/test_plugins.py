@@ -18,6 +18,7 @@ from localmotion.errors import ConfigError
 from localmotion.recipe import Recipe
 from localmotion.recording.collect import collect
 from localmotion.runs.settings import compose, from_dict
+from refusals import fails
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 METHOD = """
@@ -56,15 +57,6 @@ def package(folder: Path, name: str, points: str) -> None:
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text(f"[localmotion.methods]\n{points}\n")
-
-
-def fails(capsys: pytest.CaptureFixture[str], *args: str) -> str:
-    """The error of a command, on one line."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as caught:
-        main(args)
-    assert caught.value.code == 2
-    return " ".join(capsys.readouterr().err.split())
 
 
 # --- --plugin ------------------------------------------------------------------------------------------------------------
