@@ -43,13 +43,14 @@ from localmotion.recording.collect import collect
 from localmotion.runs.load import load_run
 from localmotion.runs.settings import compose
 from localmotion.training.pretrain import pretrain
-from localmotion.video.store import ClipStore, ClipStoreWriter
+from localmotion.video.store import Clip, ClipStore, ClipStoreWriter
 
 HERE = Path(__file__).parent
 RECIPE = Recipe(size=32, percept_size=64, tracks=16).with_motion("exact")
 TRAINED, TESTED, STEPS, LENGTH = 12, 100, 66, 25
 UPDATES = 500
 LABELS = (50, 200, 1_000, 5_000)
+MOTION = ("flow", "tracks", "visible", "track_id")
 SETS = {"dev": trees.DEV, "sealed": trees.SEALED}
 RECOMPOSE = "recompose_weight=1"
 ARMS: dict[str, tuple[str, tuple[str, ...], str]] = {
@@ -65,15 +66,20 @@ ARMS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "laom": ("laom", (), "train"),
     "drp, own bodies": ("drp", (), "own"),
     "drp, shuffled": ("drp", (), "shuffled"),
+    "drp, frames": ("drp", (), "frames"),
+    "drp, pixels": ("drp", (), "pixels"),
     "recompose, own bodies": ("drp", (RECOMPOSE,), "own"),
     "recompose, shuffled": ("drp", (RECOMPOSE,), "shuffled"),
+    "recompose, frames": ("drp", (RECOMPOSE,), "frames"),
+    "recompose, pixels": ("drp", (RECOMPOSE,), "pixels"),
     "scratch": ("drp", (), ""),
     "exact flow": ("", (), ""),
     "idm": ("", (), ""),
 }
-"""Method, settings, and the videos of pre-training: of the bodies for training, of the tested bodies themselves (positive control), of
-the bodies for training with the motion of other clips (negative control), or none. The last two: exact flow on an 8 x 8 grid, and a
-network that learns the target from pictures."""
+"""Method, settings, and the videos of pre-training: of the bodies for training, of the tested bodies themselves ("own"), none, or those
+for training with a control's motion: that of other clips ("shuffled"), its frames in random order ("frames"), or the flow of each
+frame with its pixels in random places ("pixels"). The last two arms: exact flow on an 8 x 8 grid, and a network that learns the target
+from pictures."""
 
 
 def recorded(number: int, work: Path, episodes: int, seed: int) -> Path:
@@ -93,18 +99,37 @@ def videos(kind: str, tested: range, work: Path) -> Path:
         each = TRAINED * len(trees.TRAIN) // len(bodies)  # as many clips of few bodies
         stores = [ClipStore(recorded(number, work, each, 1)) for number in bodies]
         clips = [replace(store.clip(i), extra={}) for store in stores for i in range(len(store))]
-        if kind == "shuffled":  # each clip has the motion of a clip of another body
-            given = clips[each:] + clips[:each]
-            moved = ("flow", "tracks", "visible", "track_id")
-            clips = [
-                replace(clip, **{name: getattr(other, name) for name in moved}) for clip, other in zip(clips, given, strict=True)
-            ]
+        clips = controlled(kind, clips, each)
         writer = ClipStoreWriter.open(out, RECIPE.size, RECIPE.to_json(), RECIPE.hash(), RECIPE.tracks, 64)
         known = {clip.id: clip for clip in clips}
         for index, members in writer.pending(known):
             writer.write_shard(index, [known[name] for name in members])
         (out / "COMPLETE").write_text("")
     return out
+
+
+def controlled(kind: str, clips: list[Clip], each: int) -> list[Clip]:
+    """Clips with the motion of a control; ``each`` clips follow one another of every body."""
+    rng = np.random.default_rng(0)
+    if kind == "shuffled":
+        given = clips[each:] + clips[:each]
+        return [
+            replace(clip, **{name: getattr(other, name) for name in MOTION}) for clip, other in zip(clips, given, strict=True)
+        ]
+    if kind == "frames":
+        orders = [np.append(rng.permutation(last := len(clip.frames) - 1), last) for clip in clips]  # the last has no flow
+        return [
+            replace(clip, **{name: getattr(clip, name)[order] for name in MOTION})
+            for clip, order in zip(clips, orders, strict=True)
+        ]
+    if kind == "pixels":
+        return [replace(clip, flow=np.stack([scattered(field, rng) for field in clip.flow])) for clip in clips]
+    return clips
+
+
+def scattered(field: Floats, rng: np.random.Generator) -> Floats:
+    """A flow field (H, W, 2) whose vectors are in random places."""
+    return rng.permutation(field.reshape(-1, 2)).reshape(field.shape)
 
 
 def model(arm: str, seed: int, tested: range, work: Path, name: str) -> tuple[Method, Compute]:
