@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from localmotion.errors import CheckpointError, LocalmotionError
 from localmotion.report.results import group_runs
-from localmotion.runs.read import read_run, superseded_by_none
+from localmotion.runs.read import names, read_run, superseded_by_none
 from report_runs import online_run, pretrain_run, write_lines
 
 
@@ -133,3 +133,20 @@ def test_runs_are_grouped_by_env_method_and_origin(tmp_path: Path) -> None:
         ("dmc:walker_walk", "dreamer_v2, from scratch", ["c"]),
         ("metaworld:reach", "drp, from scratch", ["d"]),
     ]
+
+
+@pytest.mark.parametrize(
+    ("paths", "shown"),
+    [
+        (["a/drp"], ["drp"]),
+        (["a/drp", "a/ipv"], ["drp", "ipv"]),
+        (["a/drp", "b/drp"], ["a/drp", "b/drp"]),
+        (["a/drp", "b/drp", "b/ipv"], ["a/drp", "b/drp", "ipv"]),
+        (["x/drp/100", "x/ipv/101"], ["drp/100", "ipv/101"]),
+        (["x/drp/100", "y/drp/100"], ["x/drp/100", "y/drp/100"]),
+        (["100"], ["100"]),
+        (["a/b", "b"], ["a/b", "b"]),
+    ],
+)
+def test_names_tell_runs_apart(paths: list[str], shown: list[str]) -> None:
+    assert names([Path(path) for path in paths]) == shown

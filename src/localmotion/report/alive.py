@@ -49,6 +49,8 @@ class Watched:
     data: RunData | None = None
     damage: str = ""
     """Why it cannot be read, "" if it can."""
+    name: str = ""
+    """Its name on the page; "": of its folder."""
     seen: tuple[object, ...] = ()
     _log: Log | None = None
     _begun: tuple[object, ...] = field(default=())
@@ -99,7 +101,7 @@ class Watched:
     @property
     def cause(self) -> str:
         """A sentence about a run that is damaged, failed, killed, or runs on another machine. Else ""."""
-        name, holder = self.path.name, self.holder()
+        name, holder = self.name or self.path.name, self.holder()
         if self.data is None:
             return f"{name} cannot be read: {self.damage}."
         if self.state == "failed":

@@ -263,6 +263,7 @@ p { margin: 10px 0; max-width: 76ch; }
 figure { margin: 18px 0 24px; break-inside: avoid; }
 figure img { display: block; max-width: 100%; height: auto; } figure img:not(.svg) { width: 100%; }
 .row figure img:not(.svg) { width: auto; }
+@media screen and (max-width: 640px) { figure:has(> picture) { overflow-x: auto; } picture img.svg { width: 620px; max-width: none; } }
 figcaption { color: var(--muted); font-size: 13.5px; line-height: 1.45; margin-top: 8px; max-width: 88ch; }
 video { display: block; width: 100%; max-width: 360px; aspect-ratio: 1; background: #000; border-radius: 8px; }
 figure.wide { grid-column: 1 / -1; } figure.wide video { max-width: 640px; aspect-ratio: auto; }

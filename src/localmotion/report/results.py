@@ -16,7 +16,7 @@ from localmotion.report import media, plots
 from localmotion.report.memory import recall, recalled, stamp
 from localmotion.report.page import Block, Notice, Picture, Row, Table
 from localmotion.report.style import score, short
-from localmotion.runs.read import RunData, flatten, number
+from localmotion.runs.read import RunData, flatten, names, number
 
 R = TypeVar("R")
 
@@ -79,6 +79,8 @@ class Gathered:
     missing: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        shown = names([run.path for run in self.runs])
+        self.runs = [replace(run, shown=name) for run, name in zip(self.runs, shown, strict=True)]
         self.groups = group_runs(self.runs)
         several = len({g.env for g in self.groups}) > 1
         self._labels = {run.path: f"{g.label}, {g.env}" if several else g.label for g in self.groups for run in g.runs}

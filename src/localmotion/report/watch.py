@@ -25,6 +25,7 @@ from localmotion.report.memory import Memory
 from localmotion.report.page import Age, Notice, Section, Table, build_page
 from localmotion.report.results import Gathered
 from localmotion.report.style import short
+from localmotion.runs.read import names
 
 PORT = 8600
 TRIES = 20
@@ -127,7 +128,8 @@ class Watcher:
     def build(self) -> Built:
         """The page of the runs as they are now. A run or a chart that cannot be shown becomes a sentence."""
         now, runs = time.time(), list(self.runs.values())
-        for run in runs:
+        for run, name in zip(runs, names([run.path for run in runs]), strict=True):
+            run.name = name
             run.read()
         sections = [self._live(runs, now)]
         title = "localmotion"
@@ -164,7 +166,7 @@ class Watcher:
             left = seconds_left(run.data) if run.data and run.state == "running" else None
             rows.append(
                 [
-                    run.path.name or str(run.path),
+                    run.name,
                     run.state,
                     f"{short(found[0])}/{short(found[1])} {found[2]}" if found else "–",
                     f"about {duration(left)}" if left else "–",

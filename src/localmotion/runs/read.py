@@ -16,7 +16,8 @@ may leave an incomplete last line; it is counted and skipped.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -42,6 +43,18 @@ FORMER_MEDIA = {"mae_heldout.npz": "masked_heldout.npz"}
 """The same for files of RUN/media."""
 
 
+def names(paths: Sequence[Path]) -> list[str]:
+    """Short names of runs: the last parts of each path that no other path ends in, and a parent beside a bare number."""
+    tails = [[path.parts[-depth:] for depth in range(1, len(path.parts) + 1)] or [(str(path),)] for path in paths]
+    taken = Counter(tail for path in tails for tail in path)
+
+    def short(path: list[tuple[str, ...]]) -> str:
+        clear = (tail for tail in path if taken[tail] == 1 and not (len(tail) == 1 and tail[0].isdecimal()))
+        return "/".join(next(clear, path[-1])).replace("//", "/")
+
+    return [short(path) for path in tails]
+
+
 @dataclass(frozen=True)
 class RunData:
     """One run directory in memory. ``lines``: lines by kind, in file order.
@@ -60,10 +73,12 @@ class RunData:
     bad_lines: int
     """Number of unreadable lines of metrics.jsonl: cut by a kill, damaged, or without a "kind"."""
     notices: tuple[str, ...]
+    shown: str = ""
+    """Its name beside other runs, from `names`."""
 
     @property
     def name(self) -> str:
-        return self.path.name or str(self.path)
+        return self.shown or names([self.path])[0]
 
     @property
     def method(self) -> str:
