@@ -1,6 +1,6 @@
 """The registered analysis of tier 1 (PREREG.md): table of scores, contrasts, verdicts.
 
-python studies/planar/analysis.py dev          # or sealed; reads rows/, writes tier1-dev.md and tier1-dev.png
+python studies/planar/analysis.py dev          # or sealed; reads rows/, writes tier1-dev.md
 python studies/planar/analysis.py --simulate   # the same on made-up scores of known effects: how often each verdict is given
 """
 
@@ -23,7 +23,7 @@ METRICS = {
     "actions": "actions, mean over the logarithm of 50 to 5,000 labels",
 }
 SMALLEST = {"links": 0.02, "links_pose": 0.02, "actions": 0.02}
-OF = ("drp", "recompose")
+OF = ("drp", "recompose", "recompose, 9 tokens", "recompose, 9 in 32")
 AGAINST = ("scratch", "ipv", "prelar", "apv", "global flow")
 Floats = NDArray[np.float64]
 Scores = Mapping[str, Mapping[tuple[int, int], float]]
@@ -55,10 +55,15 @@ def whole(scores: Mapping[tuple[int, int], float]) -> list[int]:
     return [seed for seed in seeds if all((seed, body) in scores for body in bodies)]
 
 
-def paired(scores: Scores, of: str, against: str) -> Floats:
-    """Differences (seeds, bodies) on the seeds that both have whole."""
+def both(scores: Scores, of: str, against: str) -> list[int]:
+    """The seeds that both arms have whole."""
+    return sorted(set(whole(scores.get(of, {}))) & set(whole(scores.get(against, {}))))
+
+
+def paired(scores: Scores, of: str, against: str, seeds: Sequence[int] | None = None) -> Floats:
+    """Differences (seeds, bodies), by default on the seeds that both have whole."""
     first, second = scores.get(of, {}), scores.get(against, {})
-    seeds = sorted(set(whole(first)) & set(whole(second)))
+    seeds = both(scores, of, against) if seeds is None else seeds
     bodies = sorted({body for _, body in first})
     return np.array([[first[s, b] - second[s, b] for b in bodies] for s in seeds]).reshape(len(seeds), len(bodies))
 
@@ -73,6 +78,34 @@ def contrasts(scores: Scores, of: str, smallest: float) -> list[tuple[str, int, 
         interval = hierarchical_bootstrap(table)
         rows.append((against, len(table), interval, p, float(q), verdict(interval, smallest)))
     return rows
+
+
+def gap(sealed: Scores, seen: Scores, of: str, against: str) -> Floats:
+    """By seed, (seeds, 1): how much better ``of`` keeps its score from seen to sealed bodies than ``against``.
+
+    A difference of differences, so that it does not matter whether the sealed bodies are harder than the seen ones.
+    """
+    seeds = sorted(set(both(sealed, of, against)) & set(both(seen, of, against)))
+    tables = [paired(scores, of, against, seeds) for scores in (sealed, seen)]
+    return (tables[0].mean(1) - tables[1].mean(1))[:, None] if seeds else np.zeros((0, 1))
+
+
+def gaps(sealed: Sequence[Mapping[str, object]], seen: Sequence[Mapping[str, object]]) -> list[str]:
+    """Markdown: the contrasts of the gap, on the seeds that have all rows."""
+    out = ["", "**What is kept from seen to sealed bodies, against global flow**; smallest effect of interest 0.02", ""]
+    out += [
+        "| arm | measure | seeds | difference of differences | 95 % interval | p | verdict |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for metric in ("links", "links_pose"):
+        for of in OF:
+            table = gap(read(sealed, metric), read(seen, metric), of, "global flow")
+            if len(table) > 1:
+                x, p = hierarchical_bootstrap(table), sign_flip_test(table[:, 0])
+                said = verdict(x, SMALLEST[metric])
+                interval = f"{x.low:+.3f} to {x.high:+.3f}"
+                out.append(f"| {of} | {METRICS[metric]} | {len(table)} | {x.point:+.3f} | {interval} | {p:.4f} | {said} |")
+    return out
 
 
 def page(rows: Sequence[Mapping[str, object]]) -> list[str]:
@@ -123,6 +156,11 @@ def simulated(effects: Mapping[str, float], repeats: int, seed_spread: float, bo
     return found
 
 
+def load(name: str) -> list[dict[str, object]]:
+    file = HERE / "rows" / f"tier1-{name}.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("set", nargs="?", choices=("dev", "sealed"))
@@ -136,8 +174,9 @@ def main() -> None:
             got = [shares[name].get(key, 0.0) for key in ("confirmed", "undecided", "refuted", "p < .05")]
             print(f"| {effect:+.2f} | " + " | ".join(f"{share:.2f}" for share in got) + " |")
     if args.set:
-        file = HERE / "rows" / f"tier1-{args.set}.jsonl"
-        text = page([json.loads(line) for line in file.read_text().splitlines()])
+        text = page(rows := load(args.set))
+        if args.set == "sealed":
+            text += gaps(rows, load("seen"))
         (HERE / f"tier1-{args.set}.md").write_text("\n".join(text) + "\n")
         print("\n".join(text))
 
