@@ -42,7 +42,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 # ----------------------------------------------------------------------------------------- CPU seconds of every test
 
-SLOWEST = 15  # tests named at the end of a run
+SLOWEST = 15  # tests, and files, named at the end of a run
 _marks: list[float] = []
 _tests: defaultdict[str, float] = defaultdict(float)
 _workers: list[float] = []
@@ -87,6 +87,12 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     whole = sum(os.times()[:2]) + sum(_workers) if _workers else cpu_seconds()
     terminalreporter.section(f"{len(slowest)} slowest of {len(_tests)} tests, CPU seconds; all, with imports: {whole:.0f}")
     for name, seconds in slowest:
+        terminalreporter.write_line(f"{seconds:7.2f}  {name}")
+    files: defaultdict[str, float] = defaultdict(float)
+    for name, seconds in _tests.items():
+        files[name.partition("::")[0]] += seconds
+    terminalreporter.section(f"{min(SLOWEST, len(files))} slowest of {len(files)} files")
+    for name, seconds in sorted(files.items(), key=lambda item: -item[1])[:SLOWEST]:
         terminalreporter.write_line(f"{seconds:7.2f}  {name}")
 
 
