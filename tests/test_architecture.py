@@ -32,6 +32,7 @@ FLOORS = (
     "replay",
     "config",
     "recipe",
+    "ranks",
     "console",
     "foreign",
     "files",

@@ -18,6 +18,7 @@ from localmotion import __version__, commands
 from localmotion.errors import ConfigError, LocalmotionError, unknown_name
 from localmotion.files import trust_links
 from localmotion.foreign import trust_env
+from localmotion.machine import launched
 
 
 class _Parser(argparse.ArgumentParser):
@@ -405,6 +406,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
     from localmotion.console import errors
 
+    rank, count = launched()
     try:
         stage = _own_stage(sys.argv[1:] if argv is None else argv)
         args, rest = _parser(stage).parse_known_args(argv)
@@ -420,9 +422,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
             for text in plugins:
                 methods.plug_in(text)
+        if count > 1 and args.command not in (*TRAINING, stage):
+            raise ConfigError(f"{args.command} runs in one process, and torchrun started {count}; start it without torchrun")
         args.call(args)
     except LocalmotionError as error:
-        errors.print(f"error: {error}", markup=False, style="red")
+        errors.print(f"{f'rank {rank}: ' if count > 1 else ''}error: {error}", markup=False, style="red")
         sys.exit(2)
     except KeyboardInterrupt as interruption:
         errors.print("interrupted; finished work is kept, and the same command goes on from there", style="yellow")

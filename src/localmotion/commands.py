@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from localmotion.errors import ConfigError, LocalmotionError
 from localmotion.files import check_output
 from localmotion.foreign import trust_env
+from localmotion.machine import launched
 
 if TYPE_CHECKING:
     from localmotion.recipe import Recipe
@@ -167,7 +168,7 @@ def train(args: argparse.Namespace) -> None:
         from localmotion.training.pretrain import pretrain as learn
     else:
         from localmotion.training.finetune import finetune as learn
-    with tracked(args.run, args.track):
+    with tracked(args.run, args.track if launched()[0] == 0 else []):
         learn(run, args.run)
 
 

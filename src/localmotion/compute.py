@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from localmotion import machine
+from localmotion import machine, ranks
 from localmotion.config import RunConfig
 from localmotion.errors import ConfigError
 from localmotion.files import one_line
@@ -248,7 +248,7 @@ def choose(run: RunConfig, earlier: Mapping[str, Any] | None = None) -> Compute:
     `machine.cores`. On a CPU it then follows the load (`Compute.look_again`). The number is fixed if
     ``OMP_NUM_THREADS`` is set, or with ``run.compile``, because compiled code has a fixed number of threads.
     """
-    device = find_device(run.device)
+    device = find_device(run.device) if ranks.alone() else _device_of_rank(run.device)
     if run.cuda_graph and device.type != "cuda":
         raise ConfigError(f"cuda_graph needs a CUDA device, and this run computes on {device.type}; leave it off here")
     if run.deterministic:
@@ -269,9 +269,23 @@ def choose(run: RunConfig, earlier: Mapping[str, Any] | None = None) -> Compute:
         bf16, note = earlier["precision"] == "bf16", f"{earlier['precision']} as when the run began"
     else:
         fast, slow = bf16_speedup()
-        bf16 = fast > 1.3 * slow
+        bf16 = bool(ranks.agree(fast > 1.3 * slow))
         note = f"bf16 {fast / 1e9:.0f} against fp32 {slow / 1e9:.0f} GFLOP/s a thread: {'bf16' if bf16 else 'fp32'}"
     return Compute(device, bf16, threads, f"{device.type}, {threads} thread(s){of}, {note}", adaptive)
+
+
+def _device_of_rank(name: str) -> torch.device:
+    """The device of this rank: a GPU of its own, or the CPU. Raises ConfigError if this machine has more ranks than GPUs."""
+    local, count = ranks.local()
+    if find_device(name).type != "cuda":
+        return find_device(name)
+    if torch.cuda.device_count() < count:
+        raise ConfigError(
+            f"{count} processes on this machine, but torch finds {torch.cuda.device_count()} GPU(s); start one for each GPU:"
+            f" torchrun --nproc-per-node {torch.cuda.device_count()}"
+        )
+    torch.cuda.set_device(local)
+    return find_device(f"cuda:{local}")
 
 
 def _choose_threads(run: RunConfig, device: torch.device) -> tuple[int, Threads | None, str]:
@@ -280,6 +294,10 @@ def _choose_threads(run: RunConfig, device: torch.device) -> tuple[int, Threads 
         _set_threads(run.threads)
         return run.threads, None, ""
     most = min(_threads_of_torch(), machine.cores())
+    if not ranks.alone():  # a fixed number, the same on all ranks, so that all round in the same way
+        most = int(ranks.agree(max(1, min(_threads_of_torch(), machine.cores() // ranks.local()[1]))))
+        _set_threads(most)
+        return most, None, f" in each of {ranks.world()} processes"
     adaptive, of = None, ""
     if device.type == "cpu" and most > 1 and "OMP_NUM_THREADS" not in os.environ and not run.compile:
         adaptive = Threads(most)

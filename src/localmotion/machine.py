@@ -9,7 +9,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,6 +61,15 @@ def cores(root: Path = ROOT) -> int:
     if group:
         count = min(count, math.ceil(group.quota - 1e-6))
     return max(count, 1)
+
+
+def launched(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
+    """Number of this process among those that learn one run together, and how many these are: (0, 1) for a single process.
+
+    `torchrun` sets the variables ``RANK`` and ``WORLD_SIZE``.
+    """
+    rank, world = (environment.get(name, "") for name in ("RANK", "WORLD_SIZE"))
+    return (int(rank), int(world)) if rank.isdecimal() and world.isdecimal() and int(world) > 1 else (0, 1)
 
 
 def _cpus() -> list[int]:

@@ -31,6 +31,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from localmotion import ranks
 from localmotion.methods.base import VIDEO, Batch, Group, Losses, Method, Metrics, Pass, Rates, Source
 from localmotion.methods.sizes import latent_presets
 from localmotion.models.latent_actions import ActionHead, LatentEncoder, LatentHead, PooledEncoder, StridedEncoder, orthogonal_
@@ -136,7 +137,7 @@ class BC(Method):
         known = (ends - begin >= STACK - 1).flatten().float()  # (N,)
         found = self._between(stacks(frames, ends, STACK), stacks(frames, ends + 1, STACK))
         true = batch["action"][:, STACK:].flatten(0, 1).float().clamp(-1, 1)  # (N, A)
-        loss = (known * (found - true).square().mean(-1)).sum() / known.sum().clamp(min=1.0)
+        loss = (known * (found - true).square().mean(-1)).sum() / ranks.weighed(known)
         return {"label": loss}, {"label/r2": r_squared(found, true, known)}
 
     # 2. All video ---------------------------------------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from localmotion import ranks
 from localmotion.errors import ConfigError
 from localmotion.methods.base import (
     LABELS,
@@ -209,7 +210,7 @@ class LAOM(Method):
         _, z = self._latents(self._seen(stacks(frames, ends, STACK)), self._seen(stacks(frames, later, STACK)))
         true = batch["labelled_action"][rows, ends + 1].flatten(0, 1).float().clamp(-1, 1)  # (N, A)
         found = self.labels(z).float()[:, : true.shape[1]]
-        loss = (known * (found - true).square().mean(-1)).sum() / known.sum().clamp(min=1.0)
+        loss = (known * (found - true).square().mean(-1)).sum() / ranks.weighed(known)
         return loss, r_squared(found, true, known)
 
     def after_update(self, counters: Counters) -> None:

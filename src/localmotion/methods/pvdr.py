@@ -294,7 +294,7 @@ class PVDR(Method):
             memory.add(tokens, action, torch.cat(new, 1), known)
             chosen, known = memory.draw(config.windows)
             losses, metrics, codes = self.plan_losses(memory.tokens[chosen].long())
-            memory.code.index_copy_(0, chosen, torch.cat(codes, 1))
+            memory.renew(chosen, torch.cat(codes, 1))
             pairs, known = memory.draw(config.pairs)
             codes = Coded(*memory.code[pairs].split([part.shape[1] for part in codes], 1))
             action = memory.action[pairs]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from localmotion import ranks
+
 WINDOW = 5
 """Positions per window. A sequence must have at least as many."""
 
@@ -43,8 +45,9 @@ class IntrinsicBonus(nn.Module):
             means = (sums.gather(1, end.expand(-1, -1, width)) - sums[:, : -self.window]) / members
         with torch.autocast(feat.device.type, enabled=False):  # nearby windows differ by less than the resolution of bf16
             points = means.flatten(0, 1) @ self.projection  # (N, width), N = B * (T - window + 1)
-        count = min(len(points), len(self.queue))
-        self.queue.copy_(torch.cat([points[:count], self.queue[: len(self.queue) - count]]))
+        seen = ranks.gather(points)
+        count = min(len(seen), len(self.queue))
+        self.queue.copy_(torch.cat([seen[:count], self.queue[: len(self.queue) - count]]))
         self.filled.add_(count).clamp_(max=len(self.queue))
         # The product form |x|^2 - 2 x.y + |y|^2 loses digits if the points share an offset, so subtract that first.
         centre = points.mean(0)  # (width,)
@@ -59,7 +62,7 @@ class IntrinsicBonus(nn.Module):
 
     def normalise(self, raw: Tensor) -> Tensor:
         """``raw`` divided by the running mean of its size, which starts at 1 and is updated first (momentum 0.99)."""
-        self.mean.mul_(0.99).add_(0.01 * raw.abs().mean())
+        self.mean.mul_(0.99).add_(0.01 * ranks.mean(raw.abs().mean()))
         return raw / (self.mean + 1e-8)
 
 

@@ -24,6 +24,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from localmotion import ranks
 from localmotion.models.running_rms import RunningRMS
 
 
@@ -469,4 +470,4 @@ def masked_loss(rebuilt: Tensor, patches: Tensor, masked: Tensor) -> Tensor:
     """Eq. 5: squared error of a whole patch, mean over the masked set (B,T,K). Zero if nothing is masked."""
     error = (rebuilt.float() - patches.float()).square().flatten(-3).sum(-1)  # (B, T, K)
     weight = masked.to(error.dtype)
-    return (error * weight).sum() / weight.sum().clamp(min=1.0)
+    return (error * weight).sum() / ranks.weighed(weight)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from localmotion.models.batch_norm import BatchNorm2d
 from localmotion.models.encoders import ResidualLayer, xavier
 
 
@@ -41,7 +42,7 @@ class ContextAttention(nn.Module):
         self.key_position = nn.Parameter(torch.zeros(side * side, channels))
         # This module only holds the weights, in PyTorch's layout and initialisation. `forward` writes the product out.
         self.attention = nn.MultiheadAttention(channels, heads, batch_first=True)
-        self.norm: nn.Module = nn.BatchNorm2d(channels) if norm == "batch" else nn.Identity()
+        self.norm: nn.Module = BatchNorm2d(channels) if norm == "batch" else nn.Identity()
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         """x (B*T, C, h, w), context (B, C, h, w) -> (B*T, C, h, w). Each frame attends to a new random subset, also in evaluation.

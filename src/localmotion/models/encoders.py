@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from localmotion.models.batch_norm import BatchNorm2d
+
 
 def xavier(layer: nn.Module) -> nn.Module:
     """The layer with Xavier-uniform weight and zero bias, as IPV's release initialises layers outside residual blocks."""
@@ -57,7 +59,7 @@ class ResidualLayer(nn.Module):
         def block(a: int, b: int, kernel: int) -> nn.Sequential:
             plain = norm == "none"
             conv = nn.Conv2d(a, b, kernel, padding=kernel // 2, bias=plain)
-            return nn.Sequential(conv) if plain else nn.Sequential(conv, nn.BatchNorm2d(b))
+            return nn.Sequential(conv) if plain else nn.Sequential(conv, BatchNorm2d(b))
 
         self.main = nn.Sequential(block(inputs, outputs, 3), nn.ReLU(), block(outputs, outputs, 3))
         self.skip: nn.Module = nn.Identity() if inputs == outputs else block(inputs, outputs, 1)

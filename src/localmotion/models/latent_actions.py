@@ -22,6 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from localmotion import ranks
+from localmotion.models.batch_norm import BatchNorm2d
+
 # 1. Encoders ------------------------------------------------------------------------------------------------------------------
 
 
@@ -170,7 +173,7 @@ class LatentHead(nn.Module):
 class _Down(nn.Module):
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
-        self.conv, self.norm = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs)
+        self.conv, self.norm = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), BatchNorm2d(outputs)
         self.residual = Residual(outputs, max(outputs // 2, 1))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -180,7 +183,7 @@ class _Down(nn.Module):
 class _Up(nn.Module):
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
-        self.conv, self.norm = nn.ConvTranspose2d(inputs, outputs, 2, 2, bias=False), nn.BatchNorm2d(outputs)
+        self.conv, self.norm = nn.ConvTranspose2d(inputs, outputs, 2, 2, bias=False), BatchNorm2d(outputs)
         self.residual = Residual(outputs, max(outputs // 2, 1))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -313,10 +316,10 @@ class Quantizer(nn.Module):
     @torch.no_grad()
     def _follow(self, rows: Tensor, chosen: Tensor) -> None:
         share = 1 - self.decay
-        self.count.mul_(self.decay).add_(chosen.sum(1), alpha=share)
+        self.count.mul_(self.decay).add_(ranks.total(chosen.sum(1)), alpha=share)
         whole = self.count.sum(-1, keepdim=True)
         self.count.add_(1e-5).div_(whole + self.count.shape[1] * 1e-5).mul_(whole)  # Laplace smoothing: no count is zero
-        self.total.mul_(self.decay).add_(chosen.transpose(1, 2) @ rows, alpha=share)
+        self.total.mul_(self.decay).add_(ranks.total(chosen.transpose(1, 2) @ rows), alpha=share)
         self.embedding.copy_(self.total / self.count.unsqueeze(-1))
 
 
@@ -354,7 +357,7 @@ def masked_error(error: Tensor, mask: Tensor | None, floor: float) -> Tensor:
     if mask is None or floor == 1:
         return error.mean()
     weight = floor + (1 - floor) * mask.to(error.dtype)
-    return (weight.unsqueeze(1) * error).sum() / (error.shape[1] * weight.sum().clamp(min=1.0))
+    return (weight.unsqueeze(1) * error).sum() / (error.shape[1] * ranks.weighed(weight))
 
 
 # 5. Action head ----------------------------------------------------------------------------------------------------------------

@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from localmotion import ranks
+
 
 def pictures(image: Tensor) -> Tensor:
     """(B, T, S, S, 3) uint8 -> (B, T, 3, S, S) float in [-0.5, 0.5]."""
@@ -71,7 +73,7 @@ def action_error(
     known = (~batch["is_first"][:, seen:] & (ends - begin >= seen - 1)).flatten().float()  # (N,)
     found = head(latent).float()
     true = batch["action"][:, seen:].flatten(0, 1).float().clamp(-1, 1)  # (N, A)
-    loss = (known * (found - true).square().mean(-1)).sum() / known.sum().clamp(min=1.0)
+    loss = (known * (found - true).square().mean(-1)).sum() / ranks.weighed(known)
     return {"action": loss}, {"action/r2": r_squared(found, true, known)}
 
 

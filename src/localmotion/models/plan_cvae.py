@@ -19,6 +19,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from localmotion import ranks
 from localmotion.errors import ConfigError
 from localmotion.models.distributions import normal
 from localmotion.models.st_transformer import Memory, STTransformer, TokenEmbedding, table
@@ -83,7 +84,7 @@ def balanced(
         (mean_q, log_q), (mean_p, log_p) = posterior, prior
         to_prior = divergence(mean_q.detach(), log_q.detach(), mean_p, log_p)
         each = share * to_prior + (1 - share) * divergence(mean_q, log_q, mean_p.detach(), log_p.detach())
-    mean = each.mean(0)
+    mean = ranks.mean(each.mean(0))
     return mean.clamp(min=free_nats).sum(), mean.detach()
 
 

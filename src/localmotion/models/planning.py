@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from localmotion import ranks
+
 Metric = Literal["cosine", "squared"]
 
 
@@ -97,10 +99,10 @@ class RunningDeviation(nn.Module):
         """``reward`` (...) over the deviation of the rewards so far, these included; those with ``known`` (...) false do not count."""
         if self.training:
             share = known.to(reward.dtype)
-            number = share.sum()
+            number = ranks.total(share.sum())
             gained = (1 - self.KEEP) * (number > 0)
             for kept, power in ((self.first, reward), (self.second, reward.square())):
-                kept.lerp_((power * share).sum() / number.clamp(min=1), gained)
+                kept.lerp_(ranks.total((power * share).sum()) / number.clamp(min=1), gained)
             self.weight.lerp_(torch.ones_like(self.weight), gained)
         return reward / self.deviation()
 
@@ -143,7 +145,11 @@ class WindowMemory(nn.Module):
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))  # windows added so far
 
     def add(self, tokens: Tensor, action: Tensor, code: Tensor, known: Tensor) -> None:
-        """Add windows (R, frames, N), actions (R, A) and codes (R, c) in place of the oldest. All are ``known`` (R,), or none is."""
+        """Add windows (R, frames, N), actions (R, A) and codes (R, c) in place of the oldest. All are ``known`` (R,), or none is.
+
+        With several ranks those of all ranks are added, so that all ranks have the same memory.
+        """
+        tokens, action, code, known = (ranks.gather(x) for x in (tokens, action, code, known))
         size, number = len(self.tokens), len(tokens)
         place = (self.count + torch.arange(number, device=tokens.device)) % size
         for kept, new in ((self.tokens, tokens.short()), (self.action, action), (self.code, code)):
@@ -156,3 +162,7 @@ class WindowMemory(nn.Module):
         filled = self.count.clamp(max=len(self.tokens))
         place = (torch.rand(number, device=self.tokens.device) * filled).long().clamp(max=len(self.tokens) - 1)
         return place, (filled > 0).expand(number)
+
+    def renew(self, place: Tensor, code: Tensor) -> None:
+        """Replace the codes (R, c) at ``place`` (R,)."""
+        self.code.index_copy_(0, ranks.gather(place), ranks.gather(code))

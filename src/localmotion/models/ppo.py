@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from localmotion import ranks
 from localmotion.models.latent_windows import every, pictures, r_squared, stacks, starts, whole
 
 EXTRAS: Mapping[str, tuple[int, ...]] = {"log_prob": (), "value": ()}
@@ -97,13 +98,13 @@ def advantages(reward: Tensor, value: Tensor, terminal: Tensor, inside: Tensor, 
 
 def weighted_mean(x: Tensor, weight: Tensor) -> Tensor:
     """Mean of ``x`` with weights of the same shape; 0 without any weight."""
-    return (weight * x).sum() / weight.sum().clamp(min=1.0)
+    return (weight * x).sum() / ranks.weighed(weight)
 
 
 def normalised(advantage: Tensor, weight: Tensor) -> Tensor:
     """Advantages with mean 0 and deviation 1 over the rows with weight 1."""
-    centred = advantage - weighted_mean(advantage, weight)
-    return centred / (weighted_mean(centred.square(), weight).sqrt() + 1e-8)
+    centred = advantage - ranks.mean(weighted_mean(advantage, weight))
+    return centred / (ranks.mean(weighted_mean(centred.square(), weight)).sqrt() + 1e-8)
 
 
 def policy_loss(

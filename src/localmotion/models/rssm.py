@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from localmotion import ranks
 from localmotion.config import WorldModelConfig
 from localmotion.models.distributions import categorical_entropy, categorical_kl, gumbel, straight_through
 
@@ -45,8 +46,8 @@ def kl_loss(post: Tensor, prior: Tensor, balance: float = 0.8, free: float = 0.0
     """
     # Both terms share two log-softmaxes, so the gradient is stopped after these.
     log_p, log_q = F.log_softmax(post.float(), -1), F.log_softmax(prior.float(), -1)  # (B, T, S, C)
-    to_post = categorical_kl(log_p, log_q.detach()).mean()  # (B, T) -> ()
-    to_prior = categorical_kl(log_p.detach(), log_q).mean()  # (B, T) -> ()
+    to_post = ranks.mean(categorical_kl(log_p, log_q.detach()).mean())  # (B, T) -> ()
+    to_prior = ranks.mean(categorical_kl(log_p.detach(), log_q).mean())  # (B, T) -> ()
     loss = (1 - balance) * to_post.clamp(min=free) + balance * to_prior.clamp(min=free)
     return loss, {"kl": to_prior.detach(), "post_entropy": categorical_entropy(log_p.detach()).mean()}
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from localmotion import ranks
 from localmotion.models.distributions import gaussian_entropy, gaussian_kl, normal
 from localmotion.models.rssm import RSSM, RSSMState
 
@@ -61,7 +62,7 @@ class GaussianRSSM(RSSM):
 def gaussian_kl_loss(post: Tensor, prior: Tensor, balance: float = 0.8, free: float = 0.0) -> tuple[Tensor, dict[str, Tensor]]:
     """Balanced KL of (B,T,S,2) means and deviations, summed over S. Balance, free nats and metrics are those of `rssm.kl_loss`."""
     (mean, std), (other, spread) = post.unbind(-1), prior.unbind(-1)  # (B, T, S) each
-    to_post = gaussian_kl(mean, std, other.detach(), spread.detach()).mean()
-    to_prior = gaussian_kl(mean.detach(), std.detach(), other, spread).mean()
+    to_post = ranks.mean(gaussian_kl(mean, std, other.detach(), spread.detach()).mean())
+    to_prior = ranks.mean(gaussian_kl(mean.detach(), std.detach(), other, spread).mean())
     loss = (1 - balance) * to_post.clamp(min=free) + balance * to_prior.clamp(min=free)
     return loss, {"kl": to_prior.detach(), "post_entropy": gaussian_entropy(std.detach()).mean()}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from localmotion import ranks
+
 
 class RunningRMS(nn.Module):
     """Divides flow by its running root mean square, so that the streams of pre-training and of a task give inputs of one size.
@@ -28,9 +30,9 @@ class RunningRMS(nn.Module):
         if self.training:
             with torch.no_grad():
                 fields = flow.detach().float().square().flatten(-3).mean(-1)  # (...)
-                number = seen.float().sum()
+                number = ranks.total(seen.float().sum())
                 gained = (1 - self.KEEP) * (number > 0)
-                self.square.lerp_((fields * seen).sum() / number.clamp(min=1), gained)
+                self.square.lerp_(ranks.total((fields * seen).sum()) / number.clamp(min=1), gained)
                 self.weight.lerp_(torch.ones_like(self.weight), gained)
         return flow / self.scale()
 

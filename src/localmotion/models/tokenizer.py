@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from localmotion import ranks
 from localmotion.errors import ConfigError
 
 
@@ -169,10 +170,10 @@ class Codebook(nn.Module):
         number = torch.arange(len(self.count), device=tokens.device)
         chosen = (tokens.flatten().unsqueeze(1) == number).to(rows.dtype)  # (R, V), one-hot: one order of sums on every device
         with torch.autocast(rows.device.type, enabled=False):
-            self.count.mul_(self.decay).add_(chosen.sum(0), alpha=share)
-            self.total.mul_(self.decay).add_(chosen.T @ rows, alpha=share)
+            self.count.mul_(self.decay).add_(ranks.total(chosen.sum(0)), alpha=share)
+            self.total.mul_(self.decay).add_(ranks.total(chosen.T @ rows), alpha=share)
         mean = self.count.mean()
-        fresh = rows[torch.randint(len(rows), (len(self.count),), device=rows.device)]  # (V, D)
+        fresh = ranks.first(rows[torch.randint(len(rows), (len(self.count),), device=rows.device)])  # (V, D)
         idle = begin | (self.count < self.restart * mean)
         self.count.copy_(torch.where(idle, mean, self.count))
         self.total.copy_(torch.where(idle.unsqueeze(-1), fresh * mean, self.total))

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from localmotion import ranks
+
 
 def symlog(x: Tensor) -> Tensor:
     """sign(x) ln(1 + |x|), element-wise."""
@@ -112,7 +114,7 @@ class ReturnRange(nn.Module):
     def forward(self, returns: Tensor) -> tuple[Tensor, Tensor]:
         """Offset and scale, both (), of returns of any shape."""
         if self.training:
-            found = torch.quantile(returns.float().flatten(), self.quantiles)  # type: ignore[arg-type]
+            found = torch.quantile(ranks.gather(returns.float().flatten()), self.quantiles)  # type: ignore[arg-type]
             rate = torch.where(torch.isfinite(found).all(), self.rate, 0.0)
             found = torch.nan_to_num(found)
             self.low.lerp_(found[0], rate)

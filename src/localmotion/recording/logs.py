@@ -70,6 +70,7 @@ class EpisodeSampler:
         prioritize_ends: draw ends of episodes more often, as `Replay` does.
         labels: number of labelled transitions; 0: all. The sampler then draws from these only (`label_set`).
         label_seed: of the choice of the labelled transitions.
+        rows: those of each batch that are read; the batches hold no others.
         heldout_fraction: share of the videos that is left out, chosen by a hash of their id.
 
     Raises StoreError for a store without actions, rewards or (with ``mask``) masks, for a store without any episode
@@ -90,10 +91,11 @@ class EpisodeSampler:
         heldout_fraction: float = 0.0,
         labels: int = 0,
         label_seed: int = 0,
+        rows: slice = slice(None),
     ) -> None:
         if length < 1 or batch_size < 1 or seed < 0 or not 0 <= heldout_fraction < 1:
             raise ValueError(f"length {length}, batch {batch_size}, seed {seed}, heldout {heldout_fraction}: out of range")
-        self.store, self.length, self.batch_size, self.seed = store, length, batch_size, seed
+        self.store, self.length, self.batch_size, self.seed, self.rows = store, length, batch_size, seed, rows
         self.prioritize_ends = prioritize_ends
         self.action_dim = action_dim(store)
         self._motion, self._goal = layout(store, motion, mask), goal
@@ -117,7 +119,8 @@ class EpisodeSampler:
     def batch(self, index: int) -> dict[str, torch.Tensor]:
         """Batch ``index`` of the stream, independent of earlier calls."""
         rng = np.random.Generator(np.random.Philox(key=self.seed, counter=[0, 0, 1, index]))
-        shape = (self.batch_size, self.length)
+        drawn = [self._pieces(rng) for _ in range(self.batch_size)][self.rows]
+        shape = (len(drawn), self.length)
         plain: dict[str, NDArray[Any]] = {
             "action": np.zeros((*shape, self.action_dim), np.float32),
             "reward": np.zeros(shape, np.float32),
@@ -126,8 +129,8 @@ class EpisodeSampler:
         }
         seen = {name: np.empty((*shape, *entry), dtype) for name, (entry, dtype) in self._motion.items()}
         goals = {"goal": np.empty_like(seen["image"])} if self._goal else {}
-        for row in range(self.batch_size):
-            for piece in self._pieces(rng):
+        for row, pieces in enumerate(drawn):
+            for piece in pieces:
                 part = (row, slice(piece.at, piece.at + piece.length))
                 read_window(self.store, piece.clip, piece.start, {name: array[part] for name, array in seen.items()})
                 self._read(piece, {name: array[part] for name, array in plain.items()})

@@ -1,6 +1,7 @@
 """Checkpoints: directories of safetensors and JSON, written completely or not at all. Nothing is ever unpickled.
 
-A checkpoint is RUN/checkpoints/0000001000 with {weights,optimizer,rng,...}.safetensors, state.json and COMPLETE. It is
+A checkpoint is RUN/checkpoints/0000001000 with {weights,optimizer,rng,...}.safetensors, state.json and COMPLETE. With
+several ranks, rank1.safetensors and so on hold what is not the same on all ranks, such as random states. A checkpoint is
 written to a sibling directory, synced to the disk, and renamed. A run resumes from the newest complete checkpoint. The
 last two are kept. RUN/checkpoints/best holds the weights of the best evaluation.
 """
@@ -21,6 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from localmotion import ranks
 from localmotion.errors import CheckpointError
 from localmotion.files import one_line, read_json
 
@@ -61,6 +63,38 @@ def set_rng_state(state: Mapping[str, Tensor]) -> None:
     for index in range(torch.cuda.device_count()):
         if f"cuda.{index}" in state:
             torch.cuda.set_rng_state(state[f"cuda.{index}"], index)
+
+
+def seed_rank(seed: int, update: int) -> None:
+    """Give this rank random numbers of its own from ``update`` on. Those of rank 0 stay as they are."""
+    if ranks.leads():
+        return
+    drawn, other, third = np.random.SeedSequence([seed, ranks.rank(), update]).generate_state(3).tolist()
+    torch.manual_seed(drawn)
+    np.random.seed(other)
+    random.seed(third)
+
+
+def of_ranks(tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    """Further files of a checkpoint of several ranks: ``tensors`` by file name, and random states, of all ranks but the first."""
+    own = {f"{file}.{key}": value for file, group in {**tensors, "rng": rng_state()}.items() for key, value in group.items()}
+    return {f"rank{number}": found for number, found in enumerate(ranks.collect(own)) if number}
+
+
+def read_of_rank(path: Path, name: str) -> dict[str, Tensor]:
+    """As `read`, of what this rank saved. Raises CheckpointError if it saved nothing."""
+    if ranks.leads():
+        return read(path, name)
+    file = f"rank{ranks.rank()}"
+    mine = _Named(
+        path / f"{file}.safetensors", {k[len(name) + 1 :]: v for k, v in read(path, file).items() if k.startswith(f"{name}.")}
+    )
+    if name == "rng":
+        try:
+            _check_rng(mine)
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise CheckpointError(f"{path / file}.safetensors: cannot be read ({one_line(error)}); {_REMOVE}") from error
+    return mine
 
 
 def save(
@@ -212,7 +246,7 @@ def read_state(path: Path) -> dict[str, Any]:
 
 def _check_state(state: Mapping[str, Any]) -> None:
     """Raise ValueError, KeyError or CheckpointError if the values of a state.json cannot be used."""
-    for key in ("update", "agent_step", "env_step", "episode", "next_eval", "metrics_offset", "action_dim"):
+    for key in ("update", "ranks", "agent_step", "env_step", "episode", "next_eval", "metrics_offset", "action_dim"):
         if key in state and (type(state[key]) is not int or not 0 <= state[key] < 2**53):
             raise ValueError(f"{key} is no count")
     best: Any = state.get("best")

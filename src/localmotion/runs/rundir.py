@@ -13,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from localmotion import ranks
 from localmotion.config import RunConfig, leaves, to_dict
 from localmotion.errors import CheckpointError, ConfigError
 from localmotion.files import LOCK, check_output, locked, read_json, refuse_links, write_json
@@ -67,8 +68,11 @@ def claimed(path: Path, what: str = "run") -> Iterator[None]:
 
     The directory is created if needed. If it was created here and stays empty, it is removed at the end.
 
-    Raises CheckpointError if another process holds the lock, or if nothing can be written there.
+    Only rank 0 of a run locks it. Raises CheckpointError if another process holds the lock, or if nothing can be written there.
     """
+    if not ranks.leads():
+        yield
+        return
     check_output(path, CheckpointError, folder=True)
     made = not path.exists()
     try:
@@ -156,3 +160,30 @@ class RunDir:
         if self.metrics_path.exists() and self.metrics_path.stat().st_size > offset:
             with self.metrics_path.open("r+b") as file:
                 file.truncate(offset)
+
+
+class _Unwritten(RunDir):
+    """The directory of a run that rank 0 writes, as its other ranks see it: nothing is written."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def environment(self, values: Mapping[str, Any]) -> None:
+        pass
+
+    def status(self, state: str, **more: Any) -> None:
+        pass
+
+    def log(self, kind: str, **values: Any) -> None:
+        pass
+
+    def metrics_offset(self) -> int:
+        return 0
+
+    def truncate_metrics(self, offset: int) -> None:
+        pass
+
+
+def run_dir(path: Path, run: RunConfig) -> RunDir:
+    """The `RunDir` of this rank. Only that of rank 0 writes anything."""
+    return RunDir(path, run) if ranks.leads() else _Unwritten(path)

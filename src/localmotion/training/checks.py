@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from localmotion import methods
 from localmotion.config import RunConfig
 from localmotion.envs import check_env
 from localmotion.envs.goals import check_goals
 from localmotion.errors import CheckpointError, ConfigError, LocalmotionError
+from localmotion.machine import launched
 from localmotion.methods.base import GOAL, LABELS, MASK, MOTION, Method, Source
 
 
@@ -120,6 +122,36 @@ def check_decay(method: type[Method], run: RunConfig) -> None:
             f"online.lr_decay={run.online.lr_decay:g}: {run.stage} of {run.method} keeps its learning rate; only stages of logged"
             " episodes alone let it fall. Leave it out"
         )
+
+
+def check_ranks(run: RunConfig) -> None:
+    """Raise ConfigError for settings that several processes (torchrun) cannot run with. Nothing is refused in a single process."""
+    count = launched()[1]
+    if count == 1:
+        return
+    if run.cuda_graph or run.compile:
+        raise ConfigError(f"cuda_graph and compile are for a run of one process, and torchrun started {count}; leave them out")
+    if ":" in run.device:
+        raise ConfigError(
+            f"device={run.device}: each of the {count} processes takes a GPU of its own; use --device cuda, cpu or auto"
+        )
+    source = methods.get(run.method).stages[run.stage]
+    if source is Source.REPLAY and not run.data:
+        raise ConfigError(
+            f"{run.stage} of {run.method} plays into a replay and runs in one process, but torchrun started {count}; start it without"
+            " torchrun (stages on clips, on logged episodes and on rollouts run in several)"
+        )
+    parts = (
+        {"rollout.environments": run.rollout.environments}
+        if source is Source.ROLLOUT and not run.data
+        else {"batch_size": run.pretrain.batch_size if source is Source.CLIPS else run.online.batch_size}
+    )
+    for name, value in parts.items():
+        if value % count:
+            raise ConfigError(f"{name}={value}: {count} processes cannot share it equally; choose a multiple of {count}")
+    share = run.rollout.environments // count
+    if "rollout.environments" in parts and run.rollout.minibatches > share:
+        raise ConfigError(f"rollout.minibatches={run.rollout.minibatches} is more than the {share} environments of each process")
 
 
 def check_learns(run: RunConfig, repeat: int = 1) -> None:

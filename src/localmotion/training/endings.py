@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from localmotion import ranks
 from localmotion.console import say
 from localmotion.errors import EnvError
 from localmotion.methods.base import Method
@@ -57,7 +58,7 @@ def recorded(out: RunDir, method: Method, where: Callable[[], dict[str, int]], s
         out.status("failed", **where(), error=str(explained))
         raise explained from error
     except BaseException as error:
-        if isinstance(error, EnvError):
+        if isinstance(error, EnvError) and ranks.alone():  # saving needs all ranks
             save()
         out.status("failed", **where(), error=str(error))
         raise

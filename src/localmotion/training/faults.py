@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from localmotion import ranks
 from localmotion.errors import LocalmotionError
 from localmotion.methods.base import Method
 from localmotion.runs import checkpoint
@@ -16,9 +17,11 @@ def dump(path: Path, method: Method, error: DivergedError) -> LocalmotionError:
     """Write RUN/diverged and return the error to raise.
 
     The dump holds the batch, the weights, the generator states, and every loss and gradient norm. To repeat the
-    failure, run the method's passes on ``checkpoint.read(RUN / "diverged", "batch")``.
+    failure, run the method's passes on ``checkpoint.read(RUN / "diverged", "batch")``. With several ranks each writes its own:
+    RUN/diverged, RUN/diverged-1, ...
     """
     state = {"update": error.update, "first": error.first, "terms": {name: repr(value) for name, value in error.terms.items()}}
     tensors = {"batch": error.batch, "weights": method.state_dict(), "rng": checkpoint.rng_state()}
-    checkpoint.write(path / DUMP, tensors, state)
-    return LocalmotionError(f"{error}; the batch, the weights and all terms are in {path / DUMP}, the last good checkpoint stays")
+    target = path / (DUMP if ranks.leads() else f"{DUMP}-{ranks.rank()}")
+    checkpoint.write(target, tensors, state)
+    return LocalmotionError(f"{error}; the batch, the weights and all terms are in {target}, the last good checkpoint stays")

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from localmotion import methods
+from localmotion import methods, ranks
 from localmotion.acting.observer import Observer, make_observer, streaming_recipe, wants_goal
 from localmotion.compute import choose
 from localmotion.config import RunConfig
@@ -21,11 +21,11 @@ from localmotion.errors import ConfigError
 from localmotion.methods.base import MOTION, Method, Source
 from localmotion.recipe import Recipe
 from localmotion.recording.logs import action_dim
-from localmotion.runs.rundir import RunDir, claimed, read_environment
+from localmotion.runs.rundir import claimed, read_environment, run_dir
 from localmotion.runs.settings import recipe_of, with_recipe
 from localmotion.runs.sharing import local_run, pinned
 from localmotion.training import graphs
-from localmotion.training.checks import check_acting_stage, check_learns, check_phases
+from localmotion.training.checks import check_acting_stage, check_learns, check_phases, check_ranks
 from localmotion.training.logged import LoggedLoop
 from localmotion.training.online import OnlineLoop
 from localmotion.training.rollout import RolloutLoop
@@ -53,7 +53,8 @@ def finetune(run: RunConfig, path: Path) -> Path:
         work = _rollout
     else:
         work = _online
-    with claimed(path):
+    check_ranks(run)
+    with ranks.joined(), claimed(path):
         return work(pinned(run, path), path, cls)
 
 
@@ -68,7 +69,7 @@ def _online(run: RunConfig, path: Path, cls: type[Method]) -> Path:
     check_learns(run, repeat)
     check_phases(run, observer.env)
     method, updater = _built(run, path, cls, perception.size, observer.action_dim)
-    OnlineLoop(run, RunDir(path, run), observer, method, updater, repeat).go()
+    OnlineLoop(run, run_dir(path, run), observer, method, updater, repeat).go()
     return path
 
 
@@ -97,7 +98,7 @@ def _logged(run: RunConfig, path: Path, cls: type[Method]) -> Path:
         run = _acting(run, observer.discrete)
         observer.env.close()
     method, updater = _built(run, path, cls, store.size, dim)
-    LoggedLoop(run, RunDir(path, run), store, method, updater, make).go()
+    LoggedLoop(run, run_dir(path, run), store, method, updater, make).go()
     return path
 
 
@@ -117,7 +118,7 @@ def _rollout(run: RunConfig, path: Path, cls: type[Method]) -> Path:
         dim = int(np.prod(envs.single_action_space.shape or ()))
         run = _acting(run, bool(envs.description.get("discrete")))
         method, updater = _built(run, path, cls, size, dim)
-        RolloutLoop(run, RunDir(path, run), envs, method, updater, int(envs.description["action_repeat"])).go()
+        RolloutLoop(run, run_dir(path, run), envs, method, updater, int(envs.description["action_repeat"])).go()
     return path
 
 

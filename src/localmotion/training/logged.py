@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from localmotion import ranks
 from localmotion.acting.observer import Observer
 from localmotion.config import RunConfig
 from localmotion.methods.base import GOAL, MASK, MOTION, VIDEO, Method
@@ -42,6 +43,7 @@ class LoggedLoop(Loop):
         online = run.online
         super().__init__(run, out, method, updater, Clock(online.log_every), Clock(online.eval_every), Clock(online.save_every))
         self.store, needs = store, method.needs(run.model, run.stage)
+        share = ranks.rows(online.batch_size)
         self.sampler = EpisodeSampler(
             store,
             online.length,
@@ -53,12 +55,13 @@ class LoggedLoop(Loop):
             prioritize_ends=online.prioritize_ends,
             labels=run.labels,
             label_seed=run.seed,
+            rows=share,
         )
         self.video: WindowSampler | None = None
         if needs & VIDEO:  # the clips that stages on video learn from
             held = run.pretrain.heldout_fraction
             self.video = WindowSampler(
-                store, online.length, online.batch_size, run.seed, heldout_fraction=held, prefetch=False, motion=False
+                store, online.length, online.batch_size, run.seed, heldout_fraction=held, prefetch=False, motion=False, rows=share
             )
         self.trials = Trials(run, out, method, self.compute, make, lambda: self.stop.check()) if make else None
         self.spent |= {"data": 0.0, "eval": 0.0}

@@ -23,6 +23,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from localmotion import ranks
 from localmotion.acting.observer import Observer
 from localmotion.compute import Compute
 from localmotion.config import RunConfig
@@ -31,7 +32,7 @@ from localmotion.methods.base import Batch, Method
 from localmotion.runs import checkpoint
 from localmotion.runs.rundir import RunDir
 from localmotion.training.endings import recorded
-from localmotion.training.interrupt import StopRequest
+from localmotion.training.interrupt import Interrupted, StopRequest
 from localmotion.training.trials import Trials
 from localmotion.training.update import Updater, to_floats
 
@@ -129,7 +130,7 @@ class Loop(ABC):
         """Evaluate, log the result and print it. ``final``: this is the evaluation at the end of the run."""
 
     def state(self) -> tuple[dict[str, Any], dict[str, Mapping[str, Tensor]]]:
-        """Further contents of a checkpoint: values for JSON, and tensors by file name.
+        """Further contents of a checkpoint: values for JSON, and tensors by file name. Each rank has tensors of its own.
 
         Weights, optimisers and random state are in every checkpoint.
         """
@@ -164,7 +165,7 @@ class Loop(ABC):
             title = f"{self.run.method} {self.run.env}".strip()
             with progress(title, self.total, f"{self.unit.replace('_', ' ')}s", self.count, forecast=self.steady) as advance:
                 while not self.over:
-                    self.stop.check()
+                    self.heed()
                     if self.may_evaluate and self.evaluates.due(self.count):
                         self.evaluate()
                     if self.may_save and self.saves.due(self.count):
@@ -184,6 +185,11 @@ class Loop(ABC):
         """Counters for the run's status, beginning with ``unit``."""
         return {self.unit: self.count}
 
+    def heed(self) -> None:
+        """Raise Interrupted on all ranks if a signal asked one of them to stop."""
+        self.stop.signum = ranks.most(self.stop.signum)
+        self.stop.check()
+
     def learn(self, batch: Batch) -> None:
         """One update from a batch on the device."""
         with self.timed("update"):
@@ -199,14 +205,20 @@ class Loop(ABC):
             self._log(metrics)
 
     def evaluate(self, final: bool = False) -> None:
-        """Call `measure`, and leave the run's random generators unchanged."""
+        """Call `measure`, and leave the run's random generators unchanged. Rank 0 measures, the others wait."""
         with self.timed("eval"):
             try:
                 self.method.eval()
-                with self.compute.own_randomness():
-                    self.measure(final)
+                if ranks.leads():
+                    with self.compute.own_randomness(), ranks.apart():
+                        self.measure(final)
+            except Interrupted as stopped:
+                ranks.most(stopped.signum, patient=True)
+                raise
             finally:
                 self.method.train()
+            if signum := ranks.most(0, patient=True):
+                raise Interrupted(signum)
         self.final = self.count if final else self.final
         self.evaluates.set(self.count)  # set at the end: a continued run repeats an evaluation that a signal ended
 
@@ -231,6 +243,8 @@ class Loop(ABC):
         now, clock = dict(self.seconds()), time.perf_counter()
         parts = {part: value - self._logged.get(part, 0.0) for part, value in now.items()}
         found = to_floats(metrics)
+        if not ranks.alone():  # means over the whole batch
+            found = dict(zip(found, (ranks.total(torch.tensor([*found.values()])) / ranks.world()).tolist(), strict=True))
         more = {**self.times(parts, clock - self._clock), "skipped": self.updater.check(), **self.extra()}
         self.out.log(self.kind, **self.counters(), **found, **more)
         self._logged, self._clock = now, clock
@@ -238,7 +252,8 @@ class Loop(ABC):
 
     def _announce(self) -> None:
         counts = self.method.parameter_counts()
-        self.out.environment({**self.compute.record(), "parameters": counts, **self.record()})
+        together = {} if ranks.alone() else {"ranks": ranks.world()}
+        self.out.environment({**self.compute.record(), **together, "parameters": counts, **self.record()})
         first, *rest = self.lines()
         for line in (first, "parameters " + ", ".join(f"{k} {v / 1e6:.2f}M" for k, v in counts.items()), *rest):
             say(line)
@@ -251,12 +266,22 @@ class Loop(ABC):
             say("not saved: the newest update was not finite; the checkpoint before stays")
             return False
         self.saves.set(self.count)
+        if drifted := self._align():
+            say(f"the ranks had drifted apart in {len(drifted)} tensors ({drifted[0]}, ...); all go on with those of rank 0")
         own, tensors = self.state()
         clocks = {"metrics_offset": self.out.metrics_offset(), "evaluated": self.evaluates.last, "final": self.final}
         common = {"stage": self.run.stage, "skipped": self.updater.check(), **clocks}
         weights = {"weights": self.method.state_dict(), "optimizer": self.updater.state()}
-        checkpoint.save(self.out.path / "checkpoints", self.updater.update, tensors=weights | tensors, state=common | own)
+        if not ranks.alone():
+            own, tensors = own | {"ranks": ranks.world()}, tensors | checkpoint.of_ranks(tensors)
+        if ranks.leads():
+            checkpoint.save(self.out.path / "checkpoints", self.updater.update, tensors=weights | tensors, state=common | own)
+        ranks.most(0, patient=True)
         return True
+
+    def _align(self) -> list[str]:
+        """Give all ranks the weights and moments of rank 0. Returns the names of those that differed."""
+        return ranks.align_({**self.method.state_dict(), **{f"optimizer.{k}": v for k, v in self.updater.state().items()}})
 
     def _save_progress(self) -> bool:
         """Save if this process made progress. Returns whether it saved."""
@@ -265,24 +290,36 @@ class Loop(ABC):
     def _resume(self) -> None:
         """Continue from the newest complete checkpoint, if there is one."""
         found = checkpoint.complete(self.out.path / "checkpoints")
-        if not found:
+        newest = int(ranks.agree(int(found[-1].name) if found else -1))
+        if newest < 0:
             self.out.truncate_metrics(0)
             self.start()
+            self._align()
+            checkpoint.seed_rank(self.run.seed, 0)
             return
-        folder = found[-1]
+        folder = self.out.path / "checkpoints" / f"{newest:010d}"
         state = checkpoint.read_state(folder)
         checkpoint.load_weights(self.method, checkpoint.read(folder, "weights"), str(folder))
         self.updater.load_state(checkpoint.read(folder, "optimizer"))
         self.updater.resume(int(state["update"]), int(state.get("skipped", 0)))
         self.out.truncate_metrics(int(state["metrics_offset"]))
         self.logs.set(self.updater.update)
-        before = state.get("next_eval", self.updater.update + 1) - 1  # checkpoints of earlier versions
-        self.evaluates.set(int(state.get("evaluated", before)))
+        earlier = state.get("next_eval", self.updater.update + 1) - 1  # checkpoints of earlier versions
+        self.evaluates.set(int(state.get("evaluated", earlier)))
         self.final = state.get("final")
         self.restore(state, folder)
         self.saves.set(self.count)
-        checkpoint.set_rng_state(checkpoint.read(folder, "rng"))
+        self._align()
+        before = int(state.get("ranks", 1))
+        if ranks.rank() < before:
+            checkpoint.set_rng_state(checkpoint.read_of_rank(folder, "rng"))
+        else:
+            checkpoint.seed_rank(self.run.seed, self.updater.update)
         say(f"continuing from {self.unit.replace('_', ' ')} {self.count:,} ({folder})")
+        if before != ranks.world():
+            say(
+                f"{before} process(es) before, {ranks.world()} now: the data are the same, and new processes draw their own random numbers"
+            )
 
 
 class ActingLoop(Loop):

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from localmotion import methods
+from localmotion import methods, ranks
 from localmotion.compute import choose
 from localmotion.config import RunConfig
 from localmotion.console import say
@@ -17,10 +17,10 @@ from localmotion.errors import StoreError
 from localmotion.evaluation.heldout import CONTEXT_FRAMES, measure_heldout
 from localmotion.methods.base import LABELS, MASK, MOTION, Method
 from localmotion.recording.logs import EpisodeSampler
-from localmotion.runs.rundir import RunDir, claimed, read_environment
+from localmotion.runs.rundir import RunDir, claimed, read_environment, run_dir
 from localmotion.runs.sharing import pinned
 from localmotion.training import graphs
-from localmotion.training.checks import check_video_stage
+from localmotion.training.checks import check_ranks, check_video_stage
 from localmotion.training.loop import Clock, Loop
 from localmotion.training.transfer import load_pretrained
 from localmotion.training.update import Updater
@@ -36,7 +36,8 @@ def pretrain(run: RunConfig, path: Path) -> Path:
     """
     cls = methods.get(run.method)
     check_video_stage(cls, run)
-    with claimed(path):
+    check_ranks(run)
+    with ranks.joined(), claimed(path):
         return _pretrain(pinned(run, path), path, cls)
 
 
@@ -44,7 +45,7 @@ def _pretrain(run: RunConfig, path: Path, cls: type[Method]) -> Path:
     store = ClipStore(Path(run.data))
     train, heldout = _sampler(store, run, "train"), _heldout(store, run)
     compute = choose(run, read_environment(path))
-    out = RunDir(path, run)
+    out = run_dir(path, run)
     torch.manual_seed(run.seed)
     method = cls(run.model, image_size=store.size, action_dim=None).to(compute.device)
     if run.checkpoint:
@@ -124,6 +125,7 @@ def _sampler(store: ClipStore, run: RunConfig, split: Split) -> WindowSampler:
         prefetch=training,
         motion=bool(needs & MOTION),
         mask=bool(needs & MASK),
+        rows=ranks.rows(settings.batch_size) if training else slice(None),
     )
 
 
@@ -132,7 +134,10 @@ def _labelled(store: ClipStore, run: RunConfig) -> EpisodeSampler | None:
     if not methods.get(run.method).needs(run.model, run.stage) & LABELS:
         return None
     settings = run.pretrain
-    return EpisodeSampler(store, settings.length, settings.batch_size, run.seed, labels=run.labels, label_seed=run.seed)
+    share = ranks.rows(settings.batch_size)
+    return EpisodeSampler(
+        store, settings.length, settings.batch_size, run.seed, labels=run.labels, label_seed=run.seed, rows=share
+    )
 
 
 def _heldout(store: ClipStore, run: RunConfig) -> WindowSampler | None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from localmotion import ranks
 from localmotion.compute import Compute
 from localmotion.config import RunConfig
 from localmotion.errors import CheckpointError, LocalmotionError
@@ -57,6 +58,8 @@ def _check(passes: Sequence[Pass], groups: Sequence[Group]) -> None:
 
 class Updater:
     """Runs a method's passes with one optimiser per parameter group. It knows no loss and no group by name.
+
+    With several ranks gradients are averaged before they are clipped, and an update that is not finite on one rank is skipped on all.
 
     If a loss or gradient is not finite, the update leaves weights and moments unchanged and is counted as skipped.
     After `BAD_LIMIT` such updates in a row the updater raises DivergedError. On a GPU the device decides whether to
@@ -136,9 +139,12 @@ class Updater:
         Gradients of other groups are never computed. The actor's pass, for example, computes none for the world model.
         """
         fine = torch.isfinite(loss.detach())
-        if not self.deferred and not bool(fine):
+        if not self.deferred and ranks.alone() and not bool(fine):
             return self._skip(terms)
-        loss.backward(inputs=[p for group in self.groups if group.name in names for p in group.parameters])
+        parameters = [p for group in self.groups if group.name in names for p in group.parameters]
+        loss.backward(inputs=parameters)
+        if not ranks.alone():
+            fine = ranks.average_([p.grad for p in parameters if p.grad is not None], fine)
         return self.step(names, terms, fine)
 
     def step(

@@ -66,8 +66,9 @@ class WindowSampler:
         prefetch: bool = True,
         motion: bool = True,
         mask: bool = False,
+        rows: slice = slice(None),
     ) -> None:
-        """`length` T and `batch_size` B; `seed` 0 or more.
+        """`length` T and `batch_size` B; `seed` 0 or more. `rows`: those of each batch that are read; the batches hold no others.
 
         Raises StoreError if no clip of the split has T frames, and with ``mask`` for a store without masks.
         """
@@ -75,7 +76,7 @@ class WindowSampler:
             raise ValueError(f"length {length}, batch {batch_size}, seed {seed}, heldout {heldout_fraction}: out of range")
         if split not in ("train", "heldout", "all"):
             raise ValueError(f"split {split!r} is none of train, heldout, all")
-        self.store, self.length, self.batch_size, self.seed = store, length, batch_size, seed
+        self.store, self.length, self.batch_size, self.seed, self.rows = store, length, batch_size, seed, rows
         self.clips = _clips_of(store, length, split, heldout_fraction)
         """Indices in the store of the clips drawn from, (n,) int64."""
         self.starts: NDArray[np.int64] = store.lengths[self.clips] - length + 1
@@ -100,7 +101,8 @@ class WindowSampler:
 
     def batch(self, index: int) -> Batch:
         """Batch `index` of the stream, independent of earlier calls."""
-        return self.windows(*self.positions(index))
+        clips, starts = self.positions(index)
+        return self.windows(clips[self.rows], starts[self.rows])
 
     def windows(self, clips: NDArray[np.int64], starts: NDArray[np.int64]) -> Batch:
         """The batch of given windows: indices in the store and first frames, both (n,), any n."""
