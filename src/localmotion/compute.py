@@ -290,14 +290,15 @@ def _device_of_rank(name: str) -> torch.device:
 
 def _choose_threads(run: RunConfig, device: torch.device) -> tuple[int, Threads | None, str]:
     """Set torch's threads. Returns (number, `Threads` if it follows the load, text for the note)."""
+    each = "" if ranks.alone() else f" in each of {ranks.world()} processes"
     if run.threads:
         _set_threads(run.threads)
-        return run.threads, None, ""
+        return run.threads, None, each
     most = min(_threads_of_torch(), machine.cores())
     if not ranks.alone():  # a fixed number, the same on all ranks, so that all round in the same way
         most = int(ranks.agree(max(1, min(_threads_of_torch(), machine.cores() // ranks.local()[1]))))
         _set_threads(most)
-        return most, None, f" in each of {ranks.world()} processes"
+        return most, None, each
     adaptive, of = None, ""
     if device.type == "cpu" and most > 1 and "OMP_NUM_THREADS" not in os.environ and not run.compile:
         adaptive = Threads(most)

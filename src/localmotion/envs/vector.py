@@ -45,7 +45,8 @@ class VectorEnv(gymnasium.vector.VectorEnv):
     Args:
         name: as for `make_env`, which also takes ``settings``.
         count: E.
-        seed: environment i is made with `env_seed(seed, i)`.
+        seed: environment i is made with `env_seed(seed, first + i)`.
+        first: number of the first environment, if other processes have those before it.
         workers: processes; None for one per core, at most E.
         restarts: times a worker is replaced before its death is an error.
         timeout: a worker counts as dead after this many seconds without an answer; ten times that for the first answer, which includes
@@ -62,6 +63,7 @@ class VectorEnv(gymnasium.vector.VectorEnv):
         count: int,
         *,
         seed: int = 0,
+        first: int = 0,
         workers: int | None = None,
         restarts: int = 1,
         timeout: float = 60.0,
@@ -70,7 +72,7 @@ class VectorEnv(gymnasium.vector.VectorEnv):
         self._workers: list[_Worker] = []
         if count < 1 or (workers is not None and workers < 1):
             raise ConfigError(f"count={count}, workers={workers}: both must be at least 1")
-        self.name, self.num_envs, self.seed = name, count, seed
+        self.name, self.num_envs, self.seed, self.first = name, count, seed, first
         self._restarts, self._timeout, self._settings = restarts, timeout, settings
         workers = min(count, workers or cores())
         self._slots = [tuple(int(i) for i in part) for part in np.array_split(np.arange(count), workers)]
@@ -191,7 +193,7 @@ class VectorEnv(gymnasium.vector.VectorEnv):
 
     def _start(self, index: int) -> _Worker:
         slots = self._slots[index]
-        seeds = [env_seed(self.seed, slot, self._lives[index]) for slot in slots]
+        seeds = [env_seed(self.seed, self.first + slot, self._lives[index]) for slot in slots]
         arguments = (self.name, self._settings, slots, seeds, self._shared, self.num_envs, trusted_envs())
         return _Worker(self._context, arguments, self._timeout * 10)
 

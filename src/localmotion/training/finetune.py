@@ -18,6 +18,7 @@ from localmotion.config import RunConfig
 from localmotion.console import say
 from localmotion.envs.vector import VectorEnv
 from localmotion.errors import ConfigError
+from localmotion.machine import cores
 from localmotion.methods.base import MOTION, Method, Source
 from localmotion.recipe import Recipe
 from localmotion.recording.logs import action_dim
@@ -114,7 +115,10 @@ def _rollout(run: RunConfig, path: Path, cls: type[Method]) -> Path:
         "goal": wants_goal(run),
         **run.env_options,
     }
-    with closing(VectorEnv(run.env, rollout.environments, seed=run.seed, workers=rollout.workers or None, **settings)) as envs:
+    share = ranks.rows(rollout.environments, "rollout.environments")
+    count = share.stop - share.start
+    workers = rollout.workers or max(1, cores() // ranks.local()[1])
+    with closing(VectorEnv(run.env, count, seed=run.seed, first=share.start, workers=workers, **settings)) as envs:
         dim = int(np.prod(envs.single_action_space.shape or ()))
         run = _acting(run, bool(envs.description.get("discrete")))
         method, updater = _built(run, path, cls, size, dim)

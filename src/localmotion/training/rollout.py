@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from localmotion import ranks
 from localmotion.acting.episodes import episode_seed
 from localmotion.acting.observer import SHOWN, make_observer
 from localmotion.acting.policy import MethodPolicy
@@ -36,6 +37,8 @@ class RolloutLoop(ActingLoop):
     `Method.act`. Position 0 is the last position of the previous rollout, so each action is in the same batch as the
     frame from which the policy chose it. The position after the end of an episode is the reset of the next episode
     (``is_first``), with a zero action. The environment does not step there.
+
+    With several ranks each has an equal part of the environments and learns from its own.
     """
 
     def __init__(self, run: RunConfig, out: RunDir, envs: VectorEnv, method: Method, updater: Updater, repeat: int) -> None:
@@ -49,17 +52,19 @@ class RolloutLoop(ActingLoop):
         self.success = np.full(count, np.nan)
         self.ended = np.ones(count, bool)  # whether an environment needs a reset
         self.now: Record = {}
+        self.ends: list[list[float]] = []  # return, length and success of the episodes that ended in this rollout
+        self.elsewhere = 0  # episodes begun by the other ranks
         self.spent |= {"act": 0.0, "env": 0.0}
 
     @property
     def episodes_begun(self) -> int:
-        return int(self.episodes.sum())
+        return int(self.episodes.sum()) + self.elsewhere
 
     def lines(self) -> list[str]:
         rollout = self.run.rollout
         return [
             f"{self.run.method} on {self.run.env}: {self.compute.note}",
-            f"{self.total:,} agent steps = {self.total * self.repeat:,} env steps in {self.envs.num_envs} environments;"
+            f"{self.total:,} agent steps = {self.total * self.repeat:,} env steps in {rollout.environments} environments;"
             f" {rollout.epochs} x {rollout.minibatches} updates after {rollout.steps} steps of each",
         ]
 
@@ -88,7 +93,8 @@ class RolloutLoop(ActingLoop):
             for part in np.array_split(order.permutation(self.envs.num_envs), rollout.minibatches):
                 rows = torch.from_numpy(np.sort(part))
                 self.learn(self.compute.to_device({key: value[rows] for key, value in batch.items()}))
-        self.agent_step += rollout.steps * self.envs.num_envs
+        self.agent_step += rollout.steps * self.envs.num_envs * ranks.world()
+        self._hear()
 
     def _next(self, action: NDArray[np.float32]) -> Record:
         """The records (E, ...) after the actions (E, A).
@@ -109,7 +115,8 @@ class RolloutLoop(ActingLoop):
                 if "success" in info:
                     self.success[index] = np.fmax(self.success[index], float(info["success"][index]))
         for index in np.flatnonzero(self.ended & playing).tolist():
-            self._log_episode(index)
+            self.ends.append([float(self.returns[index]), len(self.actions[index]), float(self.success[index])])
+            self._log_episode(*self.ends[-1])
         if fresh.any():
             self.ended &= ~fresh
             observed = self._reset(fresh)
@@ -134,12 +141,27 @@ class RolloutLoop(ActingLoop):
 
     def _seeds(self) -> list[int | None]:
         count = self.envs.num_envs
-        return [episode_seed(self.run.seed, "train", index + count * int(self.episodes[index])) for index in range(count)]
+        places = range(self.envs.first, self.envs.first + count)
+        whole = count * ranks.world()
+        return [
+            episode_seed(self.run.seed, "train", place + whole * int(episode))
+            for place, episode in zip(places, self.episodes, strict=True)
+        ]
 
-    def _log_episode(self, index: int) -> None:
-        values = {"return": float(self.returns[index]), "length": len(self.actions[index]), "random": False}
-        extra = {} if np.isnan(self.success[index]) else {"success": float(self.success[index])}
-        self.out.log("episode", **self.counters(), **values, **extra)
+    def _log_episode(self, total: float, length: float, success: float) -> None:
+        extra = {} if np.isnan(success) else {"success": success}
+        self.out.log("episode", **self.counters(), **{"return": total, "length": int(length), "random": False}, **extra)
+
+    def _hear(self) -> None:
+        """Rank 0 logs the episodes of the others, too."""
+        if not ranks.alone():
+            said = {"ends": torch.tensor(self.ends, dtype=torch.float64).view(-1, 3), "episodes": torch.from_numpy(self.episodes)}
+            heard = ranks.collect(said)
+            self.elsewhere = sum(int(each["episodes"].sum()) for each in heard) - int(self.episodes.sum())
+            for each in heard[1:]:
+                for row in each["ends"].tolist():
+                    self._log_episode(*row)
+        self.ends = []
 
     # Measuring and saving ---------------------------------------------------------------------------------------------------
 
@@ -155,14 +177,21 @@ class RolloutLoop(ActingLoop):
             f"actions.{i}": torch.from_numpy(np.array(x, np.float32).reshape(-1, dim)) for i, x in enumerate(self.actions)
         }
         tensors |= {"ended": torch.from_numpy(self.ended), "returns": torch.from_numpy(self.returns)}
-        return values | {"episodes": self.episodes.tolist()}, {"rollout": tensors | {"success": torch.from_numpy(self.success)}}
+        everywhere = ranks.gather(torch.from_numpy(self.episodes)).tolist()
+        return values | {"episodes": everywhere}, {"rollout": tensors | {"success": torch.from_numpy(self.success)}}
 
     def restore(self, state: Mapping[str, Any], folder: Path) -> None:
-        """Restore every environment: reset it with its episode's seed and repeat the episode's actions."""
+        """Restore every environment: reset it with its episode's seed and repeat the episode's actions.
+
+        With another number of ranks than before, all environments begin a new episode.
+        """
         super().restore(state, folder)
-        self.episodes = np.array(state["episodes"], np.int64)
-        saved = checkpoint.read(folder, "rollout")
         count = self.envs.num_envs
+        self.episodes = np.array(state["episodes"], np.int64)[self.envs.first : self.envs.first + count]
+        self.elsewhere = sum(state["episodes"]) - int(self.episodes.sum())
+        if int(state.get("ranks", 1)) != ranks.world():
+            return
+        saved = checkpoint.read_of_rank(folder, "rollout")
         self.now = {key[4:]: value.numpy() for key, value in saved.items() if key.startswith("now.")}
         self.ended, self.returns, self.success = (saved[key].numpy() for key in ("ended", "returns", "success"))
         played = [saved[f"actions.{index}"].numpy() for index in range(count)]
