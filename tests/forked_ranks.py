@@ -21,12 +21,12 @@ def start(world: int, work: Callable[[int], object], folder: Path) -> list[BaseP
     def run(rank: int) -> None:
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
         os.environ |= {key: str(value) for key, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"}
-        with (folder / f"rank{rank}.txt").open("w", buffering=1) as file:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
-            sys.stdout = sys.stderr = file
-            warnings.simplefilter("default")  # of libraries, in what they print
-            work(rank)
+        file = (folder / f"rank{rank}.txt").open("w", buffering=1)  # open to the end: multiprocessing prints a traceback there
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        sys.stdout = sys.stderr = file
+        warnings.simplefilter("default")  # of libraries, in what they print
+        work(rank)
 
     folder.mkdir(parents=True, exist_ok=True)
     processes = [multiprocessing.get_context("fork").Process(target=run, args=(rank,)) for rank in range(world)]

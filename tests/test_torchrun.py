@@ -20,7 +20,7 @@ from forked_ranks import codes, said, start
 from localmotion import methods, ranks
 from localmotion.cli import main
 from localmotion.config import RunConfig
-from localmotion.errors import ConfigError
+from localmotion.errors import CheckpointError, ConfigError
 from localmotion.machine import launched
 from localmotion.runs import checkpoint
 from localmotion.runs.settings import compose
@@ -81,7 +81,7 @@ def test_torchrun_is_known_by_its_variables() -> None:
         ("pretrain", ("batch_size=9",), "batch_size=9: 2 processes cannot share it equally"),
         ("pretrain", ("compile=true",), "cuda_graph and compile are for a run of one process"),
         ("pretrain", ("device=cuda:1",), "takes a GPU of its own"),
-        ("train", (), "plays into a replay and runs in one process"),
+        ("train", ("replay_capacity=99", "online.length=50"), "replay_capacity=99: each of 2 processes has a part of it"),
     ],
 )
 def test_what_several_processes_cannot_do_is_refused(
@@ -270,6 +270,40 @@ def test_rollouts_are_spread_over_ranks(tmp_path: Path, monkeypatch: pytest.Monk
     assert_same(tmp_path / "two", tmp_path / "killed")
     finetune(run, tmp_path / "single")
     assert lines(tmp_path / "single")[-1]["agent_step"] == lines(tmp_path / "two")[-1]["agent_step"]
+
+
+@pytest.mark.slow
+def test_ranks_play_into_replays_of_their_own(tmp_path: Path) -> None:
+    """Other episodes on each rank, the updates of the whole run, and the same bits after a kill."""
+    few = ("env_steps=120", "prefill=40", "warmup_updates=2", "train_every=5", "online.batch_size=4", "online.length=8")
+    clocks = ("online.save_every=10", "online.eval_every=100000", "eval_episodes=1", "online.log_every=1")
+    flags = {**FLAGS, "recipe": {"percept_size": 64}, "env_options": {"time_limit": 20}}
+    run = compose("dreamer_v2", "train", preset="debug", env="toy:dot", flags=flags, settings=(*few, *clocks))
+    assert codes(start(2, lambda rank: finetune(run, tmp_path / "whole"), tmp_path)) == [0, 0]
+    rows = lines(tmp_path / "whole")
+    ended = [row for row in rows if row["kind"] == "episode"]
+    steps = rows[-1]["agent_step"]
+    assert sum(row["length"] for row in ended) == steps
+    assert rows[-1]["episode"] == len(ended)
+    played = [checkpoint.read_state(checkpoint.newest(tmp_path / "whole"))["replay"]["episodes"]]
+    assert len(list((tmp_path / "whole" / "replay").glob("*.safetensors"))) == len(played[0])
+    assert len(list((tmp_path / "whole" / "replay-1").glob("*.safetensors"))) == len(ended) - len(played[0])
+    first = [
+        next((tmp_path / "whole" / name).glob("episode_0000000.safetensors")).read_bytes() for name in ("replay", "replay-1")
+    ]
+    assert first[0] != first[1]
+    begun = next(row for row in rows if row["kind"] == "train")
+    assert rows[-1]["update"] == 2 + steps // 5 - begun["agent_step"] // 5  # the warm-up, then one for five steps of both ranks
+
+    def dies(rank: int) -> None:
+        at_update(rank, 1, rows[-1]["update"] - 2, lambda updater: os.kill(os.getpid(), signal.SIGKILL))
+        exits(lambda: finetune(run, tmp_path / "killed"))
+
+    assert codes(start(2, dies, tmp_path)) == [2, -signal.SIGKILL]
+    with pytest.raises(CheckpointError, match="saved by 2 process"):
+        finetune(run, tmp_path / "killed")
+    assert codes(start(2, lambda rank: finetune(run, tmp_path / "killed"), tmp_path)) == [0, 0]
+    assert_same(tmp_path / "whole", tmp_path / "killed")
 
 
 # The real command ---------------------------------------------------------------------------------------------------------

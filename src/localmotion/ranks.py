@@ -264,6 +264,11 @@ def agree(value: float) -> float:
     return float(first(torch.tensor(value, dtype=torch.float64)))
 
 
+def tell(values: Sequence[float]) -> list[list[float]]:
+    """The ``values`` of all ranks, in the order of ranks. All give equally many."""
+    return _here.stack(torch.tensor(values, dtype=torch.float64)).tolist()
+
+
 def most(value: int, *, patient: bool = False) -> int:
     """The largest ``value`` of all ranks. ``patient``: another rank may take long to get here, because it evaluates or saves."""
     return _here.most(value, patient=patient)

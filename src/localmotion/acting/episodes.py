@@ -18,7 +18,8 @@ def episode_seed(seed: int, stream: str, episode: int) -> int:
 
     Training and evaluation therefore never share random numbers, and a resumed run gets the same episodes.
     """
-    mixed = np.random.SeedSequence([seed, {"train": 0, "eval": 1, "prefill": 2, "collect": 3, "policy": 4}[stream], episode])
+    streams = {"train": 0, "eval": 1, "prefill": 2, "collect": 3, "policy": 4, "replay": 5}
+    mixed = np.random.SeedSequence([seed, streams[stream], episode])
     return int(mixed.generate_state(1)[0] >> 1)
 
 

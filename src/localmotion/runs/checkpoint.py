@@ -24,7 +24,7 @@ from torch import Tensor
 
 from localmotion import ranks
 from localmotion.errors import CheckpointError
-from localmotion.files import one_line, read_json
+from localmotion.files import one_line, parse_json, read_json
 
 FORMAT = 1
 _REMOVE = "remove this checkpoint to use the one before"
@@ -95,6 +95,16 @@ def read_of_rank(path: Path, name: str) -> dict[str, Tensor]:
         except (ValueError, TypeError, RuntimeError) as error:
             raise CheckpointError(f"{path / file}.safetensors: cannot be read ({one_line(error)}); {_REMOVE}") from error
     return mine
+
+
+def read_own(path: Path) -> dict[str, Any]:
+    """Values that this rank saved for itself, as JSON in the file "own". Raises CheckpointError if they cannot be used."""
+    try:
+        own: dict[str, Any] = parse_json(bytes(read_of_rank(path, "own")["json"].numpy()))
+        _check_state(own)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{path}: the values of rank {ranks.rank()} are damaged ({one_line(error)}); {_REMOVE}") from error
+    return own
 
 
 def save(
@@ -246,7 +256,7 @@ def read_state(path: Path) -> dict[str, Any]:
 
 def _check_state(state: Mapping[str, Any]) -> None:
     """Raise ValueError, KeyError or CheckpointError if the values of a state.json cannot be used."""
-    for key in ("update", "ranks", "agent_step", "env_step", "episode", "next_eval", "metrics_offset", "action_dim"):
+    for key in ("update", "ranks", "elsewhere", "agent_step", "env_step", "episode", "next_eval", "metrics_offset", "action_dim"):
         if key in state and (type(state[key]) is not int or not 0 <= state[key] < 2**53):
             raise ValueError(f"{key} is no count")
     best: Any = state.get("best")

@@ -136,10 +136,10 @@ def check_ranks(run: RunConfig) -> None:
             f"device={run.device}: each of the {count} processes takes a GPU of its own; use --device cuda, cpu or auto"
         )
     source = methods.get(run.method).stages[run.stage]
-    if source is Source.REPLAY and not run.data:
+    if source is Source.REPLAY and not run.data and run.online.replay_capacity < count * run.online.length:
         raise ConfigError(
-            f"{run.stage} of {run.method} plays into a replay and runs in one process, but torchrun started {count}; start it without"
-            " torchrun (stages on clips, on logged episodes and on rollouts run in several)"
+            f"online.replay_capacity={run.online.replay_capacity}: each of {count} processes has a part of it, less than one sequence of"
+            f" online.length={run.online.length}; raise the capacity"
         )
     parts = (
         {"rollout.environments": run.rollout.environments}

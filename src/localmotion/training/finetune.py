@@ -30,6 +30,7 @@ from localmotion.training.checks import check_acting_stage, check_learns, check_
 from localmotion.training.logged import LoggedLoop
 from localmotion.training.online import OnlineLoop
 from localmotion.training.rollout import RolloutLoop
+from localmotion.training.spread import SpreadLoop
 from localmotion.training.transfer import load_pretrained
 from localmotion.training.update import Updater
 from localmotion.video.store import ClipStore
@@ -70,7 +71,8 @@ def _online(run: RunConfig, path: Path, cls: type[Method]) -> Path:
     check_learns(run, repeat)
     check_phases(run, observer.env)
     method, updater = _built(run, path, cls, perception.size, observer.action_dim)
-    OnlineLoop(run, run_dir(path, run), observer, method, updater, repeat).go()
+    loop = OnlineLoop if ranks.alone() else SpreadLoop
+    loop(run, run_dir(path, run), observer, method, updater, repeat).go()
     return path
 
 

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from localmotion import methods
+from localmotion import methods, ranks
 from localmotion.acting.episodes import episode_seed
 from localmotion.acting.observer import Observer, make_observer
 from localmotion.acting.policy import MethodPolicy, Policy, random_policy
 from localmotion.config import RunConfig
 from localmotion.console import say
-from localmotion.errors import ConfigError, EnvError, SimulationError
+from localmotion.errors import CheckpointError, ConfigError, EnvError, SimulationError
 from localmotion.methods.base import Method
 from localmotion.perception.companding import Companding
 from localmotion.replay import Replay
@@ -63,21 +64,25 @@ class OnlineLoop(ActingLoop):
         self.observer = observer
         limit: int = observer.env.describe()["time_limit"]  # type: ignore[attr-defined]
         self.longest = -(-limit // repeat)  # agent steps of an episode that ends at its time limit
+        # Each rank has an equal part of the replay, in a folder of its own.
+        part = online if ranks.alone() else replace(online, replay_capacity=-(-online.replay_capacity // ranks.world()))
+        budget = -(-self.total // ranks.world())
+        folder = out.path / ("replay" if ranks.leads() else f"replay-{ranks.rank()}")
         recipe = observer.recipe if online.replay_flow == "int8" else None
         if both := set(observer.spec()) & set(method.extras):
             raise ConfigError(f"{run.env}: records {', '.join(sorted(both))}, a name that {run.method} uses too; rename it there")
         self.replay = Replay(
             observer.spec() | {name: (shape, "float32") for name, shape in method.extras.items()},
-            capacity=records_needed(online, self.total, self.longest),
+            capacity=records_needed(part, budget, self.longest),
             length=online.length,
             prioritize_ends=online.prioritize_ends,
-            seed=run.seed,
+            seed=run.seed if ranks.leads() else episode_seed(run.seed, "replay", ranks.rank()),
             coders={"flow": Companding(recipe.size)} if recipe else None,
-            folder=out.path / "replay",
+            folder=folder,
         )
         device, size = self.compute.device, self.replay.bytes_per_record
         free = device_memory(device)
-        storage, self.replay_note = choose_storage(online, self.total, size, out.path / "replay", free, self.longest)
+        storage, self.replay_note = choose_storage(part, budget, size, folder, free, self.longest)
         self.replay.place(storage, max(self.replay.capacity, self.longest + 1), device)
         self.ahead = free is not None and storage != "device"  # prepare the next batch while the device works
         self.episode = 0
@@ -139,11 +144,20 @@ class OnlineLoop(ActingLoop):
         online = self.run.online
         if online.phase_at is not None and not self.phase and self.agent_step >= online.phase_at * self.total:
             self._change_phase()
-        learning = self.agent_step * self.repeat >= online.prefill and bool(self.replay.episodes)
-        while learning and self.updater.update < online.warmup_updates:
+        learning = self.may_learn
+        if learning:
+            self._warm_up()
+        self.playing = self._open(learning)
+
+    @property
+    def may_learn(self) -> bool:
+        """Whether the next episode is one that the agent plays."""
+        return self.agent_step * self.repeat >= self.run.online.prefill and bool(self.replay.episodes)
+
+    def _warm_up(self) -> None:
+        while self.updater.update < self.run.online.warmup_updates:
             self.stop.check()
             self._update()
-        self.playing = self._open(learning)
 
     def _change_phase(self) -> None:
         """From now on episodes are of the next phase, those of evaluations too."""
@@ -154,13 +168,14 @@ class OnlineLoop(ActingLoop):
         say(f"agent step {self.agent_step:,}: {self.run.env} changes to phase {self.observer.env.phase}")  # type: ignore[attr-defined]
 
     def _open(self, learning: bool) -> Playing:
+        number = self.episode * ranks.world() + ranks.rank()
         if learning:
             policy: Policy = MethodPolicy(self.method, self.compute, explore=True, window=self.run.online.length)
         else:
             policy = random_policy(
-                self.observer.action_dim, episode_seed(self.run.seed, "prefill", self.episode), discrete=self.observer.discrete
+                self.observer.action_dim, episode_seed(self.run.seed, "prefill", number), discrete=self.observer.discrete
             )
-        seed = episode_seed(self.run.seed, "train", self.episode)
+        seed = episode_seed(self.run.seed, "train", number)
         playing = Playing(self.observer, policy, seed, learning=learning, extras=self.method.extras)
         self.replay.add(playing.record, last=False)
         return playing
@@ -186,8 +201,11 @@ class OnlineLoop(ActingLoop):
         self.playing, self.learned = None, playing.learning
         self.episode += 1
         self.faults = 0
-        values = {"return": playing.total, "length": len(playing.actions), "random": not playing.learning}
-        self.out.log("episode", **self.counters(), **values, **({} if playing.success is None else {"success": playing.success}))
+        self._log_episode(playing.total, len(playing.actions), not playing.learning, playing.success)
+
+    def _log_episode(self, total: float, length: int, random: bool, success: float | None) -> None:
+        values = {"return": total, "length": length, "random": random, **({} if success is None else {"success": success})}
+        self.out.log("episode", **self.counters(), **values)
 
     def _prefilled(self, playing: Playing) -> bool:
         """Whether to cut a random episode here.
@@ -195,12 +213,12 @@ class OnlineLoop(ActingLoop):
         True if the prefill is complete and the episode could last to the end of the run. Without the cut, the agent
         would never play and the run would make no update.
         """
-        began = self.agent_step - len(playing.actions)
+        began = self.agent_step - ranks.world() * len(playing.actions)
         reached = self.agent_step * self.repeat >= self.run.online.prefill
-        return not playing.learning and reached and began + self.longest >= self.total
+        return not playing.learning and reached and began + ranks.world() * self.longest >= self.total
 
     def _update(self) -> None:
-        size = self.run.online.batch_size
+        size = self.run.online.batch_size // ranks.world()
         with self.timed("replay"):
             batch = self.compute.to_device(self.replay.sample(size))
         self.learn(batch)
@@ -227,9 +245,8 @@ class OnlineLoop(ActingLoop):
         self.episode += 1
         self.out.log("fault", **self.counters(), error=str(error), dropped=self.replay.dropped)
         if self.faults >= FAULTS:
-            raise EnvError(
-                f"{error} ({self.faults} failures without a complete episode between them; saved at this point)"
-            ) from error
+            saved = "; saved at this point" if ranks.alone() else ""
+            raise EnvError(f"{error} ({self.faults} failures without a complete episode between them{saved})") from error
         say(f"{error}; the episode ends at agent step {self.agent_step:,} and a fresh environment goes on")
         with contextlib.suppress(Exception):  # an error while closing it adds no information
             self.observer.env.close()
@@ -249,7 +266,8 @@ class OnlineLoop(ActingLoop):
         if not self.updater.update:
             self.save()
             raise never_learned(self.run)
-        self._keep_flow()
+        if ranks.leads():
+            self._keep_flow()
         super().finish()
 
     def _keep_flow(self) -> None:
@@ -282,14 +300,23 @@ class OnlineLoop(ActingLoop):
         if not super().save():
             return False
         kept = checkpoint.complete(self.out.path / "checkpoints")
-        self.replay.prune({serial for path in kept for serial in checkpoint.read_state(path)["replay"]["episodes"]})
+        self.replay.prune({serial for path in kept for serial in self._episodes_in(path)})
         return True
+
+    def _episodes_in(self, path: Path) -> list[int]:
+        """Serial numbers of the episodes that a checkpoint needs."""
+        found: list[int] = checkpoint.read_state(path)["replay"]["episodes"]
+        return found
 
     def start(self) -> None:
         self.replay.load(self.replay.state())  # removes episode files of a run that died before its first checkpoint
 
     def restore(self, state: Mapping[str, Any], folder: Path) -> None:
         super().restore(state, folder)
+        if (before := int(state.get("ranks", 1))) != ranks.world():
+            raise CheckpointError(
+                f"{folder}: was saved by {before} process(es), and each has a replay of its own; go on with {before}, not {ranks.world()}"
+            )
         self.episode = int(state["episode"])
         self.phase = int(state.get("phase", 0))
         if self.phase:
@@ -298,6 +325,8 @@ class OnlineLoop(ActingLoop):
         if state.get("playing"):
             try:
                 self.playing = self._open(bool(state["playing"]["learning"]))
-                self.playing.replay(checkpoint.read(folder, "episode"), lambda record: self.replay.add(record, last=False))
+                self.playing.replay(
+                    checkpoint.read_of_rank(folder, "episode"), lambda record: self.replay.add(record, last=False)
+                )
             except SimulationError as error:
                 self._broken(error)
