@@ -251,7 +251,7 @@ def align_(tensors: Mapping[str, Tensor]) -> list[str]:
     if alone():
         return []
     names = list(tensors)
-    sums = torch.stack([tensors[name].double().sum() for name in names])
+    sums = torch.stack([tensors[name].double().sum().cpu() for name in names])
     differ = total((first(sums) != sums).double())  # of those that are NaN too: they are the same NaN afterwards
     for name in (found := [name for name, count in zip(names, differ.tolist(), strict=True) if count]):
         whole = first(tensors[name].contiguous())

@@ -1,7 +1,7 @@
 """The loop of an online stage of several ranks: each plays an environment of its own into a replay of its own.
 
-All ranks take one agent step at a time, and all count the steps of all. So they agree about when to learn, to evaluate,
-to save and to end, without asking.
+All ranks take one agent step at a time, and all count the steps of all. After each they exchange whether the agent plays
+yet and which episodes have ended. So they agree about when to learn, to evaluate, to save and to end.
 """
 
 from __future__ import annotations
