@@ -23,6 +23,7 @@ from localmotion.methods.base import Source
 from localmotion.models.batch_norm import BatchNorm2d
 from localmotion.models.planning import WindowMemory
 from localmotion.models.rssm import kl_loss
+from localmotion.models.values import ReturnRange
 from localmotion.runs import checkpoint
 from localmotion.runs.settings import compose
 from localmotion.testing import ACTIONS, random_batch
@@ -169,6 +170,14 @@ def test_batch_norm_is_that_of_the_whole_batch(monkeypatch: pytest.MonkeyPatch) 
     torch.testing.assert_close(norms[0].weight.grad + norms[1].weight.grad, expected.weight.grad, rtol=1e-3, atol=1e-3)  # type: ignore[operator]
     for name, value in expected.state_dict().items():
         torch.testing.assert_close(norms[1].state_dict()[name], value)
+
+
+def test_percentiles_are_those_of_all_returns(monkeypatch: pytest.MonkeyPatch) -> None:
+    returns = torch.arange(40.0).view(4, 10).flip(0)
+    found = together(2, lambda rank: ReturnRange()(returns.chunk(2)[rank]), monkeypatch)
+    expected = ReturnRange(limit=0.0)(returns)
+    for offset, _ in found:
+        torch.testing.assert_close(offset, expected[0])
 
 
 def test_the_memory_of_windows_is_the_same_on_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
