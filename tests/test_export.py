@@ -67,6 +67,10 @@ def wanted(run: Path) -> np.ndarray:
 def test_a_torch_program_acts_as_the_policy(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Twenty steps with a new episode within; and in a process that never loads localmotion."""
     run = saved(tmp_path / "run", name)
+    ranges = {"action": {"names": None, "min": [-3.0, 0.0], "max": [5.0, 2.0], "commands": 1}}
+    if from_logs := name == "dreamer_v2":
+        known = json.loads((run / "environment.json").read_text())
+        (run / "environment.json").write_text(json.dumps({**known, "lerobot": ranges}))
     main(["export", str(run), "--out", str(tmp_path / "out")])
     assert "range of actions" in capsys.readouterr().out
     about = json.loads((tmp_path / "out" / "export.json").read_text())
@@ -80,6 +84,7 @@ def test_a_torch_program_acts_as_the_policy(name: str, tmp_path: Path, capsys: p
     assert len(np.unique(found.round(5), axis=0)) == STEPS
     assert (about["format"], about["method"], about["image"]["side"]) == ("torch", name, 32)
     assert about["action"]["environment"] == {"low": [-1.0, -1.0], "high": [1.0, 1.0], "dtype": "float32"}
+    assert about.get("lerobot") == (ranges if from_logs else None)
     encoder = torch.export.load(tmp_path / "out" / "encoder.pt2").module()
     shape = about["programs"]["encoder"]["outputs"]["embed"]["shape"]
     assert list(encoder(image=torch.from_numpy(FRAMES[:1]))["embed"].shape) == shape

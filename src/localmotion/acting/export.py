@@ -32,6 +32,7 @@ from localmotion.recipe import Recipe
 from localmotion.runs.load import Which
 from localmotion.runs.rundir import versions, write_json
 from localmotion.runs.sharing import local_run, run_label
+from localmotion.video.lerobot import about_of
 
 Format = Literal["torch", "onnx"]
 SUFFIX: Mapping[Format, str] = {"torch": ".pt2", "onnx": ".onnx"}
@@ -281,6 +282,8 @@ def export_run(run: str | Path, out: Path, format: Format = "torch", *, which: W
         about["carry"] = {name: f"{NEXT}{name}" for name in parts["step"][2]}
         actions = known_actions(path, method.action_dim, bool(getattr(config.model, "discrete", False)))
         about["action"] = {"low": -1.0, "high": 1.0, "environment": actions.to_json()}
+        if ranges := about_of(path):  # of the commands that actions in [-1, 1] stand for (`video.lerobot.commands`)
+            about["lerobot"] = ranges
     about["image"] = {"colours": "RGB", "low": 0, "high": 255, "side": method.image_size, "resized": "averaged over areas"}
     about["recipe"] = config.recipe.to_json() if config.recipe else None
     write_json(out / ABOUT, about)
