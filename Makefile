@@ -9,7 +9,7 @@ ifdef TORCH_INDEX
 export TORCH_INDEX
 endif
 
-.PHONY: setup demo test lint types unit test-slow test-other docs mutants mutants-tool bench fuzz soak clean
+.PHONY: setup demo test lint types unit test-slow test-other docs mutants mutants-tool bench fuzz soak lock clean
 
 setup: $(VENV)/.ready
 
@@ -86,6 +86,12 @@ soak: setup
 	$(BIN)/python -m soak.kills --out $(SOAK_DIR)
 	$(BIN)/python -m soak.replay --out $(SOAK_DIR)
 	$(BIN)/python -m soak.memory --hours $(HOURS) --out $(SOAK_DIR)
+
+# One version of each package for development, as constraints: PIP_CONSTRAINT=requirements-dev.lock make setup
+lock: setup
+	$(BIN)/python -m pip install --quiet uv
+	echo "torch==$(TORCH)" | $(BIN)/uv pip compile --quiet --no-config --no-annotate --no-header --upgrade --python-version 3.11 \
+	    --python-platform x86_64-manylinux_2_28 --extra dev -c - -o requirements-dev.lock pyproject.toml
 
 clean:
 	rm -rf mutants site $(VENV) $(DOCS_VENV) .venv312 $(RUN_DIR) $(FUZZ_DIR) $(SOAK_DIR)

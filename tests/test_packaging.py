@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from localmotion import envs
 from localmotion.demo import demo
@@ -109,3 +111,19 @@ def test_info_names_extras_that_exist() -> None:
         if found := re.search(r"localmotion\[([\w-]+)\]", fix):
             assert text.startswith(found.group(1))
             assert found.group(1) in PROJECT["optional-dependencies"]
+
+
+def test_the_lock_file_has_a_version_for_all_that_developers_install() -> None:
+    """It names packages and versions and nothing of the machine that made it; each is one that pyproject.toml allows."""
+    lines = (ROOT / "requirements-dev.lock").read_text().splitlines()
+    assert [line for line in lines if not re.fullmatch(r"[\w.-]+==[\w.+!-]+( ; .+)?", line)] == []
+    locked = {
+        canonicalize_name(name): version for name, _, version in (line.partition(" ;")[0].partition("==") for line in lines)
+    }
+    extras = PROJECT["optional-dependencies"]
+    wanted = [*PROJECT["dependencies"], *extras["dev"]]
+    for name in next(Requirement(text).extras for text in extras["dev"] if text.startswith("localmotion[")):
+        wanted += extras[name]
+    for requirement in map(Requirement, wanted):
+        if requirement.name != "localmotion":
+            assert locked[canonicalize_name(requirement.name)] in requirement.specifier, requirement
