@@ -92,17 +92,22 @@ def run(command: list[str | Path], folder: Path) -> str:
 
 def environment(folder: Path, packages: Path | None) -> Path:
     """A fresh environment in ``folder``; its Python. ``packages``: a folder whose packages it sees behind its own."""
-    run([sys.executable, "-m", "venv", folder], folder.parent)
+    without = ["--without-pip"] if packages else []  # it sees theirs
+    run([sys.executable, "-m", "venv", *without, folder], folder.parent)
     if packages:
         (site,) = folder.glob("lib/python*/site-packages")
         (site / "shared.pth").write_text(f"{packages.resolve()}\n")
     return folder / "bin" / "python"
 
 
-def build(root: Path, out: Path, python: Path) -> tuple[Path, Path]:
-    """Wheel and sdist of ``root``. Raises FailedError if one is not made or holds what it must not."""
-    run([python, "-m", "pip", "install", "--quiet", "build"], out)
-    run([python, "-m", "build", "--outdir", out, root], out)
+def build(root: Path, out: Path, python: Path, *, fresh: bool) -> tuple[Path, Path]:
+    """Wheel and sdist of ``root``. ``fresh``: install what builds them; else ``python`` has it, and no network is needed.
+
+    Raises FailedError if one is not made or holds what it must not.
+    """
+    if fresh:
+        run([python, "-m", "pip", "install", "--quiet", "build"], out)
+    run([python, "-m", "build", *([] if fresh else ["--no-isolation"]), "--outdir", out, root], out)
     (wheel,), (source,) = list(out.glob("*.whl")), list(out.glob("*.tar.gz"))
     with zipfile.ZipFile(wheel) as file:
         names = file.namelist()
@@ -152,7 +157,7 @@ def main(arguments: list[str] | None = None) -> int:
         with tempfile.TemporaryDirectory(prefix="localmotion_release_") as scratch:
             top = Path(scratch)
             (top / "dist").mkdir()
-            built = build(ROOT, top / "dist", environment(top / "builder", None))
+            built = build(ROOT, top / "dist", environment(top / "builder", args.packages), fresh=args.packages is None)
             for package in built[:1] if args.quick else built:
                 folder = top / f"work_{package.suffix[1:]}"
                 folder.mkdir()
