@@ -15,7 +15,7 @@ from localmotion.errors import ConfigError, LocalmotionError
 from localmotion.perception import Recipe, _neural, extract
 from localmotion.perception.base import ClipMotion, works_on_gpu
 from localmotion.perception.clips import ClipExtractor
-from localmotion.perception.extract import _results, extract_folder
+from localmotion.perception.extract import extract_folder, results_of
 from localmotion.perception.unfinished import Task, VideoDone
 from localmotion.video.listing import VideoRef
 from localmotion.video.workers import Lost
@@ -177,7 +177,7 @@ def test_what_fails_together_is_done_alone_and_the_error_names_the_video(tmp_pat
 def test_a_worker_that_dies_or_hangs_costs_one_video_of_its_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hangs = f"hang {jump_when_hanging(monkeypatch, tmp_path)}"
     tasks = [Task(VideoRef(name, Path(name), "file")) for name in ("a", "segfault", "b", hangs)]
-    found = {task.ref.id: message for task, message in _results(act_on_tasks, tasks, 1, 1.0, 2)}
+    found = {task.ref.id: message for task, message in results_of(act_on_tasks, tasks, 1, 1.0, 2)}
     assert {name: value.frames for name, value in found.items() if isinstance(value, VideoDone)} == {"a": 7, "b": 7}
     assert {name: value.reason for name, value in found.items() if isinstance(value, Lost)} == {
         "segfault": "decoder_crash",
@@ -196,10 +196,10 @@ def test_groups_leave_no_worker_without_videos(
 
     def results(call: Any, refs: Any, workers: int, timeout: float, together: int) -> Any:
         taken.append(together)
-        yield from _results(call, refs, 0, timeout, together)
+        yield from results_of(call, refs, 0, timeout, together)
 
     monkeypatch.setattr(extract, "works_on_gpu", lambda recipe: gpu)
-    monkeypatch.setattr(extract, "_results", results)
+    monkeypatch.setattr(extract, "results_of", results)
     extract_folder(folder(tmp_path / "in"), tmp_path / "out", SMALL, min_frames=5, workers=workers, together=asked)
     assert taken == [together]
 

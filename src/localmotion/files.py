@@ -99,8 +99,8 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(temporary, path)
 
 
-def links_out_of(root: Path) -> Iterator[Path]:
-    """Symbolic links below ``root`` that lead out of it. No link is followed. ``root`` itself may be a link."""
+def links_out_of(root: Path, deep: bool = True) -> Iterator[Path]:
+    """Symbolic links below ``root`` (not ``deep``: directly in it) that lead out of it. None is followed. ``root`` may be a link."""
     real = os.path.realpath(root)
     folders = [os.fspath(root)]
     while folders:
@@ -114,7 +114,7 @@ def links_out_of(root: Path) -> Iterator[Path]:
                 target = os.path.realpath(entry.path)
                 if target != real and not target.startswith(real + os.sep):
                     yield Path(entry.path)
-            elif entry.is_dir():
+            elif deep and entry.is_dir():
                 folders.append(entry.path)
 
 
@@ -151,15 +151,17 @@ def _in_store(root: Path, link: Path) -> bool:
     return store is not None and os.path.realpath(link).startswith(store + os.sep)
 
 
-def refuse_links(root: Path, error: type[LocalmotionError], *, folders: bool = True) -> None:
+def refuse_links(root: Path, error: type[LocalmotionError], *, folders: bool = True, deep: bool = True) -> None:
     """Raise ``error`` for a symbolic link below ``root`` that leads out of it; without ``folders`` links to folders are accepted.
+
+    ``deep``: look below the folders in ``root``, too.
 
     A folder from somebody else must not make us show or overwrite one of the user's files through a link. Does nothing after
     `trust_links`.
     """
     if _trusted:
         return
-    for path in links_out_of(root):
+    for path in links_out_of(root, deep):
         if (folders or not path.is_dir()) and not _in_store(root, path):
             raise error(
                 f"{path}: is a link to a place outside of {root}; put the file itself there, "

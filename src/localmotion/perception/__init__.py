@@ -1,5 +1,9 @@
 """Atomic Actions: optical flow, foreground, point tracks; batch extraction of clips and the streaming form."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from localmotion.perception import dis, lk, motion_mask, saliency  # registers the embedded backends
 from localmotion.perception.base import (
     KINDS,
@@ -16,6 +20,10 @@ from localmotion.perception.base import (
 )
 from localmotion.recipe import Recipe
 
+if TYPE_CHECKING:
+    from localmotion.perception.extract import extract_folder
+    from localmotion.perception.part_shards import extract_shards
+
 __all__ = [
     "ClipMotion",
     "FlowBackend",
@@ -26,6 +34,8 @@ __all__ = [
     "TrackBackend",
     "backends",
     "dis",
+    "extract_folder",
+    "extract_shards",
     "lk",
     "make_backend",
     "motion_mask",
@@ -66,3 +76,16 @@ register_lazily("track", "cotracker3", _cotracker)
 register_lazily("mask", "grounded_sam", _sam2)
 for kind in KINDS:  # it imports the environments
     register_lazily(kind, "exact", _exact)
+
+
+def __getattr__(name: str) -> Any:
+    """Load extraction on first use: its modules import those of this room."""
+    if name == "extract_folder":
+        from localmotion.perception.extract import extract_folder
+
+        return extract_folder
+    if name == "extract_shards":
+        from localmotion.perception.part_shards import extract_shards
+
+        return extract_shards
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

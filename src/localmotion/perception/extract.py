@@ -24,10 +24,11 @@ from localmotion.recipe import Recipe
 from localmotion.video.bits import mask_layout
 from localmotion.video.claims import shared_work
 from localmotion.video.decode import iter_frames, memory_fault
-from localmotion.video.history import SPAN, Limits, clip_id
+from localmotion.video.history import Limits, clip_id, unambiguous
 from localmotion.video.history import content as content_of
 from localmotion.video.lerobot import keep_about
-from localmotion.video.listing import VideoRef, shown
+from localmotion.video.listing import VideoRef
+from localmotion.video.manifest import check_limits
 from localmotion.video.sources import open_videos
 from localmotion.video.spool import Spool
 from localmotion.video.store import Clip, ClipStoreWriter
@@ -306,14 +307,11 @@ def extract_folder(
     """
     if together is not None and together < 1:
         raise ConfigError(f"together={together}: a worker takes at least one video")
-    if max_clips is not None and max_clips < 1:
-        raise ConfigError(f"max_clips={max_clips}: at least one clip of a video")
-    if not 2 <= max(min_frames, 2) <= max_frames:
-        raise ConfigError(f"min_frames {min_frames} and max_frames {max_frames}: at least 2 frames, and no more than max_frames")
     began = time.monotonic()
     limits = Limits(min_frames, max_frames, max_clips)
+    check_limits(limits)
     listed, data = open_videos(videos, list_file, camera)
-    refs = {ref.id: ref for ref in _unambiguous(listed)}
+    refs = {ref.id: ref for ref in unambiguous(listed)}
     extra = mask_layout(recipe.size) if recipe.mask else {}
     if data:
         if recipe.fps:
@@ -339,7 +337,7 @@ def extract_folder(
         if progress:
             progress(done, total, "")
         call = partial(extract_many, recipe=recipe, limits=limits, memory=memory if workers > 0 else None)
-        with contextlib.closing(_results(call, shards.tasks(), workers, timeout, size)) as results:
+        with contextlib.closing(results_of(call, shards.tasks(), workers, timeout, size)) as results:
             for task, message in results:
                 if isinstance(message, Refused):
                     raise LocalmotionError(message.message)
@@ -366,18 +364,7 @@ def extract_folder(
     return summary
 
 
-def _unambiguous(refs: Iterable[VideoRef]) -> Iterator[VideoRef]:
-    """The videos. A video with the name of a part of another video gets a fault."""
-    refs = list(refs)
-    names = {ref.id for ref in refs}
-    for ref in refs:
-        part = SPAN.fullmatch(ref.id)
-        if part and part[1] in names:
-            ref = replace(ref, fault=("bad_name", f"has the name of a part of {shown(part[1])}; rename it"))
-        yield ref
-
-
-def _results(
+def results_of(
     call: Callable[[Sequence[Task]], Results[list[Message]]], tasks: Iterable[Task], workers: int, timeout: float, together: int
 ) -> Generator[tuple[Task, Message | Lost]]:
     """(task, message) of each video, in the order of arrival."""

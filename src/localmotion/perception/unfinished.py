@@ -66,6 +66,17 @@ def make_plan(writer: ClipStoreWriter, refs: dict[str, VideoRef], limits: Limits
     return {"shards": writer.pending(refs, {name: known[name].shard for name in again}), "again": dict(sorted(again.items()))}
 
 
+def stamp_of(ref: VideoRef, limits: Limits) -> dict[str, Any]:
+    """What identifies the video that a result was made from."""
+    return {**size_and_time(ref), "label": ref.label, "max_frames": limits.max_frames}
+
+
+def video_record(ref: VideoRef, done: VideoDone, stamp: dict[str, Any], limits: Limits) -> dict[str, Any]:
+    """The record of a finished video, for videos.jsonl. ``stamp``: its `stamp_of` before it was decoded."""
+    record = {"id": ref.id, "frames": done.frames, "left_out": done.left_out, "more": done.more, "content": done.content}
+    return {**record, **stamp, **limits.to_json(), **({"fault": True} if ref.fault is not None else {})}
+
+
 class Shards:
     """Unfinished shards: their missing videos, their finished results, and writing them."""
 
@@ -98,7 +109,7 @@ class Shards:
             ref = self.refs.get(name) or VideoRef(
                 name, Path(name), "file", fault=("missing", "was removed after the plan was made")
             )
-            stamp = self.stamps[name] = {**size_and_time(ref), "label": ref.label, "max_frames": self.limits.max_frames}
+            stamp = self.stamps[name] = stamp_of(ref, self.limits)
             if not self.spool.has(_record_key(name), {**stamp, **self.limits.to_json()}):
                 tasks.append(Task(ref, self._kept(name, stamp), record=True))
         self.left[index] = {task.ref.id for task in tasks}
@@ -121,10 +132,7 @@ class Shards:
     def finish_video(self, task: Task, done: VideoDone) -> None:
         """Record that a video is done (its clips exist, or it is rejected). Writes the shard after its last video."""
         name = task.ref.id
-        record = {"id": name, "frames": done.frames, "left_out": done.left_out, "more": done.more, "content": done.content}
-        record |= {**self.stamps[name], **self.limits.to_json()}
-        if task.ref.fault is not None:
-            record["fault"] = True
+        record = video_record(task.ref, done, self.stamps[name], self.limits)
         if done.rejected:  # damage after the first clips of a film
             self.spool.drop([self._whole(name, n) for n in range(self._kept(name, self.stamps[name]))])
         result = {"record": record, "rejected": done.rejected}

@@ -6,12 +6,13 @@ import hashlib
 import os
 import re
 import stat
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from localmotion.files import read_bytes
-from localmotion.video.listing import IMAGE_SUFFIXES, VideoRef
+from localmotion.video.listing import IMAGE_SUFFIXES, VideoRef, shown
 from localmotion.video.writer import Known
 
 MACHINE = ("decoder_timeout", "decoder_memory")
@@ -51,6 +52,17 @@ def clip_id(video: str, start: int, stop: int) -> str:
 
 SPAN = re.compile(r"(.+)#[0-9]{6,}-[0-9]{6,}", re.DOTALL)
 """Pattern of the ids that `clip_id` makes. A video with such a name would be confused with a part of the video it names."""
+
+
+def unambiguous(refs: Iterable[VideoRef]) -> Iterator[VideoRef]:
+    """The videos. A video with the name of a part of another video gets a fault."""
+    refs = list(refs)
+    names = {ref.id for ref in refs}
+    for ref in refs:
+        part = SPAN.fullmatch(ref.id)
+        if part and part[1] in names:
+            ref = replace(ref, fault=("bad_name", f"has the name of a part of {shown(part[1])}; rename it"))
+        yield ref
 
 
 def size_and_time(ref: VideoRef) -> dict[str, int | None]:

@@ -123,11 +123,12 @@ def dump(value: Any, indent: int | None = None) -> str:
     return json.dumps(value, indent=indent, sort_keys=True, allow_nan=False)
 
 
-def read_header(path: Path) -> dict[str, Any]:
+def read_header(path: Path, links: bool = True) -> dict[str, Any]:
+    """Content of store.json. ``links``: refuse links out of the store anywhere in it; else only at its top."""
     file = path / "store.json"
     if not file.exists():
         raise StoreError(f"{path}: no clip store there (no store.json); run extract first")
-    refuse_links(path, StoreError)
+    refuse_links(path, StoreError, deep=links)
     header = read_json(file, StoreError, "extract into a new folder")
     if header.get("format") != FORMAT:
         raise StoreError(f"{file}: is not a clip store of localmotion")

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import itertools
 import json
 import os
 import shutil
 import socket
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +16,7 @@ import numpy as np
 
 from localmotion.errors import StoreError
 from localmotion.files import LOCK
+from localmotion.video.shard_files import ShardFiles, publish
 from localmotion.video.shards import (
     FORMAT,
     VERSION,
@@ -35,10 +33,7 @@ from localmotion.video.shards import (
     read_shard,
     read_videos,
     shard_indices,
-    sync,
-    sync_folder,
     video_of,
-    write,
     write_atomic,
     write_error,
 )
@@ -84,10 +79,12 @@ class ClipStoreWriter:
         tracks: int,
         shard_clips: int = 64,
         extra: Extra | None = None,
+        links: bool = True,
     ) -> ClipStoreWriter:
         """Create a store, or open one to continue; leftovers of interrupted shards are removed.
 
-        `extra`: further arrays that every clip brings. Raises StoreError if the folder contains something else, or a
+        `extra`: further arrays that every clip brings. `links`: refuse links everywhere in the store, not only at its top.
+        Raises StoreError if the folder contains something else, or a
         store of another recipe, size, number of tracks or further arrays (the message names both), or is not writable.
         """
         path = Path(path)
@@ -105,16 +102,17 @@ class ClipStoreWriter:
         }
         text = dump(header, indent=1)
         try:
-            if (path / "store.json").exists():
-                have = read_header(path)
-                for key in ("recipe_hash", "recipe", "size", "tracks", "shard_clips", "arrays"):
-                    if have[key] != json.loads(text)[key]:
-                        raise StoreError(other_recipe(path, key, have, json.loads(text)))
-            else:
-                if path.exists() and not all(entry.name == LOCK or ".partial-" in entry.name for entry in path.iterdir()):
+            file = path / "store.json"
+            if not file.exists():
+                strangers = path.exists() and not all(e.name == LOCK or ".partial-" in e.name for e in path.iterdir())
+                if strangers and not file.exists():  # another process may just have made it
                     raise StoreError(f"{path}: is not empty and not a clip store; use a new or empty folder")
                 path.mkdir(parents=True, exist_ok=True)
-                write_atomic(path / "store.json", text)
+                write_atomic(file, text)
+            have, want = read_header(path, links), json.loads(text)
+            for key in ("recipe_hash", "recipe", "size", "tracks", "shard_clips", "arrays"):
+                if have[key] != want[key]:
+                    raise StoreError(other_recipe(path, key, have, want))
             (path / "shards").mkdir(exist_ok=True)
             writer = cls(path, size, tracks, shard_clips, extra)
             writer._remove_leftovers()
@@ -198,51 +196,20 @@ class ClipStoreWriter:
         try:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
-            shard: dict[str, Any] = {"clips": [], "files": {}} | ({"replaces": sorted(replaces)} if replaces else {})
-            self._write_clips(partial, clips, shard)
-            self._check_ids(index, shard["clips"], rejected)
-            for name, entries in {"rejected.jsonl": rejected, "videos.jsonl": videos}.items():
-                if entries or name == "rejected.jsonl":
-                    write(
-                        partial / name,
-                        "".join(dump(entry) + "\n" for entry in sorted(entries, key=lambda entry: str(entry["id"]))),
-                    )
-            write(partial / "shard.json", dump(shard, indent=1))
-            sync_folder(partial)
-            try:
-                os.rename(partial, final)
-            except OSError as error:
-                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
-                    raise
-            sync_folder(final.parent)
+            with ShardFiles(partial, self.specs) as files:
+                for clip in clips:
+                    self.check(clip)
+                    files.add(clip)
+                self.check_ids(index, files.clips, rejected)
+                files.complete(rejected, videos, replaces)
+            publish(partial, final)
         except OSError as error:
             raise write_error(self.path, f"shard {index:05d}", error) from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
-    def _write_clips(self, folder: Path, clips: Iterable[Clip], shard: dict[str, Any]) -> None:
-        """Write the arrays of the clips, and their entries into the index `shard`."""
-        bytes_a_frame = sum(spec.frame_bytes for spec in self.specs.values())
-        digests = {name: hashlib.sha256() for name in self.specs}
-        offset = 0
-        with ExitStack() as stack:
-            files = {name: stack.enter_context((folder / spec.file).open("wb")) for name, spec in self.specs.items()}
-            for clip in clips:
-                self._check(clip)
-                if shutil.disk_usage(self.path).free < len(clip.frames) * bytes_a_frame:
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                for name, spec in self.specs.items():
-                    block = np.ascontiguousarray(clip.array(name), spec.dtype).data
-                    files[name].write(block)
-                    digests[name].update(block)
-                entry = {"id": clip.id, "label": clip.label, "offset": offset, "frames": len(clip.frames)}
-                shard["clips"].append(entry | {"source": clip.source, "info": clip.info})
-                offset += len(clip.frames)
-            for name, spec in self.specs.items():
-                sync(files[name])
-                shard["files"][spec.file] = {"bytes": offset * spec.frame_bytes, "sha256": digests[name].hexdigest()}
-
-    def _check_ids(self, index: int, clips: Sequence[dict[str, Any]], rejected: Sequence[dict[str, Any]]) -> None:
+    def check_ids(self, index: int, clips: Sequence[dict[str, Any]], rejected: Sequence[dict[str, Any]]) -> None:
+        """Raise StoreError for an id that is no plain name, or occurs twice in a shard."""
         refused = [str(entry["id"]) for entry in rejected]
         for name in refused:
             check_id(name)
@@ -250,7 +217,8 @@ class ClipStoreWriter:
         if len(set(stored)) != len(stored) or len(set(refused)) != len(refused) or videos & set(refused):
             raise StoreError(f"{self.path}: shard {index:05d} got an id twice; ids must be unique")
 
-    def _check(self, clip: Clip) -> None:
+    def check(self, clip: Clip) -> None:
+        """Raise StoreError for a clip that does not fit the store."""
         check_id(clip.id)
         frames = len(clip.frames)
         if lacking := sorted(set(self.specs) ^ {*_OWN, *clip.extra}):
