@@ -16,7 +16,7 @@ from localmotion.machine import cores
 
 PARTS = (
     *("machine", "threads", "update", "gpu", "floor", "peers", "acting"),
-    *("env", "planar", "visuals", "extract", "replay", "loop", "many", "scaling"),
+    *("env", "planar", "visuals", "extract", "shards", "replay", "loop", "many", "scaling"),
 )
 
 

@@ -127,7 +127,7 @@ def test_manifest_and_table(report: ScanReport, tmp_path: Path) -> None:
     assert (summary["videos"], summary["usable"]) == (19, 9)
     assert summary["rejected"]["unreadable"] == 2
     assert summary["frames"] == sum(v.info.frames for v in report.usable if v.info)
-    assert sorted(os.listdir(tmp_path / "out")) == ["found.jsonl", "found.summary.json"]
+    assert sorted(os.listdir(tmp_path / "out")) == ["found.jsonl", "found.jsonl.offsets", "found.summary.json"]
     table = report.table()
     assert table[0].startswith("9 of 19 videos usable")
     assert any("duplicate" in line and " 2 " in line and "remuxed.mkv" in line for line in table)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from localmotion import __version__, commands
+from localmotion import __version__, commands, data_commands
 from localmotion.errors import ConfigError, LocalmotionError, unknown_name
 from localmotion.files import trust_links
 from localmotion.foreign import trust_env
@@ -63,28 +63,51 @@ def _parser(stage: str = "") -> _Parser:
 
     sub = add("info", "Versions, device, threads, bf16, tested GL backend, installed extras.", commands.info)
 
-    sub = add("scan", "List the usable videos of a folder, and the reasons for the rejected ones.", commands.scan)
+    sub = add("scan", "List the usable videos of a folder, and the reasons for the rejected ones.", data_commands.scan)
     _videos(sub)
-    sub.add_argument("--manifest", type=Path, help="write the results here, one JSON line per video")
+    sub.add_argument("--manifest", type=Path, help="write the results here, one JSON line per video; extract --manifest reads it")
+    sub.add_argument(
+        "--no-decode", dest="decode", action="store_false", help="only list the videos in the manifest, without looking into them"
+    )
+    sub.add_argument("--max-frames", type=int, default=300, help="frames of a clip, for extract --manifest (default 300)")
+    sub.add_argument("--max-clips", type=int, help="maximum number of clips per video, for extract --manifest; default: all")
 
     sub = add(
         "extract",
         "Write Atomic Actions of a folder of videos to a clip store. The same command continues where it stopped.",
-        commands.extract,
+        data_commands.extract,
     )
-    _videos(sub)
+    _videos(sub, optional=True)
     sub.add_argument("--out", type=Path, required=True, help="the clip store, a directory")
-    sub.add_argument("--max-frames", type=int, default=300, help="frames of a clip; a longer video becomes several (default 300)")
+    sub.add_argument("--max-frames", type=int, help="frames of a clip; a longer video becomes several (default 300)")
     sub.add_argument("--max-clips", type=int, help="maximum number of clips per video, from its beginning; default: all")
     sub.add_argument(
         "--together",
         type=int,
         help="videos per worker and batch of the networks; default: 16 with a network on a GPU, else 1",
     )
+    sub.add_argument("--manifest", type=Path, help="extract the videos of this manifest of scan; no folder is walked")
+    sub.add_argument("--part", type=int, default=0, help="with --manifest: number of this part, from 0 (default 0)")
+    sub.add_argument("--parts", type=int, default=1, help="with --manifest: number of parts (default 1)")
+    sub.add_argument(
+        "--shard-clips",
+        type=int,
+        help="videos of a shard (default 32; with --manifest those of the store, and for a new one above 320,000 videos 1,024)",
+    )
     _recipe(sub)
 
     sub = add(
-        "inspect", "Draw a clip with its tracks, flow, patches and mask, as a picture (.png) or film (.mp4).", commands.inspect
+        "store", "finish: check a store of several parts and write its index. show: what a store holds.", data_commands.store
+    )
+    sub.add_argument("action", choices=("finish", "show"))
+    sub.add_argument("store", type=Path, help="clip store")
+    sub.add_argument("--partial", action="store_true", help="finish a store of which shards are missing")
+    sub.add_argument("--workers", type=int, help="processes that read shards; default: one per core")
+
+    sub = add(
+        "inspect",
+        "Draw a clip with its tracks, flow, patches and mask, as a picture (.png) or film (.mp4).",
+        data_commands.inspect,
     )
     sub.add_argument("store", type=Path, help="clip store")
     sub.add_argument("--out", type=Path, required=True, help="picture.png or film.mp4")
@@ -335,10 +358,11 @@ def _track(sub: argparse.ArgumentParser) -> None:
     )
 
 
-def _videos(sub: argparse.ArgumentParser) -> None:
+def _videos(sub: argparse.ArgumentParser, optional: bool = False) -> None:
     sub.add_argument(
         "videos",
         type=Path,
+        nargs="?" if optional else None,
         help="folder of mp4/webm/mkv/avi/mov/gif files or of frame folders; lerobot:PATH or lerobot:owner/name[@revision] for a"
         " LeRobot data set",
     )
@@ -349,7 +373,9 @@ def _videos(sub: argparse.ArgumentParser) -> None:
         dest="list_file",
         help="use only these videos: one id per line, `id n_frames class_id`, CSV or JSON, e.g. SSV2's lists",
     )
-    sub.add_argument("--min-frames", type=int, default=25, help="shorter videos are rejected (paper: 25)")
+    sub.add_argument(
+        "--min-frames", type=int, default=None if optional else 25, help="shorter videos are rejected (default and paper: 25)"
+    )
     sub.add_argument(
         "--workers",
         type=int,

@@ -8,33 +8,14 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-from localmotion.errors import ConfigError, LocalmotionError
+from localmotion.data_commands import recipe_of
+from localmotion.errors import ConfigError
 from localmotion.files import check_output
 from localmotion.foreign import trust_env
 from localmotion.machine import launched
 
 if TYPE_CHECKING:
-    from localmotion.recipe import Recipe
-
-
-def _recipe_of(args: argparse.Namespace) -> Recipe:
-    """The recipe that the flags of `_recipe` describe."""
-    from dataclasses import fields
-
-    from localmotion.recipe import Recipe, read_recipe
-
-    given: dict[str, Any] = {f.name: getattr(args, f"recipe_{f.name}", None) for f in fields(Recipe)}
-    given = {name: value for name, value in given.items() if value is not None}
-    if "size" in given and "percept_size" not in given:
-        given["percept_size"] = max(128, given["size"]) if max(128, given["size"]) % given["size"] == 0 else given["size"]
-    return read_recipe(given) or Recipe()
-
-
-def _limits(args: argparse.Namespace) -> dict[str, Any]:
-    """Time and memory limits for one video in its worker."""
-    if not (args.timeout > 0 and 0 <= args.memory < 2**20):
-        raise ConfigError("--timeout takes seconds above 0, and --memory GiB, 0 for no limit")
-    return {"timeout": args.timeout, "memory": int(args.memory * 2**30) or None}
+    pass
 
 
 def _settings(rest: list[str]) -> list[str]:
@@ -68,74 +49,6 @@ def info(args: argparse.Namespace) -> None:
 
     for line in report_lines():
         say(line)
-
-
-def scan(args: argparse.Namespace) -> None:
-    """`localmotion scan`"""
-    from localmotion.console import progress, say
-    from localmotion.machine import cores
-    from localmotion.runs.datasets import local_videos
-    from localmotion.video.scan import scan as scan_videos
-
-    if args.manifest:
-        check_output(args.manifest, ConfigError)
-    videos = local_videos(args.videos, args.camera)
-    with progress("scan", 1, "videos") as advance:
-        found = scan_videos(
-            videos,
-            camera=args.camera,
-            min_frames=args.min_frames,
-            list_file=args.list_file,
-            workers=args.workers if args.workers is not None else cores(),
-            progress=advance,
-            **_limits(args),
-        )
-    for line in found.table():
-        say(line)
-    if args.manifest:
-        found.save(args.manifest)
-        say(f"manifest: {args.manifest}")
-    if (message := found.nothing_usable()) is not None:
-        raise LocalmotionError(message)
-
-
-def extract(args: argparse.Namespace) -> None:
-    """`localmotion extract`"""
-    from localmotion.console import progress, say
-    from localmotion.machine import cores
-    from localmotion.perception.extract import extract_folder
-    from localmotion.runs.datasets import local_videos
-
-    videos = local_videos(args.videos, args.camera)
-    with progress("extract", 1, "videos") as advance:
-        summary = extract_folder(
-            videos,
-            args.out,
-            _recipe_of(args),
-            camera=args.camera,
-            list_file=args.list_file,
-            min_frames=args.min_frames,
-            max_frames=args.max_frames,
-            max_clips=args.max_clips,
-            workers=args.workers if args.workers is not None else cores(),
-            progress=advance,
-            together=args.together,
-            **_limits(args),
-        )
-    for line in summary.lines():
-        say(line)
-
-
-def inspect(args: argparse.Namespace) -> None:
-    """`localmotion inspect`"""
-    from localmotion.console import say
-    from localmotion.perception.draw import inspect as draw
-    from localmotion.video.store import ClipStore
-
-    check_output(args.out, ConfigError, suffixes=(".png", ".mp4"))
-    clip = int(args.clip) if args.clip and args.clip.isdigit() else args.clip
-    draw(ClipStore(args.store), args.out, clip)
-    say(f"wrote {args.out}")
 
 
 def train(args: argparse.Namespace) -> None:
@@ -434,7 +347,7 @@ def collect(args: argparse.Namespace) -> None:
             seed=args.seed,
             steps=args.steps,
             size=args.pixels,
-            recipe=_recipe_of(args).with_motion(args.motion or "recipe") if args.store else None,
+            recipe=recipe_of(args).with_motion(args.motion or "recipe") if args.store else None,
             noise=args.noise,
             progress=advance,
             **settings,

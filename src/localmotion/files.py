@@ -99,10 +99,16 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(temporary, path)
 
 
-def links_out_of(root: Path, deep: bool = True) -> Iterator[Path]:
-    """Symbolic links below ``root`` (not ``deep``: directly in it) that lead out of it. None is followed. ``root`` may be a link."""
+def links_out_of(root: Path, deep: bool = True, only: Path | None = None) -> Iterator[Path]:
+    """Symbolic links below ``root`` that lead out of it. None is followed. ``root`` itself may be a link.
+
+    Not ``deep``: only those directly in it. ``only``: a folder below ``root``; this one and what is in it are looked at.
+    """
     real = os.path.realpath(root)
-    folders = [os.fspath(root)]
+    if only is not None and not f"{os.path.realpath(only)}{os.sep}".startswith(real + os.sep):
+        yield only
+        return
+    folders = [os.fspath(only or root)]
     while folders:
         try:
             with os.scandir(folders.pop()) as listing:
@@ -151,17 +157,19 @@ def _in_store(root: Path, link: Path) -> bool:
     return store is not None and os.path.realpath(link).startswith(store + os.sep)
 
 
-def refuse_links(root: Path, error: type[LocalmotionError], *, folders: bool = True, deep: bool = True) -> None:
+def refuse_links(
+    root: Path, error: type[LocalmotionError], *, folders: bool = True, deep: bool = True, only: Path | None = None
+) -> None:
     """Raise ``error`` for a symbolic link below ``root`` that leads out of it; without ``folders`` links to folders are accepted.
 
-    ``deep``: look below the folders in ``root``, too.
+    ``deep`` and ``only`` as in `links_out_of`.
 
     A folder from somebody else must not make us show or overwrite one of the user's files through a link. Does nothing after
     `trust_links`.
     """
     if _trusted:
         return
-    for path in links_out_of(root, deep):
+    for path in links_out_of(root, deep, only):
         if (folders or not path.is_dir()) and not _in_store(root, path):
             raise error(
                 f"{path}: is a link to a place outside of {root}; put the file itself there, "

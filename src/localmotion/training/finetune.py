@@ -85,6 +85,8 @@ def _logged(run: RunConfig, path: Path, cls: type[Method]) -> Path:
             " logs do not hold them"
         )
     store = ClipStore(Path(run.data))
+    if store.missing:
+        say(store.missing_line())
     recipe = streaming_recipe(recipe_of(store.recipe, store.path), run.motion)
     run, dim = replace(run, recipe=recipe), action_dim(store)
     make: Callable[[], Observer] | None = None

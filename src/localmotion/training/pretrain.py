@@ -43,6 +43,8 @@ def pretrain(run: RunConfig, path: Path) -> Path:
 
 def _pretrain(run: RunConfig, path: Path, cls: type[Method]) -> Path:
     store = ClipStore(Path(run.data))
+    if store.missing:
+        say(store.missing_line())
     train, heldout = _sampler(store, run, "train"), _heldout(store, run)
     compute = choose(run, read_environment(path))
     out = run_dir(path, run)

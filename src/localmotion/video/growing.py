@@ -28,6 +28,7 @@ from localmotion.video.writer import ClipStoreWriter
 MAKING = ".making-"
 """Part of the names of folders of unfinished shards."""
 _JOURNAL = "journal.jsonl"
+_OPEN: set[Path] = set()  # folders in which this process makes a shard
 _LOST = (errno.ENOENT, errno.ESTALE)
 
 
@@ -49,12 +50,14 @@ class GrowingShard:
 
     def __enter__(self) -> GrowingShard:
         with self._errors():
+            _OPEN.add(self.folder)
             self.folder.mkdir()
             self._files.__enter__()
             self._journal = (self.folder / _JOURNAL).open("wb")
         return self
 
     def __exit__(self, *error: object) -> None:
+        _OPEN.discard(self.folder)
         with contextlib.ExitStack() as stack:
             stack.callback(self._files.__exit__)
             stack.callback(self._journal.close)
@@ -163,7 +166,7 @@ def remove_left_behind(folders: Iterable[Path]) -> None:
 
 def _in_use(folder: Path) -> bool:
     host, _, pid = folder.name.partition(MAKING)[2].rpartition("-")[0].rpartition("-")
-    return host == socket.gethostname() and pid.isdigit() and alive(int(pid))
+    return folder in _OPEN or (host == socket.gethostname() and pid.isdigit() and alive(int(pid)))
 
 
 def _read_journal(folder: Path) -> tuple[Path, list[dict[str, Any]]]:

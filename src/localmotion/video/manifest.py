@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from localmotion.files import Lock, one_line, parse_json
 from localmotion.video.history import Limits, size_and_time, unambiguous
 from localmotion.video.lerobot import PREFIX, DataSet, is_lerobot, read_data_set
 from localmotion.video.refs import VideoRef
+from localmotion.video.sources import open_videos
 
 FORMAT, VERSION = "localmotion-manifest", 1
 _HEADER = 1 << 16  # maximum bytes of the header line
@@ -198,6 +200,15 @@ def write_manifest(
     return Manifest(path)
 
 
+def list_videos(path: Path, source: Path, limits: Limits, *, list_file: Path | None, camera: str, progress: Any) -> list[str]:
+    """Write the manifest of a folder or data set (see `open_videos`) without decoding anything. Returns printable lines."""
+    refs, _ = open_videos(source, list_file, camera)
+    written = write_manifest(path, source, refs, limits, list_file=list_file, camera=camera, progress=progress)
+    faults = Counter(ref.fault[0] for ref in refs if ref.fault)
+    lines = [f"manifest: {path}, {written.videos} videos, {written.videos - faults.total()} of them to be decoded"]
+    return [*lines, *(f"  rejected  {reason:<18}{count:>6}" for reason, count in sorted(faults.items()))]
+
+
 Lines = Callable[[int], Iterator[bytes]]
 
 
@@ -227,7 +238,12 @@ def _line(ref: VideoRef, base: str, source: str, details: Mapping[str, Any]) -> 
         relative = os.path.relpath(os.path.realpath(place), base)
     if relative != ref.id and ref.rows is None:
         entry["path"] = relative if relative != place or os.path.isabs(place) else os.path.abspath(place)
-    optional = {"label": ref.label, "frames": ref.frames_hint, "fault": ref.fault, "warning": ref.warning or None}
+    optional = {
+        "label": ref.label,
+        "frames": details.get("frames", ref.frames_hint),
+        "fault": ref.fault,
+        "warning": ref.warning or None,
+    }
     optional["kind"] = ref.kind if ref.kind != "file" else None
     entry |= {key: value for key, value in optional.items() if value is not None}
     return json.dumps({**details, **entry}, sort_keys=True).encode() + b"\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,3 +54,11 @@ def planned_shards(store: Path) -> int | None:
     if type(count) is not int or not 0 <= count < 1 << 31:
         raise StoreError(f"{store / FILE}: is damaged; {_FIX}")
     return count
+
+
+def missing_line(missing: Sequence[int], present: int) -> str:
+    """Which shards are missing, on one line; empty if none is."""
+    if not missing:
+        return ""
+    names = ", ".join(f"{index:05d}" for index in missing[:5]) + (", ..." if len(missing) > 5 else "")
+    return f"{len(missing)} of {len(missing) + present} shards are missing ({names})"

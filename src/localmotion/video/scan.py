@@ -13,7 +13,8 @@ import os
 import socket
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from contextlib import closing, nullcontext, suppress
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localmotion.errors import LocalmotionError, VideoError
+from localmotion.files import parse_json
 from localmotion.video.decode import VideoInfo, iter_frames, memory_fault, probe
+from localmotion.video.history import Limits, size_and_time
 from localmotion.video.listing import VideoRef, shown
+from localmotion.video.manifest import write_manifest
 from localmotion.video.sources import open_videos
 from localmotion.video.workers import MEMORY_LIMIT, TIME_LIMIT, Lost, limited_memory, map_isolated
 
@@ -70,6 +74,10 @@ class ScanReport:
     root: str
     min_frames: int
     videos: tuple[VideoReport, ...]
+    refs: tuple[VideoRef, ...] = field(default=(), repr=False)
+    """The videos themselves, in the same order."""
+    list_file: Path | None = None
+    camera: str = ""
 
     @property
     def usable(self) -> list[VideoReport]:
@@ -122,21 +130,30 @@ class ScanReport:
         first = rejected[0]
         return f"{self.root}: none of {len(rejected)} videos is usable ({reasons}); the first: {shown(first.id)}: {first.detail}"
 
-    def save(self, path: str | Path) -> None:
-        """Write one JSON line per video to `path` and the summary beside it (`x.jsonl` -> `x.summary.json`), each
-        atomically.
+    def save(self, path: str | Path, *, max_frames: int = 300, max_clips: int | None = None) -> None:
+        """Write the manifest `path` and the summary beside it (`x.jsonl` -> `x.summary.json`), each atomically.
 
-        A path without extension is a folder, which gets manifest.jsonl and manifest.summary.json.
+        A line of the manifest (see `video.manifest`) also has the values of `VideoReport`. ``max_frames`` and ``max_clips``: how an
+        extraction with this manifest cuts videos. A path without extension is a folder, see `manifest_path`.
         """
-        path = Path(path)
-        path = path if path.suffix else path / "manifest.jsonl"
-        lines = "".join(json.dumps(asdict(video), sort_keys=True) + "\n" for video in self.videos)
+        path = manifest_path(path)
+        reports = {video.id: video for video in self.videos}
+
+        def details(ref: VideoRef) -> dict[str, Any]:
+            report = reports[ref.id]
+            return asdict(report) | ({"frames": report.info.frames} if report.info else {})
+
+        limits = Limits(self.min_frames, max_frames, max_clips)
+        write_manifest(path, self.root, self.refs, limits, list_file=self.list_file, camera=self.camera, details=details)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _write(path, lines)
             _write(path.with_suffix(".summary.json"), json.dumps(self.summary(), indent=1, sort_keys=True) + "\n")
         except OSError as error:
             raise LocalmotionError(f"{path}: cannot write the manifest ({error.strerror})") from error
+
+
+def manifest_path(path: str | Path) -> Path:
+    """The manifest that `path` names: a file, or manifest.jsonl in a folder, which is a path without extension."""
+    return Path(path) if Path(path).suffix else Path(path) / "manifest.jsonl"
 
 
 def scan(
@@ -149,22 +166,33 @@ def scan(
     progress: Callable[[int, int], Any] | None = None,
     timeout: float = TIME_LIMIT,
     memory: int | None = MEMORY_LIMIT,
+    journal: Path | None = None,
 ) -> ScanReport:
     """Examine every video of `root` (see `open_videos`) in `workers` worker processes.
 
     `progress(done, total)` is called after each video. If a decoder crashes, takes more than `timeout` seconds, or needs
     more than `memory` bytes (None: no limit), only its own video is rejected ("decoder_crash", "decoder_timeout",
     "decoder_memory"). The report does not depend on the number of workers. `workers=0` decodes in this process, which
-    starts faster but has no such limits; use it for videos that you trust. Raises VideoError only for errors of the
-    folder or the list as a whole.
+    starts faster but has no such limits; use it for videos that you trust.
+
+    `journal`: a file with the results so far. The same scan after an interruption examines only the other videos and those whose
+    size or time has changed. Remove it when the report is saved. Raises VideoError only for errors of the folder or the list as a
+    whole, LocalmotionError if the journal cannot be written.
     """
     refs, _ = open_videos(Path(root), list_file, camera)
-    reports: list[VideoReport] = []
-    for done, report in enumerate(_examine_all(refs, min_frames, workers, timeout, memory), 1):
-        reports.append(report)
-        if progress is not None:
-            progress(done, len(refs))
-    return ScanReport(str(root), min_frames, tuple(_mark_duplicates(sorted(reports, key=lambda video: video.id))))
+    refs = sorted(refs, key=lambda ref: ref.id)
+    with closing(Journal(journal, min_frames)) if journal else nullcontext() as kept:
+        reports = [report for ref in refs if (report := kept.get(ref))] if kept else []
+        have = {report.id for report in reports}
+        rest = {ref.id: ref for ref in refs if ref.id not in have}
+        for done, report in enumerate(_examine_all(list(rest.values()), min_frames, workers, timeout, memory), len(reports) + 1):
+            reports.append(report)
+            if kept:
+                kept.put(rest[report.id], report)
+            if progress is not None:
+                progress(done, len(refs))
+    ordered = sorted(reports, key=lambda video: video.id)
+    return ScanReport(str(root), min_frames, tuple(_mark_duplicates(ordered)), tuple(refs), list_file, camera)
 
 
 def examine(ref: VideoRef, min_frames: int, memory: int | None = None) -> VideoReport:
@@ -194,6 +222,50 @@ def examine(ref: VideoRef, min_frames: int, memory: int | None = None) -> VideoR
     except VideoError as error:
         return replace(report, usable=False, reason=error.reason, detail=error.detail)
     return report
+
+
+class Journal:
+    """The results of an unfinished scan, one JSON line each."""
+
+    def __init__(self, path: Path, min_frames: int) -> None:
+        self.path, self.min_frames = path, min_frames
+        self._found: dict[str, tuple[Any, dict[str, Any]]] = {}
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("a+b")
+            self._file.seek(0)
+            for line in self._file:
+                with suppress(ValueError, KeyError, TypeError):  # the last line of a killed scan
+                    entry = parse_json(line)
+                    self._found[entry["report"]["id"]] = entry["stamp"], entry["report"]
+            self._file.write(b"\n" if self._found else b"")
+        except OSError as error:
+            raise LocalmotionError(f"{path}: cannot write the results of the scan ({error.strerror})") from error
+
+    def _stamp(self, ref: VideoRef) -> dict[str, Any]:
+        return {**size_and_time(ref), "min_frames": self.min_frames, "label": ref.label, "fault": list(ref.fault or ())}
+
+    def get(self, ref: VideoRef) -> VideoReport | None:
+        """The result of a video that has not changed."""
+        stamp, values = self._found.get(ref.id, (None, {}))
+        if stamp != self._stamp(ref):
+            return None
+        try:
+            info = VideoInfo(**values["info"]) if values["info"] else None
+            return VideoReport(**{**values, "info": info, "warnings": tuple(values["warnings"])})
+        except (KeyError, TypeError):
+            return None
+
+    def put(self, ref: VideoRef, report: VideoReport) -> None:
+        """Keep a result."""
+        try:
+            self._file.write(json.dumps({"stamp": self._stamp(ref), "report": asdict(report)}).encode() + b"\n")
+            self._file.flush()
+        except OSError as error:
+            raise LocalmotionError(f"{self.path}: cannot write the results of the scan ({error.strerror})") from error
+
+    def close(self) -> None:
+        self._file.close()
 
 
 class _Motion:

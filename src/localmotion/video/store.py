@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localmotion.errors import StoreError
-from localmotion.files import one_line
+from localmotion.files import one_line, refuse_links
 from localmotion.video.listing import shown
+from localmotion.video.manifest_store import missing_line, planned_shards
 from localmotion.video.shards import (
     FIX,
     Clip,
@@ -28,10 +29,12 @@ from localmotion.video.shards import (
     video_of,
     write_error,
 )
+from localmotion.video.store_index import Lazy, StoreIndex, read_index
 from localmotion.video.writer import ClipStoreWriter
 
 __all__ = ["Clip", "ClipStore", "ClipStoreWriter", "array_specs", "check_id", "write_error"]
 
+_READ_SHARDS = 8  # maximum number of shards whose entries are in memory, for a store with an index
 _OPEN_FILES = 512  # maximum number of open memory maps: each needs a file descriptor, and the usual limit is 1024
 
 
@@ -51,11 +54,18 @@ class ClipStore:
     def __init__(self, path: str | Path, *, partial: bool = False) -> None:
         """Open a store and check its files' sizes. `partial` allows missing shards.
 
+        A store with an index (`localmotion store finish`) opens without reading its shards: sizes of files are checked when they
+        are first used. A store of a manifest also opens with `missing` shards.
+
         Raises StoreError if it is missing, is not a clip store, is damaged (the message names the shard and the fix) or has
         a gap in its shards.
         """
         self.path = Path(path)
-        header = read_header(self.path)
+        indices = shard_indices(self.path)
+        self._index = read_index(self.path, indices)
+        header = read_header(
+            self.path, links=self._index is None
+        )  # with an index, those of a shard are looked for at its first use
         self.size: int = header["size"]
         self.tracks: int = header["tracks"]
         self.recipe: dict[str, Any] = header["recipe"]
@@ -63,44 +73,95 @@ class ClipStore:
         self.extra = extra_of(header)
         """Further arrays per frame by name: element type and shape of one frame's entry."""
         self.specs = array_specs(self.size, self.tracks, self.extra)
-        self.ids: list[str] = []
-        self.labels: list[int | str | None] = []
-        self.infos: list[dict[str, Any]] = []
-        self.sources: list[dict[str, Any]] = []
-        self.videos: list[str] = []
+        planned = planned_shards(self.path)
+        self.missing: list[int] = sorted(set(range(planned or 0)) - set(indices))
+        """Shards of its manifest that do not exist yet; always empty for a store without a manifest."""
+        gaps = sorted(set(range(indices[-1] if indices else 0)) - set(indices) - set(self.missing))
+        if gaps and not partial:
+            raise StoreError(f"{self.path}: shard {gaps[0]:05d} is missing; run the same extract again to complete the store")
+        self._shard_indices = indices
+        self.ids: Sequence[str]
+        self.labels: Sequence[int | str | None]
+        self.infos: Sequence[dict[str, Any]]
+        self.sources: Sequence[dict[str, Any]]
+        self.videos: Sequence[str]
         """Id of the video that each clip was cut from."""
-        lengths, shards, offsets = [], [], []
-        indices = shard_indices(self.path)
-        if not partial and indices != list(range(len(indices))):
-            gap = next(i for i in range(len(indices)) if i not in set(indices))
-            raise StoreError(f"{self.path}: shard {gap:05d} is missing; run the same extract again to complete the store")
-        found = [(index, read_shard(self.path, index, self.specs)) for index in indices]
-        self._newest: dict[str, int] = {video: index for index, shard in found for video in shard["replaces"]}
-        for index, shard in found:
-            for entry in shard["clips"]:
-                if self._replaced(video_of(entry), index):
-                    continue
-                self.ids.append(entry["id"])
-                self.labels.append(entry["label"])
-                self.infos.append(entry["info"])
-                self.sources.append(entry["source"])
-                self.videos.append(video_of(entry))
-                lengths.append(entry["frames"])
-                shards.append(index)
-                offsets.append(entry["offset"])
+        self.lengths: NDArray[np.int64]
+        if self._index is None:
+            self._read_shards()
+        else:
+            self._use(self._index)
+        self._maps: OrderedDict[tuple[int, str], NDArray[Any]] = OrderedDict()
+        self._entries: OrderedDict[int, dict[int, dict[str, Any]]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def _read_shards(self) -> None:
+        """Read the clips from the shards."""
+        found = [(index, read_shard(self.path, index, self.specs)) for index in self._shard_indices]
+        self._newest = {video: index for index, shard in found for video in shard["replaces"]}
+        clips = [(index, entry) for index, shard in found for entry in shard["clips"]]
+        clips = [(index, entry) for index, entry in clips if not self._replaced(video_of(entry), index)]
+        self.ids = [entry["id"] for _, entry in clips]
+        self.labels = [entry["label"] for _, entry in clips]
+        self.infos = [entry["info"] for _, entry in clips]
+        self.sources = [entry["source"] for _, entry in clips]
+        self.videos = [video_of(entry) for _, entry in clips]
+        self.lengths = np.asarray([entry["frames"] for _, entry in clips], np.int64)
+        self._offsets: Sequence[int] | NDArray[np.int64] = [entry["offset"] for _, entry in clips]
+        self._shards: Sequence[int] = [index for index, _ in clips]
         if len(set(self.ids)) != len(self.ids):
             twice = next(i for n, i in enumerate(self.ids) if i in self.ids[:n])
             raise StoreError(f"{self.path}: clip {twice!r} is stored twice; extract into a new folder")
-        self.lengths: NDArray[np.int64] = np.asarray(lengths, np.int64)
-        self._shards = shards
-        self._offsets = offsets
-        self._shard_indices = indices
-        self._maps: OrderedDict[tuple[int, str], NDArray[Any]] = OrderedDict()
-        self._lock = threading.Lock()
+
+    def _use(self, index: StoreIndex) -> None:
+        """Take the clips from the index. What it does not hold is read from a shard when it is asked for."""
+        self._newest = index.newest
+        self.ids, self.labels, self.videos = index.ids, index.labels, index.videos
+        self.infos = Lazy(len(index.ids), lambda i: dict(self._entry(i)["info"]))
+        self.sources = Lazy(len(index.ids), lambda i: dict(self._entry(i)["source"]))
+        self.lengths, self._offsets = index.lengths, index.offsets
+        self._shards = Lazy(len(index.ids), index.shard)
+
+    def _entry(self, i: int) -> dict[str, Any]:
+        """The entry of a clip in its shard's index."""
+        shard = self._shards[i]
+        with self._lock:
+            if shard not in self._entries:
+                self._check_links(shard)
+                clips = read_shard(self.path, shard, self.specs)["clips"]
+                self._entries[shard] = {entry["offset"]: entry for entry in clips}
+                if len(self._entries) > _READ_SHARDS:
+                    self._entries.popitem(last=False)
+            entry = self._entries[shard].get(int(self._offsets[i]))
+        if entry is None or entry["id"] != self.ids[i]:
+            raise StoreError(f"{self.path}: its index and shard {shard:05d} differ; run localmotion store finish again")
+        return entry
+
+    def _check_links(self, shard: int) -> None:
+        """Refuse links out of a shard of a store with an index; without one, opening has looked for them."""
+        if self._index is not None:
+            refuse_links(self.path, StoreError, only=self.path / "shards" / f"{shard:05d}")
+
+    def missing_line(self) -> str:
+        """What is missing, on one line; empty for a complete store."""
+        if not self.missing:
+            return ""
+        found = missing_line(self.missing, len(self._shard_indices))
+        return f"{self.path}: {found}; extract --manifest makes them"
 
     def __len__(self) -> int:
         """Number of clips."""
         return len(self.ids)
+
+    @property
+    def shards(self) -> int:
+        """Number of shards that exist."""
+        return len(self._shard_indices)
+
+    @property
+    def indexed(self) -> bool:
+        """Whether it was opened by its index."""
+        return self._index is not None
 
     @property
     def nbytes(self) -> int:
@@ -158,6 +219,7 @@ class ClipStore:
             if have is not None:
                 self._maps.move_to_end((shard, name))
                 return have
+            self._check_links(shard)
             spec = self.specs[name]
             file = self.path / "shards" / f"{shard:05d}" / spec.file
             dtype = np.dtype(bool) if name == "visible" else np.dtype(spec.dtype)
@@ -165,6 +227,10 @@ class ClipStore:
                 flat = np.memmap(file, dtype, "r")
             except (OSError, ValueError) as error:
                 raise StoreError(f"{self.path}: shard {shard:05d} is damaged ({spec.file}: {error}); {FIX}") from error
+            rows = len(flat) * flat.itemsize / spec.frame_bytes
+            if self._index is not None and rows != self._index.rows(shard):
+                want = self._index.rows(shard) * spec.frame_bytes
+                raise StoreError(f"{self.path}: shard {shard:05d} is damaged ({spec.file} has not {want} bytes); {FIX}")
             array = np.asarray(flat).reshape(-1, *spec.shape)
             self._maps[shard, name] = array
             if len(self._maps) > _OPEN_FILES:
