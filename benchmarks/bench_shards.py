@@ -142,7 +142,9 @@ def large(folder: Path, videos: int, stage: str) -> None:
         store = ClipStore(out)
         assert len(store) == videos
         print(f"  opened in {time.perf_counter() - began:.2f} s; first and last: {store.ids[0]}, {store.ids[-1]}")
-    print(f"{stage}: {time.perf_counter() - began:.1f} s, {peak():.0f} MB", flush=True)
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    cpu = sum(each.ru_utime + each.ru_stime for each in used)
+    print(f"{stage}: {time.perf_counter() - began:.1f} s, {cpu:.1f} CPU seconds, {peak():.0f} MB", flush=True)
 
 
 def claims(path: Path, out: Path) -> None:

@@ -67,7 +67,7 @@ def test_four_files_of_every_family_keep_every_promise(tmp_path: Path, capsys: p
     assert all(found.checked[name] >= 10 for name in PROMISES[:-1])
     lines = (tmp_path / "part" / "manifest.jsonl").read_text().splitlines()
     assert [json.loads(line)["id"] for line in lines] == [*found.entries]
-    assert sorted(os.listdir(tmp_path / "part")) == ["manifest.jsonl", "scan.jsonl", "scan.summary.json"]
+    assert sorted(os.listdir(tmp_path / "part")) == ["manifest.jsonl", "scan.jsonl", "scan.jsonl.offsets", "scan.summary.json"]
     summary = summarise([found.to_json()], {})
     assert summary["kept"]
     assert summary["files"] == len(found.entries)

@@ -118,9 +118,12 @@ def test_workers_change_nothing(folder: Path, report: ScanReport) -> None:
 
 def test_manifest_and_table(report: ScanReport, tmp_path: Path) -> None:
     report.save(tmp_path / "out/found.jsonl")
-    lines = [json.loads(line) for line in (tmp_path / "out/found.jsonl").read_text().splitlines()]
+    header, *lines = [json.loads(line) for line in (tmp_path / "out/found.jsonl").read_text().splitlines()]
+    assert (header["videos"], header["min_frames"], header["max_frames"]) == (19, 25, 300)
     assert {line["id"]: line["reason"] for line in lines} == EXPECTED
-    assert lines[0].keys() == VideoReport("x", True).__dict__.keys()
+    assert all(line.keys() >= VideoReport("x", True).__dict__.keys() for line in lines)
+    good = next(line for line in lines if line["id"] == "good.mp4")
+    assert (good["frames"], good["mtime_ns"] > 0) == (good["info"]["frames"], True)
     assert next(line for line in lines if line["id"] == "turned.mp4")["info"]["rotation"] == 270
     summary = json.loads((tmp_path / "out/found.summary.json").read_text())
     assert summary == report.summary()
@@ -176,7 +179,7 @@ def test_a_folder_without_anything_usable_is_an_error_behind_table_and_manifest(
     assert "none of 4 videos is usable" in error
     assert "unsupported_container" in error
     assert "cut.mp4" in error
-    lines = [json.loads(line) for line in (tmp_path / "manifest.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "manifest.jsonl").read_text().splitlines()[1:]]
     assert {line["id"]: line["reason"] for line in lines} == {
         "cut.mp4": "unreadable",
         "films.zip": "unsupported_container",

@@ -19,6 +19,7 @@ from localmotion.errors import ConfigError, LocalmotionError, unknown_name
 from localmotion.files import trust_links
 from localmotion.foreign import trust_env
 from localmotion.machine import launched
+from localmotion.video.remote import place_of
 
 
 class _Parser(argparse.ArgumentParser):
@@ -78,7 +79,12 @@ def _parser(stage: str = "") -> _Parser:
         data_commands.extract,
     )
     _videos(sub, optional=True)
-    sub.add_argument("--out", type=Path, required=True, help="the clip store, a directory")
+    sub.add_argument(
+        "--out",
+        type=place_of,
+        required=True,
+        help="the clip store, a directory; with --manifest also an address, e.g. s3://bucket/store",
+    )
     sub.add_argument("--max-frames", type=int, help="frames of a clip; a longer video becomes several (default 300)")
     sub.add_argument("--max-clips", type=int, help="maximum number of clips per video, from its beginning; default: all")
     sub.add_argument(
@@ -100,7 +106,7 @@ def _parser(stage: str = "") -> _Parser:
         "store", "finish: check a store of several parts and write its index. show: what a store holds.", data_commands.store
     )
     sub.add_argument("action", choices=("finish", "show"))
-    sub.add_argument("store", type=Path, help="clip store")
+    sub.add_argument("store", type=place_of, help="clip store, a directory or an address, e.g. s3://bucket/store")
     sub.add_argument("--partial", action="store_true", help="finish a store of which shards are missing")
     sub.add_argument("--workers", type=int, help="processes that read shards; default: one per core")
 

@@ -95,6 +95,8 @@ def extract(args: argparse.Namespace) -> None:
     if args.manifest:
         _extract_part(args)
         return
+    if isinstance(args.out, str):
+        raise ConfigError(f"extract --out {args.out}: object storage needs a --manifest, which localmotion scan writes")
     if args.videos is None:
         raise ConfigError("extract: give the folder of videos, or a --manifest of localmotion scan")
     if (args.part, args.parts) != (0, 1):

@@ -20,6 +20,7 @@ EXTRAS = {
     "onnx: export to ONNX": ("onnxruntime", "pip install 'localmotion[onnx]'"),
     "hub: sharing weights": ("huggingface_hub", "pip install 'localmotion[hub]'"),
     "lerobot: LeRobot data sets": ("pyarrow", "pip install 'localmotion[lerobot]'"),
+    "remote: stores in object storage": ("fsspec", "pip install 'localmotion[remote]'"),
     **{
         f"{name}: experiment tracker": (name, f"pip install 'localmotion[{name}]'")
         for name in ("tensorboard", "wandb", "trackio")

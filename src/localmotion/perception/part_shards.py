@@ -24,6 +24,7 @@ from localmotion.video.lerobot import keep_about
 from localmotion.video.manifest import Listed, Manifest
 from localmotion.video.manifest_store import keep_manifest, shard_size
 from localmotion.video.refs import VideoRef
+from localmotion.video.remote import Remote, is_remote
 from localmotion.video.spool import Spool
 from localmotion.video.store import Clip, ClipStoreWriter
 from localmotion.video.workers import MEMORY_LIMIT, TIME_LIMIT, Lost
@@ -33,6 +34,7 @@ from localmotion.video.workers import MEMORY_LIMIT, TIME_LIMIT, Lost
 class PartSummary(ExtractSummary):
     """Summary of one call of a part. All figures are of the shards that it made."""
 
+    place: str = ""
     part: int = 0
     parts: int = 1
     shards: int = 0
@@ -42,7 +44,7 @@ class PartSummary(ExtractSummary):
     """Shards that another process finished first."""
 
     def lines(self) -> list[str]:
-        rest = super().lines()
+        rest = [line.replace(str(self.store), self.place) for line in super().lines()]
         there = f", {self.there} were there" if self.there else ""
         rest.insert(1, f"  part {self.part} of {self.parts}: {self.shards} shards made{there}")
         if self.lost:
@@ -71,9 +73,10 @@ def extract_shards(
     shard depend on the manifest, the videos and the recipe only. A part that was killed and is given again continues its unfinished
     shards behind their last finished video. When all parts are done, `video.finish.finish_store` completes the store.
 
-    ``workers``: processes that decode (0: in this process, without limits of time and memory). Each takes a shard of its own as long as
-    there are as many. ``shard_clips``: videos of a shard (None: those of an existing store, else `shard_size`). ``together``, ``timeout``
-    and ``memory`` as in `extract_folder`. A video whose size is not that of the manifest is rejected ("changed").
+    ``out`` may be an address of object storage, see `video.remote`. ``workers``: processes that decode (0: in this process, without limits
+    of time and memory). Each takes a shard of its own as long as there are as many. ``shard_clips``: videos of a shard (None: those of an
+    existing store, else `shard_size`). ``together``, ``timeout`` and ``memory`` as in `extract_folder`. A video whose size is not that of
+    the manifest is rejected ("changed").
 
     Raises ConfigError for a manifest that cannot be read, a part that is not below ``parts``, or fps for a LeRobot data set; StoreError
     for a store of another manifest, recipe or ``shard_clips``, or a full disk; LocalmotionError if a backend cannot be built or used.
@@ -84,13 +87,17 @@ def extract_shards(
         raise ConfigError(f"together={together}: a worker takes at least one video")
     began = time.monotonic()
     listed = Manifest(manifest)
-    writer = _open(listed, Path(out), recipe, shard_clips)
+    remote = Remote(str(out)) if is_remote(out) else None
+    writer = _open(listed, remote.making() if remote else Path(out), recipe, shard_clips)
     count = -(-listed.videos // writer.shard_clips)
     mine = range(part, count, parts)
-    todo = [index for index in mine if not writer.has(index)]
-    summary = PartSummary(Path(out), part=part, parts=parts, there=len(mine) - len(todo))
+    if remote:
+        _upload(remote, writer, mine)
+    there = set(remote.shards() if remote else writer.indices())
+    todo = [index for index in mine if index not in there]
+    summary = PartSummary(writer.path, place=str(out), part=part, parts=parts, there=len(mine) - len(todo))
     size = together or (extract.TOGETHER if works_on_gpu(recipe) else 1)
-    work = _Part(listed, writer, summary, todo, progress)
+    work = _Part(listed, writer, remote, summary, todo, progress)
     call = partial(extract.extract_many, recipe=recipe, limits=listed.limits, memory=memory if workers > 0 else None)
     lanes = max(1, min(workers, len(todo)))
     shares = [workers // lanes + (lane < workers % lanes) for lane in range(lanes)]
@@ -127,6 +134,13 @@ def _open(manifest: Manifest, out: Path, recipe: Recipe, shard_clips: int | None
     return writer
 
 
+def _upload(remote: Remote, writer: ClipStoreWriter, mine: range) -> None:
+    """Upload the top files of the store, and shards that an interrupted part has made and not uploaded."""
+    remote.share(writer.path)
+    for index in set(writer.indices()) & set(mine):
+        remote.put_shard(index, writer.path)
+
+
 class _Part:
     """The shards that a part has yet to make; its lanes take one after the other."""
 
@@ -134,11 +148,12 @@ class _Part:
         self,
         manifest: Manifest,
         writer: ClipStoreWriter,
+        remote: Remote | None,
         summary: PartSummary,
         todo: Sequence[int],
         progress: Callable[[int, int | None, str], Any] | None,
     ) -> None:
-        self.manifest, self.writer, self.summary, self.progress = manifest, writer, summary, progress
+        self.manifest, self.writer, self.remote, self.summary, self.progress = manifest, writer, remote, summary, progress
         self.todo = iter(todo)
         self.leftovers = left_behind(writer.path)
         self.lock = threading.Lock()
@@ -272,6 +287,8 @@ class _Lane:
     def _publish(self, found: _Open) -> None:
         shard, summary = found.shard, self.part.summary
         first = shard.publish()
+        if first and self.part.remote:
+            first = self.part.remote.put_shard(shard.index, self.part.writer.path)
         shard.__exit__()
         with self.part.lock:
             summary.shards += first

@@ -24,6 +24,7 @@ from localmotion.training.checks import check_ranks, check_video_stage
 from localmotion.training.loop import Clock, Loop
 from localmotion.training.transfer import load_pretrained
 from localmotion.training.update import Updater
+from localmotion.video.remote import place_of
 from localmotion.video.sample import Split, WindowSampler
 from localmotion.video.store import ClipStore
 
@@ -42,7 +43,7 @@ def pretrain(run: RunConfig, path: Path) -> Path:
 
 
 def _pretrain(run: RunConfig, path: Path, cls: type[Method]) -> Path:
-    store = ClipStore(Path(run.data))
+    store = ClipStore(place_of(run.data))
     if store.missing:
         say(store.missing_line())
     train, heldout = _sampler(store, run, "train"), _heldout(store, run)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from multiprocessing import get_context
@@ -17,6 +18,7 @@ from localmotion.errors import StoreError
 from localmotion.files import one_line
 from localmotion.video.growing import left_behind, remove_left_behind
 from localmotion.video.manifest_store import missing_line, planned_shards
+from localmotion.video.remote import Remote, is_remote
 from localmotion.video.shards import (
     ArraySpec,
     array_specs,
@@ -31,7 +33,7 @@ from localmotion.video.shards import (
     write_error,
 )
 from localmotion.video.store import ClipStore
-from localmotion.video.store_index import IndexWriter, ShardColumns, shard_columns
+from localmotion.video.store_index import FILE, IndexWriter, ShardColumns, shard_columns
 
 STATISTICS = "statistics.json"
 
@@ -40,7 +42,7 @@ STATISTICS = "statistics.json"
 class Finished:
     """What a store holds."""
 
-    store: Path
+    store: Path | str
     shards: int = 0
     missing: list[int] = field(default_factory=list)
     videos: int = 0
@@ -61,7 +63,11 @@ class Finished:
 
 
 def finish_store(
-    store: Path, *, partial_store: bool = False, workers: int = 1, progress: Callable[[int, int | None, str], Any] | None = None
+    place: Path | str,
+    *,
+    partial_store: bool = False,
+    workers: int = 1,
+    progress: Callable[[int, int | None, str], Any] | None = None,
 ) -> Finished:
     """Write `index.bin` and `statistics.json` of a store, by reading all of its shards in ``workers`` processes (0 or 1: this one).
 
@@ -69,19 +75,21 @@ def finish_store(
     unless ``partial_store``.
     """
     began = time.monotonic()
+    remote = Remote(str(place)) if is_remote(place) else None
+    store = remote.making() if remote else Path(place)
     header = read_header(store)
-    indices = shard_indices(store)
+    indices = remote.shards() if remote else shard_indices(store)
     missing = sorted(set(range(planned_shards(store) or 0)) - set(indices))
     if missing and not partial_store:
         raise StoreError(
-            f"{store}: {missing_line(missing, len(indices))}; run their parts again (shard i belongs to part i modulo PARTS), or give "
+            f"{place}: {missing_line(missing, len(indices))}; run their parts again (shard i belongs to part i modulo PARTS), or give "
             "--partial"
         )
-    found = Finished(store, len(indices), missing)
+    found = Finished(place, len(indices), missing)
     index = IndexWriter()
-    for number, shard in _read_all(
-        partial(_read, store, array_specs(header["size"], header["tracks"], extra_of(header))), indices, workers
-    ):
+    specs = array_specs(header["size"], header["tracks"], extra_of(header))
+    read = partial(_read_remote, remote, specs) if remote else partial(_read, store, specs)
+    for number, shard in _read_all(read, indices, workers, threads=remote is not None):
         index.add(number, shard.columns, shard.replaces)
         found.videos += shard.videos
         found.left_out += shard.left_out
@@ -97,11 +105,14 @@ def finish_store(
         write_atomic(store / STATISTICS, json.dumps(values, indent=1, sort_keys=True) + "\n")
     except OSError as error:
         raise write_error(store, "the index", error) from error
+    if remote:
+        for name in (FILE, STATISTICS):
+            remote.put(store / name, name)
     remove_left_behind(folder for number, folders in left_behind(store).items() if number in set(indices) for folder in folders)
     return found
 
 
-def store_lines(path: Path) -> list[str]:
+def store_lines(path: Path | str) -> list[str]:
     """What a store holds, as printable lines. Reads the index if there is one. Raises StoreError."""
     store = ClipStore(path)
     gib = store.nbytes / 2**30
@@ -120,8 +131,15 @@ class _Shard:
     rejected: Counter[str]
 
 
-def _read(store: Path, specs: dict[str, ArraySpec], index: int) -> _Shard:
-    shard = read_shard(store, index, specs)
+def _read_remote(remote: Remote, specs: dict[str, ArraySpec], index: int) -> _Shard:
+    names = ("shard.json", "rejected.jsonl", "videos.jsonl")
+    with tempfile.TemporaryDirectory() as folder:
+        remote.get([f"shards/{index:05d}/{name}" for name in names], Path(folder))
+        return _read(Path(folder), specs, index, remote.sizes(index))
+
+
+def _read(store: Path, specs: dict[str, ArraySpec], index: int, sizes: dict[str, int] | None = None) -> _Shard:
+    shard = read_shard(store, index, specs, sizes)
     rejected = read_rejected(store, index)
     records = read_videos(store, index)
     videos = len({video_of(entry) for entry in shard["clips"]})
@@ -130,9 +148,14 @@ def _read(store: Path, specs: dict[str, ArraySpec], index: int) -> _Shard:
     return _Shard(shard_columns(index, shard["clips"]), shard["replaces"], videos, left_out, reasons)
 
 
-def _read_all(read: Callable[[int], _Shard], indices: Sequence[int], workers: int) -> Iterator[tuple[int, _Shard]]:
+def _read_all(read: Callable[[int], _Shard], indices: Sequence[int], workers: int, threads: bool) -> Iterator[tuple[int, _Shard]]:
+    """``threads``: many of them, for shards that have to be fetched."""
+    if threads:
+        with ThreadPoolExecutor(16) as pool:
+            yield from zip(indices, pool.map(read, indices), strict=True)
+        return
     if workers <= 1:
         yield from zip(indices, map(read, indices), strict=True)
         return
-    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-        yield from zip(indices, pool.map(read, indices, chunksize=8), strict=True)
+    with ProcessPoolExecutor(workers, get_context("spawn")) as processes:
+        yield from zip(indices, processes.map(read, indices, chunksize=8), strict=True)

@@ -164,8 +164,8 @@ def shard_indices(path: Path) -> list[int]:
         return []
 
 
-def read_shard(path: Path, index: int, specs: dict[str, ArraySpec]) -> dict[str, Any]:
-    """A shard's index, checked against the sizes of its files."""
+def read_shard(path: Path, index: int, specs: dict[str, ArraySpec], sizes: Mapping[str, int] | None = None) -> dict[str, Any]:
+    """A shard's index, checked against the sizes of its files; ``sizes``: those of files that are elsewhere."""
     folder = path / "shards" / f"{index:05d}"
     try:
         shard = parse_json(read_bytes(folder / "shard.json", _MAX_INDEX), _MAX_VALUES)
@@ -182,12 +182,19 @@ def read_shard(path: Path, index: int, specs: dict[str, ArraySpec]) -> dict[str,
                 raise ValueError(f"entry of clip {entry['id']!r} lacks info or source, or its label is neither number nor text")
             total += entry["frames"]
         for spec in specs.values():
-            status, want = (folder / spec.file).stat(), total * spec.frame_bytes
-            if not stat.S_ISREG(status.st_mode) or status.st_size != want or shard["files"][spec.file]["bytes"] != want:
-                raise ValueError(f"{spec.file} has {status.st_size} bytes, not {want}")
+            want = total * spec.frame_bytes
+            size = _size(folder / spec.file) if sizes is None else sizes.get(spec.file, -1)
+            if size != want or shard["files"][spec.file]["bytes"] != want:
+                raise ValueError(f"{spec.file} has {size} bytes, not {want}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, StoreError) as error:
         raise StoreError(f"{path}: shard {index:05d} is damaged ({one_line(error)}); {FIX}") from error
     return dict(shard)
+
+
+def _size(file: Path) -> int:
+    """Bytes of a regular file; -1 for another."""
+    status = file.stat()
+    return status.st_size if stat.S_ISREG(status.st_mode) else -1
 
 
 def video_of(entry: dict[str, Any]) -> str:

@@ -16,6 +16,7 @@ from localmotion.errors import StoreError
 from localmotion.files import one_line, refuse_links
 from localmotion.video.listing import shown
 from localmotion.video.manifest_store import missing_line, planned_shards
+from localmotion.video.remote import SMALL, Remote, is_remote
 from localmotion.video.shards import (
     FIX,
     Clip,
@@ -54,14 +55,18 @@ class ClipStore:
     def __init__(self, path: str | Path, *, partial: bool = False) -> None:
         """Open a store and check its files' sizes. `partial` allows missing shards.
 
+        `path` may be an address of object storage (`video.remote`); shards are then downloaded when they are first used.
         A store with an index (`localmotion store finish`) opens without reading its shards: sizes of files are checked when they
         are first used. A store of a manifest also opens with `missing` shards.
 
         Raises StoreError if it is missing, is not a clip store, is damaged (the message names the shard and the fix) or has
         a gap in its shards.
         """
-        self.path = Path(path)
-        indices = shard_indices(self.path)
+        self._remote = Remote(str(path)) if is_remote(path) else None
+        self.path = self._remote.cache() if self._remote else Path(path)
+        if self._remote:
+            self._remote.get(SMALL, self.path)
+        indices = self._remote.shards() if self._remote else shard_indices(self.path)
         self._index = read_index(self.path, indices)
         header = read_header(
             self.path, links=self._index is None
@@ -73,6 +78,8 @@ class ClipStore:
         self.extra = extra_of(header)
         """Further arrays per frame by name: element type and shape of one frame's entry."""
         self.specs = array_specs(self.size, self.tracks, self.extra)
+        if self._remote and self._index is None:
+            raise StoreError(f"{path}: has no index of all of its shards; run localmotion store finish first")
         planned = planned_shards(self.path)
         self.missing: list[int] = sorted(set(range(planned or 0)) - set(indices))
         """Shards of its manifest that do not exist yet; always empty for a store without a manifest."""
@@ -127,7 +134,7 @@ class ClipStore:
         shard = self._shards[i]
         with self._lock:
             if shard not in self._entries:
-                self._check_links(shard)
+                self._ready(shard)
                 clips = read_shard(self.path, shard, self.specs)["clips"]
                 self._entries[shard] = {entry["offset"]: entry for entry in clips}
                 if len(self._entries) > _READ_SHARDS:
@@ -137,9 +144,11 @@ class ClipStore:
             raise StoreError(f"{self.path}: its index and shard {shard:05d} differ; run localmotion store finish again")
         return entry
 
-    def _check_links(self, shard: int) -> None:
-        """Refuse links out of a shard of a store with an index; without one, opening has looked for them."""
-        if self._index is not None:
+    def _ready(self, shard: int) -> None:
+        """Download a shard of a remote store. Refuse links out of a shard, unless opening has looked for them."""
+        if self._remote:
+            self._remote.get_shard(shard, self.path)
+        elif self._index is not None:
             refuse_links(self.path, StoreError, only=self.path / "shards" / f"{shard:05d}")
 
     def missing_line(self) -> str:
@@ -171,6 +180,8 @@ class ClipStore:
     @property
     def rejected(self) -> list[dict[str, Any]]:
         """The videos that extraction rejected, each with "id" and "reason"."""
+        if self._remote:
+            self._remote.get([f"shards/{index:05d}/rejected.jsonl" for index in self._shard_indices], self.path)
         entries = [(index, entry) for index in self._shard_indices for entry in read_rejected(self.path, index)]
         return [entry for index, entry in entries if not self._replaced(entry["id"], index)]
 
@@ -206,6 +217,7 @@ class ClipStore:
     def verify(self) -> None:
         """Read everything and compare with the stored SHA-256. Raises StoreError naming the first damaged shard."""
         for index in self._shard_indices:
+            self._ready(index)
             files = read_shard(self.path, index, self.specs)["files"]
             for name in (spec.file for spec in self.specs.values()):  # never a name from the file
                 with (self.path / "shards" / f"{index:05d}" / name).open("rb") as file:
@@ -219,7 +231,7 @@ class ClipStore:
             if have is not None:
                 self._maps.move_to_end((shard, name))
                 return have
-            self._check_links(shard)
+            self._ready(shard)
             spec = self.specs[name]
             file = self.path / "shards" / f"{shard:05d}" / spec.file
             dtype = np.dtype(bool) if name == "visible" else np.dtype(spec.dtype)
