@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import ANY
 
+import cv2
 import pytest
 
 from localmotion.cli import main
@@ -41,7 +42,11 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "x.mp4").write_text("no video")
     (folder / "films.zip").write_bytes(b"PK")
     good = encode(folder / "film.mp4", moving_square(44))
-    good.write_bytes(good.read_bytes()[:-300])  # damaged behind its first clips
+    good.write_bytes(good.read_bytes()[:-300])
+    (folder / "frames").mkdir()
+    for number, picture in enumerate(moving_square(30)):
+        cv2.imwrite(str(folder / "frames" / f"{number}.png"), picture)
+    (folder / "frames/23.png").write_text("no picture")  # damaged behind its first clips
     return folder
 
 
@@ -317,7 +322,7 @@ def test_an_index_says_what_the_shards_say(store: Path) -> None:
     assert read(opened) == plain
     opened.verify()
     assert (found.clips, found.videos, found.missing) == (13, 7, [])
-    assert found.rejected == {"unreadable": 2, "unsupported_container": 1}
+    assert found.rejected == {"truncated": 1, "unreadable": 2, "unsupported_container": 1}
     assert finish_store(store, workers=2) == replace(found, seconds=ANY)
 
 
@@ -364,7 +369,7 @@ def test_with_an_index_damage_is_found_when_a_shard_is_used(store: Path) -> None
 def test_the_commands(videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, out = str(tmp_path / "m.jsonl"), str(tmp_path / "s")
     main(["scan", str(videos), "--no-decode", "--manifest", path, "--min-frames", "5", "--max-frames", "10"])
-    assert "10 videos, 9 of them to be decoded" in capsys.readouterr().out
+    assert "11 videos, 10 of them to be decoded" in capsys.readouterr().out
     recipe = ["--size", "32", "--percept-size", "32", "--tracks", "4", "--redraw-rounds", "0", "--workers", "0"]
     extraction = ["extract", "--manifest", path, "--out", out, "--shard-clips", "3", "--parts", "2", *recipe]
     main([*extraction, "--part", "1"])
