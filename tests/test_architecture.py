@@ -27,6 +27,7 @@ FLOORS = (
     "perception",
     "models",
     "envs",
+    "launch",
     "video",
     "compute",
     "replay",
@@ -39,7 +40,7 @@ FLOORS = (
     "machine",
     "errors",
 )
-TOP = {"cli", "commands", "data_commands", "demo", "info", "__init__", "__main__"}  # may import anything
+TOP = {"cli", "commands", "data_commands", "launch_commands", "demo", "info", "__init__", "__main__"}  # may import anything
 
 
 def room(path: Path) -> str:

@@ -251,7 +251,9 @@ def test_a_signal_to_the_process_saves_and_is_its_exit_code(tmp_path: Path) -> N
     assert_saved(tmp_path / "run", said)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 138), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 138), (signal.SIGUSR2, 140), (signal.SIGINT, 130)]
+)
 def test_a_signal_saves_and_says_so_in_the_exit_code(
     number: int, code: int, ctrl_c: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -15,6 +15,7 @@ import pytest
 from localmotion.cli import main
 from localmotion.errors import ConfigError
 from localmotion.evaluation.contrasts import Contrast, Contrasts
+from localmotion.launch import Launch
 from localmotion.training.study import RunsFailedError, load_study, run_study, slug, state
 from localmotion.training.study_file import read_study
 from waiting import holds, wait_until
@@ -168,7 +169,7 @@ def test_a_run_that_fails_costs_only_itself_and_what_needs_it(tmp_path: Path) ->
     text = text[: text.index("  entropy:")] + "  DRP: {method: drp, checkpoint: clips}\n"
     out = tmp_path / "out"
     with pytest.raises(RunsFailedError, match=r"2 of 3 runs failed, first clips: .*nowhere.*exit code 2"):
-        run_study(write(tmp_path, text), out, jobs=2)
+        run_study(write(tmp_path, text), out, Launch(jobs=2))
     assert state(out / "runs" / "DreamerV2-toy_dot-0") == "finished"
     assert state(out / "runs" / "DRP-toy_dot-0") == ""
 

@@ -2,7 +2,7 @@
 
 Exit codes: 0 success, 2 a LocalmotionError (one line on stderr), 130 Ctrl-C (commands that save keep finished work). A
 training run that is stopped by a signal saves first and exits with 128 + the signal: 130 SIGINT, 143 SIGTERM, 138
-SIGUSR1.
+SIGUSR1, 140 SIGUSR2.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from localmotion import __version__, commands, data_commands
+from localmotion import __version__, commands, data_commands, launch_commands
 from localmotion.errors import ConfigError, LocalmotionError, unknown_name
 from localmotion.files import trust_links
 from localmotion.foreign import trust_env
@@ -100,6 +100,7 @@ def _parser(stage: str = "") -> _Parser:
         type=int,
         help="videos of a shard (default 32; with --manifest those of the store, and for a new one above 320,000 videos 1,024)",
     )
+    launch_commands.add_launch(sub, "all parts")
     _recipe(sub)
 
     sub = add(
@@ -141,10 +142,12 @@ def _parser(stage: str = "") -> _Parser:
         _track(sub)
         sub.add_argument("-h", "--help", action="store_true", help="show this help and every setting")
 
-    sub = add("study", "Run a grid of methods, tasks, seeds and settings, several at a time, and report it.", commands.study)
+    sub = add(
+        "study", "Run a grid of methods, tasks, seeds and settings, several at a time, and report it.", launch_commands.study
+    )
     sub.add_argument("file", type=Path, help="the study, .yaml (docs/studies.md)")
     sub.add_argument("--out", type=Path, required=True, help="folder for its runs, page and table")
-    sub.add_argument("--jobs", type=int, default=0, help="runs at a time; 0: one per core")
+    launch_commands.add_launch(sub, "runs", "local")
     _track(sub)
 
     sub = add("evaluate", "Play evaluation episodes with a trained agent.", commands.evaluate)
@@ -445,7 +448,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if rest and args.command not in (*TRAINING, stage):
             known = [s for a in _parser()._subparsers._group_actions[0].choices[args.command]._actions for s in a.option_strings]  # type: ignore[union-attr,index]
             raise unknown_name(f"option of {args.command}", rest[0], known)
-        args.rest = rest
+        args.rest, args.line = rest, list(sys.argv[1:] if argv is None else argv)
         trust_links(args.follow_links)
         for name in getattr(args, "trust_env", []):
             trust_env(name)

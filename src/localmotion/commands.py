@@ -104,29 +104,6 @@ def _show_settings(command: str, run: Any) -> None:
     console.print(table, markup=False)
 
 
-def study(args: argparse.Namespace) -> None:
-    """`localmotion study`"""
-    from localmotion.console import say
-    from localmotion.report.build import report
-    from localmotion.report.table import write_table
-    from localmotion.training.study import RunsFailedError, run_study
-    from localmotion.training.study_file import read_study
-
-    failed: RunsFailedError | None = None
-    try:
-        run_study(args.file, args.out, jobs=args.jobs, track=args.track)
-    except RunsFailedError as error:  # raised again below, after the report of the other runs
-        failed = error
-    runs = sorted(path.parent for path in (args.out / "runs").glob("*/metrics.jsonl"))
-    if runs:
-        given = read_study(args.file)
-        for line in write_table(runs, args.out, given.reference, given.contrasts):
-            say(line)
-        say(f"wrote {report(runs, args.out / 'report.html', given.reference, given.contrasts)}")
-    if failed:
-        raise failed
-
-
 def evaluate(args: argparse.Namespace) -> None:
     """`localmotion evaluate`"""
     from localmotion.console import say

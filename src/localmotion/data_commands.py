@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from localmotion import launch_commands
 from localmotion.errors import ConfigError, LocalmotionError
 from localmotion.files import check_output
 
@@ -92,6 +93,9 @@ def extract(args: argparse.Namespace) -> None:
     from localmotion.perception.extract import extract_folder
     from localmotion.runs.datasets import local_videos
 
+    if args.launch or args.jobs or args.pack != 1 or args.launch_option:
+        launch_commands.launch_extract(args)
+        return
     if args.manifest:
         _extract_part(args)
         return

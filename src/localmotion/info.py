@@ -21,6 +21,8 @@ EXTRAS = {
     "hub: sharing weights": ("huggingface_hub", "pip install 'localmotion[hub]'"),
     "lerobot: LeRobot data sets": ("pyarrow", "pip install 'localmotion[lerobot]'"),
     "remote: stores in object storage": ("fsspec", "pip install 'localmotion[remote]'"),
+    "cluster: jobs of Slurm": ("submitit", "pip install 'localmotion[cluster]'"),
+    "ray: tasks of a Ray cluster": ("ray", "pip install 'localmotion[ray]'"),
     **{
         f"{name}: experiment tracker": (name, f"pip install 'localmotion[{name}]'")
         for name in ("tensorboard", "wandb", "trackio")

@@ -1,8 +1,8 @@
 """Stop signals: the run finishes its current update or agent step, saves, and exits with a code that names the signal.
 
-SIGINT (Ctrl-C), SIGTERM (a scheduler, `kill`) and SIGUSR1 (Slurm's warning, ``--signal=USR1@120``) request a stop.
+SIGINT (Ctrl-C), SIGTERM (a scheduler, `kill`), SIGUSR1 and SIGUSR2 (Slurm's warning, ``--signal=USR1@120``) request a stop.
 Loops check for a request between two updates or agent steps, because the state is complete there. The process then
-exits with 128 + the signal's number: 130, 143, 138. A second SIGINT stops the run immediately, without saving; the
+exits with 128 + the signal's number: 130, 143, 138, 140. A second SIGINT stops the run immediately, without saving; the
 previous checkpoint stays.
 """
 
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
-REQUESTS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+REQUESTS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Interrupted(KeyboardInterrupt):
