@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from localmotion.cli import main
-from localmotion.launch import parts
+from localmotion.launch import extraction
 from localmotion.launch_commands import without_launch
 from refusals import fails
 
@@ -30,7 +30,7 @@ def test_parts_on_this_machine_are_one_extraction(
     assert "begins  part-1" not in said
     assert "8 clips, 240 frames of 8 videos in 4 shards" in said
     assert sorted(path.name for path in (tmp_path / "store.launch" / "console").iterdir()) == ["part-0.log", "part-2.log"]
-    monkeypatch.setattr(parts, "carry_out", None)  # nothing is given any more
+    monkeypatch.setattr(extraction, "carry_out", None)  # nothing is given any more
     main([*line, "--launch", "local"])
     assert "3 finished, 0 to do" in capsys.readouterr().out
 

@@ -49,7 +49,7 @@ def without_launch(line: Sequence[str]) -> list[str]:
 def launch_extract(args: argparse.Namespace) -> None:
     """`localmotion extract --launch`. Raises ConfigError for arguments that do not go together."""
     from localmotion.console import say
-    from localmotion.launch.parts import extract_parts
+    from localmotion.launch.extraction import extract_parts
     from localmotion.training.interrupt import StopRequest
 
     if not args.launch:
