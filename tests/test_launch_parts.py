@@ -56,7 +56,6 @@ def test_a_part_is_the_same_command_without_the_engine() -> None:
         "ray",
         "--manifest",
         "m",
-        "--laun=ray",
         "--pack",
         "2",
         "--launch-opt",
