@@ -13,13 +13,15 @@ from localmotion.launch.work import Stop
 from localmotion.machine import cores
 from localmotion.video.finish import Finished, finish_store
 from localmotion.video.manifest_store import planned_shards
+from localmotion.video.remote import Remote, is_remote
 from localmotion.video.shards import shard_indices
 
 
-def extract_parts(line: Sequence[str], out: Path, parts: int, launch: Launch, stop: Stop) -> Finished:
+def extract_parts(line: Sequence[str], out: Path | str, parts: int, launch: Launch, stop: Stop) -> Finished:
     """Give each part of ``line``, arguments of `localmotion`, that has missing shards in ``out``. Then finish the store.
 
-    Files of the engine and outputs of the parts go to the folder OUT.launch, beside the store.
+    Files of the engine and outputs of the parts go to the folder OUT.launch: beside the store, or for an address of object storage
+    (`video.remote`) in the working folder.
 
     Args:
         parts: number of parts. The same number continues an extraction best, but any number does.
@@ -33,7 +35,8 @@ def extract_parts(line: Sequence[str], out: Path, parts: int, launch: Launch, st
     launch.check()
     if launch.name == "local":
         launch = launch._replace(jobs=min(launch.jobs or cores(), parts))
-    folder = out.with_name(f"{out.name}.launch").resolve()
+    beside = Path(Path(out).name) if is_remote(out) else Path(out)
+    folder = beside.with_name(f"{beside.name}.launch").resolve()
     (folder / "console").mkdir(parents=True, exist_ok=True)
     with locked(folder / LOCK, f"{out}: its parts are launched already; wait for that command", StoreError):
         names = [f"part-{part}" for part in range(parts)]
@@ -54,9 +57,10 @@ def extract_parts(line: Sequence[str], out: Path, parts: int, launch: Launch, st
         return finish_store(out, workers=cores())
 
 
-def _missing(out: Path, parts: int) -> set[int]:
+def _missing(out: Path | str, parts: int) -> set[int]:
     """The parts that have missing shards: all, before the store is begun."""
-    planned = planned_shards(out)
+    remote = Remote(str(out)) if is_remote(out) else None
+    planned = planned_shards(remote.making() if remote else Path(out))
     if planned is None:
         return set(range(parts))
-    return {index % parts for index in set(range(planned)) - set(shard_indices(out))}
+    return {index % parts for index in set(range(planned)) - set(remote.shards() if remote else shard_indices(Path(out)))}
