@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import random
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ from unittest.mock import ANY
 import cv2
 import pytest
 
+from lerobot_files import CAMERAS, DATA
 from localmotion.cli import main
 from localmotion.errors import ConfigError, StoreError
 from localmotion.perception import Recipe, extract, extract_folder, extract_shards
@@ -227,6 +229,31 @@ def test_a_video_of_another_size_than_listed_is_rejected(tmp_path: Path) -> None
     found = part(tmp_path / "m.jsonl", tmp_path / "s")
     assert found.rejected == {"changed": 1}
     assert "scan again" in found.rejections[0]["detail"]
+
+
+def test_a_folder_that_another_machine_took_over_stops_its_maker(manifest: Path, tmp_path: Path) -> None:
+    out = tmp_path / "s"
+
+    def steal(done: int, total: int | None, note: str) -> None:
+        for folder in (out / "shards").glob("*.making-*"):
+            shutil.rmtree(folder)
+
+    with pytest.raises(StoreError, match="was removed; another process makes shard 00000 now"):
+        part(manifest, out, progress=steal)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("pyarrow") is None, reason="pyarrow is not installed: pip install 'localmotion[lerobot]'"
+)
+def test_episodes_of_a_data_set(tmp_path: Path) -> None:
+    data, camera = Path(f"lerobot:{DATA / 'v30'}"), CAMERAS[0]
+    extract_folder(data, tmp_path / "plain", FAST, camera=camera, workers=0, min_frames=2, max_frames=300, shard_clips=2)
+    refs = open_videos(data, None, camera)[0]
+    write_manifest(tmp_path / "m.jsonl", data, refs, Limits(2, 300), camera=camera)
+    for number in (1, 0):
+        part(tmp_path / "m.jsonl", tmp_path / "s", number, 2, shard_clips=2)
+    assert files(tmp_path / "s") == files(tmp_path / "plain")
+    assert ClipStore(tmp_path / "s").extra.keys() >= {"action", "reward"}
 
 
 # --- the manifest ---------------------------------------------------------------------------------------------------------
