@@ -54,7 +54,7 @@ def test_counts_of_ends_and_rewards() -> None:
     assert 2 * truncated + terminated <= 40
     limited = inspect_env("own_envs:drawn", {"low": -1.6, "time_limit": 4}, steps=40)
     assert "time limit 4 env steps;" in limited.episodes
-    assert "render(), 20x40, averaged to 64x64 (squeezed to a square)" in limited.pictures
+    assert "render(), 20x40, resized to 64x64 (squeezed to a square)" in limited.pictures
     assert {name for name, reason in limited.methods.items() if reason} == {
         name for name in methods.names() if "goal" in methods.get(name).wants
     }

@@ -211,7 +211,8 @@ def _play(report: EnvReport, make: Callable[[], GymEnv], steps: int) -> None:
     report.milliseconds = {what: round(1000 * spent[what] / max(counts[what], 1), 3) for what in spent}
     source = f"its observation {env.observations.picture!r}" if env.observations.picture else "render()"
     squeezed = "" if height == width else " (squeezed to a square)"
-    report.pictures = f"{source}, {height}x{width}, averaged to {env.size}x{env.size}{squeezed}"
+    how = "averaged" if min(height, width) >= env.size else "resized"
+    report.pictures = f"{source}, {height}x{width}, {how} to {env.size}x{env.size}{squeezed}"
     report.rewards = f"{min(played.rewards):g} to {max(played.rewards):g} an env step, mean {np.mean(played.rewards):.3g}"
     if not all(np.isfinite(played.rewards)):
         report.problems.append("a reward is not finite")
