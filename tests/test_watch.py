@@ -281,13 +281,22 @@ def test_a_port_in_use_is_an_error_or_the_next_one_is_taken(
 def test_ctrl_c_ends_it_also_while_it_draws(tmp_path: Path) -> None:
     online_run(tmp_path / "a", env_steps=2000, media=False)
     command = [sys.executable, "-m", "localmotion", "watch", str(tmp_path), "--port", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        assert line.startswith("1 runs at http://127.0.0.1:")
-        with socket.create_connection(("127.0.0.1", int(re.findall(r":(\d+)/", line)[0]))) as asking:
-            asking.sendall(b"GET / HTTP/1.0\r\nHost: localhost\r\n\r\n")
-            time.sleep(0.05)
-            process.send_signal(signal.SIGINT)
-            assert process.wait(20) == 0
-        assert "the runs go on" in process.stdout.read()
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
+    ) as process:
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            assert line.startswith("1 runs at http://127.0.0.1:")
+            with socket.create_connection(("127.0.0.1", int(re.findall(r":(\d+)/", line)[0]))) as asking:
+                asking.sendall(b"GET / HTTP/1.0\r\nHost: localhost\r\n\r\n")
+                time.sleep(0.05)
+                process.send_signal(signal.SIGINT)
+                assert process.wait(60) == 0
+            assert "the runs go on" in process.stdout.read()
+        finally:
+            process.kill()  # or the test would wait for one that does not end
