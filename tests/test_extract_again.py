@@ -181,7 +181,7 @@ def test_what_the_machine_refused_is_tried_again(videos: Path, tmp_path: Path, m
 
     reasons = {"a.mp4": "decoder_timeout", "b.mp4": "decoder_memory", "short.mp4": "decoder_crash", "torn.mp4": "decoder_crash"}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(extract_module, "_results", weak)
+        patch.setattr(extract_module, "results_of", weak)
         with pytest.raises(VideoError, match="none of 4 videos is usable"):
             run(videos, tmp_path / "s")
     summary = run(videos, tmp_path / "s")

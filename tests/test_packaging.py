@@ -67,7 +67,7 @@ def test_developers_get_all_that_the_tests_and_the_demo_need() -> None:
     (own,) = [text for text in extras["dev"] if text.startswith("localmotion[")]
     assert set(own[len("localmotion[") : -1].split(",")) >= {"dmc", "metaworld", "report", "gym", "hub"}
     (everything,) = extras["all"]
-    assert set(everything[len("localmotion[") : -1].split(",")) == set(extras) - {"sea-raft", "mutation", "dev", "all"}
+    assert set(everything[len("localmotion[") : -1].split(",")) == set(extras) - {"sea-raft", "ray", "mutation", "dev", "all"}
 
 
 def test_each_suite_of_a_simulator_has_an_extra(monkeypatch: pytest.MonkeyPatch) -> None:

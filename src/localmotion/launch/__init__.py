@@ -6,9 +6,8 @@ a study, the parts of an extraction. Its package is imported when the engine is 
 
 from __future__ import annotations
 
-import importlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,8 +50,14 @@ class Launch(NamedTuple):
     def engine(self, folder: Path) -> Engine:
         """The engine. It keeps its files in ``folder``. Raises as `check`, and ConfigError if the engine refuses its options."""
         self.check()
-        made: Engine = importlib.import_module(f"localmotion.launch.{self.name}").make(folder.resolve(), self)
-        return made
+        make: Callable[[Path, Launch], Engine]
+        if self.name == "submitit":
+            from localmotion.launch.submitit import make
+        elif self.name == "ray":
+            from localmotion.launch.ray import make
+        else:
+            from localmotion.launch.local import make
+        return make(folder.resolve(), self)
 
 
 def launch_options(texts: Sequence[str]) -> dict[str, Any]:
