@@ -22,6 +22,7 @@ import yaml
 from localmotion.cli import main as localmotion
 from localmotion.console import errors, say
 from localmotion.errors import ConfigError, LocalmotionError
+from localmotion.launch import Launch
 from localmotion.report.build import report
 from localmotion.report.table import write_table
 from localmotion.training.study import RunsFailedError, run_study
@@ -118,7 +119,7 @@ def make(name: str, scale: str, out: Path, data: Path, jobs: int) -> None:
     if study:
         (here / "study.yaml").write_text(yaml.safe_dump(study, sort_keys=False, allow_unicode=True))
         try:
-            run_study(here / "study.yaml", out, jobs=jobs)
+            run_study(here / "study.yaml", out, Launch(jobs=jobs))
         except RunsFailedError as error:  # raised again below
             failed = error
         runs = [out / "runs" / job.name for job in load_study(here / "study.yaml")]
