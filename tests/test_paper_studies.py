@@ -7,7 +7,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -20,8 +20,8 @@ from localmotion.cli import main
 from localmotion.envs import check_env
 from localmotion.errors import ConfigError, StoreError
 from localmotion.evaluation.statistics import Curve
-from localmotion.training import study as studies
-from localmotion.training.study_file import Job, load_study
+from localmotion.launch import Command, Launch, Outcome
+from localmotion.training.study_file import load_study
 
 FOLDER = Path(__file__).parents[1] / "studies" / "paper"
 SCALES = ("paper", "tiny", "debug")
@@ -175,30 +175,39 @@ def test_table_5_agrees_but_for_the_training_frequency(paper: ModuleType, tmp_pa
     assert other == [["Training frequency, env steps", "5", "5 Meta-World, 10 DMCR", "only Meta-World |"]]
 
 
-class Done:
-    """A process that has ended."""
+class InThisProcess:
+    """An engine that runs each command at once, here: tests/test_study.py has real processes, and each of them imports everything."""
 
-    def __init__(self, returncode: int) -> None:
-        self.returncode = returncode
+    poll = 0.0
 
-    def poll(self) -> int:
-        return self.returncode
+    def __init__(self) -> None:
+        self.started: list[str] = []
+        self.over: list[tuple[str, Outcome]] = []
+
+    def adopt(self, commands: Sequence[Command]) -> set[str]:
+        return set()
+
+    def start(self, groups: Sequence[Sequence[Command]]) -> None:
+        for command in (command for group in groups for command in group):
+            self.started.append(command.name)
+            try:
+                main(command.arguments)
+                self.over.append((command.name, Outcome(0, "")))
+            except SystemExit as end:
+                self.over.append((command.name, Outcome(int(end.code or 0), "failed")))
+
+    def ended(self) -> list[tuple[str, Outcome]]:
+        over, self.over = self.over, []
+        return over
+
+    def close(self) -> None:
+        pass
 
 
 @pytest.mark.slow
 def test_every_table_and_figure_runs_at_debug(paper: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    started: list[str] = []
-
-    def start(job: Job, out: Path, jobs: int) -> Done:
-        """In this process: tests/test_study.py has the real ones, and each of them imports everything."""
-        started.append(job.name)
-        try:
-            main(job.arguments(out))
-        except SystemExit as end:
-            return Done(int(end.code or 0))
-        return Done(0)
-
-    monkeypatch.setattr(studies, "_start", start)
+    engine = InThisProcess()
+    monkeypatch.setattr(Launch, "engine", lambda launch, folder: engine)
     out = tmp_path / "out"
     for name in paper.NAMES:
         paper.main([name, "--scale", "debug", "--out", str(out), "--jobs", "1"])
@@ -222,4 +231,6 @@ def test_every_table_and_figure_runs_at_debug(paper: ModuleType, tmp_path: Path,
         if figure["shows"] in ("curves", "strips"):
             assert all(path.stat().st_size > 10_000 for path in here.glob("figure*.png"))
             assert list(here.glob("figure*.png"))
-    assert len(started) == len(set(started)) == len(list((out / "runs").iterdir()))  # what figures share is made once
+    assert (
+        len(engine.started) == len(set(engine.started)) == len(list((out / "runs").iterdir()))
+    )  # what figures share is made once
