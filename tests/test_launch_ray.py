@@ -14,7 +14,7 @@ from test_launch import Stops, command
 from waiting import holds
 
 pytest.importorskip("ray")
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # Ray's own
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
