@@ -10,7 +10,8 @@ Papers: LAPO arXiv 2312.10812 (`ImpalaEncoder`, `UNet`, `Quantizer`); MaskLAM ar
 What stages, acting and prediction share is in `models.latent_windows`.
 
 Shapes: N pictures or rows, C channels, S side of a picture (a power of two for `UNet`, else divisible by 8), Z numbers of z,
-W numbers of a code, A actions. Pictures are floats in [-0.5, 0.5] (LAPO, MaskLAM) or [-1, 1] (LAOM).
+W numbers of a code, A actions. Pictures are floats in [-0.5, 0.5] (LAPO, MaskLAM) or [-1, 1] (LAOM). Maps have their channels last
+in memory, which convolutions on CPUs prefer.
 """
 
 from __future__ import annotations
@@ -25,6 +26,12 @@ from torch import Tensor, nn
 from localmotion import ranks
 from localmotion.models.batch_norm import BatchNorm2d
 
+
+def channels_last(x: Tensor) -> Tensor:
+    """The same maps (N, C, H, W), with the channels of a place side by side in memory."""
+    return x.contiguous(memory_format=torch.channels_last)
+
+
 # 1. Encoders ------------------------------------------------------------------------------------------------------------------
 
 
@@ -32,7 +39,8 @@ def orthogonal_(module: nn.Module) -> None:
     """Orthogonal weights and zero biases for every convolution and linear layer of ``module``, as in MaskLAM and LAOM."""
     for layer in module.modules():
         if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
-            nn.init.orthogonal_(layer.weight)
+            with torch.no_grad():  # torch's own writes to tensors in the default order only
+                layer.weight.copy_(nn.init.orthogonal_(torch.empty(layer.weight.shape)))
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
 
@@ -66,9 +74,11 @@ class ImpalaEncoder(nn.Module):
             self.side = (self.side + 1) // 2
         self.width = widths[-1]
         self.embed_dim = self.width * self.side**2
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, image: Tensor) -> Tensor:
         """(N, C, S, S) -> maps (N, last width, side, side)."""
+        image = channels_last(image)
         for stage in self.stages:
             image = stage(image)
         return image
@@ -89,9 +99,11 @@ class StridedEncoder(nn.Module):
             self.side = (self.side + 1) // 2
         self.width = widths[-1]
         self.embed_dim = self.width * self.side**2
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, image: Tensor) -> Tensor:
         """(N, C, S, S) -> maps (N, last width, side, side)."""
+        image = channels_last(image)
         for stage in self.stages:
             image = stage(image)
         return image
@@ -218,11 +230,13 @@ class UNet(nn.Module):
             nn.ReLU(),
             nn.Conv2d(base, outputs, 1),
         )
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, image: Tensor, z: Tensor) -> Tensor:
         """Pictures (N, C, S, S) and z (N, Z) -> the next frame (N, 3, S, S) in [-0.5, 0.5]."""
         action = z[:, :, None, None].to(image.dtype)
-        x = torch.cat([image, action.expand(-1, -1, *image.shape[2:])], 1)
+        image = channels_last(image)
+        x = torch.cat([image, channels_last(action.expand(-1, -1, *image.shape[2:]))], 1)
         maps = []
         for level in self.down:
             x = level(x)
@@ -252,12 +266,13 @@ class ResidualForward(nn.Module):
             parts += [nn.ConvTranspose2d(a, b, 2, 2), Residual(b), Residual(b)]
         self.decoder = nn.Sequential(*parts, nn.GELU(), nn.Conv2d(widths[0], outputs, 1))
         self.bounded = bounded
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, image: Tensor, z: Tensor) -> Tensor:
         """Pictures (N, C, S, S) and z (N, Z) -> (N, outputs, S, S)."""
         maps = self.encoder(image)
-        beside = self.project(z).view_as(maps)
-        out: Tensor = self.decoder(torch.cat([maps, beside.to(maps.dtype)], 1))
+        beside = channels_last(self.project(z).view_as(maps)).to(maps.dtype)
+        out: Tensor = self.decoder(torch.cat([maps, beside], 1))
         return torch.tanh(out) / 2 if self.bounded else out
 
 

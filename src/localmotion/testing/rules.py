@@ -87,7 +87,7 @@ class Subject:
         method = self.build()
         with torch.no_grad():
             for parameter in method.parameters():
-                parameter.add_(0.1 * torch.randn_like(parameter))
+                parameter.add_(0.1 * torch.randn(parameter.shape))  # in the same order whatever the layout in memory
         return method
 
     @property
