@@ -185,6 +185,41 @@ def test_short_episodes_follow_each_other(store: Path) -> None:
         assert not batch["action"][row, [0, 19, 38]].any()
 
 
+def test_episodes_may_begin_with_copies_of_their_first_frame(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The copies have no action and no reward. With 19 frames and a lead of 2, one start of 15 has two copies and one has one."""
+    clips = ClipStore(store)
+    sampler = EpisodeSampler(clips, 7, 50, 0, lead=2, motion=True)
+    drawn: list[Any] = []
+    draw = sampler._pieces
+    monkeypatch.setattr(sampler, "_pieces", lambda rng: (drawn.append(draw(rng)), drawn[-1])[1])
+    counts = np.zeros(3)
+    for index in range(20):
+        drawn.clear()
+        batch = sampler.batch(index)
+        for row, ((_, clip, begin, _),) in enumerate(drawn):
+            copies, start = max(-begin, 0), max(begin, 0)
+            counts[copies] += 1
+            frames = batch["image"][row].numpy()
+            assert (frames[:copies] == frames[copies]).all()
+            assert np.array_equal(clips.window("frames", clip, start, start + 7 - copies), frames[copies:])
+            assert batch["is_first"][row].tolist() == [True] + [False] * 6
+            assert not batch["action"][row, : copies + 1].any()
+            np.testing.assert_array_equal(
+                batch["action"][row, copies + 1 :], clips.window("action", clip, start + 1, start + 7 - copies)
+            )
+            np.testing.assert_array_equal(batch["reward"][row, copies:], clips.window("reward", clip, start, start + 7 - copies))
+            assert not batch["reward"][row, :copies].any()
+    assert abs(counts[1:] - 1000 / 15).max() < 5 * 8  # five standard deviations
+    short = EpisodeSampler(clips, 50, 30, 0, lead=2).batch(
+        0
+    )  # two whole episodes with their copies, and eight positions of a third
+    assert all({0, 21, 42} == set(torch.nonzero(row).flatten().tolist()) for row in short["is_first"])
+    tiny = EpisodeSampler(clips, 22, 200, 0, lead=2).batch(
+        0
+    )  # one position is left for a second episode: a frame, no copy before it
+    assert all(torch.nonzero(row).flatten().tolist() == [0, 21] for row in tiny["is_first"])
+
+
 def test_a_batch_is_a_function_of_seed_and_index(store: Path) -> None:
     clips = ClipStore(store)
     one, other = EpisodeSampler(clips, 6, 4, 3), EpisodeSampler(clips, 6, 4, 3)

@@ -89,6 +89,31 @@ def test_a_batch_holds_the_motion_that_led_to_each_frame(store: ClipStore) -> No
             assert batch["track_id"][b, 0, 2] == 2 + t[0] // 4
 
 
+def test_windows_may_begin_with_copies_of_a_clips_first_frame(store: ClipStore) -> None:
+    """With a lead of 2 each start from -2 on is as likely as the others; copies have no motion, and what follows is as without them."""
+    led, plain = sampler(store, lead=2), sampler(store)
+    batches = [led.batch(index) for index in range(400)]
+    (long,) = np.flatnonzero(store.lengths == 30)
+    counts = Counter(torch.cat([batch["start"][batch["clip"] == int(long)] for batch in batches]).tolist())
+    assert counts.keys() == set(range(-2, 25))
+    assert abs(counts[-2] + counts[-1] - 2 * 3200 / 12 / 27) < 5 * 4.5  # five standard deviations
+    seen = set()
+    for batch in batches:
+        for b, start in enumerate(batch["start"].tolist()):
+            copies = max(-start, 0)
+            seen.add(copies)
+            (whole,) = [plain.windows(batch["clip"][b : b + 1].numpy(), np.array([max(start, 0)]))]
+            for name in ("image", "flow", "tracks", "track_id", "visible"):
+                assert torch.equal(batch[name][b, copies:], whole[name][0, : 6 - copies]), name
+            assert (batch["image"][b, :copies] == whole["image"][0, 0]).all()
+            assert not batch["flow"][b, :copies].any()
+            assert not batch["visible"][b, :copies].any()
+            assert batch["is_first"][b].tolist() == [True] + [False] * 5
+    assert seen == {0, 1, 2}
+    with pytest.raises(ValueError, match="lead 6"):
+        sampler(store, lead=6)
+
+
 def test_the_stream_is_the_batches_in_order_with_and_without_prefetch(store: ClipStore) -> None:
     plain, ahead = sampler(store), sampler(store, prefetch=True)
     for index in range(10):

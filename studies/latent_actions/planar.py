@@ -9,14 +9,17 @@ independently of it, at 32 pixels, and 40 more before textures that training doe
 episodes with masks perceived by `extract --mask motion` instead of the simulator's. Seed 100 is for development: the data and the
 budgets were chosen on it.
 
-An arm learns in the stages of docs/latent_actions.md, preset `tiny` with 500 updates of `pretrain`, 2,000 of `clone` (8 clips a batch),
-and 300 of `decode` for each number of labelled transitions. `bc` learns from the labelled transitions alone for 1,000 updates, `idm` also
-trains an inverse model on them that labels all video. Rows go to studies/latent_actions/rows/, one JSON line an arm; arms that are there
-are not run again.
+An arm learns in the stages of docs/latent_actions.md, preset `tiny` with 500 updates of `pretrain` and 1,500 of `clone`, each on 8 clips,
+and 200 of `decode` for each number of labelled transitions. MaskLAM's inverse model sees the next frame, as LAPO's does (`offset=1`), so
+that the two differ in the mask alone and get as many windows from a clip. `bc` learns from the labelled transitions alone for 1,000
+updates; `idm` also trains an inverse model on them that labels all video. Both take 16 pieces of 8 frames an update, as `decode` does.
+Products are in bf16 where that is faster. Rows go to studies/latent_actions/rows/, one JSON line an arm; arms that are there are not run
+again.
 
     nmse            error of ridge regression from the latent action to the action / variance of actions; held-out backgrounds
     actions, links, background
                     R2 of ridge regression to actions, velocities of links in the picture, and the background's motion; held-out backgrounds
+    policy          number of labels: R2 of the policy's actions, against those of the expert with its noise, on the held-out episodes
     returns, held-out
                     number of labels: mean and deviation over 5 episodes, before the textures of training and before held-out ones
     expert, random  mean return of the expert without noise, and of uniform random actions
@@ -31,6 +34,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from localmotion import methods
@@ -39,19 +43,20 @@ from localmotion.evaluation.probes import probe
 from localmotion.methods.base import Source
 from localmotion.recipe import Recipe
 from localmotion.recording.collect import collect
+from localmotion.runs.load import load_run
 from localmotion.runs.settings import compose
 from localmotion.training.finetune import finetune
 from localmotion.training.pretrain import pretrain
+from localmotion.video.store import ClipStore
 
 HERE = Path(__file__).parent
 LABELS = (50, 500, 5000)
 BACKGROUND = {"background": "independent"}
 ARMS: dict[str, tuple[str, tuple[str, ...]]] = {
     "lapo": ("lapo", ("form=continuous",)),
-    "masklam": ("masklam", ()),
-    "masklam, no mask": ("masklam", ("loss_mask=false", "mask_channel=false")),
-    "masklam, motion": ("masklam", ()),
-    "masklam, eroded": ("masklam", ("mask_grow=-1",)),
+    "masklam": ("masklam", ("offset=1",)),
+    "masklam, motion": ("masklam", ("offset=1",)),
+    "masklam, eroded": ("masklam", ("offset=1", "mask_grow=-1")),
     "laom": ("laom", ()),
     "bc": ("bc", ("policy=impala",)),
     "idm": ("bc", ("policy=impala", "relabel=true")),
@@ -80,10 +85,24 @@ def data(task: str, work: Path, kind: str) -> Path:
 
 def learn(method: str, stage: str, out: Path, updates: int, settings: tuple[str, ...], **flags: Any) -> Path:
     clips = methods.get(method).stages[stage] is Source.CLIPS
-    own = (f"{'pretrain' if clips else 'online'}.updates={updates}", *(() if clips else ("online.eval_every=100000",)))
-    common = {"device": "cpu", "precision": "fp32", "threads": 1}
-    run = compose(method, stage, preset="tiny", env=flags.get("env", ""), flags={**common, **flags}, settings=(*settings, *own))
+    part, batch = ("pretrain", 8) if clips else ("online", 16)
+    own = (f"{part}.updates={updates}", f"{part}.batch_size={batch}")
+    common = {"device": "cpu", "precision": "auto", "threads": 1}
+    run = compose(method, stage, preset="tiny", flags={**common, **flags}, settings=(*settings, *own))
     return pretrain(run, out) if clips else finetune(run, out)
+
+
+def explained(agent: Path, store: ClipStore) -> tuple[float, str]:
+    """R2 of an agent's actions on the episodes of a store that it has not seen, and the precision that it learned with."""
+    _, method, compute = load_run(agent, device="cpu", threads=1, plays=False)
+    names = {"image": "frames", "action": "action"}
+    batch = {
+        key: torch.from_numpy(np.stack([store.window(name, clip) for clip in range(len(store))])) for key, name in names.items()
+    }
+    batch["is_first"] = torch.zeros(batch["image"].shape[:2], dtype=torch.bool)
+    losses = method.clone_losses if method.name == "bc" else method.decode_losses
+    with torch.no_grad():
+        return round(float(losses(batch)[1]["action/r2"]), 4), "bf16" if compute.bf16 else "fp32"
 
 
 def main() -> None:
@@ -109,7 +128,7 @@ def main() -> None:
         shutil.rmtree(root, ignore_errors=True)
         row: dict[str, Any] = {"task": args.task, "seed": args.seed, "arm": arm, "settings": list(settings)}
         clips = str(stores["motion" if arm == "masklam, motion" else "exact"])
-        logs = {"data": str(stores["exact"]), "env": f"planar:{args.task}", "env_options": BACKGROUND, "seed": args.seed}
+        logs = {"data": str(stores["exact"]), "seed": args.seed}
         start: dict[str, Any] = {}
         if method != "bc":
             first = learn(method, "pretrain", root / "pretrain", 500, settings, data=clips, seed=args.seed)
@@ -125,21 +144,24 @@ def main() -> None:
             exact = next(score for score in scores if score["code"].startswith("exact flow"))
             row["exact flow"] = {name: round(float(exact[key]), 4) for name, key in names.items()}
             if not args.probes:
-                small = (*settings, "pretrain.batch_size=8")
-                policy = learn(method, "clone", root / "clone", 2_000, small, data=clips, seed=args.seed, checkpoint=str(first))
+                policy = learn(
+                    method, "clone", root / "clone", 1_500, settings, data=clips, seed=args.seed, checkpoint=str(first)
+                )
                 start = {"checkpoint": str(policy)}
+        env = f"planar:{args.task}"
         if not args.probes:
-            row["returns"], row["held-out"] = {}, {}
+            row |= {"policy": {}, "returns": {}, "held-out": {}}
         for labels in () if args.probes else LABELS:
-            agent = learn(
-                method, "decode", root / f"decode-{labels}", 300 if start else 1_000, settings, labels=labels, **logs, **start
-            )
+            updates = 200 if start else 1_000
+            agent = learn(method, "decode", root / f"decode-{labels}", updates, settings, labels=labels, **logs, **start)
+            row["policy"][str(labels)], row["precision"] = explained(agent, ClipStore(stores["val"]))
             for key, split in (("returns", "train"), ("held-out", "val")):
-                score = evaluate_run(agent, episodes=5, seed=args.seed + 1000, env_options={**BACKGROUND, "split": split})
+                options = {**BACKGROUND, "split": split}
+                score = evaluate_run(agent, episodes=5, seed=args.seed + 1000, env=env, env_options=options)
                 row[key][str(labels)] = [round(score["return_mean"], 1), round(score["return_std"], 1)]
         if not args.probes:
             expert = json.loads((HERE.parent / "experts" / args.task / "expert.json").read_text())
-            floor = evaluate_run(agent, policy="random", episodes=10, seed=args.seed + 1000)
+            floor = evaluate_run(agent, policy="random", episodes=10, seed=args.seed + 1000, env=env, env_options=BACKGROUND)
             row |= {"expert": round(expert["return_mean"], 1), "random": round(floor["return_mean"], 1)}
         row["cpu_seconds"] = round(time.process_time() - began)
         with rows.open("a") as file:

@@ -260,6 +260,15 @@ class Method(nn.Module):
         return 2, None
 
     @classmethod
+    def lead(cls, config: Any, stage: str) -> int:
+        """Copies of the first frame that may stand before an episode or a clip in the sequences of a stage.
+
+        For a method that sees a stack of the newest frames. While it acts, an episode begins with a stack of copies. Without them in its
+        sequences it would never learn what to do at the start.
+        """
+        return 0
+
+    @classmethod
     def needs(cls, config: Any, stage: str) -> frozenset[str]:
         """The keys of `wants` that the losses of a stage need with the method's settings."""
         return cls.wants

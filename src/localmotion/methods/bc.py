@@ -109,6 +109,10 @@ class BC(Method):
         return STACK + 1, None
 
     @classmethod
+    def lead(cls, config: Any, stage: str) -> int:
+        return STACK - 1
+
+    @classmethod
     def needs(cls, config: Any, stage: str) -> frozenset[str]:
         return VIDEO if config.relabel else frozenset()
 

@@ -159,6 +159,10 @@ class LAOM(Method):
         return STACK + (config.offset if stage == "pretrain" else 1), None
 
     @classmethod
+    def lead(cls, config: Any, stage: str) -> int:
+        return STACK - 1
+
+    @classmethod
     def needs(cls, config: Any, stage: str) -> frozenset[str]:
         return LABELS if stage == "pretrain" and config.supervised else frozenset()
 

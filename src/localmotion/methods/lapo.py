@@ -194,6 +194,10 @@ class LAPO(Method):
         return (2 if stage == "decode" and config.form == "vq" else frames + 1), None
 
     @classmethod
+    def lead(cls, config: Any, stage: str) -> int:
+        return cls.lengths(config, stage)[0] - 2
+
+    @classmethod
     def needs(cls, config: Any, stage: str) -> frozenset[str]:
         return MOTION if stage == "pretrain" and config.flow_weight > 0 else frozenset()
 

@@ -157,6 +157,10 @@ class MaskLAM(Method):
         return STACK + (config.offset if stage == "pretrain" else 1), None
 
     @classmethod
+    def lead(cls, config: Any, stage: str) -> int:
+        return STACK - 1
+
+    @classmethod
     def needs(cls, config: Any, stage: str) -> frozenset[str]:
         seen = config.mask_channel or config.input_mask  # by the inverse model
         needed = {"pretrain": seen or config.loss_mask, "clone": seen, "finetune": seen and config.ppo.decoder_until > 0}

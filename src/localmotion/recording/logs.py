@@ -71,6 +71,7 @@ class EpisodeSampler:
         labels: number of labelled transitions; 0: all. The sampler then draws from these only (`label_set`).
         label_seed: of the choice of the labelled transitions.
         rows: those of each batch that are read; the batches hold no others.
+        lead: an episode may begin with up to this many copies of its first frame, without action, reward and motion (`Method.lead`).
         heldout_fraction: share of the videos that is left out, chosen by a hash of their id.
 
     Raises StoreError for a store without actions, rewards or (with ``mask``) masks, for a store without any episode
@@ -92,9 +93,13 @@ class EpisodeSampler:
         labels: int = 0,
         label_seed: int = 0,
         rows: slice = slice(None),
+        lead: int = 0,
     ) -> None:
-        if length < 1 or batch_size < 1 or seed < 0 or not 0 <= heldout_fraction < 1:
-            raise ValueError(f"length {length}, batch {batch_size}, seed {seed}, heldout {heldout_fraction}: out of range")
+        if not 0 <= lead < length or batch_size < 1 or seed < 0 or not 0 <= heldout_fraction < 1:
+            raise ValueError(
+                f"length {length}, lead {lead}, batch {batch_size}, seed {seed}, heldout {heldout_fraction}: out of range"
+            )
+        self.lead = lead
         self.store, self.length, self.batch_size, self.seed, self.rows = store, length, batch_size, seed, rows
         self.prioritize_ends = prioritize_ends
         self.action_dim = action_dim(store)
@@ -145,19 +150,20 @@ class EpisodeSampler:
         while at < self.length:
             drawn = rng.integers(len(self.clips))
             clip, frames = int(self.clips[drawn]), int(self.frames[drawn])
-            length = min(self.length - at, frames)
-            spare = frames - length
+            length = min(self.length - at, frames + self.lead)
+            spare = frames + self.lead - length
             start = int(rng.integers(spare + (length if self.prioritize_ends else 0) + 1))
-            found.append(_Piece(at, clip, min(start, spare), length))
+            found.append(_Piece(at, clip, max(min(start, spare) - self.lead, 1 - length), length))  # one frame is no copy
             at += length
         return found
 
     def _read(self, piece: _Piece, into: dict[str, NDArray[Any]]) -> None:
         _, clip, start, length = piece
-        window = {name: self.store.window(name, clip, start, start + length) for name in REQUIRED}
-        into["reward"][:] = window["reward"]
-        into["is_terminal"][:] = window["is_terminal"] != 0
-        into["action"][1:] = window["action"][1:]  # the action that led to the first frame is unknown, as at a reset
+        window = {name: self.store.window(name, clip, max(start, 0), start + length) for name in REQUIRED}
+        own = slice(max(-start, 0), None)  # without copies
+        into["reward"][own] = window["reward"]
+        into["is_terminal"][own] = window["is_terminal"] != 0
+        into["action"][own][1:] = window["action"][1:]  # the action that led to the first frame is unknown, as at a reset
         into["is_first"][0] = True
 
 

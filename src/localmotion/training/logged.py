@@ -56,12 +56,21 @@ class LoggedLoop(Loop):
             labels=run.labels,
             label_seed=run.seed,
             rows=share,
+            lead=(lead := method.lead(run.model, run.stage)),
         )
         self.video: WindowSampler | None = None
         if needs & VIDEO:  # the clips that stages on video learn from
             held = run.pretrain.heldout_fraction
             self.video = WindowSampler(
-                store, online.length, online.batch_size, run.seed, heldout_fraction=held, prefetch=False, motion=False, rows=share
+                store,
+                online.length,
+                online.batch_size,
+                run.seed,
+                heldout_fraction=held,
+                prefetch=False,
+                motion=False,
+                rows=share,
+                lead=lead,
             )
         self.trials = Trials(run, out, method, self.compute, make, lambda: self.stop.check()) if make else None
         self.spent |= {"data": 0.0, "eval": 0.0}

@@ -129,6 +129,7 @@ def _sampler(store: ClipStore, run: RunConfig, split: Split) -> WindowSampler:
         motion=bool(needs & MOTION),
         mask=bool(needs & MASK),
         rows=ranks.rows(settings.batch_size) if training else slice(None),
+        lead=methods.get(run.method).lead(run.model, run.stage) if training else 0,
     )
 
 
@@ -139,7 +140,14 @@ def _labelled(store: ClipStore, run: RunConfig) -> EpisodeSampler | None:
     settings = run.pretrain
     share = ranks.rows(settings.batch_size)
     return EpisodeSampler(
-        store, settings.length, settings.batch_size, run.seed, labels=run.labels, label_seed=run.seed, rows=share
+        store,
+        settings.length,
+        settings.batch_size,
+        run.seed,
+        labels=run.labels,
+        label_seed=run.seed,
+        rows=share,
+        lead=methods.get(run.method).lead(run.model, run.stage),
     )
 
 

@@ -46,7 +46,7 @@ class WindowSampler:
     track_id (B, T, N)       int32   track of each slot in frame t-1; at t = 0 that of frame 0
     is_first (B, T)          bool    True at t = 0
     clip     (B,)            int64   index of the clip in the store
-    start    (B,)            int64   first frame of the window in the clip
+    start    (B,)            int64   first frame of the window in the clip, below 0 where it begins with copies (`lead`)
     mask     (B, T, S, S)    bool    pixels of the agent, with `mask=True`
     ======== =============== ======= ====================================================================
 
@@ -67,19 +67,24 @@ class WindowSampler:
         motion: bool = True,
         mask: bool = False,
         rows: slice = slice(None),
+        lead: int = 0,
     ) -> None:
         """`length` T and `batch_size` B; `seed` 0 or more. `rows`: those of each batch that are read; the batches hold no others.
+        `lead`: windows may begin this many frames before a clip, where all frames are copies of its first (`Method.lead`).
 
         Raises StoreError if no clip of the split has T frames, and with ``mask`` for a store without masks.
         """
-        if length < 1 or batch_size < 1 or seed < 0 or not 0 <= heldout_fraction < 1:
-            raise ValueError(f"length {length}, batch {batch_size}, seed {seed}, heldout {heldout_fraction}: out of range")
+        if not 0 <= lead < length or batch_size < 1 or seed < 0 or not 0 <= heldout_fraction < 1:
+            raise ValueError(
+                f"length {length}, lead {lead}, batch {batch_size}, seed {seed}, heldout {heldout_fraction}: out of range"
+            )
         if split not in ("train", "heldout", "all"):
             raise ValueError(f"split {split!r} is none of train, heldout, all")
         self.store, self.length, self.batch_size, self.seed, self.rows = store, length, batch_size, seed, rows
         self.clips = _clips_of(store, length, split, heldout_fraction)
         """Indices in the store of the clips drawn from, (n,) int64."""
-        self.starts: NDArray[np.int64] = store.lengths[self.clips] - length + 1
+        self.lead = lead
+        self.starts: NDArray[np.int64] = store.lengths[self.clips] + lead - length + 1
         """Number of valid starts of each of them, (n,) int64."""
         self.index = 0
         """Index of the batch that `next` returns."""
@@ -97,7 +102,7 @@ class WindowSampler:
         words = np.random.Philox(key=self.seed, counter=[0, 0, 0, index]).random_raw(2 * self.batch_size)
         uniform = (words >> np.uint64(11)) * 2.0**-53  # (2 B,) in [0, 1)
         drawn = (uniform[: self.batch_size] * len(self.clips)).astype(np.int64)
-        return self.clips[drawn], (uniform[self.batch_size :] * self.starts[drawn]).astype(np.int64)
+        return self.clips[drawn], (uniform[self.batch_size :] * self.starts[drawn]).astype(np.int64) - self.lead
 
     def batch(self, index: int) -> Batch:
         """Batch `index` of the stream, independent of earlier calls."""
@@ -179,7 +184,13 @@ def read_window(store: ClipStore, clip: int, start: int, into: Mapping[str, NDAr
     """Fill arrays (n, ...), by the keys of `layout`, with frames start to start + n of a clip and the motion that led to each.
 
     Motion stored at t leads to t+1, so it moves one position up; the first position has no motion. Masks stay where they are.
+    With ``start`` below 0, and above -n, the first positions are copies of frame 0, without motion.
     """
+    if start < 0:
+        read_window(store, clip, 0, {name: array[-start:] for name, array in into.items()})
+        for array in into.values():
+            array[:-start] = array[-start]
+        return
     stop = start + len(into["image"])
     into["image"][:] = store.window("frames", clip, start, stop)
     if "mask" in into:
