@@ -33,6 +33,8 @@ from localmotion.testing.learns import (
     updates_change_every_group,
 )
 from localmotion.training.checks import check_video_stage
+from localmotion.video.sample import WindowSampler
+from localmotion.video.store import ClipStore
 from written_out import pvdr as written
 
 CODES, CELLS = 11, 4
@@ -348,6 +350,24 @@ def test_windows_are_drawn_from_all_starts_of_a_sequence() -> None:
         assert times.shape == (4, 5)
         seen |= set(times[:, 0].tolist())
     assert seen == {0, 1, 2, 3}
+
+
+def test_plans_from_an_episodes_first_frame_are_learned(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the method acts, the first plan follows copies of the first frame."""
+    subject = compose(PVDR, "pretrain", preset="debug")
+    planner, contexts = method(), list[Tensor]()
+    monkeypatch.setattr(planner, "tokens", lambda image: image.flatten(2)[:, :, :64])
+    monkeypatch.setattr(planner, "plan_losses", lambda tokens: (contexts.append(tokens[:, : planner.before]), {}, None))
+    clips, (length, _) = ClipStore(store), PVDR.lengths(subject.model, "pretrain")
+    windows = WindowSampler(clips, length, 50, 0, split="all", prefetch=False, lead=PVDR.lead(subject.model, "pretrain"))
+    starts = []
+    for index in range(4):
+        batch = windows.batch(index)
+        starts += batch["start"].tolist()
+        planner.pretrain_losses(batch)
+    first = [start == 1 - planner.before for start in starts]
+    assert 0 < sum(first) < 200
+    assert all((context == context[-1]).all() for context, begins in zip(torch.cat(contexts), first, strict=True) if begins)
 
 
 def test_the_code_of_a_frame_is_of_the_plan_that_begins_with_it() -> None:

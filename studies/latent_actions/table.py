@@ -1,6 +1,9 @@
-"""Tables of the rows that `toy.py` and `planar.py` wrote: markdown on the standard output.
+"""Tables of the rows that `toy.py` and `planar.py` wrote, markdown on the standard output, and the figure returns.png.
 
 python studies/latent_actions/table.py
+
+The score of a return is (return - random) / (expert - random): 0 is the mean return of random actions, 1 that of the expert without
+noise. Seed 100 is not in the tables of returns: it is for development.
 """
 
 from __future__ import annotations
@@ -11,9 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
+
+from localmotion.report.style import GRID, PALETTE
 
 HERE = Path(__file__).parent
 PROBES = ("nmse", "actions", "links", "background")
+LABELS = ("50", "500", "5000")
+ORDER = ("masklam", "masklam, motion", "masklam, eroded", "lapo", "laom", "idm", "bc")
 
 
 def rows(pattern: str) -> list[dict[str, Any]]:
@@ -26,6 +34,84 @@ def cell(values: list[float]) -> str:
 
 def table(head: list[str], lines: list[list[str]]) -> None:
     print("\n".join(["", f"| {' | '.join(head)} |", "|---" * len(head) + "|", *(f"| {' | '.join(line)} |" for line in lines)]))
+
+
+def score(row: dict[str, Any], key: str, labels: str) -> float:
+    """0: random actions; 1: the expert."""
+    return float((row[key][labels][0] - row["random"]) / (row["expert"] - row["random"]))
+
+
+def found(sweep: list[dict[str, Any]]) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """Rows by task and arm, both in a fixed order."""
+    out: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for task in sorted({row["task"] for row in sweep}):
+        arms = {arm: [row for row in sweep if (row["task"], row["arm"]) == (task, arm)] for arm in ORDER}
+        out[task] = {arm: rows for arm, rows in arms.items() if rows}
+    return out
+
+
+def draw(by_task: dict[str, dict[str, list[dict[str, Any]]]], out: Path) -> None:
+    """Scores against the number of labels, a panel for each task; bars from the lowest to the highest seed."""
+    figure = Figure(figsize=(3.6 * len(by_task), 3.4), layout="constrained")
+    panels = figure.subplots(1, len(by_task), sharey=True, squeeze=False)[0]
+    for panel, (task, arms) in zip(panels, by_task.items(), strict=True):
+        for number, arm in enumerate(ORDER):
+            rows = arms.get(arm, [])
+            values = np.array([[score(row, "returns", labels) for labels in LABELS] for row in rows])
+            if len(values):
+                places = [float(labels) * 1.07 ** (number - 3) for labels in LABELS]
+                middle, low, high = values.mean(0), values.min(0), values.max(0)
+                style = "--" if arm in ("bc", "idm") else "-"
+                panel.errorbar(
+                    places,
+                    middle,
+                    [middle - low, high - middle],
+                    fmt=f"o{style}",
+                    ms=3.5,
+                    lw=1.6,
+                    elinewidth=0.8,
+                    color=PALETTE[number % len(PALETTE)],
+                    label=arm,
+                )
+        panel.set_xscale("log")
+        panel.set_xticks([float(labels) for labels in LABELS], LABELS)
+        panel.minorticks_off()
+        panel.grid(color=GRID, lw=0.6)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.set_title(f"{task.replace('_', ' ')}, {max(map(len, arms.values()))} seeds", fontsize=10)
+        panel.set_xlabel("labelled transitions")
+    panels[0].set_ylabel("score (expert = 1)")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(ORDER), frameon=False, fontsize=9)
+    figure.savefig(out, dpi=150)
+
+
+def returns_tables() -> None:
+    by_task = found([row for row in rows("rows/*_*-*.jsonl") if row["seed"] != 100 and "returns" in row])
+    for task, arms in by_task.items():
+        exact = next(iter(arms.values()))[0].get("exact flow")
+        head = [task, "seeds", *PROBES]
+        lines = [["exact flow, 8 x 8 grid", "", *(f"{exact[name]:.2f}" for name in PROBES)]] if exact else []
+        lines += [
+            [arm, str(len(some)), *(cell([row[name] for row in some]) for name in PROBES)]
+            for arm, some in arms.items()
+            if "nmse" in some[0]
+        ]
+        table(head, lines)
+        wide = [f"{what}, {labels}" for what in ("R²", "score", "held-out") for labels in LABELS]
+        lines = []
+        for arm, some in arms.items():
+            policy = [cell([row["policy"][labels] for row in some]) for labels in LABELS]
+            scores = [cell([score(row, key, labels) for row in some]) for key in ("returns", "held-out") for labels in LABELS]
+            lines.append([arm, str(len(some)), *policy, *scores])
+        table([task, "seeds", *wide], lines)
+    means = []
+    for arm in ORDER if by_task else ():
+        some = [[score(row, "returns", labels) for labels in LABELS] for arms in by_task.values() for row in arms.get(arm, [])]
+        if some:
+            means.append([arm, str(len(some)), *(cell([values[i] for values in some]) for i in range(len(LABELS)))])
+    if means:
+        table(["all bodies", "runs", *(f"score, {labels}" for labels in LABELS)], means)
+        draw(by_task, HERE / "returns.png")
 
 
 def main() -> None:
@@ -42,6 +128,7 @@ def main() -> None:
         lines = [["exact flow, 8 x 8 grid", "", *(f"{exact[name]:.2f}" for name in PROBES)]]
         lines += [[arm, str(len(found)), *(cell([row[name] for row in found]) for name in PROBES)] for arm, found in arms.items()]
         table([task, "seeds", *PROBES], lines)
+    returns_tables()
 
 
 if __name__ == "__main__":

@@ -167,6 +167,10 @@ class PVDR(Method):
         return (1 if stage == "tokenize" else config.plan.context + config.plan.horizon), None
 
     @classmethod
+    def lead(cls, config: Any, stage: str) -> int:
+        return config.plan.context - 1 if stage == "pretrain" else 0
+
+    @classmethod
     def least_updates(cls, config: Any, stage: str) -> int:
         late = (config.tokenizer.quantise_from, config.tokenizer.adversarial_from if config.tokenizer.adversarial > 0 else 0)
         return max(late) + 1 if stage == "tokenize" else 1
