@@ -319,6 +319,33 @@ def test_the_policy_learns_what_it_sees_when_an_episode_begins(
     assert sum(int((stacked == one).all((1, 2, 3)).any()) for one in begin) >= 3  # of 7 clips
 
 
+@pytest.mark.parametrize(
+    ("name", "stage", "setting"), [("laom", "pretrain", "model.supervised=true"), ("bc", "decode", "model.relabel=true")]
+)
+def test_every_sampler_of_a_stage_has_the_lead_of_the_method(
+    name: str, stage: str, setting: str, logs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LAOM's clips and labelled episodes, and behaviour cloning's labelled episodes and clips."""
+    leads: list[tuple[str, int]] = []
+
+    def watched(kind: type) -> type:
+        def begin(self: Any, *args: Any, lead: int = 0, **options: Any) -> None:
+            if options.get("split", "train") == "train":
+                leads.append((kind.__name__, lead))
+            kind.__init__(self, *args, lead=lead, **options)  # type: ignore[misc]
+
+        return type(kind.__name__, (kind,), {"__init__": begin})
+
+    for module in ("pretrain", "logged"):
+        for kind in (WindowSampler, EpisodeSampler):
+            monkeypatch.setattr(f"localmotion.training.{module}.{kind.__name__}", watched(kind))
+    flags = {"data": str(logs), "device": "cpu", "threads": 1, "labels": 20}
+    settings = ["updates=1", "pretrain.length=8", "heldout_fraction=0", setting]
+    run = compose(name, stage, preset="debug", flags=flags, settings=settings)
+    (pretrain if stage == "pretrain" else finetune)(run, tmp_path / "run")
+    assert sorted(set(leads)) == [("EpisodeSampler", 2), ("WindowSampler", 2)]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_latent_action_codes_its_own_step(name: str) -> None:
     """It changes with the frame that the step leads to, and not with frames after that."""
