@@ -101,18 +101,23 @@ def test_a_reward_is_divided_by_the_deviation_so_far() -> None:
 def test_windows_lie_inside_an_episode_and_all_of_them_are_drawn() -> None:
     torch.manual_seed(0)
     is_first = torch.zeros(2, 8, dtype=torch.bool)
-    is_first[:, 0] = is_first[1, 5] = True
-    row, first, known = choose_windows(is_first, 4, 400)
+    is_first[1, 4] = True  # the first episode of both rows began before
+    row, place, known = choose_windows(is_first, 3, 2, 400)
     assert bool(known.all())
-    assert {(int(r), int(f)) for r, f in zip(row, first, strict=True)} == {*((0, f) for f in range(5)), (1, 0), (1, 1)}
+    found = {(int(r), *p) for r, p in zip(row, place.tolist(), strict=True)}
+    within = {(0, *range(f, f + 5)) for f in range(4)}
+    assert found == within | {
+        (1, 4, 4, 4, 5, 6),
+        (1, 4, 4, 5, 6, 7),
+    }  # with copies of the frame that the second episode begins with
 
 
 def test_without_a_whole_window_none_is_known() -> None:
     is_first = torch.ones(2, 5, dtype=torch.bool)
-    row, first, known = choose_windows(is_first, 3, 6)
+    row, place, known = choose_windows(is_first, 2, 1, 6)
     assert not known.any()
     assert int(row.max()) < 2
-    assert int(first.max()) < 3
+    assert 0 <= int(place.min()) <= int(place.max()) < 5
 
 
 def test_the_memory_has_the_newest_windows_and_draws_only_these() -> None:

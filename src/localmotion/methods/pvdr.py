@@ -284,11 +284,10 @@ class PVDR(Method):
 
         Random windows of the rollout go into the memory, and others are drawn from it. In evaluation mode the first ones are used.
         """
-        config, count = self.config.align, self.before + self.ahead
-        row, first, known = choose_windows(batch["is_first"], count, config.windows)
-        place = first.unsqueeze(-1) + torch.arange(count, device=first.device)  # (R, m + n)
+        config = self.config.align
+        row, place, known = choose_windows(batch["is_first"], self.before, self.ahead, config.windows)  # (R,), (R, m + n)
         tokens = self.tokens(batch["image"][row.unsqueeze(-1), place])
-        action = batch["action"][row, first + self.before].float()  # led to the first of the later frames
+        action = batch["action"][row, place[:, self.before]].float()  # led to the first of the later frames
         if not self.training:
             losses, metrics, codes = self.plan_losses(tokens)
         else:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from localmotion import ranks
+from localmotion.models.latent_windows import starts, whole
 
 Metric = Literal["cosine", "squared"]
 
@@ -113,17 +114,21 @@ class RunningDeviation(nn.Module):
         return torch.where(self.weight > 0, variance.clamp(min=0).sqrt().clamp(min=self.SMALLEST), 1.0)
 
 
-def choose_windows(is_first: Tensor, frames: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """``count`` random windows of ``frames`` positions that lie inside an episode: rows (n,), first positions (n,), known (n,).
+def choose_windows(is_first: Tensor, before: int, ahead: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """``count`` random windows of ``before`` frames up to a present one and ``ahead`` frames after it, all of one episode.
 
-    ``is_first`` (B, T). Windows are drawn with replacement, each with equal probability. ``known`` is all false if no window lies inside
-    an episode, and all true otherwise. T must be at least ``frames``.
+    An episode's first windows begin with copies of its first frame, as the agent saw them. ``is_first`` (B, T); it is false at a
+    sequence's first position if its episode began before. Windows are drawn with replacement, each with equal probability. Returns
+    rows (n,), positions (n, before + ahead), and known (n,): all false if there is no such window, and all true otherwise. T must be
+    above ``ahead``.
     """
-    breaks = is_first[:, 1:].unfold(1, frames - 1, 1).any(-1)  # (B, T - frames + 1): an episode begins inside the window
-    known = ~breaks.flatten()
+    breaks = is_first[:, 1:].unfold(1, ahead, 1).any(-1)  # (B, T - ahead): an episode begins after the present frame
+    known = (~breaks & whole(is_first, before)[:, :-ahead]).flatten()
     weight = torch.where(known.any(), known.float(), torch.ones_like(known, dtype=torch.float32))
     index = torch.multinomial(weight, count, replacement=True)
-    return index // breaks.shape[1], index % breaks.shape[1], known[index]
+    row, now = index // breaks.shape[1], (index % breaks.shape[1]).unsqueeze(-1)
+    place = now + torch.arange(1 - before, ahead + 1, device=index.device)
+    return row, torch.maximum(place, starts(is_first)[row].gather(1, now)), known[index]
 
 
 class WindowMemory(nn.Module):
