@@ -95,11 +95,10 @@ def learn(method: str, stage: str, out: Path, updates: int, settings: tuple[str,
 def explained(agent: Path, store: ClipStore) -> tuple[float, str]:
     """R2 of an agent's actions on the episodes of a store that it has not seen, and the precision that it learned with."""
     _, method, compute = load_run(agent, device="cpu", threads=1, plays=False)
-    names = {"image": "frames", "action": "action"}
-    batch = {
-        key: torch.from_numpy(np.stack([store.window(name, clip) for clip in range(len(store))])) for key, name in names.items()
-    }
-    batch["is_first"] = torch.zeros(batch["image"].shape[:2], dtype=torch.bool)
+    frames, action = (np.stack([store.window(name, clip) for clip in range(len(store))]) for name in ("frames", "action"))
+    copies = [np.repeat(array[:, :1], 2, 1) for array in (frames, action)]  # as the agent sees an episode's first frame
+    image, action = (torch.from_numpy(np.concatenate(pair, 1)) for pair in zip(copies, (frames, action), strict=True))
+    batch = {"image": image, "action": action, "is_first": torch.zeros(image.shape[:2], dtype=torch.bool)}
     losses = method.clone_losses if method.name == "bc" else method.decode_losses
     with torch.no_grad():
         return round(float(losses(batch)[1]["action/r2"]), 4), "bf16" if compute.bf16 else "fp32"

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from localmotion.errors import StoreError
 from localmotion.video.bits import mask_layout
-from localmotion.video.sample import is_heldout, layout, read_window
+from localmotion.video.sample import is_heldout, layout, read_window, spread
 from localmotion.video.shards import Extra
 from localmotion.video.store import ClipStore
 
@@ -71,7 +71,8 @@ class EpisodeSampler:
         labels: number of labelled transitions; 0: all. The sampler then draws from these only (`label_set`).
         label_seed: of the choice of the labelled transitions.
         rows: those of each batch that are read; the batches hold no others.
-        lead: an episode may begin with up to this many copies of its first frame, without action, reward and motion (`Method.lead`).
+        lead: an episode may begin with up to this many copies of its first frame, without action, reward and motion (`Method.lead`). Its
+            first and last pieces are then drawn more often (`video.sample.spread`).
         heldout_fraction: share of the videos that is left out, chosen by a hash of their id.
 
     Raises StoreError for a store without actions, rewards or (with ``mask``) masks, for a store without any episode
@@ -151,9 +152,10 @@ class EpisodeSampler:
             drawn = rng.integers(len(self.clips))
             clip, frames = int(self.clips[drawn]), int(self.frames[drawn])
             length = min(self.length - at, frames + self.lead)
-            spare = frames + self.lead - length
-            start = int(rng.integers(spare + (length if self.prioritize_ends else 0) + 1))
-            found.append(_Piece(at, clip, max(min(start, spare) - self.lead, 1 - length), length))  # one frame is no copy
+            spare, more = frames + self.lead - length, spread(length, self.lead)
+            start = int(rng.integers(-more, spare + max(length if self.prioritize_ends else 0, more) + 1))
+            begin = min(max(start, 0), spare) - self.lead
+            found.append(_Piece(at, clip, max(begin, 1 - length), length))  # a piece holds its first true frame
             at += length
         return found
 

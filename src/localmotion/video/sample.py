@@ -34,6 +34,16 @@ def is_heldout(video: str, fraction: float) -> bool:
     return int.from_bytes(digest, "big") / 2**64 < fraction
 
 
+def spread(length: int, lead: int) -> int:
+    """Starts before the first and after the last that are drawn in a piece of ``length`` positions and moved to these two.
+
+    A method with a ``lead`` learns from the n = length - lead - 1 steps of a piece that have all frames before them. A step in the middle
+    of an episode is in n pieces, an episode's first step in one. So that it is learned from as often, its piece is drawn n times as
+    often, and so is the last one. Without a lead all starts are equally likely.
+    """
+    return max(length - lead - 2, 0) if lead else 0
+
+
 class WindowSampler:
     """Infinite stream of batches of B windows of T frames (side S, N track slots).
 
@@ -70,7 +80,8 @@ class WindowSampler:
         lead: int = 0,
     ) -> None:
         """`length` T and `batch_size` B; `seed` 0 or more. `rows`: those of each batch that are read; the batches hold no others.
-        `lead`: windows may begin this many frames before a clip, where all frames are copies of its first (`Method.lead`).
+        `lead`: windows may begin this many frames before a clip, where all frames are copies of its first (`Method.lead`). The first
+        and the last window of a clip are then drawn more often (`spread`).
 
         Raises StoreError if no clip of the split has T frames, and with ``mask`` for a store without masks.
         """
@@ -84,8 +95,8 @@ class WindowSampler:
         self.clips = _clips_of(store, length, split, heldout_fraction)
         """Indices in the store of the clips drawn from, (n,) int64."""
         self.lead = lead
-        self.starts: NDArray[np.int64] = store.lengths[self.clips] + lead - length + 1
-        """Number of valid starts of each of them, (n,) int64."""
+        self.starts: NDArray[np.int64] = store.lengths[self.clips] + lead - length + 1 + 2 * spread(length, lead)
+        """Number of starts of each of them that are drawn from, (n,) int64. With a lead some of them are one start."""
         self.index = 0
         """Index of the batch that `next` returns."""
         self._layout = layout(store, motion, mask)
@@ -102,7 +113,9 @@ class WindowSampler:
         words = np.random.Philox(key=self.seed, counter=[0, 0, 0, index]).random_raw(2 * self.batch_size)
         uniform = (words >> np.uint64(11)) * 2.0**-53  # (2 B,) in [0, 1)
         drawn = (uniform[: self.batch_size] * len(self.clips)).astype(np.int64)
-        return self.clips[drawn], (uniform[self.batch_size :] * self.starts[drawn]).astype(np.int64) - self.lead
+        begin = (uniform[self.batch_size :] * self.starts[drawn]).astype(np.int64) - spread(self.length, self.lead)
+        valid = self.store.lengths[self.clips[drawn]] + self.lead - self.length
+        return self.clips[drawn], np.clip(begin, 0, valid) - self.lead
 
     def batch(self, index: int) -> Batch:
         """Batch `index` of the stream, independent of earlier calls."""
