@@ -90,15 +90,19 @@ def test_a_batch_holds_the_motion_that_led_to_each_frame(store: ClipStore) -> No
 
 
 def test_windows_may_begin_with_copies_of_a_clips_first_frame(store: ClipStore) -> None:
-    """With a lead of 2 each start from -2 on is as likely as the others; copies have no motion, and what follows is as without them."""
+    """Copies have no motion, and what follows is as without them. Each step of a clip is learned from at least as often as one in its
+    middle: windows of 6 with a lead of 2 have three, so the first and the last are drawn three times as often as the others."""
     led, plain = sampler(store, lead=2), sampler(store)
-    batches = [led.batch(index) for index in range(400)]
     (long,) = np.flatnonzero(store.lengths == 30)
-    counts = Counter(torch.cat([batch["start"][batch["clip"] == int(long)] for batch in batches]).tolist())
+    places = [np.concatenate(both) for both in zip(*(led.positions(index) for index in range(4000)), strict=True)]
+    counts = Counter(places[1][places[0] == long].tolist())
+    each = 32_000 / 11 / 31  # eleven clips are long enough
     assert counts.keys() == set(range(-2, 25))
-    assert abs(counts[-2] + counts[-1] - 2 * 3200 / 12 / 27) < 5 * 4.5  # five standard deviations
+    for end in (-2, 24):
+        assert abs(counts[end] - 3 * each) < 5 * (3 * each) ** 0.5  # five standard deviations
+    assert abs(sum(counts[start] for start in range(-1, 24)) - 25 * each) < 5 * (25 * each) ** 0.5
     seen = set()
-    for batch in batches:
+    for batch in (led.batch(index) for index in range(20)):
         for b, start in enumerate(batch["start"].tolist()):
             copies = max(-start, 0)
             seen.add(copies)
