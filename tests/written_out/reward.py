@@ -109,10 +109,15 @@ def finetune(
             "policy/std": torch.exp(log_std).mean().detach(),
             "value/r2": latent.shared(guess.detach()[:, None], target[:, None]),
         }
-        begins = batch["is_first"]
-        at = [(b, t) for b, t in latent.windows_of(batch, before, 1) if not begins[b, t + 2 - before : t + 2].any()]
+        at, four = [], []  # steps within an episode, and their frames t - 2 to t + 1: copies stand before an episode's first
+        for b in range(rows):
+            for start, end in pieces(batch["is_first"][b]):
+                begins = bool(batch["is_first"][b, start])  # else frames before the rollout are missing
+                for t in range(start if begins else start + before - 1, end):
+                    at.append((b, t))
+                    four.append(torch.stack([x[b, max(t + shift, start)] for shift in (-2, -1, 0, 1)]))
         taken = torch.stack([batch["action"][b, t + 1] for b, t in at]).clamp(-1, 1)
-        named = decoded(w, codes(state.weights, x, at), relu, first)
+        named = decoded(w, codes(state.weights, torch.stack(four), [(number, 2) for number in range(len(at))]), relu, first)
         error, fit = ((named - taken) ** 2).mean(), latent.shared(named.detach(), taken)
         total = losses["policy"] + ppo.value_weight * losses["value"] + ppo.entropy * losses["entropy"]
         slow = run.online.lr * run.online.pretrained_lr_factor if state.update >= run.online.freeze_updates else 0.0

@@ -261,10 +261,12 @@ class Method(nn.Module):
 
     @classmethod
     def lead(cls, config: Any, stage: str) -> int:
-        """Copies of the first frame that may stand before an episode or a clip in the sequences of a stage.
+        """Copies of the first frame that may stand before an episode or a clip in the sequences of a stage on clips or logged episodes.
 
         For a method that sees a stack of the newest frames. While it acts, an episode begins with a stack of copies. Without them in its
-        sequences it would never learn what to do at the start.
+        sequences it would never learn what to do at the start. A copy has no motion, action and reward, and `is_first` is true at the first
+        copy only. So no loss may count a step into the first ``lead`` positions of a piece, nor the action at the position after them. At
+        most the minimum of `lengths` less 2.
         """
         return 0
 

@@ -14,7 +14,8 @@ gradient: E learns through the inverse model only.
 
 What the paper leaves open, or what differs here:
 
-* Stacks are of frames that are all in the window; the release pads stacks at the start of an episode with copies of the first frame.
+* Sequences may begin with copies of an episode's first frame (docs/decisions/0019), as the release pads stacks. A clip that is cut out of
+  a longer video counts as an episode.
 * `supervised` labels the first transitions in a seeded order of the episodes (`recording.logs.label_set`); the release labels whole
   trajectories of a random choice. A budget that ends with an episode gives the same.
 * Labelled actions are clipped to [-1, 1]. The linear layer W has `action_pad` outputs; those beyond the actions learn nothing.
@@ -59,6 +60,7 @@ from localmotion.models.latent_windows import (
     every,
     newest,
     pictures,
+    played_steps,
     r_squared,
     stacks,
     starts,
@@ -266,10 +268,10 @@ class LAOM(Method):
     def pair_losses(self, batch: Batch) -> tuple[Losses, Metrics]:
         """The decoder learns the actions of a rollout from the latent actions of the frozen inverse model, while `decoder_until` lasts."""
         frames = 2 * pictures(batch["image"])
-        ends = every(frames, STACK - 1, frames.shape[1] - 2)
+        ends, begin, known = played_steps(batch["is_first"], STACK)
         with torch.no_grad():
-            z = self._latents(stacks(frames, ends, STACK), stacks(frames, ends + 1, STACK))[1].float()  # (N, Z)
-        losses, metrics = action_error(self.head, z, batch, STACK)
+            z = self._latents(stacks(frames, ends, STACK, begin), stacks(frames, ends + 1, STACK, begin))[1].float()  # (N, Z)
+        losses, metrics = action_error(self.head, z, batch, known)
         return {"action": losses["action"] * self.heads.learning}, metrics
 
     # Stages ---------------------------------------------------------------------------------------------------------------------

@@ -74,6 +74,7 @@ from localmotion.models.latent_windows import (
     futures,
     newest,
     pictures,
+    played_steps,
     r_squared,
     roll_out,
     stacks,
@@ -195,7 +196,9 @@ class LAPO(Method):
 
     @classmethod
     def lead(cls, config: Any, stage: str) -> int:
-        return cls.lengths(config, stage)[0] - 2
+        return (
+            cls.lengths(config, stage)[0] - 2
+        )  # so that the first step of a sequence, of which a loss is computed, is a true one
 
     @classmethod
     def needs(cls, config: Any, stage: str) -> frozenset[str]:
@@ -259,8 +262,8 @@ class LAPO(Method):
     def pair_losses(self, batch: Batch) -> tuple[Losses, Metrics]:
         """The decoder learns the actions of a rollout from the latent actions of the frozen inverse model, while `decoder_until` lasts."""
         frames = pictures(batch["image"])
-        z = frozen(self.inverse, self._step(frames, every(frames, self.before - 1, frames.shape[1] - 2)))  # (N, Z)
-        losses, metrics = action_error(self.head, z, batch, self.before)
+        ends, begin, known = played_steps(batch["is_first"], self.before)
+        losses, metrics = action_error(self.head, frozen(self.inverse, self._step(frames, ends, begin)), batch, known)
         return {"action": losses["action"] * self.heads.learning}, metrics
 
     def after_update(self, counters: Counters) -> None:

@@ -66,6 +66,7 @@ from localmotion.models.latent_windows import (
     futures,
     newest,
     pictures,
+    played_steps,
     r_squared,
     roll_out,
     stacks,
@@ -240,8 +241,9 @@ class MaskLAM(Method):
     def pair_losses(self, batch: Batch) -> tuple[Losses, Metrics]:
         """The decoder learns the actions of a rollout from the latent actions of the frozen inverse model, while `decoder_until` lasts."""
         seen = self._inputs(pictures(batch["image"]), self._masks(batch))
-        ends = every(seen, STACK - 1, seen.shape[1] - 2)
-        losses, metrics = action_error(self.head, frozen(self.inverse, self._steps(seen, ends, ends + 1)), batch, STACK)
+        ends, begin, known = played_steps(batch["is_first"], STACK)
+        z = frozen(self.inverse, self._steps(seen, ends, ends + 1, begin))  # (N, Z)
+        losses, metrics = action_error(self.head, z, batch, known)
         return {"action": losses["action"] * self.heads.learning}, metrics
 
     def after_update(self, counters: Counters) -> None:

@@ -60,19 +60,24 @@ def whole(is_first: Tensor, count: int) -> Tensor:
     return (time - begin >= count - 1) | is_first.gather(1, begin)
 
 
+def played_steps(is_first: Tensor, seen: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The steps of a rollout: ends (B, T - 1), begins of their episodes (B, T - 1), and whether they count (B, T - 1).
+
+    A step counts within an episode, with the ``seen`` frames up to it that acting saw: an episode begins with copies (`whole`).
+    """
+    known = ~is_first[:, 1:] & whole(is_first, seen)[:, :-1]
+    return every(is_first, 0, is_first.shape[1] - 2), starts(is_first)[:, :-1], known
+
+
 def action_error(
-    head: Callable[[Tensor], Tensor], latent: Tensor, batch: Mapping[str, Tensor], seen: int
+    head: Callable[[Tensor], Tensor], latent: Tensor, batch: Mapping[str, Tensor], counted: Tensor
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Loss "action" of a decoder, and its R^2: the mean of (head(latent) - action[t + 1])^2, actions clipped to [-1, 1].
 
-    ``latent`` (N, Z) of the steps from positions ``seen`` - 1 to T - 2. Only steps within an episode count whose ``seen`` frames up to t
-    are all in the sequence, so no window crosses the end of an episode.
+    ``latent`` (N, Z) of the last n steps of each sequence; ``counted`` (B, n): which of them count.
     """
-    ends = every(batch["is_first"], seen - 1, batch["is_first"].shape[1] - 2)  # (B, n)
-    begin = starts(batch["is_first"])[:, seen - 1 : -1]
-    known = (~batch["is_first"][:, seen:] & (ends - begin >= seen - 1)).flatten().float()  # (N,)
-    found = head(latent).float()
-    true = batch["action"][:, seen:].flatten(0, 1).float().clamp(-1, 1)  # (N, A)
+    known, found = counted.flatten().float(), head(latent).float()
+    true = batch["action"][:, -counted.shape[1] :].flatten(0, 1).float().clamp(-1, 1)  # (N, A)
     loss = (known * (found - true).square().mean(-1)).sum() / ranks.weighed(known)
     return {"action": loss}, {"action/r2": r_squared(found, true, known)}
 
@@ -80,13 +85,16 @@ def action_error(
 def decoding_error(
     policy: Callable[[Tensor], Tensor], head: Callable[[Tensor], Tensor], batch: Mapping[str, Tensor], seen: int
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """`action_error` of a decoder of the policy's latent actions, on a batch of logged episodes. The policy gets no gradient."""
+    """`action_error` of a decoder of the policy's latent actions, on a batch of logged episodes. The policy gets no gradient.
+
+    Steps within a piece of an episode count whose ``seen`` frames up to t are all in it, so no window crosses the end of an episode.
+    """
     frames = pictures(batch["image"])
     ends = every(frames, seen - 1, frames.shape[1] - 2)  # (B, n)
     begin = starts(batch["is_first"])[:, seen - 1 : -1]
     with torch.no_grad():
         latent = policy(stacks(frames, ends, seen, begin)).float()  # (N, Z)
-    return action_error(head, latent, batch, seen)
+    return action_error(head, latent, batch, ~batch["is_first"][:, seen:] & (ends - begin >= seen - 1))
 
 
 def newest(carry: Tensor, obs: Mapping[str, Tensor]) -> Tensor:

@@ -51,7 +51,8 @@ class _Piece(NamedTuple):
 
 
 class EpisodeSampler:
-    """Batches of B sequences of T positions from logged episodes. Keys and conventions are those of a replay's batches.
+    """Batches of B sequences of T positions from logged episodes. Keys and conventions are those of a replay's batches, but for copies
+    before an episode (``lead``).
 
     The sampler draws an episode uniformly, then a window of it. If the episode is shorter than T, further episodes
     follow, each from its ``is_first`` on (docs/decisions/0011). Batch ``index`` is a pure function of ``index``,
