@@ -37,7 +37,7 @@ def table(head: list[str], lines: list[list[str]]) -> None:
 
 
 def score(row: dict[str, Any], key: str, labels: str) -> float:
-    """0: random actions; 1: the expert."""
+    """0: the mean return of random actions; 1: that of the expert."""
     return float((row[key][labels][0] - row["random"]) / (row["expert"] - row["random"]))
 
 
@@ -51,38 +51,44 @@ def found(sweep: list[dict[str, Any]]) -> dict[str, dict[str, list[dict[str, Any
 
 
 def draw(by_task: dict[str, dict[str, list[dict[str, Any]]]], out: Path) -> None:
-    """Scores against the number of labels, a panel for each task; bars from the lowest to the highest seed."""
-    figure = Figure(figsize=(3.6 * len(by_task), 3.4), layout="constrained")
-    panels = figure.subplots(1, len(by_task), sharey=True, squeeze=False)[0]
-    for panel, (task, arms) in zip(panels, by_task.items(), strict=True):
-        for number, arm in enumerate(ORDER):
-            rows = arms.get(arm, [])
-            values = np.array([[score(row, "returns", labels) for labels in LABELS] for row in rows])
-            if len(values):
-                places = [float(labels) * 1.07 ** (number - 3) for labels in LABELS]
+    """Explained actions and scores against the number of labels, a column for each task; bars from the lowest to the highest seed."""
+    figure = Figure(figsize=(max(3.6 * len(by_task), 6.4), 6.2), layout="constrained")
+    panels = figure.subplots(2, len(by_task), sharex=True, sharey="row", squeeze=False)
+    rows_of = {
+        "R² of the policy": lambda row, labels: row["policy"][labels],
+        "score (expert = 1)": lambda row, n: score(row, "returns", n),
+    }
+    for (name, value), line in zip(rows_of.items(), panels, strict=True):
+        line[0].set_ylabel(name)
+        for panel, (task, arms) in zip(line, by_task.items(), strict=True):
+            for number, arm in enumerate(ORDER):
+                values = np.array([[value(row, labels) for labels in LABELS] for row in arms.get(arm, [])])
+                if not len(values):
+                    continue
                 middle, low, high = values.mean(0), values.min(0), values.max(0)
-                style = "--" if arm in ("bc", "idm") else "-"
                 panel.errorbar(
-                    places,
+                    [float(labels) * 1.07 ** (number - 3) for labels in LABELS],
                     middle,
                     [middle - low, high - middle],
-                    fmt=f"o{style}",
+                    fmt="o--" if arm in ("bc", "idm") else "o-",
                     ms=3.5,
                     lw=1.6,
                     elinewidth=0.8,
                     color=PALETTE[number % len(PALETTE)],
                     label=arm,
                 )
-        panel.set_xscale("log")
-        panel.set_xticks([float(labels) for labels in LABELS], LABELS)
-        panel.minorticks_off()
-        panel.grid(color=GRID, lw=0.6)
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.set_title(f"{task.replace('_', ' ')}, {max(map(len, arms.values()))} seeds", fontsize=10)
-        panel.set_xlabel("labelled transitions")
-    panels[0].set_ylabel("score (expert = 1)")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(ORDER), frameon=False, fontsize=9)
-    figure.savefig(out, dpi=150)
+            panel.set_xscale("log")
+            panel.set_xticks([float(labels) for labels in LABELS], LABELS)
+            panel.minorticks_off()
+            panel.grid(color=GRID, lw=0.6)
+            panel.spines[["top", "right"]].set_visible(False)
+            if name.startswith("R²"):
+                panel.set_title(task.replace("_", " "), fontsize=10)
+                panel.set_ylim(-0.35, 0.65)  # policies from 50 labels can be far below
+            else:
+                panel.set_xlabel("labelled transitions")
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    figure.savefig(out, dpi=130)
 
 
 def returns_tables() -> None:
