@@ -196,9 +196,8 @@ class LAPO(Method):
 
     @classmethod
     def lead(cls, config: Any, stage: str) -> int:
-        return (
-            cls.lengths(config, stage)[0] - 2
-        )  # so that the first step of a sequence, of which a loss is computed, is a true one
+        # The first step of a sequence of the least length then begins with an episode's first frame.
+        return cls.lengths(config, stage)[0] - 2
 
     @classmethod
     def needs(cls, config: Any, stage: str) -> frozenset[str]:
