@@ -291,14 +291,11 @@ def test_acting_sees_the_stacks_that_the_policy_learned_from(name: str) -> None:
     [(name, stage) for name in (*NAMES, "bc") for stage in ("clone", "decode") if stage in methods.get(name).stages],
 )
 def test_the_policy_learns_what_it_sees_when_an_episode_begins(
-    name: str, stage: str, logs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, stage: str, logs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While it acts, the first stack holds copies of the first frame. The loops give it this stack, and its latent action or action."""
+    """While it acts, the first stack holds copies of the first frame. With the method's lead such stacks are in its batches."""
     settings = {"lapo": ("form=continuous",), "bc": ("policy=impala",)}.get(name, ())
-    part = "pretrain" if stage == "clone" else "online"
-    run = compose(
-        name, stage, preset="debug", flags={"data": str(logs), "device": "cpu"}, settings=(*settings, f"{part}.batch_size=60")
-    )
+    run = compose(name, stage, preset="debug", flags={"data": str(logs), "device": "cpu"}, settings=settings)
     method = methods.get(name)(run.model, image_size=SIZE, action_dim=6)
     seen: list[Tensor] = []
     policy = next(module for key, module in method.named_modules() if key == "policy")
@@ -314,7 +311,7 @@ def test_the_policy_learns_what_it_sees_when_an_episode_begins(
         batch = EpisodeSampler(store, 6, 60, 0, lead=lead).batch(0)
     losses(batch)
     first = pictures(torch.from_numpy(np.stack([store.window("frames", clip, 0, 1) for clip in range(len(store))])))
-    begin = (1 if name == "masklam" or name == "lapo" else 2) * first.repeat(1, 1, 3, 1, 1).flatten(1, 2)  # (clips, 9, S, S)
+    begin = (1 if name in ("masklam", "lapo") else 2) * first.repeat(1, 1, 3, 1, 1).flatten(1, 2)  # (clips, 9, S, S)
     stacked = seen[0].contiguous()
     assert sum(int((stacked == one).all((1, 2, 3)).any()) for one in begin) >= 3  # of 7 clips
 

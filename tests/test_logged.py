@@ -211,13 +211,11 @@ def test_episodes_may_begin_with_copies_of_their_first_frame(store: Path, monkey
     starts = np.array([draw(np.random.default_rng(number))[0].start for number in range(6000)])
     each = 6000 / 21 * np.array([4, *[1] * 13, 4])
     assert (abs(np.bincount(starts + 2, minlength=15) - each) < 5 * each**0.5).all()  # five standard deviations
-    short = EpisodeSampler(clips, 50, 30, 0, lead=2).batch(
-        0
-    )  # two whole episodes with their copies, and eight positions of a third
+    # Two whole episodes with their copies, and eight positions of a third.
+    short = EpisodeSampler(clips, 50, 30, 0, lead=2).batch(0)
     assert all({0, 21, 42} == set(torch.nonzero(row).flatten().tolist()) for row in short["is_first"])
-    tiny = EpisodeSampler(clips, 22, 200, 0, lead=2).batch(
-        0
-    )  # one position is left for a second episode: a frame, no copy before it
+    # One position is left for a second episode: a frame, and no copy before it.
+    tiny = EpisodeSampler(clips, 22, 200, 0, lead=2).batch(0)
     assert all(torch.nonzero(row).flatten().tolist() == [0, 21] for row in tiny["is_first"])
 
 

@@ -91,18 +91,17 @@ def draw(by_task: dict[str, dict[str, list[dict[str, Any]]]], out: Path) -> None
     figure.savefig(out, dpi=130)
 
 
+def probes_table(task: str, arms: dict[str, list[dict[str, Any]]]) -> None:
+    exact = next(iter(arms.values()))[0]["exact flow"]
+    lines = [["exact flow, 8 x 8 grid", "", *(f"{exact[name]:.2f}" for name in PROBES)]]
+    lines += [[arm, str(len(some)), *(cell([row[name] for row in some]) for name in PROBES)] for arm, some in arms.items()]
+    table([task, "seeds", *PROBES], lines)
+
+
 def returns_tables() -> None:
     by_task = found([row for row in rows("rows/*_*-*.jsonl") if row["seed"] != 100 and "returns" in row])
     for task, arms in by_task.items():
-        exact = next(iter(arms.values()))[0].get("exact flow")
-        head = [task, "seeds", *PROBES]
-        lines = [["exact flow, 8 x 8 grid", "", *(f"{exact[name]:.2f}" for name in PROBES)]] if exact else []
-        lines += [
-            [arm, str(len(some)), *(cell([row[name] for row in some]) for name in PROBES)]
-            for arm, some in arms.items()
-            if "nmse" in some[0]
-        ]
-        table(head, lines)
+        probes_table(task, {arm: some for arm, some in arms.items() if "nmse" in some[0]})
         wide = [f"{what}, {labels}" for what in ("R²", "score", "held-out") for labels in LABELS]
         lines = []
         for arm, some in arms.items():
@@ -130,10 +129,7 @@ def main() -> None:
     for row in rows("rows/first/probes-*.jsonl"):
         by_task[row["task"]][row["arm"]].append(row)
     for task, arms in by_task.items():
-        exact = next(iter(arms.values()))[0]["exact flow"]
-        lines = [["exact flow, 8 x 8 grid", "", *(f"{exact[name]:.2f}" for name in PROBES)]]
-        lines += [[arm, str(len(found)), *(cell([row[name] for row in found]) for name in PROBES)] for arm, found in arms.items()]
-        table([task, "seeds", *PROBES], lines)
+        probes_table(task, arms)
     returns_tables()
 
 
