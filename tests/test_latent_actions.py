@@ -93,6 +93,9 @@ def test_lapo_has_the_shape_of_the_release() -> None:
     assert method.policy.encoder.stages[0][0].in_channels == 3
     continuous = counted("lapo", 64, form="continuous")
     assert continuous["dynamics"] == counted("masklam", 64, mask_channel=False)["dynamics"]
+    seen = counted("masklam", 64, mask_channel=False, forward_model="unet", latent=128, base=24)["dynamics"]
+    one_frame_more = 2 * 3 * 24 * 3 * 3  # at the first and at the last convolution
+    assert seen - counted("lapo", 64)["dynamics"] == one_frame_more
 
 
 def test_laom_has_the_sizes_of_the_paper() -> None:
@@ -455,6 +458,7 @@ OTHER: dict[str, Any] = {
     "forward_widths": (8, 4, 8),
     "head_widths": (8, 8),
     "form": "continuous",
+    "forward_model": "unet",
     "latent": 64,
     "offset": 2,
     "mask_grow": 1,
@@ -481,6 +485,8 @@ REACH = {
     "form": Z.removesuffix(" size.head") + " size.flow size.heads",
     "hidden": "size.inverse size.policy size.heads",
     "base": "size.dynamics",
+    "masklam base": "",  # of the U-Net, which is not the default
+    "forward_model": "size.dynamics",
     "codebooks": "size.inverse",
     "codes": "size.inverse",
     "code_decay": "step.inverse step.dynamics step.flow",

@@ -52,6 +52,7 @@ CASES = [
     case(MaskLAM, "pretrain", latent.masklam_pretrain, MASKED, floor=0.1, mask_grow=1),
     case(MaskLAM, "pretrain", latent.masklam_pretrain, MASKED, "loss-only", mask_channel=False),
     case(MaskLAM, "pretrain", latent.masklam_pretrain, MASKED, "input-mask", input_mask=True, loss_mask=False, mask_dropout=0.4),
+    case(MaskLAM, "pretrain", latent.masklam_pretrain, MASKED, "unet", forward_model="unet", base=2),
     case(MaskLAM, "clone", latent.masklam_clone, MASKED),
     case(MaskLAM, "clone", latent.masklam_clone, MASKED, "input-mask", input_mask=True, mask_channel=False),
     case(MaskLAM, "decode", latent.decode(3, latent.masklam_rate), MASKED),

@@ -286,7 +286,7 @@ def masklam_pretrain(state: Any, batch: Mapping[str, Tensor], noise: Any, run: A
     later = torch.cat([cut(seen, [(b, t + int(step))], -2, 0) for (b, t), step in zip(at, k, strict=True)])
     past, target, agent = cut(seen, at, -2, 0), cut(x, at, 1, 1), cut(mask[:, :, None], at, 1, 1)
     z = encoded(w, "inverse.encoder.", torch.cat([past, later], 1))
-    guess = 0.5 * torch.tanh(residual_forward(w, past, z))
+    guess = unet(state, w, past, z) if model.forward_model == "unet" else 0.5 * torch.tanh(residual_forward(w, past, z))
     weight = model.floor + (1 - model.floor) * agent if model.loss_mask else torch.ones_like(agent)
 
     def error(picture: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ Shapes: B sequences, T positions, n windows of a sequence, N = B * n, C channels
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -55,6 +55,7 @@ from localmotion.models.latent_actions import (
     InverseModel,
     LatentEncoder,
     ResidualForward,
+    UNet,
     masked_error,
     orthogonal_,
 )
@@ -101,8 +102,12 @@ class MaskLAMConfig:
     """Numbers of a latent action."""
     widths: tuple[int, ...] = (64, 128, 128)
     """Channels of the stages of the inverse model and the policy."""
+    forward_model: Literal["residual", "unet"] = "residual"
+    """residual: the paper's. unet: LAPO's, whose skips copy what stays as it is, so pictures of many scenes need fewer updates."""
     forward_widths: tuple[int, ...] = (96, 192, 192)
-    """Channels of the stages of the forward model."""
+    """Channels of the stages of the residual forward model."""
+    base: int = 24
+    """Channels of the U-Net's first level; each level doubles them."""
     head_widths: tuple[int, ...] = (256, 256)
     """Hidden layers of the decoder from latent actions to actions."""
     decay: float = 0.01
@@ -134,9 +139,9 @@ class MaskLAM(Method):
             "stages": {"clone": {"pretrain": {"length": 4, "lr": 4e-4}}, "decode": {"labels": 128_000, "optim": {"clip": 1.0}}},
         },
         pairs=False,
-        small={"widths": (32, 64, 64), "forward_widths": (32, 64, 64)},
-        tiny={"widths": (16, 32, 32), "forward_widths": (16, 32, 32), "latent": 64},
-        debug={"widths": (4, 4, 8), "forward_widths": (4, 4, 8), "latent": 16, "head_widths": (8,), "offset": 3},
+        small={"widths": (32, 64, 64), "forward_widths": (32, 64, 64), "base": 12},
+        tiny={"widths": (16, 32, 32), "forward_widths": (16, 32, 32), "base": 8, "latent": 64},
+        debug={"widths": (4, 4, 8), "forward_widths": (4, 4, 8), "base": 2, "latent": 16, "head_widths": (8,), "offset": 3},
     )
 
     def __init__(self, config: MaskLAMConfig, *, image_size: int, action_dim: int | None) -> None:
@@ -144,7 +149,11 @@ class MaskLAM(Method):
         self.config = config
         channels = STACK * (4 if config.mask_channel else 3)
         self.inverse = InverseModel(LatentEncoder(2 * channels, config.widths, image_size, config.latent))
-        self.dynamics = ResidualForward(channels, config.forward_widths, config.latent, image_size)
+        self.dynamics: UNet | ResidualForward
+        if config.forward_model == "unet":
+            self.dynamics = UNet(channels, config.latent, image_size, config.base)
+        else:
+            self.dynamics = ResidualForward(channels, config.forward_widths, config.latent, image_size)
         self.policy = LatentEncoder(STACK * 3, config.widths, image_size, config.latent)
         if action_dim is not None:
             self.head = ActionHead(config.latent, config.head_widths, action_dim)
