@@ -252,7 +252,7 @@ def test_the_distillation_is_zero_for_equal_codes_and_ignores_an_offset() -> Non
     ],
 )
 def test_the_weight_of_the_distillation_follows_the_agent_steps(texts: tuple[str, ...], expected: dict[int, float]) -> None:
-    run, method = make("diswm", "finetune", "distillation_steps=50000", *texts)
+    run, method = make("diswm", "finetune", "distillation_after_random=false", "distillation_steps=50000", *texts)
     updater = Updater(method, run, CPU)
     for steps, weight in expected.items():
         method.after_update(Counters("finetune", 1, 0.0, steps))
@@ -265,6 +265,20 @@ def test_the_weight_of_the_distillation_follows_the_agent_steps(texts: tuple[str
     assert "agent_steps" in method.state_dict()
     method.after_update(Counters("finetune", 7, 0.0, None))  # without an environment
     assert int(method.agent_steps) == 35
+
+
+def test_the_weight_may_count_from_the_first_update_on() -> None:
+    _, method = make("diswm", "finetune", "distillation_after_random=true", "distillation_steps=1000")
+    weights = []
+    for update, steps in enumerate((1_500, 1_500, 1_600, 2_400, 9_000), start=1):
+        method.after_update(Counters("finetune", update, 0.0, steps))
+        weights.append(float(method.distillation_weight()))
+    assert weights == pytest.approx([0.1, 0.1, 0.09, 0.01, 0.01])
+    kept = method.state_dict()
+    _, other = make("diswm", "finetune", "distillation_after_random=true", "distillation_steps=1000")
+    other.load_state_dict(kept)
+    other.after_update(Counters("finetune", 6, 0.0, 1_700))  # after a stop
+    assert float(other.distillation_weight()) == pytest.approx(0.08)
 
 
 def test_without_distillation_or_without_a_checkpoint_there_is_no_teacher() -> None:

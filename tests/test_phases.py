@@ -104,14 +104,17 @@ def test_the_weight_of_the_distillation_falls_with_the_agent_steps_of_a_run(stor
     video = compose("diswm", "pretrain", preset="debug", flags=flags | {"data": str(store), "pretrain": {"updates": 2}})
     before = pretrain(video, tmp_path / "pre")
     few = ("env_steps=80", "prefill=25", "warmup_updates=2", "online.eval_every=1000", "log_every=1", "distillation_steps=100")
-    run = compose(
-        "diswm",
-        "finetune",
-        preset="debug",
-        env="toy:dot",
-        flags=flags | {"checkpoint": str(before), "env_options": {"time_limit": 20}},
-        settings=few,
-    )
+
+    def settings(*texts: str) -> RunConfig:
+        start = {"checkpoint": str(before), "env_options": {"time_limit": 20}}
+        return compose("diswm", "finetune", preset="debug", env="toy:dot", flags=flags | start, settings=(*few, *texts))
+
+    assert settings().model.distillation_after_random
+    late = finetune(settings("online.save_every=60"), tmp_path / "late")
+    rows = [row for row in lines(late) if row["kind"] == "train"]
+    # 40 random steps and two updates of the warm-up, then an update every five steps.
+    assert [row["distillation/weight"] for row in rows] == pytest.approx([0.1] * 3 + [0.1 - 0.005 * n for n in range(1, 8)])
+    run = settings("distillation_after_random=false")
     rows = [row for row in lines(finetune(run, tmp_path / "fine")) if row["kind"] == "train"]
     weights = [row["distillation/weight"] for row in rows]
     # The weight of an update is that of the agent steps at the update before: 40 in the warm-up, then every five.

@@ -69,7 +69,14 @@ MODELS: dict[str, tuple[str, ...]] = {
 # 1. Sizes and settings --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("stage", "env", "table"), [("pretrain", "", TABLE), ("finetune", "metaworld:reach", ONLINE)])
+@pytest.mark.parametrize(
+    ("stage", "env", "table"),
+    [
+        ("pretrain", "", TABLE),
+        ("finetune", "metaworld:reach", ONLINE),
+        ("finetune", "dmc:walker_walk", {"online.freeze_updates": 100}),
+    ],
+)
 def test_paper_preset_is_the_table_of_the_release(stage: str, env: str, table: dict[str, Any]) -> None:
     values = dict(leaves(compose("prelar", stage, preset="paper", env=env)))
     assert {key: values[key] for key in table} == table

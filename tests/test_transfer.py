@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,17 @@ def test_without_pretrained_dynamics(name: str, load: str, tmp_path: Path) -> No
     assert {groups[id(p)].freeze_updates for p in model.image.encoder_parameters()} == {1}
     trained = {id(p) for p in model.parameters()} - {id(p) for p in model.behaviour.slow_critic.parameters()}
     assert set(groups) == trained
+
+
+def test_diswm_without_distillation_has_no_teacher_to_load(tmp_path: Path) -> None:
+    source, weights = pretrained("diswm", tmp_path)
+    model, before, said, _ = loaded("diswm", source)
+    assert all(torch.equal(model.state_dict()[f"teacher.{k[8:]}"], v) for k, v in weights.items() if k.startswith("encoder."))
+    model, before, said, run = loaded("diswm", source, "distillation=0")
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert said == f"loaded nothing from {source} (diswm); not used: encoder"
+    with pytest.raises(ConfigError, match="--load encoder: with these settings diswm has no teacher to load"):
+        load_pretrained(model, replace(run, load="encoder"))
 
 
 def test_drp_from_an_ipv_checkpoint(tmp_path: Path) -> None:

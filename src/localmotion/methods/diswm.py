@@ -14,7 +14,8 @@ arXiv 2503.08751. "Release" marks what only the authors' code says. z is the cod
 * Nothing but the teacher's codes is transferred. The student sees the same frame as its teacher.
 * eta(n) = 0.1 max(1 - n / 50000, 0.1) after n agent steps. With ``cross_domain`` it is 0 until n = 50000, then
   0.1 max(2 - n / 50000, 0.1). The weight of an update uses the agent steps at the update before. Without an environment (`--data`)
-  an update counts as 5 agent steps.
+  an update counts as 5 agent steps. The short presets count n from the first update on (`distillation_after_random`): their random
+  steps at the beginning are a large share of the run, and the weight would have fallen before anything is learned.
 * The release sums the distillation's KL over the T = 50 frames of a sequence and averages it over sequences. Here it is the mean over
   frames times ``distillation_frames`` = 50: the same at T = 50, and independent of T.
 * The videos of a model are of one source task: the choice of clips is that of the clip store.
@@ -118,6 +119,8 @@ class DisWMConfig:
     """Weight of the distillation at first; 0: no teacher."""
     distillation_steps: int = 50_000
     """The weight falls linearly to a tenth; it would be zero after this many agent steps. 0: one weight for the whole run."""
+    distillation_after_random: bool = False
+    """Agent steps count from the first update on, without the random steps before it."""
     distillation_frames: float = 50.0
     """Factor on the distillation's mean over frames. The release sums over sequences of 50 frames."""
     cross_domain: bool = False
@@ -151,7 +154,8 @@ def _presets() -> dict[str, dict[str, Any]]:
             "distillation_steps": 200,
         },
     }
-    found = budgets(own={name: {**values, "behaviour": dict(BEHAVIOUR[name])} for name, values in own.items()})
+    short = {"distillation_after_random": True}
+    found = budgets(own={name: {**values, **short, "behaviour": dict(BEHAVIOUR[name])} for name, values in own.items()})
     found["paper"] = {
         "optim": {"weight_decay": 0.0},
         "pretrain": {"updates": 20_000, "batch_size": 50, "length": 50},
@@ -180,6 +184,9 @@ class DisWM(Method):
     }
 
     agent_steps: Tensor
+    """Agent steps that the distillation's schedule has counted."""
+    random_steps: Tensor
+    """Agent steps at the first update, which it leaves out (`distillation_after_random`)."""
 
     def __init__(self, config: DisWMConfig, *, image_size: int, action_dim: int | None) -> None:
         super().__init__(config, image_size=image_size, action_dim=action_dim)
@@ -219,6 +226,8 @@ class DisWM(Method):
         if config.distillation > 0:
             self.teacher = BetaVAEEncoder(config.code, **shape).requires_grad_(False).eval()
         self.register_buffer("agent_steps", torch.zeros((), dtype=torch.long))
+        if config.distillation_after_random:
+            self.register_buffer("random_steps", torch.zeros((), dtype=torch.long))
 
     def train(self, mode: bool = True) -> DisWM:
         """As of `nn.Module`; the teacher stays in evaluation mode."""
@@ -306,6 +315,10 @@ class DisWM(Method):
             self.behaviour.after_update()
             steps = counters.agent_step
             self.agent_steps.fill_(STEPS_PER_UPDATE * counters.update if steps is None else steps)
+            if self.config.distillation_after_random and steps is not None:
+                if counters.update == 1:
+                    self.random_steps.copy_(self.agent_steps)
+                self.agent_steps -= self.random_steps
 
     # 2. Acting and looking ----------------------------------------------------------------------------------------------------
 

@@ -42,7 +42,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from localmotion.config import BehaviourConfig, WorldModelConfig
+from localmotion.config import DMC_SUITES, BehaviourConfig, WorldModelConfig
 from localmotion.methods.base import (
     FROM_VIDEO,
     MOTION,
@@ -119,6 +119,8 @@ class PreLAR(Method):
     stages = FROM_VIDEO
     wants = MOTION
     transfers = same("image", "latent")
+    # On Meta-World, where the release was tried, 100 updates are frozen. Elsewhere the mapping network begins as untrained, too.
+    SUITES = {suite: {"online": {"freeze_updates": 100}} for suite in (*DMC_SUITES, "toy")}
     # In a few hundred updates the paper's weight of the latent action's KL leaves it nearly empty (docs/decisions/0016).
     PRESETS = presets(
         paper={"online": {"pretrained_lr_factor": 1.0}},

@@ -39,7 +39,8 @@ class Transfer:
 
     def line(self) -> str:
         """One line for the console."""
-        head = f"loaded {len(self.loaded)} tensors of {', '.join(self.parts)} from {self.source} ({self.method})"
+        what = f"{len(self.loaded)} tensors of {', '.join(self.parts)}" if self.parts else "nothing"
+        head = f"loaded {what} from {self.source} ({self.method})"
         return "; ".join([head, *self.notes])
 
 
@@ -48,7 +49,7 @@ def load_pretrained(method: Method, run: RunConfig) -> Transfer:
 
     Raises CheckpointError for a run that is not a pre-training run, for missing parts, for other shapes, and for a run
     of another method if ``run.load`` names no parts. Raises ConfigError for parts that the method does not transfer,
-    and for a recipe that runs foreign code.
+    and for a recipe that runs foreign code. Parts that the settings of ``run`` leave out of the method are not loaded and noted.
     """
     source = local_run(run.checkpoint)
     theirs = read_config(source)
@@ -60,6 +61,12 @@ def load_pretrained(method: Method, run: RunConfig) -> Transfer:
     path = checkpoint.newest(source)
     weights = checkpoint.read(path, "weights")
     here, there = {key.partition(".")[0] for key in method.state_dict()}, {key.partition(".")[0] for key in weights}
+    notes = []
+    if absent := [part for part in parts if method.transfers[part] not in here]:  # its settings left it out: no teacher
+        if run.load:
+            raise ConfigError(f"--load {run.load}: with these settings {run.method} has no {method.transfers[absent[0]]} to load")
+        notes += [f"not used: {', '.join(absent)}"]
+        parts = tuple(part for part in parts if part not in absent)
     if lacking := [part for part in parts if part not in there]:
         known = ", ".join(part for part in method.transfers if part in there)
         raise CheckpointError(f"{source}: has no {', '.join(lacking)} to load; --load can name {known or 'nothing'}")
@@ -70,7 +77,6 @@ def load_pretrained(method: Method, run: RunConfig) -> Transfer:
         if part in places:
             chosen[f"{places[part]}.{rest}"] = value
     own = {key for key in method.state_dict() if key.partition(".")[0] in places.values()}
-    notes = []
     if foreign:
         for columns in _without_actions(method, chosen):
             notes.append(f"{columns} without its columns for actions")
