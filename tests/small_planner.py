@@ -74,7 +74,7 @@ class Planner(Method):
     def panels(self, carry: Any) -> dict[str, Tensor]:
         now, actions, chosen = carry
         candidates = self.futures(now, actions)
-        return {"plan": candidates[torch.arange(len(now)), chosen], "candidates": candidates, "chosen": chosen}
+        return {"plan": candidates[torch.arange(len(now)), chosen], "ends": candidates[:, :, -1], "chosen": chosen}
 
 
 class OnPolicyPlanner(Planner):

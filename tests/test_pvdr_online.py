@@ -74,8 +74,9 @@ def test_the_plan_nearest_to_the_goal_is_taken() -> None:
     assert torch.equal(again, carry.plans[rows, carry.chosen])  # the stored z is that of the plan
     assert torch.equal(extras["plan"], method.tokenizer.embed(again[:, 0]))
     pictures = method.panels(carry)
-    assert pictures["candidates"].shape == (ROWS, 7, 3, 3, 64, 64)
-    assert torch.equal(pictures["plan"], pictures["candidates"][rows, carry.chosen])
+    assert pictures["ends"].shape == (ROWS, 7, 3, 64, 64)
+    assert torch.allclose(pictures["plan"], method.drawn(again), atol=1e-6)
+    assert torch.allclose(pictures["plan"][:, -1], pictures["ends"][rows, carry.chosen], atol=1e-6)
 
 
 def test_evaluation_draws_its_own_number_of_plans() -> None:

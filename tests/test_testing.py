@@ -501,15 +501,15 @@ class Plans(Small):
     """Shows plans."""
 
     def panels(self, carry: Any) -> dict[str, Tensor]:
-        candidates = torch.rand(2, 3, 4, 3, 64, 64) - 0.5
-        return {"plan": candidates[:, 1], "candidates": candidates, "chosen": torch.ones(2, dtype=torch.int64)}
+        plans = torch.rand(2, 3, 4, 3, 64, 64) - 0.5
+        return {"plan": plans[:, 1], "ends": plans[:, :, -1], "chosen": torch.ones(2, dtype=torch.int64)}
 
 
 class FlatPlan(Plans):
     """Shows plans without time."""
 
     def panels(self, carry: Any) -> dict[str, Tensor]:
-        return {name: value.mean(2) if name == "candidates" else value for name, value in super().panels(carry).items()}
+        return {name: value[:, -1] if name == "plan" else value for name, value in super().panels(carry).items()}
 
 
 class OtherPlan(Plans):
@@ -517,7 +517,7 @@ class OtherPlan(Plans):
 
     def panels(self, carry: Any) -> dict[str, Tensor]:
         found = super().panels(carry)
-        return found | {"plan": found["candidates"][:, 0]}
+        return found | {"plan": found["plan"].flip(1)}
 
 
 class Beyond(Plans):
@@ -606,9 +606,9 @@ REFUSED: list[tuple[type[Small], str, str, str]] = [
     (Lonely, "finetune", "agents_act_as_if_alone", "alone gets other actions"),
     (Box, "finetune", "the_carry_can_be_saved", "the carry is dict"),
     (Aimless, "finetune", "actions_depend_on_the_goal", "two goals give the same actions"),
-    (FlatPlan, "finetune", "panels_show_the_plan", r"panels returned .*candidates must be \(B, K, n, 3, 64, 64\)"),
-    (OtherPlan, "finetune", "panels_show_the_plan", "the plan is not the chosen candidate"),
-    (Beyond, "finetune", "panels_show_the_plan", r"chosen is \[3, 3\], of 3 candidates"),
+    (FlatPlan, "finetune", "panels_show_the_plan", r"panels returned .*plan must be \(B, n, 3, 64, 64\)"),
+    (OtherPlan, "finetune", "panels_show_the_plan", "the plan does not end as the chosen one does"),
+    (Beyond, "finetune", "panels_show_the_plan", r"chosen is \[3, 3\], of 3 plans"),
     (Unlabelled, "decode", "labels_matter", "other actions give the same losses"),
     (Leaks, "decode", "unlabelled_actions_are_not_read", r"the losses \['action'\] read actions of unlabelled positions"),
 ]

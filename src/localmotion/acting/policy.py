@@ -79,7 +79,7 @@ class MethodPolicy:
         if found is None:
             return None
         chosen = int(found["chosen"][0])
-        return Plan(_pictures(found["plan"][0]), _pictures(found["candidates"][0, :, -1]), chosen)
+        return Plan(_pictures(found["plan"][0]), _pictures(found["ends"][0]), chosen)
 
 
 def _pictures(values: Tensor) -> NDArray[np.uint8]:

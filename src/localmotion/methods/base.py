@@ -344,9 +344,9 @@ class Method(nn.Module):
     def panels(self, carry: Any) -> Mapping[str, Tensor] | None:
         """Pictures in [-0.5, 0.5] of what was planned for the newest actions, from the carry that `act` returned with them.
 
-        "plan" (B,n,3,S,S): the n frames that the chosen plan expects from this action on, one an agent step. "candidates" (B,K,n,3,S,S):
-        all plans that it was chosen from. "chosen" (B,) int64: the plan's number among them. None for a method that does not plan
-        in pictures. Only called where a film is made, through `planned`.
+        "plan" (B,n,3,S,S): the n frames that the chosen plan expects from this action on, one an agent step. "ends" (B,K,3,S,S): the last
+        frames of all plans that it was chosen from. "chosen" (B,) int64: the plan's number among them. None for a method that does not
+        plan in pictures. Only called where a film is made, through `planned`.
         """
         return None
 
@@ -382,20 +382,20 @@ def planned(method: Method, carry: Any) -> Mapping[str, Tensor] | None:
     found = method.panels(carry)
     if found is None:
         return None
-    if set(found) != {"plan", "candidates", "chosen"}:
-        raise AssertionError(f"{method.name}: panels returned {sorted(found)}, expected plan, candidates and chosen")
-    candidates, side = tuple(found["candidates"].shape), method.image_size
-    rows, count, frames = candidates[:3] if len(candidates) == 6 else (0, 0, 0)
-    wanted = {"candidates": (rows, count, frames, 3, side, side), "plan": (rows, frames, 3, side, side), "chosen": (rows,)}
+    if set(found) != {"plan", "ends", "chosen"}:
+        raise AssertionError(f"{method.name}: panels returned {sorted(found)}, expected plan, ends and chosen")
+    plan, ends, side = tuple(found["plan"].shape), tuple(found["ends"].shape), method.image_size
+    (rows, frames), count = plan[:2] if len(plan) == 5 else (0, 0), ends[1] if len(ends) == 5 else 0
+    wanted = {"ends": (rows, count, 3, side, side), "plan": (rows, frames, 3, side, side), "chosen": (rows,)}
     shapes = {name: tuple(value.shape) for name, value in found.items()}
-    if shapes != wanted or 0 in candidates:
+    if shapes != wanted or 0 in (rows, frames, count):
         raise AssertionError(
-            f"{method.name}: panels returned {shapes}; candidates must be (B, K, n, 3, {side}, {side}), plan (B, n, ...), chosen (B,)"
+            f"{method.name}: panels returned {shapes}; plan must be (B, n, 3, {side}, {side}), ends (B, K, ...), chosen (B,)"
         )
-    if not all(found[name].is_floating_point() and bool(found[name].isfinite().all()) for name in ("plan", "candidates")):
+    if not all(found[name].is_floating_point() and bool(found[name].isfinite().all()) for name in ("plan", "ends")):
         raise AssertionError(f"{method.name}: panels must be finite floats in [-0.5, 0.5]")
     if not bool(((found["chosen"] >= 0) & (found["chosen"] < count)).all()):
-        raise AssertionError(f"{method.name}: chosen is {found['chosen'].tolist()}, of {count} candidates")
+        raise AssertionError(f"{method.name}: chosen is {found['chosen'].tolist()}, of {count} plans")
     return found
 
 

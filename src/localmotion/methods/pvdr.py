@@ -271,11 +271,10 @@ class PVDR(Method):
 
     @torch.no_grad()
     def panels(self, carry: PlanCarry) -> dict[str, Tensor]:
-        """The newest plans as pictures: "plan" (B, n, 3, S, S), "candidates" (B, K, n, 3, S, S), and the plan's index, "chosen" (B,)."""
-        shape = carry.plans.shape[:3]
-        candidates = self.drawn(carry.plans.flatten(1, 2)).unflatten(1, shape[1:])
+        """The newest plans as pictures: "plan" (B, n, 3, S, S), the last frames of all plans "ends" (B, K, 3, S, S), "chosen" (B,)."""
         rows = torch.arange(len(carry.chosen), device=carry.chosen.device)
-        return {"plan": candidates[rows, carry.chosen], "candidates": candidates, "chosen": carry.chosen}
+        plan, ends = self.drawn(carry.plans[rows, carry.chosen]), self.drawn(carry.plans[:, :, -1])
+        return {"plan": plan, "ends": ends, "chosen": carry.chosen}
 
     # 4. Learning in the environment ---------------------------------------------------------------------------------------------
 

@@ -153,15 +153,15 @@ def actions_depend_on_the_goal(subject: Subject) -> None:
 
 @rule
 def panels_show_the_plan(subject: Subject) -> None:
-    """`panels` is None, or has pictures of the plan (B,n,3,S,S), of all candidates (B,K,n,3,S,S), and which one is chosen (B,)."""
+    """`panels` is None, or has pictures of the plan (B,n,3,S,S), the last frames of all plans (B,K,3,S,S), and which is chosen (B,)."""
     method, batch = subject.build().eval(), subject.data()
     with torch.no_grad():
         _, carry, _ = _step(subject, method, batch, 0, None, method.initial_carry(2), False)
         found = planned(method, carry)
     if found is not None:
-        chosen = found["candidates"][torch.arange(2), found["chosen"]]
-        fix = "return candidates[chosen] as the plan"
-        require(torch.allclose(chosen, found["plan"], atol=1e-5), "the plan is not the chosen candidate", fix)
+        chosen = found["ends"][torch.arange(2), found["chosen"]]
+        fix = "return the frames of the chosen plan; the last one is ends[chosen]"
+        require(torch.allclose(chosen, found["plan"][:, -1], atol=1e-5), "the plan does not end as the chosen one does", fix)
 
 
 PLANS: tuple[Rule, ...] = (actions_depend_on_the_goal, panels_show_the_plan)
