@@ -17,7 +17,7 @@ def test_transfers_of_diswm_differ_in_one_thing_each(path: Path) -> None:
     source, target = path.stem.split("_to_")
     runs = {job.name: job for job in jobs if job.stage != "pretrain"}
     assert len(runs) == 4 * 5
-    assert all({f"env=diswm:{target}", "phase_at=0.5"} <= set(job.settings) for job in runs.values())
+    assert all({f"env=diswm:{target}", "phase_at=0.51", "supersample=2"} <= set(job.settings) for job in runs.values())
     assert all(f'data="{source}"' in job.settings for job in jobs if job.stage == "pretrain")
     starts = {name.split("-")[0]: job.after.split("-")[0] for name, job in runs.items() if name.endswith("-0")}
     without = {"without_distillation": "", "without_disentanglement": "no_disentanglement"}
