@@ -119,6 +119,30 @@ def returns_tables() -> None:
         draw(by_task, HERE / "returns.png")
 
 
+def starts_table() -> None:
+    """How strongly policies of 5,000 labels act where an episode begins, and MaskLAM's returns with its actions multiplied."""
+    known = [row for row in rows("rows/starts.jsonl") if str(row["labels"]) == LABELS[-1]]
+    tasks = sorted({row["task"] for row in known})
+    lines = []
+    for arm in ORDER if known else ():
+        some = [[row for row in known if (row["arm"], row["task"]) == (arm, task)] for task in tasks]
+        spans = [[row[span] for row in each] for each in some for span in ("first", "later")]
+        lines.append([arm, *(cell(values) if values else "" for values in spans)])
+    if lines:
+        table(["labels 5,000", *(f"{task}, steps {span}" for task in tasks for span in ("0 to 4", "20 to 39"))], lines)
+    times = rows("rows/times.jsonl")
+    if times:
+        factors = sorted({row["times"] for row in times})
+        by_seed = {
+            seed: {row["times"]: row for row in times if row["seed"] == seed} for seed in sorted({r["seed"] for r in times})
+        }
+        lines = [
+            [str(seed), *(f"{of[x]['return']:.0f} ± {of[x]['deviation']:.0f}" if x in of else "" for x in factors)]
+            for seed, of in by_seed.items()
+        ]
+        table(["cheetah_run, masklam, seed", *(f"actions x {x:g}" for x in factors)], lines)
+
+
 def main() -> None:
     toy = sorted(rows("toy.jsonl"), key=lambda row: (row["latent"], row["loss"], row["seed"]))
     table(
@@ -131,6 +155,7 @@ def main() -> None:
     for task, arms in by_task.items():
         probes_table(task, arms)
     returns_tables()
+    starts_table()
 
 
 if __name__ == "__main__":
