@@ -76,7 +76,7 @@ def test_plans_are_only_looked_at_for_films_and_do_not_change_the_episode(monkey
     panels = Planner.panels
 
     def counting(self: Planner, carry: Any) -> Any:
-        looked.append(1)
+        looked.append(len(carry[0]))
         torch.rand(5)  # decoding may draw random numbers
         return panels(self, carry)
 
@@ -85,8 +85,8 @@ def test_plans_are_only_looked_at_for_films_and_do_not_change_the_episode(monkey
     for keep in (False, True):
         torch.manual_seed(3)
         observer, policy = player()
-        found.append(run_episodes([observer], [0], policy, keep_frames=keep))
-        assert len(looked) == (8 if keep else 0)
+        found.append(run_episodes([observer, player()[0]], [0, 1], policy, keep_frames=keep))
+        assert looked == ([1] * 8 if keep else [])  # one row of the carry: a film shows one episode
     assert found[0].returns == found[1].returns
     assert found[0].plans is None
 

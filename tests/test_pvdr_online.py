@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from localmotion.acting.trees import leaves_of
 from localmotion.errors import ConfigError
 from localmotion.methods.base import Counters, Rates
 from localmotion.methods.pvdr import PVDR
@@ -16,7 +17,6 @@ from localmotion.models.alignment import STATIC, AlignmentConfig
 from localmotion.models.planning import GoalDistance
 from localmotion.models.ppo import PPOConfig
 from localmotion.testing.rules import Subject
-from localmotion.training.trees import leaves_of
 from method_batches import CPU
 
 ROWS, TIME = 2, 12

@@ -21,6 +21,7 @@ from torch import Tensor
 from localmotion import methods
 from localmotion.acting.episodes import Rollout
 from localmotion.acting.policy import MethodPolicy
+from localmotion.acting.trees import leaves_of, with_leaves
 from localmotion.cli import main
 from localmotion.compute import choose
 from localmotion.config import RunConfig
@@ -32,7 +33,6 @@ from localmotion.training import trials
 from localmotion.training.finetune import finetune
 from localmotion.training.interrupt import Interrupted, StopRequest
 from localmotion.training.pretrain import pretrain
-from localmotion.training.trees import leaves_of, with_leaves
 from localmotion.training.update import Updater
 from method_batches import AGENTS, CPU, make, make_batch
 from waiting import holds, wait_until

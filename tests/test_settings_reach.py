@@ -225,6 +225,7 @@ REACH: dict[str, str] = {
     "diswm kl_free": "!loss.kl",
     "beta_code": "!weight.code_kl !step.encoder",
     "pretrain_means": "!loss.image !loss.kl !predicted.prior",
+    "distillation_after_random": "!size.random_steps",  # what it counts: test_diswm.py
     "distillation*": "!loss.distillation",
     "cross_domain": "!loss.distillation",
     # PreLAR
@@ -387,6 +388,7 @@ IDLE: dict[tuple[str, str], str] = {
             "distillation",
             "distillation_steps",
             "distillation_frames",
+            "distillation_after_random",
             "cross_domain",
         )
     },

@@ -346,7 +346,7 @@ class Method(nn.Module):
 
         "plan" (B,n,3,S,S): the n frames that the chosen plan expects from this action on, one an agent step. "ends" (B,K,3,S,S): the last
         frames of all plans that it was chosen from. "chosen" (B,) int64: the plan's number among them. None for a method that does not
-        plan in pictures. Only called where a film is made, through `planned`.
+        plan in pictures. Only called where a film is made, through `planned`, with the first environment's row of each tensor of the carry.
         """
         return None
 

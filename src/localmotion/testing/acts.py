@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from localmotion.acting.trees import leaves_of, with_leaves
 from localmotion.methods.base import acted, planned
 from localmotion.testing.batches import ACTIONS
 from localmotion.testing.rules import Rule, Subject, require, rule
-from localmotion.training.trees import leaves_of, with_leaves
 
 Batch = dict[str, Tensor]
 

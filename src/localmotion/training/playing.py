@@ -12,7 +12,7 @@ from torch import Tensor
 
 from localmotion.acting.observer import Observer
 from localmotion.acting.policy import MethodPolicy, Policy
-from localmotion.training.trees import leaves_of, with_leaves
+from localmotion.acting.trees import leaves_of, with_leaves
 
 
 class Playing:

@@ -15,13 +15,13 @@ from localmotion import ranks
 from localmotion.acting.episodes import episode_seed
 from localmotion.acting.observer import SHOWN, make_observer
 from localmotion.acting.policy import MethodPolicy
+from localmotion.acting.trees import leaves_of, with_leaves
 from localmotion.config import RunConfig
 from localmotion.envs.vector import VectorEnv
 from localmotion.methods.base import Method
 from localmotion.runs import checkpoint
 from localmotion.runs.rundir import RunDir
 from localmotion.training.loop import ActingLoop
-from localmotion.training.trees import leaves_of, with_leaves
 from localmotion.training.update import Updater
 
 Record = dict[str, NDArray[Any]]
