@@ -3,7 +3,7 @@
 python studies/latent_actions/table.py
 
 The score of a return is (return - random) / (expert - random): 0 is the mean return of random actions, 1 that of the expert without
-noise. Seed 100 is not in the tables of returns: it is for development.
+noise. Seed 100 is not in the tables of returns: it is for development. A seed whose runs are not complete is not in them either.
 """
 
 from __future__ import annotations
@@ -39,6 +39,14 @@ def table(head: list[str], lines: list[list[str]]) -> None:
 def score(row: dict[str, Any], key: str, labels: str) -> float:
     """0: the mean return of random actions; 1: that of the expert."""
     return float((row[key][labels][0] - row["random"]) / (row["expert"] - row["random"]))
+
+
+def complete(sweep: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of seeds of a task that all arms have run, so that arms are compared on the same seeds."""
+    arms = defaultdict(set)
+    for row in sweep:
+        arms[row["task"], row["seed"]].add(row["arm"])
+    return [row for row in sweep if arms[row["task"], row["seed"]] == set(ORDER)]
 
 
 def found(sweep: list[dict[str, Any]]) -> dict[str, dict[str, list[dict[str, Any]]]]:
@@ -99,7 +107,7 @@ def probes_table(task: str, arms: dict[str, list[dict[str, Any]]]) -> None:
 
 
 def returns_tables() -> None:
-    by_task = found([row for row in rows("rows/*_*-*.jsonl") if row["seed"] != 100 and "returns" in row])
+    by_task = found(complete([row for row in rows("rows/*_*-*.jsonl") if row["seed"] != 100 and "returns" in row]))
     for task, arms in by_task.items():
         probes_table(task, {arm: some for arm, some in arms.items() if "nmse" in some[0]})
         wide = [f"{what}, {labels}" for what in ("R²", "score", "held-out") for labels in LABELS]
@@ -121,7 +129,8 @@ def returns_tables() -> None:
 
 def starts_table() -> None:
     """How strongly policies of 5,000 labels act where an episode begins, and MaskLAM's returns with its actions multiplied."""
-    known = [row for row in rows("rows/starts.jsonl") if str(row["labels"]) == LABELS[-1]]
+    whole = {(row["task"], row["seed"]) for row in complete([row for row in rows("rows/*_*-*.jsonl") if "returns" in row])}
+    known = [row for row in rows("rows/starts.jsonl") if str(row["labels"]) == LABELS[-1] and (row["task"], row["seed"]) in whole]
     tasks = sorted({row["task"] for row in known})
     lines = []
     for arm in ORDER if known else ():
