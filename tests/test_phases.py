@@ -110,7 +110,7 @@ def test_the_weight_of_the_distillation_falls_with_the_agent_steps_of_a_run(stor
         return compose("diswm", "finetune", preset="debug", env="toy:dot", flags=flags | start, settings=(*few, *texts))
 
     assert settings().model.distillation_after_random
-    late = finetune(settings("online.save_every=60"), tmp_path / "late")
+    late = finetune(settings(), tmp_path / "late")
     rows = [row for row in lines(late) if row["kind"] == "train"]
     # 40 random steps and two updates of the warm-up, then an update every five steps.
     assert [row["distillation/weight"] for row in rows] == pytest.approx([0.1] * 3 + [0.1 - 0.005 * n for n in range(1, 8)])

@@ -224,20 +224,12 @@ def figures(model: Any, probe: Batch, test: Batch) -> dict[str, float]:
     model.train()
 
     def fitted(feats: list[Tensor], key: str, span: slice) -> float:
-        x, y = (
-            np.concatenate([value.float().flatten(0, 1).numpy() for value in values])
-            for values in (
-                [feat[:, span] for feat in feats],
-                [
-                    batch[key][:, CONTEXT:][:, span].reshape(len(batch[key]), -1, *batch[key].shape[2:] or (1,))
-                    for batch in (probe, test)
-                ],
-            )
-        )
-        y = y[:, y.std(0) > 1e-6]
-        length = feats[0][:, span].shape[1]
-        episode = np.repeat(np.arange(len(x) // length) // len(STARTS), length)  # a fold holds whole episodes
-        return round(ridge_fit(x, y, Episodes("", episode, {}, None, episode >= PROBED)).score, 4)
+        x = torch.cat(feats)[:, span].float()  # (windows, steps, F)
+        windows, steps, _ = x.shape
+        y = torch.cat([batch[key] for batch in (probe, test)])[:, CONTEXT:][:, span].reshape(windows * steps, -1).numpy()
+        episode = np.repeat(np.arange(windows) // len(STARTS), steps)  # a fold holds whole episodes
+        data = Episodes("", episode, {}, None, episode >= PROBED)
+        return round(ridge_fit(x.flatten(0, 1).numpy(), y[:, y.std(0) > 1e-6], data).score, 4)
 
     whole, half = slice(None), (LENGTH - CONTEXT) // 2
     return {
@@ -265,7 +257,10 @@ def curve(model: Any, updater: Updater, data: Data, seed: int) -> dict[str, dict
 
 
 def registered() -> str:
-    """The commit that registered tier 2. The tasks are not looked at before, nor with other scripts."""
+    """The commit that registered tier 2. The tasks are not looked at before, nor with other scripts.
+
+    As in tier1.py, which cannot take other files any more: its own registration binds it.
+    """
     page = HERE / FILES[0]
     if not page.exists() or "draft" in page.read_text().partition("\n")[0].lower():
         raise SystemExit(f"{FILES[0]} is not in force; the tasks wait for it")

@@ -49,7 +49,7 @@ def load_pretrained(method: Method, run: RunConfig) -> Transfer:
 
     Raises CheckpointError for a run that is not a pre-training run, for missing parts, for other shapes, and for a run
     of another method if ``run.load`` names no parts. Raises ConfigError for parts that the method does not transfer,
-    and for a recipe that runs foreign code. Parts that the settings of ``run`` leave out of the method are not loaded and noted.
+    and for a recipe that runs foreign code. A part that the settings of ``run`` leave out of the method is noted, not loaded.
     """
     source = local_run(run.checkpoint)
     theirs = read_config(source)
