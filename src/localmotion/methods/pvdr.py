@@ -35,7 +35,6 @@ Shapes: B sequences, T positions, S side, K plans, m context, n horizon, N cells
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,7 +61,18 @@ from localmotion.methods.base import (
 from localmotion.methods.sizes import plan_presets
 from localmotion.models.alignment import Aligner, AlignmentConfig, PlanCarry
 from localmotion.models.latent_windows import every, stacks, starts
-from localmotion.models.plan_cvae import Coded, PlanConfig, PlanDecoder, Posterior, Prior, balanced, check, divergence, sample
+from localmotion.models.plan_cvae import (
+    Coded,
+    PlanConfig,
+    PlanDecoder,
+    Posterior,
+    Prior,
+    balanced,
+    check,
+    continued,
+    divergence,
+    sample,
+)
 from localmotion.models.planning import WindowMemory, choose_windows
 from localmotion.models.ppo import EXTRAS, PPOConfig, step_losses
 from localmotion.models.tokenizer import Tokenizer, TokenizerConfig, decibels
@@ -78,8 +88,6 @@ DRAWN = 16
 """Sequences of a held-out batch whose plans are drawn."""
 AT_ONCE = 256
 """Windows that are coded at once."""
-Latent = Callable[[Tensor, int], Tensor]
-"""(the newest frames' tokens (B, m, N), position of the next frame) -> z (B, Z)."""
 
 
 @dataclass(frozen=True)
@@ -436,16 +444,8 @@ class PVDR(Method):
             return found
 
         rows = {"prior": mean, "prior_sample": drawn, "latent_action": true}
-        return {name: self.drawn(self._continued(truth[:, :context], length, z)) for name, z in rows.items()}
-
-    def _continued(self, tokens: Tensor, length: int, latent: Latent) -> Tensor:
-        """Tokens (B, T, N) and plans after them, (B, length, N). A context of fewer than m frames begins with copies of its first."""
-        while (known := tokens.shape[1]) < length:
-            newest = torch.arange(known - self.before, known, device=tokens.device).clamp(min=0)
-            past = tokens[:, newest]
-            plan = self.plans(past, latent(past, known).unsqueeze(1)).squeeze(1)
-            tokens = torch.cat([tokens, plan], 1)
-        return tokens[:, :length]
+        known = truth[:, :context]
+        return {name: self.drawn(continued(known, length, self.before, z, self.plans)) for name, z in rows.items()}
 
     @torch.no_grad()
     def heldout(self, stage: str, batch: Batch) -> dict[str, Tensor]:
@@ -456,6 +456,7 @@ class PVDR(Method):
             ce, shuffled        cross-entropy with z of the posterior; how much more it is with that of another sequence
             accuracy, copied    share of tokens that a plan with the posterior's mean gets right; that a copy of the last frame does
             mse_tokens          squared error of the pictures (range 1) of the true tokens, the least that a plan can have
+            mse_copy            of a copy of the last true frame: plans with a larger error know less than that nothing moves
             mse_posterior       of plans with the posterior's mean
             mse_mean            of plans with the prior's mean
             mse_one, mse_best   of plans with a sample of the prior, and with the best of 16 samples
@@ -490,5 +491,6 @@ class PVDR(Method):
         errors = torch.stack([error(self.plans(past, z.unsqueeze(1)).squeeze(1)) for z in samples])  # (K, B)
         one, best = errors.mean(), errors.amin(0).mean()  # the mean over samples: that of one, with less noise
         out |= {"mse_tokens": error(future[:DRAWN]).mean(), "mse_posterior": error(plan[:DRAWN]).mean()}
+        out["mse_copy"] = (truth[:DRAWN, self.before - 1 : self.before] - true).square().mean()
         out["mse_mean"] = error(self.plans(past, mean.unsqueeze(1)).squeeze(1)).mean()
         return out | {"mse_one": one, "mse_best": best, "best_of_one": best / one.clamp(min=1e-12)}
