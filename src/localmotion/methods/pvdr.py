@@ -61,31 +61,15 @@ from localmotion.methods.base import (
 from localmotion.methods.sizes import plan_presets
 from localmotion.models.alignment import Aligner, AlignmentConfig, PlanCarry
 from localmotion.models.latent_windows import every, stacks, starts
-from localmotion.models.plan_cvae import (
-    Coded,
-    PlanConfig,
-    PlanDecoder,
-    Posterior,
-    Prior,
-    balanced,
-    check,
-    continued,
-    divergence,
-    sample,
-)
+from localmotion.models.plan_cvae import Coded, PlanConfig, PlanDecoder, Posterior, Prior, balanced, check, continued, sample
+from localmotion.models.plan_figures import ACTIVE, plan_figures
 from localmotion.models.planning import WindowMemory, choose_windows
 from localmotion.models.ppo import EXTRAS, PPOConfig, step_losses
 from localmotion.models.tokenizer import Tokenizer, TokenizerConfig, decibels
 from localmotion.models.vqgan_losses import PatchDiscriminator, Perceptual, hinge
 
-ACTIVE = 0.05
-"""A number of z is active where its KL is above this, in nats."""
 PROBED = 4
 """Sequences of a batch for the metric of shuffled latents."""
-SAMPLES = 16
-"""Plans of which the best is measured on held-out clips."""
-DRAWN = 16
-"""Sequences of a held-out batch whose plans are drawn."""
 AT_ONCE = 256
 """Windows that are coded at once."""
 
@@ -449,19 +433,8 @@ class PVDR(Method):
 
     @torch.no_grad()
     def heldout(self, stage: str, batch: Batch) -> dict[str, Tensor]:
-        """`tokenize`: PSNR of reconstructions, and the share of the codes that a batch uses. `pretrain`: the same, and of the first m + n
-        frames of each sequence
-
-            kl_nats, active     KL of the posterior from the prior, and how many numbers of z have one
-            ce, shuffled        cross-entropy with z of the posterior; how much more it is with that of another sequence
-            accuracy, copied    share of tokens that a plan with the posterior's mean gets right; that a copy of the last frame does
-            mse_tokens          squared error of the pictures (range 1) of the true tokens, the least that a plan can have
-            mse_copy            of a copy of the last true frame: plans with a larger error know less than that nothing moves
-            mse_posterior       of plans with the posterior's mean
-            mse_mean            of plans with the prior's mean
-            mse_one, mse_best   of plans with a sample of the prior, and with the best of 16 samples
-            best_of_one         mse_best / mse_one
-        """
+        """`tokenize`: PSNR of reconstructions, and the share of the codes that a batch uses. `pretrain`: the same, and the figures of plans
+        that `models.plan_figures` lists."""
         truth = images(batch)
         tokens = self.tokens(batch["image"])
         rebuilt = self.drawn(tokens).flatten(0, 1)
@@ -469,28 +442,4 @@ class PVDR(Method):
             "psnr": decibels((rebuilt - truth).square().mean((1, 2, 3))).mean(),
             "codes_used": self.tokenizer.used(tokens),
         }
-        return out if stage == "tokenize" else out | self._plan_figures(truth.unflatten(0, tokens.shape[:2]), tokens)
-
-    def _plan_figures(self, truth: Tensor, tokens: Tensor) -> dict[str, Tensor]:
-        """Of pictures (B, T, 3, S, S) and their tokens (B, T, N)."""
-        window = tokens[:, : self.before + self.ahead]
-        past, future = window.split([self.before, self.ahead], 1)
-        posterior, prior = self.posterior(window), self.prior(past)[:2]
-        each, z = divergence(*posterior, *prior).mean(0), sample(*posterior)
-        ce, other = self.surprise(past, future, torch.stack([z, z.roll(1, 0)], 1))
-        out = {"kl_nats": each.sum(), "active": (each > ACTIVE).float().sum(), "ce": ce, "shuffled": other - ce}
-        plan = self.plans(past, posterior[0].unsqueeze(1)).squeeze(1)
-        out |= {"accuracy": (plan == future).float().mean(), "copied": (past[:, -1:] == future).float().mean()}
-        past, mean, log_variance = past[:DRAWN], *(x[:DRAWN] for x in prior)
-        true = truth[:DRAWN, self.before : self.before + self.ahead]
-
-        def error(plan: Tensor) -> Tensor:
-            return (self.drawn(plan) - true).square().flatten(1).mean(1)  # (B,)
-
-        samples = [sample(mean, log_variance) for _ in range(SAMPLES)]
-        errors = torch.stack([error(self.plans(past, z.unsqueeze(1)).squeeze(1)) for z in samples])  # (K, B)
-        one, best = errors.mean(), errors.amin(0).mean()  # the mean over samples: that of one, with less noise
-        out |= {"mse_tokens": error(future[:DRAWN]).mean(), "mse_posterior": error(plan[:DRAWN]).mean()}
-        out["mse_copy"] = (truth[:DRAWN, self.before - 1 : self.before] - true).square().mean()
-        out["mse_mean"] = error(self.plans(past, mean.unsqueeze(1)).squeeze(1)).mean()
-        return out | {"mse_one": one, "mse_best": best, "best_of_one": best / one.clamp(min=1e-12)}
+        return out if stage == "tokenize" else out | plan_figures(self, truth.unflatten(0, tokens.shape[:2]), tokens)
