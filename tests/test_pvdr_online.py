@@ -297,6 +297,27 @@ def test_codes_in_the_memory_are_those_of_their_windows() -> None:
         assert known.all()
 
 
+def test_losses_of_an_encoded_rollout_are_those_of_its_pictures() -> None:
+    _, method = made("windows=6")
+    batch, ends = rollout(method), 5
+    batch["goal"][:, ends:] = observation(7, True)["image"]  # the second episode has another goal
+    looked: list[int] = []
+    method.tokenizer.encoder.register_forward_pre_hook(lambda _, given: looked.append(len(given[0])))
+    codes = method.encoded({key: batch[key] for key in ("image", "goal", "is_first")})
+    assert sorted(looked) == [2 * ROWS, ROWS * TIME]  # a goal once an episode
+    encoded = {key: value for key, value in batch.items() if key not in method.encodes} | codes
+    kept = {key: value.clone() for key, value in method.state_dict().items()}
+    direct = losses(method, batch)
+    method.load_state_dict(kept)
+    looked.clear()
+    found = losses(method, encoded)
+    assert not looked
+    for one, other in zip(direct, found, strict=True):
+        assert set(one) == set(other)
+        for name, value in one.items():
+            torch.testing.assert_close(other[name], value, msg=name)
+
+
 def test_the_prior_of_a_rollout_sees_what_it_saw_while_acting() -> None:
     """The newest frames of each position; at the start of an episode, copies of its first."""
     _, method = made()

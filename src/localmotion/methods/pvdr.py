@@ -115,6 +115,7 @@ class PVDR(Method):
     predicts_after = frozenset({"pretrain"})
     begins = {"pretrain": "tokenize", "finetune": "pretrain"}
     wants = GOAL
+    encodes = frozenset({"image", "goal"})
     extras = EXTRAS
     transfers = same("tokenizer", "posterior", "prior", "decoder")
 
@@ -193,8 +194,11 @@ class PVDR(Method):
     @torch.no_grad()
     def tokens(self, image: Tensor) -> Tensor:
         """Pictures (B, T, S, S, 3) uint8 -> tokens (B, T, N)."""
-        found = self.tokenizer.tokens(self.tokenizer.features(images({"image": image})))
-        return found.unflatten(0, image.shape[:2])
+        return self.tokenizer.tokens(self.features(image))
+
+    def features(self, image: Tensor) -> Tensor:
+        """Pictures (B, T, S, S, 3) uint8 -> features (B, T, N, D), before quantisation."""
+        return self.tokenizer.features(images({"image": image})).unflatten(0, image.shape[:2])
 
     @torch.no_grad()
     def drawn(self, tokens: Tensor) -> Tensor:
@@ -248,7 +252,7 @@ class PVDR(Method):
         """K plans from the prior; the one nearest to the goal; the action for its z."""
         now = self.tokens(obs["image"])  # (B, 1, N)
         past = torch.where(obs["is_first"].unsqueeze(-1), now.expand_as(carry.tokens), torch.cat([carry.tokens[:, 1:], now], 1))
-        goal = self.tokenizer.features(images({"image": obs["goal"]}))  # (B, N, D)
+        goal = self.features(obs["goal"]).squeeze(1)  # (B, N, D)
         mean, log_variance, context = self.prior(past)
         count = self.config.align.plans if explore else self.config.align.plans_eval
         z = sample(*(x.unsqueeze(1).expand(-1, count, -1) for x in (mean, log_variance)))  # (B, K, Z)
@@ -270,6 +274,16 @@ class PVDR(Method):
 
     # 4. Learning in the environment ---------------------------------------------------------------------------------------------
 
+    @torch.no_grad()
+    def encoded(self, batch: Batch) -> dict[str, Tensor]:
+        """Features of the frames and of their goals (B, T, N, D), and the frames' tokens (B, T, N). A goal is encoded once an episode."""
+        begins = batch["is_first"].clone()
+        begins[:, 0] = True
+        goals = self.features(batch["goal"][begins].unsqueeze(1)).squeeze(1)  # (episodes, N, D)
+        goal = goals[(begins.flatten().cumsum(0) - 1).view_as(begins)]
+        seen = self.features(batch["image"])
+        return {"seen": seen, "wanted": goal, "tokens": self.tokenizer.tokens(seen)}
+
     def dynamics_losses(self, batch: Batch) -> tuple[Losses, Metrics, tuple[Coded, Tensor, Tensor]]:
         """The losses of `pretrain` on windows of this and earlier rollouts. Handed on: codes, actions a_t (R, A), and known (R,).
 
@@ -277,7 +291,8 @@ class PVDR(Method):
         """
         config = self.config.align
         row, place, known = choose_windows(batch["is_first"], self.before, self.ahead, config.windows)  # (R,), (R, m + n)
-        tokens = self.tokens(batch["image"][row.unsqueeze(-1), place])
+        at = row.unsqueeze(-1), place
+        tokens = batch["tokens"][at] if "tokens" in batch else self.tokens(batch["image"][at])
         action = batch["action"][row, place[:, self.before]].float()  # led to the first of the later frames
         if not self.training:
             losses, metrics, codes = self.plan_losses(tokens)
@@ -303,12 +318,14 @@ class PVDR(Method):
         """
         aligner, (rows, time) = self.aligner, batch["is_first"].shape
         with torch.no_grad():
-            seen, goal = (self.tokenizer.features(images({"image": batch[key]})) for key in ("image", "goal"))  # (B T, N, D)
-            tokens = self.tokenizer.tokens(seen).unflatten(0, (rows, time))  # (B, T, N)
+            if "seen" in batch:
+                seen, goal, tokens = batch["seen"], batch["wanted"], batch["tokens"]
+            else:
+                seen, goal = self.features(batch["image"]), self.features(batch["goal"])
+                tokens = self.tokenizer.tokens(seen)
             past = stacks(tokens, every(tokens, 0, time - 1), self.before, starts(batch["is_first"]))  # (B T, m N)
             mean, _, context = self.prior(past.unflatten(1, (self.before, -1)))
-            now = aligner.critic(mean, context, goal).unflatten(0, (rows, time))
-            seen, goal = (x.unflatten(0, (rows, time)) for x in (seen, goal))
+            now = aligner.critic(mean, context, goal.flatten(0, 1)).unflatten(0, (rows, time))
             reward, metrics = aligner.rewards(seen, self.tokenizer.embed(tokens), goal, batch["plan"], batch)
         z, context = (batch[key][:, 1:].flatten(0, 1).float() for key in ("z", "context"))
         value = aligner.critic(z, context, goal[:, :-1].flatten(0, 1)).unflatten(0, (rows, time - 1))
