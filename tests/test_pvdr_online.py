@@ -97,7 +97,33 @@ def test_the_context_is_the_newest_frames_and_begins_with_copies() -> None:
             tokens.append(method.tokens(observation(t, first)["image"])[:, 0])
             kept = [tokens[max(t - 1, 0)], tokens[t]]
             assert torch.equal(carry.tokens, torch.stack(kept, 1))
-    assert all(leaf.dtype == torch.int64 for leaf in leaves_of(carry))
+    assert [leaf.dtype for leaf in leaves_of(carry)] == [torch.int64] * 3 + [torch.float32]
+
+
+def test_a_goal_is_encoded_when_its_episode_begins_and_kept_until_it_ends() -> None:
+    _, method = made()
+    looked: list[int] = []
+    method.tokenizer.encoder.register_forward_pre_hook(lambda _, given: looked.append(len(given[0])))
+    firsts = ((True, True), (False, False), (False, True), (False, False))
+    goals, seen = {row: torch.empty(0) for row in range(ROWS)}, method.initial_carry(ROWS)
+    with torch.no_grad():
+        for t, first in enumerate(firsts):
+            obs = observation(t, False) | {"is_first": torch.tensor(first)[:, None]}
+            for row in range(ROWS):
+                if first[row]:
+                    goals[row] = observation(50 + t + 10 * row, True)["image"][row]
+            obs["goal"] = torch.stack([goals[row] for row in range(ROWS)])
+            looked.clear()
+            torch.manual_seed(t)
+            action, kept, extras = method.act(obs, seen, explore=True, window=TIME)
+            assert sorted(looked) == sorted([ROWS] + [sum(first)] * any(first))
+            anew = method.features(obs["goal"]).squeeze(1)
+            torch.testing.assert_close(kept.goal, anew)
+            torch.manual_seed(t)
+            again = method.act(obs, seen._replace(goal=anew), explore=True, window=TIME)
+            torch.testing.assert_close(action, again[0])
+            torch.testing.assert_close(extras, again[2])
+            seen = kept
 
 
 def test_losses_see_the_policy_that_acted() -> None:

@@ -246,13 +246,16 @@ class PVDR(Method):
     def initial_carry(self, batch_size: int) -> PlanCarry:
         device, cells = self.warm.device, self.tokenizer.cells
         shapes = (self.before, cells), (self.config.align.plans, self.ahead, cells), ()
-        return PlanCarry(*(torch.zeros(batch_size, *shape, dtype=torch.int64, device=device) for shape in shapes))
+        goal = torch.zeros(batch_size, cells, self.tokenizer.dim, device=device)
+        return PlanCarry(*(torch.zeros(batch_size, *shape, dtype=torch.int64, device=device) for shape in shapes), goal)
 
     def act(self, obs: Batch, carry: PlanCarry, *, explore: bool, window: int) -> tuple[Tensor, PlanCarry, dict[str, Tensor]]:
         """K plans from the prior; the one nearest to the goal; the action for its z."""
         now = self.tokens(obs["image"])  # (B, 1, N)
         past = torch.where(obs["is_first"].unsqueeze(-1), now.expand_as(carry.tokens), torch.cat([carry.tokens[:, 1:], now], 1))
-        goal = self.features(obs["goal"]).squeeze(1)  # (B, N, D)
+        first, goal = obs["is_first"].squeeze(1), carry.goal  # (B,), (B, N, D)
+        if bool(first.any()):  # a goal stays the same in its episode
+            goal = goal.index_put((first,), self.features(obs["goal"][first]).squeeze(1))
         mean, log_variance, context = self.prior(past)
         count = self.config.align.plans if explore else self.config.align.plans_eval
         z = sample(*(x.unsqueeze(1).expand(-1, count, -1) for x in (mean, log_variance)))  # (B, K, Z)
@@ -263,7 +266,7 @@ class PVDR(Method):
         stored = {"z": z[rows, chosen], "context": context, "plan": codes[rows, chosen, 0]}
         action, log_prob = self.aligner.actor.act(stored["z"], context, explore)
         value = self.aligner.critic(stored["z"], context, goal)
-        return action, PlanCarry(past, plans, chosen), {"log_prob": log_prob, "value": value, **stored}
+        return action, PlanCarry(past, plans, chosen, goal), {"log_prob": log_prob, "value": value, **stored}
 
     @torch.no_grad()
     def panels(self, carry: PlanCarry) -> dict[str, Tensor]:

@@ -69,11 +69,13 @@ class AlignmentConfig:
 
 
 class PlanCarry(NamedTuple):
-    """What acting keeps: the newest frames' tokens (B, m, N), the plans made for the newest one (B, K, n, N), and the chosen one (B,)."""
+    """What acting keeps: the newest frames' tokens (B, m, N), the plans made for the newest one (B, K, n, N), the chosen one (B,), and the
+    features of the episode's goal (B, N, D)."""
 
     tokens: Tensor
     plans: Tensor
     chosen: Tensor
+    goal: Tensor
 
 
 class AlignmentNet(nn.Module):
