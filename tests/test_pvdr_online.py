@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any
 
 import pytest
@@ -97,7 +98,7 @@ def test_the_context_is_the_newest_frames_and_begins_with_copies() -> None:
             tokens.append(method.tokens(observation(t, first)["image"])[:, 0])
             kept = [tokens[max(t - 1, 0)], tokens[t]]
             assert torch.equal(carry.tokens, torch.stack(kept, 1))
-    assert [leaf.dtype for leaf in leaves_of(carry)] == [torch.int64] * 3 + [torch.float32]
+    assert [leaf.dtype for leaf in leaves_of(carry)] == [torch.int64] * 3 + [torch.float32] * 2 + [torch.int64]
 
 
 def test_a_goal_is_encoded_when_its_episode_begins_and_kept_until_it_ends() -> None:
@@ -186,6 +187,43 @@ def test_the_alignment_learns_by_reward_from_its_share_of_the_run_on() -> None:
     assert float(found[0.5]["action"] / found[0.25]["action"]) == pytest.approx(1.5 / 1.75, rel=1e-4)
 
 
+def explored(method: Any, firsts: tuple[bool, ...]) -> list[Tensor]:
+    """The noise of steps; ``firsts``: where the first row's episodes begin. The others' begin at the first step."""
+    carry, found = method.initial_carry(ROWS), []
+    with torch.no_grad():
+        for t, first in enumerate(firsts):
+            obs = observation(t, t == 0)
+            obs["is_first"][0] = first
+            _, carry, _ = method.act(obs, carry, explore=True, window=TIME)
+            found.append(carry.noise)
+    return found
+
+
+def test_noise_is_held_within_an_episode() -> None:
+    _, method = made("hold=3", "reward_from=0.5")
+    torch.manual_seed(0)
+    one, other = torch.stack(explored(method, (True, False, False, False, True, False, False))).unbind(1)
+    kept = [[bool(torch.equal(row[t], row[t + 1])) for t in range(6)] for row in (one, other)]
+    assert kept == [[True, True, False, False, True, True], [True, True, False, True, True, False]]
+    _, method = made("reward_from=0.5")  # the default
+    assert not any(torch.equal(*pair) for pair in itertools.pairwise(explored(method, (True, False, False))))
+
+
+def test_what_was_played_with_held_noise_is_not_reinforced() -> None:
+    _, method = made("hold=3", "reward_from=0.5")
+    held = []
+    for progress in (0.4, 0.5, 0.5, 0.6, 0.6):  # two updates of each of the rollouts of the second half
+        noise = explored(method, (True, False))
+        held.append(torch.equal(*noise))
+        method.after_update(Counters("finetune", 1, progress))
+        held.append(bool(method.aligner.reinforcing))
+    # The rollout of 0.5 was played with held noise. Before that of 0.6 the noise is new at each step.
+    assert held == [True, False, True, False, False, False, False, True, False, True]
+    _, method = made("reward_from=0.5")
+    method.after_update(Counters("finetune", 1, 0.5))
+    assert bool(method.aligner.reinforcing)
+
+
 def test_the_value_of_a_last_frame_is_not_that_of_another_position() -> None:
     """The critic of the last frame sees the prior's mean there, so changing the last picture changes the value's target."""
     _, method = made("reward_from=0", "follow_weight=0", "progress_weight=0")
@@ -208,7 +246,7 @@ def test_static_plans_are_counted() -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", ["plans=0", "plans_eval=0", "windows=0", "pairs=0", "memory=3", "random_plan=1.5", "reward_from=-0.1"]
+    "settings", ["plans=0", "plans_eval=0", "windows=0", "pairs=0", "hold=0", "memory=3", "random_plan=1.5", "reward_from=-0.1"]
 )
 def test_settings_out_of_range_are_refused(settings: str) -> None:
     with pytest.raises(ConfigError, match=settings.partition("=")[0]):
@@ -231,6 +269,7 @@ REACH = {
     "blur": "act.plan loss.value",
     "width": "size",
     "log_std": "act.action",
+    "hold": "loss.policy",
     "follow_weight": "loss.value",
     "progress_weight": "loss.value",
     "reward_weight": "loss.value",

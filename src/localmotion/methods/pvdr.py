@@ -246,8 +246,9 @@ class PVDR(Method):
     def initial_carry(self, batch_size: int) -> PlanCarry:
         device, cells = self.warm.device, self.tokenizer.cells
         shapes = (self.before, cells), (self.config.align.plans, self.ahead, cells), ()
-        goal = torch.zeros(batch_size, cells, self.tokenizer.dim, device=device)
-        return PlanCarry(*(torch.zeros(batch_size, *shape, dtype=torch.int64, device=device) for shape in shapes), goal)
+        tokens, plans, chosen = (torch.zeros(batch_size, *shape, dtype=torch.int64, device=device) for shape in shapes)
+        goal, noise = (torch.zeros(batch_size, *s, device=device) for s in ((cells, self.tokenizer.dim), (self.action_dim,)))
+        return PlanCarry(tokens, plans, chosen, goal, noise, torch.zeros_like(chosen))
 
     def act(self, obs: Batch, carry: PlanCarry, *, explore: bool, window: int) -> tuple[Tensor, PlanCarry, dict[str, Tensor]]:
         """K plans from the prior; the one nearest to the goal; the action for its z."""
@@ -264,9 +265,12 @@ class PVDR(Method):
         chosen = self.aligner.choose(codes, goal, explore)  # (B,)
         rows = torch.arange(len(chosen), device=chosen.device)
         stored = {"z": z[rows, chosen], "context": context, "plan": codes[rows, chosen, 0]}
-        action, log_prob = self.aligner.actor.act(stored["z"], context, explore)
+        noise, used = torch.zeros_like(carry.noise), carry.used
+        if explore:
+            noise, used = self.aligner.noise(carry.noise, used, first)
+        action, log_prob = self.aligner.actor.act(stored["z"], context, noise)
         value = self.aligner.critic(stored["z"], context, goal)
-        return action, PlanCarry(past, plans, chosen, goal), {"log_prob": log_prob, "value": value, **stored}
+        return action, PlanCarry(past, plans, chosen, goal, noise, used), {"log_prob": log_prob, "value": value, **stored}
 
     @torch.no_grad()
     def panels(self, carry: PlanCarry) -> dict[str, Tensor]:
