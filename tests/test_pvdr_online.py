@@ -165,6 +165,25 @@ def test_only_the_posteriors_last_layer_the_prior_and_the_decoder_learn_online()
     assert {key for key in changed if key.startswith("posterior")} == {"posterior.last.weight", "posterior.last.bias"}
 
 
+def test_plans_that_do_not_learn_stay_and_the_alignment_learns() -> None:
+    subject, method = made("plans_learn=false")
+    before = {key: value.clone() for key, value in method.state_dict().items()}
+    updater = subject.updater(method, CPU, pretrained=True)
+    batch = rollout(method)
+    for _ in range(3):
+        found = updater.learn(batch)
+    changed = {key.partition(".")[0] for key, value in method.state_dict().items() if not torch.equal(value, before[key])}
+    assert changed - {"warm"} == {"aligner", "memory"}
+    assert {group.name for group in updater.groups} == {"actor", "critic"}
+    assert {key for key in found if key.startswith("loss/")} == {f"loss/{name}" for name in method.loss_scales("finetune")}
+    assert int(method.memory.count) == 3 * method.config.align.windows
+    filled = method.memory.tokens[: int(method.memory.count)].long()
+    codes = torch.cat(method.coded(filled), 1)  # of windows of all updates
+    torch.testing.assert_close(method.memory.code[: len(codes)], codes)
+    with pytest.raises(ConfigError, match="plans_learn"):
+        made("plans_learn=false", "pretrained=false")
+
+
 def test_without_pretraining_the_whole_posterior_learns() -> None:
     subject, method = made("pretrained=false")
     trained = {id(p) for group in subject.groups(method) for p in group.parameters}
@@ -270,6 +289,7 @@ REACH = {
     "width": "size",
     "log_std": "act.action",
     "hold": "loss.policy",
+    "plans_learn": "weight.tokens weight.kl",
     "follow_weight": "loss.value",
     "progress_weight": "loss.value",
     "reward_weight": "loss.value",
@@ -295,6 +315,7 @@ OTHER: dict[str, Any] = {
     "reward_from": 0.9,
     "reward_weight": 3.0,
     "log_std": 0.5,
+    "plans_learn": "false",
 }
 
 

@@ -43,6 +43,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from localmotion.errors import ConfigError
 from localmotion.methods.base import (
     GOAL,
     Batch,
@@ -126,6 +127,8 @@ class PVDR(Method):
         super().__init__(config, image_size=image_size, action_dim=action_dim)
         self.config = config
         check(config.plan)
+        if not (config.pretrained or config.align.plans_learn):
+            raise ConfigError("pretrained=false, plans_learn=false: plans that have learned nothing would stay so")
         self.before, self.ahead = config.plan.context, config.plan.horizon
         self.tokenizer = Tokenizer(config.tokenizer, image_size)
         sizes = self.tokenizer.codes, self.tokenizer.cells
@@ -296,26 +299,46 @@ class PVDR(Method):
 
         Random windows of the rollout go into the memory, and others are drawn from it. In evaluation mode the first ones are used.
         """
-        config = self.config.align
-        row, place, known = choose_windows(batch["is_first"], self.before, self.ahead, config.windows)  # (R,), (R, m + n)
-        at = row.unsqueeze(-1), place
-        tokens = batch["tokens"][at] if "tokens" in batch else self.tokens(batch["image"][at])
-        action = batch["action"][row, place[:, self.before]].float()  # led to the first of the later frames
+        tokens, action, known = self._windows(batch)
         if not self.training:
             losses, metrics, codes = self.plan_losses(tokens)
+            pairs = codes, action, known
         else:
-            with torch.no_grad():
-                new = (*self.posterior(tokens), self.prior(tokens[:, : self.before])[2])
             memory = self.memory
-            memory.add(tokens, action, torch.cat(new, 1), known)
-            chosen, known = memory.draw(config.windows)
+            memory.add(tokens, action, torch.cat(self.coded(tokens), 1), known)
+            chosen, known = memory.draw(self.config.align.windows)
             losses, metrics, codes = self.plan_losses(memory.tokens[chosen].long())
             memory.renew(chosen, torch.cat(codes, 1))
-            pairs, known = memory.draw(config.pairs)
-            codes = Coded(*memory.code[pairs].split([part.shape[1] for part in codes], 1))
-            action = memory.action[pairs]
+            pairs = self._pairs()
         counts = known.any().float()  # without a whole window in an episode there is nothing to learn
-        return {name: loss * counts for name, loss in losses.items()}, metrics, (codes, action, known)
+        return {name: loss * counts for name, loss in losses.items()}, metrics, pairs
+
+    def experience(self, batch: Batch) -> tuple[Coded, Tensor, Tensor]:
+        """What `dynamics_losses` hands on, where plans do not learn."""
+        tokens, action, known = self._windows(batch)
+        codes = self.coded(tokens)
+        if not self.training:
+            return codes, action, known
+        self.memory.add(tokens, action, torch.cat(codes, 1), known)
+        return self._pairs()
+
+    def _windows(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens (R, m + n, N) of random windows of a rollout, their actions a_t (R, A), and known (R,)."""
+        row, place, known = choose_windows(batch["is_first"], self.before, self.ahead, self.config.align.windows)
+        at = row.unsqueeze(-1), place  # (R, 1), (R, m + n)
+        tokens = batch["tokens"][at] if "tokens" in batch else self.tokens(batch["image"][at])
+        return tokens, batch["action"][row, place[:, self.before]].float(), known  # it led to the first of the later frames
+
+    @torch.no_grad()
+    def coded(self, tokens: Tensor) -> Coded:
+        """The codes of windows (R, m + n, N)."""
+        return Coded(*self.posterior(tokens), self.prior(tokens[:, : self.before])[2])
+
+    def _pairs(self) -> tuple[Coded, Tensor, Tensor]:
+        """Codes, actions and known of random windows of the memory."""
+        memory, config = self.memory, self.config.plan
+        place, known = memory.draw(self.config.align.pairs)
+        return Coded(*memory.code[place].split([config.latent, config.latent, config.dim], 1)), memory.action[place], known
 
     def align_losses(self, batch: Batch, found: tuple[Coded, Tensor, Tensor]) -> tuple[Losses, Metrics]:
         """PPO with the rewards of plans, and the error of the actions a_t that led to what z describes.
@@ -365,7 +388,7 @@ class PVDR(Method):
             return scales | ({"adversarial": config.adversarial} if config.adversarial > 0 else {})
         plans = {"tokens": 1.0, "kl": self.config.beta / (self.ahead * self.tokenizer.cells)}  # "tokens" is a mean over n N
         ppo = {"policy": 1.0, "value": self.config.ppo.value_weight, "entropy": self.config.ppo.entropy, "action": 1.0}
-        return plans if stage == "pretrain" else plans | ppo
+        return plans if stage == "pretrain" else {**(plans if self.config.align.plans_learn else {}), **ppo}
 
     def passes(self, stage: str) -> tuple[Pass, ...]:
         scales = self.loss_scales(stage)
@@ -375,10 +398,13 @@ class PVDR(Method):
             return (first, second) if "adversarial" in scales else (first,)
         if stage == "pretrain":
             return (Pass(lambda batch, _: (*self.pretrain_losses(batch), None), scales, ("decayed", "plain")),)
+        heads = ("actor", "critic")
+        if not self.config.align.plans_learn:
+            return (Pass(lambda batch, _: (*self.align_losses(batch, self.experience(batch)), None), scales, heads),)
         plans = {name: scales.pop(name) for name in ("tokens", "kl")}
         return (
             Pass(lambda batch, _: self.dynamics_losses(batch), plans, ("decayed", "plain")),
-            Pass(lambda batch, found: (*self.align_losses(batch, found), None), scales, ("actor", "critic")),
+            Pass(lambda batch, found: (*self.align_losses(batch, found), None), scales, heads),
         )
 
     def groups(self, stage: str, rates: Rates) -> list[Group]:
@@ -390,19 +416,20 @@ class PVDR(Method):
             owned = {name: list(self.get_submodule(name).parameters()) for name in parts}
             return [Group(name, own, rates.lr, weight_decay=0.0, betas=(0.5, 0.9)) for name, own in owned.items()]
         online = stage == "finetune"
-        parameters = trained(self, "posterior", "prior", "decoder", *(("aligner",) if online else ()))
+        learning = ("posterior", "prior", "decoder") if not online or self.config.align.plans_learn else ()
+        parameters = trained(self, *learning, *(("aligner",) if online else ()))
         rate, warmup = rates.lr, self.config.warmup
         if online:
             self.warm.fill_(1.0)
             warmup = 0
-            parameters = [p for part in (self.posterior, self.prior, self.decoder) for p in part.parameters()]
+            parameters = [p for part in learning for p in self.get_submodule(part).parameters()]
             if self.config.pretrained:  # footnote 1: of the posterior, only the last layer learns
                 self.posterior.body.requires_grad_(False)
                 parameters = [p for p in parameters if p.requires_grad]
                 rate = rate * rates.slow
         matrices = {id(module.weight) for module in self.modules() if isinstance(module, nn.Linear)}
         groups = []
-        for name, decay in (("decayed", self.config.decay), ("plain", 0.0)):
+        for name, decay in (("decayed", self.config.decay), ("plain", 0.0)) if learning else ():
             own = [p for p in parameters if (id(p) in matrices) == (name == "decayed")]
             shared: dict[str, Any] = {"warmup": warmup, "decay": "cosine", "betas": (0.9, 0.95)}
             groups.append(Group(name, own, rate, optimizer="adamw", weight_decay=decay, **shared))

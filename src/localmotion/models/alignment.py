@@ -50,8 +50,8 @@ class AlignmentConfig:
     """Logarithm of the standard deviation of actions, at the start. It is learned."""
     hold: int = 1
     """Agent steps for which exploration keeps its noise, until the alignment learns by reward. z names all frames of a plan, its label is
-    the first action, and with new noise at each step the two agree little. Later, noise is new at each step, because PPO needs the probability
-    of each action. 1: always new."""
+    the first action, and with new noise at each step the two agree little. Later, noise is new at each step, because PPO needs the
+    probability of each action. 1: always new."""
     follow_weight: float = 1.0
     """Weight of the reward for following the plan."""
     progress_weight: float = 1.0
@@ -64,6 +64,9 @@ class AlignmentConfig:
     """The same at the end. It falls linearly."""
     reward_from: float = 0.1
     """Share of the run after which the alignment learns by reward, too. Before, it would learn from plans it cannot follow. 1: never."""
+    plans_learn: bool = True
+    """Whether prior, decoder and the posterior's last layer learn online. false: they stay as `pretrain` left them. An agent that cannot
+    act yet may see too little, and too unlike the videos, to improve them."""
     windows: int = 32
     """Windows that an update takes from the rollout into the memory, and draws from the memory to learn the representation."""
     pairs: int = 256
