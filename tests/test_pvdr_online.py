@@ -289,6 +289,7 @@ REACH = {
     "width": "size",
     "log_std": "act.action",
     "hold": "loss.policy",
+    "follow": "loss.value",
     "plans_learn": "weight.tokens weight.kl",
     "follow_weight": "loss.value",
     "progress_weight": "loss.value",
@@ -315,6 +316,7 @@ OTHER: dict[str, Any] = {
     "reward_from": 0.9,
     "reward_weight": 3.0,
     "log_std": 0.5,
+    "follow": "gain",
     "plans_learn": "false",
 }
 

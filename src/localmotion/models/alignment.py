@@ -52,6 +52,9 @@ class AlignmentConfig:
     """Agent steps for which exploration keeps its noise, until the alignment learns by reward. z names all frames of a plan, its label is
     the first action, and with new noise at each step the two agree little. Later, noise is new at each step, because PPO needs the
     probability of each action. 1: always new."""
+    follow: Literal["distance", "gain"] = "distance"
+    """What following a plan is worth. distance: minus the next frame's distance from the plan's first frame. gain: by how much the step
+    shortened that distance, as progress is measured. Then standing still pays nothing; by distance it pays as much as a poor attempt."""
     follow_weight: float = 1.0
     """Weight of the reward for following the plan."""
     progress_weight: float = 1.0
@@ -218,7 +221,7 @@ class Aligner(nn.Module):
         """
         inside = ~batch["is_first"][:, 1:]
         share = inside.float()
-        follow, progress = plan_rewards(self.distance, seen, goal, plan, batch["is_first"])
+        follow, progress = plan_rewards(self.distance, seen, goal, plan, batch["is_first"], self.config.follow == "gain")
         metrics = {
             "reward/follow": weighted_mean(follow, share),
             "reward/progress": weighted_mean(progress, share),

@@ -66,10 +66,14 @@ def nearest_plan(distance: Tensor, random: float) -> Tensor:
     return torch.where(torch.rand(best.shape, device=best.device) < random, any_plan, best)
 
 
-def plan_rewards(distance: GoalDistance, seen: Tensor, goal: Tensor, plan: Tensor, is_first: Tensor) -> tuple[Tensor, Tensor]:
+def plan_rewards(
+    distance: GoalDistance, seen: Tensor, goal: Tensor, plan: Tensor, is_first: Tensor, gain: bool = False
+) -> tuple[Tensor, Tensor]:
     """Rewards (B, T - 1) of the steps to positions 1 to T - 1: for following the plan, and for progress to the goal.
 
         follow_t = -d(o_{t+1}, first frame of the plan made at t),    progress_t = d(o_t, g) - d(o_{t+1}, g)
+
+    With ``gain``, following is what the step gained, too: follow_t = d(o_t, first frame) - d(o_{t+1}, first frame). So standing still has 0.
 
     ``seen`` and ``goal`` (B, T, N, D) are the features of the frames and of their episodes' goals; ``plan`` (B, T, N, D) at position t + 1
     those of the first frame of the plan that chose the step to it. Both are 0 where an episode begins instead of a step. The sum of
@@ -77,6 +81,8 @@ def plan_rewards(distance: GoalDistance, seen: Tensor, goal: Tensor, plan: Tenso
     """
     inside = ~is_first[:, 1:]
     follow = -distance(seen[:, 1:], plan[:, 1:])
+    if gain:
+        follow = follow + distance(seen[:, :-1], plan[:, 1:])
     far = distance(seen, goal)
     return torch.where(inside, follow, 0.0), torch.where(inside, far[:, :-1] - far[:, 1:], 0.0)
 
