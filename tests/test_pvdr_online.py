@@ -254,6 +254,28 @@ def test_the_value_of_a_last_frame_is_not_that_of_another_position() -> None:
     assert float(losses(method, other)[0]["value"]) != float(plain)
 
 
+def test_centred_rewards_have_the_mean_of_none_and_their_means_are_kept_with_the_weights() -> None:
+    _, method = made("centred=true", "reward_weight=2")
+    batch = rollout(method)
+    batch["reward"] = 5 + torch.rand(ROWS, TIME)
+    inside, before = ~batch["is_first"][:, 1:], method.state_dict()
+    code = method.encoded(batch)
+    terms = code["seen"], method.tokenizer.embed(code["tokens"]), code["wanted"], batch["plan"], batch
+    reward = method.aligner.rewards(*terms)[0]  # the first: its own mean is the running one
+    assert float(reward[inside].mean()) == pytest.approx(0, abs=1e-4)
+    other = made("centred=true", "reward_weight=2")[1]
+    other.load_state_dict(method.state_dict())
+    torch.testing.assert_close(other.eval().aligner.rewards(*terms)[0], reward, rtol=0, atol=0)
+    plain = made("reward_weight=2")[1].aligner
+    plain.load_state_dict({key: value for key, value in method.aligner.state_dict().items() if not key.startswith("own.")})
+    shift = (plain.eval().rewards(*terms)[0] - reward)[inside]
+    torch.testing.assert_close(shift, shift.mean().expand_as(shift))  # nothing but a constant
+    aligner = method.aligner
+    means = [float(each.mean() / each.deviation()) for each in (aligner.following, aligner.progress)]
+    assert float(shift.mean()) == pytest.approx(sum(means) + 2 * float(batch["reward"][:, 1:][inside].mean()), rel=1e-4)
+    assert set(before) - set(made()[1].state_dict()) == {f"aligner.own.{name}" for name in ("first", "second", "weight")}
+
+
 def test_static_plans_are_counted() -> None:
     _, method = made()
     batch = rollout(method)
@@ -289,6 +311,7 @@ REACH = {
     "width": "size",
     "log_std": "act.action",
     "hold": "loss.policy",
+    "centred": "loss.value",
     "follow": "loss.value",
     "plans_learn": "weight.tokens weight.kl",
     "follow_weight": "loss.value",
@@ -316,6 +339,7 @@ OTHER: dict[str, Any] = {
     "reward_from": 0.9,
     "reward_weight": 3.0,
     "log_std": 0.5,
+    "centred": "true",
     "follow": "gain",
     "plans_learn": "false",
 }

@@ -61,6 +61,10 @@ class AlignmentConfig:
     """Weight of the reward for progress to the goal."""
     reward_weight: float = 0.0
     """Weight of the environment's own reward, which has no part in the method as its summaries describe it."""
+    centred: bool = False
+    """Whether each reward counts from its running mean (reward centering, arXiv 2405.09999). All values share the part
+    mean / (1 - discount). It says nothing about actions, but the critic has to learn it first, and minus a distance has a large mean. For
+    episodes of fixed length: where a step can end one, the mean decides whether it should."""
     supervised: float = 1.0
     """Weight of the error of actions, given the z of what happened, at the start. 0: the alignment learns by reward alone."""
     supervised_end: float = 0.1
@@ -178,7 +182,8 @@ class Aligner(nn.Module):
         self.actor = Alignment(latent, context, actions, config.width, config.log_std)
         self.critic = Critic(latent, context, side * side * features, config.width)
         self.distance = GoalDistance(side, config.metric, config.blur)
-        self.following, self.progress = RunningDeviation(), RunningDeviation()
+        self.following, self.progress = RunningDeviation(config.centred), RunningDeviation(config.centred)
+        self.own = RunningDeviation(centred=True, scaled=False) if config.centred else None
         self.register_buffer("reinforcing", torch.zeros(()))  # 1 while the alignment learns by reward
         if config.hold > 1:  # the share of the run from which noise is new at each step; 2: not yet
             self.register_buffer("renewing", torch.tensor(2.0))
@@ -230,7 +235,8 @@ class Aligner(nn.Module):
         }
         config = self.config
         reward = config.follow_weight * self.following(follow, inside) + config.progress_weight * self.progress(progress, inside)
-        return reward + config.reward_weight * batch["reward"][:, 1:].float(), metrics
+        own = batch["reward"][:, 1:].float()
+        return reward + config.reward_weight * (self.own(own, inside) if self.own else own), metrics
 
     def action_error(
         self, mean: Tensor, log_variance: Tensor, context: Tensor, action: Tensor, known: Tensor
