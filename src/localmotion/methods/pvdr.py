@@ -332,7 +332,8 @@ class PVDR(Method):
     @torch.no_grad()
     def coded(self, tokens: Tensor) -> Coded:
         """The codes of windows (R, m + n, N)."""
-        return Coded(*self.posterior(tokens), self.prior(tokens[:, : self.before])[2])
+        mean, log_variance = self.posterior(tokens)
+        return Coded(mean, log_variance, self.prior(tokens[:, : self.before])[2])
 
     def _pairs(self) -> tuple[Coded, Tensor, Tensor]:
         """Codes, actions and known of random windows of the memory."""
