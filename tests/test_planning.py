@@ -84,6 +84,21 @@ def test_progress_telescopes_and_neither_reward_crosses_an_episode() -> None:
     assert torch.allclose(follow[0, 2], -distance(seen[0, 3], plan[0, 3]))
 
 
+def test_following_by_gain_pays_what_a_step_came_nearer_to_the_plan() -> None:
+    distance = GoalDistance(2, "squared", 0)
+    seen, plan, goal = torch.randn(3, 2, 5, 4, 6)
+    seen[:, 2] = seen[:, 1]  # stands still
+    seen[0, 4] = plan[0, 4]  # arrives
+    is_first = torch.zeros(2, 5, dtype=torch.bool)
+    is_first[1, 3] = True
+    follow, progress = plan_rewards(distance, seen, goal, plan, is_first, gain=True)
+    assert follow[:, 1].tolist() == [0, 0]
+    torch.testing.assert_close(follow[0, 3], distance(seen[0, 3], plan[0, 4]))
+    torch.testing.assert_close(follow[1, 0], distance(seen[1, 0], plan[1, 1]) - distance(seen[1, 1], plan[1, 1]))
+    assert float(follow[1, 2]) == 0  # an episode begins
+    assert torch.equal(progress, plan_rewards(distance, seen, goal, plan, is_first)[1])
+
+
 def test_a_reward_is_divided_by_the_deviation_so_far() -> None:
     torch.manual_seed(0)
     size = RunningDeviation()

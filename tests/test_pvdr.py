@@ -494,6 +494,8 @@ def test_figures_of_plans_are_what_they_are_called() -> None:
     assert found["mse_best"] == pytest.approx(float(errors[:16].amin(0).mean()), rel=1e-5)
     assert found["mse_best"] < found["mse_one"]
     assert (found["mse_mean"], found["mse_posterior"]) == pytest.approx(tuple(errors[16:].mean(1).tolist()), rel=1e-5)
+    still = batch["image"][:, 1:2].permute(0, 1, 4, 2, 3) / 255 - 0.5  # the last frame that a plan follows, not of its tokens
+    assert found["mse_copy"] == pytest.approx(float((still - truth).square().mean()), rel=1e-5)
     codes = model.tokens(batch["image"])
     assert found["copied"] == pytest.approx(float((codes[:, 1:2] == codes[:, 2:]).float().mean()))
     assert found["accuracy"] == pytest.approx(float((posterior == codes[:, 2:]).float().mean()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any
 
 import pytest
@@ -97,7 +98,33 @@ def test_the_context_is_the_newest_frames_and_begins_with_copies() -> None:
             tokens.append(method.tokens(observation(t, first)["image"])[:, 0])
             kept = [tokens[max(t - 1, 0)], tokens[t]]
             assert torch.equal(carry.tokens, torch.stack(kept, 1))
-    assert all(leaf.dtype == torch.int64 for leaf in leaves_of(carry))
+    assert [leaf.dtype for leaf in leaves_of(carry)] == [torch.int64] * 3 + [torch.float32] * 2 + [torch.int64]
+
+
+def test_a_goal_is_encoded_when_its_episode_begins_and_kept_until_it_ends() -> None:
+    _, method = made()
+    looked: list[int] = []
+    method.tokenizer.encoder.register_forward_pre_hook(lambda _, given: looked.append(len(given[0])))
+    firsts = ((True, True), (False, False), (False, True), (False, False))
+    goals, seen = {row: torch.empty(0) for row in range(ROWS)}, method.initial_carry(ROWS)
+    with torch.no_grad():
+        for t, first in enumerate(firsts):
+            obs = observation(t, False) | {"is_first": torch.tensor(first)[:, None]}
+            for row in range(ROWS):
+                if first[row]:
+                    goals[row] = observation(50 + t + 10 * row, True)["image"][row]
+            obs["goal"] = torch.stack([goals[row] for row in range(ROWS)])
+            looked.clear()
+            torch.manual_seed(t)
+            action, kept, extras = method.act(obs, seen, explore=True, window=TIME)
+            assert sorted(looked) == sorted([ROWS] + [sum(first)] * any(first))
+            anew = method.features(obs["goal"]).squeeze(1)
+            torch.testing.assert_close(kept.goal, anew)
+            torch.manual_seed(t)
+            again = method.act(obs, seen._replace(goal=anew), explore=True, window=TIME)
+            torch.testing.assert_close(action, again[0])
+            torch.testing.assert_close(extras, again[2])
+            seen = kept
 
 
 def test_losses_see_the_policy_that_acted() -> None:
@@ -138,6 +165,25 @@ def test_only_the_posteriors_last_layer_the_prior_and_the_decoder_learn_online()
     assert {key for key in changed if key.startswith("posterior")} == {"posterior.last.weight", "posterior.last.bias"}
 
 
+def test_plans_that_do_not_learn_stay_and_the_alignment_learns() -> None:
+    subject, method = made("plans_learn=false")
+    before = {key: value.clone() for key, value in method.state_dict().items()}
+    updater = subject.updater(method, CPU, pretrained=True)
+    batch = rollout(method)
+    for _ in range(3):
+        found = updater.learn(batch)
+    changed = {key.partition(".")[0] for key, value in method.state_dict().items() if not torch.equal(value, before[key])}
+    assert changed - {"warm"} == {"aligner", "memory"}
+    assert {group.name for group in updater.groups} == {"actor", "critic"}
+    assert {key for key in found if key.startswith("loss/")} == {f"loss/{name}" for name in method.loss_scales("finetune")}
+    assert int(method.memory.count) == 3 * method.config.align.windows
+    filled = method.memory.tokens[: int(method.memory.count)].long()
+    codes = torch.cat(method.coded(filled), 1)  # of windows of all updates
+    torch.testing.assert_close(method.memory.code[: len(codes)], codes)
+    with pytest.raises(ConfigError, match="plans_learn"):
+        made("plans_learn=false", "pretrained=false")
+
+
 def test_without_pretraining_the_whole_posterior_learns() -> None:
     subject, method = made("pretrained=false")
     trained = {id(p) for group in subject.groups(method) for p in group.parameters}
@@ -160,6 +206,43 @@ def test_the_alignment_learns_by_reward_from_its_share_of_the_run_on() -> None:
     assert float(found[0.5]["action"] / found[0.25]["action"]) == pytest.approx(1.5 / 1.75, rel=1e-4)
 
 
+def explored(method: Any, firsts: tuple[bool, ...]) -> list[Tensor]:
+    """The noise of steps; ``firsts``: where the first row's episodes begin. The others' begin at the first step."""
+    carry, found = method.initial_carry(ROWS), []
+    with torch.no_grad():
+        for t, first in enumerate(firsts):
+            obs = observation(t, t == 0)
+            obs["is_first"][0] = first
+            _, carry, _ = method.act(obs, carry, explore=True, window=TIME)
+            found.append(carry.noise)
+    return found
+
+
+def test_noise_is_held_within_an_episode() -> None:
+    _, method = made("hold=3", "reward_from=0.5")
+    torch.manual_seed(0)
+    one, other = torch.stack(explored(method, (True, False, False, False, True, False, False))).unbind(1)
+    kept = [[bool(torch.equal(row[t], row[t + 1])) for t in range(6)] for row in (one, other)]
+    assert kept == [[True, True, False, False, True, True], [True, True, False, True, True, False]]
+    _, method = made("reward_from=0.5")  # the default
+    assert not any(torch.equal(*pair) for pair in itertools.pairwise(explored(method, (True, False, False))))
+
+
+def test_what_was_played_with_held_noise_is_not_reinforced() -> None:
+    _, method = made("hold=3", "reward_from=0.5")
+    held = []
+    for progress in (0.4, 0.5, 0.5, 0.6, 0.6):  # two updates of each of the rollouts of the second half
+        noise = explored(method, (True, False))
+        held.append(torch.equal(*noise))
+        method.after_update(Counters("finetune", 1, progress))
+        held.append(bool(method.aligner.reinforcing))
+    # The rollout of 0.5 was played with held noise. Before that of 0.6 the noise is new at each step.
+    assert held == [True, False, True, False, False, False, False, True, False, True]
+    _, method = made("reward_from=0.5")
+    method.after_update(Counters("finetune", 1, 0.5))
+    assert bool(method.aligner.reinforcing)
+
+
 def test_the_value_of_a_last_frame_is_not_that_of_another_position() -> None:
     """The critic of the last frame sees the prior's mean there, so changing the last picture changes the value's target."""
     _, method = made("reward_from=0", "follow_weight=0", "progress_weight=0")
@@ -169,6 +252,28 @@ def test_the_value_of_a_last_frame_is_not_that_of_another_position() -> None:
     other = {key: value.clone() for key, value in batch.items()}
     other["image"][:, -1] = 255 - other["image"][:, -1]
     assert float(losses(method, other)[0]["value"]) != float(plain)
+
+
+def test_centred_rewards_have_the_mean_of_none_and_their_means_are_kept_with_the_weights() -> None:
+    _, method = made("centred=true", "reward_weight=2")
+    batch = rollout(method)
+    batch["reward"] = 5 + torch.rand(ROWS, TIME)
+    inside, before = ~batch["is_first"][:, 1:], method.state_dict()
+    code = method.encoded(batch)
+    terms = code["seen"], method.tokenizer.embed(code["tokens"]), code["wanted"], batch["plan"], batch
+    reward = method.aligner.rewards(*terms)[0]  # the first: its own mean is the running one
+    assert float(reward[inside].mean()) == pytest.approx(0, abs=1e-4)
+    other = made("centred=true", "reward_weight=2")[1]
+    other.load_state_dict(method.state_dict())
+    torch.testing.assert_close(other.eval().aligner.rewards(*terms)[0], reward, rtol=0, atol=0)
+    plain = made("reward_weight=2")[1].aligner
+    plain.load_state_dict({key: value for key, value in method.aligner.state_dict().items() if not key.startswith("own.")})
+    shift = (plain.eval().rewards(*terms)[0] - reward)[inside]
+    torch.testing.assert_close(shift, shift.mean().expand_as(shift))  # nothing but a constant
+    aligner = method.aligner
+    means = [float(each.mean() / each.deviation()) for each in (aligner.following, aligner.progress)]
+    assert float(shift.mean()) == pytest.approx(sum(means) + 2 * float(batch["reward"][:, 1:][inside].mean()), rel=1e-4)
+    assert set(before) - set(made()[1].state_dict()) == {f"aligner.own.{name}" for name in ("first", "second", "weight")}
 
 
 def test_static_plans_are_counted() -> None:
@@ -182,7 +287,7 @@ def test_static_plans_are_counted() -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", ["plans=0", "plans_eval=0", "windows=0", "pairs=0", "memory=3", "random_plan=1.5", "reward_from=-0.1"]
+    "settings", ["plans=0", "plans_eval=0", "windows=0", "pairs=0", "hold=0", "memory=3", "random_plan=1.5", "reward_from=-0.1"]
 )
 def test_settings_out_of_range_are_refused(settings: str) -> None:
     with pytest.raises(ConfigError, match=settings.partition("=")[0]):
@@ -205,6 +310,10 @@ REACH = {
     "blur": "act.plan loss.value",
     "width": "size",
     "log_std": "act.action",
+    "hold": "loss.policy",
+    "centred": "loss.value",
+    "follow": "loss.value",
+    "plans_learn": "weight.tokens weight.kl",
     "follow_weight": "loss.value",
     "progress_weight": "loss.value",
     "reward_weight": "loss.value",
@@ -230,6 +339,9 @@ OTHER: dict[str, Any] = {
     "reward_from": 0.9,
     "reward_weight": 3.0,
     "log_std": 0.5,
+    "centred": "true",
+    "follow": "gain",
+    "plans_learn": "false",
 }
 
 
@@ -295,6 +407,27 @@ def test_codes_in_the_memory_are_those_of_their_windows() -> None:
         rows = (codes.mean[:, None] - mean).abs().sum(-1).argmin(1)
         torch.testing.assert_close(action, method.memory.action[rows])
         assert known.all()
+
+
+def test_losses_of_an_encoded_rollout_are_those_of_its_pictures() -> None:
+    _, method = made("windows=6")
+    batch, ends = rollout(method), 5
+    batch["goal"][:, ends:] = observation(7, True)["image"]  # the second episode has another goal
+    looked: list[int] = []
+    method.tokenizer.encoder.register_forward_pre_hook(lambda _, given: looked.append(len(given[0])))
+    codes = method.encoded({key: batch[key] for key in ("image", "goal", "is_first")})
+    assert sorted(looked) == [2 * ROWS, ROWS * TIME]  # a goal once an episode
+    encoded = {key: value for key, value in batch.items() if key not in method.encodes} | codes
+    kept = {key: value.clone() for key, value in method.state_dict().items()}
+    direct = losses(method, batch)
+    method.load_state_dict(kept)
+    looked.clear()
+    found = losses(method, encoded)
+    assert not looked
+    for one, other in zip(direct, found, strict=True):
+        assert set(one) == set(other)
+        for name, value in one.items():
+            torch.testing.assert_close(other[name], value, msg=name)
 
 
 def test_the_prior_of_a_rollout_sees_what_it_saw_while_acting() -> None:

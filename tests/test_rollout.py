@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ from localmotion.config import RunConfig
 from localmotion.envs import make_env
 from localmotion.envs.toy import BLOCK_OPTIMAL
 from localmotion.errors import ConfigError
-from localmotion.methods.base import Source
+from localmotion.methods.base import Batch, Source
 from localmotion.runs.settings import compose
 from localmotion.training.finetune import finetune
 from localmotion.training.interrupt import StopRequest
@@ -44,11 +44,26 @@ class OffPolicy(ActExtras):
     stages = {"train": Source.REPLAY}
 
 
+class Encoding(ActExtras):
+    """The same method, whose pictures pass through a frozen part: their negative."""
+
+    name = "encoding"
+    encodes = frozenset({"image"})
+    asked: ClassVar[list[torch.Tensor]] = []
+
+    def encoded(self, batch: Batch) -> dict[str, torch.Tensor]:
+        assert set(batch) == {"image", "is_first"}
+        assert not torch.is_grad_enabled()
+        self.asked.append(batch["image"])
+        return {"image": 255 - batch["image"]}
+
+
 @pytest.fixture(autouse=True)
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(methods, "_METHODS", dict(methods._METHODS))
     methods.register("act_extras", "examples.act_extras", "ActExtras")
     methods.register("off_policy", __name__, "OffPolicy")
+    methods.register("encoding", __name__, "Encoding")
 
 
 def settings(*texts: str, name: str = "act_extras", **flags: Any) -> RunConfig:
@@ -67,6 +82,20 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, torch.Tensor]]:
 
     monkeypatch.setattr(Updater, "learn", looked)
     return found
+
+
+def test_a_rollout_is_encoded_once_and_all_its_updates_see_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = seen(monkeypatch)
+    one_rollout = ("env_steps=24", "online.eval_every=100000")
+    Encoding.asked.clear()
+    for name in ("act_extras", "encoding"):
+        finetune(settings(*one_rollout, name=name), tmp_path / name)
+    plain, encoded = batches[:4], batches[4:]
+    assert sum(len(part) for part in Encoding.asked) == 3  # environments, with two epochs of two updates each
+    assert len(encoded) == 4
+    for one, other in zip(plain, encoded, strict=True):
+        assert torch.equal(255 - one["image"], other["image"])
+        assert all(torch.equal(one[key], other[key]) for key in one if key != "image")
 
 
 def test_a_rollout_holds_what_the_environments_showed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

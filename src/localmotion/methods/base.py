@@ -238,6 +238,8 @@ class Method(nn.Module):
     extras: Mapping[str, tuple[int, ...]] = {}
     """Names and shapes of what `act` returns for each agent step besides action and carry, e.g. {"value": ()}. The loop stores them. An
     instance may add those whose shapes depend on its settings."""
+    encodes: ClassVar[frozenset[str]] = frozenset()
+    """Batch keys in whose place the updates of a rollout get what frozen parts make of them (`encoded`)."""
     vectors: ClassVar[bool] = False
     """Whether it can learn from vectors, with or without pictures. Its Config then has ``pixels`` and ``vector_dim``."""
     discrete: ClassVar[bool] = False
@@ -297,6 +299,14 @@ class Method(nn.Module):
 
     def after_update(self, counters: Counters) -> None:
         """Called once per update, after all passes: slow copies, schedules. It changes only buffers and parameters, in place."""
+
+    def encoded(self, batch: Batch) -> dict[str, Tensor]:
+        """What frozen parts make of the keys `encodes`, (B, T, ...) each, without a gradient. ``batch`` has these keys and is_first.
+
+        All updates of a rollout see the same frames. So a rollout is encoded once, not in each of them. For a method with `encodes`. Its
+        losses also take batches with the keys as they are.
+        """
+        raise NotImplementedError(f"{self.name} encodes no keys")
 
     # Acting -----------------------------------------------------------------------------------------------------------------
 

@@ -35,7 +35,6 @@ Shapes: B sequences, T positions, S side, K plans, m context, n horizon, N cells
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,6 +43,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from localmotion.errors import ConfigError
 from localmotion.methods.base import (
     GOAL,
     Batch,
@@ -62,24 +62,17 @@ from localmotion.methods.base import (
 from localmotion.methods.sizes import plan_presets
 from localmotion.models.alignment import Aligner, AlignmentConfig, PlanCarry
 from localmotion.models.latent_windows import every, stacks, starts
-from localmotion.models.plan_cvae import Coded, PlanConfig, PlanDecoder, Posterior, Prior, balanced, check, divergence, sample
+from localmotion.models.plan_cvae import Coded, PlanConfig, PlanDecoder, Posterior, Prior, balanced, check, continued, sample
+from localmotion.models.plan_figures import ACTIVE, plan_figures
 from localmotion.models.planning import WindowMemory, choose_windows
 from localmotion.models.ppo import EXTRAS, PPOConfig, step_losses
 from localmotion.models.tokenizer import Tokenizer, TokenizerConfig, decibels
 from localmotion.models.vqgan_losses import PatchDiscriminator, Perceptual, hinge
 
-ACTIVE = 0.05
-"""A number of z is active where its KL is above this, in nats."""
 PROBED = 4
 """Sequences of a batch for the metric of shuffled latents."""
-SAMPLES = 16
-"""Plans of which the best is measured on held-out clips."""
-DRAWN = 16
-"""Sequences of a held-out batch whose plans are drawn."""
 AT_ONCE = 256
 """Windows that are coded at once."""
-Latent = Callable[[Tensor, int], Tensor]
-"""(the newest frames' tokens (B, m, N), position of the next frame) -> z (B, Z)."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +116,7 @@ class PVDR(Method):
     predicts_after = frozenset({"pretrain"})
     begins = {"pretrain": "tokenize", "finetune": "pretrain"}
     wants = GOAL
+    encodes = frozenset({"image", "goal"})
     extras = EXTRAS
     transfers = same("tokenizer", "posterior", "prior", "decoder")
 
@@ -133,6 +127,8 @@ class PVDR(Method):
         super().__init__(config, image_size=image_size, action_dim=action_dim)
         self.config = config
         check(config.plan)
+        if not (config.pretrained or config.align.plans_learn):
+            raise ConfigError("pretrained=false, plans_learn=false: plans that have learned nothing would stay so")
         self.before, self.ahead = config.plan.context, config.plan.horizon
         self.tokenizer = Tokenizer(config.tokenizer, image_size)
         sizes = self.tokenizer.codes, self.tokenizer.cells
@@ -201,8 +197,11 @@ class PVDR(Method):
     @torch.no_grad()
     def tokens(self, image: Tensor) -> Tensor:
         """Pictures (B, T, S, S, 3) uint8 -> tokens (B, T, N)."""
-        found = self.tokenizer.tokens(self.tokenizer.features(images({"image": image})))
-        return found.unflatten(0, image.shape[:2])
+        return self.tokenizer.tokens(self.features(image))
+
+    def features(self, image: Tensor) -> Tensor:
+        """Pictures (B, T, S, S, 3) uint8 -> features (B, T, N, D), before quantisation."""
+        return self.tokenizer.features(images({"image": image})).unflatten(0, image.shape[:2])
 
     @torch.no_grad()
     def drawn(self, tokens: Tensor) -> Tensor:
@@ -250,13 +249,17 @@ class PVDR(Method):
     def initial_carry(self, batch_size: int) -> PlanCarry:
         device, cells = self.warm.device, self.tokenizer.cells
         shapes = (self.before, cells), (self.config.align.plans, self.ahead, cells), ()
-        return PlanCarry(*(torch.zeros(batch_size, *shape, dtype=torch.int64, device=device) for shape in shapes))
+        tokens, plans, chosen = (torch.zeros(batch_size, *shape, dtype=torch.int64, device=device) for shape in shapes)
+        goal, noise = (torch.zeros(batch_size, *s, device=device) for s in ((cells, self.tokenizer.dim), (self.action_dim,)))
+        return PlanCarry(tokens, plans, chosen, goal, noise, torch.zeros_like(chosen))
 
     def act(self, obs: Batch, carry: PlanCarry, *, explore: bool, window: int) -> tuple[Tensor, PlanCarry, dict[str, Tensor]]:
         """K plans from the prior; the one nearest to the goal; the action for its z."""
         now = self.tokens(obs["image"])  # (B, 1, N)
         past = torch.where(obs["is_first"].unsqueeze(-1), now.expand_as(carry.tokens), torch.cat([carry.tokens[:, 1:], now], 1))
-        goal = self.tokenizer.features(images({"image": obs["goal"]}))  # (B, N, D)
+        first, goal = obs["is_first"].squeeze(1), carry.goal  # (B,), (B, N, D)
+        if bool(first.any()):  # a goal stays the same in its episode
+            goal = goal.index_put((first,), self.features(obs["goal"][first]).squeeze(1))
         mean, log_variance, context = self.prior(past)
         count = self.config.align.plans if explore else self.config.align.plans_eval
         z = sample(*(x.unsqueeze(1).expand(-1, count, -1) for x in (mean, log_variance)))  # (B, K, Z)
@@ -265,9 +268,12 @@ class PVDR(Method):
         chosen = self.aligner.choose(codes, goal, explore)  # (B,)
         rows = torch.arange(len(chosen), device=chosen.device)
         stored = {"z": z[rows, chosen], "context": context, "plan": codes[rows, chosen, 0]}
-        action, log_prob = self.aligner.actor.act(stored["z"], context, explore)
+        noise, used = torch.zeros_like(carry.noise), carry.used
+        if explore:
+            noise, used = self.aligner.noise(carry.noise, used, first)
+        action, log_prob = self.aligner.actor.act(stored["z"], context, noise)
         value = self.aligner.critic(stored["z"], context, goal)
-        return action, PlanCarry(past, plans, chosen), {"log_prob": log_prob, "value": value, **stored}
+        return action, PlanCarry(past, plans, chosen, goal, noise, used), {"log_prob": log_prob, "value": value, **stored}
 
     @torch.no_grad()
     def panels(self, carry: PlanCarry) -> dict[str, Tensor]:
@@ -278,30 +284,62 @@ class PVDR(Method):
 
     # 4. Learning in the environment ---------------------------------------------------------------------------------------------
 
+    @torch.no_grad()
+    def encoded(self, batch: Batch) -> dict[str, Tensor]:
+        """Features of the frames and of their goals (B, T, N, D), and the frames' tokens (B, T, N). A goal is encoded once an episode."""
+        begins = batch["is_first"].clone()
+        begins[:, 0] = True
+        goals = self.features(batch["goal"][begins].unsqueeze(1)).squeeze(1)  # (episodes, N, D)
+        goal = goals[(begins.flatten().cumsum(0) - 1).view_as(begins)]
+        seen = self.features(batch["image"])
+        return {"seen": seen, "wanted": goal, "tokens": self.tokenizer.tokens(seen)}
+
     def dynamics_losses(self, batch: Batch) -> tuple[Losses, Metrics, tuple[Coded, Tensor, Tensor]]:
         """The losses of `pretrain` on windows of this and earlier rollouts. Handed on: codes, actions a_t (R, A), and known (R,).
 
         Random windows of the rollout go into the memory, and others are drawn from it. In evaluation mode the first ones are used.
         """
-        config = self.config.align
-        row, place, known = choose_windows(batch["is_first"], self.before, self.ahead, config.windows)  # (R,), (R, m + n)
-        tokens = self.tokens(batch["image"][row.unsqueeze(-1), place])
-        action = batch["action"][row, place[:, self.before]].float()  # led to the first of the later frames
+        tokens, action, known = self._windows(batch)
         if not self.training:
             losses, metrics, codes = self.plan_losses(tokens)
+            pairs = codes, action, known
         else:
-            with torch.no_grad():
-                new = (*self.posterior(tokens), self.prior(tokens[:, : self.before])[2])
             memory = self.memory
-            memory.add(tokens, action, torch.cat(new, 1), known)
-            chosen, known = memory.draw(config.windows)
+            memory.add(tokens, action, torch.cat(self.coded(tokens), 1), known)
+            chosen, known = memory.draw(self.config.align.windows)
             losses, metrics, codes = self.plan_losses(memory.tokens[chosen].long())
             memory.renew(chosen, torch.cat(codes, 1))
-            pairs, known = memory.draw(config.pairs)
-            codes = Coded(*memory.code[pairs].split([part.shape[1] for part in codes], 1))
-            action = memory.action[pairs]
+            pairs = self._pairs()
         counts = known.any().float()  # without a whole window in an episode there is nothing to learn
-        return {name: loss * counts for name, loss in losses.items()}, metrics, (codes, action, known)
+        return {name: loss * counts for name, loss in losses.items()}, metrics, pairs
+
+    def experience(self, batch: Batch) -> tuple[Coded, Tensor, Tensor]:
+        """What `dynamics_losses` hands on, where plans do not learn."""
+        tokens, action, known = self._windows(batch)
+        codes = self.coded(tokens)
+        if not self.training:
+            return codes, action, known
+        self.memory.add(tokens, action, torch.cat(codes, 1), known)
+        return self._pairs()
+
+    def _windows(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens (R, m + n, N) of random windows of a rollout, their actions a_t (R, A), and known (R,)."""
+        row, place, known = choose_windows(batch["is_first"], self.before, self.ahead, self.config.align.windows)
+        at = row.unsqueeze(-1), place  # (R, 1), (R, m + n)
+        tokens = batch["tokens"][at] if "tokens" in batch else self.tokens(batch["image"][at])
+        return tokens, batch["action"][row, place[:, self.before]].float(), known  # it led to the first of the later frames
+
+    @torch.no_grad()
+    def coded(self, tokens: Tensor) -> Coded:
+        """The codes of windows (R, m + n, N)."""
+        mean, log_variance = self.posterior(tokens)
+        return Coded(mean, log_variance, self.prior(tokens[:, : self.before])[2])
+
+    def _pairs(self) -> tuple[Coded, Tensor, Tensor]:
+        """Codes, actions and known of random windows of the memory."""
+        memory, config = self.memory, self.config.plan
+        place, known = memory.draw(self.config.align.pairs)
+        return Coded(*memory.code[place].split([config.latent, config.latent, config.dim], 1)), memory.action[place], known
 
     def align_losses(self, batch: Batch, found: tuple[Coded, Tensor, Tensor]) -> tuple[Losses, Metrics]:
         """PPO with the rewards of plans, and the error of the actions a_t that led to what z describes.
@@ -311,12 +349,14 @@ class PVDR(Method):
         """
         aligner, (rows, time) = self.aligner, batch["is_first"].shape
         with torch.no_grad():
-            seen, goal = (self.tokenizer.features(images({"image": batch[key]})) for key in ("image", "goal"))  # (B T, N, D)
-            tokens = self.tokenizer.tokens(seen).unflatten(0, (rows, time))  # (B, T, N)
+            if "seen" in batch:
+                seen, goal, tokens = batch["seen"], batch["wanted"], batch["tokens"]
+            else:
+                seen, goal = self.features(batch["image"]), self.features(batch["goal"])
+                tokens = self.tokenizer.tokens(seen)
             past = stacks(tokens, every(tokens, 0, time - 1), self.before, starts(batch["is_first"]))  # (B T, m N)
             mean, _, context = self.prior(past.unflatten(1, (self.before, -1)))
-            now = aligner.critic(mean, context, goal).unflatten(0, (rows, time))
-            seen, goal = (x.unflatten(0, (rows, time)) for x in (seen, goal))
+            now = aligner.critic(mean, context, goal.flatten(0, 1)).unflatten(0, (rows, time))
             reward, metrics = aligner.rewards(seen, self.tokenizer.embed(tokens), goal, batch["plan"], batch)
         z, context = (batch[key][:, 1:].flatten(0, 1).float() for key in ("z", "context"))
         value = aligner.critic(z, context, goal[:, :-1].flatten(0, 1)).unflatten(0, (rows, time - 1))
@@ -349,7 +389,7 @@ class PVDR(Method):
             return scales | ({"adversarial": config.adversarial} if config.adversarial > 0 else {})
         plans = {"tokens": 1.0, "kl": self.config.beta / (self.ahead * self.tokenizer.cells)}  # "tokens" is a mean over n N
         ppo = {"policy": 1.0, "value": self.config.ppo.value_weight, "entropy": self.config.ppo.entropy, "action": 1.0}
-        return plans if stage == "pretrain" else plans | ppo
+        return plans if stage == "pretrain" else {**(plans if self.config.align.plans_learn else {}), **ppo}
 
     def passes(self, stage: str) -> tuple[Pass, ...]:
         scales = self.loss_scales(stage)
@@ -359,10 +399,13 @@ class PVDR(Method):
             return (first, second) if "adversarial" in scales else (first,)
         if stage == "pretrain":
             return (Pass(lambda batch, _: (*self.pretrain_losses(batch), None), scales, ("decayed", "plain")),)
+        heads = ("actor", "critic")
+        if not self.config.align.plans_learn:
+            return (Pass(lambda batch, _: (*self.align_losses(batch, self.experience(batch)), None), scales, heads),)
         plans = {name: scales.pop(name) for name in ("tokens", "kl")}
         return (
             Pass(lambda batch, _: self.dynamics_losses(batch), plans, ("decayed", "plain")),
-            Pass(lambda batch, found: (*self.align_losses(batch, found), None), scales, ("actor", "critic")),
+            Pass(lambda batch, found: (*self.align_losses(batch, found), None), scales, heads),
         )
 
     def groups(self, stage: str, rates: Rates) -> list[Group]:
@@ -374,19 +417,20 @@ class PVDR(Method):
             owned = {name: list(self.get_submodule(name).parameters()) for name in parts}
             return [Group(name, own, rates.lr, weight_decay=0.0, betas=(0.5, 0.9)) for name, own in owned.items()]
         online = stage == "finetune"
-        parameters = trained(self, "posterior", "prior", "decoder", *(("aligner",) if online else ()))
+        learning = ("posterior", "prior", "decoder") if not online or self.config.align.plans_learn else ()
+        parameters = trained(self, *learning, *(("aligner",) if online else ()))
         rate, warmup = rates.lr, self.config.warmup
         if online:
             self.warm.fill_(1.0)
             warmup = 0
-            parameters = [p for part in (self.posterior, self.prior, self.decoder) for p in part.parameters()]
+            parameters = [p for part in learning for p in self.get_submodule(part).parameters()]
             if self.config.pretrained:  # footnote 1: of the posterior, only the last layer learns
                 self.posterior.body.requires_grad_(False)
                 parameters = [p for p in parameters if p.requires_grad]
                 rate = rate * rates.slow
         matrices = {id(module.weight) for module in self.modules() if isinstance(module, nn.Linear)}
         groups = []
-        for name, decay in (("decayed", self.config.decay), ("plain", 0.0)):
+        for name, decay in (("decayed", self.config.decay), ("plain", 0.0)) if learning else ():
             own = [p for p in parameters if (id(p) in matrices) == (name == "decayed")]
             shared: dict[str, Any] = {"warmup": warmup, "decay": "cosine", "betas": (0.9, 0.95)}
             groups.append(Group(name, own, rate, optimizer="adamw", weight_decay=decay, **shared))
@@ -436,31 +480,13 @@ class PVDR(Method):
             return found
 
         rows = {"prior": mean, "prior_sample": drawn, "latent_action": true}
-        return {name: self.drawn(self._continued(truth[:, :context], length, z)) for name, z in rows.items()}
-
-    def _continued(self, tokens: Tensor, length: int, latent: Latent) -> Tensor:
-        """Tokens (B, T, N) and plans after them, (B, length, N). A context of fewer than m frames begins with copies of its first."""
-        while (known := tokens.shape[1]) < length:
-            newest = torch.arange(known - self.before, known, device=tokens.device).clamp(min=0)
-            past = tokens[:, newest]
-            plan = self.plans(past, latent(past, known).unsqueeze(1)).squeeze(1)
-            tokens = torch.cat([tokens, plan], 1)
-        return tokens[:, :length]
+        known = truth[:, :context]
+        return {name: self.drawn(continued(known, length, self.before, z, self.plans)) for name, z in rows.items()}
 
     @torch.no_grad()
     def heldout(self, stage: str, batch: Batch) -> dict[str, Tensor]:
-        """`tokenize`: PSNR of reconstructions, and the share of the codes that a batch uses. `pretrain`: the same, and of the first m + n
-        frames of each sequence
-
-            kl_nats, active     KL of the posterior from the prior, and how many numbers of z have one
-            ce, shuffled        cross-entropy with z of the posterior; how much more it is with that of another sequence
-            accuracy, copied    share of tokens that a plan with the posterior's mean gets right; that a copy of the last frame does
-            mse_tokens          squared error of the pictures (range 1) of the true tokens, the least that a plan can have
-            mse_posterior       of plans with the posterior's mean
-            mse_mean            of plans with the prior's mean
-            mse_one, mse_best   of plans with a sample of the prior, and with the best of 16 samples
-            best_of_one         mse_best / mse_one
-        """
+        """`tokenize`: PSNR of reconstructions, and the share of the codes that a batch uses. `pretrain`: the same, and the figures of plans
+        that `models.plan_figures` lists."""
         truth = images(batch)
         tokens = self.tokens(batch["image"])
         rebuilt = self.drawn(tokens).flatten(0, 1)
@@ -468,27 +494,4 @@ class PVDR(Method):
             "psnr": decibels((rebuilt - truth).square().mean((1, 2, 3))).mean(),
             "codes_used": self.tokenizer.used(tokens),
         }
-        return out if stage == "tokenize" else out | self._plan_figures(truth.unflatten(0, tokens.shape[:2]), tokens)
-
-    def _plan_figures(self, truth: Tensor, tokens: Tensor) -> dict[str, Tensor]:
-        """Of pictures (B, T, 3, S, S) and their tokens (B, T, N)."""
-        window = tokens[:, : self.before + self.ahead]
-        past, future = window.split([self.before, self.ahead], 1)
-        posterior, prior = self.posterior(window), self.prior(past)[:2]
-        each, z = divergence(*posterior, *prior).mean(0), sample(*posterior)
-        ce, other = self.surprise(past, future, torch.stack([z, z.roll(1, 0)], 1))
-        out = {"kl_nats": each.sum(), "active": (each > ACTIVE).float().sum(), "ce": ce, "shuffled": other - ce}
-        plan = self.plans(past, posterior[0].unsqueeze(1)).squeeze(1)
-        out |= {"accuracy": (plan == future).float().mean(), "copied": (past[:, -1:] == future).float().mean()}
-        past, mean, log_variance = past[:DRAWN], *(x[:DRAWN] for x in prior)
-        true = truth[:DRAWN, self.before : self.before + self.ahead]
-
-        def error(plan: Tensor) -> Tensor:
-            return (self.drawn(plan) - true).square().flatten(1).mean(1)  # (B,)
-
-        samples = [sample(mean, log_variance) for _ in range(SAMPLES)]
-        errors = torch.stack([error(self.plans(past, z.unsqueeze(1)).squeeze(1)) for z in samples])  # (K, B)
-        one, best = errors.mean(), errors.amin(0).mean()  # the mean over samples: that of one, with less noise
-        out |= {"mse_tokens": error(future[:DRAWN]).mean(), "mse_posterior": error(plan[:DRAWN]).mean()}
-        out["mse_mean"] = error(self.plans(past, mean.unsqueeze(1)).squeeze(1)).mean()
-        return out | {"mse_one": one, "mse_best": best, "best_of_one": best / one.clamp(min=1e-12)}
+        return out if stage == "tokenize" else out | plan_figures(self, truth.unflatten(0, tokens.shape[:2]), tokens)

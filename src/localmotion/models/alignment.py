@@ -48,18 +48,32 @@ class AlignmentConfig:
     """Width of the alignment module and of the critic."""
     log_std: float = -0.5
     """Logarithm of the standard deviation of actions, at the start. It is learned."""
+    hold: int = 1
+    """Agent steps for which exploration keeps its noise, until the alignment learns by reward. z names all frames of a plan, its label is
+    the first action, and with new noise at each step the two agree little. Later, noise is new at each step, because PPO needs the
+    probability of each action. 1: always new."""
+    follow: Literal["distance", "gain"] = "distance"
+    """What following a plan is worth. distance: minus the next frame's distance from the plan's first frame. gain: by how much the step
+    shortened that distance, as progress is measured. Then standing still pays nothing; by distance it pays as much as a poor attempt."""
     follow_weight: float = 1.0
     """Weight of the reward for following the plan."""
     progress_weight: float = 1.0
     """Weight of the reward for progress to the goal."""
     reward_weight: float = 0.0
     """Weight of the environment's own reward, which has no part in the method as its summaries describe it."""
+    centred: bool = False
+    """Whether each reward counts from its running mean (reward centering, arXiv 2405.09999). All values share the part
+    mean / (1 - discount). It says nothing about actions, but the critic has to learn it first, and minus a distance has a large mean. For
+    episodes of fixed length: where a step can end one, the mean decides whether it should."""
     supervised: float = 1.0
     """Weight of the error of actions, given the z of what happened, at the start. 0: the alignment learns by reward alone."""
     supervised_end: float = 0.1
     """The same at the end. It falls linearly."""
     reward_from: float = 0.1
     """Share of the run after which the alignment learns by reward, too. Before, it would learn from plans it cannot follow. 1: never."""
+    plans_learn: bool = True
+    """Whether prior, decoder and the posterior's last layer learn online. false: they stay as `pretrain` left them. An agent that cannot
+    act yet may see too little, and too unlike the videos, to improve them."""
     windows: int = 32
     """Windows that an update takes from the rollout into the memory, and draws from the memory to learn the representation."""
     pairs: int = 256
@@ -69,11 +83,15 @@ class AlignmentConfig:
 
 
 class PlanCarry(NamedTuple):
-    """What acting keeps: the newest frames' tokens (B, m, N), the plans made for the newest one (B, K, n, N), and the chosen one (B,)."""
+    """What acting keeps: the newest frames' tokens (B, m, N), the plans made for the newest one (B, K, n, N), the chosen one (B,), the
+    features of the episode's goal (B, N, D), the noise of the newest action (B, A), and for how many steps it was in use (B,)."""
 
     tokens: Tensor
     plans: Tensor
     chosen: Tensor
+    goal: Tensor
+    noise: Tensor
+    used: Tensor
 
 
 class AlignmentNet(nn.Module):
@@ -117,10 +135,10 @@ class Alignment(nn.Module):
         out: Tensor = self.net(torch.cat([z, context], -1))
         return out
 
-    def act(self, z: Tensor, context: Tensor, explore: bool) -> tuple[Tensor, Tensor]:
-        """Actions (R, A) in [-1, 1] and their log-probabilities (R,); without ``explore`` the mean."""
+    def act(self, z: Tensor, context: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Actions (R, A) in [-1, 1] and their log-probabilities (R,), with standard normal ``noise`` (R, A); with zeros the mean."""
         mean, log_std = self(z, context), self.log_std
-        action = (mean + log_std.exp() * torch.randn_like(mean) if explore else mean).clamp(-1, 1)
+        action = (mean + log_std.exp() * noise).clamp(-1, 1)
         return action, clipped_log_prob(action, mean, log_std)
 
 
@@ -147,12 +165,14 @@ class Aligner(nn.Module):
 
     reinforcing: Tensor
     supervising: Tensor
+    renewing: Tensor
 
     def __init__(self, config: AlignmentConfig, *, latent: int, context: int, side: int, features: int, actions: int) -> None:
         """Raises ConfigError for no plan, for no window, and for shares outside of 0..1."""
         super().__init__()
-        if min(config.plans, config.plans_eval, config.windows, config.pairs) < 1 or config.memory < config.windows:
-            names = ("plans", "plans_eval", "windows", "pairs", "memory")
+        counted = config.plans, config.plans_eval, config.windows, config.pairs, config.hold
+        if min(counted) < 1 or config.memory < config.windows:
+            names = ("plans", "plans_eval", "windows", "pairs", "hold", "memory")
             counts = ", ".join(f"{name}={getattr(config, name)}" for name in names)
             raise ConfigError(f"{counts}: each is at least 1, and the memory holds as many windows as an update takes")
         if not 0 <= config.random_plan <= 1 or not 0 <= config.reward_from <= 1:
@@ -162,15 +182,33 @@ class Aligner(nn.Module):
         self.actor = Alignment(latent, context, actions, config.width, config.log_std)
         self.critic = Critic(latent, context, side * side * features, config.width)
         self.distance = GoalDistance(side, config.metric, config.blur)
-        self.following, self.progress = RunningDeviation(), RunningDeviation()
+        self.following, self.progress = RunningDeviation(config.centred), RunningDeviation(config.centred)
+        self.own = RunningDeviation(centred=True, scaled=False) if config.centred else None
         self.register_buffer("reinforcing", torch.zeros(()))  # 1 while the alignment learns by reward
+        if config.hold > 1:  # the share of the run from which noise is new at each step; 2: not yet
+            self.register_buffer("renewing", torch.tensor(2.0))
         self.register_buffer("supervising", torch.tensor(config.supervised))  # weight of the error of actions
 
     def count(self, progress: float) -> None:
         """Set what the alignment learns from, at this share of the run."""
         config = self.config
-        self.reinforcing.fill_(float(config.reward_from < 1 and progress >= config.reward_from))
+        due = config.reward_from < 1 and progress >= config.reward_from
+        self.reinforcing.fill_(float(due))
+        if config.hold > 1:  # what was played with noise that was held is no sample of the policy: PPO begins one rollout later
+            now = torch.full_like(self.renewing, progress)
+            self.renewing.copy_(torch.minimum(self.renewing, now) if due else self.renewing)
+            self.reinforcing.copy_(self.renewing < now)
         self.supervising.fill_(config.supervised + (config.supervised_end - config.supervised) * progress)
+
+    def noise(self, last: Tensor, used: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
+        """Standard normal noise (B, A) for an agent step, and for how many steps it has been in use, (B,).
+
+        ``last`` (B, A) and ``used`` (B,) are those of the step before; ``first`` (B,): an episode begins.
+        """
+        new, renewed = torch.randn_like(last), first | (used >= self.config.hold)
+        if self.config.hold > 1:
+            renewed = renewed | (self.renewing <= 1)
+        return torch.where(renewed.unsqueeze(-1), new, last), torch.where(renewed, 1, used + 1)
 
     def choose(self, plans: Tensor, goal: Tensor, explore: bool) -> Tensor:
         """Index (B,) of a plan among ``plans`` (B, K, n, N, D), for the goal's features (B, N, D)."""
@@ -188,7 +226,7 @@ class Aligner(nn.Module):
         """
         inside = ~batch["is_first"][:, 1:]
         share = inside.float()
-        follow, progress = plan_rewards(self.distance, seen, goal, plan, batch["is_first"])
+        follow, progress = plan_rewards(self.distance, seen, goal, plan, batch["is_first"], self.config.follow == "gain")
         metrics = {
             "reward/follow": weighted_mean(follow, share),
             "reward/progress": weighted_mean(progress, share),
@@ -197,7 +235,8 @@ class Aligner(nn.Module):
         }
         config = self.config
         reward = config.follow_weight * self.following(follow, inside) + config.progress_weight * self.progress(progress, inside)
-        return reward + config.reward_weight * batch["reward"][:, 1:].float(), metrics
+        own = batch["reward"][:, 1:].float()
+        return reward + config.reward_weight * (self.own(own, inside) if self.own else own), metrics
 
     def action_error(
         self, mean: Tensor, log_variance: Tensor, context: Tensor, action: Tensor, known: Tensor

@@ -13,6 +13,7 @@ d width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -208,6 +209,23 @@ class PlanDecoder(nn.Module):
             found.append(logits)
             before = logits.argmax(-1)
         return torch.cat(found, 1)
+
+
+Latent = Callable[[Tensor, int], Tensor]
+"""(the newest frames' tokens (B, m, N), position of the next frame) -> z (B, Z)."""
+
+
+def continued(tokens: Tensor, length: int, context: int, latent: Latent, plans: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Tokens (B, T, N) and plans after them, (B, length, N), of ``plans``: context and z (B, 1, Z) -> tokens (B, 1, n, N).
+
+    A context of fewer than ``context`` frames begins with copies of its first.
+    """
+    while (known := tokens.shape[1]) < length:
+        newest = torch.arange(known - context, known, device=tokens.device).clamp(min=0)
+        past = tokens[:, newest]
+        plan = plans(past, latent(past, known).unsqueeze(1)).squeeze(1)
+        tokens = torch.cat([tokens, plan], 1)
+    return tokens[:, :length]
 
 
 def check(config: PlanConfig) -> None:

@@ -66,10 +66,14 @@ def nearest_plan(distance: Tensor, random: float) -> Tensor:
     return torch.where(torch.rand(best.shape, device=best.device) < random, any_plan, best)
 
 
-def plan_rewards(distance: GoalDistance, seen: Tensor, goal: Tensor, plan: Tensor, is_first: Tensor) -> tuple[Tensor, Tensor]:
+def plan_rewards(
+    distance: GoalDistance, seen: Tensor, goal: Tensor, plan: Tensor, is_first: Tensor, gain: bool = False
+) -> tuple[Tensor, Tensor]:
     """Rewards (B, T - 1) of the steps to positions 1 to T - 1: for following the plan, and for progress to the goal.
 
         follow_t = -d(o_{t+1}, first frame of the plan made at t),    progress_t = d(o_t, g) - d(o_{t+1}, g)
+
+    With ``gain``, following is what the step gained, too: follow_t = d(o_t, first frame) - d(o_{t+1}, first frame). Standing still has 0.
 
     ``seen`` and ``goal`` (B, T, N, D) are the features of the frames and of their episodes' goals; ``plan`` (B, T, N, D) at position t + 1
     those of the first frame of the plan that chose the step to it. Both are 0 where an episode begins instead of a step. The sum of
@@ -77,12 +81,17 @@ def plan_rewards(distance: GoalDistance, seen: Tensor, goal: Tensor, plan: Tenso
     """
     inside = ~is_first[:, 1:]
     follow = -distance(seen[:, 1:], plan[:, 1:])
+    if gain:
+        follow = follow + distance(seen[:, :-1], plan[:, 1:])
     far = distance(seen, goal)
     return torch.where(inside, follow, 0.0), torch.where(inside, far[:, :-1] - far[:, 1:], 0.0)
 
 
 class RunningDeviation(nn.Module):
-    """Divides a reward by its running standard deviation, which is kept with the weights and changes only in training."""
+    """Divides a reward by its running standard deviation, which is kept with the weights and changes only in training.
+
+    ``centred``: it subtracts the running mean first. Not ``scaled``: it does not divide.
+    """
 
     KEEP = 0.99
     SMALLEST = 1e-4
@@ -90,8 +99,9 @@ class RunningDeviation(nn.Module):
     second: Tensor
     weight: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, centred: bool = False, scaled: bool = True) -> None:
         super().__init__()
+        self.centred, self.scaled = centred, scaled
         for name in ("first", "second", "weight"):
             self.register_buffer(name, torch.zeros(()))
 
@@ -105,7 +115,13 @@ class RunningDeviation(nn.Module):
             for kept, power in ((self.first, reward), (self.second, reward.square())):
                 kept.lerp_(ranks.total((power * share).sum()) / number.clamp(min=1), gained)
             self.weight.lerp_(torch.ones_like(self.weight), gained)
-        return reward / self.deviation()
+        if self.centred:
+            reward = reward - self.mean()
+        return reward / self.deviation() if self.scaled else reward
+
+    def mean(self) -> Tensor:
+        """What is subtracted from a reward, (). 0 before the first reward."""
+        return self.first / self.weight.clamp(min=1e-12)
 
     def deviation(self) -> Tensor:
         """What a reward is divided by, (). 1 before the first reward."""

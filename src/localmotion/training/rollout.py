@@ -16,6 +16,7 @@ from localmotion.acting.episodes import episode_seed
 from localmotion.acting.observer import SHOWN, make_observer
 from localmotion.acting.policy import MethodPolicy
 from localmotion.acting.trees import leaves_of, with_leaves
+from localmotion.compute import uncompiled
 from localmotion.config import RunConfig
 from localmotion.envs.vector import VectorEnv
 from localmotion.methods.base import Method
@@ -30,8 +31,8 @@ Record = dict[str, NDArray[Any]]
 class RolloutLoop(ActingLoop):
     """All environments take ``rollout.steps`` agent steps with the policy.
 
-    Then ``rollout.epochs`` x ``rollout.minibatches`` updates learn from this rollout. A count is an agent step of one
-    environment, so one rollout makes many counts.
+    Frozen parts of the method then encode the rollout once, and ``rollout.epochs`` x ``rollout.minibatches`` updates learn
+    from it. A count is an agent step of one environment, so one rollout makes many counts.
 
     A batch has B environments and T = steps + 1 positions. Its keys are those of a replay batch and the extras of
     `Method.act`. Position 0 is the last position of the previous rollout, so each action is in the same batch as the
@@ -88,6 +89,7 @@ class RolloutLoop(ActingLoop):
                 self.now = self._next(action)
             records.append(self.now)
         batch = {key: torch.from_numpy(np.stack([record[key] for record in records], 1)) for key in self.now}  # (E, T, ...)
+        batch = self._encoded(batch)
         order = np.random.default_rng([self.run.seed, self.agent_step])
         for _ in range(rollout.epochs):
             for part in np.array_split(order.permutation(self.envs.num_envs), rollout.minibatches):
@@ -95,6 +97,23 @@ class RolloutLoop(ActingLoop):
                 self.learn(self.compute.to_device({key: value[rows] for key, value in batch.items()}))
         self.agent_step += rollout.steps * self.envs.num_envs * ranks.world()
         self._hear()
+
+    def _encoded(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The rollout with what the method's frozen parts make of it (`Method.encodes`).
+
+        Parts of it are as large as a minibatch, so this takes no more of the device's memory than an update. The number of goals
+        changes between rollouts, so compiled parts would compile again.
+        """
+        keys = self.method.encodes
+        if not keys:
+            return batch
+        found: list[dict[str, Tensor]] = []
+        with self.timed("update"), torch.no_grad(), self.compute.autocast(), uncompiled(self.method):
+            for rows in torch.arange(self.envs.num_envs).tensor_split(self.run.rollout.minibatches):
+                part = {key: batch[key][rows] for key in (*sorted(keys), "is_first")}
+                found.append({key: value.cpu() for key, value in self.method.encoded(self.compute.to_device(part)).items()})
+        kept = {key: value for key, value in batch.items() if key not in keys}
+        return kept | {key: torch.cat([part[key] for part in found]) for key in found[0]}
 
     def _next(self, action: NDArray[np.float32]) -> Record:
         """The records (E, ...) after the actions (E, A).
