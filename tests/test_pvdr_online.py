@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,14 +12,18 @@ import torch
 from torch import Tensor
 
 from localmotion.acting.trees import leaves_of
-from localmotion.errors import ConfigError
+from localmotion.errors import CheckpointError, ConfigError
 from localmotion.methods.base import Counters, Rates
 from localmotion.methods.pvdr import PVDR
 from localmotion.models.alignment import STATIC, AlignmentConfig
 from localmotion.models.planning import GoalDistance
 from localmotion.models.ppo import PPOConfig
+from localmotion.runs.settings import compose
 from localmotion.testing.rules import Subject
+from localmotion.training.finetune import finetune
+from localmotion.training.interrupt import Interrupted
 from method_batches import CPU
+from test_resume import Stops, assert_same, in_pieces
 
 ROWS, TIME = 2, 12
 
@@ -442,3 +447,38 @@ def test_the_prior_of_a_rollout_sees_what_it_saw_while_acting() -> None:
     method.align_losses(batch, found)
     before = [t if t in (0, ends) else t - 1 for t in range(TIME)]
     assert torch.equal(seen[0].unflatten(0, (ROWS, TIME)), torch.stack([tokens[:, before], tokens], 2))
+
+
+def short_run() -> Any:
+    few = ("env_steps=48", "environments=2", "rollout.workers=1", "rollout.steps=6", "online.save_every=12", "eval_episodes=1")
+    own = ("hold=4", "centred=true", "follow=gain", "reward_from=0.4", "reward_weight=1", "online.eval_every=100000")
+    flags: dict[str, Any] = {"precision": "fp32", "device": "cpu", "threads": 1, "recipe": {"size": 32, "percept_size": 32}}
+    flags["env_options"] = {"time_limit": 8}
+    return compose("pvdr", "finetune", preset="debug", env="toy:reach", flags=flags, settings=(*few, *own))
+
+
+@pytest.fixture
+def untaught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights that have learned nothing from videos do for what is tested."""
+    monkeypatch.setattr("localmotion.training.finetune.check_acting_stage", lambda *_: None)
+
+
+def test_a_run_in_pieces_is_the_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, untaught: None) -> None:
+    """What acting keeps (the goal, the noise) and what the rewards have so far is all in the checkpoint."""
+    run = short_run()
+    whole = finetune(run, tmp_path / "whole")
+    Stops(monkeypatch, 25)  # longer than an evaluation, which is made anew after a stop
+    assert in_pieces(finetune, run, tmp_path / "pieces") >= 1
+    assert_same(whole, tmp_path / "pieces")
+
+
+def test_a_run_of_a_version_with_another_carry_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, untaught: None
+) -> None:
+    Stops(monkeypatch, 25)
+    with pytest.raises(Interrupted):
+        finetune(short_run(), tmp_path)
+    plain = PVDR.initial_carry
+    monkeypatch.setattr(PVDR, "initial_carry", lambda method, count: plain(method, count)[:3])
+    with pytest.raises(CheckpointError, match=r"holds 6 tensors .* keeps 3"):
+        finetune(short_run(), tmp_path)

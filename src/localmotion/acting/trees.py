@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
+
+from localmotion.errors import CheckpointError
 
 
 def leaves_of(tree: Any) -> list[Tensor]:
@@ -25,6 +27,25 @@ def with_leaves(like: Any, leaves: Sequence[Tensor]) -> Any:
     if next(rest, None) is not None:
         raise ValueError(f"{len(leaves)} tensors are more than the structure holds")
     return tree
+
+
+def named(tree: Any) -> dict[str, Tensor]:
+    """The tensors of a carry by their names in a checkpoint."""
+    return {f"carry.{number:03d}": leaf for number, leaf in enumerate(leaves_of(tree))}
+
+
+def carried(like: Any, saved: Mapping[str, Tensor]) -> Any:
+    """The carry that a checkpoint has under the names of `named`, with the structure of ``like`` and on its device.
+
+    Raises CheckpointError if it has another number of tensors: the run was begun with another version of its method.
+    """
+    wanted, found = leaves_of(like), [saved[key] for key in sorted(saved) if key.startswith("carry.")]
+    if len(wanted) != len(found):
+        raise CheckpointError(
+            f"the checkpoint holds {len(found)} tensors of the agent's state within an episode, this version of its method keeps "
+            f"{len(wanted)}; continue the run with the version that began it, or begin a new run"
+        )
+    return with_leaves(like, [leaf.to(own.device) for leaf, own in zip(found, wanted, strict=True)])
 
 
 def _filled(like: Any, rest: Iterator[Tensor]) -> Any:

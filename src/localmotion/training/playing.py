@@ -12,7 +12,7 @@ from torch import Tensor
 
 from localmotion.acting.observer import Observer
 from localmotion.acting.policy import MethodPolicy, Policy
-from localmotion.acting.trees import leaves_of, with_leaves
+from localmotion.acting.trees import carried, named
 
 
 class Playing:
@@ -70,7 +70,7 @@ class Playing:
         found = {"actions": torch.from_numpy(np.array(self.actions, np.float32))}
         found |= {f"extra.{name}": torch.from_numpy(np.array(values, np.float32)) for name, values in self.extras.items()}
         if isinstance(self.policy, MethodPolicy):
-            found |= {f"carry.{i:03d}": leaf for i, leaf in enumerate(leaves_of(self.policy.carry))}
+            found |= named(self.policy.carry)
         return found
 
     def replay(self, saved: Mapping[str, Tensor], add: Callable[[dict[str, Any]], None]) -> None:
@@ -84,8 +84,7 @@ class Playing:
             self.take(action)
             add(self.record)
         if isinstance(self.policy, MethodPolicy) and self.actions:
-            leaves = [saved[key].to(self.policy.compute.device) for key in sorted(saved) if key.startswith("carry.")]
-            self.policy.carry = with_leaves(self.policy.method.initial_carry(1), leaves)
+            self.policy.carry = carried(self.policy.method.initial_carry(1), saved)
 
     def _zeros(self) -> dict[str, NDArray[np.float32]]:
         return {name: np.zeros(shape, np.float32) for name, shape in self.kept.items()}

@@ -15,7 +15,7 @@ from localmotion import ranks
 from localmotion.acting.episodes import episode_seed
 from localmotion.acting.observer import SHOWN, make_observer
 from localmotion.acting.policy import MethodPolicy
-from localmotion.acting.trees import leaves_of, with_leaves
+from localmotion.acting.trees import carried, named
 from localmotion.compute import uncompiled
 from localmotion.config import RunConfig
 from localmotion.envs.vector import VectorEnv
@@ -191,7 +191,7 @@ class RolloutLoop(ActingLoop):
         values, _ = super().state()
         dim = self.method.action_dim
         tensors = {f"now.{key}": torch.from_numpy(value) for key, value in self.now.items()}
-        tensors |= {f"carry.{i:03d}": leaf for i, leaf in enumerate(leaves_of(self.policy.carry))}
+        tensors |= named(self.policy.carry)
         tensors |= {
             f"actions.{i}": torch.from_numpy(np.array(x, np.float32).reshape(-1, dim)) for i, x in enumerate(self.actions)
         }
@@ -223,5 +223,4 @@ class RolloutLoop(ActingLoop):
                 if step < longest:
                     taken = [x[step - longest] if len(x) >= longest - step else np.zeros(self.method.action_dim) for x in played]
                     self.envs.step(np.array(taken, np.float32))
-            leaves = [saved[key].to(self.compute.device) for key in sorted(saved) if key.startswith("carry.")]
-            self.policy.carry = with_leaves(self.method.initial_carry(count), leaves)
+            self.policy.carry = carried(self.method.initial_carry(count), saved)
