@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from localmotion import methods
-from localmotion.config import PRESETS, all_docs, assign, leaves, to_dict, update
+from localmotion.config import PRESETS, all_docs, assign, leaves, limits, to_dict, update
 from localmotion.errors import ConfigError
 from localmotion.methods.base import Source
 from localmotion.runs.settings import compose, from_dict
@@ -208,3 +208,45 @@ def test_one_environment_may_have_settings_of_its_own(method: str) -> None:
     }
     assert erased == {"metaworld:reach": True, "metaworld:drawer-open": False}
     assert not compose(method, "train", env="metaworld:drawer-open-v3").model.context_erasing
+
+
+UNLIMITED = {"log_std", "mask_grow"}
+"""A logarithm, and a number that may be negative. MaskLAM compares it with the picture."""
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_every_number_of_a_method_has_limits_and_is_refused_beyond_them(name: str) -> None:
+    cls = methods.get(name)
+    stage, known = next(iter(cls.stages)), dict(limits(cls.Config(), "model."))
+    numbers = {
+        key: value
+        for key, value in ((f"model.{key}", value) for key, value in leaves(cls.Config()))
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+    assert {key.rsplit(".", 1)[-1] for key in set(numbers) - set(known)} <= UNLIMITED
+    assert set(known) == {key for key in numbers if key.rsplit(".", 1)[-1] not in UNLIMITED}
+    for key, (low, high) in known.items():
+        for value in (low - 1, *([] if high > 1 else [high + 1])):
+            wrong = int(value) if isinstance(numbers[key], int) else float(value)
+            with pytest.raises(ConfigError, match=rf"setting {key}=\S+ must be"):
+                compose(name, stage, settings=(f"{key}={wrong}",))
+
+
+@pytest.mark.parametrize(
+    ("method", "text", "wanted"),
+    [
+        ("masklam", "offset=0", "at least 1"),
+        ("masklam", "floor=2", "in 0..1"),
+        ("drp", "flow_scale=0", "above 0"),
+        ("lapo", "model.ppo.entropy=-1", "at least 0"),
+        ("lapo", "head_share=0", "above 0 and at most 1"),
+    ],
+)
+def test_limits_are_said_in_words(method: str, text: str, wanted: str) -> None:
+    with pytest.raises(ConfigError, match=f"must be {wanted}$"):
+        compose(method, "pretrain", settings=(text,))
+
+
+def test_a_mask_grows_less_than_half_a_picture() -> None:
+    with pytest.raises(ConfigError, match="mask_grow=-16"):
+        methods.get("masklam")(methods.get("masklam").Config(mask_grow=-16), image_size=32, action_dim=None)

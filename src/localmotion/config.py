@@ -17,7 +17,7 @@ import types
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -27,6 +27,23 @@ from localmotion.recipe import Motion, Recipe, read_recipe
 Stage = str
 """Name of one of the method's `stages`: pretrain, finetune, train, or one of its own."""
 PRESETS = ("paper", "small", "tiny", "debug")
+Limits = Mapping[str, tuple[float, float]]
+"""Least and greatest value of settings by name. A class of settings has them as ``LIMITS``; numbers without any are not limited."""
+
+
+def at_least(low: float, *names: str) -> dict[str, tuple[float, float]]:
+    """Limits of settings that are ``low`` or more."""
+    return dict.fromkeys(names, (low, math.inf))
+
+
+def above_zero(*names: str) -> dict[str, tuple[float, float]]:
+    """Limits of settings that are above 0."""
+    return at_least(math.nextafter(0, 1), *names)
+
+
+def shares(*names: str) -> dict[str, tuple[float, float]]:
+    """Limits of settings in 0..1."""
+    return dict.fromkeys(names, (0.0, 1.0))
 
 
 @dataclass(frozen=True)
@@ -188,6 +205,11 @@ class WorldModelConfig:
     reward_weight: float = 1.0
     """Weight of the reward losses, which are squared errors. If rewards are small (cheetah run: 0.1 per agent step),
     these losses are a thousandth of the others, and the latent ignores rewards."""
+    LIMITS: ClassVar[Limits] = {
+        **at_least(1, "depth", "context_side", "deter", "hidden", "stoch", "classes", "units"),
+        **at_least(0, "layers", "image_weight", "reward_weight"),
+        **shares("context_mask", "context_dropout", "kl_balance"),
+    }
 
 
 @dataclass(frozen=True)
@@ -204,6 +226,11 @@ class BehaviourConfig:
     """Entropy regularisation eta."""
     slow_critic_every: int = 100
     """Updates between hard copies into the slow (target) critic."""
+    LIMITS: ClassVar[Limits] = {
+        **at_least(1, "horizon", "slow_critic_every"),
+        **at_least(0, "entropy"),
+        **shares("discount", "lambda_"),
+    }
 
 
 @dataclass(frozen=True)
@@ -393,6 +420,16 @@ def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from leaves(value, f"{prefix}{item.name}.")
         else:
             yield f"{prefix}{item.name}", value
+
+
+def limits(config: Any, prefix: str = "") -> Iterator[tuple[str, tuple[float, float]]]:
+    """Dotted names of the settings of a nested configuration that have limits, and these."""
+    for name, ends in getattr(config, "LIMITS", {}).items():
+        yield f"{prefix}{name}", ends
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        if dataclasses.is_dataclass(value) and not isinstance(value, Recipe):
+            yield from limits(value, f"{prefix}{item.name}.")
 
 
 def assign(config: Any, text: str, video: bool | None = None) -> Any:

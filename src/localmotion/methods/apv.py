@@ -20,11 +20,11 @@ A state of a model is (B, T, S, C) logits, (B, T, S, C) sample and (B, T, D) det
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
-from localmotion.config import DMC_SUITES, BehaviourConfig, WorldModelConfig
+from localmotion.config import DMC_SUITES, BehaviourConfig, Limits, WorldModelConfig, at_least
 from localmotion.methods.base import (
     FROM_VIDEO,
     Batch,
@@ -69,6 +69,9 @@ class APVConfig:
     """Weight lambda of the bonus: 1.0 Meta-World, 0.1 DMC."""
     free_nats: float = 0.0
     """Free nats of both KLs in fine-tuning: 0 Meta-World, 1 DMC."""
+    LIMITS: ClassVar[Limits] = {
+        **at_least(0, "action_pad", "beta_z", "beta_z_finetune", "beta_s", "intrinsic_weight", "free_nats")
+    }
 
 
 class APV(Method):

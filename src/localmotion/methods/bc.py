@@ -26,12 +26,13 @@ Shapes: B sequences, T positions, n windows of a sequence, N = B * n, S side, A 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from localmotion import ranks
+from localmotion.config import Limits, at_least
 from localmotion.methods.base import VIDEO, Batch, Group, Losses, Method, Metrics, Pass, Rates, Source
 from localmotion.methods.sizes import latent_presets
 from localmotion.models.latent_actions import ActionHead, LatentEncoder, LatentHead, PooledEncoder, StridedEncoder, orthogonal_
@@ -63,6 +64,7 @@ class BCConfig:
     """Width of the inverse model's head."""
     noise: float = 0.1
     """Standard deviation of the noise on actions while exploring."""
+    LIMITS: ClassVar[Limits] = {**at_least(1, "latent", "units"), **at_least(0, "head_start", "noise")}
 
 
 class BC(Method):

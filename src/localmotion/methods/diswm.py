@@ -42,13 +42,13 @@ A state is (B, T, S, 2) mean and deviation, (B, T, S, 1) sample and (B, T, D) de
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from localmotion.config import DMC_SUITES, BehaviourConfig
+from localmotion.config import DMC_SUITES, BehaviourConfig, Limits, at_least, shares
 from localmotion.errors import ConfigError
 from localmotion.methods.base import (
     FROM_VIDEO,
@@ -125,6 +125,24 @@ class DisWMConfig:
     """Factor on the distillation's mean over frames. The release sums over sequences of 50 frames."""
     cross_domain: bool = False
     """Distillation begins after `distillation_steps` agent steps, and its weight falls from then on (Pusher, DrawerWorld)."""
+    LIMITS: ClassVar[Limits] = {
+        **at_least(1, "code", "depth", "deter", "hidden", "stoch", "units"),
+        **at_least(
+            0,
+            "layers",
+            "critic_layers",
+            "reward_layers",
+            "image_weight",
+            "reward_weight",
+            "beta",
+            "kl_free",
+            "beta_code",
+            "distillation",
+            "distillation_steps",
+            "distillation_frames",
+        ),
+        **shares("kl_balance"),
+    }
 
 
 def _presets() -> dict[str, dict[str, Any]]:

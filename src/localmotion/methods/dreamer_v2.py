@@ -12,10 +12,11 @@ A state is (B, T, S, C) logits, (B, T, S, C) sample and (B, T, D) deter.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from torch import Tensor
 
-from localmotion.config import BehaviourConfig, WorldModelConfig
+from localmotion.config import BehaviourConfig, Limits, WorldModelConfig, at_least
 from localmotion.methods.base import (
     FROM_SCRATCH,
     Batch,
@@ -44,6 +45,7 @@ class DreamerV2Config:
     """KL weight."""
     free_nats: float = 0.0
     """Free nats of the KL: 0 Meta-World, 1 DMC."""
+    LIMITS: ClassVar[Limits] = {**at_least(0, "beta", "free_nats")}
 
 
 class DreamerV2(Method):

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from localmotion.config import Limits, at_least, shares
 from localmotion.errors import ConfigError
 from localmotion.methods.base import FROM_SCRATCH, Batch, Counters, Group, Method, Pass, Rates
 from localmotion.methods.sizes import ONLINE, RECIPE
@@ -76,6 +77,7 @@ class Scales:
     """Critic, on imagined trajectories."""
     repval: float = 0.3
     """Critic, on replayed trajectories."""
+    LIMITS: ClassVar[Limits] = {**at_least(0, "dyn", "rep", "recon", "reward", "cont", "policy", "value", "repval")}
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,11 @@ class DreamerV3Config:
     warmup: int = 1000
     """Updates over which the learning rate rises."""
     scales: Scales = field(default_factory=Scales)
+    LIMITS: ClassVar[Limits] = {
+        **at_least(1, "stoch", "horizon", "imag_length"),
+        **at_least(0, "blocks", "vector_dim", "kl_free", "imag_last", "entropy", "slow_reg", "agc", "warmup"),
+        **shares("unimix", "lambda_", "slow_rate"),
+    }
 
 
 class Carry(NamedTuple):

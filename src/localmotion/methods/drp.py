@@ -30,12 +30,12 @@ F features of z or s, A actions. A state of a model is (B, T, S, C) logits, (B, 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from localmotion.config import DMC_SUITES, BehaviourConfig, WorldModelConfig
+from localmotion.config import DMC_SUITES, BehaviourConfig, Limits, WorldModelConfig, at_least
 from localmotion.errors import ConfigError
 from localmotion.methods.base import (
     FROM_VIDEO,
@@ -99,6 +99,9 @@ class DRPConfig:
     """In fine-tuning the image encoder and decoder learn as slowly as the rest of theta (Algorithm 2). Off: at the full rate."""
     context_erasing: bool = False
     """Random erasing on the context frame in fine-tuning (IPV's release: on for Meta-World except drawer-open)."""
+    LIMITS: ClassVar[Limits] = {
+        **at_least(0, "recompose_weight", "beta_z", "free_nats_z", "beta_s", "beta_r", "intrinsic_weight", "free_nats")
+    }
 
 
 class Carry(NamedTuple):

@@ -25,11 +25,11 @@ A state of a model is (B, T, S, C) logits, (B, T, S, C) sample and (B, T, D) det
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
-from localmotion.config import DMC_SUITES, BehaviourConfig, WorldModelConfig
+from localmotion.config import DMC_SUITES, BehaviourConfig, Limits, WorldModelConfig, at_least
 from localmotion.methods.base import (
     FROM_VIDEO,
     Batch,
@@ -78,6 +78,9 @@ class IPVConfig:
     """Free nats of both KLs in fine-tuning: 0 Meta-World, 1 DMC."""
     context_erasing: bool = False
     """Random erasing on the context frame in fine-tuning: on for Meta-World except drawer-open."""
+    LIMITS: ClassVar[Limits] = {
+        **at_least(0, "action_pad", "beta_z", "beta_z_finetune", "beta_s", "beta_r", "intrinsic_weight", "free_nats")
+    }
 
 
 class IPV(Method):

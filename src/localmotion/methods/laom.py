@@ -29,12 +29,13 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from localmotion import ranks
+from localmotion.config import Limits, at_least, shares
 from localmotion.errors import ConfigError
 from localmotion.methods.base import (
     LABELS,
@@ -103,6 +104,11 @@ class LAOMConfig:
     """Standard deviation of the noise on actions while exploring, before `finetune`."""
     ppo: DecoderPPOConfig = field(default_factory=DecoderPPOConfig)
     """Settings of the stage `finetune`."""
+    LIMITS: ClassVar[Limits] = {
+        **at_least(1, "latent", "units", "offset"),
+        **at_least(0, "action_weight", "action_pad", "warmup", "noise"),
+        **shares("tau"),
+    }
 
 
 class LAOM(Method):

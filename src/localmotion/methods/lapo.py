@@ -35,11 +35,12 @@ Shapes: B sequences, T positions, n windows of a sequence, N = B * n, S side, Z 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from localmotion.config import Limits, at_least, shares
 from localmotion.errors import ConfigError
 from localmotion.methods.base import (
     LATENT_ACTIONS,
@@ -125,6 +126,11 @@ class LAPOConfig:
     """Standard deviation of the noise on actions while exploring, before `finetune`."""
     ppo: DecoderPPOConfig = field(default_factory=DecoderPPOConfig)
     """Settings of the stage `finetune`."""
+    LIMITS: ClassVar[Limits] = {
+        **at_least(1, "latent", "hidden", "base", "codebooks", "codes"),
+        **at_least(0, "commitment", "flow_weight", "warmup", "clone_warmup", "decay", "noise"),
+        **shares("code_decay"),
+    }
 
 
 class LAPO(Method):

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol
 
-from localmotion.errors import ConfigError
 from localmotion.methods.base import Batch, Group, Losses, Method, Metrics, Pass, Rates, trained
 from localmotion.models.ppo import DecoderPPOConfig, RewardHeads
 
@@ -58,11 +57,8 @@ def latent_scales(stage: str, first: Mapping[str, float], config: DecoderPPOConf
 def reward_groups(method: Method, config: DecoderPPOConfig, rates: Rates) -> list[Group]:
     """The optimisers of `finetune`. From here on the action head acts too.
 
-    A policy from a checkpoint is frozen first and then learns at the slow rate. Raises ConfigError for shares outside of 0..1.
+    A policy from a checkpoint is frozen first and then learns at the slow rate.
     """
-    if not 0 < config.head_share <= 1 or not 0 <= config.decoder_until <= 1:
-        shares = f"head_share={config.head_share:g}, decoder_until={config.decoder_until:g}"
-        raise ConfigError(f"{shares}: both are shares, and head_share is above 0")
     heads = method.get_submodule("heads")
     assert isinstance(heads, RewardHeads)
     heads.begin(config.head_share)

@@ -29,11 +29,13 @@ Shapes: B sequences, T positions, n windows of a sequence, N = B * n, C channels
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from localmotion.config import Limits, at_least, shares
+from localmotion.errors import ConfigError
 from localmotion.methods.base import (
     LATENT_ACTIONS,
     MASK,
@@ -117,6 +119,11 @@ class MaskLAMConfig:
     ppo: DecoderPPOConfig = field(default_factory=lambda: DecoderPPOConfig(decoder_until=0.0))
     """Settings of the stage `finetune`. A rollout has no masks, so with masks in the inverse model's input the decoder stays as a `decode`
     run left it (`decoder_until=0`)."""
+    LIMITS: ClassVar[Limits] = {
+        **at_least(1, "offset", "latent", "base"),
+        **at_least(0, "decay", "noise"),
+        **shares("floor", "mask_dropout"),
+    }
 
 
 class MaskLAM(Method):
@@ -147,6 +154,8 @@ class MaskLAM(Method):
     def __init__(self, config: MaskLAMConfig, *, image_size: int, action_dim: int | None) -> None:
         super().__init__(config, image_size=image_size, action_dim=action_dim)
         self.config = config
+        if 2 * abs(config.mask_grow) >= image_size:
+            raise ConfigError(f"mask_grow={config.mask_grow} must be less than half a picture of {image_size} pixels")
         channels = STACK * (4 if config.mask_channel else 3)
         self.inverse = InverseModel(LatentEncoder(2 * channels, config.widths, image_size, config.latent))
         self.dynamics: UNet | ResidualForward

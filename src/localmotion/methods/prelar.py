@@ -36,13 +36,13 @@ A state of the RSSM is (B, T, S, C) logits, (B, T, S, C) sample and (B, T, D) de
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from localmotion.config import DMC_SUITES, BehaviourConfig, WorldModelConfig
+from localmotion.config import DMC_SUITES, BehaviourConfig, Limits, WorldModelConfig, above_zero, at_least
 from localmotion.methods.base import (
     FROM_VIDEO,
     MOTION,
@@ -108,6 +108,13 @@ class PreLARConfig:
     """Free nats of the state's KL in fine-tuning: 0 Meta-World."""
     free_latent: bool = False
     """The RSSM learns from the first update of fine-tuning on; off: it is frozen as long as the encoder."""
+    LIMITS: ClassVar[Limits] = {
+        **at_least(1, "action_width", "action_codes", "action_classes", "action_hidden"),
+        **at_least(
+            0, "beta_action", "consistency_weight", "consistency_sharpness", "beta", "beta_r", "intrinsic_weight", "free_nats"
+        ),
+        **above_zero("action_prior_std"),
+    }
 
 
 class PreLAR(Method):

@@ -37,12 +37,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from localmotion.config import Limits, at_least, shares
 from localmotion.errors import ConfigError
 from localmotion.methods.base import (
     GOAL,
@@ -102,6 +103,7 @@ class PVDRConfig:
     """Acting with plans, and learning to, in `finetune`."""
     ppo: PPOConfig = field(default_factory=lambda: PPOConfig(discount=0.99, entropy=1e-3))
     """PPO in `finetune`."""
+    LIMITS: ClassVar[Limits] = {**at_least(0, "beta", "beta_warmup", "free_nats_each", "warmup", "decay"), **shares("kl_balance")}
 
 
 class PVDR(Method):

@@ -12,11 +12,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from localmotion.config import Limits, at_least, shares
 from localmotion.errors import ConfigError
 from localmotion.models.latent_windows import r_squared
 from localmotion.models.plan_cvae import sample
@@ -80,6 +81,11 @@ class AlignmentConfig:
     """Windows of the memory whose codes and actions an update learns the alignment from."""
     memory: int = 20_000
     """Windows in the memory. It holds the newest ones of all rollouts: what an action led to stays true while the policy changes."""
+    LIMITS: ClassVar[Limits] = {
+        **at_least(1, "plans", "plans_eval", "width", "hold", "windows", "pairs", "memory"),
+        **at_least(0, "blur", "follow_weight", "progress_weight", "reward_weight", "supervised", "supervised_end"),
+        **shares("random_plan", "reward_from"),
+    }
 
 
 class PlanCarry(NamedTuple):

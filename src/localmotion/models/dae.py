@@ -19,12 +19,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from localmotion import ranks
+from localmotion.config import Limits, above_zero, at_least, shares
 from localmotion.models.running_rms import RunningRMS
 
 
@@ -80,6 +81,12 @@ class DAEConfig:
     mats_placed: bool = False
     """Each [MAT] token belongs to a cell of a square grid over the frame. Like a part at that position it gets the coordinate embedding
     of the cell's centre. Not in the paper."""
+    LIMITS: ClassVar[Limits] = {
+        **at_least(1, "keypoints", "patch", "dim", "heads", "mlp_ratio", "max_length", "mats"),
+        **at_least(0, "blocks", "flow_clip", "decoder_blocks", "agg_dim"),
+        **above_zero("flow_scale"),
+        **shares("mask_ratio"),
+    }
 
     @property
     def code_dim(self) -> int:

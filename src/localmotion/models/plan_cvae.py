@@ -15,12 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from localmotion import ranks
+from localmotion.config import Limits, at_least
 from localmotion.errors import ConfigError
 from localmotion.models.distributions import normal
 from localmotion.models.st_transformer import Memory, STTransformer, TokenEmbedding, table
@@ -52,6 +53,10 @@ class PlanConfig:
     decode: Literal["parallel", "frame_ar"] = "parallel"
     """parallel: all frames of a plan at once. frame_ar: one after the other, each given the tokens of the one before; all tokens of a frame
     at once."""
+    LIMITS: ClassVar[Limits] = {
+        **at_least(1, "context", "horizon", "latent", "dim", "heads"),
+        **at_least(0, "posterior_layers", "prior_layers", "decoder_layers"),
+    }
 
 
 def _gaussian(out: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,11 +14,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from localmotion import ranks
+from localmotion.config import Limits, at_least, shares
 from localmotion.models.latent_windows import every, pictures, r_squared, stacks, starts, whole
 
 EXTRAS: Mapping[str, tuple[int, ...]] = {"log_prob": (), "value": ()}
@@ -41,6 +43,10 @@ class PPOConfig:
     """Weight of the entropy of actions."""
     reward_scale: float = 1.0
     """Factor on rewards, so that values are of the order of 1 to 10."""
+    LIMITS: ClassVar[Limits] = {
+        **at_least(0, "ratio_clip", "value_weight", "entropy", "reward_scale"),
+        **shares("discount", "lambda_"),
+    }
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,12 @@ class DecoderPPOConfig(PPOConfig):
     """Learning rate of the decoder."""
     decoder_until: float = 0.1
     """Share of the run in which the decoder learns from latent actions of the inverse model. 0: it stays as a `decode` run left it."""
+    LIMITS: ClassVar[Limits] = {
+        **PPOConfig.LIMITS,
+        **at_least(0, "decoder_lr"),
+        **shares("decoder_until"),
+        "head_share": (math.nextafter(0, 1), 1.0),
+    }
 
 
 # 1. Probabilities and advantages ----------------------------------------------------------------------------------------------

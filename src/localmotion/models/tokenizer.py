@@ -17,12 +17,14 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from localmotion import ranks
+from localmotion.config import Limits, at_least, shares
 from localmotion.errors import ConfigError
 
 
@@ -57,6 +59,21 @@ class TokenizerConfig:
     """Weight of VQGAN's adversarial loss. 0: none, and no discriminator."""
     adversarial_from: int = 50_000
     """Update with which it begins."""
+    LIMITS: ClassVar[Limits] = {
+        **at_least(1, "codes", "code_dim"),
+        **at_least(
+            0,
+            "blocks",
+            "restart",
+            "quantise_from",
+            "commitment",
+            "mse_weight",
+            "perceptual_weight",
+            "adversarial",
+            "adversarial_from",
+        ),
+        **shares("code_decay"),
+    }
 
 
 def group_norm(width: int) -> nn.GroupNorm:

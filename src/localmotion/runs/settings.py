@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from localmotion import methods
-from localmotion.config import PRESETS, SUITES, RunConfig, Stage, assign, leaves, update
+from localmotion.config import PRESETS, SUITES, RunConfig, Stage, assign, leaves, limits, update
 from localmotion.errors import CheckpointError, ConfigError, unknown_name
 from localmotion.files import MAX_TEXT, check_tree, one_line, read_bytes, read_json, refuse_links
 from localmotion.methods.base import Source
@@ -103,17 +103,26 @@ _MAY_BE_ZERO = {
 
 def _check_ranges(config: RunConfig) -> None:
     """Raise ConfigError for an invalid number. A clock must not be zero, for example, and a share is in 0..1."""
+    own = dict(limits(config.model, "model."))
     for name, value in leaves(config):
         last = name.rsplit(".", 1)[-1]
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             continue
-        if name.startswith("model."):  # the model checks its other numbers itself
-            low, high = -(2.0**31), 2.0**31
+        if name.startswith("model."):  # what one setting has to do with another the model checks itself
+            low, high = own.get(name, (-(2.0**31), 2.0**31))
+            high = min(high, 2.0**31)
         else:
             low = 1 if isinstance(value, int) and last not in _MAY_BE_ZERO else 0
             high = {"heldout_fraction": math.nextafter(1, 0), "lr_decay": 1.0, "phase_at": 1.0}.get(last, 2.0**53)
         if not low <= value <= high:
-            raise ConfigError(f"setting {name}={value} must be in {low:g}..{high:g}")
+            raise ConfigError(f"setting {name}={value} must be {_wanted(low, high)}")
+
+
+def _wanted(low: float, high: float) -> str:
+    """Limits in words. A large number is only there because a larger one cannot be stored."""
+    if 0 < low < 1e-300:
+        return "above 0" if high >= 2.0**31 else f"above 0 and at most {high:g}"
+    return f"at least {low:g}" if high >= 2.0**31 and low > -(2.0**31) else f"in {low:g}..{high:g}"
 
 
 def from_dict(values: Mapping[str, Any]) -> RunConfig:
