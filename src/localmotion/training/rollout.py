@@ -66,7 +66,7 @@ class RolloutLoop(ActingLoop):
         return [
             f"{self.run.method} on {self.run.env}: {self.compute.note}",
             f"{self.total:,} agent steps = {self.total * self.repeat:,} env steps in {rollout.environments} environments;"
-            f" {rollout.epochs} x {rollout.minibatches} updates after {rollout.steps} steps of each",
+            f" {rollout.epochs * rollout.minibatches} updates after every {rollout.steps} agent steps of each environment",
         ]
 
     def record(self) -> dict[str, Any]:
