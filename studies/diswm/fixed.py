@@ -290,6 +290,8 @@ def draw(rows: list[dict[str, Any]], out: Path) -> None:
     panels = figure.subplots(2, len(TRANSFERS), sharex=True, sharey="row")
     for key, line in zip(("pose", "reward"), panels, strict=True):
         line[0].set_ylabel(f"R² of the {key}")
+        if key == "reward":
+            line[0].set_ylim(-0.32, 0.32)  # rewards of random actions are rare in two tasks; some scores are far below 0
         for panel, (target, source) in zip(line, TRANSFERS.items(), strict=True):
             for number, arm in enumerate(ARMS):
                 some = [row["curve"] for row in rows if (row["arm"], row["target"]) == (arm, target)]
