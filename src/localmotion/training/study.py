@@ -8,6 +8,7 @@ failed run is reported and does not stop the others, except those that start fro
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -22,8 +23,9 @@ from localmotion.machine import cores
 from localmotion.runs.rundir import claimed
 from localmotion.runs.sharing import is_shared, resolve
 from localmotion.training.interrupt import StopRequest
-from localmotion.training.study_file import Job, load_study, slug
+from localmotion.training.study_file import Job, load_study, read_study, settings_of, slug
 from localmotion.training.tracking import check_trackers
+from localmotion.video.remote import is_remote
 
 
 class RunsFailedError(LocalmotionError):
@@ -36,13 +38,14 @@ def run_study(path: Path, out: Path, launch: Launch = Launch(), *, track: Sequen
     ``launch``: the engine, and how many runs at a time. By default one process for each core of this machine.
     ``track``: experiment trackers of each run (`tracking.NAMES`).
 
-    Raises ConfigError as `study_file.read_study` and `Launch.engine` do, and if ``out`` holds another study. Raises CheckpointError
-    if a study is already running there or if nothing can be written. At the end, raises RunsFailedError with the names of the
+    Raises ConfigError as `study_file.read_study` and `Launch.engine` do, if a store or checkpoint is missing, and if ``out``
+    holds another study. Raises CheckpointError if a study is already running there or if nothing can be written. At the end, raises RunsFailedError with the names of the
     failed runs.
     """
-    todo = load_study(path)
+    todo, _, _, entries = read_study(path)
     check_trackers(track)
     launch.check()
+    _check_places(path, out, todo, entries)
     with claimed(out, "study"):
         _same_study(path, out, todo)
         done = [job.name for job in todo if state(out / "runs" / job.name) == "finished"]
@@ -87,6 +90,44 @@ def _starts(out: Path, todo: Sequence[Job]) -> dict[str, str]:
         starts |= new
         write_json(kept, starts)
     return starts
+
+
+def _check_places(path: Path, out: Path, jobs: Sequence[Job], entries: Sequence[str]) -> None:
+    """Raise ConfigError for an unfinished run whose store or checkpoint does not exist and is not a run of this study.
+
+    ``entries``: names under `pretrain`, which a misspelt checkpoint may mean.
+    """
+    made: set[Path] = set()  # by the jobs before this one
+    for job in jobs:
+        made.add((out / "runs" / job.name).resolve())
+        if state(out / "runs" / job.name) == "finished":
+            continue
+        run = settings_of(job)
+        if run.data and not is_remote(run.data) and not (Path(run.data) / "store.json").exists():
+            near = _near(run.data, _beside(run.data, "store.json"))
+            raise ConfigError(f"{path}: {job.name}: data: {run.data}: no clip store there (no store.json){near}")
+        start = run.checkpoint
+        if not start or is_shared(start) or Path(start).resolve() in made or (Path(start) / "config.json").exists():
+            continue
+        known = f"; the file's are {', '.join(entries)}" if entries else ""
+        raise ConfigError(
+            f"{path}: {job.name}: checkpoint {start!r} is no pre-training of this file{known}, and no run on disk"
+            f"{_near(start, [*entries, *_beside(start, 'config.json')])}"
+        )
+
+
+def _beside(place: str, holds: str) -> list[str]:
+    """Folders beside a path that have the file ``holds``, written as the path is."""
+    parent = Path(place).parent
+    try:
+        return sorted(str(parent / entry.name) for entry in parent.iterdir() if (entry / holds).exists())
+    except OSError:
+        return []
+
+
+def _near(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, list(dict.fromkeys(known)), n=3)
+    return f"; did you mean {', '.join(near)}?" if near else ""
 
 
 def _command(job: Job, out: Path, starts: Mapping[str, str], track: Sequence[str]) -> Command:
