@@ -149,6 +149,24 @@ def test_a_store_or_checkpoint_that_does_not_exist_is_found_before_anything_runs
     run_study(write(tmp_path, made), tmp_path / "out")  # a run of this study need not exist yet
 
 
+def test_a_run_that_has_not_begun_may_be_corrected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[str] = []
+    monkeypatch.setattr("localmotion.training.study.carry_out", lambda _, todo, **__: given.extend(todo[0].arguments) or {})
+    out = tmp_path / "out"
+    run_study(write(tmp_path, STUDY), out)
+    (out / "runs" / "DreamerV2-toy_dot-0").mkdir(parents=True)  # a run that failed before it wrote its settings
+    changed = write(tmp_path, STUDY.replace("env_steps: 160", "env_steps: 200"))
+    run_study(changed, out)
+    assert "online.env_steps=200" in given
+    assert json.loads((out / "study.json").read_text())["DreamerV2-toy_dot-0"].count("online.env_steps=200") == 1
+    (out / "runs" / "DreamerV2-toy_dot-0" / "config.json").touch()
+    run_study(changed, out)
+    with pytest.raises(
+        ConfigError, match=r"says: preset \(debug there, tiny now\), online.env_steps \(200 there, not set now\); ch"
+    ):
+        run_study(write(tmp_path, STUDY.replace("preset: debug", "preset: tiny").replace("env_steps: 160, ", "")), out)
+
+
 def test_contrasts_and_references_are_what_the_file_says(tmp_path: Path) -> None:
     text = STUDY.replace("seeds: [0]}", "seeds: [0, 2], tasks: ['dmc:walker_walk', 'toy:dot']}")
     more = "  other: {method: dreamer_v2, seeds: [3]}\n  far: {method: dreamer_v2, tasks: ['dmc:walker_walk']}\n"
@@ -191,7 +209,9 @@ def test_a_study_runs_reports_and_is_not_run_twice(tmp_path: Path, capsys: pytes
     assert written == {run: (run / "metrics.jsonl").stat().st_mtime_ns for run in (out / "runs").iterdir()}
     # Another seed is more of the same study; other settings under the same names are another study.
     assert len(load_study(write(tmp_path, ONE.replace("seeds: [0, 1]", "seeds: [0, 1, 2]")))) == 4
-    with pytest.raises(ConfigError, match="holds DreamerV2-toy_dot-0 with other settings"):
+    with pytest.raises(
+        ConfigError, match=r"holds DreamerV2-toy_dot-0 with other .* online.env_steps \(160 there, 200 now\); choose"
+    ):
         run_study(write(tmp_path, ONE.replace("env_steps: 160", "env_steps: 200")), out)
 
 
@@ -206,6 +226,9 @@ def test_a_run_that_fails_costs_only_itself_and_what_needs_it(tmp_path: Path) ->
         run_study(write(tmp_path, text), out, Launch(jobs=2))
     assert state(out / "runs" / "DreamerV2-toy_dot-0") == "finished"
     assert state(out / "runs" / "DRP-toy_dot-0") == ""
+    with pytest.raises(SystemExit):
+        main(["study", str(tmp_path / "study.yaml"), "--out", str(out)])
+    assert "\n\nRuns without a result: clips (not begun), DRP-toy_dot-0 (not begun).\n" in (out / "table.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -38,9 +38,9 @@ def run_study(path: Path, out: Path, launch: Launch = Launch(), *, track: Sequen
     ``launch``: the engine, and how many runs at a time. By default one process for each core of this machine.
     ``track``: experiment trackers of each run (`tracking.NAMES`).
 
-    Raises ConfigError as `study_file.read_study` and `Launch.engine` do, if a store or checkpoint is missing, and if ``out``
-    holds another study. Raises CheckpointError if a study is already running there or if nothing can be written. At the end, raises RunsFailedError with the names of the
-    failed runs.
+    Raises ConfigError as `study_file.read_study` and `Launch.engine` do, if a store or checkpoint does not exist, and if ``out`` holds
+    another study. Raises CheckpointError if a study is already running there or if nothing can be written. At the end, raises
+    RunsFailedError with the names of the failed runs.
     """
     todo, _, _, entries = read_study(path)
     check_trackers(track)
@@ -145,19 +145,44 @@ def _command(job: Job, out: Path, starts: Mapping[str, str], track: Sequence[str
 
 
 def _same_study(path: Path, out: Path, jobs: Sequence[Job]) -> None:
-    """Write the study beside its runs. A study may gain runs. Raises ConfigError if an existing run has changed."""
+    """Write the study beside its runs. A study may gain runs and change those that have not begun.
+
+    Raises ConfigError if another run has changed.
+    """
     kept = out / "study.json"
     now = {job.name: [job.stage, job.method, job.preset, *job.settings, job.after] for job in jobs}
     if kept.exists():
         before = read_json(kept, ConfigError, "choose another --out")
-        if changed := [name for name in before if name in now and before[name] != now[name]]:
-            raise ConfigError(
-                f"{out}: holds {changed[0]} with other settings than {path} says; choose another --out, or rename the variant"
-            )
+        for name in before:
+            if before[name] != now.get(name, before[name]) and (out / "runs" / name / "config.json").exists():
+                differ = _differences(before[name], now[name])
+                raise ConfigError(
+                    f"{out}: holds {name} with other settings than {path} says: {differ}; choose another --out, or rename the variant"
+                )
         now = before | now
     temporary = kept.with_suffix(".tmp")
     temporary.write_text(json.dumps(now, indent=1) + "\n")
     os.replace(temporary, kept)
+
+
+def _differences(before: Sequence[str], now: Sequence[str]) -> str:
+    """What differs between two entries of study.json, with both values."""
+
+    def named(entry: Sequence[str]) -> dict[str, str]:
+        settings = (text.partition("=") for text in entry[3:-1])
+        return {
+            **dict(zip(("stage", "method", "preset"), entry[:3], strict=True)),
+            **{k: v for k, _, v in settings},
+            "starts from": entry[-1],
+        }
+
+    there, here = named(before), named(now)
+    differ = [
+        f"{key} ({there.get(key, 'not set')} there, {here.get(key, 'not set')} now)"
+        for key in {**there, **here}
+        if there.get(key) != here.get(key)
+    ]
+    return ", ".join(differ[:5]) + (f" and {len(differ) - 5} more" if len(differ) > 5 else "") or "their order"
 
 
 __all__ = ["RunsFailedError", "load_study", "run_study", "slug", "state"]
