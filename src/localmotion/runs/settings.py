@@ -84,7 +84,10 @@ def _check_stage(cls: type[methods.Method], stage: Any) -> None:
     `pretrain` itself reports a missing pre-training stage.
     """
     if stage != "pretrain" and (not isinstance(stage, str) or stage not in cls.stages):
-        raise ConfigError(f"method {cls.name} has no stage {stage!r:.40}; it has {', '.join(cls.stages)}")
+        raise ConfigError(
+            f"method {cls.name} has no stage {stage!r:.40}; it has {', '.join(cls.stages)}: begin with"
+            f" localmotion {next(iter(cls.stages))} --method {cls.name}"
+        )
 
 
 # Counts of the training loops that may be zero; all others are at least 1.
@@ -113,7 +116,8 @@ def _check_ranges(config: RunConfig) -> None:
             low = 1 if isinstance(value, int) and last not in _MAY_BE_ZERO else 0
             high = {"heldout_fraction": math.nextafter(1, 0), "lr_decay": 1.0, "phase_at": 1.0}.get(last, 2.0**53)
         if not low <= value <= high:
-            raise ConfigError(f"setting {name}={value} must be in {low:g}..{high:g}")
+            wanted = f"at least {low:g}" if value < low and high >= 2.0**53 else f"in {low:g}..{high:g}"
+            raise ConfigError(f"setting {name}={value} must be {wanted}")
 
 
 def from_dict(values: Mapping[str, Any]) -> RunConfig:
