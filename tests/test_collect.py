@@ -231,6 +231,8 @@ def test_errors_name_the_mend(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="fps=15: a collected video has every agent step"):
         collect("toy:dot", tmp_path, recipe=Recipe(fps=15))
     collect("toy:dot", tmp_path / "x", episodes=1, steps=2, seed=1, size=32)
+    with pytest.raises(ConfigError, match=r"was collected with env\.action_repeat 1, now 2; give a new folder"):
+        collect("toy:dot", tmp_path / "x", episodes=1, steps=2, seed=1, size=32, action_repeat=2)
     with pytest.raises(ConfigError, match="was collected with seed 1, now 2; give a new folder"):
         collect("toy:dot", tmp_path / "x", episodes=1, steps=2, seed=2, size=32)
 

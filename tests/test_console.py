@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import re
+from pathlib import Path
+
 import pytest
 
 from localmotion import console
+from localmotion.cli import main
 from localmotion.config import OnlineConfig
 from localmotion.training import pace
 
@@ -53,10 +58,36 @@ def test_a_run_says_once_how_long_the_rest_takes_with_its_evaluations(monkeypatc
     rest = pace.Pace(1000, OnlineConfig(eval_every=500, eval_episodes=5))
     said = []
     for step in range(200, 400):
-        said.append(rest.forecast(step, 30.0))
+        said.append(rest.forecast(step, 60.0, 2))
         clock[0] += 0.1
-    # 750 steps of 0.1 s; 1.5 evaluations of 30 s, and the last one of ten episodes: two of them
+    # 750 steps of 0.1 s; one evaluation of 30 s, and the last one of ten episodes, five at a time: twice as long
     assert [text for text in said if text] == [
         "about 3 minutes more on this machine: 0.1 s for an agent step, 30 s for an evaluation"
     ]
     assert said[50]
+
+
+def test_many_short_evaluations_are_forecast_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(pace.time, "perf_counter", lambda: clock[0])
+    rest = pace.Pace(500, OnlineConfig(eval_every=10, eval_episodes=1))
+    said = []
+    for step in range(100, 151):
+        said.append(rest.forecast(step, 1.2 * (step // 10 - 9), step // 10 - 9))
+        clock[0] += 0.1 + 1.2 * (step % 10 == 9)
+    # 350 steps of 0.1 s; 34 evaluations of 1.2 s; ten final episodes are played five at a time: 2.4 s
+    assert said[-1] == "about 78 s more on this machine: 0.1 s for an agent step, 1.2 s for an evaluation"
+
+
+def test_the_number_of_updates_is_known_before_they_are_made(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    online = OnlineConfig(train_every=5, warmup_updates=0)
+    assert pace.updates_due(online, 200, 50, 25) == 30
+    assert pace.updates_due(online, 200, 60, 25) == 25  # the random episode lasts until step 75
+    assert pace.updates_due(online, 200, 60, 250) == 28  # it is cut at step 60
+    assert pace.updates_due(OnlineConfig(train_every=5, warmup_updates=7), 200, 0, 25) == 47
+    sets = ("env_steps=90", "prefill=33", "train_every=4", "warmup_updates=3", "threads=1", "precision=fp32", "eval_every=1000")
+    line = ["train", "--method", "dreamer_v2", "--env", "toy:dot", "--preset", "debug", "--run", str(tmp_path / "run")]
+    main([*line, *(part for text in sets for part in ("--set", text)), "--device", "cpu"])
+    (announced,) = re.findall(r"about (\d+) updates", " ".join(capsys.readouterr().out.split()))
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert int(announced) == last["update"]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from localmotion.cli import main
-from localmotion.errors import ConfigError, VideoError
+from localmotion.errors import ConfigError, StoreError, VideoError
 from localmotion.evaluation.evaluate import evaluate_run
 from localmotion.evaluation.predict import predict
 from localmotion.perception.extract import extract_folder
@@ -104,6 +104,12 @@ def test_the_command_draws_and_writes_scores(runs: dict[str, Path], store: Path,
     written = json.loads(out.with_suffix(".json").read_text())
     assert written["windows"] == 4
     assert set(written["scores"]) == {"drp: motion", "drp: zero_motion", "ipv: prior", "last_frame"}
+
+
+def test_a_part_without_clips_names_the_option(runs: dict[str, Path], store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("localmotion.video.sample.is_heldout", lambda *_: False)
+    with pytest.raises(StoreError, match="is in the heldout part; add clips, or score all clips with --split all"):
+        predict([runs["drp"]], store, windows=2)
 
 
 def test_what_cannot_be_compared_is_refused(runs: dict[str, Path], store: Path, tmp_path: Path) -> None:

@@ -169,6 +169,10 @@ def test_checkpoint_of_another_kind_is_refused(pretrained: Path, finetuned: Path
         finetune(settings("finetune", env=TOY, checkpoint=str(finetuned)), tmp_path / "a")
     with pytest.raises(CheckpointError, match="other shapes"):
         finetune(settings("finetune", "deter=64", env=TOY, checkpoint=str(pretrained)), tmp_path / "b")
+    text = "was trained on pictures of 64 pixels, and this run's have 32; give a store made with --size 64, or a checkpoint"
+    smaller = 'recipe={"size": 32, "percept_size": 32}'
+    with pytest.raises(CheckpointError, match=text):
+        finetune(settings("finetune", smaller, env=TOY, checkpoint=str(pretrained)), tmp_path / "f")
     with pytest.raises(CheckpointError, match="no such run"):
         finetune(settings("finetune", env=TOY, checkpoint=str(tmp_path / "nowhere")), tmp_path / "c")
     with pytest.raises(ConfigError, match="needs --checkpoint"):

@@ -116,6 +116,57 @@ def test_mistakes_are_told_before_anything_runs(tmp_path: Path, old: str, new: s
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        (
+            "checkpoint: clips",
+            "checkpoint: clisp",
+            "DRP-toy_dot-0: checkpoint 'clisp' is no pre-training of this file; the file's are clips, and no run on disk; did you mean"
+            r" clips\?",
+        ),
+        ("checkpoint: clips", "checkpoint: AT/runs/plips", r"no run on disk; did you mean .*/runs/clips\?"),
+        (
+            "data: AT/store",
+            "data: AT/stoer",
+            r"clips: data: .*stoer: no clip store there \(no store.json\); did you mean .*/store\?",
+        ),
+    ],
+)
+def test_a_store_or_checkpoint_that_does_not_exist_is_found_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: str, new: str, said: str
+) -> None:
+    for file in ("store/store.json", "runs/clips/config.json"):
+        (tmp_path / file).parent.mkdir(parents=True)
+        (tmp_path / file).touch()
+    monkeypatch.setattr("localmotion.training.study.carry_out", lambda *_, **__: {})
+    text = STUDY.replace("variants:", "pretrain:\n  clips: {method: drp, settings: {data: AT/store}}\nvariants:")
+    text += "  DRP: {method: drp, checkpoint: clips}\n"
+    with pytest.raises(ConfigError, match=f"study.yaml: {'' if 'AT' in old else '.*'}{said}"):
+        run_study(write(tmp_path, text.replace(old, new).replace("AT", str(tmp_path))), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    made = text.replace("checkpoint: clips", f"checkpoint: {tmp_path}/out/runs/clips").replace("AT", str(tmp_path))
+    run_study(write(tmp_path, made), tmp_path / "out")  # a run of this study need not exist yet
+
+
+def test_a_run_that_has_not_begun_may_be_corrected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[str] = []
+    monkeypatch.setattr("localmotion.training.study.carry_out", lambda _, todo, **__: given.extend(todo[0].arguments) or {})
+    out = tmp_path / "out"
+    run_study(write(tmp_path, STUDY), out)
+    (out / "runs" / "DreamerV2-toy_dot-0").mkdir(parents=True)  # a run that failed before it wrote its settings
+    changed = write(tmp_path, STUDY.replace("env_steps: 160", "env_steps: 200"))
+    run_study(changed, out)
+    assert "online.env_steps=200" in given
+    assert json.loads((out / "study.json").read_text())["DreamerV2-toy_dot-0"].count("online.env_steps=200") == 1
+    (out / "runs" / "DreamerV2-toy_dot-0" / "config.json").touch()
+    run_study(changed, out)
+    with pytest.raises(
+        ConfigError, match=r"says: preset \(debug there, tiny now\), online.env_steps \(200 there, not set now\); ch"
+    ):
+        run_study(write(tmp_path, STUDY.replace("preset: debug", "preset: tiny").replace("env_steps: 160, ", "")), out)
+
+
 def test_contrasts_and_references_are_what_the_file_says(tmp_path: Path) -> None:
     text = STUDY.replace("seeds: [0]}", "seeds: [0, 2], tasks: ['dmc:walker_walk', 'toy:dot']}")
     more = "  other: {method: dreamer_v2, seeds: [3]}\n  far: {method: dreamer_v2, tasks: ['dmc:walker_walk']}\n"
@@ -158,20 +209,26 @@ def test_a_study_runs_reports_and_is_not_run_twice(tmp_path: Path, capsys: pytes
     assert written == {run: (run / "metrics.jsonl").stat().st_mtime_ns for run in (out / "runs").iterdir()}
     # Another seed is more of the same study; other settings under the same names are another study.
     assert len(load_study(write(tmp_path, ONE.replace("seeds: [0, 1]", "seeds: [0, 1, 2]")))) == 4
-    with pytest.raises(ConfigError, match="holds DreamerV2-toy_dot-0 with other settings"):
+    with pytest.raises(
+        ConfigError, match=r"holds DreamerV2-toy_dot-0 with other .* online.env_steps \(160 there, 200 now\); choose"
+    ):
         run_study(write(tmp_path, ONE.replace("env_steps: 160", "env_steps: 200")), out)
 
 
 def test_a_run_that_fails_costs_only_itself_and_what_needs_it(tmp_path: Path) -> None:
-    text = STUDY.replace("variants:", "pretrain:\n  clips: {method: drp, settings: {data: nowhere}}\nvariants:").replace(
-        "[0, 1]", "[0]"
-    )
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "store.json").write_text("{}")
+    clips = f"pretrain:\n  clips: {{method: drp, settings: {{data: {tmp_path / 'broken'}}}}}\nvariants:"
+    text = STUDY.replace("variants:", clips).replace("[0, 1]", "[0]")
     text = text[: text.index("  entropy:")] + "  DRP: {method: drp, checkpoint: clips}\n"
     out = tmp_path / "out"
-    with pytest.raises(RunsFailedError, match=r"2 of 3 runs failed, first clips: .*nowhere.*exit code 2"):
+    with pytest.raises(RunsFailedError, match=r"2 of 3 runs failed, first clips: .*broken.*exit code 2"):
         run_study(write(tmp_path, text), out, Launch(jobs=2))
     assert state(out / "runs" / "DreamerV2-toy_dot-0") == "finished"
     assert state(out / "runs" / "DRP-toy_dot-0") == ""
+    with pytest.raises(SystemExit):
+        main(["study", str(tmp_path / "study.yaml"), "--out", str(out)])
+    assert "\n\nRuns without a result: clips (not begun), DRP-toy_dot-0 (not begun).\n" in (out / "table.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,13 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{self.prog}: {message}")
 
 
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f'{text!r:.80} is not JSON; write it as \'{{"look": "textured"}}\'') from error
+
+
 def _parser(stage: str = "") -> _Parser:
     """The parser of all commands. ``stage``: an additional command, for a stage that only some methods have."""
     parser = _Parser(
@@ -165,7 +172,7 @@ def _parser(stage: str = "") -> _Parser:
     sub.add_argument("--env", default="", help="where to play an agent that learned from logged episodes without an environment")
     sub.add_argument(
         "--env-options",
-        type=json.loads,
+        type=_json,
         default={},
         help='options of the environment that differ from the run\'s, as JSON, e.g. {"split": "val"}: backgrounds not shown in training',
     )
@@ -220,10 +227,10 @@ def _parser(stage: str = "") -> _Parser:
         help="random, smooth (random, changing smoothly), expert (Meta-World's scripts), expert:PATH (of localmotion expert), or a run"
         " (directory, hf:owner/name[@revision] or shelf:NAME)",
     )
-    sub.add_argument("--episodes", type=int, default=16)
-    sub.add_argument("--steps", type=int, default=0, help="maximum agent steps per video; 0 for whole episodes")
-    sub.add_argument("--noise", type=float, default=0.0, help="standard deviation of noise added to the actions")
-    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--episodes", type=int, default=16, help="videos to record (default 16)")
+    sub.add_argument("--steps", type=int, default=0, help="maximum agent steps per video (default 0: whole episodes)")
+    sub.add_argument("--noise", type=float, default=0.0, help="standard deviation of noise added to the actions (default 0)")
+    sub.add_argument("--seed", type=int, default=0, help="seed of episodes and actions (default 0)")
     sub.add_argument("--action-repeat", type=int, help="env steps per agent step; default: the suite's")
     sub.add_argument("--quality", choices=("auto", "fast", "reference"), default="auto")
     sub.add_argument("--pixels", type=int, default=128, help="side of the mp4's pictures")
@@ -234,7 +241,7 @@ def _parser(stage: str = "") -> _Parser:
         " and track",
     )
     sub.add_argument(
-        "--env-options", type=json.loads, default={}, help='options of the environment as JSON, e.g. {"look": "textured"}'
+        "--env-options", type=_json, default={}, help='options of the environment as JSON, e.g. {"look": "textured"}'
     )
     _recipe(sub, without=("seed",))
 
@@ -248,7 +255,12 @@ def _parser(stage: str = "") -> _Parser:
     sub.add_argument("--out", type=Path, required=True, help="strips, .png; the scores are written beside it, .json")
     sub.add_argument("--clips", type=int, default=4, help="windows drawn")
     sub.add_argument("--windows", type=int, default=32, help="windows scored")
-    sub.add_argument("--split", choices=("heldout", "train", "all"), default="heldout")
+    sub.add_argument(
+        "--split",
+        choices=("heldout", "train", "all"),
+        default="heldout",
+        help="clips that are scored: those that the first run held out (default), those that it learned from, or all; of videos always all",
+    )
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--device", default="auto")
 
@@ -421,20 +433,30 @@ def _recipe(sub: argparse.ArgumentParser, without: tuple[str, ...] = ()) -> None
                 help=f"{docs[item.name]} (default {item.default})".replace("%", "%%"),
             )
     sub.add_argument(
-        "--backend-options", dest="recipe_backend_options", type=json.loads, help=docs["backend_options"].replace("%", "%%")
+        "--backend-options", dest="recipe_backend_options", type=_json, help=docs["backend_options"].replace("%", "%%")
     )
 
 
 def _own_stage(argv: Sequence[str]) -> str:
     """The command, if it is not built in and the arguments name a method. It is then a stage of that method.
 
-    Else "".
+    Else "". Raises ConfigError for such a stage without a method.
     """
     command = argv[0] if argv else ""
-    if command.startswith("-") or not any(text.partition("=")[0] == "--method" for text in argv):
+    if not command or command.startswith("-"):
         return ""
     known = _parser()._subparsers._group_actions[0].choices  # type: ignore[union-attr]
-    return "" if command in (known or ()) else command
+    if command in (known or ()):
+        return ""
+    if any(text.partition("=")[0] == "--method" for text in argv):
+        return command
+    from localmotion import methods
+
+    if of := [name for name in methods.names() if command in methods.get(name).stages]:
+        raise ConfigError(
+            f"{command} is a stage of {', '.join(of)}: name the method, e.g. localmotion {command} --method {of[-1]} --help"
+        )
+    return ""
 
 
 def main(argv: Sequence[str] | None = None) -> None:

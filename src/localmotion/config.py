@@ -10,6 +10,7 @@ registry names, and values are JSON scalars or lists of them.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
 import itertools
 import math
@@ -464,7 +465,24 @@ def assign(config: Any, text: str, video: bool | None = None) -> Any:
     nested: Any = value
     for part in reversed(name.split(".")):
         nested = {part: nested}
-    return update(config, nested)
+    try:
+        return update(config, nested)
+    except ConfigError as error:
+        near = difflib.get_close_matches(name, [other for other in names if other != name], n=3, cutoff=0.8)
+        if fits := [other for other in near if _takes(config, other, value)]:
+            raise ConfigError(f"{error}; did you mean {fits[0]}?") from error
+        raise
+
+
+def _takes(config: Any, name: str, value: Any) -> bool:
+    """Whether the setting of this dotted name can have ``value``."""
+    for part in reversed(name.split(".")):
+        value = {part: value}
+    try:
+        update(config, value)
+    except ConfigError:
+        return False
+    return True
 
 
 def field_docs(cls: type) -> dict[str, str]:

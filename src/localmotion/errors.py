@@ -45,7 +45,7 @@ class MissingExtraError(LocalmotionError):
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> ConfigError:
     """The error for an unknown name; the message suggests the nearest known ones."""
-    known = sorted(known)
+    known = sorted(set(known))
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
     hint = f"; did you mean {', '.join(near)}?" if near else f"; known: {', '.join(known[:40])}"
     return ConfigError(f"unknown {kind} {name!r}{hint}")

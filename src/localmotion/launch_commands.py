@@ -66,7 +66,7 @@ def study(args: argparse.Namespace) -> None:
     from localmotion.console import say
     from localmotion.report.build import report
     from localmotion.report.table import write_table
-    from localmotion.training.study import RunsFailedError, run_study
+    from localmotion.training.study import RunsFailedError, run_study, state
     from localmotion.training.study_file import read_study
 
     failed: RunsFailedError | None = None
@@ -77,7 +77,9 @@ def study(args: argparse.Namespace) -> None:
     runs = sorted(path.parent for path in (args.out / "runs").glob("*/metrics.jsonl"))
     if runs:
         given = read_study(args.file)
-        for line in write_table(runs, args.out, given.reference, given.contrasts):
+        states = {job.name: state(args.out / "runs" / job.name) for job in given.jobs}
+        missing = [f"{name} ({found or 'not begun'})" for name, found in states.items() if found != "finished"]
+        for line in write_table(runs, args.out, given.reference, given.contrasts, missing):
             say(line)
         say(f"wrote {report(runs, args.out / 'report.html', given.reference, given.contrasts)}")
     if failed:

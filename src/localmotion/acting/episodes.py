@@ -12,6 +12,11 @@ from numpy.typing import NDArray
 from localmotion.acting.observer import Observer
 from localmotion.acting.policy import MethodPolicy, Plan, Policy
 
+AT_ONCE = 5
+"""Evaluation episodes that are played in lockstep."""
+FINAL_EPISODES = 10
+"""The last evaluation of a run plays at least as many."""
+
 
 def episode_seed(seed: int, stream: str, episode: int) -> int:
     """Seed of one episode: a pure function of the run's seed, the stream (train, eval, ...) and the episode's number.
@@ -130,7 +135,7 @@ def evaluate(
     *,
     seed: int,
     episodes: int,
-    at_once: int = 5,
+    at_once: int = AT_ONCE,
     observers: list[Observer] | None = None,
     keep_frames: bool = False,
     check: Callable[[], None] | None = None,

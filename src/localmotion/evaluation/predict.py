@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from localmotion.compute import Compute
 from localmotion.config import RunConfig
-from localmotion.errors import ConfigError, LocalmotionError, VideoError
+from localmotion.errors import ConfigError, LocalmotionError, StoreError, VideoError
 from localmotion.evaluation.heldout import CONTEXT_FRAMES, open_loop_errors, predicts
 from localmotion.methods.base import MASK, MOTION, Method
 from localmotion.perception.extract import extract_one
@@ -133,17 +133,22 @@ def _predict(
             )
         fraction = runs[0].run.pretrain.heldout_fraction
         needs = each.method.needs(each.run.model, each.run.stage)
-        sampler = WindowSampler(
-            store,
-            length,
-            windows,
-            seed,
-            split=split,
-            heldout_fraction=fraction,
-            prefetch=False,
-            motion=bool(needs & MOTION),
-            mask=bool(needs & MASK),
-        )
+        try:
+            sampler = WindowSampler(
+                store,
+                length,
+                windows,
+                seed,
+                split=split,
+                heldout_fraction=fraction,
+                prefetch=False,
+                motion=bool(needs & MOTION),
+                mask=bool(needs & MASK),
+            )
+        except StoreError as error:
+            if split == "all" or not str(error).endswith("add clips"):
+                raise
+            raise StoreError(f"{error}, or score all clips with --split all") from error
         chosen = chosen or _spread(sampler, windows, seed)
         for indices in np.array_split(np.arange(len(chosen[0])), -(-len(chosen[0]) // AT_ONCE)):  # no batch of one beside others
             begin, part = int(indices[0]), slice(int(indices[0]), int(indices[-1]) + 1)

@@ -414,8 +414,18 @@ def _open(out: Path, header: dict[str, Any]) -> dict[str, dict[str, Any]]:
     now = json.loads(json.dumps(header))
     for key, value in now.items():
         if before.get(key) != value:
-            raise ConfigError(f"{out}: was collected with {key} {before.get(key)}, now {value}; give a new folder")
+            differ = _differences(key, before.get(key), value)
+            shown = ", ".join(differ[:5]) + (f" and {len(differ) - 5} more" if len(differ) > 5 else "")
+            raise ConfigError(f"{out}: was collected with {shown}; give a new folder")
     return episodes
+
+
+def _differences(key: str, before: Any, now: Any) -> list[str]:
+    """What differs between two values of a setting, by dotted names."""
+    if not isinstance(before, dict) or not isinstance(now, dict):
+        return [f"{key} {before}, now {now}"] if before != now else []
+    found = (_differences(f"{key}.{name}", before.get(name), now.get(name)) for name in {**before, **now})
+    return [text for part in found for text in part]
 
 
 def _save(out: Path, header: dict[str, Any], names: dict[str, dict[str, Any]], episodes: dict[str, dict[str, Any]]) -> None:

@@ -17,7 +17,11 @@ from localmotion.runs.read import read_run
 
 
 def write_table(
-    run_dirs: Sequence[Path], out: Path, reference: Reference | None = None, contrasts: Contrasts | None = None
+    run_dirs: Sequence[Path],
+    out: Path,
+    reference: Reference | None = None,
+    contrasts: Contrasts | None = None,
+    missing: Sequence[str] = (),
 ) -> list[str]:
     """Write ``out/table.md`` and ``out/curves.json`` of online runs and return the table's lines.
 
@@ -25,6 +29,7 @@ def write_table(
     evaluation, IQM with its 95 % bootstrap interval over seeds. With a ``reference`` (`comparisons.Reference`) the last column is the
     mean as a share of it. Variants with label budgets have a second table: mean and standard deviation at each number of labelled
     transitions. ``contrasts`` have a table of differences over paired seeds (`comparisons.contrast_table`).
+    ``missing``: runs that have not finished, which a last line names.
 
     curves.json is a list of {task, method, seed, score, labels, variant, xs (env steps, or updates of runs on logged episodes), ys}.
     ``labels`` is the number of labelled transitions or null, ``variant`` the method's label without it.
@@ -81,6 +86,9 @@ def write_table(
         rows += ["", f"| {' | '.join(table.header)} |", "|" + "---|" * len(table.header)]
         rows += [f"| {' | '.join(row)} |".replace("–", "-") for row in table.rows]
         rows += [line for note in notes for line in ("", note)]
+    if missing:
+        shown = ", ".join(missing[:20]) + (f" and {len(missing) - 20} more" if len(missing) > 20 else "")
+        rows += ["", f"Runs without a result: {shown}."]
     _replace(out / "table.md", "\n".join(rows) + "\n")
     _replace(out / "curves.json", json.dumps(curves, indent=1) + "\n")
     return rows

@@ -84,7 +84,10 @@ def _check_stage(cls: type[methods.Method], stage: Any) -> None:
     `pretrain` itself reports a missing pre-training stage.
     """
     if stage != "pretrain" and (not isinstance(stage, str) or stage not in cls.stages):
-        raise ConfigError(f"method {cls.name} has no stage {stage!r:.40}; it has {', '.join(cls.stages)}")
+        raise ConfigError(
+            f"method {cls.name} has no stage {stage!r:.40}; it has {', '.join(cls.stages)}: begin with"
+            f" localmotion {next(iter(cls.stages))} --method {cls.name}"
+        )
 
 
 # Counts of the training loops that may be zero; all others are at least 1.
@@ -115,14 +118,16 @@ def _check_ranges(config: RunConfig) -> None:
             low = 1 if isinstance(value, int) and last not in _MAY_BE_ZERO else 0
             high = {"heldout_fraction": math.nextafter(1, 0), "lr_decay": 1.0, "phase_at": 1.0}.get(last, 2.0**53)
         if not low <= value <= high:
-            raise ConfigError(f"setting {name}={value} must be {_wanted(low, high)}")
+            raise ConfigError(f"setting {name}={value} must be {_wanted(value, low, high)}")
 
 
-def _wanted(low: float, high: float) -> str:
-    """Limits in words. A large number is only there because a larger one cannot be stored."""
+def _wanted(value: float, low: float, high: float) -> str:
+    """Limits in words. A large one is only there because larger numbers cannot be stored; it is said to who is beyond it."""
+    if value > high >= 2.0**31:
+        return f"at most {high:g}"
     if 0 < low < 1e-300:
         return "above 0" if high >= 2.0**31 else f"above 0 and at most {high:g}"
-    return f"at least {low:g}" if high >= 2.0**31 and low > -(2.0**31) else f"in {low:g}..{high:g}"
+    return f"at least {low:g}" if high >= 2.0**31 else f"in {low:g}..{high:g}"
 
 
 def from_dict(values: Mapping[str, Any]) -> RunConfig:

@@ -14,7 +14,9 @@ from localmotion.methods.base import GOAL, LABELS, MASK, MOTION, Method, Source
 def check_video_stage(method: type[Method], run: RunConfig) -> None:
     """Raise ConfigError for settings with which a stage that learns from video cannot begin."""
     if method.stages.get(run.stage) is not Source.CLIPS:
-        raise ConfigError(f"method {run.method} has no pre-training stage; use localmotion train")
+        raise ConfigError(f"method {run.method} has no pre-training stage; use localmotion {_first_acting(method)}")
+    if not run.data:
+        raise ConfigError(f"{run.stage}: give the clips with --data STORE (made by localmotion extract VIDEOS --out STORE)")
     check_length(method, run)
     check_begins(method, run)
     if run.pretrain.updates < (least := method.least_updates(run.model, run.stage)):
@@ -22,6 +24,11 @@ def check_video_stage(method: type[Method], run: RunConfig) -> None:
             f"pretrain.updates={run.pretrain.updates}: with its settings {run.stage} of {run.method} needs at least {least}, because a"
             " part of the model begins late; give more, or let that part begin earlier"
         )
+
+
+def _first_acting(method: type[Method]) -> str:
+    """The stage in which a method without pre-training begins."""
+    return "train" if "train" in method.stages else next(iter(method.stages))
 
 
 def check_acting_stage(method: type[Method], run: RunConfig) -> None:
@@ -45,7 +52,7 @@ def check_acting_stage(method: type[Method], run: RunConfig) -> None:
     if run.checkpoint and not any(
         stage is not source and stage in (Source.CLIPS, Source.LOGGED) for stage in method.stages.values()
     ):
-        raise ConfigError(f"method {run.method} has no pre-training stage; use localmotion train without --checkpoint")
+        raise ConfigError(f"method {run.method} has no pre-training stage; use localmotion {run.stage} without --checkpoint")
     if run.motion != "recipe" and not (method.needs(run.model, run.stage) & MOTION and run.env):
         reason = f"{run.method} perceives no motion" if run.env else "nothing is perceived without --env"
         raise ConfigError(f"motion={run.motion}: {reason}; leave it out")

@@ -80,6 +80,7 @@ class Loop(ABC):
         """Text in the progress bar beside the counts."""
         self.spent: dict[str, float] = {"update": 0.0}
         """Seconds spent, by part of the work."""
+        self.evaluations = 0  # complete ones since the start of this process
         self._logged: dict[str, float] = {}  # `seconds()` at the previous line of the log
         self._clock = time.perf_counter()
         self.final: int | None = None
@@ -219,6 +220,7 @@ class Loop(ABC):
                 self.method.train()
             if signum := ranks.most(0, patient=True):
                 raise Interrupted(signum)
+        self.evaluations += 1
         self.final = self.count if final else self.final
         self.evaluates.set(self.count)  # set at the end: a continued run repeats an evaluation that a signal ended
 

@@ -25,7 +25,7 @@ from localmotion.runs import checkpoint
 from localmotion.runs.rundir import RunDir
 from localmotion.training.checks import never_learned
 from localmotion.training.loop import ActingLoop
-from localmotion.training.pace import Pace
+from localmotion.training.pace import Pace, updates_due
 from localmotion.training.playing import Playing
 from localmotion.training.storage import choose_storage, device_memory, records_needed
 from localmotion.training.update import Updater
@@ -112,6 +112,8 @@ class OnlineLoop(ActingLoop):
     def lines(self) -> list[str]:
         online, described = self.run.online, self.observer.env.describe()  # type: ignore[attr-defined]
         gl = described.get("gl")
+        prefill = -(-online.prefill // self.repeat)
+        updates = updates_due(online, self.total, prefill, self.longest * ranks.world())
         drawn = f", {gl['message']}" if isinstance(gl, dict) else ""
         return [
             f"{self.run.method} on {self.run.env}: {self.compute.note}",
@@ -119,7 +121,7 @@ class OnlineLoop(ActingLoop):
             self.replay_note,
             *_recorded(self.run, described),
             f"{self.total:,} agent steps = {self.total * self.repeat:,} env steps, one update per {online.train_every} agent steps"
-            f" ({online.batch_size} x {online.length}): {self.total // online.train_every:,} updates",
+            f" ({online.batch_size} x {online.length}) after {prefill:,} random ones: about {updates:,} updates",
         ]
 
     def record(self) -> dict[str, Any]:
@@ -192,7 +194,7 @@ class OnlineLoop(ActingLoop):
         self.replay.add(playing.record, last=done)
         if playing.learning and self.agent_step % self.run.online.train_every == 0:
             self._update()
-        if playing.learning and (text := self.pace.forecast(self.agent_step, self.spent["eval"])):
+        if playing.learning and (text := self.pace.forecast(self.agent_step, self.spent["eval"], self.evaluations)):
             say(text)
         if done:
             self._end(playing)

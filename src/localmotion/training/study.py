@@ -8,6 +8,7 @@ failed run is reported and does not stop the others, except those that start fro
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -22,8 +23,9 @@ from localmotion.machine import cores
 from localmotion.runs.rundir import claimed
 from localmotion.runs.sharing import is_shared, resolve
 from localmotion.training.interrupt import StopRequest
-from localmotion.training.study_file import Job, load_study, slug
+from localmotion.training.study_file import Job, load_study, read_study, settings_of, slug
 from localmotion.training.tracking import check_trackers
+from localmotion.video.remote import is_remote
 
 
 class RunsFailedError(LocalmotionError):
@@ -36,13 +38,14 @@ def run_study(path: Path, out: Path, launch: Launch = Launch(), *, track: Sequen
     ``launch``: the engine, and how many runs at a time. By default one process for each core of this machine.
     ``track``: experiment trackers of each run (`tracking.NAMES`).
 
-    Raises ConfigError as `study_file.read_study` and `Launch.engine` do, and if ``out`` holds another study. Raises CheckpointError
-    if a study is already running there or if nothing can be written. At the end, raises RunsFailedError with the names of the
-    failed runs.
+    Raises ConfigError as `study_file.read_study` and `Launch.engine` do, if a store or checkpoint does not exist, and if ``out`` holds
+    another study. Raises CheckpointError if a study is already running there or if nothing can be written. At the end, raises
+    RunsFailedError with the names of the failed runs.
     """
-    todo = load_study(path)
+    todo, _, _, entries = read_study(path)
     check_trackers(track)
     launch.check()
+    _check_places(path, out, todo, entries)
     with claimed(out, "study"):
         _same_study(path, out, todo)
         done = [job.name for job in todo if state(out / "runs" / job.name) == "finished"]
@@ -89,6 +92,44 @@ def _starts(out: Path, todo: Sequence[Job]) -> dict[str, str]:
     return starts
 
 
+def _check_places(path: Path, out: Path, jobs: Sequence[Job], entries: Sequence[str]) -> None:
+    """Raise ConfigError for an unfinished run whose store or checkpoint does not exist and is not a run of this study.
+
+    ``entries``: names under `pretrain`, which a misspelt checkpoint may mean.
+    """
+    made: set[Path] = set()  # by the jobs before this one
+    for job in jobs:
+        made.add((out / "runs" / job.name).resolve())
+        if state(out / "runs" / job.name) == "finished":
+            continue
+        run = settings_of(job)
+        if run.data and not is_remote(run.data) and not (Path(run.data) / "store.json").exists():
+            near = _near(run.data, _beside(run.data, "store.json"))
+            raise ConfigError(f"{path}: {job.name}: data: {run.data}: no clip store there (no store.json){near}")
+        start = run.checkpoint
+        if not start or is_shared(start) or Path(start).resolve() in made or (Path(start) / "config.json").exists():
+            continue
+        known = f"; the file's are {', '.join(entries)}" if entries else ""
+        raise ConfigError(
+            f"{path}: {job.name}: checkpoint {start!r} is no pre-training of this file{known}, and no run on disk"
+            f"{_near(start, [*entries, *_beside(start, 'config.json')])}"
+        )
+
+
+def _beside(place: str, holds: str) -> list[str]:
+    """Folders beside a path that have the file ``holds``, written as the path is."""
+    parent = Path(place).parent
+    try:
+        return sorted(str(parent / entry.name) for entry in parent.iterdir() if (entry / holds).exists())
+    except OSError:
+        return []
+
+
+def _near(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, list(dict.fromkeys(known)), n=3)
+    return f"; did you mean {', '.join(near)}?" if near else ""
+
+
 def _command(job: Job, out: Path, starts: Mapping[str, str], track: Sequence[str]) -> Command:
     arguments = job.arguments(out)
     named = next((text.partition("=")[2] for text in job.settings if text.startswith("checkpoint=")), "")
@@ -104,19 +145,44 @@ def _command(job: Job, out: Path, starts: Mapping[str, str], track: Sequence[str
 
 
 def _same_study(path: Path, out: Path, jobs: Sequence[Job]) -> None:
-    """Write the study beside its runs. A study may gain runs. Raises ConfigError if an existing run has changed."""
+    """Write the study beside its runs. A study may gain runs and change those that have not begun.
+
+    Raises ConfigError if another run has changed.
+    """
     kept = out / "study.json"
     now = {job.name: [job.stage, job.method, job.preset, *job.settings, job.after] for job in jobs}
     if kept.exists():
         before = read_json(kept, ConfigError, "choose another --out")
-        if changed := [name for name in before if name in now and before[name] != now[name]]:
-            raise ConfigError(
-                f"{out}: holds {changed[0]} with other settings than {path} says; choose another --out, or rename the variant"
-            )
+        for name in before:
+            if before[name] != now.get(name, before[name]) and (out / "runs" / name / "config.json").exists():
+                differ = _differences(before[name], now[name])
+                raise ConfigError(
+                    f"{out}: holds {name} with other settings than {path} says: {differ}; choose another --out, or rename the variant"
+                )
         now = before | now
     temporary = kept.with_suffix(".tmp")
     temporary.write_text(json.dumps(now, indent=1) + "\n")
     os.replace(temporary, kept)
+
+
+def _differences(before: Sequence[str], now: Sequence[str]) -> str:
+    """What differs between two entries of study.json, with both values."""
+
+    def named(entry: Sequence[str]) -> dict[str, str]:
+        settings = (text.partition("=") for text in entry[3:-1])
+        return {
+            **dict(zip(("stage", "method", "preset"), entry[:3], strict=True)),
+            **{k: v for k, _, v in settings},
+            "starts from": entry[-1],
+        }
+
+    there, here = named(before), named(now)
+    differ = [
+        f"{key} ({there.get(key, 'not set')} there, {here.get(key, 'not set')} now)"
+        for key in {**there, **here}
+        if there.get(key) != here.get(key)
+    ]
+    return ", ".join(differ[:5]) + (f" and {len(differ) - 5} more" if len(differ) > 5 else "") or "their order"
 
 
 __all__ = ["RunsFailedError", "load_study", "run_study", "slug", "state"]

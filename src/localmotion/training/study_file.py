@@ -79,6 +79,8 @@ class Study(NamedTuple):
     reference: str | float | dict[str, float | tuple[float, float]] | None
     """What returns are divided by: a variant, a return, or for each task a return or the returns that count as 0 and as 1."""
     contrasts: Contrasts | None = None
+    entries: tuple[str, ...] = ()
+    """Names under `pretrain`."""
 
 
 @dataclass
@@ -157,7 +159,7 @@ def read_study(path: Path) -> Study:
     if twice := next((name for name, count in Counter(job.name for job in every).items() if count > 1), None):
         raise ConfigError(f"{path}: two runs would be called {twice!r}; give variants other names, and name seeds and tasks once")
     _check(path, every)
-    return Study(every, _reference(path, study, list(grid)), _contrasts(path, study, grid))
+    return Study(every, _reference(path, study, list(grid)), _contrasts(path, study, grid), tuple(entries))
 
 
 # -- runs that others start from ----------------------------------------------------------------------------------------
@@ -269,7 +271,7 @@ def _check(path: Path, jobs: Sequence[Job]) -> None:
     for job in jobs:
         try:
             cls = methods.get(job.method)
-            run = compose(job.method, job.stage, preset=job.preset, env=_value(job, "env"), settings=list(job.settings))
+            run = settings_of(job)
             run = replace(run, checkpoint=job.after) if job.after else run
             if cls.stages.get(run.stage, Source.CLIPS) is Source.CLIPS:
                 check_video_stage(cls, run)
@@ -285,6 +287,11 @@ def _check(path: Path, jobs: Sequence[Job]) -> None:
                 _count_labels(run)
         except (ConfigError, CheckpointError, StoreError) as error:
             raise ConfigError(f"{path}: {job.name}: {error}") from error
+
+
+def settings_of(job: Job) -> RunConfig:
+    """Settings of a run, without the checkpoint that is a run of the study. Raises ConfigError as `compose` does."""
+    return compose(job.method, job.stage, preset=job.preset, env=_value(job, "env"), settings=list(job.settings))
 
 
 def _count_labels(run: RunConfig) -> None:

@@ -21,6 +21,7 @@ from localmotion.errors import CheckpointError, ConfigError, unknown_name
 from localmotion.files import one_line
 from localmotion.methods.base import Method
 from localmotion.models.rssm import RSSM
+from localmotion.recipe import Recipe
 from localmotion.runs import checkpoint
 from localmotion.runs.settings import read_config
 from localmotion.runs.sharing import local_run
@@ -84,11 +85,26 @@ def load_pretrained(method: Method, run: RunConfig) -> Transfer:
             notes += [f"{text} {_few(names)}"] if names else []
         chosen = {key: value for key, value in chosen.items() if key in own}
     elif missing := sorted(own - set(chosen)):
+        _check_sizes(method, run, theirs)
         raise CheckpointError(f"{path}: the checkpoint lacks {_few(missing)}; are method, preset and settings the same?")
-    loaded = checkpoint.load_weights(method, chosen, str(path), partial=True)
+    try:
+        loaded = checkpoint.load_weights(method, chosen, str(path), partial=True)
+    except CheckpointError:
+        _check_sizes(method, run, theirs)
+        raise
     if fresh := [place for part, place in method.transfers.items() if part not in parts and place in here]:
         notes.append(f"not pre-trained: {', '.join(fresh)}")
     return Transfer(run.checkpoint, theirs.method, parts, loaded, notes)
+
+
+def _check_sizes(method: Method, run: RunConfig, theirs: RunConfig) -> None:
+    """Raise CheckpointError if the two runs have pictures of other sides. For weights that did not fit."""
+    side = (theirs.recipe or Recipe()).size
+    if side != method.image_size:
+        raise CheckpointError(
+            f"{run.checkpoint}: was trained on pictures of {side} pixels, and this run's have {method.image_size}; give a store"
+            f" made with --size {side}, or a checkpoint of pictures of {method.image_size} pixels"
+        )
 
 
 def _parts(method: Method, run: RunConfig) -> tuple[str, ...]:

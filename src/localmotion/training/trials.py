@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from localmotion.acting.episodes import Rollout, evaluate
+from localmotion.acting.episodes import FINAL_EPISODES, Rollout, evaluate
 from localmotion.acting.observer import Observer
 from localmotion.acting.policy import MethodPolicy, Policy
 from localmotion.compute import Compute
@@ -76,7 +76,7 @@ class Trials:
             self._policy,
             self.make,
             seed=self.run.seed,
-            episodes=max(10, episodes) if final else episodes,
+            episodes=max(FINAL_EPISODES, episodes) if final else episodes,
             observers=self.observers,
             keep_frames=True,
             check=self.check,  # an evaluation may take minutes
