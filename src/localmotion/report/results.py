@@ -16,7 +16,7 @@ from localmotion.report import media, plots
 from localmotion.report.memory import recall, recalled, stamp
 from localmotion.report.page import Block, Notice, Picture, Row, Table
 from localmotion.report.style import score, short
-from localmotion.runs.read import RunData, flatten, names, number
+from localmotion.runs.read import Line, RunData, flatten, names, number
 
 R = TypeVar("R")
 
@@ -113,11 +113,26 @@ def eval_curve(report: Gathered, run: RunData, key: str) -> Curve | None:
     return Curve(steps[good], values[good]) if good.any() else None
 
 
+def _whole(run: RunData, line: Line) -> bool:
+    """Whether the environment ended a random episode. The loop may cut the last one."""
+    if isinstance(line.get("cut"), bool):
+        return not line["cut"]
+    # A line of an earlier version has no mark.
+    end, prefill = number(line, "env_step"), number({"x": run.setting("prefill")}, "x")
+    if end is not None and prefill is not None and end < prefill:
+        return True
+    env = run.environment.get("env")
+    known = env if isinstance(env, dict) else {}
+    limit, repeat, length = number(known, "time_limit"), number(known, "action_repeat"), number(line, "length")
+    return limit is not None and repeat is not None and length is not None and length * repeat >= limit
+
+
 def random_score(runs: Sequence[RunData], key: str) -> float | None:
-    """The random policy's score: from random.json if it exists, else, for returns, from the random prefill episodes."""
+    """The random policy's score: from random.json if it exists, else, for returns, from the whole random episodes of the prefill."""
     measured = [value for run in runs if (value := number(run.random, key)) is not None]
     if not measured and key == "return_mean":
-        lines = [line for run in runs for line in run.lines.get("episode", ()) if line.get("random") is True]
+        episodes = [(run, line) for run in runs for line in run.lines.get("episode", ()) if line.get("random") is True]
+        lines = [line for run, line in episodes if _whole(run, line)]
         measured = [value for line in lines if (value := number(line, "return")) is not None]
     return float(np.mean(measured)) if measured else None
 
