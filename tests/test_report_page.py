@@ -358,6 +358,19 @@ def test_seeds_that_differ_in_more_than_their_seed_are_named(tmp_path: Path) -> 
     assert "40K to 50K" in said
 
 
+def test_runs_with_other_options_of_the_environment_are_named(tmp_path: Path) -> None:
+    same = {"time_limit": 500}
+    runs = [
+        online_run(tmp_path / "a", media=False, label="one", env_options=same | {"split": "train"}),
+        online_run(tmp_path / "b", media=False, label="two", env_options=same | {"split": "val"}),
+        online_run(tmp_path / "c", media=False, label="two", seed=1, env_options=same),
+    ]
+    said = read(report(runs, tmp_path / "r.html")).said()
+    assert "differ in the option split: train (one); val (two); default (two)." in said
+    assert "the option time_limit" not in said
+    assert "the option" not in read(report(runs[:1], tmp_path / "r.html")).said()
+
+
 def test_values_that_are_not_finite_are_told(tmp_path: Path) -> None:
     run = online_run(tmp_path / "a", media=False)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -15,7 +15,7 @@ from localmotion.evaluation.statistics import Curve, Summary, aggregate_curves, 
 from localmotion.report import media, plots
 from localmotion.report.memory import recall, recalled, stamp
 from localmotion.report.page import Block, Notice, Picture, Row, Table
-from localmotion.report.style import score, short
+from localmotion.report.style import plain, score, short
 from localmotion.runs.read import Line, RunData, flatten, names, number
 
 R = TypeVar("R")
@@ -143,6 +143,7 @@ def results(report: Gathered, env: str, groups: Sequence[Group]) -> tuple[list[B
     tiles: list[tuple[str, str]] = []
     for group in groups:
         blocks += [Notice(text) for text in _doubts(group)]
+    blocks += [Notice(text) for text in _options(env, groups)]
     runs = [run for group in groups for run in group.runs]
     for key, name, percent in (("success_rate", "Success rate", True), ("return_mean", "Episode return", False)):
         drawn: list[tuple[Group, plots.CurveGroup]] = []
@@ -239,6 +240,20 @@ def _doubts(group: Group) -> list[str]:
             f"{group.label}: runs shown as one group differ in {len(differ)} setting{'s' * (len(differ) > 1)}"
             f" beside the seed: {', '.join(differ[:6])}{' and more' * (len(differ) > 6)}."
         )
+    return texts
+
+
+def _options(env: str, groups: Sequence[Group]) -> list[str]:
+    """A sentence for each option of the environment in which runs that share charts and tables differ."""
+    known = [(group.label, flatten(run.config.get("env_options") or {})) for group in groups for run in group.runs]
+    texts = []
+    for option in sorted({name for _, options in known for name in options}):
+        found: dict[str, list[str]] = {}
+        for label, options in known:
+            found.setdefault(plain(options.get(option, "default")), []).append(label)
+        if len(found) > 1:
+            values = "; ".join(f"{value} ({', '.join(dict.fromkeys(labels))})" for value, labels in found.items())
+            texts.append(f"Runs in {env} are not in the same environment. They differ in the option {option}: {values}.")
     return texts
 
 
