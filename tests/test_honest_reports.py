@@ -27,6 +27,7 @@ from localmotion.evaluation.statistics import Curve, bootstrap_interval, final_s
 from localmotion.report.table import write_table
 from localmotion.runs.read import read_run
 from localmotion.runs.settings import compose
+from localmotion.training.finetune import finetune
 from method_batches import CPU
 
 # ---------------------------------------------------------------------------------------------------------- statistics
@@ -448,9 +449,41 @@ def test_without_a_measured_floor_the_random_episodes_count_and_no_others(tmp_pa
 
     path = planted(tmp_path / "r", 0, [1.0, 2.0])
     (path / "random.json").unlink()
-    lines = [{"kind": "episode", "env_step": 10 * n, "return": value, "random": random} for n, (value, random) in
+    lines = [{"kind": "episode", "env_step": 10 * n, "return": value, "random": random, "cut": False} for n, (value, random) in
              enumerate([(10.0, True), (20.0, True), (900.0, False), (800.0, None)])]  # fmt: skip
     report_runs.write_lines(path / "metrics.jsonl", lines)
     runs = [read_run(path)]
     assert results.random_score(runs, "return_mean") == 15
     assert results.random_score(runs, "success_rate") is None
+
+
+def test_a_random_episode_that_the_prefill_cut_is_no_measurement(tmp_path: Path) -> None:
+    from localmotion.report import results
+
+    def measured(*episodes: dict[str, Any], limit: int | None = 1000) -> float | None:
+        path = planted(tmp_path / f"r{len(list(tmp_path.iterdir()))}", 0, [1.0, 2.0])
+        (path / "random.json").unlink()
+        config = json.loads((path / "config.json").read_text())
+        (path / "config.json").write_text(json.dumps(config | {"online": {"prefill": 2000}}))
+        if limit:
+            (path / "environment.json").write_text(json.dumps({"env": {"time_limit": limit, "action_repeat": 2}}))
+        report_runs.write_lines(path / "metrics.jsonl", [{"kind": "episode", "random": True, **episode} for episode in episodes])
+        return results.random_score([read_run(path)], "return_mean")
+
+    marked = {"env_step": 2120, "return": 4.0, "length": 60}
+    assert measured(marked | {"cut": True}) is None
+    assert measured(marked | {"cut": False}) == 4  # it is short because the environment ended it
+    assert measured(marked | {"cut": True}, {"env_step": 1000, "return": 30.0, "length": 500, "cut": False}) == 30
+    # Lines of earlier versions have no mark: what ended within the prefill is whole, and what is as long as an episode may be.
+    assert measured(marked) is None
+    assert measured({"env_step": 120, "return": 8.0, "length": 60}) == 8
+    assert measured({"env_step": 2400, "return": 9.0, "length": 500}) == 9
+    assert measured({"env_step": 2400, "return": 9.0, "length": 500}, limit=None) is None
+
+
+def test_a_run_marks_the_episodes_that_it_cut(tmp_path: Path) -> None:
+    few = ("env_steps=60", "prefill=24", "warmup_updates=1", "online.batch_size=2", "online.length=4", "online.eval_every=100000")
+    for limit, cut in ((60, [True, True]), (20, [False, False, False])):
+        settings = (*few, "eval_episodes=1", "device=cpu", "precision=fp32", f"env_options={{time_limit: {limit}}}")
+        out = finetune(compose("dreamer_v2", "train", preset="debug", env="toy:dot", settings=settings), tmp_path / f"{limit}")
+        assert [line["cut"] for line in read_run(out).lines["episode"]] == cut

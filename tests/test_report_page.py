@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
 from localmotion.errors import CheckpointError
-from localmotion.report import arrays, media, page, plots
+from localmotion.report import arrays, build, media, page, plots
 from localmotion.report.build import duration, report, seconds_per_update
 from localmotion.report.page import Code, Fold, Notice, Picture, Row, Section, Settings, Table, Text, Tiles, Video
 from localmotion.report.plots import CurveGroup
@@ -358,6 +358,19 @@ def test_seeds_that_differ_in_more_than_their_seed_are_named(tmp_path: Path) -> 
     assert "40K to 50K" in said
 
 
+def test_runs_with_other_options_of_the_environment_are_named(tmp_path: Path) -> None:
+    same = {"time_limit": 500}
+    runs = [
+        online_run(tmp_path / "a", media=False, label="one", env_options=same | {"split": "train"}),
+        online_run(tmp_path / "b", media=False, label="two", env_options=same | {"split": "val"}),
+        online_run(tmp_path / "c", media=False, label="two", seed=1, env_options=same),
+    ]
+    said = read(report(runs, tmp_path / "r.html")).said()
+    assert "differ in the option split: train (one); val (two); default (two)." in said
+    assert "the option time_limit" not in said
+    assert "the option" not in read(report(runs[:1], tmp_path / "r.html")).said()
+
+
 def test_values_that_are_not_finite_are_told(tmp_path: Path) -> None:
     run = online_run(tmp_path / "a", media=False)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -460,3 +473,66 @@ def test_a_failed_write_keeps_the_former_page(tmp_path: Path, monkeypatch: pytes
         report([run], out)
     assert out.read_bytes() == b"former"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "r.html"]
+
+
+def test_the_prediction_of_a_strip_has_the_name_of_its_predictor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[list[str]] = []
+    monkeypatch.setattr(media.strips, "prediction_strips", lambda truth, named, **_: drawn.append(list(named)) or b"")
+    clip = np.zeros((1, 4, 8, 8, 3), np.uint8)
+    arrays = {"truth": clip, "prediction": clip, "prediction_zero_action": clip, "context": 2}
+    np.savez(tmp_path / "openloop_a.npz", **arrays, predictor="latent_action")
+    np.savez(tmp_path / "openloop_b.npz", **arrays)
+    media.open_loop(tmp_path / "openloop_a.npz", "run")
+    media.open_loop(tmp_path / "openloop_b.npz", "run", predictor="latent_action")
+    media.open_loop(tmp_path / "openloop_b.npz", "run")
+    rows = ["prediction, true latent actions", "prediction, zero latent actions"]
+    assert drawn == [rows, rows, ["prediction", rows[1]]]
+
+
+def latent_run(path: Path, method: str, **model: Any) -> Path:
+    base(
+        path,
+        {
+            "method": method,
+            "stage": "pretrain",
+            "preset": "debug",
+            "seed": 0,
+            "model": model,
+            "pretrain": {"heldout_fraction": 0.0},
+        },
+    )
+    write_lines(path / "metrics.jsonl", [{"kind": "pretrain", "update": 30}])
+    return path
+
+
+def test_figures_of_a_masked_loss_say_what_is_learned(tmp_path: Path) -> None:
+    for name, model, said_so in (("a", {}, True), ("b", {"loss_mask": False}, False), ("c", {"floor": 1.0}, False)):
+        path = latent_run(tmp_path / name, "masklam", **model)
+        line = {"kind": "heldout", "update": 30, "psnr/latent_action": 20.0, "psnr/last_frame": 19.0}
+        write_lines(path / "metrics.jsonl", [line])
+        said = read(report([path], tmp_path / "r.html")).said()
+        assert ("Only the agent's pixels are learned" in said) == said_so
+
+
+def test_only_what_a_method_could_have_saved_is_missing(tmp_path: Path) -> None:
+    said = read(report([latent_run(tmp_path / "a", "masklam")], tmp_path / "r.html")).said()
+    assert "No run saved an open-loop prediction" in said
+    for what in ("Atomic Actions", "masked-reconstruction", "an embedding", "its flow magnitudes", "traversal"):
+        assert what not in said
+    assert "a has no held-out figures: no clip is held out (heldout_fraction=0.0)." in said
+    said = read(report([latent_run(tmp_path / "b", "diswm")], tmp_path / "r.html")).said()
+    assert "b has no held-out figures and no latent traversal: no clip is held out" in said
+
+
+def test_the_numbers_of_a_traversal_are_explained(tmp_path: Path) -> None:
+    pictures = np.zeros((2, 3, 8, 8, 3), np.uint8)
+    np.savez(tmp_path / "traversal_a.npz", frame=pictures[0, 0], pictures=pictures, values=np.arange(3.0))
+    assert "its largest change of a picture in grey levels" in media.traversal(tmp_path / "traversal_a.npz", "run").caption
+
+
+def test_the_table_of_runs_shows_the_last_update(tmp_path: Path) -> None:
+    path = online_run(tmp_path / "a", media=False)
+    lines = [{"kind": "train", "update": 10, "env_step": 5}, {"kind": "eval", "update": 20, "env_step": 9, "return_mean": 1.0}]
+    write_lines(path / "metrics.jsonl", [*lines, {"kind": "episode", "update": 24, "env_step": 12}])
+    table = build._runs_table([read_run(path)])
+    assert table.rows[0][table.header.index("updates")] == "24"

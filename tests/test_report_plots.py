@@ -334,3 +334,20 @@ def test_the_legend_of_many_groups_stays_in_the_figure(count: int, monkeypatch: 
     assert min(places) > 0
     assert max(places) < 1
     assert figures[0].get_figheight() == pytest.approx(3.9 if count < 5 else 3.9 * 0.16 * (count + 1) / 0.92)
+
+
+def test_ticks_that_differ_look_different() -> None:
+    assert style.short_ticks().format_ticks([12.0, 12.002, 12.004]) == ["12", "12.002", "12.004"]
+    assert style.short_ticks().format_ticks([0.0, 12_500.0]) == ["0", "12.5K"]
+
+
+def test_lines_of_a_legend_never_have_the_same_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[Figure] = []
+    monkeypatch.setattr(plots, "_save", lambda figure: figures.append(figure) or b"")
+    names = ["with the latent actions of the true frames", "with the latent actions of another clip"]
+    plots.horizon_curves({name: [20.0, 19.0] for name in names})
+    assert [text.get_text() for text in figures[0].axes[0].texts] == [f"{name}  19.0" for name in names]
+    alike = ["a" * 30 + middle + "b" * 30 for middle in "xyz"]
+    shown = list(style.distinct(alike, 38).values())
+    assert len(set(shown)) == 3
+    assert max(map(len, shown)) <= 38

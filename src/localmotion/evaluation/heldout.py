@@ -148,6 +148,7 @@ def _measure_heldout(
             rolled = [k for k in keep if k not in ("truth", "last_frame")]
             if rolled:
                 arrays = {"truth": keep["truth"], "prediction": keep[rolled[0]], "context": np.array(CONTEXT_FRAMES)}
+                arrays["predictor"] = np.array(rolled[0])
                 if len(rolled) > 1:
                     arrays[f"prediction_{rolled[1]}"] = keep[rolled[1]]
                 np.savez_compressed(media / "openloop_heldout.npz", allow_pickle=False, **arrays)

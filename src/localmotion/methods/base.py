@@ -283,6 +283,11 @@ class Method(nn.Module):
         return (cls.begins[stage],) if stage in cls.begins else ()
 
     @classmethod
+    def about_open_loop(cls, config: Any) -> str:
+        """A sentence for readers of the PSNR and SSIM of its `open_loop`, with the method's settings. "": these figures need none."""
+        return ""
+
+    @classmethod
     def least_updates(cls, config: Any, stage: str) -> int:
         """Updates that a stage on clips needs at least, so that every part of its model takes part in the end."""
         return 1

@@ -172,6 +172,17 @@ class MaskLAM(Method):
             self.heads = RewardHeads(self.policy.features, action_dim, log_std=ppo.log_std, noise=config.noise)
 
     @classmethod
+    def about_open_loop(cls, config: MaskLAMConfig) -> str:
+        if not config.loss_mask or config.floor >= 1:
+            return ""
+        what = (
+            "Only the agent's pixels are learned"
+            if config.floor == 0
+            else f"Pixels of the background are learned with weight {config.floor:g}"
+        )
+        return f"{what} (loss_mask, floor). PSNR and SSIM are over whole pictures, so they also count the background."
+
+    @classmethod
     def lengths(cls, config: Any, stage: str) -> tuple[int, int | None]:
         return STACK + (config.offset if stage == "pretrain" else 1), None
 

@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from localmotion import methods
 from localmotion.errors import CheckpointError
 from localmotion.evaluation.contrasts import Contrasts
 from localmotion.report import media, plots
+from localmotion.report.able import about_open_loop, could_save
 from localmotion.report.budgets import by_budget, score_of
 from localmotion.report.comparisons import Reference, comparisons, contrast_table
 from localmotion.report.page import (
@@ -51,9 +53,23 @@ _PREDICTORS = {
 _TRIVIAL = {"zero": "over zero flow", "frame_mean": "over the frame's mean", "nearest_time": "over the nearest time"}
 
 
+def _first(run: RunData) -> str:
+    """The first predictor of a run's held-out figures, "" without one."""
+    return next((name for name in _PREDICTORS if f"psnr/{name}" in (run.last("heldout") or {})), "")
+
+
 def _cell(line: Line | None, key: str, form: str) -> str:
     value = number(line, key)
     return "–" if value is None else format(value, form)
+
+
+def _no_figures(run: RunData) -> str:
+    """Why a run has no held-out figures."""
+    if run.state != "finished":
+        return f"{run.name} has no held-out figures yet."
+    known = run.method in methods.names() and could_save(run, "traversal")
+    fraction = run.setting("heldout_fraction", "not known")
+    return f"{run.name} has no held-out figures{' and no latent traversal' * known}: no clip is held out (heldout_fraction={fraction})."
 
 
 def _heldout(report: Gathered) -> tuple[list[Block], list[tuple[str, str]]]:
@@ -63,7 +79,7 @@ def _heldout(report: Gathered) -> tuple[list[Block], list[tuple[str, str]]]:
     for run in report.of("pretrain"):
         line = run.last("heldout")
         if line is None:
-            report.missing.append(f"{run.name} has no held-out figures yet.")
+            report.missing.append(_no_figures(run))
             continue
         errors = {
             k.removeprefix("masked/"): v
@@ -87,6 +103,7 @@ def _heldout(report: Gathered) -> tuple[list[Block], list[tuple[str, str]]]:
         scores = {k: v for k in _PREDICTORS if (v := number(line, f"psnr/{k}")) is not None}
         if scores and (first := next(iter(scores))) != "last_frame":
             others = [f"{_PREDICTORS[k]} {v:.1f}" for k, v in scores.items() if k != first]
+            others += [text] if (text := about_open_loop(run)) else []
             tiles.append((f"{scores[first]:.1f} dB", "; ".join([f"{run.name}: open-loop PSNR {_PREDICTORS[first]}", *others])))
         blocks += _horizon(run, line)
         own = [k for k in line if k.startswith("figure/")]
@@ -115,7 +132,8 @@ def _horizon(run: RunData, line: Line) -> list[Block]:
         [_PREDICTORS.get(n, n.replace("_", " ")), _cell(line, f"psnr/{n}", ".2f"), _cell(line, f"ssim/{n}", ".3f")] for n in names
     ]
     if rows:
-        blocks.append(Table(["open-loop prediction", "PSNR, dB", "SSIM"], rows, "Mean over imagined frames of held-out clips."))
+        about = ["Mean over imagined frames of held-out clips.", about_open_loop(run)]
+        blocks.append(Table(["open-loop prediction", "PSNR, dB", "SSIM"], rows, " ".join(filter(None, about))))
     return blocks
 
 
@@ -238,7 +256,9 @@ def _runs_table(runs: Sequence[RunData]) -> Table:
     rows = []
     for run in runs:
         last = run.last("train") or run.last("pretrain") or run.last("eval") or {}
-        update, env_step = number(last, "update"), number(run.last("eval") or last, "env_step")
+        counts = [number(run.last(kind), "update") for kind in run.lines] + [number(run.status, "update")]
+        update = max((count for count in counts if count is not None), default=None)
+        env_step = number(run.last("eval") or last, "env_step")
         wall = run.wall_seconds()
         rows.append(
             [
@@ -328,7 +348,11 @@ def sections_of(
     heldout, found = _heldout(data)
     tiles += found
 
-    strips = [p for ps in data.each(data.runs, "openloop_*.npz", lambda p, r: media.open_loop(p, r.name)) for p in ps]
+    strips = [
+        p
+        for ps in data.each(data.runs, "openloop_*.npz", lambda p, r: media.open_loop(p, r.name, predictor=_first(r)))
+        for p in ps
+    ]
     acting = [run for run in data.runs if "train" in run.lines]
     topics: list[tuple[str, Sequence[Block], str]] = [
         ("Held-out figures of pre-training", heldout, ""),
@@ -367,7 +391,7 @@ def sections_of(
     for title, blocks, absent in topics:
         if blocks:
             sections.append(Section(title, blocks))
-        elif absent:
+        elif absent and any(could_save(run, absent.partition("media/")[2].partition("_")[0]) for run in data.runs):
             data.missing.append(absent)
     sections.append(Section("Runs and settings", [_runs_table(data.runs), *_settings(data.runs)]))
     data.missing += [f"{run.name}: {text}" for run in data.runs for text in run.notices]

@@ -1,6 +1,7 @@
 """Files in RUN/media, checked and turned into blocks of the page.
 
-    openloop_*.npz   truth, prediction (N, T, H, W, 3) uint8, context int; any prediction_<name> of the same shape
+    openloop_*.npz   truth, prediction (N, T, H, W, 3) uint8, context int; any prediction_<name> of the same shape,
+                     predictor (a name of `strips.ROWS`): what made the prediction
     masked_*.npz     truth, masked, reconstruction (M, P, P, 2) float: flow patches
     embedding_*.npz  xy (n, 2) float, labels (or label) (n,) strings, title; optional angle (n,) radians
     traversal_*.npz  frame (H, W, 3), pictures (D, K, H, W, 3) uint8: the frame's code with number d set to values[k]; values (K,)
@@ -39,19 +40,20 @@ def _text(arrays: dict[str, NDArray[Any]], name: str, default: str) -> str:
     return str(arrays[name]) if name in arrays and arrays[name].ndim == 0 else default
 
 
-def open_loop(path: Path, run: str, clips: int = 3) -> list[Picture]:
-    """Prediction strips, one picture per clip, for at most ``clips`` clips."""
+def open_loop(path: Path, run: str, clips: int = 3, predictor: str = "") -> list[Picture]:
+    """Prediction strips, one picture per clip, for at most ``clips`` clips.
+
+    ``predictor``: a name of `strips.ROWS`, that of the first prediction in a file that does not name it.
+    """
     arrays = read_arrays(path, ("truth", "prediction", "context"))
     truth, context = arrays["truth"], arrays["context"]
     if context.size != 1 or context.dtype.kind not in "iu":
         raise MediaError(f"{path.name}: context must be one integer")
-    others = {
-        key.removeprefix("prediction_").replace("_", " "): value
-        for key, value in sorted(arrays.items())
-        if key.startswith("prediction_")
-    }
-    named = {"prediction": arrays["prediction"]}
-    named |= {f"prediction, {'zero motion' if name == 'zero' else name}": value for name, value in others.items()}
+    others = {key.removeprefix("prediction_"): value for key, value in sorted(arrays.items()) if key.startswith("prediction_")}
+    named = {strips.ROWS.get(_text(arrays, "predictor", predictor), "prediction"): arrays["prediction"]}
+    for name, value in others.items():
+        row = strips.ROWS.get("zero_motion" if name == "zero" else name, "prediction")
+        named[row if row not in named and row != "prediction" else f"prediction, {name.replace('_', ' ')}"] = value
     found = []
     try:
         for i in range(min(clips, len(truth))):
@@ -102,6 +104,7 @@ def traversal(path: Path, run: str) -> Picture:
     except (ValueError, TypeError) as error:
         raise MediaError(f"{path.name}: {error}") from error
     caption = f"{run}: the code of one held-out frame, decoded with one of its {len(arrays['pictures'])} numbers set to the value above."
+    caption += " Below a row's number is its largest change of a picture in grey levels, a mean over pixels and colours."
     caption += " A row that does not change belongs to a number that the decoder does not read."
     return Picture(data, caption, "Latent traversal: one row for each number of the code")
 

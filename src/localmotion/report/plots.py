@@ -28,7 +28,7 @@ from localmotion.evaluation.statistics import Curve, Summary, aggregate_curves
 from localmotion.report.strips import flow_to_rgb
 from localmotion.report.strips import masked_reconstruction as masked_reconstruction
 from localmotion.report.strips import prediction_strips as prediction_strips
-from localmotion.report.style import GRID, GROUND, MUTED, PALETTE, WIDTH, plain, score, short, short_ticks, styled
+from localmotion.report.style import GRID, GROUND, MUTED, PALETTE, WIDTH, distinct, plain, score, short, short_ticks, styled
 
 Floats = NDArray[np.float64]
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1)), (0, (6, 1.5, 1.5, 1.5)))
@@ -100,7 +100,7 @@ def learning_curves(
     unit = min(1.0, 0.92 / (0.16 * entries))  # a legend of many groups makes the figure higher
     figure = Figure(figsize=(WIDTH, 3.9 / unit))
     axes = _axes(figure.add_axes((0.075, 0.13 * unit, 0.6, 1 - 0.23 * unit)))
-    lines = 1 - 0.08 * unit
+    lines, names = 1 - 0.08 * unit, distinct((group.label for group in groups), 38)
     for i, group in enumerate(groups):
         colour = PALETTE[i % len(PALETTE)]
         band = aggregate_curves(group.curves)
@@ -120,7 +120,7 @@ def learning_curves(
             band.env_steps, solid, color=colour, linewidth=2.2, marker=marker, markersize=6, markeredgecolor=GROUND,
             markeredgewidth=0.6, solid_capstyle="round",
         )  # fmt: skip
-        lines = _legend_entry(figure, lines, unit, colour, shape if marker else "o", group, percent)
+        lines = _legend_entry(figure, lines, unit, colour, shape if marker else "o", names[group.label], group, percent)
     if random_policy is not None:
         axes.axhline(random_policy, color=MUTED, linewidth=1.3, linestyle=(0, (1, 2)))
         value = score(random_policy, percent=percent)
@@ -153,10 +153,11 @@ def budget_curves(
         raise ValueError("no budgets to draw")
     figure = Figure(figsize=(WIDTH, 3.4), layout=ConstrainedLayoutEngine(rect=(0, 0, 1, 0.91)))
     axes = _axes(figure.add_subplot())
+    names = distinct(lines, 38)
     for i, (name, scores) in enumerate(lines.items()):
         spread = [final.std if len(final.scores) > 1 else 0.0 for final in scores.values()]
         axes.errorbar(
-            list(scores), [final.mean for final in scores.values()], spread, label=plain(name, 38),
+            list(scores), [final.mean for final in scores.values()], spread, label=names[name],
             color=PALETTE[i % len(PALETTE)], linewidth=2.0, marker="os^Dv"[i % 5], markersize=5, capsize=3, elinewidth=1.0,
         )  # fmt: skip
     axes.set_xscale("log")
@@ -183,12 +184,11 @@ def profile_curves(profiles: Mapping[str, Profile], *, title: str, xlabel: str) 
     rows = math.ceil(len(profiles) / 2)
     figure = Figure(figsize=(WIDTH * 0.72, 3.6 + 0.2 * rows), layout=ConstrainedLayoutEngine(rect=(0, 0, 1, 0.92)))
     axes = _axes(figure.add_subplot())
+    names = distinct(profiles, 38)
     for i, (name, profile) in enumerate(profiles.items()):
         colour, dash = PALETTE[i % len(PALETTE)], DASHES[(i + i // len(PALETTE)) % len(DASHES)]
         axes.fill_between(profile.thresholds, profile.low, profile.high, color=colour, alpha=0.1, linewidth=0, step="post")
-        axes.step(
-            profile.thresholds, profile.share, color=colour, linewidth=2.0, linestyle=dash, where="post", label=plain(name, 38)
-        )
+        axes.step(profile.thresholds, profile.share, color=colour, linewidth=2.0, linestyle=dash, where="post", label=names[name])
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:g}%"))
     axes.set_ylim(-0.02, 1.02)
     axes.margins(x=0)
@@ -199,10 +199,12 @@ def profile_curves(profiles: Mapping[str, Profile], *, title: str, xlabel: str) 
     return figure
 
 
-def _legend_entry(figure: Figure, top: float, unit: float, colour: str, marker: str, group: CurveGroup, percent: bool) -> float:
+def _legend_entry(
+    figure: Figure, top: float, unit: float, colour: str, marker: str, name: str, group: CurveGroup, percent: bool
+) -> float:
     """One entry of the table beside the curves; returns where the next one starts, in figure fractions. ``unit``: 3.9 inches."""
     figure.add_artist(Line2D([0.715], [top - 0.03 * unit], color=colour, marker=marker, markersize=7, linestyle=""))
-    figure.text(0.735, top - 0.03 * unit, plain(group.label, 38), fontsize=9.5, weight="bold", va="center")
+    figure.text(0.735, top - 0.03 * unit, name, fontsize=9.5, weight="bold", va="center")
     seeds = f"{len(group.curves)} seed{'s' * (len(group.curves) > 1)}"
     text = seeds
     if group.final is not None:
@@ -267,7 +269,7 @@ def loss_curves(
         axes.set_xlabel(xlabel)
     if len(runs) > 1:
         figure.legend(
-            [handles[r] for r in runs], [plain(r) for r in runs], loc="outside lower left", ncols=min(3, len(runs)),
+            [handles[r] for r in runs], list(distinct(runs, 60).values()), loc="outside lower left", ncols=min(3, len(runs)),
             frameon=False, fontsize=9, handlelength=1.4,
         )  # fmt: skip
     return figure
@@ -283,7 +285,9 @@ def horizon_curves(lines: Mapping[str, Sequence[float]], *, title: str = "", yla
     if not kept:
         raise ValueError("no horizon to draw")
     figure = Figure(figsize=(WIDTH, 2.9))
-    axes = _axes(figure.add_axes((0.075, 0.17, 0.66, 0.7)))
+    limit = 26 if max(map(len, kept)) <= 26 else 42
+    names = distinct(kept, limit)
+    axes = _axes(figure.add_axes((0.075, 0.17, 0.66 if limit == 26 else 0.53, 0.7)))
     ends = []
     for i, (name, values) in enumerate(kept.items()):
         marker = "osD^vPX*"[i % 8] if len(values) <= 40 else None
@@ -297,7 +301,7 @@ def horizon_curves(lines: Mapping[str, Sequence[float]], *, title: str = "", yla
     for value, i, name, length in sorted(ends):
         floor = max(value if math.isfinite(value) else low, floor + apart)
         axes.annotate(
-            f"{plain(name, 26)}  {value:.1f}", (length, floor), xytext=(9, 0), textcoords="offset points", va="center",
+            f"{names[name]}  {value:.1f}", (length, floor), xytext=(9, 0), textcoords="offset points", va="center",
             color=PALETTE[i % len(PALETTE)], fontsize=9, weight="bold", annotation_clip=False,
         )  # fmt: skip
     axes.margins(x=0.015)

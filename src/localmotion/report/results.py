@@ -15,8 +15,8 @@ from localmotion.evaluation.statistics import Curve, Summary, aggregate_curves, 
 from localmotion.report import media, plots
 from localmotion.report.memory import recall, recalled, stamp
 from localmotion.report.page import Block, Notice, Picture, Row, Table
-from localmotion.report.style import score, short
-from localmotion.runs.read import RunData, flatten, names, number
+from localmotion.report.style import plain, score, short
+from localmotion.runs.read import Line, RunData, flatten, names, number
 
 R = TypeVar("R")
 
@@ -113,11 +113,26 @@ def eval_curve(report: Gathered, run: RunData, key: str) -> Curve | None:
     return Curve(steps[good], values[good]) if good.any() else None
 
 
+def _whole(run: RunData, line: Line) -> bool:
+    """Whether the environment ended a random episode. The loop may cut the last one."""
+    if isinstance(line.get("cut"), bool):
+        return not line["cut"]
+    # A line of an earlier version has no mark.
+    end, prefill = number(line, "env_step"), number({"x": run.setting("prefill")}, "x")
+    if end is not None and prefill is not None and end < prefill:
+        return True
+    env = run.environment.get("env")
+    known = env if isinstance(env, dict) else {}
+    limit, repeat, length = number(known, "time_limit"), number(known, "action_repeat"), number(line, "length")
+    return limit is not None and repeat is not None and length is not None and length * repeat >= limit
+
+
 def random_score(runs: Sequence[RunData], key: str) -> float | None:
-    """The random policy's score: from random.json if it exists, else, for returns, from the random prefill episodes."""
+    """The random policy's score: from random.json if it exists, else, for returns, from the whole random episodes of the prefill."""
     measured = [value for run in runs if (value := number(run.random, key)) is not None]
     if not measured and key == "return_mean":
-        lines = [line for run in runs for line in run.lines.get("episode", ()) if line.get("random") is True]
+        episodes = [(run, line) for run in runs for line in run.lines.get("episode", ()) if line.get("random") is True]
+        lines = [line for run, line in episodes if _whole(run, line)]
         measured = [value for line in lines if (value := number(line, "return")) is not None]
     return float(np.mean(measured)) if measured else None
 
@@ -128,6 +143,7 @@ def results(report: Gathered, env: str, groups: Sequence[Group]) -> tuple[list[B
     tiles: list[tuple[str, str]] = []
     for group in groups:
         blocks += [Notice(text) for text in _doubts(group)]
+    blocks += [Notice(text) for text in _options(env, groups)]
     runs = [run for group in groups for run in group.runs]
     for key, name, percent in (("success_rate", "Success rate", True), ("return_mean", "Episode return", False)):
         drawn: list[tuple[Group, plots.CurveGroup]] = []
@@ -224,6 +240,20 @@ def _doubts(group: Group) -> list[str]:
             f"{group.label}: runs shown as one group differ in {len(differ)} setting{'s' * (len(differ) > 1)}"
             f" beside the seed: {', '.join(differ[:6])}{' and more' * (len(differ) > 6)}."
         )
+    return texts
+
+
+def _options(env: str, groups: Sequence[Group]) -> list[str]:
+    """A sentence for each option of the environment in which runs that share charts and tables differ."""
+    known = [(group.label, flatten(run.config.get("env_options") or {})) for group in groups for run in group.runs]
+    texts = []
+    for option in sorted({name for _, options in known for name in options}):
+        found: dict[str, list[str]] = {}
+        for label, options in known:
+            found.setdefault(plain(options.get(option, "default")), []).append(label)
+        if len(found) > 1:
+            values = "; ".join(f"{value} ({', '.join(dict.fromkeys(labels))})" for value, labels in found.items())
+            texts.append(f"Runs in {env} are not in the same environment. They differ in the option {option}: {values}.")
     return texts
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, ParamSpec, TypeVar
 
 import matplotlib as mpl
@@ -44,18 +44,31 @@ def font() -> list[str]:
 
 
 def plain(text: object, limit: int = 60) -> str:
-    """Text safe to draw: no control characters, cut at ``limit`` characters, not hidden by a leading "_"."""
+    """Text safe to draw: no control characters, cut in the middle to ``limit`` characters, not hidden by a leading "_"."""
     shown = "".join(c if c.isprintable() else "?" for c in str(text))
-    shown = shown if len(shown) <= limit else shown[: limit - 1] + "…"
+    if len(shown) > limit:
+        shown = shown[: limit // 2] + "…" + shown[len(shown) - (limit - 1 - limit // 2) :]
     return " " + shown if shown.startswith("_") else shown
 
 
-def short(number: float) -> str:
+def distinct(texts: Iterable[str], limit: int) -> dict[str, str]:
+    """`plain` of each text. Texts that would look equal get a number at their end."""
+    found: dict[str, str] = {}
+    for text in dict.fromkeys(texts):
+        shown, count = plain(text, limit), 1
+        while shown in found.values():
+            count += 1
+            shown = f"{plain(text, limit - len(str(count)) - 3)} ({count})"
+        found[text] = shown
+    return found
+
+
+def short(number: float, digits: int = 3) -> str:
     """A number for an axis or label: 12500 -> "12.5K", 1000000 -> "1M", 0.031 -> "0.031"."""
     for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
         if abs(number) >= size:
-            return f"{number / size:.3g}{unit}"
-    return f"{number:.3g}"
+            return f"{number / size:.{digits}g}{unit}"
+    return f"{number:.{digits}g}"
 
 
 def score(mean: float, std: float | None = None, *, percent: bool = False) -> str:
@@ -67,9 +80,25 @@ def score(mean: float, std: float | None = None, *, percent: bool = False) -> st
     return f"{mean * scale:.{digits}f}{spread}{unit}"
 
 
+class ShortTicks(FuncFormatter):
+    """Axis labels as `short` writes them, with as many digits as different ticks need to look different."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda x, _: short(x))
+
+    def format_ticks(self, values: Iterable[float]) -> list[str]:
+        ticks = [float(value) for value in values]
+        texts: list[str] = []
+        for digits in range(3, 13):
+            texts = [short(tick, digits) for tick in ticks]
+            if len(set(texts)) == len(set(ticks)):
+                break
+        return texts
+
+
 def short_ticks() -> FuncFormatter:
-    """Axis labels as `short` writes them. A new one each time, because a formatter belongs to one axis."""
-    return FuncFormatter(lambda x, _: short(x))
+    """A new `ShortTicks` each time, because a formatter belongs to one axis."""
+    return ShortTicks()
 
 
 def _settings() -> Any:

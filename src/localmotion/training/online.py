@@ -190,7 +190,8 @@ class OnlineLoop(ActingLoop):
             action = playing.choose()
         done = playing.take(action)
         self.agent_step += 1
-        done = done or self.agent_step >= self.total or self._prefilled(playing)
+        playing.cut = not done and (self.agent_step >= self.total or self._prefilled(playing))
+        done = done or playing.cut
         self.replay.add(playing.record, last=done)
         if playing.learning and self.agent_step % self.run.online.train_every == 0:
             self._update()
@@ -203,10 +204,16 @@ class OnlineLoop(ActingLoop):
         self.playing, self.learned = None, playing.learning
         self.episode += 1
         self.faults = 0
-        self._log_episode(playing.total, len(playing.actions), not playing.learning, playing.success)
+        self._log_episode(playing.total, len(playing.actions), not playing.learning, playing.success, playing.cut)
 
-    def _log_episode(self, total: float, length: int, random: bool, success: float | None) -> None:
-        values = {"return": total, "length": length, "random": random, **({} if success is None else {"success": success})}
+    def _log_episode(self, total: float, length: int, random: bool, success: float | None, cut: bool) -> None:
+        values = {
+            "return": total,
+            "length": length,
+            "random": random,
+            "cut": cut,
+            **({} if success is None else {"success": success}),
+        }
         self.out.log("episode", **self.counters(), **values)
 
     def _prefilled(self, playing: Playing) -> bool:

@@ -42,6 +42,8 @@ class Playing:
         self.actions: list[NDArray[np.float32]] = []
         self.total = 0.0
         self.success: float | None = None
+        self.cut = False
+        """Whether the loop ended it before the environment did."""
 
     def choose(self) -> NDArray[np.float32]:
         """The policy's action (A,) for the newest record."""

@@ -64,7 +64,8 @@ class SpreadLoop(OnlineLoop):
         self.agent_step += ranks.world()
         ended: Playing | None = None
         if self.playing:
-            done = done or self.agent_step >= self.total or self._prefilled(self.playing)
+            self.playing.cut = not done and (self.agent_step >= self.total or self._prefilled(self.playing))
+            done = done or self.playing.cut
             self.replay.add(self.playing.record, last=done)
             ended = self.playing if done else None
         learns = self.may_learn and (self.playing is None or self.playing.learning)
@@ -92,17 +93,18 @@ class SpreadLoop(OnlineLoop):
 
     def _exchange(self, learns: bool, ended: Playing | None, fault: bool) -> None:
         """Learn whether the agent plays on all ranks. Rank 0 logs the episodes and faults of the others."""
-        mine = [float(learns), float(ended is not None), float(fault), 0.0, 0.0, 0.0, np.nan]
+        mine = [float(learns), float(ended is not None), float(fault), 0.0, 0.0, 0.0, np.nan, 0.0]
         if ended:
-            mine[3:] = ended.total, len(ended.actions), not ended.learning, np.nan if ended.success is None else ended.success
+            success = np.nan if ended.success is None else ended.success
+            mine[3:] = ended.total, len(ended.actions), not ended.learning, success, ended.cut
         told = ranks.tell(mine)
         self.all_learn = all(row[0] for row in told)
-        for rank, (_, over, broke, total, length, random, success) in enumerate(told):
+        for rank, (_, over, broke, total, length, random, success, cut) in enumerate(told):
             if rank == ranks.rank():
                 continue
             self.elsewhere += int(over or broke)
             if over:
-                self._log_episode(total, int(length), bool(random), None if np.isnan(success) else success)
+                self._log_episode(total, int(length), bool(random), None if np.isnan(success) else success, bool(cut))
             if broke:
                 self.out.log("fault", **self.counters(), error=f"the environment of rank {rank} failed")
 
