@@ -32,6 +32,7 @@ FLOORS = (
     "compute",
     "replay",
     "config",
+    "limits",
     "recipe",
     "ranks",
     "console",

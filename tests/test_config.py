@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from localmotion import methods
-from localmotion.config import PRESETS, all_docs, assign, leaves, limits, to_dict, update
+from localmotion.config import PRESETS, all_docs, assign, leaves, to_dict, update
 from localmotion.errors import ConfigError
+from localmotion.limits import limits
 from localmotion.methods.base import Source
 from localmotion.runs.settings import compose, from_dict
 from localmotion.training.checks import check_begins, check_decay, check_length

@@ -23,28 +23,12 @@ from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type
 import yaml
 
 from localmotion.errors import ConfigError, unknown_name
+from localmotion.limits import Limits, at_least, shares
 from localmotion.recipe import Motion, Recipe, read_recipe
 
 Stage = str
 """Name of one of the method's `stages`: pretrain, finetune, train, or one of its own."""
 PRESETS = ("paper", "small", "tiny", "debug")
-Limits = Mapping[str, tuple[float, float]]
-"""Least and greatest value of settings by name. A class of settings has them as ``LIMITS``; numbers without any are not limited."""
-
-
-def at_least(low: float, *names: str) -> dict[str, tuple[float, float]]:
-    """Limits of settings that are ``low`` or more."""
-    return dict.fromkeys(names, (low, math.inf))
-
-
-def above_zero(*names: str) -> dict[str, tuple[float, float]]:
-    """Limits of settings that are above 0."""
-    return at_least(math.nextafter(0, 1), *names)
-
-
-def shares(*names: str) -> dict[str, tuple[float, float]]:
-    """Limits of settings in 0..1."""
-    return dict.fromkeys(names, (0.0, 1.0))
 
 
 @dataclass(frozen=True)
@@ -421,16 +405,6 @@ def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from leaves(value, f"{prefix}{item.name}.")
         else:
             yield f"{prefix}{item.name}", value
-
-
-def limits(config: Any, prefix: str = "") -> Iterator[tuple[str, tuple[float, float]]]:
-    """Dotted names of the settings of a nested configuration that have limits, and these."""
-    for name, ends in getattr(config, "LIMITS", {}).items():
-        yield f"{prefix}{name}", ends
-    for item in dataclasses.fields(config):
-        value = getattr(config, item.name)
-        if dataclasses.is_dataclass(value) and not isinstance(value, Recipe):
-            yield from limits(value, f"{prefix}{item.name}.")
 
 
 def assign(config: Any, text: str, video: bool | None = None) -> Any:

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from localmotion import ranks
-from localmotion.config import Limits, at_least
+from localmotion.limits import Limits, at_least
 from localmotion.methods.base import VIDEO, Batch, Group, Losses, Method, Metrics, Pass, Rates, Source
 from localmotion.methods.sizes import latent_presets
 from localmotion.models.latent_actions import ActionHead, LatentEncoder, LatentHead, PooledEncoder, StridedEncoder, orthogonal_

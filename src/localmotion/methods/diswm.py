@@ -48,8 +48,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from localmotion.config import DMC_SUITES, BehaviourConfig, Limits, at_least, shares
+from localmotion.config import DMC_SUITES, BehaviourConfig
 from localmotion.errors import ConfigError
+from localmotion.limits import Limits, at_least, shares
 from localmotion.methods.base import (
     FROM_VIDEO,
     Batch,

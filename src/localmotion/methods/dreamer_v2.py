@@ -16,7 +16,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from localmotion.config import BehaviourConfig, Limits, WorldModelConfig, at_least
+from localmotion.config import BehaviourConfig, WorldModelConfig
+from localmotion.limits import Limits, at_least
 from localmotion.methods.base import (
     FROM_SCRATCH,
     Batch,

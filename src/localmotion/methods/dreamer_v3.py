@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from localmotion.config import Limits, at_least, shares
 from localmotion.errors import ConfigError
+from localmotion.limits import Limits, at_least, shares
 from localmotion.methods.base import FROM_SCRATCH, Batch, Counters, Group, Method, Pass, Rates
 from localmotion.methods.sizes import ONLINE, RECIPE
 from localmotion.models.blocks import NormMLP

@@ -35,8 +35,9 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from localmotion.config import DMC_SUITES, BehaviourConfig, Limits, WorldModelConfig, at_least
+from localmotion.config import DMC_SUITES, BehaviourConfig, WorldModelConfig
 from localmotion.errors import ConfigError
+from localmotion.limits import Limits, at_least
 from localmotion.methods.base import (
     FROM_VIDEO,
     MOTION,

@@ -29,7 +29,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from localmotion.config import DMC_SUITES, BehaviourConfig, Limits, WorldModelConfig, at_least
+from localmotion.config import DMC_SUITES, BehaviourConfig, WorldModelConfig
+from localmotion.limits import Limits, at_least
 from localmotion.methods.base import (
     FROM_VIDEO,
     Batch,

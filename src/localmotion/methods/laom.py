@@ -35,8 +35,8 @@ import torch
 from torch import Tensor, nn
 
 from localmotion import ranks
-from localmotion.config import Limits, at_least, shares
 from localmotion.errors import ConfigError
+from localmotion.limits import Limits, at_least, shares
 from localmotion.methods.base import (
     LABELS,
     LATENT_ACTIONS,

@@ -34,8 +34,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from localmotion.config import Limits, at_least, shares
 from localmotion.errors import ConfigError
+from localmotion.limits import Limits, at_least, shares
 from localmotion.methods.base import (
     LATENT_ACTIONS,
     MASK,

@@ -42,7 +42,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from localmotion.config import DMC_SUITES, BehaviourConfig, Limits, WorldModelConfig, above_zero, at_least
+from localmotion.config import DMC_SUITES, BehaviourConfig, WorldModelConfig
+from localmotion.limits import Limits, above_zero, at_least
 from localmotion.methods.base import (
     FROM_VIDEO,
     MOTION,

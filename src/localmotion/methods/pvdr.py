@@ -43,8 +43,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from localmotion.config import Limits, at_least, shares
 from localmotion.errors import ConfigError
+from localmotion.limits import Limits, at_least, shares
 from localmotion.methods.base import (
     GOAL,
     Batch,

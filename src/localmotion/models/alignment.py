@@ -17,8 +17,8 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from localmotion.config import Limits, at_least, shares
 from localmotion.errors import ConfigError
+from localmotion.limits import Limits, at_least, shares
 from localmotion.models.latent_windows import r_squared
 from localmotion.models.plan_cvae import sample
 from localmotion.models.planning import GoalDistance, Metric, RunningDeviation, nearest_plan, plan_rewards

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from localmotion import ranks
-from localmotion.config import Limits, above_zero, at_least, shares
+from localmotion.limits import Limits, above_zero, at_least, shares
 from localmotion.models.running_rms import RunningRMS
 
 

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from localmotion import ranks
-from localmotion.config import Limits, at_least
 from localmotion.errors import ConfigError
+from localmotion.limits import Limits, at_least
 from localmotion.models.distributions import normal
 from localmotion.models.st_transformer import Memory, STTransformer, TokenEmbedding, table
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from localmotion import ranks
-from localmotion.config import Limits, at_least, shares
+from localmotion.limits import Limits, at_least, shares
 from localmotion.models.latent_windows import every, pictures, r_squared, stacks, starts, whole
 
 EXTRAS: Mapping[str, tuple[int, ...]] = {"log_prob": (), "value": ()}

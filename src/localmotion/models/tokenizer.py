@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from localmotion import ranks
-from localmotion.config import Limits, at_least, shares
 from localmotion.errors import ConfigError
+from localmotion.limits import Limits, at_least, shares
 
 
 @dataclass(frozen=True)
