@@ -35,6 +35,7 @@ import argparse
 import json
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, stdev
@@ -255,13 +256,13 @@ def score(row: dict[str, Any], column: str) -> float | None:
     return None if None in values else fmean(values)
 
 
-def cell(values: list[float], signed: bool = False) -> str:
+def cell(values: Sequence[float], signed: bool = False) -> str:
     spread = f" ± {stdev(values):.3f}" if len(values) > 1 else ""
     return f"{fmean(values):{'+' if signed else ''}.3f}{spread}"
 
 
 def table(rows: list[dict[str, Any]]) -> None:
-    """Means over seeds, then paired differences with the number of seeds above 0 and the p of the sign-flip test."""
+    """Means over seeds, then paired differences: how many seeds are above 0, and the p of the sign-flip test."""
     for target, source in TRANSFERS.items():
         print(f"\n{source} to {target}\n\n| arm | seeds | {' | '.join(COLUMNS)} |\n|---|---{'|---' * len(COLUMNS)}|")
         for arm in ARMS:
@@ -271,17 +272,26 @@ def table(rows: list[dict[str, Any]]) -> None:
     own = [column for column in COLUMNS if column.startswith(("pose", "reward"))]
     print(f"\n| | transfer | seeds | {' | '.join(own)} |\n|---|---|---{'|---' * len(own)}|")
     for of, against in CONTRASTS:
+        differences: dict[str, dict[int, list[float]]] = {}  # by transfer and seed, of each column
         for target, source in TRANSFERS.items():
             one, other = (
                 {row["seed"]: row for row in rows if (row["arm"], row["target"]) == (arm, target)} for arm in (of, against)
             )
-            if not (seeds := sorted(one.keys() & other.keys())):
-                continue
+            differences[f"{source} to {target}"] = {
+                seed: [score(one[seed], column) - score(other[seed], column) for column in own]  # type: ignore[operator]
+                for seed in sorted(one.keys() & other.keys())
+            }
+        whole = set.intersection(*(set(each) for each in differences.values()))
+        differences["mean of the three"] = {
+            seed: [fmean(column) for column in zip(*(each[seed] for each in differences.values()), strict=True)]
+            for seed in sorted(whole)
+        }
+        for name, each in differences.items():
             cells = []
-            for column in own:
-                found = [score(one[seed], column) - score(other[seed], column) for seed in seeds]  # type: ignore[operator]
+            for found in zip(*each.values(), strict=True):
                 cells.append(f"{cell(found, True)} ({sum(x > 0 for x in found)}/{len(found)}, p {sign_flip_test(found):.2f})")
-            print(f"| {of} - {against} | {source} to {target} | {len(seeds)} | {' | '.join(cells)} |")
+            if cells:
+                print(f"| {of} - {against} | {name} | {len(each)} | {' | '.join(cells)} |")
 
 
 def draw(rows: list[dict[str, Any]], out: Path) -> None:
