@@ -43,9 +43,14 @@ class MissingExtraError(LocalmotionError):
     """An optional package is not installed; the message gives the command that installs it."""
 
 
+def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """The end of an error that suggests the nearest of the names that would do, "" if none is near."""
+    near = difflib.get_close_matches(name, sorted(set(known)), n=3, cutoff=cutoff)
+    return f"; did you mean {', '.join(near)}?" if near else ""
+
+
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> ConfigError:
     """The error for an unknown name; the message suggests the nearest known ones."""
     known = sorted(set(known))
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
-    hint = f"; did you mean {', '.join(near)}?" if near else f"; known: {', '.join(known[:40])}"
+    hint = did_you_mean(name, known, 0.4) or f"; known: {', '.join(known[:40])}"
     return ConfigError(f"unknown {kind} {name!r}{hint}")

@@ -8,7 +8,6 @@ failed run is reported and does not stop the others, except those that start fro
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ from pathlib import Path
 
 from localmotion import methods
 from localmotion.console import say
-from localmotion.errors import ConfigError, LocalmotionError
+from localmotion.errors import ConfigError, LocalmotionError, did_you_mean
 from localmotion.files import links_trusted, read_json, write_json
 from localmotion.launch import Command, Launch, carry_out
 from localmotion.machine import cores
@@ -104,7 +103,7 @@ def _check_places(path: Path, out: Path, jobs: Sequence[Job], entries: Sequence[
             continue
         run = settings_of(job)
         if run.data and not is_remote(run.data) and not (Path(run.data) / "store.json").exists():
-            near = _near(run.data, _beside(run.data, "store.json"))
+            near = did_you_mean(run.data, _beside(run.data, "store.json"))
             raise ConfigError(f"{path}: {job.name}: data: {run.data}: no clip store there (no store.json){near}")
         start = run.checkpoint
         if not start or is_shared(start) or Path(start).resolve() in made or (Path(start) / "config.json").exists():
@@ -112,7 +111,7 @@ def _check_places(path: Path, out: Path, jobs: Sequence[Job], entries: Sequence[
         known = f"; the file's are {', '.join(entries)}" if entries else ""
         raise ConfigError(
             f"{path}: {job.name}: checkpoint {start!r} is no pre-training of this file{known}, and no run on disk"
-            f"{_near(start, [*entries, *_beside(start, 'config.json')])}"
+            f"{did_you_mean(start, [*entries, *_beside(start, 'config.json')])}"
         )
 
 
@@ -123,11 +122,6 @@ def _beside(place: str, holds: str) -> list[str]:
         return sorted(str(parent / entry.name) for entry in parent.iterdir() if (entry / holds).exists())
     except OSError:
         return []
-
-
-def _near(name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, list(dict.fromkeys(known)), n=3)
-    return f"; did you mean {', '.join(near)}?" if near else ""
 
 
 def _command(job: Job, out: Path, starts: Mapping[str, str], track: Sequence[str]) -> Command:
