@@ -140,6 +140,21 @@ def test_unknown_names_are_errors_with_neighbours() -> None:
         from_dict({**to_dict(compose("drp", "pretrain")), "method": "os.system"})
 
 
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("stage=tokenize", "all other settings are those of stage pretrain; run the command localmotion tokenize"),
+        ("method=drp", "those of method pvdr; write --method drp"),
+        ("preset=debug", "those of preset tiny; write --preset debug"),
+    ],
+)
+def test_a_setting_names_no_other_stage_method_or_preset(text: str, wanted: str) -> None:
+    """`pretrain --stage tokenize` ran with the other stage's batches, whose frames take seven times as long."""
+    assert compose("pvdr", "pretrain", preset="tiny", settings=("stage=pretrain", "preset=tiny")).stage == "pretrain"
+    with pytest.raises(ConfigError, match=wanted):
+        compose("pvdr", "pretrain", preset="tiny", settings=(text,))
+
+
 @given(st.integers(1, 32), st.floats(0.1, 0.9))
 def test_update_changes_exactly_what_is_named(keypoints: int, ratio: float) -> None:
     before = compose("drp", "pretrain", preset="paper")

@@ -1,7 +1,7 @@
 """How good are PVDR's plans on real robot clips: one sample, the best of 16, the mean of the prior, a copy of the last frame.
 
     localmotion extract videos/robot --out robots --size 32 --percept-size 64 --frame-stride 4 --mask motion
-    localmotion pretrain --method pvdr --stage tokenize --data robots --preset tiny --run tokens --updates 4000
+    localmotion tokenize --method pvdr --data robots --preset tiny --run tokens --updates 4000
     localmotion pretrain --method pvdr --checkpoint tokens --data robots --preset tiny --run plans --updates 4000 --length 6 --batch_size 32
     python studies/pvdr/robots.py plans robots --strips robots.png
 

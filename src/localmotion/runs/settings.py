@@ -35,7 +35,8 @@ def compose(
 
     ``method`` is a registry name or the class itself.
 
-    Raises ConfigError for unknown names, wrong types and ranges, and for a recipe that cannot be used here.
+    Raises ConfigError for unknown names, wrong types and ranges, for a setting that names another method, stage or preset, and
+    for a recipe that cannot be used here.
     """
     cls = methods.get(method) if isinstance(method, str) else method
     if preset not in PRESETS:
@@ -47,10 +48,19 @@ def compose(
     config = _layers(cls, stage, preset, env, (sizes, own, flags or {}), settings)
     if recipe and not _from_video(cls, stage) and not config.checkpoint:  # otherwise the existing clips determine it
         config = _layers(cls, stage, preset, env, ({**sizes, "recipe": recipe}, own, flags or {}), settings)
+    _check_choice(config, method=cls.name, stage=stage, preset=preset)
     _check_ranges(config)
     if config.recipe:
         check_recipe(config.recipe)
     return config
+
+
+def _check_choice(config: RunConfig, **asked: str) -> None:
+    """Raise ConfigError where a setting names another method, stage or preset than the one whose settings were composed."""
+    for name, text in asked.items():
+        if getattr(config, name) != text:
+            how = f"run the command localmotion {config.stage}" if name == "stage" else f"write --{name} {getattr(config, name)}"
+            raise ConfigError(f"setting {name}={getattr(config, name)}: all other settings are those of {name} {text}; {how}")
 
 
 def _layers(
