@@ -83,6 +83,24 @@ def test_a_wrong_file_is_an_error(
     assert "evil_module" not in sys.modules
 
 
+@pytest.mark.parametrize(
+    ("command", "method", "setting", "message"),
+    [
+        ("pretrain", "pvdr", "--env_steps", "setting online.env_steps does nothing in the stage pretrain of pvdr"),
+        ("finetune", "drp", "--rollout.steps", "setting rollout.steps does nothing in the stage finetune of drp"),
+        ("decode", "lapo", "--pretrain.updates", "does nothing in the stage decode of lapo; its own setting is online.updates"),
+        ("clone", "lapo", "--online.updates", "does nothing in the stage clone of lapo; its own setting is pretrain.updates"),
+    ],
+)
+def test_a_setting_of_another_loop_is_an_error(
+    command: str, method: str, setting: str, message: str, begun: list[RunConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--method", method, "--preset", "debug", setting, "5", "--run", "x"])
+    assert (ended.value.code, begun) == (2, [])
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     bomb = tmp_path / "bomb.yaml"
     bomb.write_text(

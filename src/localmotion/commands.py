@@ -55,7 +55,7 @@ def train(args: argparse.Namespace) -> None:
     """`localmotion pretrain | finetune | train`, and further stages of a method by their names"""
     from localmotion import methods
     from localmotion.methods.base import Source
-    from localmotion.runs.settings import compose, read_settings
+    from localmotion.runs.settings import check_read, compose, read_settings
 
     asked = {"method": args.method, "stage": args.command, "preset": args.preset}
     given = read_settings(args.config, **asked) if args.config else {}
@@ -68,6 +68,7 @@ def train(args: argparse.Namespace) -> None:
     texts = _settings(rest) + args.set
     named = next((t.partition("=")[2] for t in texts if t.startswith("env=")), "")
     run = compose(args.method, args.command, preset=preset, env=named or given.get("env", ""), flags=given, settings=texts)
+    check_read(run, texts)
     if named:  # not by a file
         trust_env(run.env)  # only this command line has named it
     if args.help:

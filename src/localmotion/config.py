@@ -407,31 +407,40 @@ def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{item.name}", value
 
 
-def assign(config: Any, text: str, video: bool | None = None) -> Any:
-    """Apply one ``name=value``, as given to --set. A short name is enough if it is unique.
+def full_name(config: Any, name: str, video: bool | None = None) -> str:
+    """The dotted name of a setting. Its last part is enough if it is unique.
 
     A short name that `pretrain` and `online` share, e.g. `batch_size`, means the setting for the run's stage:
     pretrain.batch_size if the stage learns from ``video``, else online.batch_size. Default of ``video``: whether the
     stage is called "pretrain".
+
+    Raises ConfigError for a name that is unknown or ambiguous.
+    """
+    names = [dotted for dotted, _ in leaves(config)]
+    if name in names:
+        return name
+    found = [dotted for dotted in names if dotted.rsplit(".", 1)[-1] == name]
+    if len(found) > 1:
+        video = config.stage == "pretrain" if video is None else video
+        other = "online." if video else "pretrain."
+        found = [dotted for dotted in found if not dotted.startswith(other)]
+    if len(found) > 1:
+        raise ConfigError(f"setting {name!r} is ambiguous: {', '.join(found)}")
+    if not found:
+        raise unknown_name("setting", name, names + [dotted.rsplit(".", 1)[-1] for dotted in names])
+    return found[0]
+
+
+def assign(config: Any, text: str, video: bool | None = None) -> Any:
+    """Apply one ``name=value``, as given to --set; names are those of `full_name`.
 
     Raises ConfigError for a name that is unknown or ambiguous, or a value of the wrong type.
     """
     name, sign, raw = text.partition("=")
     if not sign:
         raise ConfigError(f"--set {text!r}: write it as name=value")
-    name = name.strip()
+    name = full_name(config, name.strip(), video)
     names = [dotted for dotted, _ in leaves(config)]
-    if name not in names:
-        found = [dotted for dotted in names if dotted.rsplit(".", 1)[-1] == name]
-        if len(found) > 1:
-            video = config.stage == "pretrain" if video is None else video
-            other = "online." if video else "pretrain."
-            found = [dotted for dotted in found if not dotted.startswith(other)]
-        if len(found) > 1:
-            raise ConfigError(f"setting {name!r} is ambiguous: {', '.join(found)}")
-        if not found:
-            raise unknown_name("setting", name, names + [dotted.rsplit(".", 1)[-1] for dotted in names])
-        name = found[0]
     try:
         value = yaml.safe_load(raw)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2026-13-45

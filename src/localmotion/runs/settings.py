@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from localmotion import methods
-from localmotion.config import PRESETS, SUITES, RunConfig, Stage, assign, leaves, update
+from localmotion.config import PRESETS, SUITES, RunConfig, Stage, assign, full_name, leaves, update
 from localmotion.errors import CheckpointError, ConfigError, unknown_name
 from localmotion.files import MAX_TEXT, check_tree, one_line, read_bytes, read_json, refuse_links
 from localmotion.limits import limits
@@ -83,6 +83,23 @@ def _layers(
     for text in settings:
         config = assign(config, text, _from_video(cls, stage))
     return config
+
+
+def check_read(config: RunConfig, settings: Iterable[str]) -> None:
+    """Raise ConfigError for one of ``settings`` (name=value texts) that the loop of the run's stage does not read.
+
+    Video stages read `pretrain`, all others `online`, and stages that learn from rollouts `rollout`, too.
+    """
+    cls = methods.get(config.method)
+    video, rollout = _from_video(cls, config.stage), cls.stages.get(config.stage) is Source.ROLLOUT
+    read = {"pretrain": video, "online": not video, "rollout": rollout}
+    for text in settings:
+        name = full_name(config, text.partition("=")[0].strip(), video)
+        group, _, last = name.partition(".")
+        if not read.get(group, True):
+            own = f"{'pretrain' if video else 'online'}.{last}"
+            instead = f"; its own setting is {own}" if own in dict(leaves(config)) else ""
+            raise ConfigError(f"setting {name} does nothing in the stage {config.stage} of {config.method}{instead}")
 
 
 def _from_video(cls: type[methods.Method], stage: Stage) -> bool:
