@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -226,6 +227,12 @@ def test_one_environment_may_have_settings_of_its_own(method: str) -> None:
     assert not compose(method, "train", env="metaworld:drawer-open-v3").model.context_erasing
 
 
+def nested(key: str, value: float) -> dict[str, Any]:
+    for part in reversed(key.split(".")):
+        value = {part: value}  # type: ignore[assignment]
+    return value  # type: ignore[return-value]
+
+
 UNLIMITED = {"log_std", "mask_grow"}
 """A logarithm, and a number that may be negative. MaskLAM compares it with the picture."""
 
@@ -246,6 +253,8 @@ def test_every_number_of_a_method_has_limits_and_is_refused_beyond_them(name: st
             wrong = int(value) if isinstance(numbers[key], int) else float(value)
             with pytest.raises(ConfigError, match=rf"setting {key}=\S+ must be"):
                 compose(name, stage, settings=(f"{key}={wrong}",))
+            with pytest.raises(ConfigError, match=rf"setting {key.removeprefix('model.')}=\S+ must be"):  # in Python, too
+                cls(update(cls.Config(), nested(key.removeprefix("model."), wrong)), image_size=32, action_dim=2)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from localmotion.limits import check_limits
 from localmotion.models.actor_critic import ActorCritic
 from localmotion.models.dae import Motion
 from localmotion.models.image import ImageModel
@@ -247,8 +248,12 @@ class Method(nn.Module):
 
     @abstractmethod
     def __init__(self, config: Any, *, image_size: int, action_dim: int | None) -> None:
-        """``action_dim`` None: build only the modules that learn from video, without an actor."""
+        """``action_dim`` None: build only the modules that learn from video, without an actor.
+
+        Raises ConfigError for a number of ``config`` beyond its `LIMITS`.
+        """
         super().__init__()
+        check_limits(config)
         self.image_size = image_size
         self.acts = action_dim is not None
         """Whether it has an actor, because its stage is one of `acts_after`."""

@@ -63,7 +63,7 @@ from localmotion.methods.base import (
 from localmotion.methods.sizes import plan_presets
 from localmotion.models.alignment import Aligner, AlignmentConfig, PlanCarry
 from localmotion.models.latent_windows import every, stacks, starts
-from localmotion.models.plan_cvae import Coded, PlanConfig, PlanDecoder, Posterior, Prior, balanced, check, continued, sample
+from localmotion.models.plan_cvae import Coded, PlanConfig, PlanDecoder, Posterior, Prior, balanced, continued, sample
 from localmotion.models.plan_figures import ACTIVE, plan_figures
 from localmotion.models.planning import WindowMemory, choose_windows
 from localmotion.models.ppo import EXTRAS, PPOConfig, step_losses
@@ -128,7 +128,6 @@ class PVDR(Method):
     def __init__(self, config: PVDRConfig, *, image_size: int, action_dim: int | None) -> None:
         super().__init__(config, image_size=image_size, action_dim=action_dim)
         self.config = config
-        check(config.plan)
         if not (config.pretrained or config.align.plans_learn):
             raise ConfigError("pretrained=false, plans_learn=false: plans that have learned nothing would stay so")
         self.before, self.ahead = config.plan.context, config.plan.horizon

@@ -174,16 +174,10 @@ class Aligner(nn.Module):
     renewing: Tensor
 
     def __init__(self, config: AlignmentConfig, *, latent: int, context: int, side: int, features: int, actions: int) -> None:
-        """Raises ConfigError for no plan, for no window, and for shares outside of 0..1."""
+        """Raises ConfigError for a memory of fewer windows than an update takes."""
         super().__init__()
-        counted = config.plans, config.plans_eval, config.windows, config.pairs, config.hold
-        if min(counted) < 1 or config.memory < config.windows:
-            names = ("plans", "plans_eval", "windows", "pairs", "hold", "memory")
-            counts = ", ".join(f"{name}={getattr(config, name)}" for name in names)
-            raise ConfigError(f"{counts}: each is at least 1, and the memory holds as many windows as an update takes")
-        if not 0 <= config.random_plan <= 1 or not 0 <= config.reward_from <= 1:
-            shares = f"random_plan={config.random_plan:g}, reward_from={config.reward_from:g}"
-            raise ConfigError(f"{shares}: both are shares, from 0 to 1")
+        if config.memory < config.windows:
+            raise ConfigError(f"memory={config.memory}: it holds at least the windows={config.windows} that an update takes")
         self.config = config
         self.actor = Alignment(latent, context, actions, config.width, config.log_std)
         self.critic = Critic(latent, context, side * side * features, config.width)

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 from localmotion import ranks
-from localmotion.errors import ConfigError
 from localmotion.limits import Limits, at_least
 from localmotion.models.distributions import normal
 from localmotion.models.st_transformer import Memory, STTransformer, TokenEmbedding, table
@@ -231,9 +230,3 @@ def continued(tokens: Tensor, length: int, context: int, latent: Latent, plans: 
         plan = plans(past, latent(past, known).unsqueeze(1)).squeeze(1)
         tokens = torch.cat([tokens, plan], 1)
     return tokens[:, :length]
-
-
-def check(config: PlanConfig) -> None:
-    """Raise ConfigError for a context, horizon or latent of nothing."""
-    if min(config.context, config.horizon, config.latent) < 1:
-        raise ConfigError(f"context={config.context}, horizon={config.horizon}, latent={config.latent}: each is at least 1")

@@ -14,7 +14,7 @@ from localmotion import methods
 from localmotion.config import PRESETS, SUITES, RunConfig, Stage, assign, full_name, leaves, update
 from localmotion.errors import CheckpointError, ConfigError, unknown_name
 from localmotion.files import MAX_TEXT, check_tree, one_line, read_bytes, read_json, refuse_links
-from localmotion.limits import limits
+from localmotion.limits import limits, wanted
 from localmotion.methods.base import Source
 from localmotion.perception.trust import check_recipe
 from localmotion.recipe import Recipe, read_recipe
@@ -146,16 +146,7 @@ def _check_ranges(config: RunConfig) -> None:
             low = 1 if isinstance(value, int) and last not in _MAY_BE_ZERO else 0
             high = {"heldout_fraction": math.nextafter(1, 0), "lr_decay": 1.0, "phase_at": 1.0}.get(last, 2.0**53)
         if not low <= value <= high:
-            raise ConfigError(f"setting {name}={value} must be {_wanted(value, low, high)}")
-
-
-def _wanted(value: float, low: float, high: float) -> str:
-    """Limits in words. A large one is only there because larger numbers cannot be stored; it is said to who is beyond it."""
-    if value > high >= 2.0**31:
-        return f"at most {high:g}"
-    if 0 < low < 1e-300:
-        return "above 0" if high >= 2.0**31 else f"above 0 and at most {high:g}"
-    return f"at least {low:g}" if high >= 2.0**31 else f"in {low:g}..{high:g}"
+            raise ConfigError(f"setting {name}={value} must be {wanted(value, low, high)}")
 
 
 def from_dict(values: Mapping[str, Any]) -> RunConfig:
