@@ -83,6 +83,12 @@ def test_a_wrong_file_is_an_error(
     assert "evil_module" not in sys.modules
 
 
+def test_a_setting_is_no_shortened_flag(begun: list[RunConfig]) -> None:
+    """`--follow` was read as `--follow-links`, which accepts links out of stores and runs."""
+    main(["finetune", "--method", "pvdr", "--preset", "debug", "--follow", "gain", "--run", "x"])
+    assert begun[0].model.align.follow == "gain"
+
+
 @pytest.mark.parametrize(
     ("command", "method", "setting", "message"),
     [

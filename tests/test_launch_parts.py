@@ -58,7 +58,7 @@ def test_a_part_is_the_same_command_without_the_engine() -> None:
         "m",
         "--pack",
         "2",
-        "--launch-opt",
+        "--launch-option",
         "a=--out",
         "--parts",
         "3",

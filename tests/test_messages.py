@@ -28,6 +28,7 @@ from localmotion.cli import main
         ("decode --method lapo --seed x", "setting seed='x': expected int, got str"),
         ("decode --method lapo --labelz 20", "unknown setting 'labelz'; did you mean label, labels, latent?"),
         ("evaluate r --env-options look=x", """'look=x' is not JSON; write it as '{"look": "textured"}'"""),
+        ("evaluate r --env-opt {}", "unknown option of evaluate '--env-opt'; did you mean --env-options, --env, --help?"),
         ("collect toy:dot --out o --backend-options x", "'x' is not JSON; write it as"),
         ("pretrain --method masklam --run r", "pretrain: give the clips with --data STORE (made by localmotion extract VIDEOS"),
     ],

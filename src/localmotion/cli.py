@@ -23,7 +23,12 @@ from localmotion.video.remote import place_of
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse with one-line errors, as for all other errors."""
+    """argparse with one-line errors, as for all other errors.
+
+    Flags cannot be shortened: `--follow` is a setting, not `--follow-links`."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{self.prog}: {message}")

@@ -40,8 +40,8 @@ def _launch_of(args: argparse.Namespace) -> Launch:
 
 
 def without_launch(line: Sequence[str]) -> list[str]:
-    """The arguments of a command without the flags of `add_launch`, also where they are abbreviated."""
-    parser = argparse.ArgumentParser(add_help=False)
+    """The arguments of a command without the flags of `add_launch`."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     add_launch(parser, "")
     return parser.parse_known_args(line)[1]
 
