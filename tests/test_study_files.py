@@ -39,7 +39,7 @@ def test_arms_of_pvdr_start_from_what_their_settings_say(path: Path) -> None:
         assert start.stage == "tokenize" or jobs[start.after].name == "tokens"
 
 
-def test_arms_of_pvdr_on_the_toy_differ_in_one_thing_each() -> None:
+def test_arms_of_pvdr_on_the_toy_differ_in_one_thing() -> None:
     jobs = load_study(STUDIES / "pvdr" / "toy_reach.yaml")
     runs = {job.name: compose(job.method, job.stage, preset=job.preset, settings=job.settings) for job in jobs}
     arms = {name.split("-")[0]: dict(leaves(run)) for name, run in runs.items() if name.endswith("toy_reach-0")}
@@ -47,10 +47,9 @@ def test_arms_of_pvdr_on_the_toy_differ_in_one_thing_each() -> None:
     changed = {arm: {key: run[key] for key in run if run[key] != main[key] and key != "label"} for arm, run in arms.items()}
     assert changed == {
         "one_plan": {"model.align.plans": 1, "model.align.plans_eval": 1},
-        "without_pre_training": {"model.pretrained": False, "load": "tokenizer"},
+        "without_pre_training": {"model.pretrained": False, "load": "tokenizer", "model.align.plans_learn": True},  # they have to
         "without_reward": {"model.align.reward_from": 1.0},
-        "frozen_plans": {"model.align.plans_learn": False},
-        "white_noise": {"model.align.hold": 1},
+        "plans_learn": {"model.align.plans_learn": True},
     }
     plans = runs["plans-0"]
     assert plans.pretrain.length == plans.model.plan.context + plans.model.plan.horizon  # no frame is loaded in vain
