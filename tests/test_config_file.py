@@ -98,7 +98,7 @@ def test_a_setting_is_no_shortened_flag(begun: list[RunConfig]) -> None:
         ("clone", "lapo", "--online.updates", "does nothing in the stage clone of lapo; its own setting is pretrain.updates"),
     ],
 )
-def test_a_setting_of_another_loop_is_an_error(
+def test_a_flag_of_another_loop_is_an_error(
     command: str, method: str, setting: str, message: str, begun: list[RunConfig], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:

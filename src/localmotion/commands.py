@@ -65,10 +65,11 @@ def train(args: argparse.Namespace) -> None:
             raise ConfigError(f"{args.command}: give a --method; registered: {', '.join(methods.names())}")
         args.method = "drp"
     rest = [item for item in args.rest if item not in ("-h", "--help")]
-    texts = _settings(rest) + args.set
+    own = _settings(rest)
+    texts = own + args.set
     named = next((t.partition("=")[2] for t in texts if t.startswith("env=")), "")
     run = compose(args.method, args.command, preset=preset, env=named or given.get("env", ""), flags=given, settings=texts)
-    check_read(run, texts)
+    check_read(run, own)  # not --set: studies and scripts give it settings that several stages share
     if named:  # not by a file
         trust_env(run.env)  # only this command line has named it
     if args.help:
