@@ -7,6 +7,7 @@ for empty and non-finite input, and for input that is not paired where it has to
   definitions the library rliable computes; tests compare with rliable 1.2.0.
 * Holm, "A Simple Sequentially Rejective Multiple Test Procedure" (1979).
 * Saravanan et al., "Application of the hierarchical bootstrap to multi-level data in neuroscience" (2020, arXiv 2007.07797).
+* Owen, "The pigeonhole bootstrap" (2007, arXiv 0712.1111).
 * Phipson and Smyth, "Permutation P-values Should Never Be Zero" (2010, arXiv 1603.05766).
 """
 
@@ -163,10 +164,13 @@ def hierarchical_bootstrap(scores: Any, *, level: float = 0.95, resamples: int =
 
     ``scores`` is a nested sequence: seeds, in each seed tasks or bodies, in each of them episodes, to any depth, e.g. an array
     (seeds, tasks). The point is the mean of the seeds' means, each the mean of the means in it. A resample draws as
-    many seeds as there are, with replacement, then within each drawn seed as many of its tasks, and so on. So the interval
-    shows how much the mean would change with other seeds and other such tasks. With one score for each seed it is the bootstrap
-    over seeds. Drawing the tasks too adds to the width: the variance of a resample is that of the seeds' means over n seeds, plus
-    the mean variance within a seed over n seeds x m tasks.
+    many seeds as there are, with replacement, then within each drawn seed as many of its tasks, and so on. With one score for
+    each seed it is the bootstrap over seeds. Drawing the tasks too adds to the width: the variance of a resample is that of the
+    seeds' means over n seeds, plus the mean variance within a seed over n seeds x m tasks.
+
+    The interval shows how much the mean would change with other seeds. Of other tasks it speaks only where each seed has tasks of
+    its own. Where all seeds have the same ones, what a task adds to all seeds counts as if it were drawn anew for each, so the
+    interval is too narrow for a claim about other tasks: see `crossed_bootstrap`.
     """
 
     def draw(rng: np.random.Generator) -> Floats:
@@ -195,6 +199,29 @@ def _nested_draws(node: Any, count: int, rng: np.random.Generator) -> Floats:
         here = picks == i
         values[here] = _nested_draws(child, int(here.sum()), rng)
     return values.mean(axis=1)
+
+
+def crossed_bootstrap(scores: ArrayLike, *, level: float = 0.95, resamples: int = 5000, seed: int = 0) -> Interval:
+    """Percentile bootstrap of the mean of scores (n seeds, m tasks), for claims about other seeds and other such tasks.
+
+    All seeds have the same tasks, so a resample draws seeds and tasks each once, with replacement, and takes the mean of the drawn
+    rows and columns (the pigeonhole bootstrap, Owen 2007). The variance of a resample counts what a seed adds to all tasks over n,
+    what a task adds to all seeds over m, and the rest over n m, but three times, so it is slightly too wide. With one task it is
+    the bootstrap over seeds. Few tasks say little about others: with two, half of the resamples have one of them only, twice.
+    """
+    table = finite_scores(scores)
+    if table.ndim != 2 or not table.size:
+        raise ValueError(f"scores are an array (seeds, tasks), not of shape {table.shape}")
+    n, m = table.shape
+
+    def draw(rng: np.random.Generator) -> Floats:
+        rows = rng.multinomial(n, np.full(n, 1 / n), resamples) / n  # (R, n) shares
+        columns = rng.multinomial(m, np.full(m, 1 / m), resamples) / m
+        found: Floats = np.einsum("rn,nm,rm->r", rows, table, columns)
+        return found
+
+    low, high = percentiles(draw, level, resamples, seed)
+    return Interval(float(table.mean()), float(low), float(high), level)
 
 
 def verdict(interval: Interval, smallest: float) -> Verdict:
