@@ -62,7 +62,7 @@ def rollout(method: Any, ends: int = 5) -> dict[str, Tensor]:
 
 def losses(method: Any, batch: dict[str, Tensor], seed: int = 0) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     torch.manual_seed(seed)
-    own, metrics, found = method.dynamics_losses(batch)
+    own, metrics, found = method.dynamics_losses(batch) if method.config.align.plans_learn else ({}, {}, method.experience(batch))
     more, more_metrics = method.align_losses(batch, found)
     return {name: loss.detach() for name, loss in {**own, **more}.items()}, {**metrics, **more_metrics}
 
@@ -397,21 +397,24 @@ def test_the_error_of_actions_leaves_their_deviation_alone() -> None:
     assert all(p.grad is not None for p in method.aligner.actor.net.parameters())
 
 
-def test_codes_in_the_memory_are_those_of_their_windows() -> None:
-    _, method = made("windows=6", "memory=6")
+@pytest.mark.parametrize("learn", [True, False])
+def test_codes_of_pairs_are_those_of_the_model_of_now(learn: bool) -> None:
+    """Of plans that do not learn the memory keeps the codes; else they are made when they are drawn, because kept ones would be old."""
+    _, method = made("windows=6", "memory=6", f"plans_learn={str(learn).lower()}")
     batch = rollout(method)
     for _ in range(2):
-        _, _, (codes, action, known) = method.dynamics_losses(batch)
-        with torch.no_grad():
-            tokens = method.memory.tokens.long()
-            mean, log_variance = method.posterior(tokens)
-            context = method.prior(tokens[:, :2])[2]
-            torch.testing.assert_close(method.memory.code, torch.cat([mean, log_variance, context], 1))
-            for parameter in method.prior.parameters():
-                parameter.add_(0.0)  # nothing has changed, so old codes are true
-        rows = (codes.mean[:, None] - mean).abs().sum(-1).argmin(1)
+        codes, action, known = method.dynamics_losses(batch)[2] if learn else method.experience(batch)
+        now = method.coded(method.memory.tokens.long())
+        rows = (codes.mean[:, None] - now.mean).abs().sum(-1).argmin(1)
+        for found, expected in zip(codes, now, strict=True):
+            torch.testing.assert_close(found, expected[rows])
         torch.testing.assert_close(action, method.memory.action[rows])
         assert known.all()
+        if learn:
+            with torch.no_grad():  # what the next update is to notice
+                method.prior.norm.weight.mul_(1.5)
+                method.posterior.last.weight.mul_(2.0)
+    assert method.memory.code.shape == (6, 0 if learn else now.mean.shape[1] * 2 + now.context.shape[1])
 
 
 def test_losses_of_an_encoded_rollout_are_those_of_its_pictures() -> None:

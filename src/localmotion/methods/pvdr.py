@@ -146,7 +146,8 @@ class PVDR(Method):
             shape = {"side": self.tokenizer.side, "features": code_dim, "actions": action_dim}
             self.aligner = Aligner(config.align, latent=latent, context=context, **shape)
             frames = self.before + self.ahead
-            self.memory = WindowMemory(config.align.memory, frames, cells, action_dim, 2 * latent + context)
+            kept = 0 if config.align.plans_learn else 2 * latent + context  # codes of plans that learn would soon be old
+            self.memory = WindowMemory(config.align.memory, frames, cells, action_dim, kept)
             # Of the plan, acting stores the codes of its first frame.
             self.extras = {**EXTRAS, "z": (latent,), "context": (context,), "plan": (cells, code_dim)}
 
@@ -305,11 +306,9 @@ class PVDR(Method):
             losses, metrics, codes = self.plan_losses(tokens)
             pairs = codes, action, known
         else:
-            memory = self.memory
-            memory.add(tokens, action, torch.cat(self.coded(tokens), 1), known)
-            chosen, known = memory.draw(self.config.align.windows)
-            losses, metrics, codes = self.plan_losses(memory.tokens[chosen].long())
-            memory.renew(chosen, torch.cat(codes, 1))
+            self.memory.add(tokens, action, action[:, :0], known)
+            chosen, known = self.memory.draw(self.config.align.windows)
+            losses, metrics, _ = self.plan_losses(self.memory.tokens[chosen].long())
             pairs = self._pairs()
         counts = known.any().float()  # without a whole window in an episode there is nothing to learn
         return {name: loss * counts for name, loss in losses.items()}, metrics, pairs
@@ -337,10 +336,13 @@ class PVDR(Method):
         return Coded(mean, log_variance, self.prior(tokens[:, : self.before])[2])
 
     def _pairs(self) -> tuple[Coded, Tensor, Tensor]:
-        """Codes, actions and known of random windows of the memory."""
+        """Codes, actions and known of random windows of the memory. An actor that learns from old codes cannot act with today's plans."""
         memory, config = self.memory, self.config.plan
         place, known = memory.draw(self.config.align.pairs)
-        return Coded(*memory.code[place].split([config.latent, config.latent, config.dim], 1)), memory.action[place], known
+        kept = [config.latent, config.latent, config.dim]
+        fresh = self.config.align.plans_learn
+        codes = self.coded(memory.tokens[place].long()) if fresh else Coded(*memory.code[place].split(kept, 1))
+        return codes, memory.action[place], known
 
     def align_losses(self, batch: Batch, found: tuple[Coded, Tensor, Tensor]) -> tuple[Losses, Metrics]:
         """PPO with the rewards of plans, and the error of the actions a_t that led to what z describes.

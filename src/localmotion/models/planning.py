@@ -150,7 +150,7 @@ def choose_windows(is_first: Tensor, before: int, ahead: int, count: int) -> tup
 class WindowMemory(nn.Module):
     """The newest windows of tokens, with an action and a code each, for learning from earlier rollouts. It is kept with the weights.
 
-    A code is what the model of plans makes of the window. It is as old as the window's last use, so that drawing many codes costs nothing.
+    A code is what the model of plans made of the window when it came. Where that model learns, codes have no numbers.
     """
 
     tokens: Tensor
@@ -183,7 +183,3 @@ class WindowMemory(nn.Module):
         filled = self.count.clamp(max=len(self.tokens))
         place = (torch.rand(number, device=self.tokens.device) * filled).long().clamp(max=len(self.tokens) - 1)
         return place, (filled > 0).expand(number)
-
-    def renew(self, place: Tensor, code: Tensor) -> None:
-        """Replace the codes (R, c) at ``place`` (R,)."""
-        self.code.index_copy_(0, ranks.gather(place), ranks.gather(code))
