@@ -47,9 +47,9 @@ def test_arms_of_pvdr_on_the_toy_differ_in_one_thing() -> None:
     changed = {arm: {key: run[key] for key in run if run[key] != main[key] and key != "label"} for arm, run in arms.items()}
     assert changed == {
         "one_plan": {"model.align.plans": 1, "model.align.plans_eval": 1},
-        "without_pre_training": {"model.pretrained": False, "load": "tokenizer", "model.align.plans_learn": True},  # they have to
+        "without_pre_training": {"model.pretrained": False, "load": "tokenizer"},
         "without_reward": {"model.align.reward_from": 1.0},
-        "plans_learn": {"model.align.plans_learn": True},
+        "frozen_plans": {"model.align.plans_learn": False},
     }
     plans = runs["plans-0"]
     assert plans.pretrain.length == plans.model.plan.context + plans.model.plan.horizon  # no frame is loaded in vain
