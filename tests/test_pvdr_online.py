@@ -183,8 +183,7 @@ def test_plans_that_do_not_learn_stay_and_the_alignment_learns() -> None:
     assert {key for key in found if key.startswith("loss/")} == {f"loss/{name}" for name in method.loss_scales("finetune")}
     assert int(method.memory.count) == 3 * method.config.align.windows
     filled = method.memory.tokens[: int(method.memory.count)].long()
-    codes = torch.cat(method.coded(filled), 1)  # of windows of all updates
-    torch.testing.assert_close(method.memory.code[: len(codes)], codes)
+    torch.testing.assert_close(method.memory.kept[: len(filled)], method.posterior.body(filled))  # of windows of all updates
     with pytest.raises(ConfigError, match="plans_learn"):
         made("plans_learn=false", "pretrained=false")
 
@@ -397,24 +396,24 @@ def test_the_error_of_actions_leaves_their_deviation_alone() -> None:
     assert all(p.grad is not None for p in method.aligner.actor.net.parameters())
 
 
-@pytest.mark.parametrize("learn", [True, False])
-def test_codes_of_pairs_are_those_of_the_model_of_now(learn: bool) -> None:
-    """Of plans that do not learn the memory keeps the codes; else they are made when they are drawn, because kept ones would be old."""
-    _, method = made("windows=6", "memory=6", f"plans_learn={str(learn).lower()}")
+@pytest.mark.parametrize("pretrained", [True, False])
+def test_codes_of_pairs_are_those_of_the_model_of_now(pretrained: bool) -> None:
+    _, method = made("windows=6", "memory=6", f"pretrained={str(pretrained).lower()}")
     batch = rollout(method)
     for _ in range(2):
-        codes, action, known = method.dynamics_losses(batch)[2] if learn else method.experience(batch)
+        codes, action, known = method.dynamics_losses(batch)[2]
         now = method.coded(method.memory.tokens.long())
         rows = (codes.mean[:, None] - now.mean).abs().sum(-1).argmin(1)
         for found, expected in zip(codes, now, strict=True):
             torch.testing.assert_close(found, expected[rows])
         torch.testing.assert_close(action, method.memory.action[rows])
         assert known.all()
-        if learn:
-            with torch.no_grad():  # what the next update is to notice
-                method.prior.norm.weight.mul_(1.5)
-                method.posterior.last.weight.mul_(2.0)
-    assert method.memory.code.shape == (6, 0 if learn else now.mean.shape[1] * 2 + now.context.shape[1])
+        with torch.no_grad():  # what the next update is to notice
+            method.prior.norm.weight.mul_(1.5)
+            method.posterior.last.weight.mul_(2.0)
+            if not pretrained:
+                method.posterior.body.norm.weight.mul_(1.5)
+    assert method.memory.kept.shape[1] == (len(method.posterior.body.norm.weight) if pretrained else 0)
 
 
 def test_losses_of_an_encoded_rollout_are_those_of_its_pictures() -> None:

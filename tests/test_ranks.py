@@ -191,7 +191,7 @@ def test_the_memory_of_windows_is_the_same_on_all_ranks(monkeypatch: pytest.Monk
     together(2, part, monkeypatch)
     assert int(memories[0].count) == 4
     assert torch.equal(memories[0].tokens[:4].long(), tokens)
-    assert torch.equal(memories[0].code[:4], code)
+    assert torch.equal(memories[0].kept[:4], code)
     for one, other in zip(memories[0].buffers(), memories[1].buffers(), strict=True):
         assert torch.equal(one, other)
 

@@ -145,9 +145,8 @@ class PVDR(Method):
             cells, code_dim, latent, context = self.tokenizer.cells, self.tokenizer.dim, config.plan.latent, config.plan.dim
             shape = {"side": self.tokenizer.side, "features": code_dim, "actions": action_dim}
             self.aligner = Aligner(config.align, latent=latent, context=context, **shape)
-            frames = self.before + self.ahead
-            kept = 0 if config.align.plans_learn else 2 * latent + context  # codes of plans that learn would soon be old
-            self.memory = WindowMemory(config.align.memory, frames, cells, action_dim, kept)
+            kept = self.before + self.ahead, cells, action_dim, context if config.pretrained else 0
+            self.memory = WindowMemory(config.align.memory, *kept)
             # Of the plan, acting stores the codes of its first frame.
             self.extras = {**EXTRAS, "z": (latent,), "context": (context,), "plan": (cells, code_dim)}
 
@@ -306,20 +305,18 @@ class PVDR(Method):
             losses, metrics, codes = self.plan_losses(tokens)
             pairs = codes, action, known
         else:
-            self.memory.add(tokens, action, action[:, :0], known)
+            self._remember(tokens, action, known)
             chosen, known = self.memory.draw(self.config.align.windows)
-            losses, metrics, _ = self.plan_losses(self.memory.tokens[chosen].long())
-            pairs = self._pairs()
+            (losses, metrics, _), pairs = self.plan_losses(self.memory.tokens[chosen].long()), self._pairs()
         counts = known.any().float()  # without a whole window in an episode there is nothing to learn
         return {name: loss * counts for name, loss in losses.items()}, metrics, pairs
 
     def experience(self, batch: Batch) -> tuple[Coded, Tensor, Tensor]:
         """What `dynamics_losses` hands on, where plans do not learn."""
         tokens, action, known = self._windows(batch)
-        codes = self.coded(tokens)
         if not self.training:
-            return codes, action, known
-        self.memory.add(tokens, action, torch.cat(codes, 1), known)
+            return self.coded(tokens), action, known
+        self._remember(tokens, action, known)
         return self._pairs()
 
     def _windows(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
@@ -335,14 +332,17 @@ class PVDR(Method):
         mean, log_variance = self.posterior(tokens)
         return Coded(mean, log_variance, self.prior(tokens[:, : self.before])[2])
 
+    @torch.no_grad()
     def _pairs(self) -> tuple[Coded, Tensor, Tensor]:
-        """Codes, actions and known of random windows of the memory. An actor that learns from old codes cannot act with today's plans."""
-        memory, config = self.memory, self.config.plan
-        place, known = memory.draw(self.config.align.pairs)
-        kept = [config.latent, config.latent, config.dim]
-        fresh = self.config.align.plans_learn
-        codes = self.coded(memory.tokens[place].long()) if fresh else Coded(*memory.code[place].split(kept, 1))
-        return codes, memory.action[place], known
+        """Codes, actions and known of random windows of the memory. Earlier codes would not fit the plans of now (decision 0020)."""
+        place, known = self.memory.draw(self.config.align.pairs)
+        tokens = self.memory.tokens[place].long()
+        mean, log_variance = self.posterior.of(self.memory.kept[place]) if self.config.pretrained else self.posterior(tokens)
+        return Coded(mean, log_variance, self.prior(tokens[:, : self.before])[2]), self.memory.action[place], known
+
+    @torch.no_grad()
+    def _remember(self, tokens: Tensor, action: Tensor, known: Tensor) -> None:
+        self.memory.add(tokens, action, self.posterior.body(tokens).float() if self.config.pretrained else action[:, :0], known)
 
     def align_losses(self, batch: Batch, found: tuple[Coded, Tensor, Tensor]) -> tuple[Losses, Metrics]:
         """PPO with the rewards of plans, and the error of the actions a_t that led to what z describes.

@@ -130,7 +130,11 @@ class Posterior(nn.Module):
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens (B, m + n, N) -> mean and log variance of z, (B, Z) each."""
-        return _gaussian(self.last(self.body(tokens)))
+        return self.of(self.body(tokens))
+
+    def of(self, feature: Tensor) -> tuple[Tensor, Tensor]:
+        """Output of the body (B, d) -> mean and log variance of z, (B, Z) each."""
+        return _gaussian(self.last(feature))
 
 
 class Prior(nn.Module):

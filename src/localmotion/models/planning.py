@@ -148,32 +148,32 @@ def choose_windows(is_first: Tensor, before: int, ahead: int, count: int) -> tup
 
 
 class WindowMemory(nn.Module):
-    """The newest windows of tokens, with an action and a code each, for learning from earlier rollouts. It is kept with the weights.
+    """The newest windows of tokens, each with an action and with numbers that stay true, for learning from earlier rollouts.
 
-    A code is what the model of plans made of the window when it came. Where that model learns, codes have no numbers.
+    It is saved with the weights.
     """
 
     tokens: Tensor
     action: Tensor
-    code: Tensor
+    kept: Tensor
     count: Tensor
 
-    def __init__(self, size: int, frames: int, cells: int, actions: int, code: int) -> None:
+    def __init__(self, size: int, frames: int, cells: int, actions: int, kept: int) -> None:
         super().__init__()
         self.register_buffer("tokens", torch.zeros(size, frames, cells, dtype=torch.int16))
         self.register_buffer("action", torch.zeros(size, actions))
-        self.register_buffer("code", torch.zeros(size, code))
+        self.register_buffer("kept", torch.zeros(size, kept))
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))  # windows added so far
 
-    def add(self, tokens: Tensor, action: Tensor, code: Tensor, known: Tensor) -> None:
-        """Add windows (R, frames, N), actions (R, A) and codes (R, c) in place of the oldest. All are ``known`` (R,), or none is.
+    def add(self, tokens: Tensor, action: Tensor, numbers: Tensor, known: Tensor) -> None:
+        """Add windows (R, frames, N), actions (R, A) and numbers (R, c) in place of the oldest. All are ``known`` (R,), or none is.
 
         With several ranks those of all ranks are added, so that all ranks have the same memory.
         """
-        tokens, action, code, known = (ranks.gather(x) for x in (tokens, action, code, known))
+        tokens, action, numbers, known = (ranks.gather(x) for x in (tokens, action, numbers, known))
         size, number = len(self.tokens), len(tokens)
         place = (self.count + torch.arange(number, device=tokens.device)) % size
-        for kept, new in ((self.tokens, tokens.short()), (self.action, action), (self.code, code)):
+        for kept, new in ((self.tokens, tokens.short()), (self.action, action), (self.kept, numbers)):
             keep = known.view(-1, *[1] * (new.dim() - 1))
             kept.index_copy_(0, place, torch.where(keep, new, kept[place]))
         self.count.add_(number * known.all())
