@@ -120,6 +120,16 @@ def test_saved_strips_name_the_rows_and_make_the_folder(tmp_path: Path) -> None:
     assert out.read_bytes() == strips.prediction_strips(clip, rows, context=3)
 
 
+def test_strips_without_errors_have_their_rows_alone() -> None:
+    clip = moving_clip(8, 16)[None]
+    rows = {"prediction": clip, "zero motion": clip}
+    full, plain = (strips.prediction_strips(clip, rows, context=3, errors=errors) for errors in (True, False))
+    assert count(full, (0, 0, 4)) > 1000 > count(plain, (0, 0, 4))  # errors of 0 are black
+    framed = [count(x, strips.IMAGINED) for x in (full, plain)]
+    assert framed[1] / framed[0] == pytest.approx(3 / 5, rel=0.05)
+    assert pixels(plain).shape[0] < 0.75 * pixels(full).shape[0]
+
+
 def test_long_names_of_rows_stay_in_the_picture() -> None:
     clip = moving_clip(8, 16)[None]
     for name in ("prelar: swapped action", "prelar: latent action", "a_run_with_a_long_name: zero motion"):

@@ -156,7 +156,7 @@ def predict(args: argparse.Namespace) -> None:
         found = run_prediction(runs, args.data, **options, progress=advance)
     for reason in found.rejected:
         say(f"left out, {reason}")
-    save_strips(found.pictures, args.out, context=found.context)
+    save_strips(found.pictures, args.out, context=found.context, errors=args.errors)
     scores.write_text(json.dumps({"windows": found.windows, "scores": found.scores}, indent=1) + "\n")
     for kind, title in (("psnr", "PSNR, dB"), ("ssim", "SSIM")):
         show_table(f"{title}: mean of {found.windows} windows, by frames ahead", *found.table(kind), width=120)

@@ -83,9 +83,10 @@ def prediction_strips(
     context: int,
     title: str = "",
     columns: int = 12,
+    errors: bool = True,
     transparent: bool = False,
 ) -> bytes:
-    """Open-loop predictions of N clips as one PNG: a row of truth, then each named prediction with its error.
+    """Open-loop predictions of N clips as one PNG: a row of truth, then each named prediction, with ``errors`` also its error.
 
     ``truth`` and each of ``predictions`` (N, T, H, W, 3) uint8; the first ``context`` frames were observed (framed
     green), the rest imagined (framed red). The PSNR in dB is below each imagined frame. The error is the absolute
@@ -103,16 +104,16 @@ def prediction_strips(
     times = strip_times(T, context, columns)
     imagined = np.array(times) >= context
     shown = truth[:, times]
-    errors = {
+    wrong = {
         name: np.abs(p[:, times].astype(np.float64) - shown).mean(axis=-1) / 255 for name, p in predictions.items()
     }  # (N, columns, H, W)
-    peaks = [float(np.quantile(e[:, imagined], 0.995)) for e in errors.values() if imagined.any()]
+    peaks = [float(np.quantile(e[:, imagined], 0.995)) for e in wrong.values() if imagined.any()]
     top = max(0.05, math.ceil(max(peaks, default=0.0) * 20) / 20)
 
     # Laid out in units of a picture's width: `label` is the column of names, `line` the height of a line of text.
     gap, label, line = 0.13, 1.3, 0.3
     aspect = H / W
-    clip_height = (1 + 2 * len(predictions)) * (aspect + gap) + len(predictions) * line
+    clip_height = (1 + (1 + errors) * len(predictions)) * (aspect + gap) + len(predictions) * line
     head = line * (2.4 if title else 1.2)
     across = label + len(times) * (1 + gap)
     down = head + N * clip_height + (N - 1) * line
@@ -145,7 +146,8 @@ def prediction_strips(
                 prediction[n, times],
                 _frame_psnr(shown[n], prediction[n, times]),
             )
-            y = row(y, f"error\n0 to {top:.2f}", error_to_rgb(errors[name][n], top))
+            if errors:
+                y = row(y, f"error\n0 to {top:.2f}", error_to_rgb(wrong[name][n], top))
         y += line
     axes.set_xlim(0, across)
     axes.set_ylim(down, 0)
@@ -322,14 +324,14 @@ ROWS = {
 """Names of the held-out evaluation's predictors in a strip."""
 
 
-def save_strips(arrays: Mapping[str, Pixels], out: Path, *, context: int = 5, title: str = "") -> Path:
+def save_strips(arrays: Mapping[str, Pixels], out: Path, *, context: int = 5, title: str = "", errors: bool = True) -> Path:
     """Write prediction strips of ``arrays["truth"]`` and every other entry, (N, T, H, W, 3) uint8 each, to a PNG file.
 
     The first ``context`` frames were observed. Returns ``out``; raises as `prediction_strips`, KeyError
     without truth, OSError if the file cannot be written.
     """
     predictions = {ROWS.get(name, name.replace("_", " ")): x for name, x in arrays.items() if name != "truth"}
-    data = prediction_strips(arrays["truth"], predictions, context=context, title=title)
+    data = prediction_strips(arrays["truth"], predictions, context=context, title=title, errors=errors)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_bytes(data)
     return out
