@@ -391,7 +391,23 @@ PLAN_ONLINE: dict[str, dict[str, Any]] = {
             "log_every": 40,
         },
         "rollout": {"environments": 8, "steps": 32, "epochs": 4, "minibatches": 4},
-        "model": {"align": {"plans": 8, "plans_eval": 8, "width": 128, "windows": 16}, "ppo": {"reward_scale": 0.1}},
+        "model": {
+            "align": {
+                "plans": 8,
+                "plans_eval": 8,
+                "width": 128,
+                "windows": 16,
+                "pairs": 64,
+                # 20,000 steps are few for PPO: it is the smaller part of the actor's gradient (studies/pvdr, the development seed).
+                "hold": 8,
+                "follow": "gain",
+                "centred": True,
+                "supervised": 5.0,
+                "supervised_end": 5.0,
+                "reward_from": 0.2,
+            },
+            "ppo": {"reward_scale": 0.1},
+        },
     },
     "debug": {
         "online": {"env_steps": 64, "eval_every": 100, "save_every": 32},
