@@ -27,9 +27,10 @@ def rows(study: Path) -> Iterator[dict[str, Any]]:
     """Rows of the finished runs in a study's folder."""
     for config in sorted((study / "runs").glob("*/config.json")):
         run = json.loads(config.read_text())
-        if run["stage"] != "finetune":
+        metrics = config.parent / "metrics.jsonl"
+        if run["stage"] != "finetune" or not metrics.exists():
             continue
-        lines = [json.loads(line) for line in (config.parent / "metrics.jsonl").read_text().splitlines()]
+        lines = [json.loads(line) for line in metrics.read_text().splitlines()]
         found = [line for line in lines if line["kind"] == "eval"]
         if not found or not found[-1]["final"]:
             continue
