@@ -1,13 +1,14 @@
 """How good are PVDR's plans on real robot clips: one sample, the best of 16, the mean of the prior, a copy of the last frame.
 
     localmotion extract videos/robot --out robots --size 32 --percept-size 64 --frame-stride 4 --mask motion
-    localmotion tokenize --method pvdr --data robots --preset tiny --run tokens --updates 4000
-    localmotion pretrain --method pvdr --checkpoint tokens --data robots --preset tiny --run plans --updates 4000 --length 6 --batch_size 32
+    size="--set model.tokenizer.widths=[24,64] --set model.tokenizer.codes=512"
+    localmotion tokenize --method pvdr --data robots --preset tiny --run tokens --updates 3000 --quantise_from 500 $size
+    localmotion pretrain --method pvdr --checkpoint tokens --data robots --preset tiny --run plans --updates 2000 --length 6 $size
     python studies/pvdr/robots.py plans robots --strips robots.png
 
 All figures are PSNR in dB of held-out windows, one a clip, the mean over windows, by frames ahead. "Best of 16" is the sample whose
 whole plan is nearest to what followed: it is chosen with the truth. "Tokens" are the true frames, coded and decoded: no plan can be better
-by much. "Posterior" has seen what followed.
+by much. "Posterior" has seen what followed. "Last frame, coded" is the last frame's tokens, decoded: a plan that expects no motion.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ def measured(method: PVDR, image: Tensor) -> tuple[dict[str, list[float]], dict[
         "best of 16": samples[best, torch.arange(len(best))],
         "one sample": samples[0],
         "mean of the prior": drawn(mean),
+        "last frame, coded": method.drawn(past[:, -1:]).expand_as(truth),
         "last frame, copied": true[:, before - 1 : before].expand_as(truth),
     }
     scores = {name: quality(pictures, truth).mean(0).tolist() for name, pictures in found.items()}
