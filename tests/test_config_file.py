@@ -107,6 +107,11 @@ def test_a_flag_of_another_loop_is_an_error(
     assert message in " ".join(capsys.readouterr().err.split())
 
 
+def test_episodes_are_held_out_by_one_setting_everywhere(begun: list[RunConfig]) -> None:
+    main(["decode", "--method", "bc", "--preset", "debug", "--pretrain.heldout_fraction", "0.2", "--run", "x"])
+    assert begun[0].pretrain.heldout_fraction == 0.2
+
+
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     bomb = tmp_path / "bomb.yaml"
     bomb.write_text(

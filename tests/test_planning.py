@@ -147,6 +147,6 @@ def test_the_memory_has_the_newest_windows_and_draws_only_these() -> None:
         assert known.all()
         tokens = memory.tokens[place].long()
         assert torch.allclose(tokens[:, 0, 0] / 10, memory.action[place][:, 0])
-        assert torch.allclose(tokens[:, 0, 0] / 100, memory.code[place][:, 3])
+        assert torch.allclose(tokens[:, 0, 0] / 100, memory.kept[place][:, 3])
         newest = [old for old in range(1, number + 1) for _ in range(2)][-5:]
         assert set(tokens.unique().tolist()) == set(newest)

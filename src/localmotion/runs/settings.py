@@ -88,7 +88,8 @@ def _layers(
 def check_read(config: RunConfig, settings: Iterable[str]) -> None:
     """Raise ConfigError for one of ``settings`` (name=value texts) that the loop of the run's stage does not read.
 
-    Video stages read `pretrain`, all others `online`, and stages that learn from rollouts `rollout`, too.
+    Video stages read `pretrain`, all others `online`, and stages that learn from rollouts `rollout`, too. Logged episodes are held out by
+    pretrain.heldout_fraction.
     """
     cls = methods.get(config.method)
     video, rollout = _from_video(cls, config.stage), cls.stages.get(config.stage) is Source.ROLLOUT
@@ -96,7 +97,7 @@ def check_read(config: RunConfig, settings: Iterable[str]) -> None:
     for text in settings:
         name = full_name(config, text.partition("=")[0].strip(), video)
         group, _, last = name.partition(".")
-        if not read.get(group, True):
+        if not read.get(group, True) and name != "pretrain.heldout_fraction":
             own = f"{'pretrain' if video else 'online'}.{last}"
             instead = f"; its own setting is {own}" if own in dict(leaves(config)) else ""
             raise ConfigError(f"setting {name} does nothing in the stage {config.stage} of {config.method}{instead}")
