@@ -21,6 +21,8 @@ import numpy as np
 from localmotion.evaluation.contrasts import hierarchical_bootstrap, holm, sign_flip_test
 
 HERE = Path(__file__).parent
+LEAST = 5
+"""Seeds of a contrast: an interval of fewer says too little."""
 
 
 def rows(study: Path) -> Iterator[dict[str, Any]]:
@@ -57,7 +59,7 @@ def shown(known: list[dict[str, Any]]) -> Iterator[str]:
         cells.append(", ".join(f"{seeds[seed]['success, end']:.2f}" for seed in sorted(seeds)))
         yield "| " + " | ".join(cells) + " |"
     pairs = {arm: sorted(set(seeds) & set(arms.get("PVDR", {}))) for arm, seeds in arms.items() if arm != "PVDR"}
-    pairs = {arm: seeds for arm, seeds in pairs.items() if len(seeds) > 1}
+    pairs = {arm: seeds for arm, seeds in pairs.items() if len(seeds) >= LEAST}
     if not pairs:
         return
     differences = {
