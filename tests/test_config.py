@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from localmotion import methods
-from localmotion.config import PRESETS, all_docs, assign, leaves, to_dict, update
+from localmotion.config import PRESETS, all_docs, assign, leaves, nested, to_dict, update
 from localmotion.errors import ConfigError
 from localmotion.limits import limits
 from localmotion.methods.base import Source
@@ -225,12 +224,6 @@ def test_one_environment_may_have_settings_of_its_own(method: str) -> None:
     }
     assert erased == {"metaworld:reach": True, "metaworld:drawer-open": False}
     assert not compose(method, "train", env="metaworld:drawer-open-v3").model.context_erasing
-
-
-def nested(key: str, value: float) -> dict[str, Any]:
-    for part in reversed(key.split(".")):
-        value = {part: value}  # type: ignore[assignment]
-    return value  # type: ignore[return-value]
 
 
 UNLIMITED = {"log_std", "mask_grow"}

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from localmotion import methods
-from localmotion.config import BehaviourConfig, RunConfig, Stage, leaves, update
+from localmotion.config import BehaviourConfig, RunConfig, Stage, leaves, nested, update
 from localmotion.testing.learns import losses_of
 from localmotion.training.update import Updater
 from method_batches import ACTIONS, CASES, CPU, groups_of, make, make_batch
@@ -74,10 +74,7 @@ def other(config: Any, name: str) -> Any:
 
 
 def changed(run: RunConfig, name: str, value: Any) -> RunConfig:
-    nested: Any = value
-    for part in reversed(name.split(".")):
-        nested = {part: nested}
-    return update(run, nested)
+    return update(run, nested(name, value))
 
 
 # --- what a method does -----------------------------------------------------------------------------------------------

@@ -440,29 +440,31 @@ def assign(config: Any, text: str, video: bool | None = None) -> Any:
     if not sign:
         raise ConfigError(f"--set {text!r}: write it as name=value")
     name = full_name(config, name.strip(), video)
-    names = [dotted for dotted, _ in leaves(config)]
     try:
         value = yaml.safe_load(raw)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2026-13-45
         raise ConfigError(f"--set {text!r:.200}: value cannot be read ({' '.join(str(error).split()):.200})") from error
-    nested: Any = value
-    for part in reversed(name.split(".")):
-        nested = {part: nested}
     try:
-        return update(config, nested)
+        return update(config, nested(name, value))
     except ConfigError as error:
-        near = difflib.get_close_matches(name, [other for other in names if other != name], n=3, cutoff=0.8)
+        others = [other for other, _ in leaves(config) if other != name]
+        near = difflib.get_close_matches(name, others, n=3, cutoff=0.8)
         if fits := [other for other in near if _takes(config, other, value)]:
             raise ConfigError(f"{error}; did you mean {fits[0]}?") from error
         raise
 
 
-def _takes(config: Any, name: str, value: Any) -> bool:
-    """Whether the setting of this dotted name can have ``value``."""
+def nested(name: str, value: Any) -> Any:
+    """The mapping of mappings for `update` that has ``value`` at a dotted name."""
     for part in reversed(name.split(".")):
         value = {part: value}
+    return value
+
+
+def _takes(config: Any, name: str, value: Any) -> bool:
+    """Whether the setting of this dotted name can have ``value``."""
     try:
-        update(config, value)
+        update(config, nested(name, value))
     except ConfigError:
         return False
     return True
