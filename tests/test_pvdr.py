@@ -22,6 +22,7 @@ from localmotion.evaluation.predict import predict
 from localmotion.methods.base import Counters, Rates
 from localmotion.methods.pvdr import PVDR, PVDRConfig
 from localmotion.models.plan_cvae import PlanConfig, PlanDecoder, Posterior, Prior, divergence
+from localmotion.models.plan_figures import token_figures
 from localmotion.models.tokenizer import Codebook, Tokenizer, TokenizerConfig
 from localmotion.models.vqgan_losses import DEVIATION, MEAN, Perceptual, hinge
 from localmotion.runs.settings import compose
@@ -466,12 +467,29 @@ class Batches:
 def test_held_out_figures_are_means_over_batches_and_the_tokenizer_predicts_nothing() -> None:
     model = method("tokenize")
     found = measure_heldout(model, Batches(), 2, PLAIN, None, "tokenize")  # type: ignore[arg-type]
-    assert set(found) == {"figure/psnr", "figure/codes_used"}
+    assert set(found) == {"figure/psnr", "figure/change", "figure/codes_used"}
     each = [model.eval().heldout("tokenize", Batches().batch(index)) for index in range(2)]
-    for name in ("psnr", "codes_used"):
+    for name in ("psnr", "change", "codes_used"):
         assert found[f"figure/{name}"] == pytest.approx(np.mean([float(x[name]) for x in each]))
     found = measure_heldout(model, Batches(), 1, PLAIN, None, "pretrain")  # type: ignore[arg-type]
     assert {"psnr/prior", "psnr/prior_sample", "psnr/latent_action", "figure/mse_best"} <= set(found)
+
+
+def test_pictures_that_stay_the_same_have_no_change_and_a_warning() -> None:
+    tokenizer = method("tokenize").tokenizer
+    truth = torch.rand(2, 6, 3, 16, 16) - 0.5
+    tokens = torch.zeros(2, 6, tokenizer.cells, dtype=torch.int64)
+    still, half = truth.mean(1, keepdim=True).expand_as(truth), truth.mean(1, keepdim=True)
+    found = {
+        name: {f"figure/{key}": float(x) for key, x in token_figures(tokenizer, truth, drawn, tokens).items()}
+        for name, drawn in (("same", truth), ("still", still), ("half", half + (truth - half) / 2))
+    }
+    assert found["same"]["figure/change"] == pytest.approx(1)
+    assert found["half"]["figure/change"] == pytest.approx(0.25)
+    assert found["still"]["figure/change"] == pytest.approx(0, abs=1e-6)
+    assert PVDR.about_heldout(found["same"]) == ""
+    assert PVDR.about_heldout({}) == ""
+    assert "misses what moves" in PVDR.about_heldout(found["still"])
 
 
 def test_figures_of_plans_are_what_they_are_called() -> None:

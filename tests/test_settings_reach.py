@@ -250,6 +250,7 @@ REACH: dict[str, str] = {
     "tokenizer.quantise_from": "!loss.image !loss.commitment predicted.* code",
     "tokenizer.commitment": "!weight.commitment !step.tokenizer",
     "tokenizer.mse_weight": "!loss.image",
+    "tokenizer.mae_weight": "!loss.image",
     "tokenizer.adversarial": "!size.discriminator !size.awake",
     "pretrain tokenizer.adversarial_from": "!step.awake",
     "tokenizer.adversarial_from": "!loss.adversarial !loss.discriminator",
@@ -406,7 +407,8 @@ IDLE: dict[tuple[str, str], str] = {
 
 TOKENS_ONLY = "the tokenizer alone learns"
 IDLE |= {("tokenize", name): TOKENS_ONLY for name in ("beta", "kl_balance", "free_nats_each", "decay", "warmup")}
-IDLE |= {("pretrain", f"tokenizer.{name}"): "it is frozen" for name in ("code_decay", "restart", "commitment", "mse_weight")}
+OF_TOKENS = ("code_decay", "restart", "commitment", "mse_weight", "mae_weight")
+IDLE |= {("pretrain", f"tokenizer.{name}"): "it is frozen" for name in OF_TOKENS}
 
 BASES: dict[str, tuple[str, ...]] = {
     "drp": ("recompose_weight=0.5", "model.dae.blocks=1", "model.behaviour.horizon=3", "layers=1"),

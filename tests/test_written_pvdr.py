@@ -42,7 +42,7 @@ def case(stage: str, written: Any, label: str = "", tokenizer: Any = {}, plan: A
 
 CASES = [
     case("tokenize", pvdr.tokenize),
-    case("tokenize", pvdr.tokenize, "other-weights", {"mse_weight": 0.2, "commitment": 0.7, "blocks": 2}),
+    case("tokenize", pvdr.tokenize, "other-weights", {"mse_weight": 0.2, "mae_weight": 0.7, "commitment": 0.7, "blocks": 2}),
     case("pretrain", pvdr.pretrain),
     case("pretrain", pvdr.pretrain, "frame_ar", plan={"decode": "frame_ar"}),
     case("pretrain", pvdr.pretrain, "balance-free-nats", kl_balance=0.8, free_nats_each=0.4),

@@ -43,7 +43,15 @@ SIDE, DOT, STEP, PLACES = 16, 4, 2, 7
 MOVES = torch.tensor([[0, 0], [-1, 0], [1, 0], [0, -1], [0, 1]])
 FRAMES, LIMIT = 5, 16
 MODEL: dict[str, Any] = {
-    "tokenizer": {"widths": (8, 16), "blocks": 1, "codes": 64, "code_dim": 8, "quantise_from": 200},
+    "tokenizer": {
+        "widths": (8, 16),
+        "blocks": 1,
+        "codes": 64,
+        "code_dim": 8,
+        "quantise_from": 200,
+        "mse_weight": 0.5,  # presets now have the squared error alone
+        "mae_weight": 1.0,
+    },
     "plan": {
         "context": 1,
         "horizon": 4,

@@ -2,7 +2,8 @@
 
     localmotion extract videos/robot --out robots --size 32 --percept-size 64 --frame-stride 4 --mask motion
     size="--set model.tokenizer.widths=[24,64] --set model.tokenizer.codes=512"
-    localmotion tokenize --method pvdr --data robots --preset tiny --run tokens --updates 3000 --quantise_from 500 $size
+    loss="--mse_weight 0.5 --mae_weight 1"
+    localmotion tokenize --method pvdr --data robots --preset tiny --run tokens --updates 3000 --quantise_from 500 $size $loss
     localmotion pretrain --method pvdr --checkpoint tokens --data robots --preset tiny --run plans --updates 2000 --length 6 $size
     python studies/pvdr/robots.py plans robots --strips robots.png
 

@@ -90,7 +90,7 @@ def frames(batch: Mapping[str, Tensor]) -> Tensor:
 
 
 def tokenize(state: Any, batch: Mapping[str, Tensor], noise: Any, run: Any) -> dict[str, Tensor]:
-    """E |o^ - o| + mse_weight E |o^ - o|^2 + commitment E |psi - sg(code)|^2; codes follow averages, and unused ones begin again."""
+    """mse_weight E |o^ - o|^2 + mae_weight E |o^ - o| + commitment E |psi - sg(code)|^2; codes follow averages, unused ones begin again."""
     model, w, true = run.model.tokenizer, core.leaves(state), frames(batch).flatten(0, 1)
     psi = features(w, true)
     book = state.weights["tokenizer.codebook.embedding"]
@@ -99,7 +99,8 @@ def tokenize(state: Any, batch: Mapping[str, Tensor], noise: Any, run: Any) -> d
     side = math.isqrt(psi.shape[1])
     maps = (psi + (codes - psi).detach()).movedim(2, 1).reshape(len(psi), -1, side, side)
     error = walked(w, "tokenizer.decoder.", maps, last_layer(w, "tokenizer.decoder.")) - true
-    losses = {"image": error.abs().mean() + model.mse_weight * (error**2).mean(), "commitment": ((psi - codes) ** 2).mean()}
+    image = model.mse_weight * (error**2).mean() + model.mae_weight * error.abs().mean()
+    losses = {"image": image, "commitment": ((psi - codes) ** 2).mean()}
     metrics = {
         "image/psnr": -10 * torch.log10((error.detach() ** 2).mean() / 4),
         "codes/used": torch.tensor(len(set(tokens.flatten().tolist())) / len(book)),

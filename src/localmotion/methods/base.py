@@ -345,6 +345,14 @@ class Method(nn.Module):
         """Held-out figures of its own, scalars by name: means over a batch of clips that are never trained on. {}: it has none."""
         return {}
 
+    @classmethod
+    def about_heldout(cls, figures: Mapping[str, float]) -> str:
+        """A warning for the user, where held-out figures at the end of a stage show that it failed. "": none.
+
+        ``figures``: those of the stage's line in metrics.jsonl; `heldout`'s begin with "figure/".
+        """
+        return ""
+
     def masked_reconstruction(self, batch: Batch, generator: torch.Generator) -> tuple[Motion, Tensor, Tensor] | None:
         """Atomic Actions of a batch, the masked set (B,T,K), and the patches (B,T,K,P,P,2) rebuilt without it.
 

@@ -35,6 +35,7 @@ Shapes: B sequences, T positions, S side, K plans, m context, n horizon, N cells
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -64,10 +65,10 @@ from localmotion.methods.sizes import plan_presets
 from localmotion.models.alignment import Aligner, AlignmentConfig, PlanCarry
 from localmotion.models.latent_windows import every, stacks, starts
 from localmotion.models.plan_cvae import Coded, PlanConfig, PlanDecoder, Posterior, Prior, balanced, continued, sample
-from localmotion.models.plan_figures import ACTIVE, plan_figures
+from localmotion.models.plan_figures import ACTIVE, about_tokens, plan_figures, token_figures
 from localmotion.models.planning import WindowMemory, choose_windows
 from localmotion.models.ppo import EXTRAS, PPOConfig, step_losses
-from localmotion.models.tokenizer import Tokenizer, TokenizerConfig, decibels
+from localmotion.models.tokenizer import Tokenizer, TokenizerConfig
 from localmotion.models.vqgan_losses import PatchDiscriminator, Perceptual, hinge
 
 PROBED = 4
@@ -488,13 +489,12 @@ class PVDR(Method):
 
     @torch.no_grad()
     def heldout(self, stage: str, batch: Batch) -> dict[str, Tensor]:
-        """`tokenize`: PSNR of reconstructions, and the share of the codes that a batch uses. `pretrain`: the same, and the figures of plans
-        that `models.plan_figures` lists."""
-        truth = images(batch)
+        """`tokenize`: the figures of tokens that `models.plan_figures` lists. `pretrain`: those of plans, too."""
         tokens = self.tokens(batch["image"])
-        rebuilt = self.drawn(tokens).flatten(0, 1)
-        out = {
-            "psnr": decibels((rebuilt - truth).square().mean((1, 2, 3))).mean(),
-            "codes_used": self.tokenizer.used(tokens),
-        }
-        return out if stage == "tokenize" else out | plan_figures(self, truth.unflatten(0, tokens.shape[:2]), tokens)
+        truth = images(batch).unflatten(0, tokens.shape[:2])
+        out = token_figures(self.tokenizer, truth, self.drawn(tokens), tokens)
+        return out if stage == "tokenize" else out | plan_figures(self, truth, tokens)
+
+    @classmethod
+    def about_heldout(cls, figures: Mapping[str, float]) -> str:
+        return about_tokens(figures)

@@ -1,6 +1,13 @@
-"""Held-out figures of plans: how well they predict, and what z holds.
+"""Held-out figures of tokens and plans: what the tokenizer draws, how well plans predict, and what z holds.
 
-Of the first m + n frames of each sequence:
+Of tokens:
+
+    psnr                of the pictures that tokens draw
+    change              how much these pictures change in a sequence: their variance at a pixel over time, divided by the true one.
+                        Near 0 they show what stays alone, and all plans look alike. PSNR does not tell: a still scene has a high one
+    codes_used          share of the codes that a batch uses
+
+Of plans, and the first m + n frames of each sequence:
 
     kl_nats, active     KL of the posterior from the prior, and how many numbers of z have one
     ce, shuffled        cross-entropy with z of the posterior; how much more it is with that of another sequence
@@ -17,12 +24,14 @@ Shapes: B sequences, T positions, S side, K plans, m context, n horizon, N cells
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from localmotion.models.plan_cvae import Posterior, Prior, divergence, sample
+from localmotion.models.tokenizer import Tokenizer, decibels
 
 ACTIVE = 0.05
 """A number of z is active where its KL is above this, in nats."""
@@ -30,6 +39,8 @@ SAMPLES = 16
 """Plans of which the best is measured."""
 DRAWN = 16
 """Sequences of a batch whose plans are drawn."""
+STILL = 0.1
+"""Pictures of tokens whose `change` is below this are those of a tokenizer that missed what moves."""
 
 
 class PlanModel(Protocol):
@@ -48,6 +59,26 @@ class PlanModel(Protocol):
 
     def drawn(self, tokens: Tensor) -> Tensor:
         """Tokens (B, T, N) -> pictures (B, T, 3, S, S)."""
+
+
+def token_figures(tokenizer: Tokenizer, truth: Tensor, drawn: Tensor, tokens: Tensor) -> dict[str, Tensor]:
+    """Figures () by name, of true pictures and those that tokens draw, (B, T, 3, S, S) each, and the tokens (B, T, N)."""
+    change, true = (x.var(1, correction=0).mean() for x in (drawn, truth))
+    return {
+        "psnr": decibels((drawn - truth).square().flatten(2).mean(2)).mean(),
+        "change": change / true.clamp(min=1e-12),
+        "codes_used": tokenizer.used(tokens),
+    }
+
+
+def about_tokens(figures: Mapping[str, float]) -> str:
+    """A warning if the tokenizer draws what stays alone. "": none."""
+    if (change := figures.get("figure/change", 1.0)) >= STILL:
+        return ""
+    return (
+        f"the tokenizer misses what moves: its pictures of held-out clips change {change:.2g} times as much as the clips do, "
+        "so plans cannot show motion. Try more --updates, a later --quantise_from or a larger --mse_weight"
+    )
 
 
 def plan_figures(model: PlanModel, truth: Tensor, tokens: Tensor) -> dict[str, Tensor]:

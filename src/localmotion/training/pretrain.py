@@ -107,6 +107,8 @@ class VideoLoop(Loop):
             media, batches = self.out.path / "media", self.run.pretrain.eval_batches
             result = measure_heldout(self.method, self.heldout, batches, self.compute, media, self.run.stage)
             self.out.log("heldout", update=self.updater.update, **result)
+            if final and (warning := self.method.about_heldout(result)):
+                say(f"warning: {warning}")
 
     def times(self, parts: Mapping[str, float], whole: float) -> dict[str, float]:
         """Mean seconds per update since the previous line."""
