@@ -3,7 +3,8 @@
     python studies/pvdr/table.py toy_reach --runs toy       # adds rows of finished runs to toy_reach.jsonl; rows that are there stay
     python studies/pvdr/table.py toy_reach                  # the table of README.md, from the rows alone
 
-A row is one run: arm, seed, the returns of all evaluation episodes and their success rate, before learning and at the end. A contrast is
+A row is one run: arm, seed, the returns of all evaluation episodes and their success rate, before learning and at the end. An episode of
+planar:reacher_easy is a success if it has a return: the task pays in the target alone. A contrast is
 PVDR less another arm, over the seeds that both have: difference of success rates, its interval (bootstrap over seeds), and p of a paired
 sign-flip test. `localmotion study` makes the same from run folders; rows outlive them.
 """
@@ -40,7 +41,8 @@ def rows(study: Path) -> Iterator[dict[str, Any]]:
         row: dict[str, Any] = {"arm": run["label"], "task": run["env"], "seed": run["seed"]}
         row |= {"env_steps": found[-1]["env_step"], "commit": commit}
         for name, line in (("start", found[0]), ("end", found[-1])):
-            row |= {f"return, {name}": line["returns"], f"success, {name}": line["success_rate"]}
+            reached = float(np.mean(np.array(line["returns"]) > 0))  # planar: pays only in the target
+            row |= {f"return, {name}": line["returns"], f"success, {name}": line.get("success_rate", reached)}
         yield row
 
 
