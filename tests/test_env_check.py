@@ -83,8 +83,21 @@ def test_all_problems_are_said_at_once() -> None:
 def test_what_happens_in_play_is_a_problem_too() -> None:
     trust_env("own_envs:breaking")
     found = inspect_env("own_envs:breaking", steps=10)
-    assert found.problems[0].startswith("playing it failed: ZeroDivisionError: ")
+    assert found.problems[0].startswith("step() failed: ZeroDivisionError: ")
     assert "own_envs.py, line" in found.problems[0]
+
+
+def test_a_program_that_ends_itself_is_a_problem() -> None:
+    trust_env("own_envs:quits")
+    for at in ("reset", "step", "render"):
+        found = inspect_env("own_envs:quits", {"at": at}, steps=10)
+        assert found.problems[0].startswith(f"{at}() failed: it called sys.exit(3) (")
+        assert "own_envs.py, line" in found.problems[0]
+        assert not found.usable
+    assert any(text.startswith("it called sys.exit(3)") for text in inspect_env("own_envs:quits").checker)
+    with pytest.raises(ConfigError, match=r"own_envs:quits: making it failed: it called sys\.exit\(3\) \(.*own_envs.py, line"):
+        inspect_env("own_envs:quits", {"at": "make"})
+    assert "close() failed: it called sys.exit(3)" in " ".join(inspect_env("own_envs:quits", {"at": "close"}).problems)
 
 
 def test_a_start_that_the_seed_does_not_decide() -> None:

@@ -18,7 +18,7 @@ from localmotion.acting.episodes import Rollout
 from localmotion.cli import main
 from localmotion.envs import make_env
 from localmotion.envs.vector import VectorEnv, env_seed
-from localmotion.errors import ConfigError
+from localmotion.errors import ConfigError, EnvError
 from localmotion.evaluation.evaluate import evaluate_run
 from localmotion.methods.dreamer_v3 import DreamerV3
 from localmotion.models.policies import OneHotPolicy
@@ -234,6 +234,14 @@ def test_choices_are_collected(policy: str, tmp_path: Path) -> None:
     assert all("success" in episode for episode in found.episodes)
     with pytest.raises(ConfigError, match="the actions of own_envs:choices are choices, to which no noise can be added"):
         collect(CHOICES, tmp_path / "noisy", policy=policy, noise=0.1)
+
+
+def test_an_environment_that_ends_the_program_ends_an_episode(tmp_path: Path) -> None:
+    """It is a fault like any other: logged, and an error of the run after three."""
+    foreign.trust_env("own_envs:quits")
+    with pytest.raises(EnvError, match=r"own_envs:quits: step\(\) failed: it called sys\.exit\(3\) .*3 failures"):
+        finetune(run_of("dreamer_v2", "own_envs:quits"), tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"
 
 
 def test_an_expert_needs_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

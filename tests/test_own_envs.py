@@ -15,7 +15,7 @@ import pytest
 from gymnasium import spaces
 
 from localmotion import foreign
-from localmotion.cli import main
+from localmotion.acting.observer import Observer
 from localmotion.config import to_dict
 from localmotion.envs import check_env, make_env, trust_env
 from localmotion.envs.gym_env import GymEnv
@@ -235,10 +235,22 @@ def test_what_cannot_be_drawn_is_refused_before_a_run() -> None:
     with pytest.raises(EnvError, match=r"render\(\) returned uint8 of shape \(4, 4\)"):
         GymEnv("x", broken)
     broken.render = lambda: 1 / 0  # type: ignore[method-assign]
-    with pytest.raises(EnvError, match=r"x: cannot be drawn: ZeroDivisionError: .*test_own_envs.py, line"):
+    with pytest.raises(EnvError, match=r"x: render\(\) failed: ZeroDivisionError: .*test_own_envs.py, line"):
         GymEnv("x", broken)
     with pytest.raises(ConfigError, match="supersample=2 of own_envs:choices"):
         make_env(CHOICES, supersample=2)
+
+
+def test_an_interrupt_stays_an_interrupt() -> None:
+    env = make_env(CHOICES)
+    env.reset(seed=0)
+
+    def interrupted(action: Any) -> Any:
+        raise KeyboardInterrupt
+
+    env.inner.step = interrupted  # type: ignore[attr-defined]
+    with pytest.raises(KeyboardInterrupt):
+        Observer(env, None).step(one_hot(0))
 
 
 # 3. Names -----------------------------------------------------------------------------------------------------------------------
@@ -395,8 +407,8 @@ def test_a_file_has_nothing_imported(name: str, tmp_path: Path, capsys: pytest.C
     with pytest.raises(ConfigError, match="is imported only if you name it"):
         load_run(run)
     assert "theirs_code" not in sys.modules
-    with pytest.raises(SystemExit, match="imported"):
-        main(["evaluate", str(run), "--trust-env", name])
+    said = fails(capsys, "evaluate", str(run), "--trust-env", name)
+    assert "importing theirs_code failed: it called sys.exit('imported')" in said
 
 
 def test_a_study_of_an_environment_that_the_user_names(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from localmotion.envs.own import Own
 from localmotion.envs.spaces import picture_problem, read_actions, read_observations
 from localmotion.errors import ConfigError, LocalmotionError
 from localmotion.files import one_line
-from localmotion.foreign import cause
+from localmotion.foreign import FAULTS, cause
 from localmotion.methods.base import GOAL
 
 SMALL = 16
@@ -109,11 +109,14 @@ def inspect_env(name: str, options: Mapping[str, Any] | None = None, *, steps: i
             _compare(report, make)
         except LocalmotionError as error:
             report.problems.append(one_line(error).removeprefix(f"{name}: "))
-        except Exception as error:  # whatever the environment does
+        except FAULTS as error:  # whatever the environment does
             report.problems.append(f"playing it failed: {cause(error)}")
     _gymnasiums(report, found, given, limit)
     _methods(report, isinstance(inner.action_space, gymnasium.spaces.Discrete), goals)
-    inner.close()
+    try:
+        inner.close()
+    except FAULTS as error:
+        report.notes.append(f"close() failed: {cause(error)}")
     return report
 
 
@@ -289,8 +292,9 @@ def _gymnasiums(report: EnvReport, found: Own, options: Mapping[str, Any], limit
             env = found.inner(options, limit)
             gymnasiums_check(env.unwrapped, skip_render_check=True, skip_close_check=True)
             env.close()
-        except Exception as error:  # the checker asserts, and the environment may raise anything
-            report.checker.append(f"{type(error).__name__}: {one_line(error)}")
+        except FAULTS as error:  # the checker asserts, and the environment may raise anything
+            what = cause(error) if isinstance(error, SystemExit) else f"{type(error).__name__}: {one_line(error)}"
+            report.checker.append(what)
     texts = [one_line(re.sub("\x1b\\[[0-9]*m", "", str(warning.message))).removeprefix("WARN: ") for warning in caught]
     report.checker += list(dict.fromkeys(texts))
 

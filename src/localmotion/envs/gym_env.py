@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import gymnasium
@@ -12,8 +13,8 @@ from numpy.typing import NDArray
 
 from localmotion.envs.base import Observation, PixelEnv
 from localmotion.envs.spaces import fit, read_actions, read_observations
-from localmotion.errors import ConfigError, EnvError, LocalmotionError
-from localmotion.foreign import cause
+from localmotion.errors import ConfigError, EnvError, LocalmotionError, SimulationError
+from localmotion.foreign import FAULTS, cause
 
 TIME_LIMIT = 1000
 """Env steps of an episode if neither the environment nor the user limits it. A replay takes whole episodes only."""
@@ -30,7 +31,7 @@ class GymEnv(PixelEnv):
 
     Raises:
         ConfigError: a picture or an action space that cannot be used, or no picture at all; the message says what to do.
-        EnvError: an environment that cannot be reset or drawn.
+        EnvError: an environment that cannot be reset or drawn. Errors of its own code are SimulationErrors with the place.
     """
 
     def __init__(
@@ -76,20 +77,27 @@ class GymEnv(PixelEnv):
                 f"{self.name}: no picture: its observation has none (key image, pixels or rgb, H x W x 3), and its render_mode is"
                 f" {self.inner.render_mode!r}, not 'rgb_array'; make it with one of the two"
             )
+        self._begin(0)
+        self.picture()
+
+    @contextmanager
+    def _calls(self, what: str) -> Iterator[None]:
+        """Call the environment's own code inside this context: an error names the environment, the call and the place."""
         try:
-            self.inner.reset(seed=0)
-            self.picture()
+            yield
         except LocalmotionError:
             raise
-        except Exception as error:  # whatever the environment does
-            raise EnvError(f"{self.name}: cannot be drawn: {cause(error)}") from error
+        except FAULTS as error:
+            raise SimulationError(f"{self.name}: {what}() failed: {cause(error)}") from error
 
     def _begin(self, episode_seed: int) -> None:
-        found, _ = self.inner.reset(seed=episode_seed)
+        with self._calls("reset"):
+            found, _ = self.inner.reset(seed=episode_seed)
         self._seen, self._truncated, self._met = self.observations.split(found), False, None
 
     def _control(self, action: NDArray[np.float64]) -> tuple[float, bool]:
-        found, reward, terminated, truncated, info = self.inner.step(self.actions.given(action))
+        with self._calls("step"):
+            found, reward, terminated, truncated, info = self.inner.step(self.actions.given(action))
         self._seen, self._truncated = self.observations.split(found), bool(truncated)
         for key in SUCCESS:
             if key in info:
@@ -112,7 +120,8 @@ class GymEnv(PixelEnv):
         key = self.observations.picture
         if key is not None:
             return self.observations.image(self._seen, key)
-        drawn = self.inner.render()
+        with self._calls("render"):
+            drawn: Any = self.inner.render()
         if not isinstance(drawn, np.ndarray) or drawn.ndim != 3 or drawn.shape[-1] != 3 or drawn.dtype != np.uint8:
             what = f"{drawn.dtype} of shape {drawn.shape}" if isinstance(drawn, np.ndarray) else type(drawn).__name__
             raise EnvError(f"{self.name}: render() returned {what}; with render_mode 'rgb_array' it returns H x W x 3 uint8")
@@ -170,7 +179,8 @@ class GymEnv(PixelEnv):
 
     def close(self) -> None:
         """Close the environment itself."""
-        self.inner.close()
+        with self._calls("close"):
+            self.inner.close()
 
 
 def own_limit(inner: gymnasium.Env[Any, Any]) -> int | None:
