@@ -198,6 +198,7 @@ def _play(report: EnvReport, make: Callable[[], GymEnv], steps: int) -> None:
 
     played, length, ended = _Played(), 0, True
     env.show("vectors")  # a step then draws nothing
+    env.show_goal(env.has_goals)
     for step in range(steps):
         if ended:
             timed("reset", lambda: env.reset(seed=step))  # noqa: B023
@@ -217,8 +218,9 @@ def _play(report: EnvReport, make: Callable[[], GymEnv], steps: int) -> None:
     how = "averaged" if min(height, width) >= env.size else "resized"
     report.pictures = f"{source}, {height}x{width}, {how} to {env.size}x{env.size}{squeezed}"
     report.rewards = f"{min(played.rewards):g} to {max(played.rewards):g} an env step, mean {np.mean(played.rewards):.3g}"
-    if not all(np.isfinite(played.rewards)):
-        report.problems.append("a reward is not finite")
+    bad = np.flatnonzero(~np.isfinite(played.rewards))
+    if len(bad):
+        report.problems.append(f"reward is not finite ({played.rewards[bad[0]]}) at env step {bad[0] + 1} of {steps}")
     if not any(played.rewards):
         report.notes.append("all rewards were zero: random actions do not find what is rewarded")
     _ends(report, env, played, steps)
@@ -279,7 +281,7 @@ def _equal(one: list[Any], other: list[Any]) -> bool:
     def same(a: Any, b: Any) -> bool:
         if isinstance(a, dict):
             return a.keys() == b.keys() and all(np.array_equal(a[key], b[key]) for key in a)
-        return bool(a == b)
+        return bool(np.array_equal(a, b, equal_nan=True))  # a reward that is NaN both times
 
     return len(one) == len(other) and all(same(a, b) for a, b in zip(one, other, strict=True))
 
