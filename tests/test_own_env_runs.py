@@ -244,6 +244,30 @@ def test_an_environment_that_ends_the_program_ends_an_episode(tmp_path: Path) ->
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"
 
 
+@pytest.mark.parametrize("changed", [{"keep": 4}, {"keep": 1}, {"reward": None}, {"observation": {"speed": np.zeros(3)}}])
+def test_what_breaks_the_api_is_an_error_before_the_run(changed: dict[str, Any], tmp_path: Path) -> None:
+    foreign.trust_env("own_envs:wrong")
+    with pytest.raises(
+        EnvError, match=r"own_envs:wrong: (step\(\) returned 4|reset\(\) returned a dict|reward is None|.* has shape)"
+    ):
+        finetune(run_of("dreamer_v3", "own_envs:wrong", env_options=changed), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_later_it_ends_the_run_at_once_and_a_chance_is_tried_again(tmp_path: Path) -> None:
+    foreign.trust_env("own_envs:wrong")
+    for number, (changed, error, faults) in enumerate((
+        ({"reward": None}, r"reward is None; a number is needed$", False),
+        ({"observation": {"speed": np.array([0, np.nan])}}, r"'speed' is not finite \(nan\) at env step 3 of its .*3 failures", True),
+    )):  # fmt: skip
+        path = tmp_path / str(number)
+        with pytest.raises(EnvError, match=error):
+            finetune(run_of("dreamer_v3", "own_envs:wrong", env_options={**changed, "after": 3}), path)
+        logged = path / "metrics.jsonl"
+        assert (logged.exists() and '"fault"' in logged.read_text()) == faults
+        assert json.loads((path / "status.json").read_text())["agent_step"] > 0
+
+
 def test_an_expert_needs_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["expert", CHOICES, "--out", str(tmp_path / "x")])

@@ -26,7 +26,7 @@ from localmotion.runs.rundir import claimed, read_environment, run_dir
 from localmotion.runs.settings import recipe_of, with_recipe
 from localmotion.runs.sharing import local_run, pinned
 from localmotion.training import graphs
-from localmotion.training.checks import check_acting_stage, check_learns, check_phases, check_ranks
+from localmotion.training.checks import check_acting_stage, check_learns, check_phases, check_plays, check_ranks
 from localmotion.training.logged import LoggedLoop
 from localmotion.training.online import OnlineLoop
 from localmotion.training.rollout import RolloutLoop
@@ -56,6 +56,7 @@ def finetune(run: RunConfig, path: Path) -> Path:
     else:
         work = _online
     check_ranks(run)
+    check_plays(run)
     with ranks.joined(), claimed(path):
         return work(pinned(run, path), path, cls)
 
