@@ -254,6 +254,21 @@ def test_what_breaks_the_api_is_an_error_before_the_run(changed: dict[str, Any],
     assert not (tmp_path / "run").exists()
 
 
+def test_after_a_run_that_played_nothing_the_corrected_command_goes_on(
+    no_evaluation: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    foreign.trust_env("own_envs:quits")
+    path = tmp_path / "run"
+    with pytest.raises(EnvError, match="3 failures"):
+        finetune(run_of("dreamer_v2", "own_envs:quits"), path)
+    finetune(run_of("dreamer_v2", DRAWN, env_options={"limit": 8}), path)
+    assert f"{path.name}: nothing was played or learned there" in "".join(capsys.readouterr().out.split("\n"))
+    assert json.loads((path / "status.json").read_text())["state"] == "finished"
+    assert '"fault"' not in (path / "metrics.jsonl").read_text()
+    with pytest.raises(ConfigError, match="holds a run of other settings: env "):
+        finetune(run_of("dreamer_v2", "own_envs:quits"), path)
+
+
 def test_later_it_ends_the_run_at_once_and_a_chance_is_tried_again(tmp_path: Path) -> None:
     foreign.trust_env("own_envs:wrong")
     for number, (changed, error, faults) in enumerate((
