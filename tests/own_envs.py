@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import gymnasium
@@ -153,4 +154,43 @@ def breaking() -> Walk:
         return step(int(action) // (4 - made.steps))
 
     made.step = wrong  # type: ignore[method-assign]
+    return made
+
+
+def quits(at: str = "step") -> Walk:
+    """Ends the program where it is asked to: make, reset, step, render or close."""
+    if at == "make":
+        sys.exit(3)
+    made = drawn(render_mode="rgb_array")
+    setattr(made, at, lambda *_, **__: sys.exit(3))
+    return made
+
+
+def wrong(**changed: Any) -> Walk:
+    """`reset` and `step` return something else: ``observation``, ``reward``, ``truncated`` or ``info``, or ``keep`` of the values alone.
+
+    ``observation`` changes parts by key; None takes one away. ``after``: from this env step on. ``floats``: pictures are floats.
+    """
+    keep, after = changed.get("keep"), changed.get("after", 0)
+    image = spaces.Box(0, 1, (32, 32, 3), np.float32) if changed.get("floats") else picture(32, 32, 3)
+    made = Walk(spaces.Dict({"image": image, "goal": picture(32, 32, 3), **NUMBERS}), spaces.Discrete(3))
+    reset, step = made.reset, made.step
+
+    def seen(observation: Any) -> Any:
+        change = changed.get("observation", {})
+        if not isinstance(change, dict) or made.steps < after:
+            return observation if made.steps < after else change
+        return {key: value for key, value in {**observation, **change}.items() if value is not None}
+
+    def begin(**given: Any) -> Any:
+        observation, info = reset(**given)
+        return seen(observation) if keep == 1 else (seen(observation), info)
+
+    def go(action: Any) -> Any:
+        observation, reward, terminated, truncated, info = step(action)
+        given = {"reward": reward, "truncated": truncated, "info": info} | (changed if made.steps >= after else {})
+        found = (seen(observation), given["reward"], terminated, given["truncated"], given["info"])
+        return found[:keep]
+
+    made.reset, made.step = begin, go  # type: ignore[method-assign]
     return made

@@ -15,7 +15,8 @@ from localmotion.config import PRESETS, all_docs, assign, leaves, nested, to_dic
 from localmotion.errors import ConfigError
 from localmotion.limits import limits
 from localmotion.methods.base import Source
-from localmotion.runs.settings import compose, from_dict
+from localmotion.recipe import Recipe
+from localmotion.runs.settings import compose, from_dict, with_recipe
 from localmotion.training.checks import check_begins, check_decay, check_length
 from localmotion.training.finetune import finetune
 from method_batches import AGENTS
@@ -169,7 +170,7 @@ def test_a_run_of_an_older_version_goes_on_and_one_of_other_settings_does_not(tm
     from localmotion.runs.rundir import RunDir
 
     run = compose("drp", "train", preset="debug", env="toy:dot")
-    RunDir(tmp_path / "run", run)
+    RunDir(tmp_path / "run", run).status("interrupted", agent_step=1)
     saved = json.loads((tmp_path / "run" / "config.json").read_text())
     del saved["env_options"], saved["model"]["world"]["context_copy"]
     (tmp_path / "run" / "config.json").write_text(json.dumps(saved))
@@ -183,6 +184,55 @@ def test_a_run_of_an_older_version_goes_on_and_one_of_other_settings_does_not(tm
     (tmp_path / "run" / "config.json").write_text(json.dumps(saved))
     with pytest.raises(ConfigError, match="holds a run of other settings"):
         RunDir(tmp_path / "run", run)
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "begun"),
+    [
+        ("status.json", '{"state": "failed", "agent_step": 0, "env_step": 0}', False),
+        ("status.json", '{"state": "running", "update": 0}', False),  # killed: nobody else has the lock
+        ("status.json", '{"state": "failed", "agent_step": 2, "env_step": 4}', True),
+        ("status.json", '{"state": "interrupted", "update": 1}', True),
+        ("status.json", '{"state": "running", "upd', True),
+        ("metrics.jsonl", '{"kind": "fault", "update": 0, "agent_step": 0}\n', False),
+        ("metrics.jsonl", '{"kind": "heldout", "update": 0}\n{"kind": "pretrain", "update": 9}\n', True),
+        ("metrics.jsonl", '{"kind": "episode", "update": 0, "agent_step": 30}\n', True),
+        ("metrics.jsonl", '{"kind": "epi', True),
+        ("checkpoints/0000000000/COMPLETE", "", True),
+        ("checkpoints/0000000000/state.json", "", False),
+    ],
+)
+def test_a_run_that_did_nothing_takes_other_settings(
+    file: str, text: str, begun: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What may have done something keeps its settings."""
+    from localmotion.runs.rundir import RunDir
+
+    run, other = (compose("drp", "train", preset="debug", env=env) for env in ("toy:dot", "toy:block"))
+    path = tmp_path / "run"
+    RunDir(path, run)
+    (path / file).parent.mkdir(parents=True, exist_ok=True)
+    (path / file).write_text(text)
+    if begun:
+        with pytest.raises(ConfigError, match=r"holds a run of other settings: env \('toy:dot' there, 'toy:block' now\)"):
+            RunDir(path, other)
+    else:
+        RunDir(path, other)
+        assert "nothing was played or learned there" in " ".join(capsys.readouterr().out.split())
+    assert json.loads((path / "config.json").read_text())["env"] == ("toy:dot" if begun else "toy:block")
+
+
+def test_nothing_of_a_run_that_did_nothing_binds_the_next_command(tmp_path: Path) -> None:
+    """Neither its recipe, nor the decisions at its start."""
+    from localmotion.runs.rundir import RunDir, earlier, read_environment
+
+    run = compose("drp", "train", preset="debug", env="toy:dot")
+    out = RunDir(tmp_path, dataclasses.replace(run, recipe=Recipe(size=32, percept_size=32)))
+    out.environment({"device": "cpu", "precision": "bf16"})
+    for state, binds in (({"update": 0}, False), ({"update": 1}, True)):
+        out.status("failed", **state)
+        assert bool(with_recipe(dataclasses.replace(run, recipe=None), earlier(tmp_path)).recipe) == binds
+        assert ("precision" in read_environment(earlier(tmp_path))) == binds
 
 
 @pytest.mark.parametrize("preset", ["paper", "small", "tiny", "debug"])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
+import numpy as np
 import pytest
 
 from localmotion import foreign, methods
@@ -83,8 +85,44 @@ def test_all_problems_are_said_at_once() -> None:
 def test_what_happens_in_play_is_a_problem_too() -> None:
     trust_env("own_envs:breaking")
     found = inspect_env("own_envs:breaking", steps=10)
-    assert found.problems[0].startswith("playing it failed: ZeroDivisionError: ")
+    assert found.problems[0].startswith("step() failed: ZeroDivisionError: ")
     assert "own_envs.py, line" in found.problems[0]
+
+
+def test_a_program_that_ends_itself_is_a_problem() -> None:
+    trust_env("own_envs:quits")
+    for at in ("reset", "step", "render"):
+        found = inspect_env("own_envs:quits", {"at": at}, steps=10)
+        assert found.problems[0].startswith(f"{at}() failed: it called sys.exit(3) (")
+        assert "own_envs.py, line" in found.problems[0]
+        assert not found.usable
+    assert any(text.startswith("it called sys.exit(3)") for text in inspect_env("own_envs:quits").checker)
+    with pytest.raises(ConfigError, match=r"own_envs:quits: making it failed: it called sys\.exit\(3\) \(.*own_envs.py, line"):
+        inspect_env("own_envs:quits", {"at": "make"})
+    assert "close() failed: it called sys.exit(3)" in " ".join(inspect_env("own_envs:quits", {"at": "close"}).problems)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"keep": 4}, "step() returned 4 values; gymnasium's API has 5: observation, reward, terminated, truncated, info (gym's"),
+        ({"keep": 1}, "reset() returned a dict; gymnasium's API has 2: observation, info"),
+        ({"reward": None}, "reward is None; a number is needed"),
+        ({"observation": {"goal": np.zeros((8, 8, 3), np.uint8)}}, "observation 'goal' has shape (8, 8, 3), its space says"),
+        (
+            {"observation": {"speed": np.array([0, np.nan])}},
+            "observation 'speed' is not finite (nan) at env step 0 of its episode",
+        ),
+        ({"reward": float("nan")}, "reward is not finite (nan) at env step 1 of 5"),
+    ],
+)
+def test_what_breaks_the_api_is_a_problem(changed: dict[str, Any], said: str) -> None:
+    trust_env("own_envs:wrong")
+    found = inspect_env("own_envs:wrong", changed, steps=5)
+    assert found.problems[0].startswith(said)
+    assert len(found.problems) == 1
+    assert not found.usable
+    assert "differs" not in found.repeatable  # NaN is equal to NaN here
 
 
 def test_a_start_that_the_seed_does_not_decide() -> None:

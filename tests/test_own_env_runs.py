@@ -18,7 +18,7 @@ from localmotion.acting.episodes import Rollout
 from localmotion.cli import main
 from localmotion.envs import make_env
 from localmotion.envs.vector import VectorEnv, env_seed
-from localmotion.errors import ConfigError
+from localmotion.errors import ConfigError, EnvError
 from localmotion.evaluation.evaluate import evaluate_run
 from localmotion.methods.dreamer_v3 import DreamerV3
 from localmotion.models.policies import OneHotPolicy
@@ -234,6 +234,53 @@ def test_choices_are_collected(policy: str, tmp_path: Path) -> None:
     assert all("success" in episode for episode in found.episodes)
     with pytest.raises(ConfigError, match="the actions of own_envs:choices are choices, to which no noise can be added"):
         collect(CHOICES, tmp_path / "noisy", policy=policy, noise=0.1)
+
+
+def test_an_environment_that_ends_the_program_ends_an_episode(tmp_path: Path) -> None:
+    """It is a fault like any other: logged, and an error of the run after three."""
+    foreign.trust_env("own_envs:quits")
+    with pytest.raises(EnvError, match=r"own_envs:quits: step\(\) failed: it called sys\.exit\(3\) .*3 failures"):
+        finetune(run_of("dreamer_v2", "own_envs:quits"), tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"
+
+
+@pytest.mark.parametrize("changed", [{"keep": 4}, {"keep": 1}, {"reward": None}, {"observation": {"speed": np.zeros(3)}}])
+def test_what_breaks_the_api_is_an_error_before_the_run(changed: dict[str, Any], tmp_path: Path) -> None:
+    foreign.trust_env("own_envs:wrong")
+    with pytest.raises(
+        EnvError, match=r"own_envs:wrong: (step\(\) returned 4|reset\(\) returned a dict|reward is None|.* has shape)"
+    ):
+        finetune(run_of("dreamer_v3", "own_envs:wrong", env_options=changed), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_after_a_run_that_played_nothing_the_corrected_command_goes_on(
+    no_evaluation: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    foreign.trust_env("own_envs:quits")
+    path = tmp_path / "run"
+    with pytest.raises(EnvError, match="3 failures"):
+        finetune(run_of("dreamer_v2", "own_envs:quits"), path)
+    finetune(run_of("dreamer_v2", DRAWN, env_options={"limit": 8}), path)
+    assert f"{path.name}: nothing was played or learned there" in "".join(capsys.readouterr().out.split("\n"))
+    assert json.loads((path / "status.json").read_text())["state"] == "finished"
+    assert '"fault"' not in (path / "metrics.jsonl").read_text()
+    with pytest.raises(ConfigError, match="holds a run of other settings: env "):
+        finetune(run_of("dreamer_v2", "own_envs:quits"), path)
+
+
+def test_later_it_ends_the_run_at_once_and_a_chance_is_tried_again(tmp_path: Path) -> None:
+    foreign.trust_env("own_envs:wrong")
+    for number, (changed, error, faults) in enumerate((
+        ({"reward": None}, r"reward is None; a number is needed$", False),
+        ({"observation": {"speed": np.array([0, np.nan])}}, r"'speed' is not finite \(nan\) at env step 3 of its .*3 failures", True),
+    )):  # fmt: skip
+        path = tmp_path / str(number)
+        with pytest.raises(EnvError, match=error):
+            finetune(run_of("dreamer_v3", "own_envs:wrong", env_options={**changed, "after": 3}), path)
+        logged = path / "metrics.jsonl"
+        assert (logged.exists() and '"fault"' in logged.read_text()) == faults
+        assert json.loads((path / "status.json").read_text())["agent_step"] > 0
 
 
 def test_an_expert_needs_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,15 +12,16 @@ import cv2
 import gymnasium
 import numpy as np
 import pytest
+import torch
 from gymnasium import spaces
 
 from localmotion import foreign
-from localmotion.cli import main
+from localmotion.acting.observer import Observer
 from localmotion.config import to_dict
 from localmotion.envs import check_env, make_env, trust_env
 from localmotion.envs.gym_env import GymEnv
 from localmotion.envs.spaces import read_actions, read_observations
-from localmotion.errors import ConfigError, EnvError
+from localmotion.errors import ConfigError, EnvError, SimulationError
 from localmotion.runs.load import load_run
 from localmotion.runs.settings import compose
 from localmotion.training.study import load_study
@@ -235,10 +236,98 @@ def test_what_cannot_be_drawn_is_refused_before_a_run() -> None:
     with pytest.raises(EnvError, match=r"render\(\) returned uint8 of shape \(4, 4\)"):
         GymEnv("x", broken)
     broken.render = lambda: 1 / 0  # type: ignore[method-assign]
-    with pytest.raises(EnvError, match=r"x: cannot be drawn: ZeroDivisionError: .*test_own_envs.py, line"):
+    with pytest.raises(EnvError, match=r"x: render\(\) failed: ZeroDivisionError: .*test_own_envs.py, line"):
         GymEnv("x", broken)
     with pytest.raises(ConfigError, match="supersample=2 of own_envs:choices"):
         make_env(CHOICES, supersample=2)
+
+
+API = r"; gymnasium's API has 5: observation, reward, terminated, truncated, info"
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"keep": 4}, rf"step\(\) returned 4 values{API} \(gym's old API had 4: split done"),
+        ({"keep": 3}, rf"step\(\) returned 3 values{API}$"),
+        ({"keep": 1}, r"reset\(\) returned a dict; gymnasium's API has 2: observation, info$"),
+        ({"reward": None}, "reward is None; a number is needed"),
+        ({"reward": np.zeros(2)}, r"reward is an array of shape \(2,\); a number is needed"),
+        ({"reward": "3"}, "reward is '3'; a number is needed"),
+        ({"truncated": {}}, "truncated is a dict; True or False is needed"),
+        ({"truncated": np.zeros(2, bool)}, r"truncated is an array of shape \(2,\); True or False is needed"),
+        ({"info": None}, "info is None; a dict is needed"),
+        ({"info": {"success": None}}, r"info\['success'\] is None; a number is needed"),
+        (
+            {"observation": np.zeros(3)},
+            r"the observation is an array of shape \(3,\); its space is a Dict of goal, image, kind, pos",
+        ),
+        (
+            {"observation": {"speed": None}},
+            "the observation has no 'speed', its space has it; it has goal, image, kind, position",
+        ),
+        ({"observation": {"speed": np.zeros(3)}}, r"observation 'speed' has shape \(3,\), its space says \(2,\)"),
+        ({"observation": {"speed": "fast"}}, "observation 'speed' is 'fast', which its space does not have: Box"),
+        ({"observation": {"kind": 3}}, r"observation 'kind' is 3, which its space does not have: Discrete\(3\)"),
+        ({"observation": {"kind": -1}}, r"observation 'kind' is -1, which its space does not have: Discrete\(3\)"),
+        ({"observation": {"image": np.zeros((8, 8, 3), np.uint8)}}, r"observation 'image' has shape \(8, 8, 3\), its space says"),
+    ],
+)
+def test_what_breaks_the_api_is_named(changed: dict[str, Any], said: str) -> None:
+    """As misuse and not as a fault of the simulator, which would be tried again."""
+    trust_env("own_envs:wrong")
+    env = make_env("own_envs:wrong", **changed)
+
+    def play() -> None:
+        env.reset(seed=0)
+        env.step(one_hot(0))
+
+    with pytest.raises(EnvError, match=f"^own_envs:wrong: {said}") as caught:
+        play()
+    assert not isinstance(caught.value, SimulationError)
+
+
+@pytest.mark.parametrize("reward", [2, True, np.float32(2), np.array(2.0), np.array([2.0]), torch.tensor(2.0)])
+def test_what_counts_as_a_number(reward: Any) -> None:
+    trust_env("own_envs:wrong")
+    env = make_env("own_envs:wrong", reward=reward)
+    env.reset(seed=0)
+    assert env.step(one_hot(0))[1] == (2.0 if reward is not True else 1.0)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("observed", ["pixels", "vectors", "both"])
+def test_numbers_that_are_not_finite_are_a_fault(value: float, observed: Any) -> None:
+    trust_env("own_envs:wrong")
+    env = make_env("own_envs:wrong", observed=observed, observation={"speed": np.array([0.0, value])}, after=2)
+    env.reset(seed=0)
+    env.step(one_hot(0))
+    with pytest.raises(
+        SimulationError, match=rf"^own_envs:wrong: observation 'speed' is not finite \({value}\) at env step 2 of its"
+    ):
+        env.step(one_hot(0))
+
+
+def test_pictures_that_are_not_finite_are_a_fault() -> None:
+    trust_env("own_envs:wrong")
+    spoilt = np.full((32, 32, 3), 0.5, np.float32)
+    env = make_env("own_envs:wrong", floats=True, observation={"image": spoilt})
+    assert (env.reset(seed=0)[0]["image"] == 128).all()
+    spoilt[3, 4, 1] = np.nan
+    with pytest.raises(SimulationError, match=r"observation 'image' is not finite \(nan\) at env step 1"):
+        env.step(one_hot(0))
+
+
+def test_an_interrupt_stays_an_interrupt() -> None:
+    env = make_env(CHOICES)
+    env.reset(seed=0)
+
+    def interrupted(action: Any) -> Any:
+        raise KeyboardInterrupt
+
+    env.inner.step = interrupted  # type: ignore[attr-defined]
+    with pytest.raises(KeyboardInterrupt):
+        Observer(env, None).step(one_hot(0))
 
 
 # 3. Names -----------------------------------------------------------------------------------------------------------------------
@@ -395,8 +484,8 @@ def test_a_file_has_nothing_imported(name: str, tmp_path: Path, capsys: pytest.C
     with pytest.raises(ConfigError, match="is imported only if you name it"):
         load_run(run)
     assert "theirs_code" not in sys.modules
-    with pytest.raises(SystemExit, match="imported"):
-        main(["evaluate", str(run), "--trust-env", name])
+    said = fails(capsys, "evaluate", str(run), "--trust-env", name)
+    assert "importing theirs_code failed: it called sys.exit('imported')" in said
 
 
 def test_a_study_of_an_environment_that_the_user_names(tmp_path: Path) -> None:

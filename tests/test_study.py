@@ -160,7 +160,15 @@ def test_a_run_that_has_not_begun_may_be_corrected(tmp_path: Path, monkeypatch: 
     assert "online.env_steps=200" in given
     assert json.loads((out / "study.json").read_text())["DreamerV2-toy_dot-0"].count("online.env_steps=200") == 1
     (out / "runs" / "DreamerV2-toy_dot-0" / "config.json").touch()
-    run_study(changed, out)
+    status = out / "runs" / "DreamerV2-toy_dot-0" / "status.json"
+    status.write_text('{"state": "failed", "agent_step": 0}')  # at its first step: nothing was played
+    run_study(write(tmp_path, STUDY.replace("env_steps: 160", "env_steps: 300")), out)
+    run_study(write(tmp_path, STUDY.replace("env_steps: 160", "env_steps: 200")), out)
+    status.write_text('{"state": "running", "agent_step": 0}')  # perhaps on another machine
+    with pytest.raises(ConfigError, match="with other settings"):
+        run_study(write(tmp_path, STUDY.replace("env_steps: 160", "env_steps: 300")), out)
+    status.write_text('{"state": "interrupted", "agent_step": 3}')
+    run_study(write(tmp_path, STUDY.replace("env_steps: 160", "env_steps: 200")), out)
     with pytest.raises(
         ConfigError, match=r"says: preset \(debug there, tiny now\), online.env_steps \(200 there, not set now\); ch"
     ):

@@ -17,6 +17,8 @@ from localmotion.errors import ConfigError, MissingExtraError
 from localmotion.files import one_line
 
 _trusted: list[str] = []
+FAULTS = (Exception, SystemExit)
+"""What somebody's code raises when it fails. A call of sys.exit would end the program without a word. KeyboardInterrupt is the user's."""
 
 
 def trust_env(name: str) -> None:
@@ -52,14 +54,18 @@ def import_named(module: str, who: str) -> ModuleType:
             f"{who}: there is no module {error.name!r}; run the command in the folder that has it, add that folder to PYTHONPATH, or"
             " install its package"
         ) from error
-    except Exception as error:  # whatever a module does when it is imported
+    except FAULTS as error:  # whatever a module does when it is imported
         raise ConfigError(f"{who}: importing {module} failed: {cause(error)}; fix the module") from error
 
 
-def cause(error: Exception) -> str:
+def cause(error: BaseException) -> str:
     """An error of somebody's code on one line, with the place where it was raised."""
     at = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {one_line(error)} ({at.filename}, line {at.lineno})"
+    if isinstance(error, SystemExit):
+        text = f"it called sys.exit({'' if error.code is None else one_line(repr(error.code))})"
+    else:
+        text = f"{type(error).__name__}: {one_line(error)}"
+    return f"{text} ({at.filename}, line {at.lineno})"
 
 
 def entries(group: str) -> dict[str, list[EntryPoint]]:

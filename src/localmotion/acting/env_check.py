@@ -21,7 +21,7 @@ from localmotion.envs.own import Own
 from localmotion.envs.spaces import picture_problem, read_actions, read_observations
 from localmotion.errors import ConfigError, LocalmotionError
 from localmotion.files import one_line
-from localmotion.foreign import cause
+from localmotion.foreign import FAULTS, cause
 from localmotion.methods.base import GOAL
 
 SMALL = 16
@@ -109,11 +109,14 @@ def inspect_env(name: str, options: Mapping[str, Any] | None = None, *, steps: i
             _compare(report, make)
         except LocalmotionError as error:
             report.problems.append(one_line(error).removeprefix(f"{name}: "))
-        except Exception as error:  # whatever the environment does
+        except FAULTS as error:  # whatever the environment does
             report.problems.append(f"playing it failed: {cause(error)}")
     _gymnasiums(report, found, given, limit)
     _methods(report, isinstance(inner.action_space, gymnasium.spaces.Discrete), goals)
-    inner.close()
+    try:
+        inner.close()
+    except FAULTS as error:
+        report.notes.append(f"close() failed: {cause(error)}")
     return report
 
 
@@ -195,6 +198,7 @@ def _play(report: EnvReport, make: Callable[[], GymEnv], steps: int) -> None:
 
     played, length, ended = _Played(), 0, True
     env.show("vectors")  # a step then draws nothing
+    env.show_goal(env.has_goals)
     for step in range(steps):
         if ended:
             timed("reset", lambda: env.reset(seed=step))  # noqa: B023
@@ -214,8 +218,9 @@ def _play(report: EnvReport, make: Callable[[], GymEnv], steps: int) -> None:
     how = "averaged" if min(height, width) >= env.size else "resized"
     report.pictures = f"{source}, {height}x{width}, {how} to {env.size}x{env.size}{squeezed}"
     report.rewards = f"{min(played.rewards):g} to {max(played.rewards):g} an env step, mean {np.mean(played.rewards):.3g}"
-    if not all(np.isfinite(played.rewards)):
-        report.problems.append("a reward is not finite")
+    bad = np.flatnonzero(~np.isfinite(played.rewards))
+    if len(bad):
+        report.problems.append(f"reward is not finite ({played.rewards[bad[0]]}) at env step {bad[0] + 1} of {steps}")
     if not any(played.rewards):
         report.notes.append("all rewards were zero: random actions do not find what is rewarded")
     _ends(report, env, played, steps)
@@ -276,7 +281,7 @@ def _equal(one: list[Any], other: list[Any]) -> bool:
     def same(a: Any, b: Any) -> bool:
         if isinstance(a, dict):
             return a.keys() == b.keys() and all(np.array_equal(a[key], b[key]) for key in a)
-        return bool(a == b)
+        return bool(np.array_equal(a, b, equal_nan=True))  # a reward that is NaN both times
 
     return len(one) == len(other) and all(same(a, b) for a, b in zip(one, other, strict=True))
 
@@ -289,8 +294,9 @@ def _gymnasiums(report: EnvReport, found: Own, options: Mapping[str, Any], limit
             env = found.inner(options, limit)
             gymnasiums_check(env.unwrapped, skip_render_check=True, skip_close_check=True)
             env.close()
-        except Exception as error:  # the checker asserts, and the environment may raise anything
-            report.checker.append(f"{type(error).__name__}: {one_line(error)}")
+        except FAULTS as error:  # the checker asserts, and the environment may raise anything
+            what = cause(error) if isinstance(error, SystemExit) else f"{type(error).__name__}: {one_line(error)}"
+            report.checker.append(what)
     texts = [one_line(re.sub("\x1b\\[[0-9]*m", "", str(warning.message))).removeprefix("WARN: ") for warning in caught]
     report.checker += list(dict.fromkeys(texts))
 

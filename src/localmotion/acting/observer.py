@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from localmotion import methods
 from localmotion.config import RunConfig
 from localmotion.errors import LocalmotionError, SimulationError
+from localmotion.foreign import FAULTS
 from localmotion.methods.base import GOAL
 from localmotion.recipe import Motion, Recipe
 
@@ -107,7 +108,7 @@ class Observer:
             return ask()
         except LocalmotionError:
             raise
-        except Exception as error:
+        except FAULTS as error:
             raise SimulationError(f"{self._name}: {type(error).__name__}: {error}") from error
         finally:
             self.seconds["env"] += time.perf_counter() - began

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import gymnasium
@@ -11,9 +12,10 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 
 from localmotion.envs.base import Observation, PixelEnv
+from localmotion.envs.returned import RESET, STEP, flag, mapping, number, values
 from localmotion.envs.spaces import fit, read_actions, read_observations
-from localmotion.errors import ConfigError, EnvError, LocalmotionError
-from localmotion.foreign import cause
+from localmotion.errors import ConfigError, EnvError, LocalmotionError, SimulationError
+from localmotion.foreign import FAULTS, cause
 
 TIME_LIMIT = 1000
 """Env steps of an episode if neither the environment nor the user limits it. A replay takes whole episodes only."""
@@ -30,7 +32,7 @@ class GymEnv(PixelEnv):
 
     Raises:
         ConfigError: a picture or an action space that cannot be used, or no picture at all; the message says what to do.
-        EnvError: an environment that cannot be reset or drawn.
+        EnvError: an environment that cannot be reset or drawn. Errors of its own code are SimulationErrors with the place.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class GymEnv(PixelEnv):
         self.metadata = {**self.metadata, "render_fps": inner.metadata.get("render_fps") or self.metadata["render_fps"]}
         self._set_space(self._pictures)
         self._seen: Mapping[str, Any] = {}
+        self._at = 0  # env steps of this episode
         self._truncated = False
         self._met: float | None = None
         if self.observations.picture is None:
@@ -76,25 +79,47 @@ class GymEnv(PixelEnv):
                 f"{self.name}: no picture: its observation has none (key image, pixels or rgb, H x W x 3), and its render_mode is"
                 f" {self.inner.render_mode!r}, not 'rgb_array'; make it with one of the two"
             )
+        self._begin(0)
+        self.picture()
+
+    @contextmanager
+    def _calls(self, what: str) -> Iterator[None]:
+        """Call the environment's own code inside this context: an error names the environment, the call and the place."""
         try:
-            self.inner.reset(seed=0)
-            self.picture()
+            yield
         except LocalmotionError:
             raise
-        except Exception as error:  # whatever the environment does
-            raise EnvError(f"{self.name}: cannot be drawn: {cause(error)}") from error
+        except FAULTS as error:
+            raise SimulationError(f"{self.name}: {what}() failed: {cause(error)}") from error
+
+    @contextmanager
+    def _reads(self) -> Iterator[None]:
+        """Read what the environment returned inside this context: an error names the environment."""
+        try:
+            yield
+        except SimulationError as error:
+            raise SimulationError(f"{self.name}: {error} at env step {self._at} of its episode") from error
+        except EnvError as error:
+            raise EnvError(f"{self.name}: {error}") from error
 
     def _begin(self, episode_seed: int) -> None:
-        found, _ = self.inner.reset(seed=episode_seed)
-        self._seen, self._truncated, self._met = self.observations.split(found), False, None
+        with self._calls("reset"):
+            returned = self.inner.reset(seed=episode_seed)
+        self._at, self._truncated, self._met = 0, False, None
+        with self._reads():
+            self._seen = self.observations.split(values("reset", returned, RESET)[0])
 
     def _control(self, action: NDArray[np.float64]) -> tuple[float, bool]:
-        found, reward, terminated, truncated, info = self.inner.step(self.actions.given(action))
-        self._seen, self._truncated = self.observations.split(found), bool(truncated)
-        for key in SUCCESS:
-            if key in info:
-                self._met = max(self._met or 0.0, float(info[key]))
-        return float(reward), bool(terminated)
+        with self._calls("step"):
+            returned = self.inner.step(self.actions.given(action))
+        self._at += 1
+        with self._reads():
+            found, reward, terminated, truncated, info = values("step", returned, STEP)
+            self._seen, self._truncated = self.observations.split(found), flag("truncated", truncated)
+            for key in SUCCESS:
+                if key in mapping("info", info):
+                    self._met = max(self._met or 0.0, number(f"info[{key!r}]", info[key]))
+            return number("reward", reward), flag("terminated", terminated)
 
     def _cut(self) -> bool:
         return self._truncated
@@ -111,8 +136,10 @@ class GymEnv(PixelEnv):
         """The current picture as the environment gives it, (H, W, 3)."""
         key = self.observations.picture
         if key is not None:
-            return self.observations.image(self._seen, key)
-        drawn = self.inner.render()
+            with self._reads():
+                return self.observations.image(self._seen, key)
+        with self._calls("render"):
+            drawn: Any = self.inner.render()
         if not isinstance(drawn, np.ndarray) or drawn.ndim != 3 or drawn.shape[-1] != 3 or drawn.dtype != np.uint8:
             what = f"{drawn.dtype} of shape {drawn.shape}" if isinstance(drawn, np.ndarray) else type(drawn).__name__
             raise EnvError(f"{self.name}: render() returned {what}; with render_mode 'rgb_array' it returns H x W x 3 uint8")
@@ -133,13 +160,13 @@ class GymEnv(PixelEnv):
         super().show_goal(on)
 
     def _goal_picture(self, episode_seed: int) -> tuple[NDArray[np.uint8], bool]:
-        picture = self.observations.image(self._seen, self.observations.goal or "")
+        with self._reads():
+            picture = self.observations.image(self._seen, self.observations.goal or "")
         return self._averaged(fit(picture, self.draw_size)), True
 
     def vector(self) -> NDArray[np.float64]:
         """All numbers of the observation, (V,); V is 0 if it has none."""
-        parts = [self.observations.vector(self._seen, key) for key in self.recorded]
-        return np.concatenate([np.zeros(0), *parts])
+        return np.concatenate([np.zeros(0), *self._numbers().values()])
 
     def state(self) -> NDArray[np.float64]:
         """As `vector`: the simulator's own state is not known."""
@@ -150,7 +177,12 @@ class GymEnv(PixelEnv):
         super()._set_space({**own, **boxes})
 
     def _observe(self) -> Observation:
-        return {**{key: self.observations.vector(self._seen, key) for key in self.recorded}, **super()._observe()}
+        return {**self._numbers(), **super()._observe()}
+
+    def _numbers(self) -> Observation:
+        """The numbers of the newest observation, by key."""
+        with self._reads():
+            return {key: self.observations.vector(self._seen, key) for key in self.recorded}
 
     def _info(self, env_steps: int) -> dict[str, Any]:
         met, self._met = self._met, None
@@ -170,7 +202,8 @@ class GymEnv(PixelEnv):
 
     def close(self) -> None:
         """Close the environment itself."""
-        self.inner.close()
+        with self._calls("close"):
+            self.inner.close()
 
 
 def own_limit(inner: gymnasium.Env[Any, Any]) -> int | None:

@@ -26,7 +26,7 @@ from gymnasium.envs.registration import EnvSpec, load_env_creator
 
 from localmotion.envs.gym_env import GymEnv
 from localmotion.errors import ConfigError, LocalmotionError, unknown_name
-from localmotion.foreign import cause, entries, import_named, see_working_folder, trusted_envs
+from localmotion.foreign import FAULTS, cause, entries, import_named, see_working_folder, trusted_envs
 
 GROUP = "localmotion.envs"
 """Group of the entry points. The name of each is the name of its suite."""
@@ -61,7 +61,7 @@ class Own:
             found = self.make(self._all(options), time_limit)
         except LocalmotionError:
             raise
-        except Exception as error:  # whatever somebody's code does
+        except FAULTS as error:  # whatever somebody's code does
             raise ConfigError(f"{self.name}: making it failed: {cause(error)}") from error
         if not isinstance(found, gymnasium.Env):
             raise ConfigError(f"{self.name}: returned {type(found).__name__}, not a gymnasium.Env")

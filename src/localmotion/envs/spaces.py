@@ -11,7 +11,8 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
-from localmotion.errors import ConfigError, EnvError
+from localmotion.envs.returned import said
+from localmotion.errors import ConfigError, EnvError, SimulationError
 from localmotion.files import one_line
 
 PICTURES = ("image", "pixels", "rgb")
@@ -69,25 +70,64 @@ class Observations:
     """Keys of the other parts, and why they are not used."""
 
     def split(self, observation: Any) -> Mapping[str, Any]:
-        """An observation by key."""
-        return observation if self.keyed else {next(iter(self.parts)): observation}
+        """An observation by key. Raises EnvError for one that is no dict although its space is one."""
+        if not self.keyed:
+            return {next(iter(self.parts)): observation}
+        if not isinstance(observation, Mapping):
+            raise EnvError(f"the observation is {said(observation)}; its space is a Dict of {', '.join(self.parts)}")
+        return observation
 
     def length(self, key: str) -> int:
         """Number of numbers of a part."""
         return int(spaces.flatdim(self.parts[key]))
 
     def vector(self, seen: Mapping[str, Any], key: str) -> NDArray[np.float32]:
-        """A part as one vector (`gymnasium.spaces.flatten`: one of n choices is a one-hot vector)."""
-        return np.asarray(spaces.flatten(self.parts[key], seen[key])).astype(np.float32)
+        """A part as one vector (`gymnasium.spaces.flatten`: one of n choices is a one-hot vector).
+
+        Raises EnvError for what the space cannot have, SimulationError for numbers that are not finite.
+        """
+        value, space = _value(seen, key), self.parts[key]
+        try:
+            _check_choices(space, value)
+            with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, which is an error below
+                found = np.asarray(spaces.flatten(space, value)).astype(np.float32)
+        except Exception as error:  # gymnasium flattens whatever it is given
+            raise EnvError(f"observation {key!r} is {said(value)}, which its space does not have: {space!s:.100}") from error
+        if len(found) != self.length(key):
+            raise EnvError(f"observation {key!r} has shape {np.shape(value)}, its space says {space.shape}")
+        _check_finite(key, found)
+        return found
 
     def image(self, seen: Mapping[str, Any], key: str) -> NDArray[np.uint8]:
-        """A picture part as (H, W, 3) uint8. Floats in 0..1 are multiplied by 255 and rounded."""
-        value, space = np.asarray(seen[key]), self.parts[key]
+        """A picture part as (H, W, 3) uint8. Floats in 0..1 are multiplied by 255 and rounded. Raises as `vector`."""
+        value, space = np.asarray(_value(seen, key)), self.parts[key]
         if value.shape != space.shape:
             raise EnvError(f"observation {key!r} has shape {value.shape}, its space says {space.shape}")
         if value.dtype.kind == "f":
+            _check_finite(key, value)
             value = np.rint(255 * np.clip(value, 0, 1))
         return np.repeat(value, 3, -1).astype(np.uint8) if value.shape[-1] == 1 else value.astype(np.uint8)
+
+
+def _value(seen: Mapping[str, Any], key: str) -> Any:
+    if key not in seen:
+        raise EnvError(f"the observation has no {key!r}, its space has it; it has {', '.join(map(str, seen)) or 'nothing'}")
+    return seen[key]
+
+
+def _check_choices(space: spaces.Space[Any], value: Any) -> None:
+    """Raise ValueError for choices outside a space. `gymnasium.spaces.flatten` counts some of them from the end."""
+    one = np.asarray(value).item() if isinstance(space, spaces.Discrete) else None
+    if one is not None and not space.start <= one < space.start + space.n:  # type: ignore[attr-defined]
+        raise ValueError(f"{one} is none of the choices")
+    if isinstance(space, (spaces.MultiDiscrete, spaces.MultiBinary)) and not space.contains(value):
+        raise ValueError("not in the space")
+
+
+def _check_finite(key: str, value: NDArray[Any]) -> None:
+    """Raise SimulationError for NaN and infinity."""
+    if not (finite := np.isfinite(value)).all():
+        raise SimulationError(f"observation {key!r} is not finite ({value[~finite].flat[0]})")
 
 
 def read_observations(space: spaces.Space[Any]) -> Observations:

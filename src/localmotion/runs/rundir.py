@@ -15,8 +15,9 @@ from typing import Any
 
 from localmotion import ranks
 from localmotion.config import RunConfig, leaves, to_dict
-from localmotion.errors import CheckpointError, ConfigError
-from localmotion.files import LOCK, check_output, locked, read_json, refuse_links, write_json
+from localmotion.console import say
+from localmotion.errors import CheckpointError, ConfigError, LocalmotionError
+from localmotion.files import LOCK, check_output, locked, parse_json, read_json, refuse_links, write_json
 from localmotion.runs.settings import from_dict
 from localmotion.runs.source import commit
 
@@ -53,11 +54,39 @@ def versions() -> dict[str, str]:
     return found
 
 
-def read_environment(path: Path) -> dict[str, Any]:
+def begun(path: Path) -> bool:
+    """Whether the run in ``path`` has played or learned anything. A file that cannot be read counts as yes."""
+    if any((path / "checkpoints").glob("[0-9]*/COMPLETE")):
+        return True
+    status, metrics = path / "status.json", path / "metrics.jsonl"
+    try:
+        if status.exists() and _counts(read_json(status, CheckpointError, "")):
+            return True
+        if not metrics.is_file():
+            return metrics.exists()
+        with metrics.open("rb") as lines:
+            return any(_counts(parse_json(line)) for line in lines)
+    except (LocalmotionError, OSError, ValueError, TypeError, AttributeError):
+        return True
+
+
+def _counts(line: Mapping[str, Any]) -> bool:
+    """Whether a status or a line of the log has counted an agent step or an update."""
+    return any(line.get(name, 0) > 0 for name in ("agent_step", "update"))
+
+
+def earlier(path: Path) -> Path | None:
+    """``path`` if a run that has begun goes on there. None: nothing of what is there binds the command (`begun`)."""
+    return path if begun(path) else None
+
+
+def read_environment(path: Path | None) -> dict[str, Any]:
     """Read environment.json of a run: its machine, and the decisions at its start. Empty if there is none yet.
 
     Raises CheckpointError if it cannot be read.
     """
+    if path is None:
+        return {}
     file = path / "environment.json"
     return read_json(file, CheckpointError, "restore it from where the run was made") if file.exists() else {}
 
@@ -93,7 +122,8 @@ def claimed(path: Path, what: str = "run") -> Iterator[None]:
 class RunDir:
     """Creates a run directory, or reopens one with the same settings to continue it.
 
-    Raises ConfigError if the directory holds a run with other settings. Raises CheckpointError if it holds something
+    A run that has not begun (`begun`) takes the settings of the new command. Raises ConfigError if the directory holds a
+    run that has begun with other settings. Raises CheckpointError if it holds something
     else, or links that lead out of it (the run writes files with known names, which such links could redirect).
     """
 
@@ -106,7 +136,12 @@ class RunDir:
             if not (path / "config.json").exists():
                 raise CheckpointError(f"{path}: not empty and not a run (no config.json); choose another --run")
             refuse_links(path, CheckpointError)
-            self._compare(read_json(path / "config.json", CheckpointError, "choose another --run"), run)
+            try:
+                self._compare(read_json(path / "config.json", CheckpointError, "choose another --run"), run)
+            except ConfigError:
+                if begun(path):
+                    raise
+                say(f"{path}: nothing was played or learned there with its other settings; it gets those of this command")
         (path / "media").mkdir(parents=True, exist_ok=True)
         (path / "checkpoints").mkdir(exist_ok=True)
         write_json(path / "config.json", config)

@@ -220,17 +220,17 @@ def read_config(path: Path) -> RunConfig:
     return with_recipe(run, path)
 
 
-def with_recipe(run: RunConfig, path: Path, start: Path | None = None) -> RunConfig:
+def with_recipe(run: RunConfig, path: Path | None, start: Path | None = None) -> RunConfig:
     """``run`` with a recipe.
 
-    If its settings have none, it comes from the run directory ``path``, else from its checkpoint. ``start``: the folder
+    If its settings have none, it comes from the run directory ``path`` (None: of no run), else from its checkpoint. ``start``: the folder
     of a checkpoint that is no path (hf:, shelf:); without it such a checkpoint is not looked at, because a file from
     somebody else must not make a connection. Raises ConfigError for a recipe that cannot be used here, CheckpointError
     for a file that cannot be read.
     """
     if run.recipe:
         return run
-    places = [path / "config.json", path / "environment.json"]
+    places = [path / "config.json", path / "environment.json"] if path else []
     places += [(start or Path(run.checkpoint)) / "environment.json"] if run.checkpoint else []
     for place in places:
         if place.exists():

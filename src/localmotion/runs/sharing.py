@@ -73,17 +73,18 @@ def resolve(name: str | Path) -> tuple[Path, str]:
     return _fetched(text, repo, revision, "")
 
 
-def pinned(run: RunConfig, path: Path) -> RunConfig:
+def pinned(run: RunConfig, path: Path | None) -> RunConfig:
     """``run``, its checkpoint with the commit that the Hub has now. The files are fetched.
 
-    A run that continues in ``path`` keeps the commit that it began with, unless another one is asked for by its hash. Raises
-    as `local_run`.
+    A run that continues in ``path`` keeps the commit that it began with, unless another one is asked for by its hash. ``path`` is None for
+    a new run. Raises as `local_run`.
     """
     asked = run.checkpoint
     if not is_shared(asked):
         return run
-    file = path / "config.json"
-    before = str(read_json(file, CheckpointError, "choose another --run").get("checkpoint", "")) if file.exists() else ""
+    before = ""
+    if path and (file := path / "config.json").exists():
+        before = str(read_json(file, CheckpointError, "choose another --run").get("checkpoint", ""))
     (source, _, revision), (began, _, commit) = asked.partition("@"), before.partition("@")
     if began == source and commit and not hub.COMMIT.fullmatch(revision):
         asked = before

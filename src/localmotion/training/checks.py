@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+
+import numpy as np
+
 from localmotion import methods
+from localmotion.acting.observer import make_observer
 from localmotion.config import RunConfig
-from localmotion.envs import check_env
+from localmotion.envs import check_env, is_own
 from localmotion.envs.goals import check_goals
-from localmotion.errors import CheckpointError, ConfigError, LocalmotionError
+from localmotion.errors import CheckpointError, ConfigError, LocalmotionError, SimulationError
 from localmotion.machine import launched
 from localmotion.methods.base import GOAL, LABELS, MASK, MOTION, Method, Source
 
@@ -184,6 +189,25 @@ def check_learns(run: RunConfig, repeat: int = 1) -> None:
             f"online.train_every={online.train_every}: no update falls between prefill={online.prefill} and"
             f" env_steps={online.env_steps}; lower train_every or raise env_steps"
         )
+
+
+def check_plays(run: RunConfig) -> None:
+    """Raise EnvError if the user's own environment breaks gymnasium's API at its first reset or env step.
+
+    Plays in an instance of its own, so that the run's episodes stay as they are. What fails by chance (SimulationError) may
+    also fail in a run, which goes on with a fresh environment.
+    """
+    if not run.env or not is_own(run.env):
+        return
+    observer = make_observer(run, None)
+    middle = np.zeros(observer.action_dim, np.float32)
+    if observer.discrete:
+        middle[0] = 1.0
+    with contextlib.suppress(SimulationError):
+        observer.reset(run.seed)
+        observer.step(middle)
+    with contextlib.suppress(SimulationError):
+        observer.env.close()
 
 
 def check_phases(run: RunConfig, env: object) -> None:

@@ -22,11 +22,11 @@ from localmotion.machine import cores
 from localmotion.methods.base import MOTION, Method, Source
 from localmotion.recipe import Recipe
 from localmotion.recording.logs import action_dim
-from localmotion.runs.rundir import claimed, read_environment, run_dir
+from localmotion.runs.rundir import claimed, earlier, read_environment, run_dir
 from localmotion.runs.settings import recipe_of, with_recipe
 from localmotion.runs.sharing import local_run, pinned
 from localmotion.training import graphs
-from localmotion.training.checks import check_acting_stage, check_learns, check_phases, check_ranks
+from localmotion.training.checks import check_acting_stage, check_learns, check_phases, check_plays, check_ranks
 from localmotion.training.logged import LoggedLoop
 from localmotion.training.online import OnlineLoop
 from localmotion.training.rollout import RolloutLoop
@@ -56,12 +56,13 @@ def finetune(run: RunConfig, path: Path) -> Path:
     else:
         work = _online
     check_ranks(run)
+    check_plays(run)
     with ranks.joined(), claimed(path):
-        return work(pinned(run, path), path, cls)
+        return work(pinned(run, earlier(path)), path, cls)
 
 
 def _online(run: RunConfig, path: Path, cls: type[Method]) -> Path:
-    perception = streaming_recipe(with_recipe(run, path, _start(run)).recipe or Recipe(), run.motion)
+    perception = streaming_recipe(with_recipe(run, earlier(path), _start(run)).recipe or Recipe(), run.motion)
     run = replace(run, recipe=perception)
     observer = make_observer(run, perception if bool(cls.needs(run.model, run.stage) & MOTION) else None, size=perception.size)
     run = _acting(run, observer.discrete)
@@ -109,7 +110,7 @@ def _logged(run: RunConfig, path: Path, cls: type[Method]) -> Path:
 
 def _rollout(run: RunConfig, path: Path, cls: type[Method]) -> Path:
     rollout = run.rollout
-    run = replace(run, recipe=with_recipe(run, path, _start(run)).recipe or Recipe())
+    run = replace(run, recipe=with_recipe(run, earlier(path), _start(run)).recipe or Recipe())
     size = run.recipe.size if run.recipe else Recipe().size
     settings = {
         "size": size,
@@ -148,7 +149,7 @@ def _as_logged(run: RunConfig) -> RunConfig:
 
 def _built(run: RunConfig, path: Path, cls: type[Method], size: int, dim: int) -> tuple[Method, Updater]:
     """Build the method, load its pre-trained weights (if any), and build its updater."""
-    compute = choose(run, read_environment(path))
+    compute = choose(run, read_environment(earlier(path)))
     torch.manual_seed(run.seed)
     method = cls(run.model, image_size=size, action_dim=dim).to(compute.device)
     if run.checkpoint:

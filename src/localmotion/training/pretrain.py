@@ -39,7 +39,7 @@ def pretrain(run: RunConfig, path: Path) -> Path:
     check_video_stage(cls, run)
     check_ranks(run)
     with ranks.joined(), claimed(path):
-        return _pretrain(pinned(run, path), path, cls)
+        return _pretrain(pinned(run, earlier(path)), path, cls)
 
 
 def _pretrain(run: RunConfig, path: Path, cls: type[Method]) -> Path:
@@ -47,7 +47,7 @@ def _pretrain(run: RunConfig, path: Path, cls: type[Method]) -> Path:
     if store.missing:
         say(store.missing_line())
     train, heldout = _sampler(store, run, "train"), _heldout(store, run)
-    compute = choose(run, read_environment(path))
+    compute = choose(run, read_environment(earlier(path)))
     out = run_dir(path, run)
     torch.manual_seed(run.seed)
     method = cls(run.model, image_size=store.size, action_dim=None).to(compute.device)

@@ -19,7 +19,7 @@ from localmotion.errors import ConfigError, LocalmotionError, did_you_mean
 from localmotion.files import links_trusted, read_json, write_json
 from localmotion.launch import Command, Launch, carry_out
 from localmotion.machine import cores
-from localmotion.runs.rundir import claimed
+from localmotion.runs.rundir import begun, claimed
 from localmotion.runs.sharing import is_shared, resolve
 from localmotion.training.interrupt import StopRequest
 from localmotion.training.study_file import Job, load_study, read_study, settings_of, slug
@@ -148,7 +148,8 @@ def _same_study(path: Path, out: Path, jobs: Sequence[Job]) -> None:
     if kept.exists():
         before = read_json(kept, ConfigError, "choose another --out")
         for name in before:
-            if before[name] != now.get(name, before[name]) and (out / "runs" / name / "config.json").exists():
+            run = out / "runs" / name
+            if before[name] != now.get(name, before[name]) and (begun(run) or state(run) == "running"):
                 differ = _differences(before[name], now[name])
                 raise ConfigError(
                     f"{out}: holds {name} with other settings than {path} says: {differ}; choose another --out, or rename the variant"
