@@ -265,7 +265,7 @@ class Loop(ABC):
     def save(self) -> bool:
         """Write a checkpoint. If the newest update was not finite, print a message and return False instead."""
         if not self.updater.healthy:
-            say("not saved: the newest update was not finite; the checkpoint before stays")
+            say(f"not saved: the newest update was not finite; {checkpoint.what_stays(self.out.path / 'checkpoints')}")
             return False
         self.saves.set(self.count)
         if drifted := self._align():
