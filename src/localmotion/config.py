@@ -65,8 +65,7 @@ class OnlineConfig:
     env_steps: int = 255_000
     """Budget in env steps (agent steps x action repeat). Paper: 255K Meta-World, 1.02M DMC Remastered."""
     updates: int = 100_000
-    """Updates of a run that learns from logged episodes (``data``). With an environment, `env_steps` sets the
-    length."""
+    """Updates of a run that learns from logged episodes (``data``). With an environment, `env_steps` sets the length."""
     batch_size: int = 50
     """Sequences in a batch. Paper: 50 Meta-World, 16 DMC."""
     length: int = 50
@@ -131,6 +130,11 @@ class RolloutConfig:
     """Number of passes over each rollout."""
     minibatches: int = 4
     """Number of updates in an epoch. Each update uses a part of the environments, so there are at most as many."""
+
+    @property
+    def agent_steps(self) -> int:
+        """Agent steps of one rollout, of all environments together."""
+        return self.environments * self.steps
 
 
 @dataclass(frozen=True)

@@ -100,9 +100,22 @@ class Loop(ABC):
         return self.updater.update
 
     @property
+    def played(self) -> int:
+        """Number of counts that the run really makes: `total`, rounded up to what the loop makes at once."""
+        return self.total
+
+    @property
     def over(self) -> bool:
         """Whether the run has made its last count."""
         return self.count >= self.total
+
+    @property
+    def last(self) -> bool:
+        """Whether the newest update is the run's last. Its losses are always logged.
+
+        It depends on the run's counts only, so that a run in pieces logs what a whole one does.
+        """
+        return self.over
 
     @property
     def may_evaluate(self) -> bool:
@@ -164,7 +177,7 @@ class Loop(ABC):
             self._begun = (self.count, self.updater.update)
             self.out.status("running", **self.where())
             title = f"{self.run.method} {self.run.env}".strip()
-            with progress(title, self.total, f"{self.unit.replace('_', ' ')}s", self.count, forecast=self.steady) as advance:
+            with progress(title, self.played, f"{self.unit.replace('_', ' ')}s", self.count, forecast=self.steady) as advance:
                 while not self.over:
                     self.heed()
                     if self.may_evaluate and self.evaluates.due(self.count):
@@ -201,7 +214,7 @@ class Loop(ABC):
         if line := self.compute.look_again():
             self.out.log("threads", **self.counters(), threads=torch.get_num_threads())
             say(line)
-        if self.logs.due(self.updater.update) or self.over:
+        if self.logs.due(self.updater.update) or self.last:
             self.logs.set(self.updater.update)
             self._log(metrics)
 
