@@ -22,7 +22,7 @@ from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type
 
 import yaml
 
-from localmotion.errors import ConfigError, unknown_name
+from localmotion.errors import ConfigError, typed, unknown_name
 from localmotion.limits import Limits, at_least, shares
 from localmotion.recipe import Motion, Recipe, read_recipe
 
@@ -436,18 +436,18 @@ def full_name(config: Any, name: str, video: bool | None = None) -> str:
 
 
 def assign(config: Any, text: str, video: bool | None = None) -> Any:
-    """Apply one ``name=value``, as given to --set; names are those of `full_name`.
+    """Apply one ``name=value``; names are those of `full_name`.
 
     Raises ConfigError for a name that is unknown or ambiguous, or a value of the wrong type.
     """
     name, sign, raw = text.partition("=")
     if not sign:
-        raise ConfigError(f"--set {text!r}: write it as name=value")
+        raise ConfigError(f"{typed(text)}: write it as name=value")
     name = full_name(config, name.strip(), video)
     try:
         value = yaml.safe_load(raw)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2026-13-45
-        raise ConfigError(f"--set {text!r:.200}: value cannot be read ({' '.join(str(error).split()):.200})") from error
+        raise ConfigError(f"{typed(text)}: value cannot be read ({' '.join(str(error).split()):.200})") from error
     try:
         return update(config, nested(name, value))
     except ConfigError as error:
