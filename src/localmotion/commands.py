@@ -148,19 +148,25 @@ def predict(args: argparse.Namespace) -> None:
     """`localmotion predict`"""
     from localmotion.console import progress, say, show_table
     from localmotion.evaluation.predict import predict as run_prediction
-    from localmotion.report.strips import save_strips
+    from localmotion.report.strips import HIGH, HIGHEST, clips_that_fit, save_strips
     from localmotion.runs.sharing import local_run
 
     scores = args.out.with_suffix(".json")
     check_output(args.out, ConfigError, suffixes=(".png",))
     check_output(scores, ConfigError)
-    options = {name: getattr(args, name) for name in ("clips", "windows", "split", "seed", "device")}
+    options = {name: getattr(args, name) for name in ("windows", "split", "seed", "device")}
+    options["clips"] = 4 if args.clips is None else args.clips
     runs = [local_run(name) for name in args.checkpoint]
     with progress("predict", 1, "windows") as advance:
         found = run_prediction(runs, args.data, **options, progress=advance)
     for reason in found.rejected:
         say(f"left out, {reason}")
-    save_strips(found.pictures, args.out, context=found.context, errors=args.errors)
+    high, count = HIGH if args.clips is None else HIGHEST, len(found.pictures["truth"])
+    drawn = clips_that_fit(found.pictures, high, context=found.context, errors=args.errors)
+    if drawn < count:
+        more = f"; --clips {count} draws all" if args.clips is None else ", the most that a picture can have"
+        say(f"strips: {drawn} of {count} windows; with more the picture would be higher than {high:,} pixels{more}")
+    save_strips({k: x[:drawn] for k, x in found.pictures.items()}, args.out, context=found.context, errors=args.errors)
     scores.write_text(json.dumps({"windows": found.windows, "scores": found.scores}, indent=1) + "\n")
     for kind, title in (("psnr", "PSNR, dB"), ("ssim", "SSIM")):
         show_table(f"{title}: mean of {found.windows} windows, by frames ahead", *found.table(kind), width=120)
