@@ -42,7 +42,9 @@ def test_a_part_without_clips_names_a_fraction_that_gives_it_some(
     def run_at(share: float) -> RunConfig:
         return compose("ipv", "pretrain", preset="debug", settings=(f"pretrain.heldout_fraction={share}",))
 
-    with pytest.raises(StoreError, match=r"part; add clips, or set --pretrain\.heldout_fraction 0\.[1-9] in a new run$") as caught:
+    with pytest.raises(
+        StoreError, match=r"part; add clips, or set --pretrain\.heldout_fraction 0\.[1-9] in a new run$"
+    ) as caught:
         _sampler(clips, run_at(fraction), split)
     named = re.search(r"heldout_fraction (0\.\d)", str(caught.value))
     assert named
