@@ -8,7 +8,7 @@ and where batches come from. `Loop.go` runs these parts:
     evaluate   every eval_every counts, and at the end
     save       every save_every counts, and at the end
     advance    by one count or several: an update, an agent step with its updates, or a rollout with its updates
-    log        every log_every updates: losses, gradient norms, seconds
+    log        every log_every updates, and after the last one: losses, gradient norms, seconds
 """
 
 from __future__ import annotations
