@@ -308,8 +308,8 @@ def _final_table(drawn: Sequence[tuple[Group, plots.CurveGroup]], floor: Floor |
             ]
         )
     if floor is not None:
-        episodes = "–" if floor.episodes is None else str(floor.episodes)
-        rows.append(["random policy", "–", "–", episodes, score(floor.score, percent=percent), "–", "–", "–"])
+        known = "–" if floor.episodes is None else str(floor.episodes)
+        rows.append(["random policy", "–", "–", known, score(floor.score, percent=percent), "–", "–", "–"])
     unit = drawn[0][0].unit
     header = ["", "seeds", unit, "episodes", "mean", "std", "IQM", "95 % interval of the IQM"]
     caption = (
