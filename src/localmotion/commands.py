@@ -68,7 +68,7 @@ def train(args: argparse.Namespace) -> None:
         args.method = "drp"
     rest = [item for item in args.rest if item not in ("-h", "--help")]
     own = _settings(rest)
-    texts = own + [Typed(text, f"--set {text!r}") for text in args.set]
+    texts: list[str] = [*own, *(Typed(text, f"--set {text!r}") for text in args.set)]
     named = next((t.partition("=")[2] for t in texts if t.startswith("env=")), "")
     env = named or given.get("env", "")
     with named_file(args.config, args.method, args.command, preset, env, given):
