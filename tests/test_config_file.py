@@ -112,6 +112,31 @@ def test_episodes_are_held_out_by_one_setting_everywhere(begun: list[RunConfig])
     assert begun[0].pretrain.heldout_fraction == 0.2
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--env_options", "{steps"], "error: --env_options '{steps': value cannot be read"),
+        (["--env-options={steps"], "error: --env-options={steps: value cannot be read"),
+        (["--set", "env_options={steps"], "error: --set 'env_options={steps': value cannot be read"),
+        (["--set", "env_options"], "error: --set 'env_options': write it as name=value"),
+        (["--config", "FILE"], "FILE: setting online.batch_size='many': expected int"),
+        (["--config", "FILE", "--batch_size", "few"], "FILE: setting online.batch_size='many'"),  # the first of two mistakes
+        (["--batch_size", "few"], "error: setting online.batch_size='few': expected int"),
+        (["--config", "GOOD", "--batch_size", "few"], "error: setting online.batch_size='few': expected int"),
+    ],
+)
+def test_a_value_that_cannot_be_read_names_what_was_typed(
+    words: list[str], said: str, begun: list[RunConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "FILE").write_text("online: {batch_size: many}")
+    (tmp_path / "GOOD").write_text("online: {batch_size: 3}")
+    words = [str(tmp_path / word) if word in ("FILE", "GOOD") else word for word in words]
+    with pytest.raises(SystemExit):
+        main(["train", "--method", "dreamer_v2", "--preset", "debug", "--run", "x", *words])
+    assert said in " ".join(capsys.readouterr().err.replace("\n", "").split())
+    assert begun == []
+
+
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     bomb = tmp_path / "bomb.yaml"
     bomb.write_text(

@@ -24,11 +24,13 @@ from localmotion.runs import checkpoint
 from localmotion.runs.settings import compose
 from localmotion.training import optimizers
 from localmotion.training.finetune import finetune
+from localmotion.training.interrupt import Interrupted
 from localmotion.training.online import FAULTS
 from localmotion.training.playing import Playing
 from localmotion.training.pretrain import pretrain
 from localmotion.training.update import BAD_LIMIT, DivergedError, Updater
 from method_batches import AGENTS, CPU, make, make_batch
+from test_resume import Stops
 
 FLAGS = {"precision": "fp32", "device": "cpu", "threads": 1}
 
@@ -178,7 +180,10 @@ def test_a_diverged_run_leaves_its_batch_and_its_last_good_checkpoint(tmp_path: 
 
     monkeypatch.setattr(DreamerV2, "world_model_losses", after_a_while)
     out = tmp_path / "run"
-    with pytest.raises(LocalmotionError, match=r"'image' was not finite in 10 updates in a row \(update 40\).*diverged"):
+    with pytest.raises(
+        LocalmotionError,
+        match=r"'image' was not finite in 10 updates in a row \(update 40\).*diverged; the last good checkpoint stays",
+    ):
         finetune(run, out)
     assert json.loads((out / "status.json").read_text())["state"] == "failed"
     dump = json.loads((out / "diverged" / "state.json").read_text())
@@ -216,6 +221,24 @@ def test_a_diverged_pretraining_leaves_its_batch(store: Path, tmp_path: Path, mo
         pretrain(run, tmp_path / "run")
     assert (tmp_path / "run" / "diverged" / "COMPLETE").exists()
     assert checkpoint.read_state(checkpoint.newest(tmp_path / "run"))["update"] == 8
+
+
+def test_a_run_without_a_checkpoint_does_not_say_that_one_stays(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Losses are bad from the first update on. A signal comes after five, then ten more are bad."""
+    run = compose("drp", "pretrain", preset="debug", flags={**FLAGS, "data": str(store)}, settings=("pretrain.eval_every=100",))
+    losses: Callable[..., Any] = DRP.pretrain_losses
+    monkeypatch.setattr(
+        DRP, "pretrain_losses", lambda self, batch: ({k: v * torch.nan for k, v in losses(self, batch)[0].items()}, {})
+    )
+    with monkeypatch.context() as patch:
+        Stops(patch, 5)
+        with pytest.raises(Interrupted):
+            pretrain(run, tmp_path / "run")
+    assert "not saved: the newest update was not finite; no checkpoint was written yet" in capsys.readouterr().out
+    with pytest.raises(LocalmotionError, match=r"diverged; no checkpoint was written yet$"):
+        pretrain(run, tmp_path / "run")
 
 
 # --- simulators that fail -----------------------------------------------------------------------------------------------
@@ -381,6 +404,9 @@ def test_a_checkpoint_that_cannot_fit_is_not_begun(tmp_path: Path, monkeypatch: 
         checkpoint.save(tmp_path / "checkpoints", 2, **small_state())
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [kept.name]
     assert checkpoint.newest(tmp_path) == kept
+    (tmp_path / "run").mkdir()
+    with pytest.raises(CheckpointError, match=r"needs 1 MB, 0 MB are free$"):  # nothing is kept
+        checkpoint.save(tmp_path / "run", 1, **small_state())
 
 
 def test_a_kill_while_an_old_checkpoint_is_removed_leaves_none_that_is_half(

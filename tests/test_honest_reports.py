@@ -384,7 +384,7 @@ def test_the_table_shows_each_seeds_last_evaluation(tmp_path: Path) -> None:
         f"{(300 + 400 + 420) / 3:.0f}",
     ]
     assert cells[8] == f"{interval.low:.0f} to {interval.high:.0f}"
-    assert rows[3] == "| dmc:walker_walk | random policy | - | - | return_mean | 38.0 | - | - | - |"
+    assert rows[3] == "| dmc:walker_walk | random policy, 50 episodes | - | - | return_mean | 38.0 | - | - | - |"
     assert (tmp_path / "table.md").read_text() == "\n".join(rows) + "\n"
     curves = json.loads((tmp_path / "curves.json").read_text())
     assert [(curve["seed"], curve["xs"], curve["ys"]) for curve in curves] == [
@@ -396,6 +396,25 @@ def test_success_is_shown_in_per_cent_where_it_was_measured(tmp_path: Path) -> N
     runs = [planted(tmp_path / f"r{seed}", seed, [0.0, 1.0], success_rate=rate) for seed, rate in enumerate((0.5, 0.8))]
     cells = [cell.strip() for cell in write_table(runs, tmp_path)[2].strip("| ").split("|")]
     assert cells[4:8] == ["success_rate", "65 %", "15 %", "65 %"]
+
+
+def test_the_random_policy_has_the_score_of_its_column(tmp_path: Path) -> None:
+    """Its success rate beside success rates, from the whole episodes of the prefill; where it is not known, no row."""
+
+    def table(name: str, *successes: float | None) -> list[str]:
+        path = planted(tmp_path / name, 0, [0.0, 1.0], success_rate=0.5)
+        (path / "random.json").unlink()
+        whole = {"kind": "episode", "env_step": 10, "return": 4.48, "random": True, "cut": False}
+        lines = [whole if success is None else whole | {"success": success} for success in successes]
+        cut = whole | {"success": 1.0, "cut": True}  # not counted
+        evaluated = [json.loads(text) for text in (path / "metrics.jsonl").read_text().splitlines()]
+        report_runs.write_lines(path / "metrics.jsonl", [*lines, cut, whole | {"random": False, "success": 1.0}, *evaluated])
+        return write_table([path], tmp_path)[3:]
+
+    assert table("a", 1.0, 0.0, 0.0, 0.0) == [
+        "| dmc:walker_walk | random policy, 4 episodes | - | - | success_rate | 25 % | - | - | - |"
+    ]
+    assert table("b", None, None) == ["", "No row of the random policy in dmc:walker_walk: its success was not recorded."]
 
 
 def test_the_page_shows_the_numbers_that_the_run_wrote(tmp_path: Path) -> None:
@@ -410,7 +429,7 @@ def test_the_page_shows_the_numbers_that_the_run_wrote(tmp_path: Path) -> None:
     tables = [block for block in blocks if isinstance(block, results.Table)]
     (row, floor) = tables[0].rows
     assert list(row)[1:7] == ["3", "10K", "3", "280", "140", "280"]
-    assert list(floor)[:5] == ["random policy", "–", "–", "–", "38.0"]
+    assert list(floor)[:5] == ["random policy", "–", "–", "30", "38.0"]
     assert tiles[0][0] == "280 ± 140"
     assert "random policy 38.0" in tiles[0][1]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 
@@ -14,6 +15,8 @@ from localmotion.evaluation.evaluate import evaluate_run
 from localmotion.evaluation.predict import predict
 from localmotion.perception.extract import extract_folder
 from localmotion.recipe import Recipe
+from localmotion.report import strips
+from localmotion.runs import load
 from localmotion.runs.settings import compose
 from localmotion.training.finetune import finetune
 from localmotion.training.pretrain import pretrain
@@ -112,6 +115,27 @@ def test_a_part_without_clips_names_the_option(runs: dict[str, Path], store: Pat
         predict([runs["drp"]], store, windows=2)
 
 
+def test_a_picture_that_would_be_too_high_says_what_it_leaves_out(
+    runs: dict[str, Path], store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(strips, "HIGH", 1_700)
+    command = ["predict", "--checkpoint", str(runs["ipv"]), "--data", str(store), "--windows", "4", "--split", "all", "--out"]
+    heights = []
+    for name, more in (("few.png", []), ("all.png", ["--clips", "4"])):
+        main([*command, str(tmp_path / name), *more])
+        said = " ".join(capsys.readouterr().out.split())
+        left_out = "strips: 1 of 4 windows; with more the picture would be higher than 1,700 pixels; --clips 4 draws all"
+        assert (left_out in said) == (not more)
+        heights.append(cv2.imread(str(tmp_path / name)).shape[0])
+    assert heights[0] <= 1_700 < heights[1]
+
+
+def test_a_folder_without_videos_is_noticed_first(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(VideoError, match="empty"):
+        predict([tmp_path / "nowhere"], tmp_path / "empty")
+
+
 def test_what_cannot_be_compared_is_refused(runs: dict[str, Path], store: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="checkpoints=0 must be at least 1"):
         predict([], store)
@@ -131,7 +155,9 @@ def test_what_cannot_be_compared_is_refused(runs: dict[str, Path], store: Path, 
 
 
 @pytest.mark.parametrize("method", ["drp", "ipv"])
-def test_runs_on_larger_pictures_go_all_the_way(method: str, store: Path, tmp_path: Path) -> None:
+def test_runs_on_larger_pictures_go_all_the_way(
+    method: str, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A store of side 128: pre-training, prediction, fine-tuning and evaluation all work at that size; another size is told."""
     encode(tmp_path / "a.mp4", moving_square(20, 128, 128))
     encode(tmp_path / "b.mp4", moving_square(20, 128, 128, seed=1))
@@ -145,3 +171,6 @@ def test_runs_on_larger_pictures_go_all_the_way(method: str, store: Path, tmp_pa
     few = ("env_steps=110", "prefill=60", "online.eval_every=1000")
     fine = finetune(compose(method, "finetune", preset="debug", env="toy:dot", flags=flags, settings=few), tmp_path / "fine")
     assert len(evaluate_run(fine, episodes=1)["returns"]) == 1
+    monkeypatch.setattr(load, "check_env", lambda *_: pytest.fail("no environment is needed"))
+    with pytest.raises(ConfigError, match="predicts from actions; give the pre-training run"):
+        predict([fine], large)

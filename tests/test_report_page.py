@@ -187,7 +187,7 @@ def test_a_full_report_shows_everything(tmp_path: Path) -> None:
     finals = [json.loads((r / "metrics.jsonl").read_text().splitlines()[-1])["return_mean"] for r in runs[1:3]]
     assert f"{np.mean(finals):.0f} ± {np.std(finals):.0f}" in said
     assert "drp, pre-trained 2 50K 20" in said
-    assert "random policy – – – 38.0" in said
+    assert "random policy – – 20 38.0" in said
     # The held-out ratio is model over the best trivial predictor (nearest time, 0.48).
     line = read_run(runs[0]).last("heldout")
     assert line is not None

@@ -120,6 +120,23 @@ def test_saved_strips_name_the_rows_and_make_the_folder(tmp_path: Path) -> None:
     assert out.read_bytes() == strips.prediction_strips(clip, rows, context=3)
 
 
+@pytest.mark.parametrize("errors", [True, False])
+def test_as_many_clips_are_drawn_as_fit(errors: bool) -> None:
+    clip = np.stack([moving_clip(8, 16)] * 6)
+    arrays = {"truth": clip, "motion": clip, "prior": clip}
+
+    def height(clips: int) -> int:
+        rows = dict.fromkeys(("motion", "prior"), clip[:clips])
+        return pixels(strips.prediction_strips(clip[:clips], rows, context=3, errors=errors)).shape[0]
+
+    heights = [height(clips) for clips in (1, 2, 3)]
+    for clips in (1, 2):
+        for room in (heights[clips - 1] + 2, heights[clips] - 2):  # just enough, and just too little for one more
+            assert strips.clips_that_fit(arrays, room, context=3, errors=errors) == clips
+    assert strips.clips_that_fit(arrays, 10, context=3, errors=errors) == 1
+    assert strips.clips_that_fit(arrays, 10**6, context=3, errors=errors) == 6
+
+
 def test_strips_without_errors_have_their_rows_alone() -> None:
     clip = moving_clip(8, 16)[None]
     rows = {"prediction": clip, "zero motion": clip}

@@ -22,6 +22,7 @@ from localmotion.methods.base import Batch, Source
 from localmotion.runs.settings import compose
 from localmotion.training.finetune import finetune
 from localmotion.training.interrupt import StopRequest
+from localmotion.training.study_file import load_study
 from localmotion.training.update import Updater
 from test_resume import Stops, assert_same, in_pieces
 
@@ -194,6 +195,37 @@ def test_extras_reach_the_replay_with_their_actions(tmp_path: Path, monkeypatch:
     assert played.any()
     assert not played[last["is_first"]].any()
     assert not (~played & ~last["is_first"] & (last["action"].abs().sum(-1) == 0)).any()
+
+
+def test_a_budget_between_whole_rollouts_says_what_is_played(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two rollouts of 24, also where the run is stopped after the first. The last update is logged in each."""
+    run = settings("env_steps=30", "online.log_every=3", "online.eval_every=100000")
+    whole = finetune(run, tmp_path / "whole")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "48 agent steps = 48 env steps (whole rollouts: the budget is 30 env steps) in 3 environments" in said
+    Stops(monkeypatch, 9, 13, 17)  # longer than an evaluation, which is made anew after a stop
+    assert in_pieces(finetune, run, tmp_path / "pieces") >= 1
+    assert_same(whole, tmp_path / "pieces")
+    rows = [json.loads(text) for text in (whole / "metrics.jsonl").read_text().splitlines()]
+    assert [row["update"] for row in rows if row["kind"] == "train"] == [3, 6, 8]
+
+
+def test_a_budget_below_one_rollout_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    said = r"env_steps=23 is less than one rollout: 3 environments x 8 agent steps = 24; raise env_steps, or lower rollout\.envir"
+    with pytest.raises(ConfigError, match=said):
+        finetune(settings("env_steps=23"), tmp_path / "run")
+    assert not list(tmp_path.glob("run/*.json"))
+    with pytest.raises(ConfigError, match=r"8 agent steps x 2 env steps = 48"):
+        finetune(settings("env_steps=47", action_repeat=2), tmp_path / "run")
+
+
+def test_a_study_with_a_budget_below_one_rollout_is_refused(tmp_path: Path) -> None:
+    text = "preset: debug\nsettings: {online: {env_steps: 20}, rollout: {environments: 3, steps: 8, minibatches: 2}}\n"
+    (tmp_path / "study.yaml").write_text(text + "tasks: [toy:block]\nseeds: [0]\nvariants: {A: {method: act_extras}}\n")
+    with pytest.raises(ConfigError, match=r"A-toy_block-0: online\.env_steps=20 is less than one rollout"):
+        load_study(tmp_path / "study.yaml")
 
 
 def test_what_cannot_be_is_refused(tmp_path: Path) -> None:

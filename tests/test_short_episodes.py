@@ -161,6 +161,14 @@ def test_a_random_episode_longer_than_the_run_ends_with_the_prefill(tmp_path: Pa
     assert rows(out, "train")[-1]["update"] == 11  # one of the warm-up, ten of 50 agent steps
 
 
+def test_the_last_update_is_logged_whenever_the_log_is_due(tmp_path: Path) -> None:
+    """Updates after agent steps 35, 40, ..., 80; after a warm-up of four that nothing follows, its last."""
+    long = ("env_options={time_limit: 100}", "online.log_every=4")
+    assert [row["update"] for row in rows(finetune(run_of("dreamer_v2", *long), tmp_path / "a"), "train")] == [4, 8, 11]
+    few = finetune(run_of("dreamer_v2", *long, "train_every=50", "prefill=55", "warmup_updates=3"), tmp_path / "b")
+    assert [row["update"] for row in rows(few, "train")] == [3]
+
+
 def test_an_episode_of_a_reset_alone_is_counted_in_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from localmotion.envs import make_env
 

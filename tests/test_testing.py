@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from localmotion.errors import ConfigError
 from localmotion.methods.base import Batch, Group, Method, Pass, Rates, acted, images, same
+from localmotion.methods.sizes import presets
 from localmotion.testing import (
     CAPABILITIES,
     RULES,
@@ -71,6 +72,13 @@ def test_a_check_has_the_name_of_method_stage_and_rule() -> None:
     assert str(checks_of(Small, stages=["decode"])[-1]) == "small-decode-unlabelled_actions_are_not_read"
     with pytest.raises(ConfigError, match="unknown stage of Small 'decod'; did you mean decode"):
         checks_of(Small, stages=["decod"])
+
+
+def test_settings_that_do_not_compose_fail_once() -> None:
+    """Else every check of the class fails with the same error. The settings of a caller are another matter."""
+    assert [name_of(check.rule) for check in checks_of(Worldly)] == ["declares_its_members", "presets_compose"]
+    assert checks_of(Worldly, rules=CAPABILITIES["acts"][1])  # without that rule nothing would fail
+    assert len(checks_of(Small, settings=("model.world=1",))) == len(checks_of(Small))
 
 
 def test_checking_leaves_the_callers_random_numbers() -> None:
@@ -201,6 +209,20 @@ class NoTiny(Small):
     """Lacks a preset."""
 
     PRESETS = {name: value for name, value in Small.PRESETS.items() if name != "tiny"}
+
+
+class Worldly(Small):
+    """Has the presets of a method with the shared world model, and no such settings."""
+
+    PRESETS = presets()
+
+
+class Misuses(Small):
+    """Calls the package wrongly: the error is raised inside the package."""
+
+    def video_losses(self, batch: Batch, _: Any) -> Found:
+        images({})
+        return super().video_losses(batch, _)
 
 
 class Rich(Small):
@@ -560,6 +582,8 @@ REFUSED: list[tuple[type[Small], str, str, str]] = [
     (NoPaper, "pretrain", "declares_its_members", "paper is ''"),
     (Nowhere, "pretrain", "declares_its_members", r"SUITES names \['moon'\]"),
     (NoTiny, "pretrain", "presets_compose", r"PRESETS lacks \['tiny'\]"),
+    (Worldly, "pretrain", "presets_compose", r"PRESETS or SUITES, preset small of stage pretrain: .*'model\.world'.*`budgets`"),
+    (Misuses, "pretrain", "losses_match_their_scales", r"KeyError.*look at line \d+ of .*test_testing\.py, in video_losses"),
     (Measures, "pretrain", "models_build_without_memory", "item.*meta"),
     (NoPlace, "pretrain", "transfers_fit", r"no later stage takes over \['nothing'\]"),
     (OtherPlace, "pretrain", "transfers_fit", "'encoder' of an earlier stage and 'memory' of stage decode have other weights"),

@@ -74,6 +74,12 @@ def test_the_state_says_whether_a_run_lives(tmp_path: Path) -> None:
         run = Watched(tmp_path / name)
         assert (run.look(), run.read(), run.state) == (True, None, state)
         assert bool(run.cause) == (name != "a")
+    killed = Watched(tmp_path / "b")
+    killed.read()
+    assert "begins again: it has no checkpoint yet" in killed.cause
+    (tmp_path / "b/checkpoints/0000000100").mkdir(parents=True)
+    (tmp_path / "b/checkpoints/0000000100/COMPLETE").touch()
+    assert "goes on from its last checkpoint" in killed.cause
     (tmp_path / "a/status.json").write_text('{"state": "failed", "error": "the disk\\nis full"}')
     run = Watched(tmp_path / "a")
     run.read()

@@ -258,7 +258,7 @@ def _parser(stage: str = "") -> _Parser:
     )
     sub.add_argument("--data", type=Path, required=True, help="clip store, video file, or folder of videos")
     sub.add_argument("--out", type=Path, required=True, help="strips, .png; the scores are written beside it, .json")
-    sub.add_argument("--clips", type=int, default=4, help="windows drawn")
+    sub.add_argument("--clips", type=int, help="windows drawn; default: 4, or as many as fit in 6,000 pixels of height")
     sub.add_argument("--no-errors", dest="errors", action="store_false", help="draw no rows of errors: half the height")
     sub.add_argument("--windows", type=int, default=32, help="windows scored")
     sub.add_argument(

@@ -9,7 +9,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from localmotion.data_commands import recipe_of
-from localmotion.errors import ConfigError
+from localmotion.errors import ConfigError, Typed
 from localmotion.files import check_output
 from localmotion.foreign import trust_env
 from localmotion.machine import launched
@@ -18,18 +18,20 @@ if TYPE_CHECKING:
     pass
 
 
-def _settings(rest: list[str]) -> list[str]:
+def _settings(rest: list[str]) -> list[Typed]:
     """Flags ``--name value`` or ``--name=value`` as name=value texts."""
-    out, items = [], list(rest)
+    out: list[Typed] = []
+    items = list(rest)
     while items:
         flag = items.pop(0)
         if not flag.startswith("--"):
             raise ConfigError(f"unexpected argument {flag!r}; settings are written --name value")
         name = flag[2:].replace("-", "_") if "=" not in flag else flag[2:].partition("=")[0].replace("-", "_")
         if "=" in flag:
-            out.append(f"{name}={flag.partition('=')[2]}")
+            out.append(Typed(f"{name}={flag.partition('=')[2]}", flag))
         elif items:
-            out.append(f"{name}={items.pop(0)}")
+            value = items.pop(0)
+            out.append(Typed(f"{name}={value}", f"{flag} {value!r}"))
         else:
             raise ConfigError(f"setting {flag} lacks its value")
     return out
@@ -55,7 +57,7 @@ def train(args: argparse.Namespace) -> None:
     """`localmotion pretrain | finetune | train`, and further stages of a method by their names"""
     from localmotion import methods
     from localmotion.methods.base import Source
-    from localmotion.runs.settings import check_read, compose, read_settings
+    from localmotion.runs.settings import check_read, compose, named_file, read_settings
 
     asked = {"method": args.method, "stage": args.command, "preset": args.preset}
     given = read_settings(args.config, **asked) if args.config else {}
@@ -66,9 +68,11 @@ def train(args: argparse.Namespace) -> None:
         args.method = "drp"
     rest = [item for item in args.rest if item not in ("-h", "--help")]
     own = _settings(rest)
-    texts = own + args.set
+    texts: list[str] = [*own, *(Typed(text, f"--set {text!r}") for text in args.set)]
     named = next((t.partition("=")[2] for t in texts if t.startswith("env=")), "")
-    run = compose(args.method, args.command, preset=preset, env=named or given.get("env", ""), flags=given, settings=texts)
+    env = named or given.get("env", "")
+    with named_file(args.config, args.method, args.command, preset, env, given):
+        run = compose(args.method, args.command, preset=preset, env=env, flags=given, settings=texts)
     check_read(run, own)  # not --set: studies and scripts give it settings that several stages share
     if named:  # not by a file
         trust_env(run.env)  # only this command line has named it
@@ -144,19 +148,25 @@ def predict(args: argparse.Namespace) -> None:
     """`localmotion predict`"""
     from localmotion.console import progress, say, show_table
     from localmotion.evaluation.predict import predict as run_prediction
-    from localmotion.report.strips import save_strips
+    from localmotion.report.strips import HIGH, HIGHEST, clips_that_fit, save_strips
     from localmotion.runs.sharing import local_run
 
     scores = args.out.with_suffix(".json")
     check_output(args.out, ConfigError, suffixes=(".png",))
     check_output(scores, ConfigError)
-    options = {name: getattr(args, name) for name in ("clips", "windows", "split", "seed", "device")}
+    options = {name: getattr(args, name) for name in ("windows", "split", "seed", "device")}
+    options["clips"] = 4 if args.clips is None else args.clips
     runs = [local_run(name) for name in args.checkpoint]
     with progress("predict", 1, "windows") as advance:
         found = run_prediction(runs, args.data, **options, progress=advance)
     for reason in found.rejected:
         say(f"left out, {reason}")
-    save_strips(found.pictures, args.out, context=found.context, errors=args.errors)
+    high, count = HIGH if args.clips is None else HIGHEST, len(found.pictures["truth"])
+    drawn = clips_that_fit(found.pictures, high, context=found.context, errors=args.errors)
+    if drawn < count:
+        more = f"; --clips {count} draws all" if args.clips is None else ", the most that a picture can have"
+        say(f"strips: {drawn} of {count} windows; with more the picture would be higher than {high:,} pixels{more}")
+    save_strips({k: x[:drawn] for k, x in found.pictures.items()}, args.out, context=found.context, errors=args.errors)
     scores.write_text(json.dumps({"windows": found.windows, "scores": found.scores}, indent=1) + "\n")
     for kind, title in (("psnr", "PSNR, dB"), ("ssim", "SSIM")):
         show_table(f"{title}: mean of {found.windows} windows, by frames ahead", *found.table(kind), width=120)

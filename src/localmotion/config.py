@@ -22,7 +22,7 @@ from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type
 
 import yaml
 
-from localmotion.errors import ConfigError, unknown_name
+from localmotion.errors import ConfigError, typed, unknown_name
 from localmotion.limits import Limits, at_least, shares
 from localmotion.recipe import Motion, Recipe, read_recipe
 
@@ -65,8 +65,7 @@ class OnlineConfig:
     env_steps: int = 255_000
     """Budget in env steps (agent steps x action repeat). Paper: 255K Meta-World, 1.02M DMC Remastered."""
     updates: int = 100_000
-    """Updates of a run that learns from logged episodes (``data``). With an environment, `env_steps` sets the
-    length."""
+    """Updates of a run that learns from logged episodes (``data``). With an environment, `env_steps` sets the length."""
     batch_size: int = 50
     """Sequences in a batch. Paper: 50 Meta-World, 16 DMC."""
     length: int = 50
@@ -131,6 +130,11 @@ class RolloutConfig:
     """Number of passes over each rollout."""
     minibatches: int = 4
     """Number of updates in an epoch. Each update uses a part of the environments, so there are at most as many."""
+
+    @property
+    def agent_steps(self) -> int:
+        """Agent steps of one rollout, of all environments together."""
+        return self.environments * self.steps
 
 
 @dataclass(frozen=True)
@@ -432,18 +436,18 @@ def full_name(config: Any, name: str, video: bool | None = None) -> str:
 
 
 def assign(config: Any, text: str, video: bool | None = None) -> Any:
-    """Apply one ``name=value``, as given to --set; names are those of `full_name`.
+    """Apply one ``name=value``; names are those of `full_name`.
 
     Raises ConfigError for a name that is unknown or ambiguous, or a value of the wrong type.
     """
     name, sign, raw = text.partition("=")
     if not sign:
-        raise ConfigError(f"--set {text!r}: write it as name=value")
+        raise ConfigError(f"{typed(text)}: write it as name=value")
     name = full_name(config, name.strip(), video)
     try:
         value = yaml.safe_load(raw)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2026-13-45
-        raise ConfigError(f"--set {text!r:.200}: value cannot be read ({' '.join(str(error).split()):.200})") from error
+        raise ConfigError(f"{typed(text)}: value cannot be read ({' '.join(str(error).split()):.200})") from error
     try:
         return update(config, nested(name, value))
     except ConfigError as error:

@@ -54,3 +54,20 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> ConfigError:
     known = sorted(set(known))
     hint = did_you_mean(name, known, 0.4) or f"; known: {', '.join(known[:40])}"
     return ConfigError(f"unknown {kind} {name!r}{hint}")
+
+
+class Typed(str):
+    """A ``name=value`` of the command line. ``flag``: the words that were typed, for messages."""
+
+    flag: str
+
+    def __new__(cls, text: str, flag: str) -> Typed:
+        """A text with its words."""
+        found = super().__new__(cls, text)
+        found.flag = flag
+        return found
+
+
+def typed(text: str) -> str:
+    """How a message names a ``name=value`` text: as it was typed, if it was."""
+    return f"{text.flag if isinstance(text, Typed) else f'setting {text!r}':.200}"

@@ -20,7 +20,7 @@ from localmotion.perception.extract import extract_one
 from localmotion.recipe import Recipe
 from localmotion.runs.load import at_least, load_run
 from localmotion.runs.sharing import run_label
-from localmotion.video.listing import usable_videos
+from localmotion.video.listing import VideoRef, usable_videos
 from localmotion.video.sample import Split, WindowSampler
 from localmotion.video.store import Clip, ClipStore, ClipStoreWriter
 
@@ -98,16 +98,18 @@ def predict(
     Raises CheckpointError, StoreError or VideoError, and ConfigError if a run cannot predict from video alone.
     """
     at_least(checkpoints=(len(checkpoints), 1), clips=(clips, 1), windows=(windows, 1), seed=(seed, 0))
+    stored = (data / "store.json").exists()
+    refs = [] if stored else usable_videos(data)  # before runs are loaded: a folder without videos is quickly found
     runs = _load(checkpoints, device)
     length = max(min(each.run.pretrain.length for each in runs), CONTEXT_FRAMES + 1)
     with tempfile.TemporaryDirectory(prefix="localmotion-") as scratch:
-        if (data / "store.json").exists():
+        if stored:
             stores = {each.recipe.hash(): ClipStore(data) for each in runs}
             rejected: list[str] = []
         else:
             split = "all"
             recipes = {each.recipe.hash(): each.recipe for each in runs}
-            stores, rejected = _extracted(data, recipes, length, windows, seed, Path(scratch), progress)
+            stores, rejected = _extracted(data, refs, recipes, length, windows, seed, Path(scratch), progress)
         found = _predict(runs, stores, length, clips, windows, split, seed, progress)
     return replace(found, rejected=tuple(rejected))
 
@@ -188,7 +190,7 @@ def _load(checkpoints: Sequence[Path], device: str) -> list[_Loaded]:
     labels = [name if names.count(name) == 1 else str(path) for name, path in zip(names, checkpoints, strict=True)]
     found = []
     for path, label in zip(checkpoints, labels, strict=True):
-        run, method, compute = load_run(path, device=device)
+        run, method, compute = load_run(path, device=device, plays=False)
         if method.acts:
             raise ConfigError(f"{path}: predicts from actions; give the pre-training run to predict video")
         if not predicts(type(method), run.stage):
@@ -217,6 +219,7 @@ def _spread(sampler: WindowSampler, windows: int, seed: int) -> tuple[NDArray[np
 
 def _extracted(
     data: Path,
+    refs: Sequence[VideoRef],
     recipes: Mapping[str, Recipe],
     length: int,
     count: int,
@@ -224,11 +227,10 @@ def _extracted(
     scratch: Path,
     progress: Callable[[int, int | None, str], object] | None,
 ) -> tuple[dict[str, ClipStore], list[str]]:
-    """Extract ``count`` random videos of ``data`` with each recipe.
+    """Extract ``count`` random videos of ``data``, which are ``refs``, with each recipe.
 
     Returns the clips, and reasons for unusable videos.
     """
-    refs = usable_videos(data)
     refs = [refs[i] for i in np.random.default_rng(seed).permutation(len(refs))]
     stores: dict[str, ClipStore] = {}
     reasons: dict[str, str] = {}

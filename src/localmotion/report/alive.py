@@ -13,6 +13,7 @@ from pathlib import Path
 from localmotion.errors import LocalmotionError
 from localmotion.files import LOCK, one_line, read_bytes
 from localmotion.report.memory import stamp
+from localmotion.runs.checkpoint import complete
 from localmotion.runs.read import Log, RunData, number, read_run
 
 DEPTH = 3
@@ -107,7 +108,9 @@ class Watched:
         if self.state == "failed":
             return f"{name} failed: {one_line(self.data.status.get('error', ''))}."
         if self.state == "killed":
-            return f"{name} is not running, and did not say why it ended. The same command goes on from its last checkpoint."
+            begun = complete(self.path / "checkpoints")
+            goes_on = "goes on from its last checkpoint" if begun else "begins again: it has no checkpoint yet"
+            return f"{name} is not running, and did not say why it ended. The same command {goes_on}."
         if self.state == "running" and holder not in ("alive", ""):
             return f"{name} runs on {holder}: whether it lives is only seen by its newest line."
         return ""

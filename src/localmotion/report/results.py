@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -127,14 +127,30 @@ def _whole(run: RunData, line: Line) -> bool:
     return limit is not None and repeat is not None and length is not None and length * repeat >= limit
 
 
+class Floor(NamedTuple):
+    """The random policy's score."""
+
+    score: float
+    episodes: int | None
+    """Number of its episodes, None if it is not known."""
+
+
+def floor_of(runs: Sequence[RunData], key: str) -> Floor | None:
+    """The random policy's score: from random.json if it exists, else from the whole random episodes of the prefill."""
+    measured = [(value, number(run.random, "episodes")) for run in runs if (value := number(run.random, key)) is not None]
+    if measured:
+        counts = [int(count) for _, count in measured if count is not None]
+        return Floor(float(np.mean([value for value, _ in measured])), sum(counts) if len(counts) == len(measured) else None)
+    name = {"return_mean": "return", "success_rate": "success"}.get(key, "")
+    lines = [(run, line) for run in runs for line in run.lines.get("episode", ()) if line.get("random") is True]
+    found = [value for run, line in lines if _whole(run, line) and (value := number(line, name)) is not None]
+    return Floor(float(np.mean(found)), len(found)) if found else None
+
+
 def random_score(runs: Sequence[RunData], key: str) -> float | None:
-    """The random policy's score: from random.json if it exists, else, for returns, from the whole random episodes of the prefill."""
-    measured = [value for run in runs if (value := number(run.random, key)) is not None]
-    if not measured and key == "return_mean":
-        episodes = [(run, line) for run in runs for line in run.lines.get("episode", ()) if line.get("random") is True]
-        lines = [line for run, line in episodes if _whole(run, line)]
-        measured = [value for line in lines if (value := number(line, "return")) is not None]
-    return float(np.mean(measured)) if measured else None
+    """The score of `floor_of`."""
+    floor = floor_of(runs, key)
+    return None if floor is None else floor.score
 
 
 def results(report: Gathered, env: str, groups: Sequence[Group]) -> tuple[list[Block], list[tuple[str, str]]]:
@@ -155,13 +171,13 @@ def results(report: Gathered, env: str, groups: Sequence[Group]) -> tuple[list[B
                 report.missing.append(f"{group.label} in {env} has no evaluations yet.")
         if not drawn:
             continue
-        floor = random_score(runs, key)
+        floor = floor_of(runs, key)
         chart = plots.learning_curves(
             [g for _, g in drawn],
             title=f"{name} in {env}",
             xlabel=groups[0].unit,
             ylabel=name.lower(),
-            random_policy=floor,
+            random_policy=floor.score if floor else None,
             percent=percent,
         )
         caption = (
@@ -257,7 +273,7 @@ def _options(env: str, groups: Sequence[Group]) -> list[str]:
     return texts
 
 
-def _headline(env: str, name: str, groups: Sequence[plots.CurveGroup], floor: float | None, percent: bool) -> tuple[str, str]:
+def _headline(env: str, name: str, groups: Sequence[plots.CurveGroup], floor: Floor | None, percent: bool) -> tuple[str, str]:
     """The best group's final score, with those of all other groups for comparison."""
 
     def text(final: Summary) -> str:
@@ -266,11 +282,11 @@ def _headline(env: str, name: str, groups: Sequence[plots.CurveGroup], floor: fl
     ranked = sorted(((g.final, g.label) for g in groups if g.final), key=lambda pair: -pair[0].mean)
     parts = [f"{name} in {env}: {ranked[0][1]}", *(f"{label} {text(final)}" for final, label in ranked[1:])]
     if floor is not None:
-        parts.append(f"random policy {score(floor, percent=percent)}")
+        parts.append(f"random policy {score(floor.score, percent=percent)}")
     return text(ranked[0][0]), "; ".join(parts)
 
 
-def _final_table(drawn: Sequence[tuple[Group, plots.CurveGroup]], floor: float | None, percent: bool, name: str) -> Table:
+def _final_table(drawn: Sequence[tuple[Group, plots.CurveGroup]], floor: Floor | None, percent: bool, name: str) -> Table:
     rows = []
     for group, curves in drawn:
         final = curves.final
@@ -292,7 +308,8 @@ def _final_table(drawn: Sequence[tuple[Group, plots.CurveGroup]], floor: float |
             ]
         )
     if floor is not None:
-        rows.append(["random policy", "–", "–", "–", score(floor, percent=percent), "–", "–", "–"])
+        known = "–" if floor.episodes is None else str(floor.episodes)
+        rows.append(["random policy", "–", "–", known, score(floor.score, percent=percent), "–", "–", "–"])
     unit = drawn[0][0].unit
     header = ["", "seeds", unit, "episodes", "mean", "std", "IQM", "95 % interval of the IQM"]
     caption = (

@@ -26,6 +26,8 @@ GREY = "#808895"
 """Contrast at least 3.5 on #ffffff and on #14171d."""
 OBSERVED, IMAGINED = (0, 150, 105), (213, 70, 40)
 DPI = 200
+HIGH, HIGHEST = 6_000, 65_000
+"""Height of strips in pixels: what is still pleasant to look at, and what can be drawn (2^16)."""
 
 
 def error_to_rgb(error: ArrayLike, top: float) -> Pixels:
@@ -75,6 +77,24 @@ def in_lines(name: str, width: int = 12) -> str:
     return "\n".join(line for part in parts for line in textwrap.wrap(part, width))
 
 
+# Strips are laid out in units of a picture's width: a gap between pictures, the column of names, the height of a line of text.
+STRIP_GAP, STRIP_LABEL, STRIP_LINE = 0.13, 1.3, 0.3
+
+
+def _clip_height(predictions: int, aspect: float, errors: bool) -> float:
+    """Height of one clip's rows."""
+    return (1 + (1 + errors) * predictions) * (aspect + STRIP_GAP) + predictions * STRIP_LINE
+
+
+def clips_that_fit(arrays: Mapping[str, Pixels], pixels: int, *, context: int = 5, errors: bool = True) -> int:
+    """Number of clips of ``arrays`` whose strips are at most ``pixels`` high (`save_strips`), at least one."""
+    clips, frames, height, width = arrays["truth"].shape[:4]
+    across = STRIP_LABEL + len(strip_times(frames, context)) * (1 + STRIP_GAP)
+    room = pixels / (WIDTH * DPI) * across - 1.2 * STRIP_LINE
+    each = _clip_height(len(arrays) - 1, height / width, errors) + STRIP_LINE
+    return min(clips, max(1, int((room + STRIP_LINE) / each)))
+
+
 @styled
 def prediction_strips(
     truth: Pixels,
@@ -110,10 +130,9 @@ def prediction_strips(
     peaks = [float(np.quantile(e[:, imagined], 0.995)) for e in wrong.values() if imagined.any()]
     top = max(0.05, math.ceil(max(peaks, default=0.0) * 20) / 20)
 
-    # Laid out in units of a picture's width: `label` is the column of names, `line` the height of a line of text.
-    gap, label, line = 0.13, 1.3, 0.3
+    gap, label, line = STRIP_GAP, STRIP_LABEL, STRIP_LINE
     aspect = H / W
-    clip_height = (1 + (1 + errors) * len(predictions)) * (aspect + gap) + len(predictions) * line
+    clip_height = _clip_height(len(predictions), aspect, errors)
     head = line * (2.4 if title else 1.2)
     across = label + len(times) * (1 + gap)
     down = head + N * clip_height + (N - 1) * line

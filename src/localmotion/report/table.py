@@ -11,7 +11,7 @@ from localmotion.evaluation.contrasts import Contrasts
 from localmotion.evaluation.statistics import final_scores, summarise
 from localmotion.report.budgets import by_budget, labels_of, score_of, variant_of
 from localmotion.report.comparisons import Reference, contrast_table, reference_scale
-from localmotion.report.results import Gathered, eval_curve, random_score
+from localmotion.report.results import Gathered, eval_curve, floor_of
 from localmotion.report.style import score
 from localmotion.runs.read import read_run
 
@@ -74,12 +74,9 @@ def write_table(
         cells_of.append((task, group.label, cells))
     for task, label, cells in cells_of:
         rows.append("| " + " | ".join(cells + ([_share(means, task, label, reference)] if reference else [])) + " |")
-    for env in dict.fromkeys(group.env for group in data.groups):
-        floor = random_score([run for group in data.groups if group.env == env for run in group.runs], "return_mean")
-        if floor is not None:
-            rows.append(
-                f"| {env} | random policy | - | - | return_mean | {score(floor)} | - | - | - |" + " - |" * bool(reference)
-            )
+    floors, unknown = _random_rows(data, bool(reference))
+    rows += floors
+    rows += [line for text in unknown for line in ("", text)]
     rows += _label_table(data)
     if contrasts:
         table, notes = contrast_table(data, contrasts, reference)
@@ -92,6 +89,24 @@ def write_table(
     _replace(out / "table.md", "\n".join(rows) + "\n")
     _replace(out / "curves.json", json.dumps(curves, indent=1) + "\n")
     return rows
+
+
+def _random_rows(data: Gathered, reference: bool) -> tuple[list[str], list[str]]:
+    """A row of the random policy for each task and score of its variants, and sentences about rows that are left out."""
+    rows, unknown = [], []
+    for env in dict.fromkeys(group.env for group in data.groups):
+        groups = [group for group in data.groups if group.env == env]
+        runs = [run for group in groups for run in group.runs]
+        for key in dict.fromkeys(map(score_of, groups)):
+            floor = floor_of(runs, key)
+            if floor is None:
+                if key == "success_rate" and floor_of(runs, "return_mean"):
+                    unknown.append(f"No row of the random policy in {env}: its success was not recorded.")
+                continue
+            name = "random policy" if floor.episodes is None else f"random policy, {floor.episodes} episodes"
+            shown = score(floor.score, percent=key == "success_rate")
+            rows.append(f"| {env} | {name} | - | - | {key} | {shown} | - | - | - |" + " - |" * reference)
+    return rows, unknown
 
 
 def _share(means: Mapping[tuple[str, str], tuple[str, float]], task: str, label: str, reference: Reference) -> str:

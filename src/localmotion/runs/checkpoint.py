@@ -142,12 +142,11 @@ def write(target: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapp
     """
     folder = target.parent
     temporary, replaced = folder / f".{target.name}.tmp", folder / f".{target.name}.old"
+    kept = "; the previous one is kept" if target.exists() or complete(folder) else ""
     need = sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values()) + 1_000_000
     free = shutil.disk_usage(folder).free
     if free < need:
-        raise CheckpointError(
-            f"{folder}: a checkpoint needs {need / 1e6:.0f} MB, {free / 1e6:.0f} MB are free; the previous one is kept"
-        )
+        raise CheckpointError(f"{folder}: a checkpoint needs {need / 1e6:.0f} MB, {free / 1e6:.0f} MB are free{kept}")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -165,14 +164,17 @@ def write(target: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapp
         shutil.rmtree(replaced, ignore_errors=True)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointError(
-            f"{target}: checkpoint could not be written ({error.strerror or error}); the previous one is kept"
-        ) from error
+        raise CheckpointError(f"{target}: checkpoint could not be written ({error.strerror or error}){kept}") from error
 
 
 def complete(folder: Path) -> list[Path]:
     """All complete checkpoints, oldest first."""
     return sorted(path for path in folder.glob("[0-9]*") if (path / "COMPLETE").exists())
+
+
+def what_stays(folder: Path) -> str:
+    """What a run that cannot be saved still has, for its message. ``folder``: of its checkpoints."""
+    return "the last good checkpoint stays" if complete(folder) else "no checkpoint was written yet"
 
 
 def newest(run_dir: Path) -> Path:

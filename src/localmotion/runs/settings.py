@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -197,6 +198,25 @@ def read_settings(path: Path, **asked: str | None) -> dict[str, Any]:
                 f"{path}: its {name} is {values[name]!r:.80}, the command's is {text}; leave it out in one of the two"
             )
     return values
+
+
+@contextmanager
+def named_file(path: Path | None, method: str, stage: Stage, preset: str, env: str, values: Mapping[str, Any]) -> Iterator[None]:
+    """Compose settings inside this context. A ConfigError that comes from ``values``, those of the file ``path``, names the file."""
+    try:
+        yield
+    except ConfigError as error:
+        if path is None or not _composes(method, stage, preset, env, {}) or _composes(method, stage, preset, env, values):
+            raise
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def _composes(method: str, stage: Stage, preset: str, env: str, flags: Mapping[str, Any]) -> bool:
+    try:
+        compose(method, stage, preset=preset, env=env, flags=flags)
+    except ConfigError:
+        return False
+    return True
 
 
 def read_config(path: Path) -> RunConfig:

@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 
-from localmotion.config import PRESETS, SUITES, field_docs
+from localmotion.config import PRESETS, SUITES, RunConfig, field_docs
+from localmotion.errors import ConfigError
+from localmotion.files import one_line
 from localmotion.methods.base import Method, Source
 from localmotion.runs.settings import compose
 from localmotion.testing.batches import ACTIONS, SIZE
-from localmotion.testing.rules import Rule, Subject, require, rule
+from localmotion.testing.rules import Found, Rule, Subject, require, rule
 
 ENVS = ("metaworld:reach", "dmc:walker_run", "dmcr:hopper_stand", "toy:dot")
 """One environment of each kind of suite."""
@@ -56,16 +58,39 @@ def presets_compose(subject: Subject) -> None:
     for preset in PRESETS:
         for stage, source in cls.stages.items():
             for env in ("",) if source is Source.CLIPS else ENVS:
-                run = compose(cls, stage, preset=preset, env=env)
+                run = _composed(cls, stage, preset, env)
                 require(isinstance(run.model, cls.Config), f"model settings are {type(run.model).__name__}", "use Config")
                 require(run.pretrain.updates > 0, f"preset {preset} makes no updates", "set pretrain.updates")
     if "train" in cls.stages:
         for preset in PRESETS:
             order = ("debug", preset, "paper")
-            budgets = [compose(cls, "train", preset=p, env="dmc:walker_run").online.env_steps for p in order]
+            budgets = [_composed(cls, "train", p, "dmc:walker_run").online.env_steps for p in order]
             require(
                 budgets == sorted(budgets), f"{order} have env_steps {budgets}", "lower online.env_steps of the smaller preset"
             )
+
+
+def _composed(cls: type[Method], stage: str, preset: str, env: str) -> RunConfig:
+    """The settings of a preset. Where they do not fit the method, the fix is in the class, not where they are composed."""
+    try:
+        return compose(cls, stage, preset=preset, env=env)
+    except ConfigError as error:
+        where = f"PRESETS or SUITES, preset {preset} of stage {stage}{f' in {env}' if env else ''}: "
+        raise Found(
+            where + one_line(error, 300),
+            "let them set only what Config has; `presets` of localmotion.methods.sizes sets model.world and model.behaviour, `budgets` only"
+            " what it is given",
+        ) from error
+
+
+def composes(subject: Subject) -> bool:
+    """Whether the settings of the stage compose at all. Else `presets_compose` fails, and every rule that builds the method too."""
+    env = "" if subject.source is Source.CLIPS else ENVS[-1]
+    try:
+        compose(subject.method, subject.stage, preset=subject.preset, env=env)
+    except (ConfigError, KeyError):  # KeyError: the preset is lacking
+        return False
+    return True
 
 
 @rule

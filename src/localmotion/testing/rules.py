@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import sysconfig
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +21,9 @@ from localmotion.runs.settings import compose
 from localmotion.testing.batches import ACTIONS, SIZE, BatchMaker, random_batch
 from localmotion.training.update import Updater, rates
 
+PACKAGE = Path(__file__).parents[1]
+LIBRARIES = {sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")}
+"""Where the code is that no author of a method wrote."""
 CPU = Compute(torch.device("cpu"), False, 1, "test")
 
 
@@ -30,7 +35,9 @@ class BrokenRuleError(AssertionError):
         super().__init__(message)
 
 
-class _Found(AssertionError):  # noqa: N818  # raised by `require`, always turned into a BrokenRuleError
+class Found(AssertionError):  # noqa: N818  # raised by `require`, always turned into a BrokenRuleError
+    """What a rule found, and the fix."""
+
     def __init__(self, found: str, fix: str) -> None:
         self.found, self.fix = found, fix
         super().__init__(found)
@@ -39,7 +46,7 @@ class _Found(AssertionError):  # noqa: N818  # raised by `require`, always turne
 def require(condition: bool, found: str, fix: str) -> None:
     """Within a rule: say what was found and how to fix it, unless ``condition`` holds."""
     if not condition:
-        raise _Found(found, fix)
+        raise Found(found, fix)
 
 
 @dataclass(frozen=True)
@@ -143,21 +150,28 @@ def rule(check: Rule) -> Rule:
         except Exception as error:
             found, fix = _told(error)
             message = f"{subject}: {found}\n  rule: {sentence} ({check.__name__}, docs/add_a_method.md)\n  fix: {fix}"
-            raise BrokenRuleError(check.__name__, message) from (None if isinstance(error, _Found) else error)
+            raise BrokenRuleError(check.__name__, message) from (None if isinstance(error, Found) else error)
 
     return checked
 
 
 def _told(error: Exception) -> tuple[str, str]:
     """What was found, and the fix."""
-    if isinstance(error, _Found):
+    if isinstance(error, Found):
         return error.found, error.fix
-    frame = traceback.extract_tb(error.__traceback__)[-1]
+    frame = _place(traceback.extract_tb(error.__traceback__))
     kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
     return (
         f"{kind}{one_line(error, 300)}",
         f"look at line {frame.lineno} of {frame.filename}, in {frame.name}, where this was raised",
     )
+
+
+def _place(frames: Sequence[traceback.FrameSummary]) -> traceback.FrameSummary:
+    """The frame to look at: the last one of the method's author, else the last one outside this package, else the last one."""
+    outside = [frame for frame in frames if not Path(frame.filename).is_relative_to(PACKAGE)]
+    own = [frame for frame in outside if not any(Path(frame.filename).is_relative_to(place) for place in LIBRARIES)]
+    return (own or outside or frames)[-1]
 
 
 @dataclass(frozen=True)

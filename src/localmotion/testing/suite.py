@@ -8,7 +8,7 @@ from typing import Any
 from localmotion.errors import unknown_name
 from localmotion.methods.base import Method
 from localmotion.testing.acts import ACTS, PLANS, acts, plans
-from localmotion.testing.declares import DECLARES
+from localmotion.testing.declares import DECLARES, composes, presets_compose
 from localmotion.testing.labels import DECODES, LABELLED, decodes, knows_labels
 from localmotion.testing.learns import EPISODES, LEARNS, has_episodes
 from localmotion.testing.predicts import CODES, PREDICTS, has_code, predicts
@@ -34,6 +34,8 @@ def checks_of(
 ) -> list[Check]:
     """The checks of a method, one for each rule and stage: parametrize a test with them to see each by itself.
 
+    Where the method's settings do not compose, only those up to `presets_compose`: all others would fail for the same reason.
+
     Args:
         stages: names of the stages to check; default: all.
         rules: the rules to check; default: all that apply.
@@ -45,6 +47,8 @@ def checks_of(
         if stage not in method.stages:
             raise unknown_name(f"stage of {method.__name__}", stage, method.stages)
     subjects = [Subject(method, stage, **options) for stage in stages or method.stages]
+    if presets_compose in rules and not all(map(composes, subjects)):
+        rules = [each for each in DECLARES[: DECLARES.index(presets_compose) + 1] if each in rules]
     found = [Check(rule, subjects[0]) for rule in DECLARES if rule in rules]
     for subject in subjects:
         for declared, own in CAPABILITIES.values():

@@ -210,6 +210,20 @@ def check_plays(run: RunConfig) -> None:
         observer.env.close()
 
 
+def check_budget(run: RunConfig, repeat: int = 1) -> None:
+    """Raise ConfigError if the budget of a run that learns from rollouts is less than one rollout.
+
+    ``repeat``: env steps per agent step.
+    """
+    rollout, whole = run.rollout, run.rollout.agent_steps * repeat
+    if run.online.env_steps < whole:
+        times = f" x {repeat} env steps" if repeat > 1 else ""
+        raise ConfigError(
+            f"online.env_steps={run.online.env_steps} is less than one rollout: {rollout.environments} environments x {rollout.steps} agent"
+            f" steps{times} = {whole}; raise env_steps, or lower rollout.environments or rollout.steps"
+        )
+
+
 def check_phases(run: RunConfig, env: object) -> None:
     """Raise ConfigError if the run changes to a phase that its environment does not have."""
     if run.online.phase_at is None:

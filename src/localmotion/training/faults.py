@@ -24,4 +24,5 @@ def dump(path: Path, method: Method, error: DivergedError) -> LocalmotionError:
     tensors = {"batch": error.batch, "weights": method.state_dict(), "rng": checkpoint.rng_state()}
     target = path / (DUMP if ranks.leads() else f"{DUMP}-{ranks.rank()}")
     checkpoint.write(target, tensors, state)
-    return LocalmotionError(f"{error}; the batch, the weights and all terms are in {target}, the last good checkpoint stays")
+    stays = checkpoint.what_stays(path / "checkpoints")
+    return LocalmotionError(f"{error}; the batch, the weights and all terms are in {target}; {stays}")

@@ -26,7 +26,7 @@ from localmotion.runs.rundir import claimed, earlier, read_environment, run_dir
 from localmotion.runs.settings import recipe_of, with_recipe
 from localmotion.runs.sharing import local_run, pinned
 from localmotion.training import graphs
-from localmotion.training.checks import check_acting_stage, check_learns, check_phases, check_plays, check_ranks
+from localmotion.training.checks import check_acting_stage, check_budget, check_learns, check_phases, check_plays, check_ranks
 from localmotion.training.logged import LoggedLoop
 from localmotion.training.online import OnlineLoop
 from localmotion.training.rollout import RolloutLoop
@@ -124,10 +124,12 @@ def _rollout(run: RunConfig, path: Path, cls: type[Method]) -> Path:
     count = share.stop - share.start
     workers = rollout.workers or max(1, cores() // ranks.local()[1])
     with closing(VectorEnv(run.env, count, seed=run.seed, first=share.start, workers=workers, **settings)) as envs:
+        repeat = int(envs.description["action_repeat"])
+        check_budget(run, repeat)
         dim = int(np.prod(envs.single_action_space.shape or ()))
         run = _acting(run, bool(envs.description.get("discrete")))
         method, updater = _built(run, path, cls, size, dim)
-        RolloutLoop(run, run_dir(path, run), envs, method, updater, int(envs.description["action_repeat"])).go()
+        RolloutLoop(run, run_dir(path, run), envs, method, updater, repeat).go()
     return path
 
 

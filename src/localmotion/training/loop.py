@@ -8,7 +8,7 @@ and where batches come from. `Loop.go` runs these parts:
     evaluate   every eval_every counts, and at the end
     save       every save_every counts, and at the end
     advance    by one count or several: an update, an agent step with its updates, or a rollout with its updates
-    log        every log_every updates: losses, gradient norms, seconds
+    log        every log_every updates, and after the last one: losses, gradient norms, seconds
 """
 
 from __future__ import annotations
@@ -100,9 +100,22 @@ class Loop(ABC):
         return self.updater.update
 
     @property
+    def played(self) -> int:
+        """Number of counts that the run really makes: `total`, rounded up to what the loop makes at once."""
+        return self.total
+
+    @property
     def over(self) -> bool:
         """Whether the run has made its last count."""
         return self.count >= self.total
+
+    @property
+    def last(self) -> bool:
+        """Whether the newest update is the run's last. Its losses are always logged.
+
+        It depends on the run's counts only, so that a run in pieces logs what a whole one does.
+        """
+        return self.over
 
     @property
     def may_evaluate(self) -> bool:
@@ -164,7 +177,7 @@ class Loop(ABC):
             self._begun = (self.count, self.updater.update)
             self.out.status("running", **self.where())
             title = f"{self.run.method} {self.run.env}".strip()
-            with progress(title, self.total, f"{self.unit.replace('_', ' ')}s", self.count, forecast=self.steady) as advance:
+            with progress(title, self.played, f"{self.unit.replace('_', ' ')}s", self.count, forecast=self.steady) as advance:
                 while not self.over:
                     self.heed()
                     if self.may_evaluate and self.evaluates.due(self.count):
@@ -201,7 +214,7 @@ class Loop(ABC):
         if line := self.compute.look_again():
             self.out.log("threads", **self.counters(), threads=torch.get_num_threads())
             say(line)
-        if self.logs.due(self.updater.update) or self.over:
+        if self.logs.due(self.updater.update) or self.last:
             self.logs.set(self.updater.update)
             self._log(metrics)
 
@@ -265,7 +278,7 @@ class Loop(ABC):
     def save(self) -> bool:
         """Write a checkpoint. If the newest update was not finite, print a message and return False instead."""
         if not self.updater.healthy:
-            say("not saved: the newest update was not finite; the checkpoint before stays")
+            say(f"not saved: the newest update was not finite; {checkpoint.what_stays(self.out.path / 'checkpoints')}")
             return False
         self.saves.set(self.count)
         if drifted := self._align():

@@ -98,6 +98,12 @@ class OnlineLoop(ActingLoop):
         return self.agent_step >= self.total and self.playing is None
 
     @property
+    def last(self) -> bool:
+        online = self.run.online
+        warm = self.updater.update >= online.warmup_updates
+        return warm and self.agent_step // online.train_every >= self.played // online.train_every
+
+    @property
     def may_evaluate(self) -> bool:
         return self.playing is not None and self.playing.learning
 

@@ -61,11 +61,22 @@ class RolloutLoop(ActingLoop):
     def episodes_begun(self) -> int:
         return int(self.episodes.sum()) + self.elsewhere
 
-    def lines(self) -> list[str]:
+    @property
+    def played(self) -> int:
+        whole = self.run.rollout.agent_steps
+        return -(-self.total // whole) * whole
+
+    @property
+    def last(self) -> bool:
         rollout = self.run.rollout
+        return self.updater.update >= self.played // rollout.agent_steps * rollout.epochs * rollout.minibatches
+
+    def lines(self) -> list[str]:
+        rollout, budget = self.run.rollout, self.run.online.env_steps
+        more = f" (whole rollouts: the budget is {budget:,} env steps)" if self.played != self.total else ""
         return [
             f"{self.run.method} on {self.run.env}: {self.compute.note}",
-            f"{self.total:,} agent steps = {self.total * self.repeat:,} env steps in {rollout.environments} environments;"
+            f"{self.played:,} agent steps = {self.played * self.repeat:,} env steps{more} in {rollout.environments} environments;"
             f" {rollout.epochs * rollout.minibatches} updates after every {rollout.steps} agent steps of each environment",
         ]
 
@@ -95,7 +106,7 @@ class RolloutLoop(ActingLoop):
             for part in np.array_split(order.permutation(self.envs.num_envs), rollout.minibatches):
                 rows = torch.from_numpy(np.sort(part))
                 self.learn(self.compute.to_device({key: value[rows] for key, value in batch.items()}))
-        self.agent_step += rollout.steps * self.envs.num_envs * ranks.world()
+        self.agent_step += rollout.agent_steps
         self._hear()
 
     def _encoded(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:

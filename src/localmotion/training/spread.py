@@ -40,6 +40,10 @@ class SpreadLoop(OnlineLoop):
         self.elsewhere = 0  # complete episodes of the other ranks
 
     @property
+    def played(self) -> int:
+        return -(-self.total // ranks.world()) * ranks.world()
+
+    @property
     def may_evaluate(self) -> bool:
         return self.all_learn
 

@@ -40,7 +40,7 @@ from localmotion.files import check_tree, one_line, read_bytes
 from localmotion.methods.base import Source
 from localmotion.recording.logs import label_set
 from localmotion.runs.settings import compose
-from localmotion.training.checks import check_acting_stage, check_learns, check_start, check_video_stage
+from localmotion.training.checks import check_acting_stage, check_budget, check_learns, check_start, check_video_stage
 from localmotion.video.store import ClipStore
 
 _STUDY = {"name", "preset", "settings", "tasks", "seeds", "pretrain", "variants", "reference", "contrasts"}
@@ -279,6 +279,8 @@ def _check(path: Path, jobs: Sequence[Job]) -> None:
                 check_acting_stage(cls, run)
                 if not run.data and cls.stages[run.stage] is Source.REPLAY:
                     check_learns(run, run.action_repeat or 1)
+                elif not run.data and cls.stages[run.stage] is Source.ROLLOUT:
+                    check_budget(run, run.action_repeat or 1)
             if job.after:
                 before = by_name[job.after]
                 check_start(cls, run, before.name, methods.get(before.method), before.stage)

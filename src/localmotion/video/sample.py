@@ -34,6 +34,19 @@ def is_heldout(video: str, fraction: float) -> bool:
     return int.from_bytes(digest, "big") / 2**64 < fraction
 
 
+def other_fraction(store: ClipStore, split: Split, fraction: float) -> float | None:
+    """The held-out fraction next to ``fraction``, in tenths, with which both parts of the store have clips. None: there is none.
+
+    ``split``: the part that has none now.
+    """
+    for tenth in range(1, 10) if split == "heldout" else range(9, 0, -1):
+        share = tenth / 10
+        held = {is_heldout(video, share) for video in store.videos}
+        if (share > fraction if split == "heldout" else share < fraction) and len(held) == 2:
+            return share
+    return None
+
+
 def spread(length: int, lead: int) -> int:
     """Starts before the first and after the last that are drawn in a piece of ``length`` positions and moved to these two.
 
