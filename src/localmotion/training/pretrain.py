@@ -17,7 +17,7 @@ from localmotion.errors import StoreError
 from localmotion.evaluation.heldout import CONTEXT_FRAMES, measure_heldout
 from localmotion.methods.base import LABELS, MASK, MOTION, Method
 from localmotion.recording.logs import EpisodeSampler
-from localmotion.runs.rundir import RunDir, claimed, read_environment, run_dir
+from localmotion.runs.rundir import RunDir, claimed, earlier, read_environment, run_dir
 from localmotion.runs.sharing import pinned
 from localmotion.training import graphs
 from localmotion.training.checks import check_ranks, check_video_stage
