@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from localmotion.compute import Compute
 from localmotion.config import RunConfig
-from localmotion.errors import ConfigError, LocalmotionError, StoreError, VideoError
+from localmotion.errors import ConfigError, LocalmotionError, VideoError
 from localmotion.evaluation.heldout import CONTEXT_FRAMES, open_loop_errors, predicts
 from localmotion.methods.base import MASK, MOTION, Method
 from localmotion.perception.extract import extract_one
@@ -21,7 +21,7 @@ from localmotion.recipe import Recipe
 from localmotion.runs.load import at_least, load_run
 from localmotion.runs.sharing import run_label
 from localmotion.video.listing import VideoRef, usable_videos
-from localmotion.video.sample import Split, WindowSampler
+from localmotion.video.sample import NoClipsError, Split, WindowSampler
 from localmotion.video.store import Clip, ClipStore, ClipStoreWriter
 
 AT_ONCE = 8
@@ -147,10 +147,8 @@ def _predict(
                 motion=bool(needs & MOTION),
                 mask=bool(needs & MASK),
             )
-        except StoreError as error:
-            if split == "all" or not str(error).endswith("add clips"):
-                raise
-            raise StoreError(f"{error}, or score all clips with --split all") from error
+        except NoClipsError as error:
+            raise NoClipsError(f"{error}, or score all clips with --split all") from error
         chosen = chosen or _spread(sampler, windows, seed)
         for indices in np.array_split(np.arange(len(chosen[0])), -(-len(chosen[0]) // AT_ONCE)):  # no batch of one beside others
             begin, part = int(indices[0]), slice(int(indices[0]), int(indices[-1]) + 1)

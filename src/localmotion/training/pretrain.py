@@ -25,7 +25,7 @@ from localmotion.training.loop import Clock, Loop
 from localmotion.training.transfer import load_pretrained
 from localmotion.training.update import Updater
 from localmotion.video.remote import place_of
-from localmotion.video.sample import Split, WindowSampler, other_fraction
+from localmotion.video.sample import NoClipsError, Split, WindowSampler, other_fraction
 from localmotion.video.store import ClipStore
 
 
@@ -121,11 +121,11 @@ def _sampler(store: ClipStore, run: RunConfig, split: Split) -> WindowSampler:
     """Sampler of one part of the clips. Raises StoreError if it has none, with a fraction that gives it some."""
     try:
         return _sampler_of(store, run, split)
-    except StoreError as error:
-        share = other_fraction(store, split, run.pretrain.heldout_fraction) if str(error).endswith("add clips") else None
+    except NoClipsError as error:
+        share = other_fraction(store, split, run.pretrain.heldout_fraction)
         if share is None:
             raise
-        raise StoreError(f"{error}, or set --pretrain.heldout_fraction {share:g} in a new run") from error
+        raise NoClipsError(f"{error}, or set --pretrain.heldout_fraction {share:g} in a new run") from error
 
 
 def _sampler_of(store: ClipStore, run: RunConfig, split: Split) -> WindowSampler:

@@ -34,6 +34,10 @@ def is_heldout(video: str, fraction: float) -> bool:
     return int.from_bytes(digest, "big") / 2**64 < fraction
 
 
+class NoClipsError(StoreError):
+    """A part of a store, for training or held out, has no clips."""
+
+
 def other_fraction(store: ClipStore, split: Split, fraction: float) -> float | None:
     """The held-out fraction next to ``fraction``, in tenths, with which both parts of the store have clips. None: there is none.
 
@@ -240,7 +244,7 @@ def _clips_of(store: ClipStore, length: int, split: Split, fraction: float) -> N
     held = np.asarray([is_heldout(video, fraction) for video in store.videos])
     chosen = np.ones_like(held) if split == "all" else held == (split == "heldout")
     if not chosen.any():
-        raise StoreError(f"{store.path}: none of {len(store)} clips is in the {split} part; add clips")
+        raise NoClipsError(f"{store.path}: none of {len(store)} clips is in the {split} part; add clips")
     clips = np.flatnonzero(chosen & (store.lengths >= length))
     if not len(clips):
         part = "" if split == "all" else f" of the {split} part"
