@@ -138,6 +138,17 @@ class RolloutConfig:
 
 
 @dataclass(frozen=True)
+class RehearsalConfig:
+    """A stage that learns to act goes on learning from clips (`training.rehearsal`). Batches are as in pre-training
+    (`pretrain.batch_size`, `pretrain.length`). Not in DRP's paper."""
+
+    data: str = ""
+    """Clip store. Empty: no rehearsal."""
+    weight: float = 1.0
+    """Weight of the losses of pre-training beside those of the stage."""
+
+
+@dataclass(frozen=True)
 class OptimConfig:
     """Adam with IPV's settings (version 0.6), for every optimiser."""
 
@@ -292,6 +303,7 @@ class RunConfig:
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     online: OnlineConfig = field(default_factory=OnlineConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    rehearsal: RehearsalConfig = field(default_factory=RehearsalConfig)
 
 
 # The papers' settings for a benchmark (IPV's release, DRP Table 5), for every method of the family. `model` keys that a

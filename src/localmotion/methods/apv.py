@@ -82,6 +82,7 @@ class APV(Method):
     paper = "arXiv 2203.13880"
     Config = APVConfig
     stages = FROM_VIDEO
+    rehearses = frozenset({"finetune", "train"})
     transfers = same("image", "latent")
     # Pre-trained parts learn at the full rate. `small`, `tiny` and `debug` have the residual encoder, as in DreamerV2, because the plain
     # CNN is the slowest encoder on a CPU.

@@ -241,6 +241,8 @@ class Method(nn.Module):
     instance may add those whose shapes depend on its settings."""
     encodes: ClassVar[frozenset[str]] = frozenset()
     """Batch keys in whose place the updates of a rollout get what frozen parts make of them (`encoded`)."""
+    rehearses: ClassVar[frozenset[str]] = frozenset()
+    """Stages whose first pass trains what the stage `pretrain` trained, so that its losses on clips can go on there (rehearsal)."""
     vectors: ClassVar[bool] = False
     """Whether it can learn from vectors, with or without pictures. Its Config then has ``pixels`` and ``vector_dim``."""
     discrete: ClassVar[bool] = False

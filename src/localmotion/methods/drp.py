@@ -122,6 +122,7 @@ class DRP(Method):
     Config = DRPConfig
     stages = FROM_VIDEO
     wants = MOTION
+    rehearses = frozenset({"finetune", "train"})
     transfers = same("motion", "image", "latent")
     # As in IPV, which the paper follows where it is silent.
     SUITES = {

@@ -91,6 +91,7 @@ class IPV(Method):
     paper = "arXiv 2305.18499"
     Config = IPVConfig
     stages = FROM_VIDEO
+    rehearses = frozenset({"finetune", "train"})
     transfers = same("image", "latent")
     # Pre-trained parts learn at the full rate; only DRP slows them down. 1.2M updates: README of the release.
     PRESETS = presets(

@@ -121,6 +121,7 @@ class PVDR(Method):
     wants = GOAL
     encodes = frozenset({"image", "goal"})
     extras = EXTRAS
+    rehearses = frozenset({"finetune"})
     transfers = same("tokenizer", "posterior", "prior", "decoder")
 
     warm: Tensor
