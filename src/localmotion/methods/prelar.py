@@ -126,7 +126,6 @@ class PreLAR(Method):
     Config = PreLARConfig
     stages = FROM_VIDEO
     wants = MOTION
-    rehearses = frozenset({"finetune", "train"})
     transfers = same("image", "latent")
     # On Meta-World, where the release was tried, 100 updates are frozen. Elsewhere the mapping network begins as untrained, too.
     SUITES = {suite: {"online": {"freeze_updates": 100}} for suite in (*DMC_SUITES, "toy")}
