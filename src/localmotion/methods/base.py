@@ -222,7 +222,7 @@ class Method(nn.Module):
     PRESETS: ClassVar[dict[str, dict[str, Any]]]
     """Settings of the presets paper, small, tiny and debug. `methods/sizes.py` has the sizes that methods share."""
     SUITES: ClassVar[dict[str, dict[str, Any]]] = {}
-    """Settings of the method's own paper for a suite (`dmc`) or an environment (`metaworld:drawer-open`), on top of `config.SUITES`."""
+    """Settings of the method's own paper for a suite (`dmc`) or an environment (`metaworld:drawer-open`), on top of `suites.SUITES`."""
     stages: ClassVar[Mapping[str, Source]]
     """Names of the stages, which are also commands, and the source of their batches."""
     acts_after: ClassVar[frozenset[str]] = frozenset({"finetune", "train"})

@@ -119,9 +119,8 @@ class PVDR(Method):
     predicts_after = frozenset({"pretrain"})
     begins = {"pretrain": "tokenize", "finetune": "pretrain"}
     wants = GOAL
-    encodes = frozenset({"image", "goal"})
+    encodes, rehearses = frozenset({"image", "goal"}), frozenset({"finetune"})
     extras = EXTRAS
-    rehearses = frozenset({"finetune"})
     transfers = same("tokenizer", "posterior", "prior", "decoder")
 
     warm: Tensor

@@ -12,13 +12,14 @@ from typing import Any
 import yaml
 
 from localmotion import methods
-from localmotion.config import PRESETS, SUITES, RunConfig, Stage, assign, full_name, leaves, update
+from localmotion.config import PRESETS, RunConfig, Stage, assign, full_name, leaves, update
 from localmotion.errors import CheckpointError, ConfigError, unknown_name
 from localmotion.files import MAX_TEXT, check_tree, one_line, read_bytes, read_json, refuse_links
 from localmotion.limits import limits, wanted
 from localmotion.methods.base import Source
 from localmotion.perception.trust import check_recipe
 from localmotion.recipe import Recipe, read_recipe
+from localmotion.suites import SUITES
 
 
 def compose(
