@@ -33,6 +33,7 @@ FLOORS = (
     "replay",
     "config",
     "limits",
+    "suites",
     "recipe",
     "ranks",
     "console",

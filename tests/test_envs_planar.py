@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 
-from localmotion.config import SUITES
 from localmotion.envs import list_envs, make_env, planar
 from localmotion.envs import planar_trees as trees
 from localmotion.envs.base import PixelEnv
@@ -23,6 +22,7 @@ from localmotion.envs.truth import SKY, UNKNOWN, motion_truth, pixel_grid
 from localmotion.envs.truth_planar import PlanarTruth
 from localmotion.envs.vector import VectorEnv, env_seed
 from localmotion.errors import ConfigError, EnvError
+from localmotion.suites import SUITES
 
 ONE_OF_EACH = (
     "acrobot_swingup",

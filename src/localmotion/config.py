@@ -138,6 +138,17 @@ class RolloutConfig:
 
 
 @dataclass(frozen=True)
+class RehearsalConfig:
+    """A stage that learns to act goes on learning from clips (`training.rehearsal`). Batches are as in pre-training
+    (`pretrain.batch_size`, `pretrain.length`). Not in DRP's paper."""
+
+    data: str = ""
+    """Clip store. Empty: no rehearsal."""
+    weight: float = 1.0
+    """Weight of the losses of pre-training beside those of the stage."""
+
+
+@dataclass(frozen=True)
 class OptimConfig:
     """Adam with IPV's settings (version 0.6), for every optimiser."""
 
@@ -292,33 +303,7 @@ class RunConfig:
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     online: OnlineConfig = field(default_factory=OnlineConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
-
-
-# The papers' settings for a benchmark (IPV's release, DRP Table 5), for every method of the family. `model` keys that a
-# method does not have are dropped for it. DreamerV2, for example, has no intrinsic weight.
-SUITES: dict[str, dict[str, Any]] = {
-    "metaworld": {
-        "online": {
-            "env_steps": 255_000,
-            "batch_size": 50,
-            "prefill": 5_000,
-            "freeze_updates": 100,
-            "prioritize_ends": True,
-        },
-        "model": {"intrinsic_weight": 1.0, "free_nats": 0.0, "context_erasing": True},
-    },
-    "dmc": {
-        "online": {"env_steps": 1_020_000, "batch_size": 16, "prefill": 1_000, "freeze_updates": 0},
-        "model": {"intrinsic_weight": 0.1, "free_nats": 1.0, "context_erasing": False},
-    },
-}
-DMC_SUITES = ("dmc", "dmcr", "distracting", "diswm", "masklam", "planar")
-"""The suites based on DeepMind Control."""
-SUITES |= dict.fromkeys(DMC_SUITES, SUITES["dmc"]) | {"dmw": SUITES["metaworld"]}
-SUITES["toy"] = {
-    "online": {"env_steps": 10_000, "batch_size": 16, "prefill": 500, "freeze_updates": 0},
-    "model": {"intrinsic_weight": 0.0, "free_nats": 0.0, "context_erasing": False},
-}
+    rehearsal: RehearsalConfig = field(default_factory=RehearsalConfig)
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from localmotion.config import DMC_SUITES, BehaviourConfig, WorldModelConfig
+from localmotion.config import BehaviourConfig, WorldModelConfig
 from localmotion.limits import Limits, at_least
 from localmotion.methods.base import (
     FROM_VIDEO,
@@ -48,6 +48,7 @@ from localmotion.models.heads import MLP
 from localmotion.models.image import ImageModel
 from localmotion.models.rssm import RSSM, RSSMState, kl_loss
 from localmotion.models.stacked import Carry
+from localmotion.suites import DMC_SUITES
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ class APV(Method):
     paper = "arXiv 2203.13880"
     Config = APVConfig
     stages = FROM_VIDEO
+    rehearses = frozenset({"finetune", "train"})
     transfers = same("image", "latent")
     # Pre-trained parts learn at the full rate. `small`, `tiny` and `debug` have the residual encoder, as in DreamerV2, because the plain
     # CNN is the slowest encoder on a CPU.

@@ -222,7 +222,7 @@ class Method(nn.Module):
     PRESETS: ClassVar[dict[str, dict[str, Any]]]
     """Settings of the presets paper, small, tiny and debug. `methods/sizes.py` has the sizes that methods share."""
     SUITES: ClassVar[dict[str, dict[str, Any]]] = {}
-    """Settings of the method's own paper for a suite (`dmc`) or an environment (`metaworld:drawer-open`), on top of `config.SUITES`."""
+    """Settings of the method's own paper for a suite (`dmc`) or an environment (`metaworld:drawer-open`), on top of `suites.SUITES`."""
     stages: ClassVar[Mapping[str, Source]]
     """Names of the stages, which are also commands, and the source of their batches."""
     acts_after: ClassVar[frozenset[str]] = frozenset({"finetune", "train"})
@@ -241,6 +241,8 @@ class Method(nn.Module):
     instance may add those whose shapes depend on its settings."""
     encodes: ClassVar[frozenset[str]] = frozenset()
     """Batch keys in whose place the updates of a rollout get what frozen parts make of them (`encoded`)."""
+    rehearses: ClassVar[frozenset[str]] = frozenset()
+    """Stages whose first pass trains what the stage `pretrain` trained, so that its losses on clips can go on there (rehearsal)."""
     vectors: ClassVar[bool] = False
     """Whether it can learn from vectors, with or without pictures. Its Config then has ``pixels`` and ``vector_dim``."""
     discrete: ClassVar[bool] = False

@@ -48,7 +48,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from localmotion.config import DMC_SUITES, BehaviourConfig
+from localmotion.config import BehaviourConfig
 from localmotion.errors import ConfigError
 from localmotion.limits import Limits, at_least, shares
 from localmotion.methods.base import (
@@ -72,6 +72,7 @@ from localmotion.models.heads import MLP, begin_as_torch_
 from localmotion.models.image import image_losses
 from localmotion.models.rssm import Carry, RSSMState, beginning
 from localmotion.models.rssm_gaussian import GaussianRSSM, gaussian_kl_loss
+from localmotion.suites import DMC_SUITES
 
 STEPS_PER_UPDATE = 5
 """Agent steps that an update stands for where there is no environment: one update every 5 agent steps (release)."""

@@ -35,7 +35,7 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from localmotion.config import DMC_SUITES, BehaviourConfig, WorldModelConfig
+from localmotion.config import BehaviourConfig, WorldModelConfig
 from localmotion.errors import ConfigError
 from localmotion.limits import Limits, at_least
 from localmotion.methods.base import (
@@ -61,6 +61,7 @@ from localmotion.models.global_flow import GlobalFlow
 from localmotion.models.heads import MLP
 from localmotion.models.image import ImageModel
 from localmotion.models.rssm import RSSM, RSSMState, kl_loss
+from localmotion.suites import DMC_SUITES
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,7 @@ class DRP(Method):
     Config = DRPConfig
     stages = FROM_VIDEO
     wants = MOTION
+    rehearses = frozenset({"finetune", "train"})
     transfers = same("motion", "image", "latent")
     # As in IPV, which the paper follows where it is silent.
     SUITES = {

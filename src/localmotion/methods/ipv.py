@@ -29,7 +29,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from localmotion.config import DMC_SUITES, BehaviourConfig, WorldModelConfig
+from localmotion.config import BehaviourConfig, WorldModelConfig
 from localmotion.limits import Limits, at_least
 from localmotion.methods.base import (
     FROM_VIDEO,
@@ -53,6 +53,7 @@ from localmotion.models.heads import MLP
 from localmotion.models.image import ImageModel
 from localmotion.models.rssm import RSSM, RSSMState, kl_loss
 from localmotion.models.stacked import Carry
+from localmotion.suites import DMC_SUITES
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,7 @@ class IPV(Method):
     paper = "arXiv 2305.18499"
     Config = IPVConfig
     stages = FROM_VIDEO
+    rehearses = frozenset({"finetune", "train"})
     transfers = same("image", "latent")
     # Pre-trained parts learn at the full rate; only DRP slows them down. 1.2M updates: README of the release.
     PRESETS = presets(

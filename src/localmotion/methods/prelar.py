@@ -42,7 +42,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from localmotion.config import DMC_SUITES, BehaviourConfig, WorldModelConfig
+from localmotion.config import BehaviourConfig, WorldModelConfig
 from localmotion.limits import Limits, above_zero, at_least
 from localmotion.methods.base import (
     FROM_VIDEO,
@@ -69,6 +69,7 @@ from localmotion.models.image import ImageModel
 from localmotion.models.latent_windows import futures
 from localmotion.models.learned_actions import ActionMapping, Code, CodeShape, InverseDynamics, MappedDynamics
 from localmotion.models.rssm import RSSM, Carry, RSSMState, beginning, kl_loss
+from localmotion.suites import DMC_SUITES
 
 
 @dataclass(frozen=True)

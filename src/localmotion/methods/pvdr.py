@@ -119,7 +119,7 @@ class PVDR(Method):
     predicts_after = frozenset({"pretrain"})
     begins = {"pretrain": "tokenize", "finetune": "pretrain"}
     wants = GOAL
-    encodes = frozenset({"image", "goal"})
+    encodes, rehearses = frozenset({"image", "goal"}), frozenset({"finetune"})
     extras = EXTRAS
     transfers = same("tokenizer", "posterior", "prior", "decoder")
 

@@ -12,13 +12,14 @@ from typing import Any
 import yaml
 
 from localmotion import methods
-from localmotion.config import PRESETS, SUITES, RunConfig, Stage, assign, full_name, leaves, update
+from localmotion.config import PRESETS, RunConfig, Stage, assign, full_name, leaves, update
 from localmotion.errors import CheckpointError, ConfigError, unknown_name
 from localmotion.files import MAX_TEXT, check_tree, one_line, read_bytes, read_json, refuse_links
 from localmotion.limits import limits, wanted
 from localmotion.methods.base import Source
 from localmotion.perception.trust import check_recipe
 from localmotion.recipe import Recipe, read_recipe
+from localmotion.suites import SUITES
 
 
 def compose(
@@ -89,12 +90,13 @@ def _layers(
 def check_read(config: RunConfig, settings: Iterable[str]) -> None:
     """Raise ConfigError for one of ``settings`` (name=value texts) that the loop of the run's stage does not read.
 
-    Video stages read `pretrain`, all others `online`, and stages that learn from rollouts `rollout`, too. Logged episodes are held out by
-    pretrain.heldout_fraction.
+    Video stages read `pretrain`, all others `online` and `rehearsal`, and stages that learn from rollouts `rollout`, too. Logged
+    episodes are held out by pretrain.heldout_fraction. Rehearsal makes its batches by `pretrain`.
     """
     cls = methods.get(config.method)
     video, rollout = _from_video(cls, config.stage), cls.stages.get(config.stage) is Source.ROLLOUT
-    read = {"pretrain": video, "online": not video, "rollout": rollout}
+    clips = video or bool(config.rehearsal.data)
+    read = {"pretrain": clips, "online": not video, "rehearsal": not video, "rollout": rollout}
     for text in settings:
         name = full_name(config, text.partition("=")[0].strip(), video)
         group, _, last = name.partition(".")

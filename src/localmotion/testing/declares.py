@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
-from localmotion.config import PRESETS, SUITES, RunConfig, field_docs
+from localmotion.config import PRESETS, RunConfig, field_docs
 from localmotion.errors import ConfigError
 from localmotion.files import one_line
 from localmotion.methods.base import Method, Source
 from localmotion.runs.settings import compose
+from localmotion.suites import SUITES
 from localmotion.testing.batches import ACTIONS, SIZE
 from localmotion.testing.rules import Found, Rule, Subject, require, rule
 

@@ -14,6 +14,7 @@ from localmotion.envs.goals import check_goals
 from localmotion.errors import CheckpointError, ConfigError, LocalmotionError, SimulationError
 from localmotion.machine import launched
 from localmotion.methods.base import GOAL, LABELS, MASK, MOTION, Method, Source
+from localmotion.training.rehearsal import check_rehearsal
 
 
 def check_video_stage(method: type[Method], run: RunConfig) -> None:
@@ -24,6 +25,8 @@ def check_video_stage(method: type[Method], run: RunConfig) -> None:
         raise ConfigError(f"{run.stage}: give the clips with --data STORE (made by localmotion extract VIDEOS --out STORE)")
     check_length(method, run)
     check_begins(method, run)
+    if run.rehearsal.data:
+        check_rehearsal(method, run)
     if run.pretrain.updates < (least := method.least_updates(run.model, run.stage)):
         raise ConfigError(
             f"pretrain.updates={run.pretrain.updates}: with its settings {run.stage} of {run.method} needs at least {least}, because a"
@@ -68,6 +71,8 @@ def check_acting_stage(method: type[Method], run: RunConfig) -> None:
     if source is Source.ROLLOUT and not run.data:
         check_rollout(method, run)
     check_length(method, run)
+    if run.rehearsal.data:
+        check_rehearsal(method, run)
 
 
 def check_start(method: type[Method], run: RunConfig, source: str, theirs: type[Method], stage: str) -> None:

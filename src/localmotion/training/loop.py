@@ -33,6 +33,7 @@ from localmotion.runs import checkpoint
 from localmotion.runs.rundir import RunDir
 from localmotion.training.endings import recorded
 from localmotion.training.interrupt import Interrupted, StopRequest
+from localmotion.training.rehearsal import Rehearsal
 from localmotion.training.trials import Trials
 from localmotion.training.update import Updater, to_floats
 
@@ -76,6 +77,7 @@ class Loop(ABC):
         self.compute: Compute = updater.compute
         self.logs, self.evaluates, self.saves = log, evaluate, save
         self.stop = StopRequest()
+        self.rehearsal = Rehearsal(run, method) if run.rehearsal.data else None
         self.note = ""
         """Text in the progress bar beside the counts."""
         self.spent: dict[str, float] = {"update": 0.0}
@@ -206,6 +208,9 @@ class Loop(ABC):
 
     def learn(self, batch: Batch) -> None:
         """One update from a batch on the device."""
+        if self.rehearsal:
+            with self.timed("data"):
+                batch = {**batch, **self.compute.to_device(self.rehearsal.batch(self.updater.update))}
         with self.timed("update"):
             if not self.method.training:  # the check saves time: train() visits every module
                 self.method.train()
@@ -270,7 +275,8 @@ class Loop(ABC):
         together = {} if ranks.alone() else {"ranks": ranks.world()}
         self.out.environment({**self.compute.record(), **together, "parameters": counts, **self.record()})
         first, *rest = self.lines()
-        for line in (first, "parameters " + ", ".join(f"{k} {v / 1e6:.2f}M" for k, v in counts.items()), *rest):
+        about = [self.rehearsal.about] if self.rehearsal else []
+        for line in (first, "parameters " + ", ".join(f"{k} {v / 1e6:.2f}M" for k, v in counts.items()), *rest, *about):
             say(line)
 
     # Saving -----------------------------------------------------------------------------------------------------------------

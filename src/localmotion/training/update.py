@@ -21,6 +21,7 @@ from localmotion.methods.base import Batch, Counters, Group, Method, Pass, Rates
 from localmotion.training import optimizers
 from localmotion.training.compiled import compile_parts
 from localmotion.training.graphs import Replayed
+from localmotion.training.rehearsal import rehearsed
 
 BAD_LIMIT = 10  # a run stops after this many non-finite updates in a row
 
@@ -84,6 +85,8 @@ class Updater:
         self.method, self.run, self.compute = method, run, compute
         self.source = method.stages[run.stage]
         self.passes = method.passes(run.stage)
+        if run.rehearsal.data:
+            self.passes = rehearsed(method, self.passes, run.rehearsal.weight)
         self.groups = method.groups(run.stage, rates(run, self.source, pretrained))
         _check(self.passes, self.groups)
         self.deferred = compute.device.type != "cpu" if deferred is None else deferred

@@ -1,0 +1,115 @@
+"""Rehearsal: a stage that learns to act goes on with the losses of pre-training, on clips, beside its own.
+
+A world model that learns only from the agent's own experience forgets what videos taught it. The first pass of an update, in which the
+model learns, then has the losses of the method's `pretrain` stage on a batch of clips, too:
+
+    loss = loss of the stage + weight * loss of pre-training
+
+There is one step of the optimisers for both. "Efficient Reinforcement Learning by Guiding World Models with Non-Curated Data" (arXiv
+2502.19544) rehearses so: without it, a pre-trained world model helps little on many tasks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from localmotion import ranks
+from localmotion.acting.observer import streaming_recipe
+from localmotion.config import RunConfig
+from localmotion.console import say
+from localmotion.errors import ConfigError
+from localmotion.methods.base import MASK, MOTION, Batch, Method, Pass, Source
+from localmotion.recipe import Recipe
+from localmotion.runs.settings import recipe_of
+from localmotion.video.sample import WindowSampler
+from localmotion.video.store import ClipStore
+
+STAGE = "pretrain"
+"""The stage whose losses are rehearsed."""
+PREFIX = "rehearsal."
+"""Of the keys of clips in a batch."""
+
+
+def check_rehearsal(method: type[Method], run: RunConfig) -> None:
+    """Raise ConfigError if the run's stage cannot rehearse, or if its settings of rehearsal have no effect."""
+    text = f"rehearsal.data={run.rehearsal.data}"
+    if method.stages[run.stage] is Source.CLIPS:
+        raise ConfigError(f"{text}: {run.stage} learns from clips in any case (--data); leave it out")
+    if run.stage not in method.rehearses:
+        raise ConfigError(f"{text}: {run.stage} of {method.name} learns no model of videos; leave it out")
+    low, high = method.lengths(run.model, STAGE)
+    length = run.pretrain.length
+    if length < low or (high is not None and length > high):
+        raise ConfigError(
+            f"pretrain.length={length}: rehearsal of {method.name} learns from {low} to {high or 'any number of'} frames"
+        )
+
+
+class Rehearsal:
+    """Batches of clips for the updates of a run. All clips are trained on, those that pre-training held out are not."""
+
+    def __init__(self, run: RunConfig, method: Method) -> None:
+        """Raises StoreError for a store that cannot be read, and ConfigError for one whose pictures or motion do not fit the run's."""
+        name, settings, cls = run.rehearsal.data, run.pretrain, type(method)
+        store = ClipStore(Path(name))
+        if store.missing:
+            say(store.missing_line())
+        if store.size != method.image_size:
+            raise ConfigError(f"{name}: has pictures of {store.size} pixels, the run of {method.image_size}; extract it again")
+        needs = cls.needs(run.model, STAGE)
+        if needs & MOTION:
+            _check_recipe(streaming_recipe(recipe_of(store.recipe, store.path), run.motion), run.recipe, name)
+        self.sampler = WindowSampler(
+            store,
+            settings.length,
+            settings.batch_size,
+            run.seed,
+            heldout_fraction=settings.heldout_fraction,
+            motion=bool(needs & MOTION),
+            mask=bool(needs & MASK),
+            rows=ranks.rows(settings.batch_size),
+            lead=cls.lead(run.model, STAGE),
+        )
+        self.about = f"rehearsal: {settings.batch_size} x {settings.length} frames of {name} in each update"
+
+    def batch(self, update: int) -> dict[str, Tensor]:
+        """The clips of an update, for `Rehearsed` passes. A thread reads those of the next update."""
+        self.sampler.load_state_dict({"index": update})
+        return {PREFIX + key: value for key, value in next(self.sampler).items()}
+
+
+def _check_recipe(clips: Recipe, own: Recipe | None, name: str) -> None:
+    """Raise ConfigError if the motion of the clips was not made as the run makes its own."""
+    if own is not None and clips.hash() != own.hash():
+        raise ConfigError(
+            f"{name}: its motion was made with another recipe than that of the run; extract it with the same settings"
+        )
+
+
+def rehearsed(method: Method, passes: Sequence[Pass], weight: float) -> tuple[Pass, ...]:
+    """The passes of a stage, the first one with the losses of pre-training on the batch's clips.
+
+    Raises ConfigError if the first pass learns no more than actor and critic.
+    """
+    first, *rest = passes
+    if set(first.groups) <= {"actor", "critic"}:
+        raise ConfigError("rehearsal.data: with these settings the model that learned from videos stays as it is; leave it out")
+    (own,) = method.passes(STAGE)
+
+    def losses(batch: Batch, handed: Any) -> Any:
+        clips = {key.removeprefix(PREFIX): value for key, value in batch.items() if key.startswith(PREFIX)}
+        found, metrics, out = first.losses({key: value for key, value in batch.items() if not key.startswith(PREFIX)}, handed)
+        again, told, _ = own.losses(clips, None)
+        return found | _named(again), metrics | _named(told), out
+
+    return Pass(
+        losses, {**first.scales, **{key: weight * value for key, value in _named(own.scales).items()}}, first.groups
+    ), *rest
+
+
+def _named(values: Any) -> dict[str, Any]:
+    return {f"rehearsal/{key}": value for key, value in values.items()}
