@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from localmotion.cli import main
-from localmotion.errors import ConfigError, StoreError, VideoError
+from localmotion.errors import CheckpointError, ConfigError, StoreError, VideoError
 from localmotion.evaluation.evaluate import evaluate_run
 from localmotion.evaluation.predict import predict
 from localmotion.perception.extract import extract_folder
@@ -130,9 +130,14 @@ def test_a_picture_that_would_be_too_high_says_what_it_leaves_out(
     assert heights[0] <= 1_700 < heights[1]
 
 
-def test_a_folder_without_videos_is_noticed_first(tmp_path: Path) -> None:
+def test_a_folder_without_videos_is_noticed_before_runs_are_loaded(
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "empty").mkdir()
+    monkeypatch.setattr("localmotion.evaluation.predict.load_run", None)
     with pytest.raises(VideoError, match="empty"):
+        predict([next(iter(runs.values()))], tmp_path / "empty")
+    with pytest.raises(CheckpointError, match="no such run"):
         predict([tmp_path / "nowhere"], tmp_path / "empty")
 
 

@@ -19,6 +19,7 @@ from localmotion.methods.base import MASK, MOTION, Method
 from localmotion.perception.extract import extract_one
 from localmotion.recipe import Recipe
 from localmotion.runs.load import at_least, load_run
+from localmotion.runs.settings import read_config
 from localmotion.runs.sharing import run_label
 from localmotion.video.listing import VideoRef, usable_videos
 from localmotion.video.sample import NoClipsError, Split, WindowSampler
@@ -98,6 +99,8 @@ def predict(
     Raises CheckpointError, StoreError or VideoError, and ConfigError if a run cannot predict from video alone.
     """
     at_least(checkpoints=(len(checkpoints), 1), clips=(clips, 1), windows=(windows, 1), seed=(seed, 0))
+    for path in checkpoints:
+        read_config(path)  # raises if there is no run
     stored = (data / "store.json").exists()
     refs = [] if stored else usable_videos(data)  # before runs are loaded: a folder without videos is quickly found
     runs = _load(checkpoints, device)

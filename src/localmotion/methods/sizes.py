@@ -65,8 +65,11 @@ BEHAVIOUR: dict[str, dict[str, Any]] = {
 RECIPE: dict[str, dict[str, Any]] = {"tiny": {"size": 32, "percept_size": 64}}
 """Perception recipe of a run without a checkpoint: `tiny` has 32-pixel pictures. A checkpoint brings the recipe of its clips."""
 
-RUN: dict[str, dict[str, Any]] = {"tiny": {"precision": "fp32"}}
-"""Settings of the run. bf16 does not speed up matrix products of this size (docs/performance.md)."""
+RUN: dict[str, dict[str, Any]] = {
+    "tiny": {"precision": "fp32"},
+    "debug": {"rollout": {"environments": 2, "workers": 1, "steps": 8, "epochs": 1, "minibatches": 2}},
+}
+"""Settings of the run. bf16 does not speed up matrix products of this size (docs/performance.md). Rollouts fit the env steps of `debug`."""
 
 PRETRAIN: dict[str, dict[str, Any]] = {
     "small": {"updates": 8_000, "lr": 1e-3, "lr_decay": 0.25, "eval_every": 2_000, "save_every": 1_000},
@@ -247,7 +250,6 @@ PPO: dict[str, dict[str, Any]] = {
     },
     "debug": {
         "online": {"env_steps": 64, "lr_decay": 0.0, "eval_every": 100, "save_every": 32},
-        "rollout": {"environments": 2, "workers": 1, "steps": 8, "epochs": 1, "minibatches": 2},
     },
 }
 """The stage `finetune` of latent action models. `paper`: LAPO's release. Its policy begins to learn after 50,000 steps (290 updates), and
