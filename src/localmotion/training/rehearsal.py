@@ -5,8 +5,9 @@ model learns, then has the losses of the method's `pretrain` stage on a batch of
 
     loss = loss of the stage + weight * loss of pre-training
 
-There is one step of the optimisers for both. "Efficient Reinforcement Learning by Guiding World Models with Non-Curated Data" (arXiv
-2502.19544) rehearses so: without it, a pre-trained world model helps little on many tasks.
+There is one step of the optimisers for both. The idea is that of "Efficient Reinforcement Learning by Guiding World Models with
+Non-Curated Data" (arXiv 2502.19544), which found that fine-tuning alone helps little on many tasks. It rehearses logged episodes with
+actions; clips here have none.
 """
 
 from __future__ import annotations
