@@ -487,6 +487,8 @@ def test_pictures_that_stay_the_same_have_no_change_and_a_warning() -> None:
     assert found["same"]["figure/change"] == pytest.approx(1)
     assert found["half"]["figure/change"] == pytest.approx(0.25)
     assert found["still"]["figure/change"] == pytest.approx(0, abs=1e-6)
+    nothing = token_figures(tokenizer, still, still, tokens)
+    assert float(nothing["change"]) == pytest.approx(1)  # clips in which nothing moves are no reason for a warning
     assert PVDR.about_heldout(found["same"]) == ""
     assert PVDR.about_heldout({}) == ""
     assert "misses what moves" in PVDR.about_heldout(found["still"])

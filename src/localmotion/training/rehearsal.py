@@ -13,7 +13,6 @@ actions; clips here have none.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -26,6 +25,7 @@ from localmotion.errors import ConfigError
 from localmotion.methods.base import MASK, MOTION, Batch, Method, Pass, Source
 from localmotion.recipe import Recipe
 from localmotion.runs.settings import recipe_of
+from localmotion.video.remote import place_of
 from localmotion.video.sample import WindowSampler
 from localmotion.video.store import ClipStore
 
@@ -56,7 +56,7 @@ class Rehearsal:
     def __init__(self, run: RunConfig, method: Method) -> None:
         """Raises StoreError for a store that cannot be read, and ConfigError for one whose pictures or motion do not fit the run's."""
         name, settings, cls = run.rehearsal.data, run.pretrain, type(method)
-        store = ClipStore(Path(name))
+        store = ClipStore(place_of(name))
         if store.missing:
             say(store.missing_line())
         if store.size != method.image_size:
@@ -78,7 +78,7 @@ class Rehearsal:
         self.about = f"rehearsal: {settings.batch_size} x {settings.length} frames of {name} in each update"
 
     def batch(self, update: int) -> dict[str, Tensor]:
-        """The clips of an update, for `Rehearsed` passes. A thread reads those of the next update."""
+        """The clips of an update, for the passes of `rehearsed`. A thread reads those of the next update."""
         self.sampler.load_state_dict({"index": update})
         return {PREFIX + key: value for key, value in next(self.sampler).items()}
 
@@ -107,9 +107,8 @@ def rehearsed(method: Method, passes: Sequence[Pass], weight: float) -> tuple[Pa
         again, told, _ = own.losses(clips, None)
         return found | _named(again), metrics | _named(told), out
 
-    return Pass(
-        losses, {**first.scales, **{key: weight * value for key, value in _named(own.scales).items()}}, first.groups
-    ), *rest
+    scales = {**first.scales, **{key: weight * value for key, value in _named(own.scales).items()}}
+    return first._replace(losses=losses, scales=scales), *rest
 
 
 def _named(values: Any) -> dict[str, Any]:
