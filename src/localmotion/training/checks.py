@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 
 import numpy as np
 
@@ -14,7 +15,7 @@ from localmotion.envs.goals import check_goals
 from localmotion.errors import CheckpointError, ConfigError, LocalmotionError, SimulationError
 from localmotion.machine import launched
 from localmotion.methods.base import GOAL, LABELS, MASK, MOTION, Method, Source
-from localmotion.training.rehearsal import check_rehearsal
+from localmotion.training.rehearsal import STAGE
 
 
 def check_video_stage(method: type[Method], run: RunConfig) -> None:
@@ -104,6 +105,16 @@ def check_length(method: type[Method], run: RunConfig) -> None:
     if length < low or (high is not None and length > high):
         least_most = f"at least {low}" if high is None else f"{low} to {high}"
         raise ConfigError(f"{part}.length={length}: {run.method} learns from sequences of {least_most} positions")
+
+
+def check_rehearsal(method: type[Method], run: RunConfig) -> None:
+    """Raise ConfigError if the run's stage cannot rehearse, or not with sequences of this length."""
+    text = f"rehearsal.data={run.rehearsal.data}"
+    if method.stages[run.stage] is Source.CLIPS:
+        raise ConfigError(f"{text}: {run.stage} learns from clips in any case (--data); leave it out")
+    if run.stage not in method.rehearses:
+        raise ConfigError(f"{text}: {run.stage} of {method.name} learns no model of videos; leave it out")
+    check_length(method, replace(run, stage=STAGE))
 
 
 def check_begins(method: type[Method], run: RunConfig) -> None:

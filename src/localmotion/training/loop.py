@@ -16,7 +16,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -173,7 +173,8 @@ class Loop(ABC):
 
         If an error ends the run early, writes it to the run's status and raises it (`endings.recorded`).
         """
-        with recorded(self.out, self.method, self.where, self._save_progress) as self.stop:
+        read = closing(self.rehearsal) if self.rehearsal else nullcontext()
+        with read, recorded(self.out, self.method, self.where, self._save_progress) as self.stop:
             self._resume()
             self._announce()
             self._begun = (self.count, self.updater.update)

@@ -22,7 +22,7 @@ from localmotion.acting.observer import streaming_recipe
 from localmotion.config import RunConfig
 from localmotion.console import say
 from localmotion.errors import ConfigError
-from localmotion.methods.base import MASK, MOTION, Batch, Method, Pass, Source
+from localmotion.methods.base import MASK, MOTION, Batch, Method, Pass
 from localmotion.recipe import Recipe
 from localmotion.runs.settings import recipe_of
 from localmotion.video.remote import place_of
@@ -33,21 +33,6 @@ STAGE = "pretrain"
 """The stage whose losses are rehearsed."""
 PREFIX = "rehearsal."
 """Of the keys of clips in a batch."""
-
-
-def check_rehearsal(method: type[Method], run: RunConfig) -> None:
-    """Raise ConfigError if the run's stage cannot rehearse, or if its settings of rehearsal have no effect."""
-    text = f"rehearsal.data={run.rehearsal.data}"
-    if method.stages[run.stage] is Source.CLIPS:
-        raise ConfigError(f"{text}: {run.stage} learns from clips in any case (--data); leave it out")
-    if run.stage not in method.rehearses:
-        raise ConfigError(f"{text}: {run.stage} of {method.name} learns no model of videos; leave it out")
-    low, high = method.lengths(run.model, STAGE)
-    length = run.pretrain.length
-    if length < low or (high is not None and length > high):
-        raise ConfigError(
-            f"pretrain.length={length}: rehearsal of {method.name} learns from {low} to {high or 'any number of'} frames"
-        )
 
 
 class Rehearsal:
@@ -81,6 +66,10 @@ class Rehearsal:
         """The clips of an update, for the passes of `rehearsed`. A thread reads those of the next update."""
         self.sampler.load_state_dict({"index": update})
         return {PREFIX + key: value for key, value in next(self.sampler).items()}
+
+    def close(self) -> None:
+        """Stop reading ahead."""
+        self.sampler.close()
 
 
 def _check_recipe(clips: Recipe, own: Recipe | None, name: str) -> None:
