@@ -123,6 +123,7 @@ def test_other_pictures_or_another_recipe_are_refused_before_the_run(trained: Pa
         collect("toy:block", out, episodes=2, steps=12, recipe=recipe)
         with pytest.raises(ConfigError, match=cause):
             finetune(settings_of(out, trained), tmp_path / f"run-{size}-{motion}")
+        assert not (tmp_path / f"run-{size}-{motion}" / "config.json").exists()
 
 
 def test_who_cannot_rehearse_says_so(clips: Path, trained: Path, tmp_path: Path) -> None:

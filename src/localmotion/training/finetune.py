@@ -29,6 +29,7 @@ from localmotion.training import graphs
 from localmotion.training.checks import check_acting_stage, check_budget, check_learns, check_phases, check_plays, check_ranks
 from localmotion.training.logged import LoggedLoop
 from localmotion.training.online import OnlineLoop
+from localmotion.training.rehearsal import check_clips
 from localmotion.training.rollout import RolloutLoop
 from localmotion.training.spread import SpreadLoop
 from localmotion.training.transfer import load_pretrained
@@ -151,6 +152,8 @@ def _as_logged(run: RunConfig) -> RunConfig:
 
 def _built(run: RunConfig, path: Path, cls: type[Method], size: int, dim: int) -> tuple[Method, Updater]:
     """Build the method, load its pre-trained weights (if any), and build its updater."""
+    if run.rehearsal.data:
+        check_clips(run, size)
     compute = choose(run, read_environment(earlier(path)))
     torch.manual_seed(run.seed)
     method = cls(run.model, image_size=size, action_dim=dim).to(compute.device)

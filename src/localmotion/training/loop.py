@@ -77,7 +77,7 @@ class Loop(ABC):
         self.compute: Compute = updater.compute
         self.logs, self.evaluates, self.saves = log, evaluate, save
         self.stop = StopRequest()
-        self.rehearsal = Rehearsal(run, method) if run.rehearsal.data else None
+        self.rehearsal = Rehearsal(run) if run.rehearsal.data else None
         self.note = ""
         """Text in the progress bar beside the counts."""
         self.spent: dict[str, float] = {"update": 0.0}

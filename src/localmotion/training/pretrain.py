@@ -14,8 +14,8 @@ from localmotion.compute import choose
 from localmotion.config import RunConfig
 from localmotion.console import say
 from localmotion.errors import StoreError
-from localmotion.evaluation.heldout import CONTEXT_FRAMES, measure_heldout
-from localmotion.methods.base import LABELS, MASK, MOTION, Method
+from localmotion.evaluation.heldout import measure_heldout
+from localmotion.methods.base import LABELS, Method
 from localmotion.recording.logs import EpisodeSampler
 from localmotion.runs.rundir import RunDir, claimed, earlier, read_environment, run_dir
 from localmotion.runs.sharing import pinned
@@ -24,6 +24,7 @@ from localmotion.training.checks import check_ranks, check_video_stage
 from localmotion.training.loop import Clock, Loop
 from localmotion.training.transfer import load_pretrained
 from localmotion.training.update import Updater
+from localmotion.training.windows import windows
 from localmotion.video.remote import place_of
 from localmotion.video.sample import NoClipsError, Split, WindowSampler, other_fraction
 from localmotion.video.store import ClipStore
@@ -120,30 +121,12 @@ class VideoLoop(Loop):
 def _sampler(store: ClipStore, run: RunConfig, split: Split) -> WindowSampler:
     """Sampler of one part of the clips. Raises StoreError if it has none, with a fraction that gives it some."""
     try:
-        return _sampler_of(store, run, split)
+        return windows(store, run, split)
     except NoClipsError as error:
         share = other_fraction(store, split, run.pretrain.heldout_fraction)
         if share is None:
             raise
         raise NoClipsError(f"{error}, or set --pretrain.heldout_fraction {share:g} in a new run") from error
-
-
-def _sampler_of(store: ClipStore, run: RunConfig, split: Split) -> WindowSampler:
-    settings, training = run.pretrain, split == "train"
-    needs = methods.get(run.method).needs(run.model, run.stage)
-    return WindowSampler(
-        store,
-        settings.length if training else max(settings.length, CONTEXT_FRAMES + 1),  # something is left to predict
-        settings.batch_size,
-        run.seed if training else run.seed + 1,
-        split=split,
-        heldout_fraction=settings.heldout_fraction,
-        prefetch=training,
-        motion=bool(needs & MOTION),
-        mask=bool(needs & MASK),
-        rows=ranks.rows(settings.batch_size) if training else slice(None),
-        lead=methods.get(run.method).lead(run.model, run.stage) if training else 0,
-    )
 
 
 def _labelled(store: ClipStore, run: RunConfig) -> EpisodeSampler | None:

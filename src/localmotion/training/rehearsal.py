@@ -13,20 +13,20 @@ actions; clips here have none.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
-from localmotion import ranks
+from localmotion import methods
 from localmotion.acting.observer import streaming_recipe
 from localmotion.config import RunConfig
 from localmotion.console import say
 from localmotion.errors import ConfigError
-from localmotion.methods.base import MASK, MOTION, Batch, Method, Pass
-from localmotion.recipe import Recipe
+from localmotion.methods.base import MOTION, Batch, Method, Pass
 from localmotion.runs.settings import recipe_of
+from localmotion.training.windows import windows
 from localmotion.video.remote import place_of
-from localmotion.video.sample import WindowSampler
 from localmotion.video.store import ClipStore
 
 STAGE = "pretrain"
@@ -36,30 +36,15 @@ PREFIX = "rehearsal."
 
 
 class Rehearsal:
-    """Batches of clips for the updates of a run. All clips are trained on, those that pre-training held out are not."""
+    """Batches of clips for the updates of a run. Clips that pre-training held out are not among them."""
 
-    def __init__(self, run: RunConfig, method: Method) -> None:
-        """Raises StoreError for a store that cannot be read, and ConfigError for one whose pictures or motion do not fit the run's."""
-        name, settings, cls = run.rehearsal.data, run.pretrain, type(method)
+    def __init__(self, run: RunConfig) -> None:
+        """Raises StoreError for a store that cannot be read or has no clip that is long enough."""
+        name, settings = run.rehearsal.data, run.pretrain
         store = ClipStore(place_of(name))
         if store.missing:
             say(store.missing_line())
-        if store.size != method.image_size:
-            raise ConfigError(f"{name}: has pictures of {store.size} pixels, the run of {method.image_size}; extract it again")
-        needs = cls.needs(run.model, STAGE)
-        if needs & MOTION:
-            _check_recipe(streaming_recipe(recipe_of(store.recipe, store.path), run.motion), run.recipe, name)
-        self.sampler = WindowSampler(
-            store,
-            settings.length,
-            settings.batch_size,
-            run.seed,
-            heldout_fraction=settings.heldout_fraction,
-            motion=bool(needs & MOTION),
-            mask=bool(needs & MASK),
-            rows=ranks.rows(settings.batch_size),
-            lead=cls.lead(run.model, STAGE),
-        )
+        self.sampler = windows(store, replace(run, stage=STAGE))
         self.about = f"rehearsal: {settings.batch_size} x {settings.length} frames of {name} in each update"
 
     def batch(self, update: int) -> dict[str, Tensor]:
@@ -72,12 +57,21 @@ class Rehearsal:
         self.sampler.close()
 
 
-def _check_recipe(clips: Recipe, own: Recipe | None, name: str) -> None:
-    """Raise ConfigError if the motion of the clips was not made as the run makes its own."""
-    if own is not None and clips.hash() != own.hash():
-        raise ConfigError(
-            f"{name}: its motion was made with another recipe than that of the run; extract it with the same settings"
-        )
+def check_clips(run: RunConfig, size: int) -> None:
+    """Raise ConfigError for clips whose pictures or motion do not fit the run's, StoreError for those that cannot be read.
+
+    ``size``: pixels of the run's pictures.
+    """
+    name = run.rehearsal.data
+    store = ClipStore(place_of(name))
+    if store.size != size:
+        raise ConfigError(f"{name}: has pictures of {store.size} pixels, the run of {size}; extract it again")
+    if methods.get(run.method).needs(run.model, STAGE) & MOTION and run.recipe is not None:
+        clips = streaming_recipe(recipe_of(store.recipe, store.path), run.motion)
+        if clips.hash() != run.recipe.hash():
+            raise ConfigError(
+                f"{name}: its motion was made with another recipe than that of the run; extract it with the same settings"
+            )
 
 
 def rehearsed(method: Method, passes: Sequence[Pass], weight: float) -> tuple[Pass, ...]:

@@ -102,9 +102,10 @@ def _check_places(path: Path, out: Path, jobs: Sequence[Job], entries: Sequence[
         if state(out / "runs" / job.name) == "finished":
             continue
         run = settings_of(job)
-        if run.data and not is_remote(run.data) and not (Path(run.data) / "store.json").exists():
-            near = did_you_mean(run.data, _beside(run.data, "store.json"))
-            raise ConfigError(f"{path}: {job.name}: data: {run.data}: no clip store there (no store.json){near}")
+        for name, data in (("data", run.data), ("rehearsal.data", run.rehearsal.data)):
+            if data and not is_remote(data) and not (Path(data) / "store.json").exists():
+                near = did_you_mean(data, _beside(data, "store.json"))
+                raise ConfigError(f"{path}: {job.name}: {name}: {data}: no clip store there (no store.json){near}")
         start = run.checkpoint
         if not start or is_shared(start) or Path(start).resolve() in made or (Path(start) / "config.json").exists():
             continue
