@@ -51,6 +51,7 @@ from localmotion.models.rssm import RSSMState
 from localmotion.recording.collect import collect
 from localmotion.runs.settings import compose
 from localmotion.training.pretrain import pretrain
+from localmotion.training.rehearsal import Rehearsal
 from localmotion.training.transfer import load_pretrained
 from localmotion.training.update import Updater
 
@@ -73,6 +74,7 @@ ARMS: dict[str, tuple[str, str]] = {
     "drp": ("drp", "train"),
     "drp, own": ("drp", "own"),
     "drp, image": ("drp", "image"),
+    "drp, rehearsal": ("drp", "train"),
     "recompose": ("recompose", "train"),
     "recompose, scratch": ("recompose", ""),
     "global flow": ("global flow", "train"),
@@ -82,6 +84,8 @@ ARMS: dict[str, tuple[str, str]] = {
     "prelar": ("prelar", "train"),
 }
 """Arm of tier1.py, and what is loaded: nothing, all that pre-training on its bodies or on the task's own one knows, or its image model."""
+REHEARSES = ("drp, rehearsal",)
+"""Arms whose updates also have the losses of pre-training, on a batch of its videos."""
 SAME = ("beta_z_finetune=0",)
 """For IPV and APV, too: DRP's value here was chosen on walker and cheetah (docs/decisions/0015), and it is that of both releases."""
 Arrays = dict[str, NDArray[Any]]
@@ -165,14 +169,16 @@ def pretrained(name: str, source: str, task: str, seed: int, work: Path) -> str:
     return str(out)
 
 
-def begun(arm: str, seed: int, task: str, data: Data, work: Path) -> tuple[Any, Updater]:
-    """The method of an arm with its weights, and its world model's updater."""
+def begun(arm: str, seed: int, task: str, data: Data, work: Path) -> tuple[Any, Updater, Rehearsal | None]:
+    """The method of an arm with its weights, its world model's updater, and the videos that are rehearsed."""
     name, source = ARMS[arm]
     method, settings, _ = PRETRAINED[name]
     flags: dict[str, Any] = {"device": "cpu", "precision": "fp32", "threads": 1, "seed": seed}
     if source:
         flags |= {"checkpoint": pretrained(name, source, task, seed, work), "load": "image" if source == "image" else ""}
     settings = (*settings, *(SAME if method in ("ipv", "apv") else ()))
+    if arm in REHEARSES:
+        settings = (*settings, f"rehearsal.data={videos('train', trees.DEV, work)}")
     run = compose(method, "finetune" if source else "train", preset="tiny", env=f"planar:{task}", flags=flags, settings=settings)
 
     def built(settings: Any) -> Any:
@@ -190,7 +196,7 @@ def begun(arm: str, seed: int, task: str, data: Data, work: Path) -> tuple[Any, 
     torch.manual_seed(seed)
     updater = Updater(model, run, Compute(torch.device("cpu"), False, 1, ""), pretrained=bool(source))
     updater.passes = updater.passes[:1]  # a fixed data set needs no actor
-    return model, updater
+    return model, updater, Rehearsal(run) if arm in REHEARSES else None
 
 
 def dynamics_of(model: Any) -> Any:
@@ -241,7 +247,7 @@ def figures(model: Any, probe: Batch, test: Batch) -> dict[str, float]:
     }
 
 
-def curve(model: Any, updater: Updater, data: Data, seed: int) -> dict[str, dict[str, float]]:
+def curve(model: Any, updater: Updater, rehearsal: Rehearsal | None, data: Data, seed: int) -> dict[str, dict[str, float]]:
     """Figures by updates."""
     probe, test = (
         data.windows([(n, s) for n in chosen for s in STARTS])
@@ -251,7 +257,7 @@ def curve(model: Any, updater: Updater, data: Data, seed: int) -> dict[str, dict
     for last, now in zip((0, *POINTS), POINTS, strict=False):
         for _ in range(now - last):
             places = [(int(rng.integers(LEARNED)), int(rng.integers(STEPS + 2 - LENGTH))) for _ in range(BATCH)]
-            updater.learn(data.windows(places))
+            updater.learn(data.windows(places) | (rehearsal.batch(updater.update) if rehearsal else {}))
         found[str(now)] = figures(model, probe, test)
     return found
 
@@ -296,9 +302,9 @@ def main() -> None:
             if (arm, args.seed, task) in done:
                 continue
             began, data = time.process_time(), recorded(task, args.set, args.work)
-            model, updater = begun(arm, args.seed, task, data, args.work)
+            model, updater, rehearsal = begun(arm, args.seed, task, data, args.work)
             row = {"arm": arm, "seed": args.seed, "task": task, "data": data.digest, **commit}
-            row |= {"curve": curve(model, updater, data, args.seed), "cpu_seconds": round(time.process_time() - began)}
+            row |= {"curve": curve(model, updater, rehearsal, data, args.seed), "cpu_seconds": round(time.process_time() - began)}
             with rows.open("a") as file:
                 file.write(json.dumps(row) + "\n")
             print(json.dumps(row), flush=True)

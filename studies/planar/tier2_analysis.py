@@ -39,7 +39,13 @@ CONTRASTS = (
     ("recompose", "recompose, scratch"),
 )
 """The registered family: one Holm correction over all six."""
-BESIDE = (("drp, own", "scratch"), ("drp, image", "scratch"), ("drp", "drp, image"), ("global flow", "global flow, scratch"))
+BESIDE = (
+    ("drp, own", "scratch"),
+    ("drp, image", "scratch"),
+    ("drp, rehearsal", "drp"),
+    ("drp", "drp, image"),
+    ("global flow", "global flow, scratch"),
+)
 """Reported without a verdict."""
 Floats = NDArray[np.float64]
 Scores = Mapping[str, Mapping[tuple[int, str], float]]
