@@ -157,6 +157,34 @@ def breaking() -> Walk:
     return made
 
 
+def shaky(at: str = "step", every: int = 2, when: int = 3, render_mode: str | None = None) -> Walk:
+    """Fails in episodes whose seed ``every`` divides: in the reset, or at env step ``when``, with an error or with a reward of NaN.
+
+    After that this instance is of no use.
+    """
+    made = Walk(NUMBERS["position"], spaces.Box(-0.1, 0.1, (2,), np.float32), render_mode, limit=6)  # it never gets to 3
+    begin, go, failing, broken = made.reset, made.step, [False], [False]
+
+    def reset(*, seed: int | None = None, options: Any = None) -> Any:
+        failing[0] = bool(seed) and seed % every == 0  # its pictures are tried with seed 0
+        broken[0] |= at == "reset" and failing[0]
+        if broken[0]:
+            raise RuntimeError("no floor")
+        return begin(seed=seed)
+
+    def step(action: Any) -> Any:
+        found = go(action)
+        if not failing[0] or made.steps < when:
+            return found
+        broken[0] = True
+        if at == "step":
+            raise RuntimeError("through the wall")
+        return (found[0], float("nan"), *found[2:])
+
+    made.reset, made.step = reset, step  # type: ignore[method-assign]
+    return made
+
+
 def quits(at: str = "step") -> Walk:
     """Ends the program where it is asked to: make, reset, step, render or close."""
     if at == "make":

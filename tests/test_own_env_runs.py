@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from localmotion import foreign
+from localmotion import foreign, methods
 from localmotion.acting.episodes import Rollout
 from localmotion.cli import main
 from localmotion.envs import make_env
@@ -33,7 +34,7 @@ from localmotion.training.finetune import finetune
 from localmotion.training.interrupt import Interrupted, StopRequest
 from localmotion.training.online import OnlineLoop
 
-CHOICES, DRAWN, LAMPS = "own_envs:choices", "own_envs:drawn", "examples.lamps:Lamps"
+CHOICES, DRAWN, LAMPS, SHAKY = "own_envs:choices", "own_envs:drawn", "examples.lamps:Lamps", "own_envs:shaky"
 FLAGS: dict[str, Any] = {
     "precision": "fp32",
     "device": "cpu",
@@ -222,6 +223,97 @@ def test_in_processes_the_episodes_are_the_same() -> None:
             assert truncated.tolist() == [part[3] for part in alone]
     finally:
         env.close()
+
+
+def seeds_of(fails: bool) -> list[int]:
+    """Seeds of `reset` with which an episode of SHAKY fails, or does not."""
+    inner = {seed: int(np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed))).integers(2**31)) for seed in range(40)}
+    return [seed for seed, given in inner.items() if (given % 2 == 0) == fails]
+
+
+GOOD, BAD = seeds_of(False), seeds_of(True)
+
+
+@pytest.mark.parametrize(("at", "cause"), [("step", "step.. failed: .*through the wall"), ("reward", "reward nan is not finite")])
+def test_in_processes_an_environment_that_fails_costs_its_own_episode(at: str, cause: str) -> None:
+    foreign.trust_env(SHAKY)
+    env = VectorEnv(SHAKY, 2, workers=1, size=16, at=at, faults=2)
+    action = np.ones((2, 2), np.float32)
+
+    def played(*seeds: int) -> Any:
+        env.reset(seed=list(seeds))
+        while env._running.any():
+            last = env.step(action)
+        return last
+
+    try:
+        env.reset(seed=[GOOD[0], BAD[0]])
+        for _ in range(2):
+            before, reward, *_, info = env.step(action)
+            assert not info["crashed"].any()
+            assert not info["faults"]
+        observed, reward, terminated, truncated, info = env.step(action)
+        assert info["crashed"].tolist() == truncated.tolist() == [False, True]
+        assert not terminated.any()
+        assert reward[1] == 0 != reward[0]
+        assert info["env_steps"].tolist() == [1, 0]
+        np.testing.assert_array_equal(observed["image"][1], before["image"][1])
+        assert re.search(f"^{SHAKY}: {cause}", info["faults"][1])
+        for seed in (GOOD[1], BAD[1], GOOD[2]):  # a complete episode stands between the failures
+            *_, info = played(GOOD[0], seed)
+            assert info["crashed"].tolist() == [False, seed in BAD]
+        *_, info = played(BAD[2], BAD[3])
+        assert info["crashed"].all()
+        with pytest.raises(EnvError, match=f"{cause}.*2 failures without a complete episode between them"):
+            played(GOOD[0], BAD[4])
+    finally:
+        env.close()
+
+
+def test_in_processes_an_environment_that_fails_in_its_reset_waits_for_the_next() -> None:
+    foreign.trust_env(SHAKY)
+    env = VectorEnv(SHAKY, 2, workers=2, size=16, at="reset")
+    try:
+        first, info = env.reset(seed=[GOOD[0], GOOD[1]])
+        again, info = env.reset(seed=[GOOD[2], BAD[0]])
+        assert info["crashed"].tolist() == [False, True]
+        assert "no floor" in info["faults"][1]
+        np.testing.assert_array_equal(again["image"][1], first["image"][1])
+        _, reward, _, truncated, _ = env.step(np.ones((2, 2), np.float32))
+        assert reward[0] != 0 == reward[1]
+        assert truncated.tolist() == [False, True]
+        found, info = env.reset(seed=[None, GOOD[3]], options={"reset_mask": [False, True]})
+        assert not info["crashed"].any()
+        np.testing.assert_array_equal(found["image"][1], make_env(SHAKY, size=16).reset(seed=GOOD[3])[0]["image"])
+    finally:
+        env.close()
+
+
+@pytest.mark.parametrize("at", ["step", "reset"])
+def test_a_rollout_goes_on_after_a_failure_and_three_in_a_row_end_the_run(
+    at: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(methods, "_METHODS", dict(methods._METHODS))
+    methods.register("act_extras", "examples.act_extras", "ActExtras")
+    monkeypatch.setattr(trials, "evaluate", lambda *_, **__: Rollout([0.0], [1]))
+    foreign.trust_env(SHAKY)
+    few = ("environments=3", "rollout.workers=1", "rollout.steps=8", "epochs=1", "minibatches=1", "env_steps=96", "log_every=1")
+
+    def run(every: int) -> Any:
+        given = {**FLAGS, "env_options": {"at": at, "every": every}}
+        return compose("act_extras", "train", preset="debug", env=SHAKY, flags=given, settings=few)
+
+    path = finetune(run(3), tmp_path / "run")
+    rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    faults, ended = ([row for row in rows if row["kind"] == kind] for kind in ("fault", "episode"))
+    assert {row["environment"] for row in faults} <= {0, 1, 2}
+    assert len(faults) > 1
+    assert {row["length"] for row in ended} == ({3, 6} if at == "step" else {6})
+    assert sum(row["length"] == 3 for row in ended) == (len(faults) if at == "step" else 0)
+    assert f"{faults[0]['error']}; the episode ends at agent step" in " ".join(capsys.readouterr().out.split())
+    assert json.loads((path / "status.json").read_text())["state"] == "finished"
+    with pytest.raises(EnvError, match="3 failures without a complete episode between them"):
+        finetune(run(1), tmp_path / "always")
 
 
 @pytest.mark.parametrize("policy", ["random", "smooth"])

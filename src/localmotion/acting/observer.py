@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from localmotion import methods
 from localmotion.config import RunConfig
+from localmotion.envs.returned import finite_reward
 from localmotion.errors import LocalmotionError, SimulationError
 from localmotion.foreign import FAULTS
 from localmotion.methods.base import GOAL
@@ -90,8 +91,7 @@ class Observer:
         Raises SimulationError if the simulator fails or returns a non-finite reward.
         """
         obs, reward, terminated, truncated, info = self._ask(lambda: self.env.step(action))
-        if not np.isfinite(reward):
-            raise SimulationError(f"{self._name}: reward {reward} is not finite; the simulation has diverged")
+        finite_reward(self._name, reward)
         return self._record(obs, action, float(reward), terminated, first=False), terminated or truncated, info
 
     @property

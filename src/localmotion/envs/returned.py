@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from localmotion.errors import EnvError
+from localmotion.errors import EnvError, SimulationError
 from localmotion.files import one_line
 
 RESET = ("observation", "info")
@@ -60,3 +60,9 @@ def mapping(what: str, value: Any) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
         raise EnvError(f"{what} is {said(value)}; a dict is needed, an empty one if there is nothing to say")
     return value
+
+
+def finite_reward(name: str, reward: float) -> None:
+    """Raise SimulationError if the reward of the environment ``name`` is NaN or infinite."""
+    if not np.isfinite(reward):
+        raise SimulationError(f"{name}: reward {reward} is not finite; the simulation has diverged")

@@ -21,8 +21,9 @@ from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
-from localmotion.errors import ConfigError, EnvError
-from localmotion.foreign import trust_env, trusted_envs
+from localmotion.envs.returned import finite_reward
+from localmotion.errors import ConfigError, EnvError, LocalmotionError, SimulationError
+from localmotion.foreign import FAULTS, trust_env, trusted_envs
 from localmotion.machine import cores
 
 _FLAGS = ("reward", "terminated", "truncated", "env_steps", "success")
@@ -39,8 +40,10 @@ def env_seed(seed: int, index: int, life: int = 0) -> int:
 class VectorEnv(gymnasium.vector.VectorEnv):
     """``count`` environments ``name`` stepped together; reset only on request (`AutoresetMode.DISABLED`).
 
-    If a worker dies or hangs, only the episodes of its environments end: they are returned truncated, with their last picture and
-    reward and ``info["crashed"]`` set, and a new worker waits for their reset. A worker is restarted ``restarts`` times.
+    If an environment fails (its simulator raises an error, or a number is not finite), its episode ends: it is returned truncated, with
+    its last picture and no reward, and a new instance waits for the reset. If a worker dies or hangs, that happens to all its environments.
+    ``info["crashed"]`` (E,) bool says where, and ``info["faults"]`` why: a dict of texts by environment. An environment that fails in a
+    reset is marked so, too, and waits for the next reset.
 
     Args:
         name: as for `make_env`, which also takes ``settings``.
@@ -49,12 +52,14 @@ class VectorEnv(gymnasium.vector.VectorEnv):
         first: number of the first environment, if other processes have those before it.
         workers: processes; None for one per core, at most E.
         restarts: times a worker is replaced before its death is an error.
+        faults: failures of one environment without a complete episode between them that are an error.
         timeout: a worker counts as dead after this many seconds without an answer; ten times that for the first answer, which includes
         imports.
 
     Raises:
         ConfigError: the errors of `make_env`, and counts below 1.
-        EnvError: a worker that died too often; an environment that cannot draw or was misused (the message has its index).
+        EnvError: a worker that died or an environment that failed too often; an environment that cannot draw or was misused (the message
+            has its index).
     """
 
     def __init__(
@@ -66,6 +71,7 @@ class VectorEnv(gymnasium.vector.VectorEnv):
         first: int = 0,
         workers: int | None = None,
         restarts: int = 1,
+        faults: int = 3,
         timeout: float = 60.0,
         **settings: Any,
     ) -> None:
@@ -73,7 +79,7 @@ class VectorEnv(gymnasium.vector.VectorEnv):
         if count < 1 or (workers is not None and workers < 1):
             raise ConfigError(f"count={count}, workers={workers}: both must be at least 1")
         self.name, self.num_envs, self.seed, self.first = name, count, seed, first
-        self._restarts, self._timeout, self._settings = restarts, timeout, settings
+        self._restarts, self._faults, self._timeout, self._settings = restarts, faults, timeout, settings
         workers = min(count, workers or cores())
         self._slots = [tuple(int(i) for i in part) for part in np.array_split(np.arange(count), workers)]
         self._context = multiprocessing.get_context("spawn")
@@ -89,6 +95,8 @@ class VectorEnv(gymnasium.vector.VectorEnv):
             self._workers.append(self._start(index))
         self._running = np.zeros(count, bool)
         self._crashed = np.zeros(count, bool)
+        self._since = np.zeros(count, np.int64)  # failures since the last complete episode
+        self._reasons: dict[int, str] = {}  # of the environments that failed in this call
         self._pending: list[list[int]] = []
         self._last = self._observations()
 
@@ -114,10 +122,12 @@ class VectorEnv(gymnasium.vector.VectorEnv):
             raise EnvError(f"{self.name}: {len(seeds)} seeds for {self.num_envs} environments; give one each, or one number")
         self._crashed &= ~mask
         for attempt in range(self._restarts + 1):
+            self._reasons = {}
             wanted = [[i for i in slots if mask[i]] for slots in self._slots]
             if not self._ask("reset", [[(i, seeds[i]) for i in part] for part in wanted]) or attempt == self._restarts:
                 break
-        self._running |= mask
+        self._count_faults()
+        self._running[mask] = ~self._crashed[mask]
         return self._finish()
 
     def step(self, actions: NDArray[np.float32]) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
@@ -149,15 +159,15 @@ class VectorEnv(gymnasium.vector.VectorEnv):
         """The result of `step_async`."""
         if not self._pending:
             raise EnvError(f"{self.name}: no step is under way; call step_async() first")
-        pending, self._pending = self._pending, []
+        pending, self._pending, self._reasons = self._pending, [], {}
         for index in self._collect([i for i, part in enumerate(pending) if part]):
-            for slot in pending[index]:
-                self._views["truncated"][slot], self._views["terminated"][slot] = 1, 0
-                self._views["reward"][slot] = 0.0
-                self._crashed[slot] = True
+            self._reasons |= dict.fromkeys(pending[index], self._workers[index].why)
+        self._count_faults()
         observations, info = self._finish()
         terminated, truncated = self._views["terminated"] > 0, self._views["truncated"] > 0
-        self._running &= ~(terminated | truncated)
+        over = terminated | truncated
+        self._since[self._running & over & ~self._crashed] = 0
+        self._running &= ~over
         return observations, self._views["reward"].copy(), terminated, truncated, info
 
     def close(self, **kwargs: Any) -> None:
@@ -221,6 +231,8 @@ class VectorEnv(gymnasium.vector.VectorEnv):
                     worker.limit = self._timeout
                     if kind == "error":
                         errors.append(value)
+                    else:
+                        self._reasons |= value
                 except (EOFError, OSError) as error:
                     hung = isinstance(error, TimeoutError)
                     self._replace(index, f"gave no answer in {worker.limit:g} seconds" if hung else None)
@@ -232,13 +244,24 @@ class VectorEnv(gymnasium.vector.VectorEnv):
     def _replace(self, index: int, reason: str | None) -> None:
         code = self._workers[index].stop()
         self._lives[index] += 1
+        which = ", ".join(map(str, self._slots[index]))
+        why = f"{self.name}: the worker of environments {which} {reason or _death(code)}"
         if self._lives[index] > self._restarts:
-            which = ", ".join(map(str, self._slots[index]))
             raise EnvError(
-                f"{self.name}: the worker of environments {which} {reason or _death(code)}, {self._lives[index]} times now; "
-                "step one make_env() environment in the main process to see why"
+                f"{why}, {self._lives[index]} times now; step one make_env() environment in the main process to see why"
             )
         self._workers[index] = self._start(index)
+        self._workers[index].why = why
+
+    def _count_faults(self) -> None:
+        """Cut the episodes of the environments that failed in this call. Raises EnvError for one that keeps failing."""
+        for slot, reason in self._reasons.items():
+            self._views["truncated"][slot], self._views["terminated"][slot] = 1, 0
+            self._views["reward"][slot] = 0.0
+            self._crashed[slot] = True
+            self._since[slot] += 1
+            if self._since[slot] >= self._faults:
+                raise EnvError(f"{reason} ({self._since[slot]} failures without a complete episode between them)")
 
     def _observations(self) -> dict[str, NDArray[Any]]:
         return {key: self._views[key].copy() for key in self._keys}
@@ -249,7 +272,12 @@ class VectorEnv(gymnasium.vector.VectorEnv):
         for key, value in now.items():
             value[self._crashed] = self._last[key][self._crashed]
         self._last = now
-        info: dict[str, Any] = {"env_steps": self._views["env_steps"].astype(np.int64), "crashed": self._crashed.copy()}
+        steps = self._views["env_steps"].astype(np.int64)
+        info: dict[str, Any] = {
+            "env_steps": steps,
+            "crashed": self._crashed.copy(),
+            "faults": dict(sorted(self._reasons.items())),
+        }
         if not np.isnan(self._views["success"]).all():
             info["success"] = self._views["success"].copy()
         return {key: value.copy() for key, value in now.items()}, info
@@ -264,6 +292,8 @@ class _Worker:
         self.process.start()
         theirs.close()
         self.limit, self.deadline = limit, float("inf")
+        self.why = ""
+        """What became of the worker that this one replaces."""
 
     def send(self, command: str, payload: Any) -> None:
         self.deadline = time.monotonic() + self.limit
@@ -329,7 +359,10 @@ def _serve(
     count: int,
     trusted: Sequence[str],
 ) -> None:
-    """Main loop of a worker: make the environments, then execute commands until told to exit. The parent handles interrupts."""
+    """Main loop of a worker: make the environments, then execute commands until told to exit. The parent handles interrupts.
+
+    An answer is ("done", texts by environment that failed) or ("error", exception).
+    """
     from localmotion.envs import make_env
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -337,6 +370,7 @@ def _serve(
         trust_env(own)
     views = _views(shared)
     made: dict[int, Any] = {}
+    lives = dict.fromkeys(slots, 0)
     while True:
         try:
             command, payload = pipe.recv()
@@ -346,22 +380,36 @@ def _serve(
             for env in made.values():
                 env.close()
             return
-        index = slots[0]
+        index, failed = slots[0], dict[int, str]()
         try:
             if not made:
                 made = {slot: make_env(name, seed=seed, **settings) for slot, seed in zip(slots, seeds, strict=True)}
             for item in payload:
                 index, seed = item if command == "reset" else (item, None)
-                if command == "reset":
-                    picture, info = made[index].reset(seed=seed)
-                    result = [0.0, False, False]
-                else:
-                    picture, *result, info = made[index].step(views["action"][index].copy())
+                try:
+                    if command == "reset":
+                        picture, info = made[index].reset(seed=seed)
+                        result = [0.0, False, False]
+                    else:
+                        picture, *result, info = made[index].step(views["action"][index].copy())
+                        finite_reward(name, result[0])
+                except SimulationError as error:
+                    failed[index] = str(error)
+                except LocalmotionError:
+                    raise
+                except FAULTS as error:
+                    failed[index] = f"{name}: {type(error).__name__}: {error}"
+                if index in failed:
+                    lives[index] += 1
+                    with contextlib.suppress(*FAULTS):  # an error while closing it adds no information
+                        made[index].close()
+                    made[index] = make_env(name, seed=env_seed(seeds[slots.index(index)], index, lives[index]), **settings)
+                    continue
                 for key, value in picture.items():
                     views[key][index] = value
                 for key, flag in zip(_FLAGS, (*result, info["env_steps"], info.get("success", np.nan)), strict=True):
                     views[key][index] = flag
-            answer: tuple[str, Any] = ("done", None)
+            answer: tuple[str, Any] = ("done", failed)
         except Exception as error:
             answer = ("error", _portable(error, f"environment {index} of {count}: "))
         try:

@@ -18,6 +18,7 @@ from localmotion.acting.policy import MethodPolicy
 from localmotion.acting.trees import carried, named
 from localmotion.compute import uncompiled
 from localmotion.config import RunConfig
+from localmotion.console import say
 from localmotion.envs.vector import VectorEnv
 from localmotion.methods.base import Method
 from localmotion.runs import checkpoint
@@ -137,6 +138,7 @@ class RolloutLoop(ActingLoop):
         observed: dict[str, NDArray[Any]] = {}
         if playing.any():
             observed, gained, terminated, truncated, info = self.envs.step(action)
+            self._log_faults(info)
             reward[playing], terminal[playing] = gained[playing], terminated[playing]
             self.ended = playing & (terminated | truncated)
             for index in np.flatnonzero(playing).tolist():
@@ -148,8 +150,8 @@ class RolloutLoop(ActingLoop):
             self.ends.append([float(self.returns[index]), len(self.actions[index]), float(self.success[index])])
             self._log_episode(*self.ends[-1])
         if fresh.any():
-            self.ended &= ~fresh
             observed = self._reset(fresh)
+            self.ended &= ~fresh
         extras = self.policy.extras or {
             name: np.zeros((len(fresh), *shape), np.float32) for name, shape in self.method.extras.items()
         }
@@ -162,12 +164,17 @@ class RolloutLoop(ActingLoop):
     def _reset(self, mask: NDArray[np.bool_]) -> dict[str, NDArray[Any]]:
         """Begin the next episode in the environments of ``mask``.
 
-        Its seed depends on the run's seed, environment and episode.
+        Its seed depends on the run's seed, environment and episode. An environment that fails in its reset begins another episode.
         """
-        for index in np.flatnonzero(mask).tolist():
-            self.episodes[index] += 1
-            self.actions[index], self.returns[index], self.success[index] = [], 0.0, np.nan
-        return self.envs.reset(seed=self._seeds(), options={"reset_mask": mask})[0]
+        observed: dict[str, NDArray[Any]] = {}
+        while mask.any():
+            for index in np.flatnonzero(mask).tolist():
+                self.episodes[index] += 1
+                self.actions[index], self.returns[index], self.success[index] = [], 0.0, np.nan
+            observed, info = self.envs.reset(seed=self._seeds(), options={"reset_mask": mask})
+            self._log_faults(info)
+            mask = mask & info["crashed"]
+        return observed
 
     def _seeds(self) -> list[int | None]:
         count = self.envs.num_envs
@@ -177,6 +184,12 @@ class RolloutLoop(ActingLoop):
             episode_seed(self.run.seed, "train", place + whole * int(episode))
             for place, episode in zip(places, self.episodes, strict=True)
         ]
+
+    def _log_faults(self, info: Mapping[str, Any]) -> None:
+        """Log the environments that failed in a call. Their episodes have ended as a time limit ends them."""
+        for index, error in info["faults"].items():
+            self.out.log("fault", **self.counters(), error=error, environment=self.envs.first + index)
+            say(f"{error}; the episode ends at agent step {self.agent_step:,} and a fresh environment goes on")
 
     def _log_episode(self, total: float, length: float, success: float) -> None:
         extra = {} if np.isnan(success) else {"success": success}
