@@ -97,13 +97,20 @@ def test_a_dead_worker_costs_its_episodes_once_then_is_an_error(four: VectorEnv)
         four.step(actions(2))
 
 
-def test_a_worker_that_dies_before_a_reset_is_replaced_unseen(four: VectorEnv) -> None:
+def test_a_worker_that_dies_in_a_reset_takes_the_episodes_of_its_other_environments_with_it(four: VectorEnv) -> None:
     four.reset(seed=1)
-    kill(four, 1)
-    observed, info = four.reset(seed=1)
+    kill(four, 1)  # of environments 2 and 3
+    before, info = four.reset(seed=5, options={"reset_mask": [True, False, True, False]})
+    assert info["crashed"].tolist() == [False, False, True, True]
+    assert four.running.tolist() == [True, True, False, False]
+    assert "worker of environments 2, 3 died of signal SIGKILL" in info["faults"][2]
+    assert info["faults"][2] == info["faults"][3]
+    observed, info = four.reset(seed=1, options={"reset_mask": info["crashed"]})
     assert not info["crashed"].any()
+    assert four.running.all()
     fresh = make_env("toy:dot", size=16)
     np.testing.assert_array_equal(observed["image"][3], fresh.reset(seed=env_seed(1, 3))[0]["image"])
+    np.testing.assert_array_equal(observed["image"][:2], before["image"][:2])
 
 
 def test_a_hanging_worker_counts_as_dead() -> None:
@@ -123,7 +130,7 @@ def test_misuse(four: VectorEnv) -> None:
     four.reset(seed=0)
     bad = actions(0)
     bad[2, 1] = np.nan
-    with pytest.raises(EnvError, match=r"environment 2 of 4: toy:dot: action .* is not finite"):
+    with pytest.raises(EnvError, match=r"environment 2: toy:dot: action .* is not finite"):
         four.step(bad)
     with pytest.raises(EnvError, match=r"shape \(3, 2\), expected \(4, 2\)"):
         four.step(actions(0, 3))

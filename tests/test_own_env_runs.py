@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -33,6 +34,8 @@ from localmotion.training import trials
 from localmotion.training.finetune import finetune
 from localmotion.training.interrupt import Interrupted, StopRequest
 from localmotion.training.online import OnlineLoop
+from localmotion.training.update import Updater
+from test_resume import Stops
 
 CHOICES, DRAWN, LAMPS, SHAKY = "own_envs:choices", "own_envs:drawn", "examples.lamps:Lamps", "own_envs:shaky"
 FLAGS: dict[str, Any] = {
@@ -237,12 +240,12 @@ GOOD, BAD = seeds_of(False), seeds_of(True)
 @pytest.mark.parametrize(("at", "cause"), [("step", "step.. failed: .*through the wall"), ("reward", "reward nan is not finite")])
 def test_in_processes_an_environment_that_fails_costs_its_own_episode(at: str, cause: str) -> None:
     foreign.trust_env(SHAKY)
-    env = VectorEnv(SHAKY, 2, workers=1, size=16, at=at, faults=2)
+    env = VectorEnv(SHAKY, 2, workers=1, size=16, at=at)
     action = np.ones((2, 2), np.float32)
 
     def played(*seeds: int) -> Any:
         env.reset(seed=list(seeds))
-        while env._running.any():
+        while env.running.any():
             last = env.step(action)
         return last
 
@@ -259,13 +262,11 @@ def test_in_processes_an_environment_that_fails_costs_its_own_episode(at: str, c
         assert info["env_steps"].tolist() == [1, 0]
         np.testing.assert_array_equal(observed["image"][1], before["image"][1])
         assert re.search(f"^{SHAKY}: {cause}", info["faults"][1])
-        for seed in (GOOD[1], BAD[1], GOOD[2]):  # a complete episode stands between the failures
+        for seed in (GOOD[1], BAD[1], GOOD[2]):
             *_, info = played(GOOD[0], seed)
             assert info["crashed"].tolist() == [False, seed in BAD]
         *_, info = played(BAD[2], BAD[3])
         assert info["crashed"].all()
-        with pytest.raises(EnvError, match=f"{cause}.*2 failures without a complete episode between them"):
-            played(GOOD[0], BAD[4])
     finally:
         env.close()
 
@@ -289,31 +290,108 @@ def test_in_processes_an_environment_that_fails_in_its_reset_waits_for_the_next(
         env.close()
 
 
-@pytest.mark.parametrize("at", ["step", "reset"])
-def test_a_rollout_goes_on_after_a_failure_and_three_in_a_row_end_the_run(
-    at: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def on_policy(monkeypatch: pytest.MonkeyPatch, no_evaluation: None) -> list[dict[str, Tensor]]:
+    """`act_extras` is a method; the batches that it learns from."""
     monkeypatch.setattr(methods, "_METHODS", dict(methods._METHODS))
     methods.register("act_extras", "examples.act_extras", "ActExtras")
-    monkeypatch.setattr(trials, "evaluate", lambda *_, **__: Rollout([0.0], [1]))
     foreign.trust_env(SHAKY)
-    few = ("environments=3", "rollout.workers=1", "rollout.steps=8", "epochs=1", "minibatches=1", "env_steps=96", "log_every=1")
+    batches: list[dict[str, Tensor]] = []
+    learn = Updater.learn
 
-    def run(every: int) -> Any:
-        given = {**FLAGS, "env_options": {"at": at, "every": every}}
-        return compose("act_extras", "train", preset="debug", env=SHAKY, flags=given, settings=few)
+    def looked(self: Updater, batch: dict[str, Tensor]) -> Any:
+        batches.append({key: value.clone() for key, value in batch.items()})
+        return learn(self, batch)
 
-    path = finetune(run(3), tmp_path / "run")
+    monkeypatch.setattr(Updater, "learn", looked)
+    return batches
+
+
+def rollouts(at: str, every: int, count: int = 3, *more: str) -> Any:
+    few = (f"environments={count}", "rollout.workers=1", "rollout.steps=8", "epochs=1", "minibatches=1", "log_every=1")
+    given = {**FLAGS, "env_options": {"at": at, "every": every}}
+    return compose("act_extras", "train", preset="debug", env=SHAKY, flags=given, settings=(*few, *(more or ("env_steps=96",))))
+
+
+@pytest.mark.parametrize("at", ["step", "reset"])
+def test_a_rollout_goes_on_after_a_failure_and_three_in_a_row_end_the_run(
+    at: str, on_policy: list[dict[str, Tensor]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = finetune(rollouts(at, 3), tmp_path / "run")
     rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     faults, ended = ([row for row in rows if row["kind"] == kind] for kind in ("fault", "episode"))
     assert {row["environment"] for row in faults} <= {0, 1, 2}
     assert len(faults) > 1
-    assert {row["length"] for row in ended} == ({3, 6} if at == "step" else {6})
-    assert sum(row["length"] == 3 for row in ended) == (len(faults) if at == "step" else 0)
-    assert f"{faults[0]['error']}; the episode ends at agent step" in " ".join(capsys.readouterr().out.split())
+    assert {row["length"] for row in ended} == {6}  # the others are no whole episodes
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"{faults[0]['error']}; the episode of environment {faults[0]['environment']} ends, and a fresh one begins" in said
     assert json.loads((path / "status.json").read_text())["state"] == "finished"
-    with pytest.raises(EnvError, match="3 failures without a complete episode between them"):
-        finetune(run(1), tmp_path / "always")
+    whole = {key: torch.cat([on_policy[0][key], *(batch[key][:, 1:] for batch in on_policy[1:])], 1) for key in on_policy[0]}
+    for index in range(3):
+        begins = [*torch.nonzero(whole["is_first"][index]).flatten().tolist(), None]
+        for start, end in itertools.pairwise(begins):
+            lived = whole["reward"][index, start:end]
+            assert lived[0] == 0 != lived[1:].abs().min()  # no step without a reward where an environment failed
+            assert len(lived) in ((3, 7) if at == "step" else (7,)) or end is None
+            assert not whole["action"][index, start].any()
+    with pytest.raises(EnvError, match=r"environment [0-2]: .*3 failures without a complete episode between them"):
+        finetune(rollouts(at, 1), tmp_path / "always")
+    last = json.loads((tmp_path / "always" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["kind"] == "fault"
+
+
+def test_what_is_saved_when_an_environment_keeps_failing_is_the_beginning_of_the_rollout(
+    on_policy: list[dict[str, Tensor]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run that goes on after it has the same episodes as one that never failed, up to the noise of its actions."""
+    ask, calls = VectorEnv.step_wait, [0]
+
+    def failing(env: VectorEnv) -> Any:
+        calls[0] += 1
+        if calls[0] == 14:
+            raise EnvError("the licence ended")
+        return ask(env)
+
+    monkeypatch.setattr(VectorEnv, "step_wait", failing)
+    run = rollouts("step", 10**9)
+    with pytest.raises(EnvError, match="licence"):
+        finetune(run, tmp_path / "run")
+    state = checkpoint.read_state(checkpoint.newest(tmp_path / "run"))
+    assert state["agent_step"] == 24
+    first, count = on_policy[-1], len(on_policy)
+    finetune(run, tmp_path / "run")
+    again = on_policy[count]
+    for key in ("image", "is_first", "action", "reward"):
+        assert torch.equal(again[key][:, 0], first[key][:, -1]), key
+    begins = torch.nonzero(torch.cat([first["is_first"], again["is_first"][:, 1:]], 1)[0]).flatten().tolist()
+    assert begins == [0, 7, 14]
+
+
+def test_an_environment_that_fails_while_a_run_is_restored_begins_a_new_episode(
+    on_policy: list[dict[str, Tensor]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stops = Stops(monkeypatch, 2)
+    with pytest.raises(Interrupted):
+        finetune(rollouts("step", 10**9, 1, "env_steps=40"), tmp_path / "run")
+    del stops
+    monkeypatch.setattr(StopRequest, "check", lambda _: None)
+    ask, count = VectorEnv.step_wait, len(on_policy)
+
+    def failing(env: VectorEnv) -> Any:
+        found = ask(env)
+        if count == len(on_policy) and not failed:
+            failed.append(True)
+            env._reasons, env._running[:], env._crashed[:] = {0: "shaken"}, False, True
+            return *found[:-1], {**found[-1], "faults": {0: "shaken"}, "crashed": np.ones(1, bool)}
+        return found
+
+    failed: list[bool] = []
+    monkeypatch.setattr(VectorEnv, "step_wait", failing)
+    path = finetune(rollouts("step", 10**9, 1, "env_steps=40"), tmp_path / "run")
+    assert failed
+    assert '"error": "shaken"' in (path / "metrics.jsonl").read_text()
+    assert on_policy[count]["is_first"][0].tolist() == [False, True, *[False] * 6, True]
+    assert json.loads((path / "status.json").read_text())["state"] == "finished"
 
 
 @pytest.mark.parametrize("policy", ["random", "smooth"])

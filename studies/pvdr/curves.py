@@ -38,7 +38,7 @@ def rows(name: str, study: Path) -> Iterator[dict[str, Any]]:
         played = [(line["env_step"], line["return"]) for line in lines if line["kind"] == "episode"]
         steps, returns = map(np.array, zip(*played, strict=True))
         last = max(line["env_step"] for line in lines if "env_step" in line)
-        part = np.minimum(steps * PARTS // (last + 1), PARTS - 1)
+        part = np.minimum(steps * PARTS // last, PARTS - 1)
         means = [round(float(returns[part == k].mean()), 2) if (part == k).any() else None for k in range(PARTS)]
         yield {"study": name, "arm": run["label"], "seed": run["seed"], "env_steps": int(last), "returns": means}
 

@@ -10,7 +10,7 @@ import contextlib
 import multiprocessing
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -42,8 +42,8 @@ class VectorEnv(gymnasium.vector.VectorEnv):
 
     If an environment fails (its simulator raises an error, or a number is not finite), its episode ends: it is returned truncated, with
     its last picture and no reward, and a new instance waits for the reset. If a worker dies or hangs, that happens to all its environments.
-    ``info["crashed"]`` (E,) bool says where, and ``info["faults"]`` why: a dict of texts by environment. An environment that fails in a
-    reset is marked so, too, and waits for the next reset.
+    ``info["crashed"]`` (E,) bool says where, and ``info["faults"]`` why: a dict of texts by environment. The same happens in a reset:
+    what failed there waits for the next one.
 
     Args:
         name: as for `make_env`, which also takes ``settings``.
@@ -52,14 +52,11 @@ class VectorEnv(gymnasium.vector.VectorEnv):
         first: number of the first environment, if other processes have those before it.
         workers: processes; None for one per core, at most E.
         restarts: times a worker is replaced before its death is an error.
-        faults: failures of one environment without a complete episode between them that are an error.
-        timeout: a worker counts as dead after this many seconds without an answer; ten times that for the first answer, which includes
-        imports.
+        timeout: a worker counts as dead after this many seconds without an answer; ten times that where environments are made.
 
     Raises:
         ConfigError: the errors of `make_env`, and counts below 1.
-        EnvError: a worker that died or an environment that failed too often; an environment that cannot draw or was misused (the message
-            has its index).
+        EnvError: a worker that died too often; an environment that cannot draw or was misused (the message has its number).
     """
 
     def __init__(
@@ -71,7 +68,6 @@ class VectorEnv(gymnasium.vector.VectorEnv):
         first: int = 0,
         workers: int | None = None,
         restarts: int = 1,
-        faults: int = 3,
         timeout: float = 60.0,
         **settings: Any,
     ) -> None:
@@ -79,7 +75,7 @@ class VectorEnv(gymnasium.vector.VectorEnv):
         if count < 1 or (workers is not None and workers < 1):
             raise ConfigError(f"count={count}, workers={workers}: both must be at least 1")
         self.name, self.num_envs, self.seed, self.first = name, count, seed, first
-        self._restarts, self._faults, self._timeout, self._settings = restarts, faults, timeout, settings
+        self._restarts, self._timeout, self._settings = restarts, timeout, settings
         workers = min(count, workers or cores())
         self._slots = [tuple(int(i) for i in part) for part in np.array_split(np.arange(count), workers)]
         self._context = multiprocessing.get_context("spawn")
@@ -95,8 +91,8 @@ class VectorEnv(gymnasium.vector.VectorEnv):
             self._workers.append(self._start(index))
         self._running = np.zeros(count, bool)
         self._crashed = np.zeros(count, bool)
-        self._since = np.zeros(count, np.int64)  # failures since the last complete episode
         self._reasons: dict[int, str] = {}  # of the environments that failed in this call
+        self._gone: set[int] = set()  # environments that are made again at their next reset
         self._pending: list[list[int]] = []
         self._last = self._observations()
 
@@ -121,13 +117,14 @@ class VectorEnv(gymnasium.vector.VectorEnv):
         if len(seeds) != self.num_envs:
             raise EnvError(f"{self.name}: {len(seeds)} seeds for {self.num_envs} environments; give one each, or one number")
         self._crashed &= ~mask
-        for attempt in range(self._restarts + 1):
-            self._reasons = {}
-            wanted = [[i for i in slots if mask[i]] for slots in self._slots]
-            if not self._ask("reset", [[(i, seeds[i]) for i in part] for part in wanted]) or attempt == self._restarts:
-                break
-        self._count_faults()
-        self._running[mask] = ~self._crashed[mask]
+        self._running |= mask
+        self._reasons = {}
+        asked = [[(i, seeds[i]) for i in slots if mask[i]] for slots in self._slots]
+        for worker, part in zip(self._workers, asked, strict=True):
+            if part:
+                worker.send("reset", part, 10 if self._gone & {i for i, _ in part} else 1)
+        self._gone -= set(np.flatnonzero(mask).tolist())
+        self._answered(index for index, part in enumerate(asked) if part)
         return self._finish()
 
     def step(self, actions: NDArray[np.float32]) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
@@ -160,15 +157,16 @@ class VectorEnv(gymnasium.vector.VectorEnv):
         if not self._pending:
             raise EnvError(f"{self.name}: no step is under way; call step_async() first")
         pending, self._pending, self._reasons = self._pending, [], {}
-        for index in self._collect([i for i, part in enumerate(pending) if part]):
-            self._reasons |= dict.fromkeys(pending[index], self._workers[index].why)
-        self._count_faults()
+        self._answered(index for index, part in enumerate(pending) if part)
         observations, info = self._finish()
         terminated, truncated = self._views["terminated"] > 0, self._views["truncated"] > 0
-        over = terminated | truncated
-        self._since[self._running & over & ~self._crashed] = 0
-        self._running &= ~over
+        self._running &= ~(terminated | truncated)
         return observations, self._views["reward"].copy(), terminated, truncated, info
+
+    @property
+    def running(self) -> NDArray[np.bool_]:
+        """Environments whose episode runs, (E,)."""
+        return self._running.copy()
 
     def close(self, **kwargs: Any) -> None:
         """End the workers. Safe to call twice."""
@@ -204,18 +202,20 @@ class VectorEnv(gymnasium.vector.VectorEnv):
     def _start(self, index: int) -> _Worker:
         slots = self._slots[index]
         seeds = [env_seed(self.seed, self.first + slot, self._lives[index]) for slot in slots]
-        arguments = (self.name, self._settings, slots, seeds, self._shared, self.num_envs, trusted_envs())
+        arguments = (self.name, self._settings, slots, seeds, self._shared, self.first, trusted_envs())
         return _Worker(self._context, arguments, self._timeout * 10)
 
-    def _ask(self, command: str, parts: list[list[Any]]) -> list[int]:
-        """Send to each worker its part of a command, wait for all, return the workers that died."""
-        asked = [index for index, part in enumerate(parts) if part]
-        for index in asked:
-            self._workers[index].send(command, parts[index])
-        return self._collect(asked)
+    def _answered(self, asked: Iterable[int]) -> None:
+        """Wait for the answers of workers. Cuts the episodes of the environments that failed, and of all those of a worker that died."""
+        self._collect(asked)
+        self._gone |= set(self._reasons)
+        for slot in self._reasons:
+            self._views["truncated"][slot], self._views["terminated"][slot] = 1, 0
+            self._views["reward"][slot] = 0.0
+            self._crashed[slot], self._running[slot] = True, False
 
-    def _collect(self, asked: list[int]) -> list[int]:
-        dead, errors = [], []
+    def _collect(self, asked: Iterable[int]) -> None:
+        errors = []
         waiting = {self._workers[index].pipe: index for index in asked}
         while waiting:
             deadline = min(self._workers[index].deadline for index in waiting.values())
@@ -235,33 +235,21 @@ class VectorEnv(gymnasium.vector.VectorEnv):
                         self._reasons |= value
                 except (EOFError, OSError) as error:
                     hung = isinstance(error, TimeoutError)
-                    self._replace(index, f"gave no answer in {worker.limit:g} seconds" if hung else None)
-                    dead.append(index)
+                    self._replace(index, f"gave no answer in {worker.patience:g} seconds" if hung else None)
         if errors:
             raise errors[0]
-        return dead
 
     def _replace(self, index: int, reason: str | None) -> None:
         code = self._workers[index].stop()
         self._lives[index] += 1
-        which = ", ".join(map(str, self._slots[index]))
+        which = ", ".join(str(self.first + slot) for slot in self._slots[index])
         why = f"{self.name}: the worker of environments {which} {reason or _death(code)}"
         if self._lives[index] > self._restarts:
             raise EnvError(
                 f"{why}, {self._lives[index]} times now; step one make_env() environment in the main process to see why"
             )
         self._workers[index] = self._start(index)
-        self._workers[index].why = why
-
-    def _count_faults(self) -> None:
-        """Cut the episodes of the environments that failed in this call. Raises EnvError for one that keeps failing."""
-        for slot, reason in self._reasons.items():
-            self._views["truncated"][slot], self._views["terminated"][slot] = 1, 0
-            self._views["reward"][slot] = 0.0
-            self._crashed[slot] = True
-            self._since[slot] += 1
-            if self._since[slot] >= self._faults:
-                raise EnvError(f"{reason} ({self._since[slot]} failures without a complete episode between them)")
+        self._reasons |= {slot: why for slot in self._slots[index] if self._running[slot]}
 
     def _observations(self) -> dict[str, NDArray[Any]]:
         return {key: self._views[key].copy() for key in self._keys}
@@ -291,12 +279,12 @@ class _Worker:
         self.process = context.Process(target=_serve, args=(theirs, *arguments), daemon=True)
         self.process.start()
         theirs.close()
-        self.limit, self.deadline = limit, float("inf")
-        self.why = ""
-        """What became of the worker that this one replaces."""
+        self.limit, self.patience, self.deadline = limit, limit, float("inf")
 
-    def send(self, command: str, payload: Any) -> None:
-        self.deadline = time.monotonic() + self.limit
+    def send(self, command: str, payload: Any, times: float = 1) -> None:
+        """Send a command. Its answer may take ``times`` as long as usual."""
+        self.patience = self.limit * times
+        self.deadline = time.monotonic() + self.patience
         with contextlib.suppress(ConnectionError):  # its death is detected where its answer is awaited
             self.pipe.send((command, payload))
 
@@ -356,12 +344,13 @@ def _serve(
     slots: tuple[int, ...],
     seeds: list[int],
     shared: dict[str, Any],
-    count: int,
+    first: int,
     trusted: Sequence[str],
 ) -> None:
     """Main loop of a worker: make the environments, then execute commands until told to exit. The parent handles interrupts.
 
-    An answer is ("done", texts by environment that failed) or ("error", exception).
+    An answer is ("done", texts by environment that failed) or ("error", exception). An environment that failed is made again at its next
+    reset; if that fails, it has failed once more.
     """
     from localmotion.envs import make_env
 
@@ -370,7 +359,7 @@ def _serve(
         trust_env(own)
     views = _views(shared)
     made: dict[int, Any] = {}
-    lives = dict.fromkeys(slots, 0)
+    begun, lives = False, dict.fromkeys(slots, 0)
     while True:
         try:
             command, payload = pipe.recv()
@@ -382,28 +371,31 @@ def _serve(
             return
         index, failed = slots[0], dict[int, str]()
         try:
-            if not made:
+            if not begun:
                 made = {slot: make_env(name, seed=seed, **settings) for slot, seed in zip(slots, seeds, strict=True)}
+                begun = True
             for item in payload:
                 index, seed = item if command == "reset" else (item, None)
                 try:
                     if command == "reset":
+                        if index not in made:
+                            lives[index] += 1
+                            made[index] = make_env(
+                                name, seed=env_seed(seeds[slots.index(index)], index, lives[index]), **settings
+                            )
                         picture, info = made[index].reset(seed=seed)
                         result = [0.0, False, False]
                     else:
                         picture, *result, info = made[index].step(views["action"][index].copy())
                         finite_reward(name, result[0])
-                except SimulationError as error:
-                    failed[index] = str(error)
-                except LocalmotionError:
-                    raise
                 except FAULTS as error:
-                    failed[index] = f"{name}: {type(error).__name__}: {error}"
-                if index in failed:
-                    lives[index] += 1
+                    if isinstance(error, LocalmotionError) and not isinstance(error, SimulationError) and index in made:
+                        raise  # misuse
+                    failed[index] = (
+                        str(error) if isinstance(error, LocalmotionError) else f"{name}: {type(error).__name__}: {error}"
+                    )
                     with contextlib.suppress(*FAULTS):  # an error while closing it adds no information
-                        made[index].close()
-                    made[index] = make_env(name, seed=env_seed(seeds[slots.index(index)], index, lives[index]), **settings)
+                        made.pop(index).close()
                     continue
                 for key, value in picture.items():
                     views[key][index] = value
@@ -411,7 +403,7 @@ def _serve(
                     views[key][index] = flag
             answer: tuple[str, Any] = ("done", failed)
         except Exception as error:
-            answer = ("error", _portable(error, f"environment {index} of {count}: "))
+            answer = ("error", _portable(error, f"environment {first + index}: "))
         try:
             pipe.send(answer)
         except ConnectionError:  # the parent has died

@@ -28,7 +28,7 @@ from localmotion.runs.sharing import local_run, pinned
 from localmotion.training import graphs
 from localmotion.training.checks import check_acting_stage, check_budget, check_learns, check_phases, check_plays, check_ranks
 from localmotion.training.logged import LoggedLoop
-from localmotion.training.online import FAULTS, OnlineLoop
+from localmotion.training.online import OnlineLoop
 from localmotion.training.rehearsal import check_clips
 from localmotion.training.rollout import RolloutLoop
 from localmotion.training.spread import SpreadLoop
@@ -124,7 +124,7 @@ def _rollout(run: RunConfig, path: Path, cls: type[Method]) -> Path:
     share = ranks.rows(rollout.environments, "rollout.environments")
     count = share.stop - share.start
     workers = rollout.workers or max(1, cores() // ranks.local()[1])
-    with closing(VectorEnv(run.env, count, seed=run.seed, first=share.start, workers=workers, faults=FAULTS, **settings)) as envs:
+    with closing(VectorEnv(run.env, count, seed=run.seed, first=share.start, workers=workers, **settings)) as envs:
         repeat = int(envs.description["action_repeat"])
         check_budget(run, repeat)
         dim = int(np.prod(envs.single_action_space.shape or ()))

@@ -72,6 +72,7 @@ def check_clips(run: RunConfig, size: int) -> None:
             raise ConfigError(
                 f"{name}: its motion was made with another recipe than that of the run; extract it with the same settings"
             )
+    windows(store, replace(run, stage=STAGE)).close()
 
 
 def rehearsed(method: Method, passes: Sequence[Pass], weight: float) -> tuple[Pass, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,12 @@ from localmotion.compute import uncompiled
 from localmotion.config import RunConfig
 from localmotion.console import say
 from localmotion.envs.vector import VectorEnv
+from localmotion.errors import EnvError
 from localmotion.methods.base import Method
 from localmotion.runs import checkpoint
 from localmotion.runs.rundir import RunDir
 from localmotion.training.loop import ActingLoop
+from localmotion.training.online import FAULTS
 from localmotion.training.update import Updater
 
 Record = dict[str, NDArray[Any]]
@@ -38,7 +41,8 @@ class RolloutLoop(ActingLoop):
     A batch has B environments and T = steps + 1 positions. Its keys are those of a replay batch and the extras of
     `Method.act`. Position 0 is the last position of the previous rollout, so each action is in the same batch as the
     frame from which the policy chose it. The position after the end of an episode is the reset of the next episode
-    (``is_first``), with a zero action. The environment does not step there.
+    (``is_first``), with a zero action. The environment does not step there. Where an environment fails, the reset comes in place of the
+    step that failed: the record before it is the last of its episode.
 
     With several ranks each has an equal part of the environments and learns from its own.
     """
@@ -55,6 +59,8 @@ class RolloutLoop(ActingLoop):
         self.ended = np.ones(count, bool)  # whether an environment needs a reset
         self.now: Record = {}
         self.ends: list[list[float]] = []  # return, length and success of the episodes that ended in this rollout
+        self.failures = np.zeros(count, np.int64)  # since the last complete episode, by environment
+        self.faults: list[tuple[int, str]] = []  # environments that failed in this rollout, and why
         self.elsewhere = 0  # episodes begun by the other ranks
         self.spent |= {"act": 0.0, "env": 0.0}
 
@@ -88,18 +94,13 @@ class RolloutLoop(ActingLoop):
 
     def advance(self) -> None:
         """One rollout, and the updates that learn from it."""
+        begun = self._place()
+        try:
+            records = self._played()
+        except EnvError:  # the run may save: as if this rollout had not begun
+            self._go_back(*begun)
+            raise
         rollout = self.run.rollout
-        if not self.now:
-            self.now = self._next(np.zeros((self.envs.num_envs, self.method.action_dim), np.float32))
-        records = [self.now]
-        for _ in range(rollout.steps):
-            with self.timed("act"):
-                if self.method.training:
-                    self.method.eval()
-                action = self.policy.act(self.now)
-            with self.timed("env"):
-                self.now = self._next(action)
-            records.append(self.now)
         batch = {key: torch.from_numpy(np.stack([record[key] for record in records], 1)) for key in self.now}  # (E, T, ...)
         batch = self._encoded(batch)
         order = np.random.default_rng([self.run.seed, self.agent_step])
@@ -109,6 +110,32 @@ class RolloutLoop(ActingLoop):
                 self.learn(self.compute.to_device({key: value[rows] for key, value in batch.items()}))
         self.agent_step += rollout.agent_steps
         self._hear()
+
+    def _place(self) -> tuple[Any, ...]:
+        """Where the episodes are, for `_go_back`."""
+        actions = [list(taken) for taken in self.actions]
+        counts = (self.episodes, self.returns, self.success, self.ended, self.failures)
+        return self.now, self.policy.carry, actions, *(value.copy() for value in counts)
+
+    def _go_back(self, now: Record, carry: Any, actions: list[list[NDArray[np.float32]]], *counts: NDArray[Any]) -> None:
+        """Set the counts back. The environments are not: they are made again when the run goes on."""
+        self.now, self.policy.carry, self.actions = now, carry, actions
+        self.episodes, self.returns, self.success, self.ended, self.failures = counts
+
+    def _played(self) -> list[Record]:
+        """The records of a rollout, T = steps + 1."""
+        if not self.now:
+            self.now = self._next(np.zeros((self.envs.num_envs, self.method.action_dim), np.float32))
+        records = [self.now]
+        for _ in range(self.run.rollout.steps):
+            with self.timed("act"):
+                if self.method.training:
+                    self.method.eval()
+                action = self.policy.act(self.now)
+            with self.timed("env"):
+                self.now = self._next(action)
+            records.append(self.now)
+        return records
 
     def _encoded(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The rollout with what the method's frozen parts make of it (`Method.encodes`).
@@ -130,7 +157,7 @@ class RolloutLoop(ActingLoop):
     def _next(self, action: NDArray[np.float32]) -> Record:
         """The records (E, ...) after the actions (E, A).
 
-        An environment whose episode has ended is reset instead of stepped.
+        An environment whose episode has ended is reset instead of stepped, one that fails is reset.
         """
         fresh, playing = self.ended.copy(), ~self.ended
         reward = np.zeros(len(fresh), np.float32)
@@ -138,7 +165,8 @@ class RolloutLoop(ActingLoop):
         observed: dict[str, NDArray[Any]] = {}
         if playing.any():
             observed, gained, terminated, truncated, info = self.envs.step(action)
-            self._log_faults(info)
+            fresh |= self._failed(info)
+            playing &= ~fresh
             reward[playing], terminal[playing] = gained[playing], terminated[playing]
             self.ended = playing & (terminated | truncated)
             for index in np.flatnonzero(playing).tolist():
@@ -149,9 +177,11 @@ class RolloutLoop(ActingLoop):
         for index in np.flatnonzero(self.ended & playing).tolist():
             self.ends.append([float(self.returns[index]), len(self.actions[index]), float(self.success[index])])
             self._log_episode(*self.ends[-1])
+            self.failures[index] = 0
         if fresh.any():
-            observed = self._reset(fresh)
+            observed, fresh = self._reset(fresh)
             self.ended &= ~fresh
+            terminal &= ~fresh
         extras = self.policy.extras or {
             name: np.zeros((len(fresh), *shape), np.float32) for name, shape in self.method.extras.items()
         }
@@ -161,20 +191,21 @@ class RolloutLoop(ActingLoop):
         pictures = {key: observed[key].copy() for key in SHOWN if key in observed}
         return {**pictures, **led, "is_terminal": terminal, "is_first": fresh}
 
-    def _reset(self, mask: NDArray[np.bool_]) -> dict[str, NDArray[Any]]:
-        """Begin the next episode in the environments of ``mask``.
+    def _reset(self, mask: NDArray[np.bool_]) -> tuple[dict[str, NDArray[Any]], NDArray[np.bool_]]:
+        """Begin the next episode in the environments of ``mask``. Returns observations and where an episode began.
 
-        Its seed depends on the run's seed, environment and episode. An environment that fails in its reset begins another episode.
+        Its seed depends on the run's seed, environment and episode. An environment that fails in its reset begins another episode, and so
+        do all those of a worker that dies.
         """
-        observed: dict[str, NDArray[Any]] = {}
+        observed, begun = dict[str, NDArray[Any]](), mask.copy()
         while mask.any():
             for index in np.flatnonzero(mask).tolist():
                 self.episodes[index] += 1
                 self.actions[index], self.returns[index], self.success[index] = [], 0.0, np.nan
             observed, info = self.envs.reset(seed=self._seeds(), options={"reset_mask": mask})
-            self._log_faults(info)
-            mask = mask & info["crashed"]
-        return observed
+            mask = self._failed(info)
+            begun |= mask
+        return observed, begun
 
     def _seeds(self) -> list[int | None]:
         count = self.envs.num_envs
@@ -185,11 +216,24 @@ class RolloutLoop(ActingLoop):
             for place, episode in zip(places, self.episodes, strict=True)
         ]
 
-    def _log_faults(self, info: Mapping[str, Any]) -> None:
-        """Log the environments that failed in a call. Their episodes have ended as a time limit ends them."""
+    def _failed(self, info: Mapping[str, Any]) -> NDArray[np.bool_]:
+        """Log the environments that failed in a call, (E,). Raises EnvError for one that keeps failing."""
+        found = np.zeros(self.envs.num_envs, bool)
         for index, error in info["faults"].items():
-            self.out.log("fault", **self.counters(), error=error, environment=self.envs.first + index)
-            say(f"{error}; the episode ends at agent step {self.agent_step:,} and a fresh environment goes on")
+            found[index], number = True, self.envs.first + index
+            self.failures[index] += 1
+            self.faults.append((number, error))
+            self._log_fault(number, error)
+            say(f"{error}; the episode of environment {number} ends, and a fresh one begins")
+        for index in np.flatnonzero(self.failures >= FAULTS).tolist():
+            number, count = self.envs.first + index, self.failures[index]
+            raise EnvError(
+                f"environment {number}: {info['faults'][index]} ({count} failures without a complete episode between them)"
+            )
+        return found
+
+    def _log_fault(self, environment: int, error: str) -> None:
+        self.out.log("fault", **self.counters(), error=error, environment=environment)
 
     def _log_episode(self, total: float, length: float, success: float) -> None:
         extra = {} if np.isnan(success) else {"success": success}
@@ -198,13 +242,17 @@ class RolloutLoop(ActingLoop):
     def _hear(self) -> None:
         """Rank 0 logs the episodes of the others, too."""
         if not ranks.alone():
+            faults = torch.frombuffer(bytearray(json.dumps(self.faults).encode()), dtype=torch.uint8)
             said = {"ends": torch.tensor(self.ends, dtype=torch.float64).view(-1, 3), "episodes": torch.from_numpy(self.episodes)}
+            said["faults"] = faults
             heard = ranks.collect(said)
             self.elsewhere = sum(int(each["episodes"].sum()) for each in heard) - int(self.episodes.sum())
             for each in heard[1:]:
                 for row in each["ends"].tolist():
                     self._log_episode(*row)
-        self.ends = []
+                for number, error in json.loads(bytes(each["faults"].numpy())):
+                    self._log_fault(number, error)
+        self.ends, self.faults = [], []
 
     # Measuring and saving ---------------------------------------------------------------------------------------------------
 
@@ -226,7 +274,7 @@ class RolloutLoop(ActingLoop):
     def restore(self, state: Mapping[str, Any], folder: Path) -> None:
         """Restore every environment: reset it with its episode's seed and repeat the episode's actions.
 
-        With another number of ranks than before, all environments begin a new episode.
+        An environment that fails meanwhile begins a new episode. With another number of ranks than before, all do.
         """
         super().restore(state, folder)
         count = self.envs.num_envs
@@ -242,9 +290,10 @@ class RolloutLoop(ActingLoop):
         if self.now:
             longest, lengths = max(map(len, played)), np.array([len(actions) for actions in played])
             for step in range(longest + 1):  # shorter episodes begin later, so that all end together
-                if (begins := lengths == longest - step).any():
-                    self.envs.reset(seed=self._seeds(), options={"reset_mask": begins})
-                if step < longest:
+                if (begins := (lengths == longest - step) & ~self.ended).any():
+                    info = self.envs.reset(seed=self._seeds(), options={"reset_mask": begins})[1]
+                    self.ended |= self._failed(info)
+                if step < longest and self.envs.running.any():
                     taken = [x[step - longest] if len(x) >= longest - step else np.zeros(self.method.action_dim) for x in played]
-                    self.envs.step(np.array(taken, np.float32))
+                    self.ended |= self._failed(self.envs.step(np.array(taken, np.float32))[-1])
             self.policy.carry = carried(self.method.initial_carry(count), saved)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -53,6 +54,9 @@ class Trials:
             result = self._play(count, final)
         except SimulationError as error:
             say(f"{error}; the evaluation is made again with fresh environments")
+            for observer in self.observers:
+                with suppress(Exception):  # an error while closing it adds no information
+                    observer.env.close()
             self.observers.clear()
             result = self._play(count, final)
         self.out.log("eval", **counters, **result.summary(), seed=self.run.seed, final=final)
