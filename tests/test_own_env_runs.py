@@ -7,6 +7,7 @@ import json
 import math
 import re
 import signal
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -280,9 +281,10 @@ def test_in_processes_an_environment_that_fails_in_its_reset_waits_for_the_next(
         assert info["crashed"].tolist() == [False, True]
         assert "no floor" in info["faults"][1]
         np.testing.assert_array_equal(again["image"][1], first["image"][1])
-        _, reward, _, truncated, _ = env.step(np.ones((2, 2), np.float32))
+        _, reward, _, truncated, info = env.step(np.ones((2, 2), np.float32))
         assert reward[0] != 0 == reward[1]
         assert truncated.tolist() == [False, True]
+        assert not info["faults"]
         found, info = env.reset(seed=[None, GOOD[3]], options={"reset_mask": [False, True]})
         assert not info["crashed"].any()
         np.testing.assert_array_equal(found["image"][1], make_env(SHAKY, size=16).reset(seed=GOOD[3])[0]["image"])
@@ -317,11 +319,11 @@ def rollouts(at: str, every: int, count: int = 3, *more: str) -> Any:
 def test_a_rollout_goes_on_after_a_failure_and_three_in_a_row_end_the_run(
     at: str, on_policy: list[dict[str, Tensor]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = finetune(rollouts(at, 3), tmp_path / "run")
+    path = finetune(rollouts(at, 5, 3, "env_steps=192"), tmp_path / "run")
     rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     faults, ended = ([row for row in rows if row["kind"] == kind] for kind in ("fault", "episode"))
     assert {row["environment"] for row in faults} <= {0, 1, 2}
-    assert len(faults) > 1
+    assert max(Counter(row["environment"] for row in faults).values()) >= 3  # with whole episodes between them
     assert {row["length"] for row in ended} == {6}  # the others are no whole episodes
     said = " ".join(capsys.readouterr().out.split())
     assert f"{faults[0]['error']}; the episode of environment {faults[0]['environment']} ends, and a fresh one begins" in said
@@ -331,7 +333,8 @@ def test_a_rollout_goes_on_after_a_failure_and_three_in_a_row_end_the_run(
         begins = [*torch.nonzero(whole["is_first"][index]).flatten().tolist(), None]
         for start, end in itertools.pairwise(begins):
             lived = whole["reward"][index, start:end]
-            assert lived[0] == 0 != lived[1:].abs().min()  # no step without a reward where an environment failed
+            assert lived[0] == 0
+            assert (lived[1:] != 0).all()  # no step without a reward where an environment failed
             assert len(lived) in ((3, 7) if at == "step" else (7,)) or end is None
             assert not whole["action"][index, start].any()
     with pytest.raises(EnvError, match=r"environment [0-2]: .*3 failures without a complete episode between them"):
