@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from localmotion import foreign, methods
-from localmotion.acting.episodes import Rollout
+from localmotion.acting.episodes import Rollout, episode_seed
 from localmotion.cli import main
 from localmotion.envs import make_env
 from localmotion.envs.vector import VectorEnv, env_seed
@@ -407,6 +407,26 @@ def test_choices_are_collected(policy: str, tmp_path: Path) -> None:
     assert all("success" in episode for episode in found.episodes)
     with pytest.raises(ConfigError, match="the actions of own_envs:choices are choices, to which no noise can be added"):
         collect(CHOICES, tmp_path / "noisy", policy=policy, noise=0.1)
+
+
+@pytest.mark.parametrize("at", ["step", "reset"])
+def test_an_episode_that_fails_is_collected_with_another_seed(
+    at: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    foreign.trust_env(SHAKY)
+    whole = collect(SHAKY, tmp_path / "videos", episodes=6, size=16, seed=1, at=at, every=3)
+    assert {episode["frames"] for episode in whole.episodes} == {7}
+    own = [episode_seed(1, "collect", number) for number in range(6)]
+    again = [episode["id"] for episode, seed in zip(whole.episodes, own, strict=True) if episode["seed"] != seed]
+    said = " ".join(capsys.readouterr().out.split())
+    assert 0 < len(again) < 6
+    for name in again:
+        assert f"{name} is played again, with another seed in a fresh environment" in said
+    parts = collect(SHAKY, tmp_path / "parts", episodes=3, size=16, seed=1, at=at, every=3)
+    parts = collect(SHAKY, tmp_path / "parts", episodes=6, size=16, seed=1, at=at, every=3)
+    assert parts.episodes == whole.episodes
+    with pytest.raises(EnvError, match="3 failures of video own_envs_shaky-smooth-1-000000; the 0 before it are kept"):
+        collect(SHAKY, tmp_path / "never", episodes=2, size=16, seed=1, at=at, every=1)
 
 
 def test_an_environment_that_ends_the_program_ends_an_episode(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,9 @@ from localmotion.acting.observer import Observer, make_observer
 from localmotion.acting.policy import MethodPolicy, Policy
 from localmotion.compute import PLAIN
 from localmotion.config import RunConfig
+from localmotion.console import say
 from localmotion.envs import check_env, make_env
-from localmotion.errors import ConfigError, LocalmotionError
+from localmotion.errors import ConfigError, EnvError, LocalmotionError, SimulationError
 from localmotion.files import check_output
 from localmotion.methods.base import MOTION
 from localmotion.perception.base import ClipMotion
@@ -46,6 +48,8 @@ POLICIES = ("random", "smooth", "expert")
 SHARD_CLIPS = 32
 CELLS = 8
 """Cells of the grid of exact flow along each side."""
+TRIES = 3
+"""Seeds that an episode gets if the environment fails in it."""
 LATER = ("links", "exact_grid", "background", "colours")
 """Files that collections of earlier versions do not have. An episode that is added to such a collection has none, too."""
 
@@ -121,7 +125,8 @@ def collect(
         ConfigError: unknown policy or environment, no expert for this environment, numbers out of range, or ``out``
             holds a collection with other settings.
         CheckpointError, EnvError, LocalmotionError: loading, simulating or writing failed. CheckpointError also if
-            another process collects into ``out``.
+            another process collects into ``out``. An episode in which the environment fails is played again with another
+            seed; the third failure is an EnvError.
     """
     at_least(episodes=(episodes, 1), steps=(steps, 0), noise=(noise, 0), seed=(seed, 0))
     check_output(out, ConfigError, folder=True)
@@ -155,7 +160,19 @@ def collect(
         result = Collected(out)
         for number, name in enumerate(names):
             if name not in kept or not sink.has(name):
-                played = player.play(seed, number, steps, noise)
+                for attempt in range(1, TRIES + 1):
+                    try:
+                        played = player.play(seed, number, steps, noise, attempt)
+                        break
+                    except SimulationError as error:
+                        if attempt == TRIES:
+                            raise EnvError(
+                                f"{error} ({TRIES} failures of video {name}; the {number} before it are kept)"
+                            ) from error
+                        say(f"{error}; {name} is played again, with another seed in a fresh environment")
+                        with suppress(Exception):  # an error while closing it adds no information
+                            player.env.close()
+                        player = _Player(env, policy, side, settings, recipe)
                 for kind, array in played.beside.items():
                     if kind not in absent:
                         _save_array(out / kind / f"{name}.npy", array)
@@ -245,9 +262,11 @@ class _Player:
         self.named = f"{PREFIX}{expert.digest()}"
         self.act = lambda records, first: expert.act(inner.vector()[None])
 
-    def play(self, seed: int, number: int, steps: int, noise: float) -> _Played:
-        """Play one episode."""
+    def play(self, seed: int, number: int, steps: int, noise: float, attempt: int = 1) -> _Played:
+        """Play one episode. Raises SimulationError if the environment fails; another ``attempt`` has another seed."""
         begin = episode_seed(seed, "collect", number)
+        if attempt > 1:
+            begin = int(np.random.SeedSequence([begin, attempt]).generate_state(1)[0] >> 1)
         with self.compute.own_randomness():
             torch.manual_seed(begin)
             return self._play(begin, steps, noise)
