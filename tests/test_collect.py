@@ -178,11 +178,11 @@ def test_store_is_what_extraction_of_the_same_frames_gives_and_can_be_extended(t
 def test_an_interruption_costs_the_episode_in_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original, played = module._Player.play, []
 
-    def stops(self: module._Player, seed: int, number: int, steps: int, noise: float) -> object:
+    def stops(self: module._Player, seed: int, number: int, steps: int, noise: float, attempt: int) -> object:
         if number == 2 and len(played) == 2:
             raise KeyboardInterrupt
         played.append(number)
-        return original(self, seed, number, steps, noise)
+        return original(self, seed, number, steps, noise, attempt)
 
     monkeypatch.setattr(module._Player, "play", stops)
     arguments = {"policy": "random", "episodes": 4, "steps": 6, "recipe": SMALL}
