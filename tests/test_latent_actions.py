@@ -336,9 +336,13 @@ def test_every_sampler_of_a_stage_has_the_lead_of_the_method(
 
         return type(kind.__name__, (kind,), {"__init__": begin})
 
-    for module in ("pretrain", "logged"):
-        for kind in (WindowSampler, EpisodeSampler):
-            monkeypatch.setattr(f"localmotion.training.{module}.{kind.__name__}", watched(kind))
+    for module, kind in (
+        ("windows", WindowSampler),
+        ("pretrain", EpisodeSampler),
+        ("logged", WindowSampler),
+        ("logged", EpisodeSampler),
+    ):
+        monkeypatch.setattr(f"localmotion.training.{module}.{kind.__name__}", watched(kind))
     flags = {"data": str(logs), "device": "cpu", "threads": 1, "labels": 20}
     settings = ["updates=1", "pretrain.length=8", "heldout_fraction=0", setting]
     run = compose(name, stage, preset="debug", flags=flags, settings=settings)
