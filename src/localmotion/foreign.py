@@ -10,8 +10,10 @@ import importlib.util
 import os
 import sys
 import traceback
+from contextlib import suppress
 from importlib.metadata import EntryPoint, entry_points
 from types import ModuleType
+from typing import Any
 
 from localmotion.errors import ConfigError, MissingExtraError
 from localmotion.files import one_line
@@ -56,6 +58,12 @@ def import_named(module: str, who: str) -> ModuleType:
         ) from error
     except FAULTS as error:  # whatever a module does when it is imported
         raise ConfigError(f"{who}: importing {module} failed: {cause(error)}; fix the module") from error
+
+
+def shut(env: Any) -> None:
+    """Close an environment that is given up. An error meanwhile adds no information."""
+    with suppress(*FAULTS):
+        env.close()
 
 
 def cause(error: BaseException) -> str:

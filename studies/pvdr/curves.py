@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from table import finished
 
 from localmotion.report.style import GRID, PALETTE
 
@@ -28,13 +29,7 @@ PARTS = 10
 
 def rows(name: str, study: Path) -> Iterator[dict[str, Any]]:
     """Curves of the finished runs in a study's folder."""
-    for config in sorted((study / "runs").glob("*/config.json")):
-        run, metrics = json.loads(config.read_text()), config.parent / "metrics.jsonl"
-        if run["stage"] != "finetune" or not metrics.exists():
-            continue
-        lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-        if not any(line["kind"] == "eval" and line["final"] for line in lines):
-            continue
+    for _, run, lines in finished(study):
         played = [(line["env_step"], line["return"]) for line in lines if line["kind"] == "episode"]
         steps, returns = map(np.array, zip(*played, strict=True))
         last = max(line["env_step"] for line in lines if "env_step" in line)

@@ -26,18 +26,23 @@ LEAST = 5
 """Seeds of a contrast: an interval of fewer says too little."""
 
 
-def rows(study: Path) -> Iterator[dict[str, Any]]:
-    """Rows of the finished runs in a study's folder."""
+def finished(study: Path) -> Iterator[tuple[Path, dict[str, Any], list[dict[str, Any]]]]:
+    """Folder, settings and log of the agents that have learned to their end."""
     for config in sorted((study / "runs").glob("*/config.json")):
         run = json.loads(config.read_text())
         metrics = config.parent / "metrics.jsonl"
         if run["stage"] != "finetune" or not metrics.exists():
             continue
         lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+        if any(line["kind"] == "eval" and line["final"] for line in lines):
+            yield config.parent, run, lines
+
+
+def rows(study: Path) -> Iterator[dict[str, Any]]:
+    """Rows of the finished runs in a study's folder."""
+    for folder, run, lines in finished(study):
         found = [line for line in lines if line["kind"] == "eval"]
-        if not found or not found[-1]["final"]:
-            continue
-        commit = json.loads((config.parent / "environment.json").read_text()).get("commit")
+        commit = json.loads((folder / "environment.json").read_text()).get("commit")
         row: dict[str, Any] = {"arm": run["label"], "task": run["env"], "seed": run["seed"]}
         row |= {"env_steps": found[-1]["env_step"], "commit": commit}
         for name, line in (("start", found[0]), ("end", found[-1])):

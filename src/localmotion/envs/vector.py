@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from localmotion.envs.returned import finite_reward
 from localmotion.errors import ConfigError, EnvError, LocalmotionError, SimulationError
-from localmotion.foreign import FAULTS, trust_env, trusted_envs
+from localmotion.foreign import FAULTS, shut, trust_env, trusted_envs
 from localmotion.machine import cores
 
 _FLAGS = ("reward", "terminated", "truncated", "env_steps", "success")
@@ -394,8 +394,7 @@ def _serve(
                     failed[index] = (
                         str(error) if isinstance(error, LocalmotionError) else f"{name}: {type(error).__name__}: {error}"
                     )
-                    with contextlib.suppress(*FAULTS):  # an error while closing it adds no information
-                        made.pop(index).close()
+                    shut(made.pop(index, None))
                     continue
                 for key, value in picture.items():
                     views[key][index] = value

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from localmotion.console import say
 from localmotion.envs import check_env, make_env
 from localmotion.errors import ConfigError, EnvError, LocalmotionError, SimulationError
 from localmotion.files import check_output
+from localmotion.foreign import shut
 from localmotion.methods.base import MOTION
 from localmotion.perception.base import ClipMotion
 from localmotion.perception.exact import ExactMask
@@ -170,8 +170,7 @@ def collect(
                                 f"{error} ({TRIES} failures of video {name}; the {number} before it are kept)"
                             ) from error
                         say(f"{error}; {name} is played again, with another seed in a fresh environment")
-                        with suppress(Exception):  # an error while closing it adds no information
-                            player.env.close()
+                        shut(player.env)
                         player = _Player(env, policy, side, settings, recipe)
                 for kind, array in played.beside.items():
                     if kind not in absent:

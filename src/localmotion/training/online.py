@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from localmotion.acting.policy import MethodPolicy, Policy, random_policy
 from localmotion.config import RunConfig
 from localmotion.console import say
 from localmotion.errors import CheckpointError, ConfigError, EnvError, SimulationError
+from localmotion.foreign import shut
 from localmotion.methods.base import Method
 from localmotion.perception.companding import Companding
 from localmotion.replay import Replay
@@ -263,8 +263,7 @@ class OnlineLoop(ActingLoop):
             saved = "; saved at this point" if ranks.alone() else ""
             raise EnvError(f"{error} ({self.faults} failures without a complete episode between them{saved})") from error
         say(f"{error}; the episode ends at agent step {self.agent_step:,} and a fresh environment goes on")
-        with contextlib.suppress(Exception):  # an error while closing it adds no information
-            self.observer.env.close()
+        shut(self.observer.env)
         self.observer.env = self._fresh().env
 
     # Measuring --------------------------------------------------------------------------------------------------------------

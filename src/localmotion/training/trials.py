@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
 
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ from localmotion.config import RunConfig
 from localmotion.console import say
 from localmotion.errors import SimulationError
 from localmotion.evaluation.films import film, save_plans
+from localmotion.foreign import shut
 from localmotion.methods.base import Method
 from localmotion.runs import checkpoint
 from localmotion.runs.rundir import RunDir
@@ -55,8 +55,7 @@ class Trials:
         except SimulationError as error:
             say(f"{error}; the evaluation is made again with fresh environments")
             for observer in self.observers:
-                with suppress(Exception):  # an error while closing it adds no information
-                    observer.env.close()
+                shut(observer.env)
             self.observers.clear()
             result = self._play(count, final)
         self.out.log("eval", **counters, **result.summary(), seed=self.run.seed, final=final)
