@@ -1,7 +1,7 @@
-"""Does a world model learn faster from a fixed data set after pre-training on videos of other bodies? (tier 2; not registered yet)
+"""Does a world model learn faster from a fixed data set after pre-training on videos of other bodies? (PREREG-tier2.md)
 
     python studies/planar/tier2.py dev 100                    # development bodies, and two tasks with other episodes; all arms
-    python studies/planar/tier2.py tasks 0 drp scratch        # walker run, cheetah run, hopper stand; refused before the registration
+    python studies/planar/tier2.py tasks 0 drp scratch        # walker run, cheetah run, hopper stand; all arms without names
 
 Pre-training is that of tier1.py, on its 16 bodies. The positive control is pre-trained on as many videos of the task's own body. Data
 of a task, recorded once: episodes of 48 agent steps, 105 to learn from (5,000 transitions), 40 to fit probes and 40 to score. An action
@@ -26,7 +26,6 @@ import argparse
 import hashlib
 import json
 import os
-import subprocess
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,6 +33,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from registration import registered
 from tier1 import ARMS as PRETRAINED
 from tier1 import RECIPE, TRAINED, UPDATES, videos
 from torch import Tensor
@@ -56,7 +56,7 @@ from localmotion.training.transfer import load_pretrained
 from localmotion.training.update import Updater
 
 HERE = Path(__file__).parent
-FILES = ("PREREG-tier2.md", "tier2.py", "tier1.py", "tier2_analysis.py")
+FILES = ("PREREG-tier2.md", "tier2.py", "tier2_analysis.py", "registration.py", "tier1.py")
 """What the registration binds."""
 SETS = {
     "dev": ["walker_run", "cheetah_run", *(f"tree-{number:04d}_run" for number in trees.DEV)],
@@ -77,6 +77,8 @@ ARMS: dict[str, tuple[str, str]] = {
     "drp, rehearsal": ("drp", "train"),
     "recompose": ("recompose", "train"),
     "recompose, scratch": ("recompose", ""),
+    "9 tokens": ("recompose, 9 tokens", "train"),
+    "9 tokens, scratch": ("recompose, 9 tokens", ""),
     "global flow": ("global flow", "train"),
     "global flow, scratch": ("global flow", ""),
     "ipv": ("ipv", "train"),
@@ -84,6 +86,8 @@ ARMS: dict[str, tuple[str, str]] = {
     "prelar": ("prelar", "train"),
 }
 """Arm of tier1.py, and what is loaded: nothing, all that pre-training on its bodies or on the task's own one knows, or its image model."""
+DEVELOPMENT = ("drp, rehearsal",)
+"""Arms that the tasks do not get unless they are asked for."""
 REHEARSES = ("drp, rehearsal",)
 """Arms whose updates also have the losses of pre-training, on a batch of its videos."""
 SAME = ("beta_z_finetune=0",)
@@ -164,7 +168,7 @@ def pretrained(name: str, source: str, task: str, seed: int, work: Path) -> str:
     place = f"own-{task}" if source == "own" else "any"
     clips = own_videos(task, work) if source == "own" else videos("train", trees.DEV, work)
     flags = {"device": "cpu", "precision": "fp32", "threads": 1, "seed": seed, "data": str(clips)}
-    out = work / "runs" / place / name.replace(" ", "_") / f"{seed}"
+    out = work / "runs" / place / name.replace(", ", "_").replace(" ", "_") / f"{seed}"  # as tier1.py names them
     pretrain(compose(method, "pretrain", preset="tiny", flags=flags, settings=(*settings, *own)), out)
     return str(out)
 
@@ -262,25 +266,6 @@ def curve(model: Any, updater: Updater, rehearsal: Rehearsal | None, data: Data,
     return found
 
 
-def registered() -> str:
-    """The commit that registered tier 2. The tasks are not looked at before, nor with other scripts.
-
-    As in tier1.py, which cannot take other files any more: its own registration binds it.
-    """
-    page = HERE / FILES[0]
-    if not page.exists() or "draft" in page.read_text().partition("\n")[0].lower():
-        raise SystemExit(f"{FILES[0]} is not in force; the tasks wait for it")
-    git = ["git", "-C", str(HERE)]
-    files = [str(HERE / name) for name in FILES]
-    found = subprocess.run(
-        [*git, "log", "-1", "--format=%h", "--", *files], capture_output=True, text=True, check=True
-    ).stdout.strip()
-    changed = subprocess.run([*git, "status", "--porcelain", "--", *files], capture_output=True, text=True, check=True).stdout
-    if changed or not found:
-        raise SystemExit("the registration is not committed as it stands; the tasks wait for it:\n" + changed)
-    return found
-
-
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("set", choices=SETS)
@@ -292,13 +277,13 @@ def main() -> None:
     if unknown := set(args.arms) - set(ARMS):
         parser.error(f"no arm {', '.join(unknown)}; there are {', '.join(ARMS)}")
     torch.set_num_threads(1)
-    commit = {"registered": registered()} if args.set == "tasks" else {}
+    commit = {"registered": registered(FILES)} if args.set == "tasks" else {}
     rows = HERE / "rows" / f"tier2-{args.set}.jsonl"
     rows.parent.mkdir(exist_ok=True)
     kept = [json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else []
     done = {(row["arm"], row["seed"], row["task"]) for row in kept}
     for task in args.tasks or SETS[args.set]:
-        for arm in args.arms or ARMS:
+        for arm in args.arms or (arm for arm in ARMS if args.set == "dev" or arm not in DEVELOPMENT):
             if (arm, args.seed, task) in done:
                 continue
             began, data = time.process_time(), recorded(task, args.set, args.work)
