@@ -196,10 +196,12 @@ def test_the_page_draws_returns_against_labels_only_where_there_are_several_budg
 
 
 def test_runs_without_a_study_are_not_averaged_over_budgets(tmp_path: Path) -> None:
-    made = [decoded(tmp_path / f"{labels}", "", labels, 0, labels) for labels in (20, 100)]
+    made = [decoded(tmp_path / f"{labels}", "", labels, 0, labels, transitions=(labels or 5_000)) for labels in (20, 100, 0)]
     rows = write_table(made, tmp_path)
-    assert any("| lapo, pre-trained, labels 20 | 1 |" in row for row in rows)
-    assert any("| lapo, pre-trained, labels 100 | 1 |" in row for row in rows)
+    for said in ("labels 20", "labels 100", "all labels"):
+        assert any(f"| lapo, pre-trained, {said} | 1 |" in row for row in rows)
+    task = "planar:walker_run, from logged episodes"
+    assert f"| {task} | lapo, pre-trained | return_mean | 20.0 | 100 | 0.000 |" in rows
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from localmotion.evaluation.statistics import Summary, final_scores, summarise
-from localmotion.report.results import Gathered, Group, eval_curve
+from localmotion.report.results import Gathered, Group, budget, eval_curve
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,8 @@ class Budgets:
 
 def variant_of(group: Group) -> str:
     """The group's label without its label budget."""
-    given = group.runs[0].setting("labels", 0)
-    return group.label.replace(f", labels {given}", "", 1)
+    part = budget(group.runs[0])
+    return group.label.replace(part, "", 1) if part else group.label
 
 
 def labels_of(group: Group) -> int | None:

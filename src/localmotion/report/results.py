@@ -45,6 +45,13 @@ def origin(run: RunData) -> str:
     return "pre-trained" if run.checkpoint else "from scratch"
 
 
+def budget(run: RunData) -> str:
+    """The part of a label that says how many labelled transitions a run was given; "" for a run that learned in an environment."""
+    if given := run.setting("labels", 0):
+        return f", labels {given}"
+    return ", all labels" if run.offline else ""
+
+
 def group_runs(runs: Sequence[RunData]) -> list[Group]:
     """Online runs by environment and label, or else method, origin, preset and label budget, in the order of their first run."""
     online = [run for run in runs if run.stage != "pretrain" and run.env]
@@ -57,7 +64,7 @@ def group_runs(runs: Sequence[RunData]) -> list[Group]:
             if len(presets) > 1:
                 label += f", {run.preset or 'no preset'}"
             if len(budgets) > 1:
-                label += f", labels {run.setting('labels', 0)}"
+                label += budget(run)
         found.setdefault((f"{run.env}, from logged episodes" if run.offline else run.env, label), []).append(run)
     return [
         Group(env, label, tuple(sorted(members, key=lambda r: (r.seed is None, r.seed or 0))))
