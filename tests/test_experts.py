@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
+from gymnasium import spaces
 from safetensors.numpy import load_file, save_file
 
+from localmotion import foreign
+from localmotion.acting.episodes import EvaluationError, Rollout
 from localmotion.acting.expert import Expert, load_expert, save_expert
+from localmotion.acting.observer import Observer
 from localmotion.cli import main
 from localmotion.envs import make_env
-from localmotion.errors import CheckpointError, ConfigError
+from localmotion.errors import CheckpointError, ConfigError, EnvError
 from localmotion.recording.collect import collect
 from localmotion.training import experts as module
 from localmotion.training.experts import Learner, Memory, Settings, train_expert
@@ -98,6 +104,94 @@ def test_a_training_is_repeatable_and_says_what_it_did(tmp_path: Path, capsys: p
     train_expert("planar:pendulum_swingup", tmp_path / "b", **settings)
     again = load_file(tmp_path / "b" / "expert.safetensors")
     assert all((weights[name] == again[name]).all() for name in weights)
+
+
+class Slope(gymnasium.Env[Any, Any]):
+    """Its vector counts 100 for each reset and 1 for each step. An episode has 4 steps. It fails at the steps of ``fails``, over all."""
+
+    action_space = spaces.Box(-1, 1, (1,), np.float32)
+    resets = 0
+    steps = 0
+
+    def __init__(self, fails: set[int]) -> None:
+        self.fails, self.broken = fails, False
+
+    def reset(self, **_: Any) -> Any:
+        assert not self.broken
+        Slope.resets += 1
+        self.at = 100 * Slope.resets
+        return {"vector": np.array([self.at], np.float32)}, {}
+
+    def step(self, action: Any) -> Any:
+        assert not self.broken
+        Slope.steps += 1
+        if Slope.steps in self.fails:
+            self.broken = True
+            raise RuntimeError("down the slope")
+        self.at += 1
+        return {"vector": np.array([self.at], np.float32)}, 1.0, False, self.at % 100 == 4, {"env_steps": 1}
+
+
+def test_a_step_that_fails_is_not_learned_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps 3 and 4 of all fail, then 12 and 13: two of one episode, and two of the episode after a complete one."""
+    monkeypatch.setattr(Slope, "resets", 0)
+    monkeypatch.setattr(Slope, "steps", 0)
+    players, memory = module._Players(lambda: Observer(Slope({3, 4, 12, 13}), None), 1, 0), Memory(12, 1, 1, 1)
+    for number in range(11):
+        assert players.step(np.full((1, 1), number / 20, np.float32), memory) == 1
+    assert memory.vector[:11, 0, 0].tolist() == [100, 101, 300, 301, 302, 303, 400, 401, 402, 600, 601]
+    assert memory.after[:11, 0, 0].tolist() == [101, 102, 301, 302, 303, 304, 401, 402, 403, 601, 602]
+    assert np.flatnonzero(memory.ended[:11, 0]).tolist() == [1, 5, 8]
+    assert not memory.terminal.any()
+    assert memory.reward[:11, 0].tolist() == [1.0] * 11
+    assert players.returns == [4.0]  # of the complete episode
+    assert (players.faults, players.failures) == (4, [2])
+    players = module._Players(lambda: Observer(Slope({17, 18, 19}), None), 1, 0)
+    players.step(np.zeros((1, 1), np.float32), memory)
+    with pytest.raises(EnvError, match=r"down the slope \(3 failures of one environment"):
+        players.step(np.zeros((1, 1), np.float32), memory)
+
+
+@pytest.fixture
+def shaky(monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(foreign, "_trusted", ["own_envs:shaky"])
+    return "own_envs:shaky"
+
+
+@pytest.mark.parametrize("at", ["step", "reset"])
+def test_an_expert_learns_on_after_failures(shaky: str, at: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    about = train_expert(shaky, tmp_path, env_steps=120, episodes=6, settings=TINY, at=at, every=9)
+    said = " ".join(capsys.readouterr().out.split())
+    cause = "through the wall" if at == "step" else "no floor"
+    assert said.count("a fresh environment begins another") == about["training_faults"] > 0
+    assert said.count(cause) == about["training_faults"] + about["faults"]
+    assert (about["env_steps"], about["updates"], len(about["returns"])) == (120, 50, 6)
+    assert json.loads((tmp_path / "expert.json").read_text())["training_faults"] == about["training_faults"]
+
+
+def test_an_environment_that_keeps_failing_ends_the_training_saved(
+    shaky: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = replace(TINY, begin=4)
+    with pytest.raises(EnvError, match=r"through the wall.*3 failures.*; .*/one has the expert of this moment"):
+        train_expert(shaky, tmp_path / "one", env_steps=120, episodes=2, settings=few, every=1)
+    about = json.loads((tmp_path / "one" / "expert.json").read_text())
+    assert about["updates"] > 0
+    assert about["training_faults"] >= 3
+    assert "returns" not in about
+    assert load_file(tmp_path / "one" / "expert.safetensors")
+    with pytest.raises(EnvError, match="3 failures"):  # among the random steps
+        train_expert(shaky, tmp_path / "none", env_steps=120, settings=TINY, every=1)
+    assert not (tmp_path / "none").exists()
+
+    def ends(*_: Any, **__: Any) -> Rollout:
+        raise EvaluationError("no floor", Rollout([3.0], [6]))
+
+    monkeypatch.setattr(module, "evaluate", ends)
+    with pytest.raises(EnvError, match=r"^no floor; .*/played has the expert"):
+        train_expert(shaky, tmp_path / "played", env_steps=40, settings=TINY, every=10**9)
+    about = json.loads((tmp_path / "played" / "expert.json").read_text())
+    assert (about["returns"], about["env_steps"]) == ([3.0], 40)
 
 
 def test_a_stop_saves_the_expert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

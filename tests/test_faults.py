@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from localmotion.acting.episodes import FAULTS
 from localmotion.acting.observer import make_observer
 from localmotion.cli import main
 from localmotion.config import RunConfig
@@ -25,7 +27,6 @@ from localmotion.runs.settings import compose
 from localmotion.training import optimizers
 from localmotion.training.finetune import finetune
 from localmotion.training.interrupt import Interrupted
-from localmotion.training.online import FAULTS
 from localmotion.training.playing import Playing
 from localmotion.training.pretrain import pretrain
 from localmotion.training.update import BAD_LIMIT, DivergedError, Updater
@@ -319,16 +320,31 @@ def test_a_simulator_that_fails_again_and_again_stops_the_run_saved(tmp_path: Pa
     assert len(rows_of(tmp_path / "run", "fault")) == FAULTS
 
 
-def test_an_evaluation_is_made_again_once(
+def test_an_evaluation_goes_on_after_a_failure_and_three_in_a_row_stop_the_run_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """An evaluation at agent step 62, and one of ten episodes at the end. Environments fail in the last one."""
     whole = finetune(few_steps(), tmp_path / "whole")
-    faulty = Faulty(monkeypatch, {230: RuntimeError("no context")}, training=False)
-    out = finetune(few_steps(), tmp_path / "run")
-    assert "made again with fresh environments" in capsys.readouterr().out
-    assert rows_of(out, "eval")[-1]["returns"] == rows_of(whole, "eval")[-1]["returns"]
+    with monkeypatch.context() as patch:
+        Faulty(patch, {230: RuntimeError("no context")}, training=False)
+        out = finetune(few_steps(), tmp_path / "run")
+    said = " ".join(capsys.readouterr().out.split())
+    assert re.search(r"no context in episode \d of 10 \(seed \d+\); it is played again with another seed", said)
+    (last, before) = (rows_of(path, "eval")[-1] for path in (out, whole))
+    assert (last["faults"], before["faults"]) == (1, 0)
+    assert last["episodes"] == 10
+    assert sum(one != other for one, other in zip(last["returns"], before["returns"], strict=True)) == 1
     assert not rows_of(out, "fault")
-    assert faulty.steps > 230
+    with monkeypatch.context() as patch:
+        Faulty(patch, dict.fromkeys(range(230, 9999), RuntimeError("no context")), training=False)
+        with pytest.raises(
+            EnvError, match=r"no context .*: 5 failures without a complete episode between them; \d of 10 episodes"
+        ):
+            finetune(few_steps(), tmp_path / "always")
+    assert json.loads((tmp_path / "always" / "status.json").read_text())["state"] == "failed"
+    assert checkpoint.read_state(checkpoint.newest(tmp_path / "always"))["agent_step"] == 200
+    finetune(few_steps(), tmp_path / "always")
+    assert rows_of(tmp_path / "always", "eval")[-1]["returns"] == before["returns"]
 
 
 def test_misuse_is_not_taken_for_a_failure() -> None:

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from localmotion import foreign, methods
-from localmotion.acting.episodes import Rollout, episode_seed
+from localmotion.acting.episodes import EvaluationError, Rollout, episode_seed
 from localmotion.cli import main
 from localmotion.envs import make_env
 from localmotion.envs.vector import VectorEnv, env_seed
-from localmotion.errors import ConfigError, EnvError
+from localmotion.errors import ConfigError, EnvError, SimulationError
+from localmotion.evaluation import evaluate as evaluation
 from localmotion.evaluation.evaluate import evaluate_run
 from localmotion.methods.dreamer_v3 import DreamerV3
 from localmotion.models.policies import OneHotPolicy
@@ -427,6 +428,59 @@ def test_an_episode_that_fails_is_collected_with_another_seed(
     assert parts.episodes == whole.episodes
     with pytest.raises(EnvError, match="3 failures of video own_envs_shaky-smooth-1-000000; the 0 before it are kept"):
         collect(SHAKY, tmp_path / "never", episodes=2, size=16, seed=1, at=at, every=1)
+
+
+def test_evaluate_goes_on_after_a_failure_and_reports_what_was_complete(
+    no_evaluation: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    foreign.trust_env(SHAKY)
+    path = str(finetune(run_of("dreamer_v2", SHAKY, env_options={"every": 10**9}), tmp_path / "run"))
+    capsys.readouterr()
+
+    def told(every: int, code: int = 0) -> tuple[list[str], str]:
+        command = [
+            "evaluate",
+            path,
+            "--episodes",
+            "7",
+            "--device",
+            "cpu",
+            "--env-options",
+            f'{{"every": {every}}}',
+            "--trust-env",
+            SHAKY,
+        ]
+        if code:
+            with pytest.raises(SystemExit, match=str(code)):
+                main(command)
+        else:
+            main(command)
+        found = capsys.readouterr()
+        return found.out.splitlines(), found.err
+
+    (line,), _ = told(10**9)
+    whole = json.loads(line)
+    (*lines, line), _ = told(4)
+    found = json.loads(line)
+    assert whole["faults"] == 0 < found["faults"] == len(lines) < 7
+    assert (found["episodes"], found["length_mean"]) == (7, 6)
+    again = {int(re.search(r"wall .* in episode (\d) of 7 \(seed \d+\); it is", text)[1]) - 1 for text in lines}  # type: ignore[index]
+    same = [one == other for one, other in zip(found["returns"], whole["returns"], strict=True)]
+    assert same == [index not in again for index in range(7)]
+    lines, error = told(1, 2)
+    assert not lines
+    assert re.search(
+        r"through the wall .* episode 1 of 7 .*: 5 failures .*; 0 of 7 episodes are complete; fix the environment", error
+    )
+
+    def ends(*_: Any, **__: Any) -> Rollout:
+        raise EvaluationError("no floor", Rollout([3.0, 5.0], [6, 6], faults=[(2, SimulationError("no floor"))] * 3))
+
+    monkeypatch.setattr(evaluation, "evaluate", ends)
+    (line,), error = told(1, 2)
+    found = json.loads(line)
+    assert (found["returns"], found["episodes"], found["faults"], found["env"]) == ([3, 5], 2, 3, SHAKY)
+    assert "no floor" in error
 
 
 def test_an_environment_that_ends_the_program_ends_an_episode(tmp_path: Path) -> None:

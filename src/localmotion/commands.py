@@ -112,22 +112,28 @@ def _show_settings(command: str, run: Any) -> None:
 
 def evaluate(args: argparse.Namespace) -> None:
     """`localmotion evaluate`"""
+    from localmotion.acting.episodes import EvaluationError
     from localmotion.console import say
     from localmotion.evaluation.evaluate import evaluate_run
     from localmotion.runs.sharing import local_run
 
     trust_env(args.env)
-    result = evaluate_run(
-        local_run(args.run),
-        episodes=args.episodes,
-        seed=args.seed,
-        video=args.video,
-        device=args.device,
-        policy=args.policy,
-        which=args.which,
-        env=args.env,
-        env_options=_options(args),
-    )
+    try:
+        result = evaluate_run(
+            local_run(args.run),
+            episodes=args.episodes,
+            seed=args.seed,
+            video=args.video,
+            device=args.device,
+            policy=args.policy,
+            which=args.which,
+            env=args.env,
+            env_options=_options(args),
+        )
+    except EvaluationError as error:
+        if error.measured:
+            say(json.dumps(error.measured))
+        raise
     say(json.dumps(result))
     if args.video:
         say(f"film: {args.video}")

@@ -94,6 +94,11 @@ class Observer:
         finite_reward(self._name, reward)
         return self._record(obs, action, float(reward), terminated, first=False), terminated or truncated, info
 
+    def drawn(self, size: int) -> NDArray[np.uint8]:
+        """The current picture, (size, size, 3). Raises SimulationError as `step`."""
+        picture: NDArray[np.uint8] = self._ask(lambda: self.env.render_frame(size))  # type: ignore[attr-defined]
+        return picture
+
     @property
     def _name(self) -> str:
         return str(getattr(self.env, "name", type(self.env).__name__))

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from localmotion import methods
-from localmotion.acting.episodes import episode_seed, evaluate
+from localmotion.acting.episodes import EvaluationError, Rollout, episode_seed, evaluate
 from localmotion.acting.observer import Observer, make_observer, wants_goal
 from localmotion.acting.policy import MethodPolicy, random_policy
 from localmotion.envs import check_env
@@ -61,8 +61,11 @@ def evaluate_run(
     played at a time and share a generator: the first five returns do not change from ``episodes=5`` to ``episodes=10``,
     but those of ``episodes=3`` differ.
 
+    An episode in which the environment fails is played again with another seed, and ``faults`` counts the failures.
+
     Raises CheckpointError for a pre-training run, ConfigError for numbers out of range, for an unknown option, and for
-    a film that cannot be written.
+    a film that cannot be written. Raises EvaluationError if the environment keeps failing; its ``measured`` has the
+    fields for the episodes that are complete.
     """
     at_least(episodes=(episodes, 1), seed=(seed or 0, 0))
     if video is not None:
@@ -92,22 +95,30 @@ def evaluate_run(
         return make_observer(shown, recipe, size=method.image_size)
 
     observers = [make()]
-    dim = observers[0].action_dim
+    dim, discrete = observers[0].action_dim, observers[0].discrete
     counter = iter(range(10**9))
 
     def policy_for() -> Any:
         group = next(counter)
         if policy == "random":
-            return random_policy(dim, base * 1000 + group, discrete=observers[0].discrete)
+            return random_policy(dim, base * 1000 + group, discrete=discrete)
         torch.manual_seed(episode_seed(base, "policy", group))
         return MethodPolicy(method, compute, explore=False, window=run.online.length)
 
-    with compute.own_randomness():
-        result = evaluate(policy_for, make, seed=base, episodes=episodes, observers=observers, keep_frames=video is not None)
-    if video is not None and result.frames is not None:
-        write_video(video, film(result), fps=25)
-    changed = {"env_options": dict(env_options)} if env_options else {}
-    return {**result.summary(), "env": run.env, **changed, "policy": policy, "seed": base}
+    def measured(result: Rollout) -> dict[str, Any]:
+        if video is not None and result.frames is not None:
+            write_video(video, film(result), fps=25)
+        changed = {"env_options": dict(env_options)} if env_options else {}
+        return {**result.summary(), "env": run.env, **changed, "policy": policy, "seed": base}
+
+    try:
+        with compute.own_randomness():
+            return measured(
+                evaluate(policy_for, make, seed=base, episodes=episodes, observers=observers, keep_frames=video is not None)
+            )
+    except EvaluationError as error:
+        error.measured = measured(error.result) if error.result.returns else {}
+        raise
 
 
 def random_floor(path: Path, episodes: int = 10) -> dict[str, Any]:

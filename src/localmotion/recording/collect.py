@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from localmotion import methods
-from localmotion.acting.episodes import episode_seed
+from localmotion.acting.episodes import FAULTS, episode_seed
 from localmotion.acting.expert import PREFIX, load_expert
 from localmotion.acting.observer import Observer, make_observer
 from localmotion.acting.policy import MethodPolicy, Policy
@@ -48,8 +48,6 @@ POLICIES = ("random", "smooth", "expert")
 SHARD_CLIPS = 32
 CELLS = 8
 """Cells of the grid of exact flow along each side."""
-TRIES = 3
-"""Seeds that an episode gets if the environment fails in it."""
 LATER = ("links", "exact_grid", "background", "colours")
 """Files that collections of earlier versions do not have. An episode that is added to such a collection has none, too."""
 
@@ -160,14 +158,14 @@ def collect(
         result = Collected(out)
         for number, name in enumerate(names):
             if name not in kept or not sink.has(name):
-                for attempt in range(1, TRIES + 1):
+                for attempt in range(1, FAULTS + 1):
                     try:
                         played = player.play(seed, number, steps, noise, attempt)
                         break
                     except SimulationError as error:
-                        if attempt == TRIES:
+                        if attempt == FAULTS:
                             raise EnvError(
-                                f"{error} ({TRIES} failures of video {name}; the {number} before it are kept)"
+                                f"{error} ({FAULTS} failures of video {name}; the {number} before it are kept)"
                             ) from error
                         say(f"{error}; {name} is played again, with another seed in a fresh environment")
                         shut(player.env)
@@ -263,9 +261,7 @@ class _Player:
 
     def play(self, seed: int, number: int, steps: int, noise: float, attempt: int = 1) -> _Played:
         """Play one episode. Raises SimulationError if the environment fails; another ``attempt`` has another seed."""
-        begin = episode_seed(seed, "collect", number)
-        if attempt > 1:
-            begin = int(np.random.SeedSequence([begin, attempt]).generate_state(1)[0] >> 1)
+        begin = episode_seed(seed, "collect", number, attempt)
         with self.compute.own_randomness():
             torch.manual_seed(begin)
             return self._play(begin, steps, noise)
@@ -344,8 +340,7 @@ class _Player:
         if self.drawn:
             picture: NDArray[np.uint8] = record["image"]
             return picture
-        shown: NDArray[np.uint8] = self.env.render_frame(self.side)  # type: ignore[attr-defined]
-        return shown
+        return self.observer.drawn(self.side)
 
 
 def _changed(run: RunConfig, settings: Mapping[str, Any]) -> RunConfig:

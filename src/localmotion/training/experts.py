@@ -23,14 +23,14 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from localmotion.acting.episodes import episode_seed, evaluate
+from localmotion.acting.episodes import FAULTS, EvaluationError, episode_seed, evaluate
 from localmotion.acting.expert import NAME, Expert, save_expert
 from localmotion.acting.observer import Observer
-from localmotion.console import progress
+from localmotion.console import progress, say
 from localmotion.envs import make_env
-from localmotion.envs.base import PixelEnv
-from localmotion.errors import ConfigError
+from localmotion.errors import ConfigError, EnvError, LocalmotionError, SimulationError
 from localmotion.files import check_output
+from localmotion.foreign import shut
 from localmotion.runs.load import at_least
 from localmotion.runs.rundir import versions
 from localmotion.training.interrupt import Interrupted, StopRequest
@@ -95,6 +95,11 @@ class Memory:
         for name, value in row.items():
             getattr(self, name)[self.count] = value
         self.count += 1
+
+    def cut(self, env: int) -> None:
+        """The newest step of an environment is the last of its episode."""
+        if self.count:
+            self.ended[self.count - 1, env] = True
 
     def sample(self, rng: np.random.Generator, batch: int, steps: int, discount: float) -> tuple[Tensor, ...]:
         """B windows of ``steps`` agent steps, shorter where an episode ends.
@@ -184,32 +189,66 @@ class Learner:
 
 
 class _Players:
-    """E environments in lockstep, each with its next episode when one ends."""
+    """E environments in lockstep, each with its next episode when one ends.
 
-    def __init__(self, make: Callable[[], PixelEnv], count: int, seed: int) -> None:
-        self.envs = [make() for _ in range(count)]
-        self.seed, self.episodes = seed, 0
-        self.vectors = np.stack([self._begin(env) for env in self.envs])
+    An environment that fails ends its own episode as a time limit would, and a fresh one begins another. `FAULTS` failures of one
+    environment without a complete episode between them are an EnvError.
+    """
+
+    def __init__(self, make: Callable[[], Observer], count: int, seed: int) -> None:
+        self.make, self.seed, self.episodes = make, seed, 0
+        self.observers = [make() for _ in range(count)]
+        self.faults, self.failures = 0, [0] * count  # all, and by environment since its last complete episode
+        self.vectors = np.stack([self._begin(number) for number in range(count)])
         self.totals, self.returns = np.zeros(count), list[float]()
 
-    def _begin(self, env: PixelEnv) -> NDArray[np.float32]:
-        self.episodes += 1
-        vector: NDArray[np.float32] = env.reset(seed=episode_seed(self.seed, "train", self.episodes - 1))[0]["vector"]
-        return vector
+    def _begin(self, number: int) -> NDArray[np.float32]:
+        """Begin the next episode of an environment. Returns its state vector (V,)."""
+        while True:
+            self.episodes += 1
+            seed = episode_seed(self.seed, "train", self.episodes - 1)
+            try:
+                vector: NDArray[np.float32] = self.observers[number].reset(seed)["vector"]
+                return vector
+            except SimulationError as error:
+                self._failed(number, error)
+
+    def _failed(self, number: int, error: SimulationError) -> None:
+        """Count a failure of an environment and make a fresh one. Raises EnvError if there were too many."""
+        self.faults += 1
+        self.failures[number] += 1
+        if self.failures[number] >= FAULTS:
+            raise EnvError(
+                f"{error} ({FAULTS} failures of one environment without a complete episode between them); fix the environment"
+            ) from error
+        say(f"{error}; the episode ends, and a fresh environment begins another")
+        shut(self.observers[number].env)
+        self.observers[number] = self.make()
+
+    def _step(self, number: int, action: NDArray[np.float32], memory: Memory) -> tuple[dict[str, Any], bool, dict[str, Any]]:
+        """`Observer.step` of an environment. If it fails, the action is the first of its next episode instead."""
+        while True:
+            try:
+                return self.observers[number].step(action)
+            except SimulationError as error:
+                memory.cut(number)
+                self._failed(number, error)
+                self.totals[number], self.vectors[number] = 0.0, self._begin(number)
 
     def step(self, actions: NDArray[np.float32], memory: Memory) -> int:
-        """One agent step (E, A) of all, kept in ``memory``. Returns env steps."""
-        found = [env.step(action) for env, action in zip(self.envs, actions, strict=True)]
-        after = np.stack([observed["vector"] for observed, *_ in found])
-        reward, terminal, cut = (np.array([item[i] for item in found]) for i in (1, 2, 3))
-        ended = terminal | cut
+        """One agent step (E, A) of all, kept in ``memory``. Returns env steps. Raises EnvError if an environment keeps failing."""
+        found = [self._step(number, action, memory) for number, action in enumerate(actions)]
+        after = np.stack([record["vector"] for record, *_ in found])
+        reward, terminal = (np.array([record[name] for record, *_ in found]) for name in ("reward", "is_terminal"))
+        ended = np.array([done for _, done, _ in found])
         memory.add(vector=self.vectors, action=actions, reward=reward, after=after, terminal=terminal, ended=ended)
         self.totals += reward
         self.vectors = after.copy()
         for number in np.flatnonzero(ended).tolist():
             self.returns.append(float(self.totals[number]))
-            self.totals[number], self.vectors[number] = 0.0, self._begin(self.envs[number])
-        return sum(item[4]["env_steps"] for item in found)
+            self.failures[number] = 0
+            self.totals[number], self.vectors[number] = 0.0, self._begin(number)
+        return sum(info["env_steps"] for *_, info in found)
 
 
 def train_expert(
@@ -224,7 +263,9 @@ def train_expert(
 ) -> dict[str, Any]:
     """Train an expert of ``env`` and write it to the folder ``out`` (`localmotion.acting.expert`).
 
-    Ctrl-C ends the training early: the expert of that moment is played and saved, then Interrupted is raised.
+    Ctrl-C ends the training early: the expert of that moment is played and saved, then Interrupted is raised. An environment that keeps
+    failing does the same, if anything was learned, and EnvError is raised. A single failure ends its own episode; the step that failed is
+    not learned from.
 
     Args:
         env: an environment with a state vector, e.g. planar:walker_run. Drawing is off, so its suite does not matter.
@@ -233,11 +274,12 @@ def train_expert(
         options: of `make_env`, e.g. action_repeat.
 
     Returns:
-        Content of the JSON file: env, seed, env_steps, updates, cpu_seconds, curve, returns, ...
+        Content of the JSON file: env, seed, env_steps, updates, cpu_seconds, curve, returns, ... ``training_faults`` counts failures
+        during training, ``faults`` those in the episodes at the end.
 
     Raises:
         ConfigError: an unknown environment or option, a number out of range, or ``out`` holds an expert.
-        EnvError, CheckpointError: simulating or writing failed.
+        EnvError, CheckpointError: simulating or writing failed. The message says whether the expert is saved.
         Interrupted: a signal ended the training; the expert is saved.
     """
     settings = settings or Settings()
@@ -246,27 +288,35 @@ def train_expert(
     if (out / f"{NAME}.json").exists():
         raise ConfigError(f"{out}: holds an expert already; choose another folder")
 
-    def make() -> PixelEnv:
-        return make_env(env, observed="vectors", **options)
+    def make() -> Observer:
+        return Observer(make_env(env, observed="vectors", **options), None)
 
     began = time.process_time()
     with _one_thread(), torch.random.fork_rng(devices=[]), StopRequest() as stop:
         torch.manual_seed(seed)
         players, rng = _Players(make, settings.envs, seed), np.random.default_rng(seed)
-        if players.envs[0].discrete or not players.vectors.size:
-            lacks = "its actions are choices" if players.envs[0].discrete else "its observation has no numbers"
+        observers = players.observers
+        if observers[0].discrete or not players.vectors.size:
+            lacks = "its actions are choices" if observers[0].discrete else "its observation has no numbers"
             raise ConfigError(f"{env}: experts act with numbers and see a state vector, but {lacks}")
-        inputs, actions = players.vectors.shape[1], len(players.envs[0].action_space.low)  # type: ignore[attr-defined]
+        inputs, actions, repeat = players.vectors.shape[1], observers[0].action_dim, observers[0].env.action_repeat  # type: ignore[attr-defined]
         learner = Learner(inputs, actions, settings)
         memory = Memory(env_steps // settings.envs + 1, settings.envs, inputs, actions)
-        done, updates, curve, stopped = 0, 0, list[tuple[int, float]](), None
+        done, updates, curve = 0, 0, list[tuple[int, float]]()
+        stopped: Interrupted | LocalmotionError | None = None
         with progress("expert", env_steps, "env steps", forecast=False) as advance:
             while done < env_steps and not stopped:
                 beyond = memory.count * settings.envs - settings.begin
                 shape = settings.envs, actions
                 chosen = rng.uniform(-1, 1, shape) if beyond < 0 else learner.actor.act(players.vectors, explore=True)
                 learner.saw(players.vectors)
-                done += players.step(chosen.astype(np.float32), memory)
+                try:
+                    done += players.step(chosen.astype(np.float32), memory)
+                except LocalmotionError as error:
+                    if not updates:  # nothing was learned that could be lost
+                        raise
+                    stopped = error
+                    break
                 if beyond >= 0:
                     learner.normalise()
                 while updates * settings.every < beyond + settings.envs and beyond >= 0:
@@ -284,23 +334,28 @@ def train_expert(
         def policy(records: list[dict[str, Any]], first: bool) -> NDArray[np.float32]:
             return learner.actor.act(np.stack([record["vector"] for record in records]))
 
-        observers = [Observer(player, None) for player in players.envs]
-        played = evaluate(lambda: policy, lambda: observers[0], seed=seed, episodes=episodes, observers=observers)
-        for player in players.envs:
-            player.close()
+        try:
+            played = evaluate(lambda: policy, make, seed=seed, episodes=episodes, observers=observers)
+        except EvaluationError as error:
+            played, stopped = error.result, stopped or error
+        for observer in observers:
+            shut(observer.env)  # an error here would lose the expert
     about = {
         "env": env,
-        "action_repeat": players.envs[0].action_repeat,
+        "action_repeat": repeat,
         "seed": seed,
         "env_steps": done,
         "updates": updates,
         "cpu_seconds": round(spent, 1),
-        **played.summary(),
+        "training_faults": players.faults,
+        **(played.summary() if played.returns else {}),
         "curve": curve,
         "settings": asdict(settings),
         "versions": versions(),
     }
     save_expert(out, learner.actor, about)
+    if isinstance(stopped, LocalmotionError):
+        raise EnvError(f"{stopped}; {out} has the expert of this moment") from stopped
     if stopped:
         raise stopped
     return about

@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from localmotion import methods, ranks
-from localmotion.acting.episodes import episode_seed
+from localmotion.acting.episodes import FAULTS, episode_seed
 from localmotion.acting.observer import Observer, make_observer
 from localmotion.acting.policy import MethodPolicy, Policy, random_policy
 from localmotion.config import RunConfig
@@ -29,9 +29,6 @@ from localmotion.training.pace import Pace, updates_due
 from localmotion.training.playing import Playing
 from localmotion.training.storage import choose_storage, device_memory, records_needed
 from localmotion.training.update import Updater
-
-FAULTS = 3
-"""The run stops after this many failures of the environment without a complete episode between them."""
 
 
 def next_phase(env: Any) -> None:

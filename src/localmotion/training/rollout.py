@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from localmotion import ranks
-from localmotion.acting.episodes import episode_seed
+from localmotion.acting.episodes import FAULTS, episode_seed
 from localmotion.acting.observer import SHOWN, make_observer
 from localmotion.acting.policy import MethodPolicy
 from localmotion.acting.trees import carried, named
@@ -26,7 +26,6 @@ from localmotion.methods.base import Method
 from localmotion.runs import checkpoint
 from localmotion.runs.rundir import RunDir
 from localmotion.training.loop import ActingLoop
-from localmotion.training.online import FAULTS
 from localmotion.training.update import Updater
 
 Record = dict[str, NDArray[Any]]

@@ -13,9 +13,7 @@ from localmotion.acting.policy import MethodPolicy, Policy
 from localmotion.compute import Compute
 from localmotion.config import RunConfig
 from localmotion.console import say
-from localmotion.errors import SimulationError
 from localmotion.evaluation.films import film, save_plans
-from localmotion.foreign import shut
 from localmotion.methods.base import Method
 from localmotion.runs import checkpoint
 from localmotion.runs.rundir import RunDir
@@ -47,17 +45,11 @@ class Trials:
     def __call__(self, counters: dict[str, int], count: int, *, place: tuple[str, int], final: bool) -> None:
         """Evaluate at ``count``.
 
-        ``place`` (unit, number) names the evaluation in messages and in the film's file name.
+        ``place`` (unit, number) names the evaluation in messages and in the film's file name. An episode in which the environment fails is
+        played again (`evaluate`). Raises EvaluationError, an EnvError, if it keeps failing.
         """
         unit, number = place
-        try:
-            result = self._play(count, final)
-        except SimulationError as error:
-            say(f"{error}; the evaluation is made again with fresh environments")
-            for observer in self.observers:
-                shut(observer.env)
-            self.observers.clear()
-            result = self._play(count, final)
+        result = self._play(count, final)
         self.out.log("eval", **counters, **result.summary(), seed=self.run.seed, final=final)
         media = self.out.path / "media"
         if result.frames is not None:
