@@ -111,6 +111,9 @@ def test_a_short_name_that_both_stages_have_means_the_runs_own(name: str) -> Non
 def test_short_names_and_types() -> None:
     config = compose("drp", "pretrain", preset="paper", settings=["keypoints=8", "pretrain.lr=1e-3", "joint_gradient=false"])
     assert (config.model.dae.keypoints, config.pretrain.lr, config.model.joint_gradient) == (8, 1e-3, False)
+    assert assign(config, "dae.keypoints=4").model.dae.keypoints == 4
+    with pytest.raises(ConfigError, match=r"unknown setting 'e\.keypoints'"):
+        assign(config, "e.keypoints=4")  # parts of a name, not letters
 
 
 @pytest.mark.parametrize(

@@ -149,7 +149,7 @@ def _parser(stage: str = "") -> _Parser:
             action="append",
             default=[],
             metavar="NAME=VALUE",
-            help="change any setting (short names where unique), also one that this stage does not read",
+            help="change any setting (the last parts of its name where they are unique), also one that this stage does not read",
         )
         _track(sub)
         sub.add_argument("-h", "--help", action="store_true", help="show this help and every setting")

@@ -397,7 +397,7 @@ def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def full_name(config: Any, name: str, video: bool | None = None) -> str:
-    """The dotted name of a setting. Its last part is enough if it is unique.
+    """The dotted name of a setting. Its last parts are enough if they are unique: `codes` or `tokenizer.codes` for `model.tokenizer.codes`.
 
     A short name that `pretrain` and `online` share, e.g. `batch_size`, means the setting for the run's stage:
     pretrain.batch_size if the stage learns from ``video``, else online.batch_size. Default of ``video``: whether the
@@ -408,7 +408,7 @@ def full_name(config: Any, name: str, video: bool | None = None) -> str:
     names = [dotted for dotted, _ in leaves(config)]
     if name in names:
         return name
-    found = [dotted for dotted in names if dotted.rsplit(".", 1)[-1] == name]
+    found = [dotted for dotted in names if dotted.endswith(f".{name}")]
     if len(found) > 1:
         video = config.stage == "pretrain" if video is None else video
         other = "online." if video else "pretrain."
