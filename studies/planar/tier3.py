@@ -1,0 +1,289 @@
+"""Does behaviour need fewer labelled actions with a code of motion that was learned on other bodies? (tier 3; not registered yet)
+
+    python studies/planar/tier3.py dev 100                    # walker run and cheetah run, other episodes; all arms
+    python studies/planar/tier3.py tasks 0 drp bc             # cheetah run, hopper stand, walker run; refused before the registration
+
+Codes are those of tier1.py: pre-trained on its 16 bodies and frozen, so no code has seen the task's body. Videos, recorded once: episodes
+of 105 frames of the expert of studies/experts with noise 0.4; 200 to learn from, 40 to score. Exact motion goes to the codes that use it.
+
+1. A policy watches the videos, without actions: from the last three pictures it predicts the code of the motion that follows (each number
+   of the code with mean 0 and deviation 1, squared error, 1,500 updates on 64 frames, the same frames for all arms of a seed).
+2. Ridge regression to the action is fitted on N labelled steps of the same videos, the first N of a fixed random order: from the
+predicted code ("code"), and from the network's last maps, of which the code is an affine map ("features").
+
+So a code helps if it can be foreseen from pictures and says what to do. `bc` is the same network, trained on the N labelled steps alone.
+With `actions` the code is the action itself, of all frames: what labels for all videos would be worth. `exact flow` is the flow on a
+grid of 8 x 8.
+
+A row of rows/ holds an arm, a seed and a task:
+
+    foreseen        R2 of the predicted code on the episodes that are scored
+    code policy, features policy
+                    number of labels: R2 of the actions, against those of the expert with its noise, on the same episodes
+    code returns, features returns
+                    number of labels: returns of 10 episodes of 500 agent steps, without noise
+    expert, random  mean returns of the expert without noise, and of uniform random actions
+
+Rows that are there are not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from registration import registered
+from tier1 import ARMS as CODES
+from tier1 import LENGTH, RECIPE, model
+from torch import Tensor
+
+from localmotion.compute import Compute
+from localmotion.envs import make_env
+from localmotion.envs import planar_trees as trees
+from localmotion.evaluation.probe_data import SKIP, Episodes
+from localmotion.evaluation.probe_fits import r_squared, ridge_fit
+from localmotion.evaluation.probes import grid_flow
+from localmotion.methods.base import Batch, Method
+from localmotion.models.latent_actions import LatentEncoder
+from localmotion.recording.collect import collect
+from localmotion.video.sample import WindowSampler
+from localmotion.video.store import ClipStore
+
+HERE = Path(__file__).parent
+FILES = ("PREREG-tier3.md", "tier3.py", "tier3_analysis.py", "registration.py", "tier1.py", "analysis.py", "tier2_analysis.py")
+"""What the registration binds."""
+SETS = {"dev": ("walker_run", "cheetah_run"), "tasks": ("cheetah_run", "hopper_stand", "walker_run")}
+SEEDS = {"dev": 10, "tasks": 0}
+"""Of the recordings: development does not see the episodes of the study."""
+LEARNED, SCORED, STEPS, NOISE = 200, 40, 104, 0.4
+LABELS, PLAYED = (50, 200, 1_000, 5_000), (200, 5_000)
+STACK, WIDTHS, UPDATES, BATCH, RATE = 3, (16, 32, 32), 1_500, 64, 1e-3
+EPISODES, AGENT_STEPS = 10, 500
+ARMS = (
+    "drp",
+    "recompose",
+    "recompose, 9 tokens",
+    "global flow",
+    "ipv",
+    "apv",
+    "prelar",
+    "lapo",
+    "laom",
+    "scratch",
+    "exact flow",
+    "actions",
+    "bc",
+)
+Floats = NDArray[np.float32]
+
+
+class Videos(NamedTuple):
+    """Episodes of a task. Frame t + 1 follows from action t."""
+
+    store: ClipStore
+    frames: NDArray[np.uint8]
+    """(n, T, S, S, 3)"""
+    actions: Floats
+    """(n, T - 1, A), in [-1, 1]"""
+
+    def steps(self, begin: int, end: int) -> NDArray[np.int64]:
+        """(k, 2) episode and step of all steps of some episodes."""
+        return np.stack(np.meshgrid(np.arange(begin, end), np.arange(STEPS), indexing="ij"), -1).reshape(-1, 2)
+
+    def seen(self, steps: NDArray[np.int64]) -> Tensor:
+        """What the policy sees before steps (k, 2): (k, 3 * STACK, S, S). Before an episode its first frame stands still."""
+        episode, step = steps.T
+        return seen(np.stack([self.frames[episode, np.maximum(step - back, 0)] for back in reversed(range(STACK))], 1))
+
+
+def seen(frames: NDArray[np.uint8]) -> Tensor:
+    """Pictures (k, STACK, S, S, 3) as the policy gets them, (k, 3 * STACK, S, S) in [-0.5, 0.5]."""
+    return torch.from_numpy(frames).permute(0, 1, 4, 2, 3).flatten(1, 2) / 255 - 0.5
+
+
+def recorded(task: str, kind: str, work: Path) -> Videos:
+    """The videos of a task, from the store if they were recorded before."""
+    out = work / "data" / f"tier3-{kind}-{task}"
+    expert = f"expert:{HERE.parent / 'experts' / task}"
+    count = LEARNED + SCORED
+    collect(
+        f"planar:{task}",
+        out,
+        policy=expert,
+        noise=NOISE,
+        episodes=count,
+        steps=STEPS,
+        seed=SEEDS[kind],
+        recipe=RECIPE,
+        action_repeat=2,
+    )
+    store = ClipStore(out)
+    frames, actions = (np.stack([store.window(key, clip) for clip in range(len(store))]) for key in ("frames", "action"))
+    assert frames.shape[:2] == (count, STEPS + 1), frames.shape
+    return Videos(store, frames, actions[:, 1:].clip(-1, 1).astype(np.float32))
+
+
+@torch.no_grad()
+def coded(found: Method | None, compute: Compute | None, store: ClipStore) -> Floats:
+    """Codes (n, STEPS, d) of the motion of all steps. Windows overlap, so that all but those at a start see `SKIP` frames before."""
+
+    def of(batch: Batch) -> Tensor:
+        if found is None or compute is None:
+            return grid_flow(batch)
+        with compute.autocast():
+            code = found.motion_code(batch)
+        assert code is not None
+        return code
+
+    torch.manual_seed(0)  # some codes are sampled
+    sampler, parts = WindowSampler(store, LENGTH, 16, 0, split="all", prefetch=False), []
+    for start in range(0, STEPS + 2 - LENGTH, LENGTH - 1 - SKIP):
+        skipped, rows = 1 + (SKIP if start else 0), []
+        for clips in np.array_split(np.arange(len(store)), len(store) // 16):
+            rows.append(of(sampler.windows(clips, np.full(len(clips), start)))[:, skipped:].float().numpy())
+        parts.append(np.concatenate(rows))
+    codes = np.concatenate(parts, 1)
+    assert codes.shape[:2] == (len(store), STEPS), codes.shape
+    return codes
+
+
+def learned(videos: Videos, target: Floats, steps: NDArray[np.int64], updates: int, seed: int) -> LatentEncoder:
+    """A policy that predicts ``target`` (n, STEPS, d) from what it sees before ``steps``."""
+    torch.manual_seed(seed)
+    net = LatentEncoder(3 * STACK, WIDTHS, RECIPE.size, target.shape[2])
+    optimizer = torch.optim.AdamW(net.parameters(), RATE, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, updates)
+    rng = np.random.default_rng(seed)
+    for _ in range(updates):
+        chosen = steps[rng.integers(len(steps), size=BATCH)]
+        loss = (net(videos.seen(chosen)) - torch.from_numpy(target[chosen[:, 0], chosen[:, 1]])).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return net.eval()
+
+
+@torch.no_grad()
+def predicted(of: Callable[[Tensor], Any], videos: Videos, steps: NDArray[np.int64]) -> Floats:
+    """What ``of`` gives for steps (k, 2): (k, d)."""
+    return np.concatenate([np.asarray(of(videos.seen(part))) for part in np.array_split(steps, len(steps) // 500 + 1)])
+
+
+def labelled(videos: Videos, labels: int) -> NDArray[np.int64]:
+    """(labels, 2) the steps whose actions are known: the first of a fixed random order."""
+    steps = videos.steps(0, LEARNED)
+    return steps[np.random.default_rng(0).permutation(len(steps))[:labels]]
+
+
+def fitted(code: Floats, action: Floats, episode: NDArray[np.int64], asked: Floats) -> Floats:
+    """Actions (k, A) for codes ``asked`` (k, d) by ridge regression from labelled codes (n, d) of some episodes."""
+    x, y = np.concatenate([code, asked]), np.concatenate([action, np.zeros((len(asked), action.shape[1]), np.float32)])
+    tested = np.arange(len(x)) >= len(code)
+    answer = ridge_fit(x, y, Episodes("", np.concatenate([episode, np.full(len(asked), -1)]), {}, None, tested)).answer
+    assert answer is not None
+    return answer
+
+
+@torch.no_grad()
+def played(task: str, act: Callable[[Tensor], Floats], seed: int) -> list[float]:
+    """Returns of `EPISODES` episodes; ``act`` gives actions (k, A) for what the policy sees (k, 3 * STACK, S, S)."""
+    envs: list[Any] = [make_env(f"planar:{task}", size=RECIPE.size, action_repeat=2, observed="pixels") for _ in range(EPISODES)]
+    first = np.stack([env.reset(seed=1_000 + seed * EPISODES + number)[0]["image"] for number, env in enumerate(envs)])
+    frames, returns = np.repeat(first[:, None], STACK, 1), np.zeros(EPISODES)
+    for _ in range(AGENT_STEPS):
+        moved = [env.step(action) for env, action in zip(envs, act(seen(frames)).clip(-1, 1), strict=True)]
+        returns += [float(reward) for _, reward, *_ in moved]
+        frames = np.concatenate([frames[:, 1:], np.stack([obs["image"] for obs, *_ in moved])[:, None]], 1)
+    return [round(value, 2) for value in returns.tolist()]
+
+
+def standard(code: Floats) -> Floats:
+    """Each number with mean 0 and deviation 1 over the videos to learn from."""
+    mean, spread = code[:LEARNED].mean((0, 1)), code[:LEARNED].std((0, 1))
+    scaled: Floats = ((code - mean) / np.where(spread > 1e-6, spread, 1.0)).astype(np.float32)
+    return scaled
+
+
+def watched(arm: str, seed: int, videos: Videos, work: Path) -> tuple[LatentEncoder, float]:
+    """The policy that watched the videos, and how well it foresees the code."""
+    if arm == "actions":
+        code = videos.actions
+    else:
+        found, compute = model(arm, seed, trees.DEV, work, "dev") if CODES[arm][0] else (None, None)
+        code = coded(found, compute, videos.store)
+    code, scored = standard(code), videos.steps(LEARNED, LEARNED + SCORED)
+    net = learned(videos, code, videos.steps(0, LEARNED), UPDATES, seed)
+    return net, round(r_squared(predicted(net, videos, scored), code[scored[:, 0], scored[:, 1]]), 4)
+
+
+def row_of(arm: str, seed: int, task: str, videos: Videos, work: Path) -> dict[str, Any]:
+    """The figures of an arm."""
+    scored = videos.steps(LEARNED, LEARNED + SCORED)
+    true = videos.actions[scored[:, 0], scored[:, 1]]
+    net, foreseen = (None, None) if arm == "bc" else watched(arm, seed, videos, work)
+    parts = ["code"] if net is None else ["code", "features"]
+    row: dict[str, Any] = {"foreseen": foreseen, **{f"{part} {key}": {} for part in parts for key in ("policy", "returns")}}
+    for labels in LABELS:
+        known = labelled(videos, labels)
+        action = videos.actions[known[:, 0], known[:, 1]]
+        direct = learned(videos, videos.actions, known, UPDATES, seed) if net is None else None
+        for part in parts:
+            if net is None:
+                of: Callable[[Tensor], Floats] = lambda stack, direct=direct: direct(stack).numpy()  # noqa: E731
+                answer = predicted(of, videos, scored)
+                act = of
+            else:
+                of = lambda stack, at=part == "code": net.both(stack)[int(at)].numpy()  # noqa: E731
+                asked, x = predicted(of, videos, scored), predicted(of, videos, known)
+                answer = fitted(x, action, known[:, 0], asked)
+                # The regression is an affine map: its values at zero and at the unit vectors say all of it.
+                ends = fitted(x, action, known[:, 0], np.eye(x.shape[1] + 1, x.shape[1], -1, np.float32))
+                act = lambda stack, of=of, ends=ends: of(stack) @ (ends[1:] - ends[0]) + ends[0]  # noqa: E731
+            row[f"{part} policy"][str(labels)] = round(r_squared(answer.clip(-1, 1), true), 4)
+            if labels in PLAYED:
+                row[f"{part} returns"][str(labels)] = played(task, act, seed)
+    expert = json.loads((HERE.parent / "experts" / task / "expert.json").read_text())
+    rng = np.random.default_rng(seed)
+    random = played(task, lambda stack: rng.uniform(-1, 1, (len(stack), videos.actions.shape[2])).astype(np.float32), seed)
+    return row | {"expert": round(expert["return_mean"], 1), "random": round(float(np.mean(random)), 2)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("set", choices=SETS)
+    parser.add_argument("seed", type=int)
+    parser.add_argument("arms", nargs="*")
+    parser.add_argument("--tasks", nargs="*", help="some tasks of the set")
+    parser.add_argument("--work", type=Path, default=Path("runs/planar"))
+    args = parser.parse_intermixed_args()
+    if unknown := set(args.arms) - set(ARMS):
+        parser.error(f"no arm {', '.join(unknown)}; there are {', '.join(ARMS)}")
+    torch.set_num_threads(1)
+    commit = {"registered": registered(FILES)} if args.set == "tasks" else {}
+    rows = HERE / "rows" / f"tier3-{args.set}.jsonl"
+    rows.parent.mkdir(exist_ok=True)
+    kept = [json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else []
+    done = {(row["arm"], row["seed"], row["task"]) for row in kept}
+    for task in args.tasks or SETS[args.set]:
+        for arm in args.arms or ARMS:
+            if (arm, args.seed, task) in done:
+                continue
+            began = time.process_time()
+            row = {"arm": arm, "seed": args.seed, "task": task, **commit}
+            row |= row_of(arm, args.seed, task, recorded(task, args.set, args.work), args.work)
+            row["cpu_seconds"] = round(time.process_time() - began)
+            with rows.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()

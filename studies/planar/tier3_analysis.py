@@ -1,0 +1,132 @@
+"""The analysis of tier 3: table of scores, contrasts, verdicts.
+
+python studies/planar/tier3_analysis.py dev          # or tasks; reads rows/, writes tier3-dev.md
+python studies/planar/tier3_analysis.py --simulate .1  # on made-up scores of known effects: how often each verdict is given
+
+    actions   area under R2 of the actions over the logarithm of 50 to 5,000 labels; R2 below 0 counts as 0
+    returns   (return - random) / (expert - random), mean of 200 and 5,000 labels
+
+Both for the regression from the predicted code and for that from the network's last maps ("features"). `bc` has one form, which stands
+for both. The seed is the unit, averaged over the tasks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from analysis import score as area
+from tier2_analysis import SEEDS, Pairs, Scores, contrasts, paired, simulated, tasks_of
+
+from localmotion.evaluation.contrasts import hierarchical_bootstrap, sign_flip_test
+
+HERE = Path(__file__).parent
+MEASURES = {
+    "features actions": "R² of actions by labels, from the features",
+    "features returns": "score by labels, from the features",
+    "code actions": "R² of actions by labels, from the code",
+    "code returns": "score by labels, from the code",
+}
+SMALLEST = {"actions": 0.02, "returns": 0.05}
+FAMILIES: dict[str, Pairs] = {
+    "DRP as published": (("drp", "scratch"), ("drp", "global flow"), ("drp", "ipv"), ("drp", "apv"), ("drp", "prelar")),
+    "changed DRP": (("recompose", "scratch"), ("recompose, 9 tokens", "scratch"), ("recompose, 9 tokens", "global flow")),
+    "labels": (("drp", "bc"), ("recompose, 9 tokens", "bc")),
+}
+BESIDE: Pairs = (("lapo", "bc"), ("laom", "bc"), ("drp", "lapo"), ("exact flow", "drp"), ("actions", "bc"))
+"""Reported without a verdict."""
+
+
+def score(returns: Sequence[float], row: Mapping[str, Any]) -> float:
+    return float((np.mean(returns) - row["random"]) / (row["expert"] - row["random"]))
+
+
+def figure(row: Mapping[str, Any], part: str, kind: str) -> Any:
+    """R2 or returns by labels."""
+    return row.get(f"{part} {kind}") or row[f"code {kind}"]
+
+
+def value(row: Mapping[str, Any], measure: str) -> float:
+    part, kind = measure.split()
+    if kind == "actions":
+        return area({"": figure(row, part, "policy")}, "")
+    return float(np.mean([score(returns, row) for returns in figure(row, part, "returns").values()]))
+
+
+def read(rows: Sequence[Mapping[str, Any]], measure: str) -> Scores:
+    found: dict[str, dict[tuple[int, str], float]] = {}
+    for row in rows:
+        found.setdefault(str(row["arm"]), {})[int(row["seed"]), str(row["task"])] = value(row, measure)
+    return found
+
+
+def table(rows: Sequence[Mapping[str, Any]], task: str, part: str) -> list[str]:
+    """Markdown: every arm in a task, mean over its seeds."""
+    labels, played = ([*figure(rows[0], part, kind)] for kind in ("policy", "returns"))
+    heads = [f"{task}, {part}", "seeds", "foreseen", *(f"R², {n}" for n in labels), *(f"score, {n}" for n in played)]
+    out = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for arm in dict.fromkeys(str(row["arm"]) for row in rows):
+        mine = [row for row in rows if row["arm"] == arm and row["task"] == task]
+        if not mine:
+            continue
+        cells = [[row["foreseen"] for row in mine if row["foreseen"] is not None]]
+        cells += [[figure(row, part, "policy")[n] for row in mine] for n in labels]
+        cells += [[score(figure(row, part, "returns")[n], row) for row in mine] for n in played]
+        out.append(f"| {arm} | {len(mine)} | " + " | ".join(map(shown, cells)) + " |")
+    return out
+
+
+def shown(cell: Sequence[float]) -> str:
+    if not cell:
+        return ""
+    return f"{np.mean(cell):.2f}" + (f" ± {np.std(cell, ddof=1):.2f}" if len(cell) > 1 else "")
+
+
+def page(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    tasks, out = tasks_of(rows), []
+    for part in ("features", "code"):
+        for task in tasks:
+            out += [*table(rows, task, part), ""]
+    for measure, title in MEASURES.items():
+        scores, smallest = read(rows, measure), SMALLEST[measure.split()[1]]
+        out += ["", f"**{title}**; smallest effect of interest {smallest}", ""]
+        out += [
+            f"| | seeds | difference | 95 % interval | p | p, Holm | verdict | {' | '.join(tasks)} |",
+            "|---" * (7 + len(tasks)) + "|",
+        ]
+        for of, against, each, x, p, q, said in contrasts(scores, tasks, FAMILIES, smallest):
+            seeds = len(paired(scores, of, against, tasks))
+            said = said if seeds == SEEDS else ""
+            cells = [f"{x.point:+.3f}", f"{x.low:+.3f} to {x.high:+.3f}", f"{p:.4f}", f"{q:.4f}", said]
+            out.append(f"| {of} - {against} | {seeds} | " + " | ".join([*cells, *(f"{v:+.3f}" for v in each)]) + " |")
+        for of, against in BESIDE:
+            both = paired(scores, of, against, tasks)
+            if len(both) < 2:
+                continue
+            x = hierarchical_bootstrap(both.mean(1)[:, None])
+            cells = [f"{x.point:+.3f}", f"{x.low:+.3f} to {x.high:+.3f}", f"{sign_flip_test(both.mean(1)):.4f}", "", ""]
+            out.append(f"| {of} - {against} | {len(both)} | " + " | ".join([*cells, *(f"{v:+.3f}" for v in both.mean(0))]) + " |")
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("set", nargs="?", choices=("dev", "tasks"))
+    parser.add_argument("--simulate", type=float, metavar="SPREAD", help="spread of a cell over seeds")
+    args = parser.parse_args()
+    if args.simulate:
+        for measure, smallest in SMALLEST.items():
+            print("\n".join([f"{measure}:", *simulated(100, args.simulate, smallest)]))
+    if args.set:
+        file = HERE / "rows" / f"tier3-{args.set}.jsonl"
+        text = page([json.loads(line) for line in file.read_text().splitlines()])
+        (HERE / f"tier3-{args.set}.md").write_text("\n".join(text) + "\n")
+        print("\n".join(text))
+
+
+if __name__ == "__main__":
+    main()
