@@ -1,0 +1,95 @@
+"""Tier 2 again, for DRP with sixteen points (second round; not registered yet).
+
+    python studies/planar/second_round.py dev 100        # development bodies; all arms
+    python studies/planar/second_round.py tasks 0        # seeds 0 to 7; refused before the registration
+    python studies/planar/second_round.py tasks --table  # contrasts, with the rows of tier 2
+
+Data, batches, updates and figures are those of tier2.py, and so are the arms `drp`, `scratch` and `global flow`, whose rows are read from
+rows/tier2-*.jsonl. The change was found on development bodies (candidates.py): `tiny` has 8 points, the paper and these arms have 16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import tier2
+import torch
+from registration import registered
+from tier1 import RECOMPOSE
+from tier2_analysis import PRIMARY, SEEDS, SMALLEST, Pairs, contrasts, paired, read
+
+HERE = Path(__file__).parent
+FILES = ("PREREG-second.md", "second_round.py", "tier2.py", "tier2_analysis.py", "registration.py", "tier1.py")
+"""What the registration binds."""
+MORE = "model.dae.keypoints=16"
+CHANGED: dict[str, tuple[str, ...]] = {"drp, 16 points": (MORE,), "recompose, 16 points": (RECOMPOSE, MORE)}
+ARMS = {f"{name}{end}": (name, source) for name in CHANGED for end, source in (("", "train"), (", scratch", ""))}
+FAMILIES: dict[str, Pairs] = {
+    "sixteen points": (
+        ("drp, 16 points", "drp, 16 points, scratch"),
+        ("drp, 16 points", "drp"),
+        ("drp, 16 points", "global flow"),
+        ("recompose, 16 points", "recompose, 16 points, scratch"),
+        ("recompose, 16 points", "global flow"),
+    )
+}
+tier2.PRETRAINED.update({name: ("drp", settings, "train") for name, settings in CHANGED.items()})
+tier2.ARMS.update(ARMS)
+
+
+def rows_of(kind: str, study: str) -> list[dict[str, Any]]:
+    file = HERE / "rows" / f"{study}-{kind}.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def table(kind: str) -> list[str]:
+    """Markdown: the contrasts of the primary measure."""
+    scores, tasks = read(rows_of(kind, "tier2") + rows_of(kind, "second"), PRIMARY), tier2.SETS[kind]
+    out = [
+        "| | seeds | difference | 95 % interval | p | p, Holm | verdict | " + " | ".join(tasks) + " |",
+        "|---" * (7 + len(tasks)) + "|",
+    ]
+    for one, other, each, x, p, q, said in contrasts(scores, tasks, FAMILIES, SMALLEST):
+        seeds = len(paired(scores, one, other, tasks))
+        cells = [f"{x.point:+.3f}", f"{x.low:+.3f} to {x.high:+.3f}", f"{p:.4f}", f"{q:.4f}", said if seeds == SEEDS else ""]
+        out.append(f"| {one} - {other} | {seeds} | " + " | ".join([*cells, *(f"{value:+.3f}" for value in each)]) + " |")
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("set", choices=tier2.SETS)
+    parser.add_argument("seed", type=int, nargs="?")
+    parser.add_argument("arms", nargs="*")
+    parser.add_argument("--tasks", nargs="*", help="some tasks of the set")
+    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--work", type=Path, default=Path("runs/planar"))
+    args = parser.parse_intermixed_args()
+    if args.table or args.seed is None:
+        print("\n".join(table(args.set)))
+        return
+    if unknown := set(args.arms) - set(ARMS):
+        parser.error(f"no arm {', '.join(unknown)}; there are {', '.join(ARMS)}")
+    torch.set_num_threads(1)
+    commit = {"registered": registered(FILES)} if args.set == "tasks" else {}
+    done = {(row["arm"], row["seed"], row["task"]) for row in rows_of(args.set, "second")}
+    for task in args.tasks or tier2.SETS[args.set]:
+        for arm in args.arms or ARMS:
+            if (arm, args.seed, task) in done:
+                continue
+            began, data = time.process_time(), tier2.recorded(task, args.set, args.work)
+            model, updater, rehearsal = tier2.begun(arm, args.seed, task, data, args.work)
+            row = {"arm": arm, "seed": args.seed, "task": task, "data": data.digest, **commit}
+            row |= {"curve": tier2.curve(model, updater, rehearsal, data, args.seed)}
+            row["cpu_seconds"] = round(time.process_time() - began)
+            with (HERE / "rows" / f"second-{args.set}.jsonl").open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()
