@@ -193,6 +193,14 @@ def test_an_environment_that_keeps_failing_ends_the_training_saved(
     about = json.loads((tmp_path / "played" / "expert.json").read_text())
     assert (about["returns"], about["env_steps"]) == ([3.0], 40)
 
+    def none(*_: Any, **__: Any) -> Rollout:
+        raise EnvError("cannot make: no licence")
+
+    monkeypatch.setattr(module, "evaluate", none)
+    with pytest.raises(EnvError, match=r"^cannot make: no licence; .*/unplayed has the expert"):
+        train_expert(shaky, tmp_path / "unplayed", env_steps=40, settings=TINY, every=10**9)
+    assert "returns" not in json.loads((tmp_path / "unplayed" / "expert.json").read_text())
+
 
 def test_a_stop_saves_the_expert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     class Stops(module.StopRequest):

@@ -2,6 +2,7 @@
 
     python studies/planar/candidates.py 100                       # seed; all candidates
     python studies/planar/candidates.py 100 "drp, 16 points"      # some
+    python studies/planar/candidates.py --table                   # of the rows
 
 Data, pre-training and probes are those of tier1.py; videos and policies of cheetah run are those of tier3.py.
 Nothing here sees the bodies and tasks of a registration. A row of rows/candidates.jsonl holds an arm and a seed:
@@ -33,6 +34,8 @@ from numpy.typing import NDArray
 from tier1 import ARMS, LENGTH, RECOMPOSE, TESTED, code, model, recorded, scores
 from tier3 import recorded as expert_videos
 from tier3 import row_of
+from tier3_analysis import score as played
+from tier3_analysis import shown
 
 from localmotion.compute import Compute
 from localmotion.envs import planar_trees as trees
@@ -85,10 +88,37 @@ def of(found: Method, compute: Compute, batch: Batch, tracks: NDArray[np.int64])
     return coded[:, SKIP:].flatten(0, 1).float().numpy()
 
 
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """Markdown: means and deviations over seeds."""
+    heads = [
+        "linear probe",
+        "network with the pose",
+        "actions",
+        "another draw",
+        "the same, cheetah",
+        "foreseen",
+        "R², 200",
+        "score, 200",
+        "score, 5000",
+    ]
+    out = ["| arm | seeds | " + " | ".join(heads) + " |", "|---" * (len(heads) + 2) + "|"]
+    for arm in CANDIDATES:
+        mine = [row for row in rows if row["arm"] == arm]
+        if not mine:
+            continue
+        cells = [[row[key] for row in mine] for key in ("links", "links_pose", "actions")]
+        cells += [[row["repeated"][at] for row in mine if "repeated" in row] for at in (0, 1)]
+        cells += [[row["foreseen"] for row in mine], [row["features policy"]["200"] for row in mine]]
+        cells += [[played(row["features returns"][n], row) for row in mine] for n in ("200", "5000")]
+        out.append(f"| {arm} | {len(mine)} | " + " | ".join(map(shown, cells)) + " |")
+    return out
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("seed", type=int)
+    parser.add_argument("seed", type=int, nargs="?")
     parser.add_argument("arms", nargs="*")
+    parser.add_argument("--table", action="store_true")
     parser.add_argument("--work", type=Path, default=Path("runs/planar"))
     args = parser.parse_args()
     if unknown := set(args.arms) - set(CANDIDATES):
@@ -96,6 +126,9 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = HERE / "rows" / "candidates.jsonl"
     kept = [json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else []
+    if args.table or args.seed is None:
+        print("\n".join(table(kept)))
+        return
     done = {(row["arm"], row["seed"]) for row in kept}
     for arm in args.arms or CANDIDATES:
         if (arm, args.seed) in done:

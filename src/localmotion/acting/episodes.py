@@ -183,7 +183,8 @@ def evaluate(
     The function adds environments to ``observers`` (if given), so that later evaluations can reuse them. ``check``: as `run_episodes`.
 
     An episode in which its environment fails is played again after the others, with another seed and not in that environment. The result
-    has ``episodes`` complete episodes, each in its place, and lists the failures. The other episodes are as if there had been none.
+    has ``episodes`` complete episodes, each in its place, and lists the failures. The other episodes begin as if there had been none;
+    their actions, too, are the same if ``policy_for`` seeds a policy that draws random numbers.
 
     Raises EvaluationError after `FAULTS` failures without a complete episode between them (one in the same group of ``at_once`` counts as
     between), or if a fresh environment cannot be made after a failure.

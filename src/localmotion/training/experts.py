@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from localmotion.acting.episodes import FAULTS, EvaluationError, episode_seed, evaluate
+from localmotion.acting.episodes import FAULTS, EvaluationError, Rollout, episode_seed, evaluate
 from localmotion.acting.expert import NAME, Expert, save_expert
 from localmotion.acting.observer import Observer
 from localmotion.console import progress, say
@@ -336,8 +336,9 @@ def train_expert(
 
         try:
             played = evaluate(lambda: policy, make, seed=seed, episodes=episodes, observers=observers)
-        except EvaluationError as error:
-            played, stopped = error.result, stopped or error
+        except LocalmotionError as error:  # a missing environment cannot be made again, e.g.
+            played = error.result if isinstance(error, EvaluationError) else Rollout()
+            stopped = stopped or error
         for observer in observers:
             shut(observer.env)  # an error here would lose the expert
     about = {
