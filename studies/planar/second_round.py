@@ -1,11 +1,12 @@
-"""Tier 2 again, for DRP with sixteen points (second round; not registered yet).
+"""Tier 2 again, for DRP with sixteen points: what does its motion add to its pictures? (second round; not registered yet)
 
     python studies/planar/second_round.py dev 100        # development bodies; all arms
     python studies/planar/second_round.py tasks 0        # seeds 0 to 7; refused before the registration
     python studies/planar/second_round.py tasks --table  # contrasts, with the rows of tier 2
 
-Data, batches, updates and figures are those of tier2.py, and so are the arms `drp`, `scratch` and `global flow`, whose rows are read from
-rows/tier2-*.jsonl. The change was found on development bodies (candidates.py): `tiny` has 8 points, the paper and these arms have 16.
+Data, batches, updates and figures are those of tier2.py, and so is the arm `global flow`, whose rows are read from rows/tier2-*.jsonl. The
+changes were found on development bodies (candidates.py): `tiny` has 8 points, the paper and these arms have 16. `image` loads the image
+encoder and decoder of the same pre-training alone.
 """
 
 from __future__ import annotations
@@ -26,15 +27,15 @@ HERE = Path(__file__).parent
 FILES = ("PREREG-second.md", "second_round.py", "tier2.py", "tier2_analysis.py", "registration.py", "tier1.py")
 """What the registration binds."""
 MORE = "model.dae.keypoints=16"
-CHANGED: dict[str, tuple[str, ...]] = {"drp, 16 points": (MORE,), "recompose, 16 points": (RECOMPOSE, MORE)}
-ARMS = {f"{name}{end}": (name, source) for name in CHANGED for end, source in (("", "train"), (", scratch", ""))}
+PLACED = ("model.dae.mats=9", "model.dae.mats_placed=true")
+CHANGED: dict[str, tuple[str, ...]] = {"drp, 16 points": (MORE,), "9 tokens, 16 points": (RECOMPOSE, *PLACED, MORE)}
+ARMS = {f"{name}{end}": (name, source) for name in CHANGED for end, source in (("", "train"), (", image", "image"))}
 FAMILIES: dict[str, Pairs] = {
     "sixteen points": (
-        ("drp, 16 points", "drp, 16 points, scratch"),
-        ("drp, 16 points", "drp"),
+        ("drp, 16 points", "drp, 16 points, image"),
         ("drp, 16 points", "global flow"),
-        ("recompose, 16 points", "recompose, 16 points, scratch"),
-        ("recompose, 16 points", "global flow"),
+        ("9 tokens, 16 points", "9 tokens, 16 points, image"),
+        ("9 tokens, 16 points", "global flow"),
     )
 }
 tier2.PRETRAINED.update({name: ("drp", settings, "train") for name, settings in CHANGED.items()})

@@ -8,8 +8,8 @@ of 105 frames of the expert of studies/experts with noise 0.4; 200 to learn from
 
 1. A policy watches the videos, without actions: from the last three pictures it predicts the code of the motion that follows (each number
    of the code with mean 0 and deviation 1, squared error, 1,500 updates on 64 frames, the same frames for all arms of a seed).
-2. Ridge regression to the action is fitted on N labelled steps of the same videos, the first N of a fixed random order: from the
-predicted code ("code"), and from the network's last maps, of which the code is an affine map ("features").
+2. Ridge regression to the action is fitted on N labelled steps of the same videos, the first N of a random order of the seed: from the
+   predicted code ("code"), and from the network's last maps, of which the code is an affine map ("features").
 
 So a code helps if it can be foreseen from pictures and says what to do. `bc` is the same network, trained on the N labelled steps alone.
 With `actions` the code is the action itself, of all frames: what labels for all videos would be worth. `exact flow` is the flow on a
@@ -41,14 +41,14 @@ import torch
 from numpy.typing import NDArray
 from registration import registered
 from tier1 import ARMS as CODES
-from tier1 import LENGTH, RECIPE, model
+from tier1 import LENGTH, RECIPE, RECOMPOSE, model
 from torch import Tensor
 
 from localmotion.compute import Compute
 from localmotion.envs import make_env
 from localmotion.envs import planar_trees as trees
-from localmotion.evaluation.probe_data import SKIP, Episodes
-from localmotion.evaluation.probe_fits import r_squared, ridge_fit
+from localmotion.evaluation.probe_data import SKIP
+from localmotion.evaluation.probe_fits import LAMBDAS, r_squared
 from localmotion.evaluation.probes import grid_flow
 from localmotion.methods.base import Batch, Method
 from localmotion.models.latent_actions import LatentEncoder
@@ -66,10 +66,13 @@ LEARNED, SCORED, STEPS, NOISE = 200, 40, 104, 0.4
 LABELS, PLAYED = (50, 200, 1_000, 5_000), (200, 5_000)
 STACK, WIDTHS, UPDATES, BATCH, RATE = 3, (16, 32, 32), 1_500, 64, 1e-3
 EPISODES, AGENT_STEPS = 10, 500
+FOLDS = 5
 ARMS = (
     "drp",
     "recompose",
     "recompose, 9 tokens",
+    "drp, 16 points",
+    "recompose, 16 points",
     "global flow",
     "ipv",
     "apv",
@@ -81,6 +84,8 @@ ARMS = (
     "actions",
     "bc",
 )
+SIXTEEN = "model.dae.keypoints=16"
+CODES.update({"drp, 16 points": ("drp", (SIXTEEN,), "train"), "recompose, 16 points": ("drp", (RECOMPOSE, SIXTEEN), "train")})
 Floats = NDArray[np.float32]
 
 
@@ -177,19 +182,34 @@ def predicted(of: Callable[[Tensor], Any], videos: Videos, steps: NDArray[np.int
     return np.concatenate([np.asarray(of(videos.seen(part))) for part in np.array_split(steps, len(steps) // 500 + 1)])
 
 
-def labelled(videos: Videos, labels: int) -> NDArray[np.int64]:
-    """(labels, 2) the steps whose actions are known: the first of a fixed random order."""
+def labelled(videos: Videos, labels: int, seed: int) -> NDArray[np.int64]:
+    """(labels, 2) the steps whose actions are known: the first of a random order, the same for all arms of a seed."""
     steps = videos.steps(0, LEARNED)
-    return steps[np.random.default_rng(0).permutation(len(steps))[:labels]]
+    return steps[np.random.default_rng(seed).permutation(len(steps))[:labels]]
 
 
-def fitted(code: Floats, action: Floats, episode: NDArray[np.int64], asked: Floats) -> Floats:
-    """Actions (k, A) for codes ``asked`` (k, d) by ridge regression from labelled codes (n, d) of some episodes."""
-    x, y = np.concatenate([code, asked]), np.concatenate([action, np.zeros((len(asked), action.shape[1]), np.float32)])
-    tested = np.arange(len(x)) >= len(code)
-    answer = ridge_fit(x, y, Episodes("", np.concatenate([episode, np.full(len(asked), -1)]), {}, None, tested)).answer
-    assert answer is not None
-    return answer
+def regression(x: Floats, y: Floats, episode: NDArray[np.int64]) -> tuple[Floats, Floats]:
+    """Ridge regression from (n, d) to (n, k): weights (d, k) and bias (k,). Five folds of whole episodes choose the penalty."""
+    mean, spread = x.mean(0), x.std(0)
+    scale = np.where(spread > 1e-6, spread, 1.0)
+    z, fold = ((x - mean) / scale).astype(np.float64), np.unique(episode, return_inverse=True)[1] % FOLDS
+    errors = np.zeros(len(LAMBDAS))
+    for held in range(FOLDS):
+        test = fold == held
+        fits = ridges(z[~test], y[~test])
+        errors += [float(((z[test] @ weights + bias - y[test]) ** 2).sum()) for weights, bias in fits]
+    weights, bias = ridges(z, y)[int(errors.argmin())]
+    weights = weights / scale[:, None]
+    return weights.astype(np.float32), (bias - mean @ weights).astype(np.float32)
+
+
+def ridges(z: NDArray[np.float64], y: Floats) -> list[tuple[NDArray[np.float64], NDArray[np.float64]]]:
+    """Weights (d, k) and bias (k,) for each penalty of `LAMBDAS`."""
+    centre, mean = z.mean(0), y.mean(0).astype(np.float64)
+    values, vectors = np.linalg.eigh((z - centre).T @ (z - centre))
+    moment = vectors.T @ ((z - centre).T @ (y - mean))  # (d, k)
+    found = [vectors @ (moment / (np.maximum(values, 0) + penalty * len(z))[:, None]) for penalty in LAMBDAS]
+    return [(weights, mean - centre @ weights) for weights in found]
 
 
 @torch.no_grad()
@@ -232,7 +252,7 @@ def row_of(arm: str, seed: int, task: str, videos: Videos, work: Path) -> dict[s
     parts = ["code"] if net is None else ["code", "features"]
     row: dict[str, Any] = {"foreseen": foreseen, **{f"{part} {key}": {} for part in parts for key in ("policy", "returns")}}
     for labels in LABELS:
-        known = labelled(videos, labels)
+        known = labelled(videos, labels, seed)
         action = videos.actions[known[:, 0], known[:, 1]]
         direct = learned(videos, videos.actions, known, UPDATES, seed) if net is None else None
         for part in parts:
@@ -242,11 +262,9 @@ def row_of(arm: str, seed: int, task: str, videos: Videos, work: Path) -> dict[s
                 act = of
             else:
                 of = lambda stack, at=part == "code": net.both(stack)[int(at)].numpy()  # noqa: E731
-                asked, x = predicted(of, videos, scored), predicted(of, videos, known)
-                answer = fitted(x, action, known[:, 0], asked)
-                # The regression is an affine map: its values at zero and at the unit vectors say all of it.
-                ends = fitted(x, action, known[:, 0], np.eye(x.shape[1] + 1, x.shape[1], -1, np.float32))
-                act = lambda stack, of=of, ends=ends: of(stack) @ (ends[1:] - ends[0]) + ends[0]  # noqa: E731
+                weights, bias = regression(predicted(of, videos, known), action, known[:, 0])
+                act = lambda stack, of=of, weights=weights, bias=bias: of(stack) @ weights + bias  # noqa: E731
+                answer = predicted(of, videos, scored) @ weights + bias
             row[f"{part} policy"][str(labels)] = round(r_squared(answer.clip(-1, 1), true), 4)
             if labels in PLAYED:
                 row[f"{part} returns"][str(labels)] = played(task, act, seed)
