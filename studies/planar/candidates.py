@@ -23,7 +23,6 @@ chosen on a tenth of the labelled episodes.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ import tier1
 import torch
 from analysis import score as area
 from numpy.typing import NDArray
+from shared import CHANGED, SIXTEEN, add_row, rows_of
 from tier1 import ARMS, LENGTH, RECOMPOSE, TESTED, code, model, recorded, scores
 from tier3 import recorded as expert_videos
 from tier3 import row_of
@@ -46,18 +46,15 @@ from localmotion.methods.base import Batch, Method
 from localmotion.video.sample import WindowSampler
 from localmotion.video.store import ClipStore
 
-HERE = Path(__file__).parent
 POINTS = 8
 """Keypoints of the preset `tiny`."""
-MORE = "model.dae.keypoints=16"
-PLACED = ("model.dae.mats=9", "model.dae.mats_placed=true")
 CANDIDATES: dict[str, tuple[str, ...]] = {
     "drp": (),
-    "drp, 16 points": (MORE,),
+    "drp, 16 points": CHANGED["drp, 16 points"],
     "drp, patches of 12": ("model.dae.patch=12",),
     "recompose": (RECOMPOSE,),
-    "recompose, 16 points": (RECOMPOSE, MORE),
-    "recompose, 9 tokens, 16 points": (RECOMPOSE, *PLACED, MORE),
+    "recompose, 16 points": CHANGED["recompose, 16 points"],
+    "recompose, 9 tokens, 16 points": CHANGED["recompose, 9 tokens, 16 points"],
     "global flow": ("motion_encoder=global",),
 }
 ARMS.update({arm: ("drp", settings, "train") for arm, settings in CANDIDATES.items()})
@@ -78,7 +75,7 @@ def repeated(found: Method, compute: Compute, store: ClipStore) -> float:
 
 def redrawn(arm: str) -> bool:
     """Whether the code of an arm can be made of other points of the same frames."""
-    return MORE not in CANDIDATES[arm] and "motion_encoder=global" not in CANDIDATES[arm]
+    return SIXTEEN not in CANDIDATES[arm] and "motion_encoder=global" not in CANDIDATES[arm]
 
 
 def of(found: Method, compute: Compute, batch: Batch, tracks: NDArray[np.int64]) -> NDArray[Any]:
@@ -126,8 +123,7 @@ def main() -> None:
     if unknown := set(args.arms) - set(CANDIDATES):
         parser.error(f"no candidate {', '.join(unknown)}; there are {', '.join(CANDIDATES)}")
     torch.set_num_threads(1)
-    rows = HERE / "rows" / "candidates.jsonl"
-    kept = [json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else []
+    kept = rows_of("candidates")
     if args.table or args.seed is None:
         print("\n".join(table(kept)))
         return
@@ -152,9 +148,7 @@ def main() -> None:
             row["repeated"] = [round(float(np.mean(twice)), 3), round(repeated(found, compute, videos.store), 3)]
         row |= row_of(arm, args.seed, "cheetah_run", videos, args.work)
         row["cpu_seconds"] = round(time.process_time() - began)
-        with rows.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        print(json.dumps(row), flush=True)
+        add_row("candidates", row)
 
 
 if __name__ == "__main__":

@@ -12,24 +12,20 @@ encoder and decoder of the same pre-training alone.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
-from typing import Any
 
 import tier2
 import torch
 from registration import registered
-from tier1 import RECOMPOSE
-from tier2_analysis import PRIMARY, SEEDS, SMALLEST, Pairs, contrasts, paired, read
+from shared import CHANGED, add_row, contrast_table, rows_of
+from tier2_analysis import PRIMARY, SMALLEST, Pairs, read
 
-HERE = Path(__file__).parent
-FILES = ("PREREG-second.md", "second_round.py", "tier2.py", "tier2_analysis.py", "registration.py", "tier1.py")
+FILES = ("PREREG-second.md", "second_round.py", "tier2.py", "tier2_analysis.py", "registration.py", "shared.py", "tier1.py")
 """What the registration binds."""
-MORE = "model.dae.keypoints=16"
-PLACED = ("model.dae.mats=9", "model.dae.mats_placed=true")
-CHANGED: dict[str, tuple[str, ...]] = {"drp, 16 points": (MORE,), "9 tokens, 16 points": (RECOMPOSE, *PLACED, MORE)}
-ARMS = {f"{name}{end}": (name, source) for name in CHANGED for end, source in (("", "train"), (", image", "image"))}
+FORMS = {"drp, 16 points": "drp, 16 points", "9 tokens, 16 points": "recompose, 9 tokens, 16 points"}
+"""Names here, and in shared.py."""
+ARMS = {f"{name}{end}": (form, source) for name, form in FORMS.items() for end, source in (("", "train"), (", image", "image"))}
 FAMILIES: dict[str, Pairs] = {
     "sixteen points": (
         ("drp, 16 points", "drp, 16 points, image"),
@@ -38,27 +34,14 @@ FAMILIES: dict[str, Pairs] = {
         ("9 tokens, 16 points", "global flow"),
     )
 }
-tier2.PRETRAINED.update({name: ("drp", settings, "train") for name, settings in CHANGED.items()})
+tier2.PRETRAINED.update({form: ("drp", CHANGED[form], "train") for form in FORMS.values()})
 tier2.ARMS.update(ARMS)
-
-
-def rows_of(kind: str, study: str) -> list[dict[str, Any]]:
-    file = HERE / "rows" / f"{study}-{kind}.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def table(kind: str) -> list[str]:
     """Markdown: the contrasts of the primary measure."""
-    scores, tasks = read(rows_of(kind, "tier2") + rows_of(kind, "second"), PRIMARY), tier2.SETS[kind]
-    out = [
-        "| | seeds | difference | 95 % interval | p | p, Holm | verdict | " + " | ".join(tasks) + " |",
-        "|---" * (7 + len(tasks)) + "|",
-    ]
-    for one, other, each, x, p, q, said in contrasts(scores, tasks, FAMILIES, SMALLEST):
-        seeds = len(paired(scores, one, other, tasks))
-        cells = [f"{x.point:+.3f}", f"{x.low:+.3f} to {x.high:+.3f}", f"{p:.4f}", f"{q:.4f}", said if seeds == SEEDS else ""]
-        out.append(f"| {one} - {other} | {seeds} | " + " | ".join([*cells, *(f"{value:+.3f}" for value in each)]) + " |")
-    return out
+    rows = rows_of(f"tier2-{kind}") + rows_of(f"second-{kind}")
+    return contrast_table(read(rows, PRIMARY), tier2.SETS[kind], FAMILIES, SMALLEST)
 
 
 def main() -> None:
@@ -77,7 +60,7 @@ def main() -> None:
         parser.error(f"no arm {', '.join(unknown)}; there are {', '.join(ARMS)}")
     torch.set_num_threads(1)
     commit = {"registered": registered(FILES)} if args.set == "tasks" else {}
-    done = {(row["arm"], row["seed"], row["task"]) for row in rows_of(args.set, "second")}
+    done = {(row["arm"], row["seed"], row["task"]) for row in rows_of(f"second-{args.set}")}
     for task in args.tasks or tier2.SETS[args.set]:
         for arm in args.arms or ARMS:
             if (arm, args.seed, task) in done:
@@ -87,9 +70,7 @@ def main() -> None:
             row = {"arm": arm, "seed": args.seed, "task": task, "data": data.digest, **commit}
             row |= {"curve": tier2.curve(model, updater, rehearsal, data, args.seed)}
             row["cpu_seconds"] = round(time.process_time() - began)
-            with (HERE / "rows" / f"second-{args.set}.jsonl").open("a") as file:
-                file.write(json.dumps(row) + "\n")
-            print(json.dumps(row), flush=True)
+            add_row(f"second-{args.set}", row)
 
 
 if __name__ == "__main__":

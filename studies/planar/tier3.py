@@ -40,8 +40,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from registration import registered
+from shared import CHANGED, add_row, rows_of
 from tier1 import ARMS as CODES
-from tier1 import LENGTH, RECIPE, RECOMPOSE, model
+from tier1 import LENGTH, RECIPE, model
 from torch import Tensor
 
 from localmotion.compute import Compute
@@ -57,7 +58,16 @@ from localmotion.video.sample import WindowSampler
 from localmotion.video.store import ClipStore
 
 HERE = Path(__file__).parent
-FILES = ("PREREG-tier3.md", "tier3.py", "tier3_analysis.py", "registration.py", "tier1.py", "analysis.py", "tier2_analysis.py")
+FILES = (
+    "PREREG-tier3.md",
+    "tier3.py",
+    "tier3_analysis.py",
+    "registration.py",
+    "shared.py",
+    "tier1.py",
+    "analysis.py",
+    "tier2_analysis.py",
+)
 """What the registration binds."""
 SETS = {"dev": ("walker_run", "cheetah_run"), "tasks": ("cheetah_run", "hopper_stand", "walker_run")}
 SEEDS = {"dev": 10, "tasks": 0}
@@ -67,12 +77,15 @@ LABELS, PLAYED = (50, 200, 1_000, 5_000), (200, 5_000)
 STACK, WIDTHS, UPDATES, BATCH, RATE = 3, (16, 32, 32), 1_500, 64, 1e-3
 EPISODES, AGENT_STEPS = 10, 500
 FOLDS = 5
+PARTS = {"features": 0, "code": 1}
+"""What an action is read from: place in what `LatentEncoder.both` gives."""
 ARMS = (
     "drp",
     "recompose",
     "recompose, 9 tokens",
     "drp, 16 points",
     "recompose, 16 points",
+    "recompose, 9 tokens, 16 points",
     "global flow",
     "ipv",
     "apv",
@@ -84,9 +97,9 @@ ARMS = (
     "actions",
     "bc",
 )
-SIXTEEN = "model.dae.keypoints=16"
-CODES.update({"drp, 16 points": ("drp", (SIXTEEN,), "train"), "recompose, 16 points": ("drp", (RECOMPOSE, SIXTEEN), "train")})
+CODES.update({arm: ("drp", settings, "train") for arm, settings in CHANGED.items()})
 Floats = NDArray[np.float32]
+Act = Callable[[Tensor], Floats]
 
 
 class Videos(NamedTuple):
@@ -213,7 +226,7 @@ def ridges(z: NDArray[np.float64], y: Floats) -> list[tuple[NDArray[np.float64],
 
 
 @torch.no_grad()
-def played(task: str, act: Callable[[Tensor], Floats], seed: int) -> list[float]:
+def played(task: str, act: Act, seed: int) -> list[float]:
     """Returns of `EPISODES` episodes; ``act`` gives actions (k, A) for what the policy sees (k, 3 * STACK, S, S)."""
     envs: list[Any] = [make_env(f"planar:{task}", size=RECIPE.size, action_repeat=2, observed="pixels") for _ in range(EPISODES)]
     first = np.stack([env.reset(seed=1_000 + seed * EPISODES + number)[0]["image"] for number, env in enumerate(envs)])
@@ -244,30 +257,34 @@ def watched(arm: str, seed: int, videos: Videos, work: Path) -> tuple[LatentEnco
     return net, round(r_squared(predicted(net, videos, scored), code[scored[:, 0], scored[:, 1]]), 4)
 
 
+def reading(net: LatentEncoder, part: str) -> Act:
+    """A part of what the network makes of what the policy sees: (k, 3 * STACK, S, S) -> (k, d)."""
+    return lambda stack: net.both(stack)[PARTS[part]].numpy()
+
+
+def decided(of: Act, videos: Videos, known: NDArray[np.int64]) -> Act:
+    """Actions by ridge regression from what ``of`` gives, fitted on labelled steps."""
+    weights, bias = regression(predicted(of, videos, known), videos.actions[known[:, 0], known[:, 1]], known[:, 0])
+    return lambda stack: of(stack) @ weights + bias
+
+
 def row_of(arm: str, seed: int, task: str, videos: Videos, work: Path) -> dict[str, Any]:
     """The figures of an arm."""
     scored = videos.steps(LEARNED, LEARNED + SCORED)
     true = videos.actions[scored[:, 0], scored[:, 1]]
     net, foreseen = (None, None) if arm == "bc" else watched(arm, seed, videos, work)
-    parts = ["code"] if net is None else ["code", "features"]
-    row: dict[str, Any] = {"foreseen": foreseen, **{f"{part} {key}": {} for part in parts for key in ("policy", "returns")}}
+    row: dict[str, Any] = {"foreseen": foreseen}
     for labels in LABELS:
         known = labelled(videos, labels, seed)
-        action = videos.actions[known[:, 0], known[:, 1]]
-        direct = learned(videos, videos.actions, known, UPDATES, seed) if net is None else None
-        for part in parts:
-            if net is None:
-                of: Callable[[Tensor], Floats] = lambda stack, direct=direct: direct(stack).numpy()  # noqa: E731
-                answer = predicted(of, videos, scored)
-                act = of
-            else:
-                of = lambda stack, at=part == "code": net.both(stack)[int(at)].numpy()  # noqa: E731
-                weights, bias = regression(predicted(of, videos, known), action, known[:, 0])
-                act = lambda stack, of=of, weights=weights, bias=bias: of(stack) @ weights + bias  # noqa: E731
-                answer = predicted(of, videos, scored) @ weights + bias
-            row[f"{part} policy"][str(labels)] = round(r_squared(answer.clip(-1, 1), true), 4)
+        if net is None:
+            acts = {"code": reading(learned(videos, videos.actions, known, UPDATES, seed), "code")}
+        else:
+            acts = {part: decided(reading(net, part), videos, known) for part in PARTS}
+        for part, act in acts.items():
+            answer = predicted(act, videos, scored).clip(-1, 1)
+            row.setdefault(f"{part} policy", {})[str(labels)] = round(r_squared(answer, true), 4)
             if labels in PLAYED:
-                row[f"{part} returns"][str(labels)] = played(task, act, seed)
+                row.setdefault(f"{part} returns", {})[str(labels)] = played(task, act, seed)
     expert = json.loads((HERE.parent / "experts" / task / "expert.json").read_text())
     rng = np.random.default_rng(seed)
     random = played(task, lambda stack: rng.uniform(-1, 1, (len(stack), videos.actions.shape[2])).astype(np.float32), seed)
@@ -286,10 +303,8 @@ def main() -> None:
         parser.error(f"no arm {', '.join(unknown)}; there are {', '.join(ARMS)}")
     torch.set_num_threads(1)
     commit = {"registered": registered(FILES)} if args.set == "tasks" else {}
-    rows = HERE / "rows" / f"tier3-{args.set}.jsonl"
-    rows.parent.mkdir(exist_ok=True)
-    kept = [json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else []
-    done = {(row["arm"], row["seed"], row["task"]) for row in kept}
+    rows = f"tier3-{args.set}"
+    done = {(row["arm"], row["seed"], row["task"]) for row in rows_of(rows)}
     for task in args.tasks or SETS[args.set]:
         for arm in args.arms or ARMS:
             if (arm, args.seed, task) in done:
@@ -298,9 +313,7 @@ def main() -> None:
             row = {"arm": arm, "seed": args.seed, "task": task, **commit}
             row |= row_of(arm, args.seed, task, recorded(task, args.set, args.work), args.work)
             row["cpu_seconds"] = round(time.process_time() - began)
-            with rows.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-            print(json.dumps(row), flush=True)
+            add_row(rows, row)
 
 
 if __name__ == "__main__":

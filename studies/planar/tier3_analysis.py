@@ -13,14 +13,14 @@ for both. The seed is the unit, averaged over the tasks.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from analysis import score as area
-from tier2_analysis import SEEDS, Pairs, Scores, contrasts, paired, simulated
+from shared import contrast_table, rows_of
+from tier2_analysis import Pairs, Scores, paired, simulated
 from tier3 import SETS
 
 from localmotion.evaluation.contrasts import hierarchical_bootstrap, sign_flip_test
@@ -98,15 +98,7 @@ def page(rows: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -> list[str]:
     for measure, title in MEASURES.items():
         scores, smallest = read(rows, measure), SMALLEST[measure.split()[1]]
         out += ["", f"**{title}**; smallest effect of interest {smallest}", ""]
-        out += [
-            f"| | seeds | difference | 95 % interval | p | p, Holm | verdict | {' | '.join(tasks)} |",
-            "|---" * (7 + len(tasks)) + "|",
-        ]
-        for of, against, each, x, p, q, said in contrasts(scores, tasks, FAMILIES, smallest):
-            seeds = len(paired(scores, of, against, tasks))
-            said = said if seeds == SEEDS and measure == PRIMARY else ""
-            cells = [f"{x.point:+.3f}", f"{x.low:+.3f} to {x.high:+.3f}", f"{p:.4f}", f"{q:.4f}", said]
-            out.append(f"| {of} - {against} | {seeds} | " + " | ".join([*cells, *(f"{v:+.3f}" for v in each)]) + " |")
+        out += contrast_table(scores, tasks, FAMILIES, smallest, verdicts=measure == PRIMARY)
         for of, against in BESIDE:
             both = paired(scores, of, against, tasks)
             if len(both) < 2:
@@ -126,8 +118,7 @@ def main() -> None:
         for measure, smallest in SMALLEST.items():
             print("\n".join([f"{measure}:", *simulated(100, args.simulate, smallest)]))
     if args.set:
-        file = HERE / "rows" / f"tier3-{args.set}.jsonl"
-        text = page([json.loads(line) for line in file.read_text().splitlines()], SETS[args.set])
+        text = page(rows_of(f"tier3-{args.set}"), SETS[args.set])
         (HERE / f"tier3-{args.set}.md").write_text("\n".join(text) + "\n")
         print("\n".join(text))
 
