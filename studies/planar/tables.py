@@ -240,9 +240,9 @@ def tier1_arms() -> list[str]:
 def made() -> dict[Path, str]:
     """What each page is by the rows. Pages of a tier without rows are not made."""
     found = {}
-    for name, page in PAGES.items():
+    for name, lines in PAGES.items():
         if (HERE / "rows" / f"{name.replace('-crossed', '-sealed').removesuffix('.md')}.jsonl").exists():
-            found[HERE / name] = "\n".join(page()) + "\n"
+            found[HERE / name] = "\n".join(lines()) + "\n"
     for page in PROSE:
         found[page] = BLOCK.sub(lambda m: m[1] + "\n" + "\n".join(BLOCKS[m[2]]()) + "\n\n" + m[4], page.read_text())
     return found
