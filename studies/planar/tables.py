@@ -31,7 +31,7 @@ from localmotion.evaluation.contrasts import Interval
 from localmotion.report.style import GRID, INK, MUTED, PALETTE, styled
 
 HERE = Path(__file__).parent
-PROSE = (HERE / "README.md", HERE.parents[1] / "README.md")
+PROSE = (HERE / "README.md", HERE / "PREREG-second.md", HERE.parents[1] / "README.md")
 SEEDS = 8
 BLOCK = re.compile(r"(<!-- tables\.py: (.+?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 HEADS = {"links": "linear probe", "links_pose": "network with the pose", "actions": "actions"}
@@ -218,6 +218,7 @@ BLOCKS: dict[str, Callable[[], list[str]]] = {
     "tier 2, scores": tier2_scores,
     "tier 2, contrasts": lambda: tier2_contrasts({}),
     "tier 2, named": lambda: tier2_contrasts(SHOWN),
+    "second round, pilot": second_round.pilot,
     "candidates": lambda: candidates.table(rows_of("candidates")),
 }
 PAGES: dict[str, Callable[[], list[str]]] = {
