@@ -17,7 +17,7 @@ from torch import Tensor
 from localmotion.acting.episodes import FAULTS
 from localmotion.acting.observer import make_observer
 from localmotion.cli import main
-from localmotion.config import RunConfig
+from localmotion.config import RunConfig, Stage
 from localmotion.envs.base import PixelEnv
 from localmotion.errors import CheckpointError, EnvError, LocalmotionError, SimulationError
 from localmotion.methods.dreamer_v2 import DreamerV2
@@ -30,7 +30,7 @@ from localmotion.training.interrupt import Interrupted
 from localmotion.training.playing import Playing
 from localmotion.training.pretrain import pretrain
 from localmotion.training.update import BAD_LIMIT, DivergedError, Updater
-from method_batches import AGENTS, CPU, make, make_batch
+from method_batches import AGENTS, CASES, CPU, make, make_batch
 from test_resume import Stops
 
 FLAGS = {"precision": "fp32", "device": "cpu", "threads": 1}
@@ -91,6 +91,34 @@ def test_an_update_that_is_not_finite_changes_nothing(name: str, deferred: bool,
     assert updater.healthy
     assert updater.check() == 1
     assert any(not torch.equal(value, before[key]) for key, value in weights_of(method).items())
+
+
+@pytest.mark.parametrize(("name", "stage"), CASES)
+@pytest.mark.parametrize("deferred", [False, True])
+def test_a_batch_that_is_not_finite_leaves_running_means_as_they_were(name: str, stage: Stage, deferred: bool) -> None:
+    """A NaN in a running mean, a queue or a codebook would spoil all later updates, or acting alone."""
+    run, method = make(name, stage)
+    updater = Updater(method, run, CPU, pretrained=stage == "finetune", deferred=deferred)
+    updater.learn(make_batch())
+    before = {key: value.clone() for key, value in method.named_buffers()}
+    batch = make_batch(seed=1)
+    for key in ("reward", "flow", "action"):
+        if key in batch:
+            batch[key] = torch.full_like(batch[key], torch.nan)
+    spoiled = next(iter(updater.groups[0].parameters))  # for methods that read pictures alone
+    weight = spoiled.detach().clone()
+    with torch.no_grad():
+        spoiled.fill_(torch.nan)
+    updater.learn(batch)
+    with torch.no_grad():
+        spoiled.copy_(weight)
+    assert updater.check() == 1
+    own = {key for key in before if key.endswith(("updates", "agent_steps"))}  # clocks, which go on
+    for key, value in method.named_buffers():
+        assert key in own or torch.equal(value, before[key]), key
+    updater.learn(make_batch(seed=2))
+    assert updater.healthy
+    assert all(value.isfinite().all() for _, value in method.named_buffers() if value.is_floating_point())
 
 
 @pytest.mark.parametrize("deferred", [False, True])

@@ -8,7 +8,9 @@ Shapes: N pictures (or stacks of pictures), C channels, S side.
 
 from __future__ import annotations
 
+import functools
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +18,17 @@ from torch import Tensor
 
 CHOICES = ((0, 0), (1, 0), (2, 0), (3, 0), (1, 2), (2, 1), (2, 3), (3, 2))
 """First and second change: 0 none, 1 shift, 2 rotation, 3 perspective. All pairs are equally likely."""
+
+
+SIGNS = ((-1.0, -1.0), (1.0, -1.0), (1.0, 1.0), (-1.0, 1.0))
+"""Of the corners of a picture, in the order of `perspectives`."""
+
+
+@functools.cache
+def constant(values: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of fixed values. It is made once, because a copy from the host lets an update wait for the GPU."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=dtype, device=device)
 
 
 def shifts(x: Tensor, y: Tensor) -> Tensor:
@@ -45,8 +58,8 @@ def perspectives(corners: Tensor, reach: float = 1.0) -> Tensor:
     onto = torch.stack(rows, -1).unflatten(-1, (3, 3))  # (u, v) in [0, 1]^2 -> a place of the output
     a, b, c = onto.unbind(1)
     back = torch.stack([torch.linalg.cross(b, c), torch.linalg.cross(c, a), torch.linalg.cross(a, b)], -1)  # adjugate
-    place = back.new_tensor([[2 * reach, 0, -reach], [0, 2 * reach, -reach], [0, 0, 1]])  # (u, v) -> a place of the input
-    return place @ back
+    place = ((2 * reach, 0.0, -reach), (0.0, 2 * reach, -reach), (0.0, 0.0, 1.0))  # (u, v) -> a place of the input
+    return constant(place, back.dtype, back.device) @ back
 
 
 def warped(image: Tensor, homography: Tensor) -> Tensor:
@@ -72,7 +85,7 @@ def augment(image: Tensor, pad: int = 14, edge: int = 30, distortion: float = 0.
     moved = torch.floor(drawn[:, :2] * (2 * most + 1)) - most
     reach = 1 + 2 * edge / 64
     inwards = 1 - distortion * drawn[:, 3:].view(count, 4, 2)
-    signs = drawn.new_tensor([[-1, -1], [1, -1], [1, 1], [-1, 1]])
+    signs = constant(SIGNS, drawn.dtype, drawn.device)
     changes = torch.stack(
         [
             torch.eye(3, device=image.device).expand(count, 3, 3).to(drawn.dtype),
@@ -82,6 +95,6 @@ def augment(image: Tensor, pad: int = 14, edge: int = 30, distortion: float = 0.
         ],
         1,
     )  # (N, 4, 3, 3)
-    choice = torch.tensor(CHOICES, device=image.device)[torch.randint(len(CHOICES), (count,), device=image.device)]  # (N, 2)
+    choice = constant(CHOICES, torch.long, image.device)[torch.randint(len(CHOICES), (count,), device=image.device)]  # (N, 2)
     rows = torch.arange(count, device=image.device)
     return warped(image, changes[rows, choice[:, 0]] @ changes[rows, choice[:, 1]])

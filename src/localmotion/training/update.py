@@ -62,7 +62,8 @@ class Updater:
 
     With several ranks gradients are averaged before they are clipped, and an update that is not finite on one rank is skipped on all.
 
-    If a loss or gradient is not finite, the update leaves weights and moments unchanged and is counted as skipped.
+    If a loss or gradient is not finite, the update leaves weights, moments and buffers (running means, queues, codebooks) unchanged and is
+    counted as skipped.
     After `BAD_LIMIT` such updates in a row the updater raises DivergedError. On a GPU the device decides whether to
     skip; the host reads the counts only in `check`, when the run logs.
 
@@ -121,6 +122,8 @@ class Updater:
     def _run(self, due: tuple[int, ...], batch: Batch) -> dict[str, Tensor]:
         self._found.zero_()
         self._terms = {}
+        buffers = list(self.method.buffers())
+        before = [buffer.clone() for buffer in buffers]
         losses: dict[str, Tensor] = {}
         metrics: dict[str, Tensor] = {}
         norms: dict[str, Tensor] = {}
@@ -132,9 +135,21 @@ class Updater:
             norms |= self._backward(each.groups, found, loss)
             losses |= found
             metrics |= more
+        self._undo(buffers, before)
         self._skipped.add_(self._found)
         self._bad.add_(1).mul_(self._found)
         return {**{f"loss/{k}": v.detach() for k, v in losses.items()}, **metrics, **norms}
+
+    @torch.no_grad()
+    def _undo(self, buffers: Sequence[Tensor], before: Sequence[Tensor]) -> None:
+        """Give ``buffers`` their values from ``before`` if the update was not finite.
+
+        They change in the forward pass. One NaN in a running mean would spoil all updates that follow.
+        """
+        if not self.deferred and not bool(self._found):
+            return
+        for buffer, old in zip(buffers, before, strict=True):
+            buffer.copy_(torch.where(self._found > 0, old, buffer))
 
     def _backward(self, names: tuple[str, ...], terms: Mapping[str, Tensor], loss: Tensor) -> dict[str, Tensor]:
         """Compute gradients of ``loss`` for the groups ``names`` and `step` them. Do nothing if the loss is not finite.
