@@ -28,7 +28,7 @@ from localmotion.training import optimizers
 from localmotion.training.finetune import finetune
 from localmotion.training.interrupt import Interrupted
 from localmotion.training.playing import Playing
-from localmotion.training.pretrain import pretrain
+from localmotion.training.pretrain import VideoLoop, pretrain
 from localmotion.training.update import BAD_LIMIT, DivergedError, Updater
 from method_batches import AGENTS, CASES, CPU, make, make_batch
 from test_resume import Stops
@@ -227,6 +227,41 @@ def test_a_diverged_run_leaves_its_batch_and_its_last_good_checkpoint(tmp_path: 
     monkeypatch.setattr(DreamerV2, "world_model_losses", losses)
     finetune(run, out)  # the cause mended, the same command goes on
     assert json.loads((out / "status.json").read_text())["state"] == "finished"
+
+
+def test_a_run_whose_last_update_is_skipped_ends_with_a_checkpoint(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ("pretrain.updates=6", "pretrain.save_every=4")
+    run = compose("drp", "pretrain", preset="debug", flags={**FLAGS, "data": str(store)}, settings=settings)
+    losses: Callable[..., Any] = DRP.pretrain_losses
+    calls: list[int] = []
+
+    def spoiled(self: DRP, batch: Any) -> Any:
+        calls.append(1)
+        found, metrics = losses(self, batch)
+        return {**found, "image": found["image"] * (torch.nan if len(calls) == 6 else 1.0)}, metrics
+
+    monkeypatch.setattr(DRP, "pretrain_losses", spoiled)
+    monkeypatch.setattr(VideoLoop, "measure", lambda *_: None)
+    pretrain(run, tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "finished"
+    newest = checkpoint.newest(tmp_path / "run")
+    assert checkpoint.read_state(newest)["update"] == 6
+    assert all(value.isfinite().all() for value in checkpoint.read(newest, "weights").values() if value.is_floating_point())
+
+
+def test_times_are_those_of_the_updates_since_the_line_before() -> None:
+    loop = object.__new__(VideoLoop)
+    loop._lined, loop._begun = 0, (0, 0)
+    for update, rate in ((100, 50.0), (120, 10.0)):  # the last line of a run of 120 updates
+        loop.updater = SimpleNamespace(update=update)  # type: ignore[assignment]
+        found = loop.times({"data": 1.0, "update": 1.0}, 2.0)
+        assert found["updates_per_second"] == rate
+        assert found["seconds/update"] == 1 / (2 * rate)
+    loop._lined, loop._begun = 0, (120, 120)  # resumed
+    loop.updater = SimpleNamespace(update=130)  # type: ignore[assignment]
+    assert loop.times({"data": 1.0, "update": 1.0}, 2.0)["updates_per_second"] == 5.0
 
 
 def test_a_diverged_pretraining_leaves_its_batch(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

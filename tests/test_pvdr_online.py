@@ -16,6 +16,7 @@ from localmotion.errors import CheckpointError, ConfigError
 from localmotion.methods.base import Counters, Rates
 from localmotion.methods.pvdr import PVDR
 from localmotion.models.alignment import STATIC, AlignmentConfig
+from localmotion.models.distributions import likeliest
 from localmotion.models.planning import GoalDistance
 from localmotion.models.ppo import PPOConfig
 from localmotion.runs.settings import compose
@@ -39,6 +40,17 @@ def observation(seed: int, first: bool, rows: int = ROWS) -> dict[str, Tensor]:
     picture = torch.randint(0, 256, (rows, 1, 64, 64, 3), generator=g, dtype=torch.uint8)
     goal = torch.randint(0, 256, (rows, 1, 64, 64, 3), generator=torch.Generator().manual_seed(99), dtype=torch.uint8)
     return {"image": picture, "goal": goal, "is_first": torch.full((rows, 1), first)}
+
+
+def test_plans_are_drawn_also_where_the_rest_is_the_likeliest() -> None:
+    """With all plans at the prior's mean there would be nothing to choose from."""
+    method = made()[1].eval()
+    found = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        with torch.no_grad(), likeliest():
+            found.append(method.act(observation(0, True), method.initial_carry(ROWS), explore=False, window=TIME)[2]["z"])
+    assert not torch.equal(*found)
 
 
 def rollout(method: Any, ends: int = 5) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import random
 import signal
@@ -29,6 +30,8 @@ from localmotion.runs.settings import compose
 from localmotion.testing import ACTIONS, random_batch
 from localmotion.training.interrupt import Interrupted, StopRequest
 from localmotion.training.loop import Loop
+from localmotion.training.online import OnlineLoop
+from localmotion.training.spread import SpreadLoop
 from localmotion.training.update import Updater
 from localmotion.video.sample import WindowSampler
 from localmotion.video.store import ClipStore
@@ -282,6 +285,20 @@ def test_a_stop_asked_of_one_rank_is_heard_by_all(monkeypatch: pytest.MonkeyPatc
         return stopped.value.code
 
     assert together(2, part, monkeypatch) == [138, 138]
+
+
+def test_a_resumed_run_knows_that_all_ranks_play(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An evaluation that was due when the run stopped then takes place before the next step, as it would have."""
+    values: dict[str, Any] = {"episode": 1, "phase": 0, "playing": None, "replay": {}}
+    monkeypatch.setattr(OnlineLoop, "state", lambda self: (values, {}))
+    monkeypatch.setattr(OnlineLoop, "restore", lambda self, state, folder: None)
+    loop, other = object.__new__(SpreadLoop), object.__new__(SpreadLoop)
+    loop.all_learn, loop.elsewhere = True, 2
+    own = json.loads(bytes(loop.state()[1]["own"]["json"].numpy()))
+    monkeypatch.setattr(checkpoint, "read_own", lambda folder: own)
+    other.restore({"ranks": ranks.world()}, tmp_path)
+    assert other.may_evaluate
+    assert other.elsewhere == 2
 
 
 def test_each_rank_draws_its_own_random_numbers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -520,6 +520,27 @@ def test_a_replay_lies_on_the_gpu_where_it_takes_half_of_it_or_less(tmp_path: Pa
     assert place.device_memory(torch.device("cpu")) is None
 
 
+def test_ranks_of_a_machine_share_its_memory_and_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    room(monkeypatch, 100, 100)
+    assert choose_storage(OnlineConfig(), 2_000_000, 21_000, tmp_path)[0] == "memory"
+    monkeypatch.setattr(place.ranks, "local", lambda: (1, 4))  # 25 GB each, for 21 GB
+    assert choose_storage(OnlineConfig(), 2_000_000, 21_000, tmp_path)[0] == "disk"
+    monkeypatch.setattr(place.ranks, "local", lambda: (1, 8))
+    with pytest.raises(ConfigError, match=r"12\.5 GB free"):
+        choose_storage(OnlineConfig(), 2_000_000, 21_000, tmp_path)
+
+
+def test_copies_of_files_are_memory_that_is_available(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {
+        "memory.max": "8000\n",
+        "memory.current": "7000\n",
+        "memory.stat": "anon 1000\ninactive_file 5000\nactive_file 900\n",
+    }
+    read = Path.read_text
+    monkeypatch.setattr(Path, "read_text", lambda self, *a: files[self.name] if self.name in files else read(self, *a))
+    assert available_memory() == 6000
+
+
 @given(st.integers(2, 60), st.integers(1, 200), st.integers(1, 2000))
 def test_no_run_holds_more_records_than_were_announced(length: int, limit: int, budget: int) -> None:
     """Of episodes that end by their time limit."""

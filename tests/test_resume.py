@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -30,6 +31,7 @@ from localmotion.runs import checkpoint
 from localmotion.runs.load import load_run
 from localmotion.runs.settings import compose
 from localmotion.training import trials
+from localmotion.training.endings import recorded
 from localmotion.training.finetune import finetune
 from localmotion.training.interrupt import Interrupted, StopRequest
 from localmotion.training.pretrain import pretrain
@@ -290,6 +292,32 @@ def test_a_second_ctrl_c_stops_at_once(ctrl_c: None) -> None:
         assert caught.value.code == 143
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_signal_during_the_last_save_does_not_cut_it_short(fails: bool, ctrl_c: None) -> None:
+    """Slurm sends a warning, and later the end. A disk that is full leaves no run that seems to go on."""
+    states: list[tuple[str, dict[str, Any]]] = []
+    out: Any = SimpleNamespace(status=lambda state, **more: states.append((state, more)))
+    method: Any = None
+    saved: list[int] = []
+
+    def save() -> bool:
+        signal.raise_signal(signal.SIGTERM)
+        if fails:
+            raise CheckpointError("the disk is full")
+        saved.append(1)
+        return True
+
+    def run() -> None:
+        with recorded(out, method, lambda: {"update": 3}, save) as stop:
+            signal.raise_signal(signal.SIGUSR1)
+            stop.check()
+
+    with pytest.raises(CheckpointError if fails else Interrupted):
+        run()
+    assert saved == ([] if fails else [1])
+    assert states == [("interrupted", {"update": 3} | ({"error": "the disk is full"} if fails else {}))]
 
 
 def test_signals_are_given_back_and_threads_leave_them_alone() -> None:

@@ -16,8 +16,10 @@ from localmotion.acting.episodes import Rollout, episode_seed
 from localmotion.acting.observer import Observer
 from localmotion.acting.policy import MethodPolicy
 from localmotion.config import OnlineConfig, OptimConfig, PretrainConfig
+from localmotion.errors import ConfigError
 from localmotion.methods.dreamer_v2 import DreamerV2
 from localmotion.replay import Replay
+from localmotion.runs.load import built
 from localmotion.runs.settings import compose
 from localmotion.training import online as online_loop
 from localmotion.training import pretrain as pretraining
@@ -27,6 +29,16 @@ from localmotion.training.online import OnlineLoop
 from localmotion.training.update import Updater
 from method_batches import make
 from test_settings_reach import UNCLIPPED, build, changed, difference, doing, stepped
+
+# --- sizes ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "setting"), [("drp", "dae.heads=3"), ("dreamer_v2", "world.encoder=cnn")])
+def test_sizes_that_do_not_fit_are_a_mistake_in_the_settings(name: str, setting: str) -> None:
+    run = compose(name, "train", preset="tiny", env="toy:dot", settings=(setting,))
+    with pytest.raises(ConfigError, match=f"no {name} can be built of these settings: "):
+        built(run, 32, 2)
+
 
 # --- rates and optimisers -----------------------------------------------------------------------------------------------
 

@@ -87,6 +87,14 @@ def test_a_study_may_be_of_pretrainings_alone_and_may_set_the_recipe(tmp_path: P
         ("seeds: [0, 1]", "seeds: 3", r"seeds is a list, e.g. \[0, 1\]"),
         ("name: tiny", "name: [", "cannot be read as a study"),
         ("variants:", "contrasts: [DreamerV2]\nvariants:", "contrasts is a mapping, e.g. contrasts: {of: DRP, against"),
+        ("{threads: 1,", "{threads: 1, seed: 0,", "the study: seed is not a setting here, it tells runs apart; use seeds"),
+        ("dreamer_v2}", "dreamer_v2, settings: {env: toy:reach}}", "variant 'DreamerV2': env is not a setting here.*use tasks"),
+        ("entropy: [0.001, 0.01]", "seed: [3, 4]", "variant 'entropy': seed is not a setting here"),
+        (
+            "variants:",
+            "pretrain:\n  clips: {method: drp, per_seed: true, settings: {data: store, seed: 3}}\nvariants:",
+            "pre-training 'clips': seed is not a setting here.*use seed or per_seed of the entry",
+        ),
         ("variants:", "contrasts: {of: DreamerV2}\nvariants:", "contrasts is a mapping"),
         ("variants:", "contrasts: {of: DreamerV2, against: [], least: 1}\nvariants:", "unknown key of contrasts 'least'"),
         (

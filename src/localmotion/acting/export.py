@@ -213,7 +213,10 @@ def _differs(call: Call, module: nn.Module, obs: Tensors, begin: Tensors) -> flo
             wanted = module(**given)
         found = call(given)
         for name, value in wanted.items():
-            worst = max(worst, float((found[name].float() - value.float()).abs().max()) if value.numel() else 0.0)
+            difference = float((found[name].float() - value.float()).abs().max()) if value.numel() else 0.0
+            worst = max(
+                worst, difference if difference == difference else float("inf")
+            )  # NaN is no number that max could compare
         carry = {name: wanted[f"{NEXT}{name}"] for name in begin}
     return worst
 

@@ -264,7 +264,7 @@ class PVDR(Method):
             goal = goal.index_put((first,), self.features(obs["goal"][first]).squeeze(1))
         mean, log_variance, context = self.prior(past)
         count = self.config.align.plans if explore else self.config.align.plans_eval
-        z = sample(*(x.unsqueeze(1).expand(-1, count, -1) for x in (mean, log_variance)))  # (B, K, Z)
+        z = sample(*(x.unsqueeze(1).expand(-1, count, -1) for x in (mean, log_variance)), always=True)  # (B, K, Z)
         plans = self.plans(past, z)  # (B, K, n, N)
         codes = self.tokenizer.embed(plans)  # (B, K, n, N, D)
         chosen = self.aligner.choose(codes, goal, explore)  # (B,)

@@ -64,9 +64,10 @@ def _gaussian(out: Tensor) -> tuple[Tensor, Tensor]:
     return mean, log_variance.clamp(*LOG_VARIANCE)
 
 
-def sample(mean: Tensor, log_variance: Tensor) -> Tensor:
-    """Reparameterised sample (..., Z)."""
-    return mean + torch.exp(0.5 * log_variance) * normal(mean)
+def sample(mean: Tensor, log_variance: Tensor, *, always: bool = False) -> Tensor:
+    """Reparameterised sample (..., Z). ``always``: also where draws are the likeliest, because a choice between plans needs several."""
+    noise = torch.randn(mean.shape, device=mean.device) if always else normal(mean)
+    return mean + torch.exp(0.5 * log_variance) * noise
 
 
 def divergence(mean: Tensor, log_variance: Tensor, other_mean: Tensor, other_log_variance: Tensor) -> Tensor:

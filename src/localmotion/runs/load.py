@@ -65,6 +65,14 @@ def load_run(
     return run, method.to(compute.device).eval(), compute
 
 
+def built(run: RunConfig, image_size: int, action_dim: int | None) -> Method:
+    """The method of a new run, with fresh weights. Raises ConfigError for sizes that do not fit each other."""
+    try:
+        return methods.get(run.method)(run.model, image_size=image_size, action_dim=action_dim)
+    except ValueError as error:
+        raise ConfigError(f"no {run.method} can be built of these settings: {one_line(error)}") from error
+
+
 def _check_env(run: RunConfig, path: Path) -> None:
     """Raise ConfigError for an environment or options with which no run could have begun."""
     try:

@@ -40,25 +40,32 @@ def recorded(out: RunDir, method: Method, where: Callable[[], dict[str, int]], s
             the first.
         save: writes a checkpoint if there is anything to save, and returns whether it did.
     """
-    try:
-        with StopRequest() as stop:
+    with StopRequest() as stop:  # also while the end is saved: a further signal must not cut that short
+        try:
             yield stop
-    except Interrupted:
-        saved = save()
-        out.status("interrupted", **where())
-        if saved:
-            unit, count = next(iter(where().items()))
-            say(f"interrupted at {unit.replace('_', ' ')} {count}, saved; the same command goes on from there")
-        raise
-    except KeyboardInterrupt:
-        out.status("interrupted", **where())
-        raise
-    except DivergedError as error:
-        explained = dump(out.path, method, error)
-        out.status("failed", **where(), error=str(explained))
-        raise explained from error
-    except BaseException as error:
-        if isinstance(error, EnvError) and ranks.alone():  # saving needs all ranks
-            save()
-        out.status("failed", **where(), error=str(error))
-        raise
+        except Interrupted:
+            try:
+                saved = save()
+            except BaseException as error:  # a full disk, or a second Ctrl-C
+                why = {} if isinstance(error, KeyboardInterrupt) else {"error": str(error)}
+                out.status("interrupted", **where(), **why)
+                raise
+            out.status("interrupted", **where())
+            if saved:
+                unit, count = next(iter(where().items()))
+                say(f"interrupted at {unit.replace('_', ' ')} {count}, saved; the same command goes on from there")
+            raise
+        except KeyboardInterrupt:
+            out.status("interrupted", **where())
+            raise
+        except DivergedError as error:
+            explained = dump(out.path, method, error)
+            out.status("failed", **where(), error=str(explained))
+            raise explained from error
+        except BaseException as error:
+            try:
+                if isinstance(error, EnvError) and ranks.alone():  # saving needs all ranks
+                    save()
+            finally:
+                out.status("failed", **where(), error=str(error))
+            raise

@@ -22,6 +22,7 @@ from localmotion.machine import cores
 from localmotion.methods.base import MOTION, Method, Source
 from localmotion.recipe import Recipe
 from localmotion.recording.logs import action_dim
+from localmotion.runs.load import built
 from localmotion.runs.rundir import claimed, earlier, read_environment, run_dir
 from localmotion.runs.settings import recipe_of, with_recipe
 from localmotion.runs.sharing import local_run, pinned
@@ -72,7 +73,7 @@ def _online(run: RunConfig, path: Path, cls: type[Method]) -> Path:
     repeat = int(observer.env.describe()["action_repeat"])  # type: ignore[attr-defined]
     check_learns(run, repeat)
     check_phases(run, observer.env)
-    method, updater = _built(run, path, cls, perception.size, observer.action_dim)
+    method, updater = _begun(run, path, perception.size, observer.action_dim)
     loop = OnlineLoop if ranks.alone() else SpreadLoop
     loop(run, run_dir(path, run), observer, method, updater, repeat).go()
     return path
@@ -104,7 +105,7 @@ def _logged(run: RunConfig, path: Path, cls: type[Method]) -> Path:
             raise ConfigError(f"{run.data}: was logged with {dim} action dimensions, {run.env} has {observer.action_dim}")
         run = _acting(run, observer.discrete)
         observer.env.close()
-    method, updater = _built(run, path, cls, store.size, dim)
+    method, updater = _begun(run, path, store.size, dim)
     LoggedLoop(run, run_dir(path, run), store, method, updater, make).go()
     return path
 
@@ -129,7 +130,7 @@ def _rollout(run: RunConfig, path: Path, cls: type[Method]) -> Path:
         check_budget(run, repeat)
         dim = int(np.prod(envs.single_action_space.shape or ()))
         run = _acting(run, bool(envs.description.get("discrete")))
-        method, updater = _built(run, path, cls, size, dim)
+        method, updater = _begun(run, path, size, dim)
         RolloutLoop(run, run_dir(path, run), envs, method, updater, repeat).go()
     return path
 
@@ -150,13 +151,13 @@ def _as_logged(run: RunConfig) -> RunConfig:
     return replace(run, action_repeat=logged)
 
 
-def _built(run: RunConfig, path: Path, cls: type[Method], size: int, dim: int) -> tuple[Method, Updater]:
+def _begun(run: RunConfig, path: Path, size: int, dim: int) -> tuple[Method, Updater]:
     """Build the method, load its pre-trained weights (if any), and build its updater."""
     if run.rehearsal.data:
         check_clips(run, size)
     compute = choose(run, read_environment(earlier(path)))
     torch.manual_seed(run.seed)
-    method = cls(run.model, image_size=size, action_dim=dim).to(compute.device)
+    method = built(run, size, dim).to(compute.device)
     if run.checkpoint:
         say(load_pretrained(method, run).line())
     return method, Updater(method, run, compute, pretrained=bool(run.checkpoint), graph=graphs.wanted(run))

@@ -196,7 +196,7 @@ class Loop(ABC):
         """The last evaluation and the last checkpoint of a complete run. A checkpoint that has that evaluation does not need another."""
         if self.final != self.count:
             self.evaluate(final=True)
-        self.save()
+        self.save(last=True)
 
     def where(self) -> dict[str, int]:
         """Counters for the run's status, beginning with ``unit``."""
@@ -282,9 +282,12 @@ class Loop(ABC):
 
     # Saving -----------------------------------------------------------------------------------------------------------------
 
-    def save(self) -> bool:
-        """Write a checkpoint. If the newest update was not finite, print a message and return False instead."""
-        if not self.updater.healthy:
+    def save(self, *, last: bool = False) -> bool:
+        """Write a checkpoint. If the newest update was not finite, print a message and return False instead.
+
+        ``last``: the run ends here. It is saved then, too: a skipped update changed nothing, and what came before it would be lost.
+        """
+        if not (last or self.updater.healthy):
             say(f"not saved: the newest update was not finite; {checkpoint.what_stays(self.out.path / 'checkpoints')}")
             return False
         self.saves.set(self.count)
@@ -307,7 +310,7 @@ class Loop(ABC):
 
     def _save_progress(self) -> bool:
         """Save if this process made progress. Returns whether it saved."""
-        return self._begun is not None and (self.count, self.updater.update) != self._begun and self.save()
+        return self._begun is not None and (self.count, self.updater.update) != self._begun and self.save(last=True)
 
     def _resume(self) -> None:
         """Continue from the newest complete checkpoint, if there is one."""

@@ -304,11 +304,11 @@ class OnlineLoop(ActingLoop):
         }
         return values, {"episode": self.playing.saved() if self.playing else {}}
 
-    def save(self) -> bool:
+    def save(self, *, last: bool = False) -> bool:
         """Save checkpoint and replay, then delete the files of episodes that no kept checkpoint needs."""
-        if self.updater.healthy:
+        if last or self.updater.healthy:
             self.replay.save()
-        if not super().save():
+        if not super().save(last=last):
             return False
         kept = checkpoint.complete(self.out.path / "checkpoints")
         self.replay.prune({serial for path in kept for serial in self._episodes_in(path)})

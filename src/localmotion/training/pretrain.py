@@ -17,6 +17,7 @@ from localmotion.errors import StoreError
 from localmotion.evaluation.heldout import measure_heldout
 from localmotion.methods.base import LABELS, Method
 from localmotion.recording.logs import EpisodeSampler
+from localmotion.runs.load import built
 from localmotion.runs.rundir import RunDir, claimed, earlier, read_environment, run_dir
 from localmotion.runs.sharing import pinned
 from localmotion.training import graphs
@@ -40,23 +41,22 @@ def pretrain(run: RunConfig, path: Path) -> Path:
     check_video_stage(cls, run)
     check_ranks(run)
     with ranks.joined(), claimed(path):
-        return _pretrain(pinned(run, earlier(path)), path, cls)
+        return _pretrain(pinned(run, earlier(path)), path)
 
 
-def _pretrain(run: RunConfig, path: Path, cls: type[Method]) -> Path:
+def _pretrain(run: RunConfig, path: Path) -> Path:
     store = ClipStore(place_of(run.data))
     if store.missing:
         say(store.missing_line())
     train, heldout = _sampler(store, run, "train"), _heldout(store, run)
     compute = choose(run, read_environment(earlier(path)))
-    out = run_dir(path, run)
     torch.manual_seed(run.seed)
-    method = cls(run.model, image_size=store.size, action_dim=None).to(compute.device)
+    method = built(run, store.size, None).to(compute.device)
     if run.checkpoint:
         say(load_pretrained(method, run).line())
     updater = Updater(method, run, compute, pretrained=bool(run.checkpoint), graph=graphs.wanted(run))
     with closing(train):
-        VideoLoop(run, out, store, method, updater, train, heldout, _labelled(store, run)).go()
+        VideoLoop(run, run_dir(path, run), store, method, updater, train, heldout, _labelled(store, run)).go()
     return path
 
 
@@ -82,6 +82,7 @@ class VideoLoop(Loop):
         super().__init__(run, out, method, updater, *clocks)
         self.store, self.train, self.heldout, self.labelled = store, train, heldout, labelled
         self.spent["data"] = 0.0
+        self._lined = 0  # update of the line before
 
     @property
     def total(self) -> int:
@@ -113,7 +114,8 @@ class VideoLoop(Loop):
 
     def times(self, parts: Mapping[str, float], whole: float) -> dict[str, float]:
         """Mean seconds per update since the previous line."""
-        count = self.run.pretrain.log_every
+        count = self.updater.update - max(self._lined, self._begun[1] if self._begun else 0)
+        self._lined = self.updater.update
         means = {f"seconds/{part}": parts[part] / count for part in ("data", "update")}
         return means | {"updates_per_second": count / (whole - parts.get("eval", 0.0))}
 

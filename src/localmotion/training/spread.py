@@ -116,7 +116,8 @@ class SpreadLoop(OnlineLoop):
 
     def state(self) -> tuple[dict[str, Any], dict[str, Mapping[str, Tensor]]]:
         values, tensors = super().state()
-        own = {key: values[key] for key in ("episode", "phase", "playing", "replay")} | {"elsewhere": self.elsewhere}
+        own = {key: values[key] for key in ("episode", "phase", "playing", "replay")}
+        own |= {"elsewhere": self.elsewhere, "all_learn": self.all_learn}
         text = bytearray(json.dumps(own).encode())
         return values, {**tensors, "own": {"json": torch.frombuffer(text, dtype=torch.uint8)}}
 
@@ -124,6 +125,7 @@ class SpreadLoop(OnlineLoop):
         own = checkpoint.read_own(folder) if int(state.get("ranks", 1)) == ranks.world() else {}
         super().restore({**state, **own}, folder)
         self.elsewhere = int(own["elsewhere"])
+        self.all_learn = bool(own.get("all_learn", False))  # an evaluation that is due takes place before the next step
 
     def _episodes_in(self, path: Path) -> list[int]:
         found: list[int] = checkpoint.read_own(path)["replay"]["episodes"]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from localmotion import ranks
 from localmotion.config import OnlineConfig
 from localmotion.errors import ConfigError
 from localmotion.replay import Storage
@@ -28,8 +29,10 @@ def available_memory() -> int:
         available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     try:
         group = Path("/sys/fs/cgroup")
-        limit, used = (group / "memory.max").read_text().strip(), (group / "memory.current").read_text()
-        available = min(available, int(limit) - int(used)) if limit != "max" else available
+        limit, used = (group / "memory.max").read_text().strip(), int((group / "memory.current").read_text())
+        counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        used -= int(counts.get("inactive_file", 0))  # copies of files, which give way
+        available = min(available, int(limit) - used) if limit != "max" else available
     except (OSError, ValueError):  # no control groups, or version 1 of them
         pass
     return available
@@ -61,7 +64,8 @@ def choose_storage(
 ) -> tuple[Storage, str]:
     """Choose where to sample from. Returns the choice and a sentence that describes it.
 
-    ``on_device``: `device_memory` of the device that learns. ``episode``: see `records_needed`.
+    ``on_device``: `device_memory` of the device that learns. ``episode``: see `records_needed`. All ranks of a machine have a replay of
+    their own, so each counts on its share of the machine's memory and disk.
 
     With every choice, each complete episode is eventually written to ``folder``. The disk must therefore hold the
     replay and the episodes that left it since the last two checkpoints. Raises ConfigError and names the capacity that
@@ -72,7 +76,8 @@ def choose_storage(
     evicted = 2 * online.save_every if records == online.replay_capacity else 0
     filed = sum(path.stat().st_size for path in folder.glob("episode_*.safetensors")) if folder.exists() else 0
     existing = next(path for path in (folder, *folder.parents) if path.exists())
-    free = shutil.disk_usage(existing).free + filed
+    here = ranks.local()[1]
+    free = shutil.disk_usage(existing).free // here + filed
     what = f"replay: {bytes_per_record / 1e3:.1f} kB a record, at most {records:,} records = {_size(need)}"
     if free < need + evicted * bytes_per_record:
         fits = max(int(free * 0.9 / bytes_per_record) - 2 * online.save_every, 0)
@@ -80,7 +85,7 @@ def choose_storage(
             f"{what}, {_size(need + evicted * bytes_per_record)} on disk with what its checkpoints keep, but {folder} has"
             f" {_size(free)} free: choose --run on a larger disk, or --online.replay_capacity {fits}"
         )
-    asked, memory = online.replay_storage, available_memory()
+    asked, memory = online.replay_storage, available_memory() // here
     if asked == "device" and (on_device is None or need > on_device):
         has = "this run's device has no memory of its own" if on_device is None else f"the device has {_size(on_device)} free"
         raise ConfigError(f"{what}, but {has}: use --online.replay_storage auto")

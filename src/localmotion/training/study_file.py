@@ -126,6 +126,7 @@ def read_study(path: Path) -> Study:
         raise ConfigError(f"{path}: a study is a mapping with the keys {', '.join(sorted(_STUDY))}")
     _known(path, "study", study, _STUDY)
     common, preset = _pairs(path, study.get("settings")), str(study.get("preset", "small"))
+    _apart(path, "the study", study, ("env", "seed", "label"))
     entries = _entries(path, _table(path, study, "pretrain"))
     variants = _table(path, study, "variants")
     if not variants and not entries:
@@ -134,6 +135,7 @@ def read_study(path: Path) -> Study:
     grid: dict[str, tuple[list[Any], list[Any]]] = {}  # tasks and seeds of each variant
     for name, given in variants.items():
         _known(path, f"variant {name!r}", given, _VARIANT)
+        _apart(path, f"variant {name!r}", given, ("env", "seed", "label"))
         method, checkpoint = _method(path, given), str(given.get("checkpoint") or "")
         stage = _stage(path, name, given, method, "finetune" if checkpoint else "train", acts=True)
         source = entries.get(checkpoint)
@@ -176,6 +178,7 @@ def _entries(path: Path, table: Mapping[str, dict[str, Any]]) -> dict[str, _Entr
             raise ConfigError(f"{path}: pre-training {name!r} would start from itself, through {', '.join(users)}")
         given = table[name]
         _known(path, f"pre-training {name!r}", given, _PRETRAIN)
+        _apart(path, f"pre-training {name!r}", given, ("seed",))
         checkpoint = str(given.get("checkpoint") or "")
         if checkpoint in table:
             add(checkpoint, (*users, name))
@@ -368,6 +371,17 @@ def _known(path: Path, what: str, given: Mapping[str, Any], keys: set[str]) -> N
     for key in given:
         if key not in keys:
             raise ConfigError(f"{path}: {unknown_name(f'key of {what}', str(key), keys)}")
+
+
+def _apart(path: Path, what: str, given: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Raise ConfigError for a setting that says what tells runs apart: runs of several seeds or tasks would be copies of one."""
+    settings = given.get("settings")
+    for name in names:
+        if name in (settings if isinstance(settings, dict) else {}) or name in dict(_sweep(path, given)):
+            own = {"env": "tasks", "seed": "seeds", "label": "the names of variants"}[name]
+            if what.startswith("pre-training"):
+                own = "seed or per_seed of the entry"
+            raise ConfigError(f"{path}: {what}: {name} is not a setting here, it tells runs apart; use {own}")
 
 
 def _table(path: Path, study: Mapping[str, Any], key: str) -> dict[str, dict[str, Any]]:
