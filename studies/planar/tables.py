@@ -31,7 +31,7 @@ from localmotion.evaluation.contrasts import Interval
 from localmotion.report.style import GRID, INK, MUTED, PALETTE, styled
 
 HERE = Path(__file__).parent
-PROSE = (HERE / "README.md", HERE / "PREREG-second.md", HERE.parents[1] / "README.md")
+PROSE = (HERE / "README.md", HERE.parents[1] / "README.md")
 SEEDS = 8
 BLOCK = re.compile(r"(<!-- tables\.py: (.+?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 HEADS = {"links": "linear probe", "links_pose": "network with the pose", "actions": "actions"}
