@@ -107,9 +107,16 @@ def test_a_flag_of_another_loop_is_an_error(
     assert message in " ".join(capsys.readouterr().err.split())
 
 
-def test_episodes_are_held_out_by_one_setting_everywhere(begun: list[RunConfig]) -> None:
-    main(["decode", "--method", "bc", "--preset", "debug", "--pretrain.heldout_fraction", "0.2", "--run", "x"])
+def test_a_stage_that_learns_from_clips_beside_labels_reads_the_share_that_is_held_out(
+    begun: list[RunConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = ["decode", "--method", "bc", "--preset", "debug", "--pretrain.heldout_fraction", "0.2", "--run", "x"]
+    main([*one, "--relabel", "true"])
     assert begun[0].pretrain.heldout_fraction == 0.2
+    with pytest.raises(SystemExit) as ended:
+        main(one)  # labelled episodes are not held out
+    assert (ended.value.code, len(begun)) == (2, 1)
+    assert "setting pretrain.heldout_fraction does nothing in the stage decode of bc" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from localmotion.config import PRESETS, RunConfig, Stage, assign, full_name, lea
 from localmotion.errors import CheckpointError, ConfigError, unknown_name
 from localmotion.files import MAX_TEXT, check_tree, one_line, read_bytes, read_json, refuse_links
 from localmotion.limits import limits, wanted
-from localmotion.methods.base import Source
+from localmotion.methods.base import VIDEO, Source
 from localmotion.perception.trust import check_recipe
 from localmotion.recipe import Recipe, read_recipe
 from localmotion.suites import SUITES
@@ -90,17 +90,19 @@ def _layers(
 def check_read(config: RunConfig, settings: Iterable[str]) -> None:
     """Raise ConfigError for one of ``settings`` (name=value texts) that the loop of the run's stage does not read.
 
-    Video stages read `pretrain`, all others `online` and `rehearsal`, and stages that learn from rollouts `rollout`, too. Logged
-    episodes are held out by pretrain.heldout_fraction. Rehearsal makes its batches by `pretrain`.
+    Video stages read `pretrain`, all others `online` and `rehearsal`, and stages that learn from rollouts `rollout`, too. A stage on
+    logged episodes that also learns from their clips leaves out what pretrain.heldout_fraction holds out. Rehearsal makes its batches by
+    `pretrain`.
     """
     cls = methods.get(config.method)
     video, rollout = _from_video(cls, config.stage), cls.stages.get(config.stage) is Source.ROLLOUT
     clips = video or bool(config.rehearsal.data)
+    held = bool(cls.needs(config.model, config.stage) & VIDEO)
     read = {"pretrain": clips, "online": not video, "rehearsal": not video, "rollout": rollout}
     for text in settings:
         name = full_name(config, text.partition("=")[0].strip(), video)
         group, _, last = name.partition(".")
-        if not read.get(group, True) and name != "pretrain.heldout_fraction":
+        if not read.get(group, True) and not (held and name == "pretrain.heldout_fraction"):
             own = f"{'pretrain' if video else 'online'}.{last}"
             instead = f"; its own setting is {own}" if own in dict(leaves(config)) else ""
             raise ConfigError(f"setting {name} does nothing in the stage {config.stage} of {config.method}{instead}")
