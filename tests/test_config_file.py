@@ -95,6 +95,14 @@ def test_a_setting_is_no_shortened_flag(begun: list[RunConfig]) -> None:
         ("pretrain", "pvdr", "--env_steps", "setting online.env_steps does nothing in the stage pretrain of pvdr"),
         ("finetune", "drp", "--rollout.steps", "setting rollout.steps does nothing in the stage finetune of drp"),
         ("decode", "lapo", "--pretrain.updates", "does nothing in the stage decode of lapo; its own setting is online.updates"),
+        ("train", "dreamer_v3", "--actor_lr", "setting online.actor_lr does nothing in the stage train of dreamer_v3"),
+        (
+            "train",
+            "dreamer_v2",
+            "--freeze_updates",
+            "setting online.freeze_updates does nothing in the stage train of dreamer_v2",
+        ),
+        ("finetune", "lapo", "--train_every", "setting online.train_every does nothing in the stage finetune of lapo"),
         ("clone", "lapo", "--online.updates", "does nothing in the stage clone of lapo; its own setting is pretrain.updates"),
     ],
 )

@@ -12,11 +12,13 @@ from unittest import mock
 import pytest
 import torch
 
+from localmotion import methods
 from localmotion.acting.episodes import Rollout, episode_seed
 from localmotion.acting.observer import Observer
 from localmotion.acting.policy import MethodPolicy
 from localmotion.config import OnlineConfig, OptimConfig, PretrainConfig
 from localmotion.errors import ConfigError
+from localmotion.methods.base import Rates, Source
 from localmotion.methods.dreamer_v2 import DreamerV2
 from localmotion.replay import Replay
 from localmotion.runs.load import built
@@ -26,7 +28,7 @@ from localmotion.training import pretrain as pretraining
 from localmotion.training import trials
 from localmotion.training.finetune import finetune
 from localmotion.training.online import OnlineLoop
-from localmotion.training.update import Updater
+from localmotion.training.update import Updater, rates
 from method_batches import make
 from test_settings_reach import UNCLIPPED, build, changed, difference, doing, stepped
 
@@ -38,6 +40,36 @@ def test_sizes_that_do_not_fit_are_a_mistake_in_the_settings(name: str, setting:
     run = compose(name, "train", preset="tiny", env="toy:dot", settings=(setting,))
     with pytest.raises(ConfigError, match=f"no {name} can be built of these settings: "):
         built(run, 32, 2)
+
+
+# --- settings that a method does not read ---------------------------------------------------------------------------------
+
+
+class Asked:
+    """Rates that remember which of them a method's groups read."""
+
+    def __init__(self, rates: Rates) -> None:
+        self._rates, self.seen = rates, set[str]()
+
+    def __getattr__(self, name: str) -> Any:
+        self.seen.add(name)
+        return getattr(self._rates, name)
+
+
+STAGES = [
+    (name, stage) for name in methods.names() for stage, source in methods.get(name).stages.items() if source is not Source.CLIPS
+]
+
+
+@pytest.mark.parametrize(("name", "stage"), STAGES)
+def test_a_method_names_the_rates_that_it_does_not_read(name: str, stage: Any) -> None:
+    """The command line refuses them there."""
+    run, method = make(name, stage)
+    asked: Any = Asked(rates(run, method.stages[stage], True))
+    method.groups(stage, asked)
+    known = {"actor_lr": "actor_lr", "critic_lr": "critic_lr", "slow": "pretrained_lr_factor", "freeze_updates": "freeze_updates"}
+    idle = {f"online.{setting}" for read, setting in known.items() if read not in asked.seen}
+    assert {key for key in method.unread.get(stage, ()) if key.startswith("online.")} == idle
 
 
 # --- rates and optimisers -----------------------------------------------------------------------------------------------
@@ -348,7 +380,7 @@ def pretrained(store: Path, path: Path, *settings: str) -> dict[str, Any]:
         seen["heldout"].add(hashlib.sha256(sampler.batch(0)["image"].numpy().tobytes()).hexdigest())
         return {}
 
-    def save(loop: Any) -> bool:
+    def save(loop: Any, **_: Any) -> bool:
         seen["saved"].append(loop.updater.update)
         loop.saves.set(loop.count)
         return True

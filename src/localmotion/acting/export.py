@@ -214,9 +214,8 @@ def _differs(call: Call, module: nn.Module, obs: Tensors, begin: Tensors) -> flo
         found = call(given)
         for name, value in wanted.items():
             difference = float((found[name].float() - value.float()).abs().max()) if value.numel() else 0.0
-            worst = max(
-                worst, difference if difference == difference else float("inf")
-            )  # NaN is no number that max could compare
+            # NaN is no number that max could compare.
+            worst = max(worst, difference if difference == difference else float("inf"))
         carry = {name: wanted[f"{NEXT}{name}"] for name in begin}
     return worst
 

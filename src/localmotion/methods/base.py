@@ -66,6 +66,9 @@ class Source(Enum):
 
 FROM_VIDEO: Mapping[str, Source] = {"pretrain": Source.CLIPS, "finetune": Source.REPLAY, "train": Source.REPLAY}
 """Stages of a method that learns from video first. `train` is `finetune` without a checkpoint."""
+AGENT_RATES = frozenset({"online.actor_lr", "online.critic_lr"})
+HELD_RATES = frozenset({"online.pretrained_lr_factor", "online.freeze_updates"})
+"""Settings of learning rates that some methods do not use, for `Method.unread`."""
 FROM_SCRATCH: Mapping[str, Source] = {"finetune": Source.REPLAY, "train": Source.REPLAY}
 """Stages of a method that learns only in an environment."""
 LATENT_ACTIONS: Mapping[str, Source] = {
@@ -76,6 +79,8 @@ LATENT_ACTIONS: Mapping[str, Source] = {
 }
 """Stages of a latent action model: latent actions from video, a policy over them, a decoder to actions that labels train, and learning by
 reward. `methods.latent_stages` has what their methods share."""
+NO_AGENT_RATES: Mapping[str, frozenset[str]] = {"decode": AGENT_RATES | HELD_RATES, "finetune": AGENT_RATES}
+"""`Method.unread` of a latent action model."""
 
 
 def same(*names: str) -> dict[str, str]:
@@ -225,6 +230,8 @@ class Method(nn.Module):
     """Settings of the method's own paper for a suite (`dmc`) or an environment (`metaworld:drawer-open`), on top of `suites.SUITES`."""
     stages: ClassVar[Mapping[str, Source]]
     """Names of the stages, which are also commands, and the source of their batches."""
+    unread: ClassVar[Mapping[str, frozenset[str]]] = {}
+    """By stage, settings of `online` and `optim` that its groups do not use. The command line refuses them there."""
     acts_after: ClassVar[frozenset[str]] = frozenset({"finetune", "train"})
     """Stages whose result can act. Their models are built with the number of actions."""
     wants: ClassVar[frozenset[str]] = frozenset()

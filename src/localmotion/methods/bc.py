@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from localmotion import ranks
 from localmotion.limits import Limits, at_least
-from localmotion.methods.base import VIDEO, Batch, Group, Losses, Method, Metrics, Pass, Rates, Source
+from localmotion.methods.base import AGENT_RATES, HELD_RATES, VIDEO, Batch, Group, Losses, Method, Metrics, Pass, Rates, Source
 from localmotion.methods.sizes import latent_presets
 from localmotion.models.latent_actions import ActionHead, LatentEncoder, LatentHead, PooledEncoder, StridedEncoder, orthogonal_
 from localmotion.models.latent_windows import decoding_error, every, newest, noisy, pictures, r_squared, stacks, starts
@@ -74,6 +74,7 @@ class BC(Method):
     paper = "arXiv 2502.00379"
     Config = BCConfig
     stages = {"decode": Source.LOGGED}
+    unread = {"decode": AGENT_RATES | HELD_RATES}
     acts_after = frozenset({"decode"})
     wants = VIDEO
     PRESETS = latent_presets(

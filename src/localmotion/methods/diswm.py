@@ -53,6 +53,7 @@ from localmotion.errors import ConfigError
 from localmotion.limits import Limits, at_least, shares
 from localmotion.methods.base import (
     FROM_VIDEO,
+    HELD_RATES,
     Batch,
     Counters,
     Group,
@@ -193,6 +194,7 @@ class DisWM(Method):
     paper = "arXiv 2503.08751"
     Config = DisWMConfig
     stages = FROM_VIDEO
+    unread = {"finetune": HELD_RATES, "train": HELD_RATES}
     begins = {"finetune": "pretrain"}
     transfers = {"encoder": "teacher"}
     PRESETS = _presets()

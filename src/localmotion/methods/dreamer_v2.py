@@ -20,6 +20,7 @@ from localmotion.config import BehaviourConfig, WorldModelConfig
 from localmotion.limits import Limits, at_least
 from localmotion.methods.base import (
     FROM_SCRATCH,
+    HELD_RATES,
     Batch,
     Counters,
     Group,
@@ -56,6 +57,7 @@ class DreamerV2(Method):
     paper = "arXiv 2010.02193"
     Config = DreamerV2Config
     stages = FROM_SCRATCH
+    unread = dict.fromkeys(stages, HELD_RATES)
     PRESETS = presets(world={"encoder": "resnet", "context": False}, pretrain=False)
 
     def __init__(self, config: DreamerV2Config, *, image_size: int, action_dim: int | None) -> None:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from localmotion.errors import ConfigError
 from localmotion.limits import Limits, at_least, shares
-from localmotion.methods.base import FROM_SCRATCH, Batch, Counters, Group, Method, Pass, Rates
+from localmotion.methods.base import AGENT_RATES, FROM_SCRATCH, HELD_RATES, Batch, Counters, Group, Method, Pass, Rates
 from localmotion.methods.sizes import ONLINE, RECIPE
 from localmotion.models.blocks import NormMLP
 from localmotion.models.observations import ObservationModel
@@ -163,6 +163,8 @@ class DreamerV3(Method):
     paper = "arXiv 2301.04104"
     Config = DreamerV3Config
     stages = FROM_SCRATCH
+    # LaProp has one rate and constants of its own.
+    unread = dict.fromkeys(stages, AGENT_RATES | HELD_RATES | {"optim.eps", "optim.clip", "optim.weight_decay"})
     vectors = True
     discrete = True
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {

@@ -40,6 +40,7 @@ from localmotion.limits import Limits, at_least, shares
 from localmotion.methods.base import (
     LABELS,
     LATENT_ACTIONS,
+    NO_AGENT_RATES,
     Batch,
     Counters,
     Group,
@@ -118,6 +119,7 @@ class LAOM(Method):
     paper = "arXiv 2502.00379"
     Config = LAOMConfig
     stages = LATENT_ACTIONS
+    unread = NO_AGENT_RATES
     acts_after = frozenset({"decode", "finetune"})
     begins = {"clone": "pretrain", "decode": "clone", "finetune": "clone"}
     extras = EXTRAS

@@ -45,6 +45,7 @@ from localmotion.limits import Limits, at_least, shares
 from localmotion.methods.base import (
     LATENT_ACTIONS,
     MOTION,
+    NO_AGENT_RATES,
     Batch,
     Counters,
     Group,
@@ -140,6 +141,7 @@ class LAPO(Method):
     paper = "arXiv 2312.10812"
     Config = LAPOConfig
     stages = LATENT_ACTIONS
+    unread = NO_AGENT_RATES
     acts_after = frozenset({"decode", "finetune"})
     begins = {"clone": "pretrain", "decode": "clone", "finetune": "clone"}
     extras = EXTRAS

@@ -39,6 +39,7 @@ from localmotion.limits import Limits, at_least, shares
 from localmotion.methods.base import (
     LATENT_ACTIONS,
     MASK,
+    NO_AGENT_RATES,
     Batch,
     Counters,
     Group,
@@ -133,6 +134,7 @@ class MaskLAM(Method):
     paper = "arXiv 2602.02259"
     Config = MaskLAMConfig
     stages = LATENT_ACTIONS
+    unread = NO_AGENT_RATES
     acts_after = frozenset({"decode", "finetune"})
     begins = {"clone": "pretrain", "decode": "clone", "finetune": "clone"}
     extras = EXTRAS

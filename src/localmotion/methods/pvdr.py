@@ -115,8 +115,8 @@ class PVDR(Method):
     Config = PVDRConfig
     PRESETS = plan_presets()
     stages = {"tokenize": Source.CLIPS, "pretrain": Source.CLIPS, "finetune": Source.ROLLOUT}
-    acts_after = frozenset({"finetune"})
-    predicts_after = frozenset({"pretrain"})
+    unread = {"finetune": frozenset({"online.freeze_updates"})}
+    acts_after, predicts_after = frozenset({"finetune"}), frozenset({"pretrain"})
     begins = {"pretrain": "tokenize", "finetune": "pretrain"}
     wants = GOAL
     encodes, rehearses = frozenset({"image", "goal"}), frozenset({"finetune"})

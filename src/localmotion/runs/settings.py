@@ -87,14 +87,28 @@ def _layers(
     return config
 
 
+_OF_EPISODES = {"prefill", "warmup_updates", "train_every", "replay_capacity", "replay_storage", "replay_flow"}
+# Settings of `online` that the loop of a stage does not read.
+_UNREAD = {
+    "rollout": {*_OF_EPISODES, "updates", "lr_decay", "batch_size", "prioritize_ends"},
+    "replay": {"updates", "lr_decay"},
+    "logged": {*_OF_EPISODES, "env_steps"},
+}
+
+
 def check_read(config: RunConfig, settings: Iterable[str]) -> None:
-    """Raise ConfigError for one of ``settings`` (name=value texts) that the loop of the run's stage does not read.
+    """Raise ConfigError for one of ``settings`` (name=value texts) that the loop of the run's stage, or its method, does not read.
 
     Video stages read `pretrain`, all others `online` and `rehearsal`, and stages that learn from rollouts `rollout`, too. A stage on
     logged episodes that also learns from their clips leaves out what pretrain.heldout_fraction holds out. Rehearsal makes its batches by
     `pretrain`.
     """
     cls = methods.get(config.method)
+    source = cls.stages.get(config.stage)
+    loop = "rollout" if source is Source.ROLLOUT else "logged" if config.data or source is Source.LOGGED else "replay"
+    unread = {f"online.{name}" for name in _UNREAD[loop]} | cls.unread.get(config.stage, frozenset())
+    if source is not Source.LOGGED:
+        unread.add("online.lr_decay")
     video, rollout = _from_video(cls, config.stage), cls.stages.get(config.stage) is Source.ROLLOUT
     clips = video or bool(config.rehearsal.data)
     held = bool(cls.needs(config.model, config.stage) & VIDEO)
@@ -102,9 +116,10 @@ def check_read(config: RunConfig, settings: Iterable[str]) -> None:
     for text in settings:
         name = full_name(config, text.partition("=")[0].strip(), video)
         group, _, last = name.partition(".")
-        if not read.get(group, True) and not (held and name == "pretrain.heldout_fraction"):
+        idle = not video and name in unread
+        if idle or (not read.get(group, True) and not (held and name == "pretrain.heldout_fraction")):
             own = f"{'pretrain' if video else 'online'}.{last}"
-            instead = f"; its own setting is {own}" if own in dict(leaves(config)) else ""
+            instead = f"; its own setting is {own}" if own != name and own in dict(leaves(config)) else ""
             raise ConfigError(f"setting {name} does nothing in the stage {config.stage} of {config.method}{instead}")
 
 
