@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-from localmotion.config import leaves
+from localmotion.config import BehaviourConfig, leaves
 from localmotion.errors import ConfigError
 from localmotion.evaluation.heldout import traversal
 from localmotion.methods.base import Counters
@@ -106,12 +106,12 @@ def test_pictures_of_other_sides_are_halved_more_or_less_often(side: int) -> Non
 def test_encoder_and_decoder_begin_kaiming_normal_and_the_others_as_torch_does() -> None:
     """He et al.: deviation sqrt(2 / fan in), no bias. PyTorch: uniform in +-1 / sqrt(fan in), biases too."""
     torch.manual_seed(0)
-    method: Any = DisWM(DisWM.Config(), image_size=64, action_dim=2)
+    method: Any = DisWM(DisWM.Config(behaviour=BehaviourConfig(continuation=True)), image_size=64, action_dim=2)
     kaiming = [*method.encoder.net[::2][:5], method.encoder.net[-1], method.decoder.net[0], method.decoder.net[2]]
     for layer in kaiming:
         assert float(layer.weight.detach().std()) == pytest.approx((2 / layer.weight[0].numel()) ** 0.5, rel=0.1)
         assert not layer.bias.any()
-    rssm, heads = method.dynamics, [method.reward, method.behaviour.actor, method.behaviour.critic]
+    rssm, heads = method.dynamics, [method.reward, method.behaviour.actor, method.behaviour.critic, method.continuation]
     plain = [rssm.img_in, rssm.prior_in, rssm.prior_out, rssm.post_in, rssm.post_out, *(head.net[2] for head in heads)]
     for layer in plain:
         bound = layer.in_features**-0.5
@@ -341,6 +341,7 @@ CASES = [
     case("finetune", "taught", updates=3, clip=1.0),
     case("finetune", "cross-domain", prepare=late, updates=2, cross_domain=True, kl_free=0.5),
     case("finetune", "released", distillation=0.095, distillation_steps=0),
+    case("finetune", "ends", updates=2, behaviour={**BEHAVIOUR, "continuation": True}),
     case("train", "alone", updates=2, distillation=0.0),
 ]
 

@@ -329,6 +329,7 @@ CASES = [
     case("finetune", "loaded", updates=2, clip=1.0),
     case("finetune", "paper-discrete-free", world=PAPER, action_output="discrete", free_latent=True, free_nats=50.0),
     case("finetune", "pictures-loaded", load="image"),
+    case("finetune", "ends", behaviour={**BEHAVIOUR, "continuation": True}),
     case("finetune", "naive", intrinsic_weight=0.0),
 ]
 

@@ -309,6 +309,7 @@ REACH: dict[str, str] = {
     "behaviour.discount": RETURNS,
     "behaviour.lambda_": RETURNS,
     "behaviour.entropy": "!loss.actor",
+    "behaviour.continuation": "!size.continuation",  # what it computes: test_continuation.py
     "behaviour.slow_critic_every": "!step.behaviour.slow_critic",
     "adapter": "!size.adapter",
     "embed_input": "!size.dynamics",

@@ -32,6 +32,7 @@ WORLD = {
     "kl_balance": 0.7,
 }
 BEHAVIOUR = {"horizon": 4, "discount": 0.9, "lambda_": 0.8, "entropy": 0.3, "slow_critic_every": 2}
+ENDING = {**BEHAVIOUR, "continuation": True}
 RATES = {"lr": 3e-3, "actor_lr": 2e-3, "critic_lr": 1e-3, "pretrained_lr_factor": 0.2, "freeze_updates": 1}
 OPTIM = {"clip": 1.0, "weight_decay": 1e-2, "eps": 1e-3}
 
@@ -96,6 +97,7 @@ APV_MODEL = {"beta_z": 0.7, "beta_z_finetune": 0.4, "beta_s": 0.6, "action_pad":
 CASES = [
     Case(DreamerV2, "train", dreamer_v2.train, **settings(beta=0.7)),
     Case(DreamerV2, "train", dreamer_v2.train, **settings(beta=0.7, free_nats=0.18), label="free-nats"),
+    Case(DreamerV2, "train", dreamer_v2.train, **settings(behaviour=ENDING), label="ends"),
     Case(
         DreamerV2,
         "train",
@@ -122,6 +124,7 @@ CASES = [
     ),
     Case(APV, "pretrain", apv.pretrain, **settings(**APV_MODEL)),
     Case(APV, "finetune", apv.online, **settings(**APV_MODEL, intrinsic_weight=0.8), prepare=half_filled, tolerance=ROUGH),
+    Case(APV, "finetune", apv.online, **settings(**APV_MODEL, behaviour=ENDING), updates=1, tolerance=ROUGH, label="ends"),
     Case(
         APV,
         "finetune",

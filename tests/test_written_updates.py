@@ -32,6 +32,7 @@ PAPER = {**PLAIN, "context_side": 4, "image_weight": 0.3, "reward_weight": 0.6, 
 CNN = {**WORLD, "depth": 1, "encoder": "cnn"}
 """DreamerV2's plain networks, which take 64 pixels and no context."""
 BEHAVIOUR = {"horizon": 3, "discount": 0.9, "lambda_": 0.8, "entropy": 0.3, "slow_critic_every": 2}
+ENDING = {**BEHAVIOUR, "continuation": True}
 DAE = {"patch": 4, "keypoints": 3, "dim": 8, "heads": 2, "blocks": 1, "flow_clip": 1.5, "flow_scale": 0.7, "mask_ratio": 0.4}
 SHARES = {"beta_s": 0.7, "beta_r": 0.4, "intrinsic_weight": 0.6}
 RATES = {"lr": 3e-3, "actor_lr": 2e-3, "critic_lr": 1e-3, "pretrained_lr_factor": 0.3, "freeze_updates": 1}
@@ -88,6 +89,7 @@ CASES = [
     case(IPV, "finetune", updates=2, beta_z_finetune=0.45, action_pad=5),
     case(IPV, "finetune", "paper", world=PAPER, updates=2),
     case(IPV, "finetune", "dmc", embed_input=True, free_nats=50.0, action_pad=2),
+    case(IPV, "finetune", "ends", behaviour=ENDING),
     case(IPV, "finetune", "erasing", context_erasing=True, clip=1.0),
     case(IPV, "finetune", "pictures-loaded", load="image"),
     case(IPV, "finetune", "dynamics-loaded", load="latent"),
@@ -101,6 +103,7 @@ CASES = [
     case(DRP, "finetune", updates=2),
     case(DRP, "finetune", "cnn-mats", world=CNN, side=64, dae={**DAE, "mats": 2}),
     case(DRP, "finetune", "dmc", embed_input=True, free_nats=50.0, adapter="mlp"),
+    case(DRP, "finetune", "ends", behaviour=ENDING),
     case(DRP, "finetune", "erasing-recompose", context_erasing=True, recompose_weight=0.35, clip=1.0),
     case(DRP, "finetune", "own-weight-of-z", beta_z_finetune=0.25),
     case(DRP, "finetune", "global", motion_encoder="global", side=32),

@@ -226,6 +226,9 @@ class BehaviourConfig:
     """Entropy regularisation eta."""
     slow_critic_every: int = 100
     """Updates between hard copies into the slow (target) critic."""
+    continuation: bool = False
+    """A head predicts whether the episode goes on, and no value follows a predicted end (DreamerV2). Off: as in IPV's release, whose
+    episodes end by time limits only. On by default in environments of your own."""
     LIMITS: ClassVar[Limits] = {
         **at_least(1, "horizon", "slow_critic_every"),
         **at_least(0, "entropy"),

@@ -28,3 +28,9 @@ SUITES["toy"] = {
     "model": {"intrinsic_weight": 0.0, "free_nats": 0.0, "context_erasing": False},
 }
 """By suite. `model` keys that a method does not have are dropped for it. DreamerV2, for example, has no intrinsic weight."""
+OWN = "own"
+"""Key, in the place of a suite, of all environments outside the package."""
+SUITES[OWN] = {}
+ENDS: dict[str, dict[str, Any]] = {OWN: {"model": {"behaviour": {"continuation": True}}}}
+"""For `SUITES` of a method with a continuation head: it is on where episodes may end by the task's rules. Those of the built-in suites end
+by time limits (but lqr's of DeepMind Control, and Meta-World's with `end_on_success`)."""

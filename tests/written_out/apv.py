@@ -65,10 +65,11 @@ def online(state: Any, batch: Mapping[str, Tensor], noise: Any, run: Any) -> dic
         "reward": (0.5 * (reward - target) ** 2).mean(),
     }
     total = world.image_weight * losses["image"] + model.beta_s * kl + model.beta_z_finetune * latent_kl
-    total = total + world.reward_weight * losses["reward"]
+    ends = core.continuation_loss(w, post.feat, batch["is_terminal"], world.layers)
+    total = total + world.reward_weight * losses["reward"] + sum(ends.values())
     loaded = set((run.load or "image,latent").split(","))
     first = ["image.encoder."]
-    new = ["image.decoder.", "dynamics.", "reward."]
+    new = ["image.decoder.", "dynamics.", "reward.", "continuation."]
     (first if "latent" in loaded else new).append("latent.")
     held = run.stage == "finetune" and "image" in loaded
     rate = online.lr * (online.pretrained_lr_factor if held else 1.0)
@@ -83,4 +84,4 @@ def online(state: Any, batch: Mapping[str, Tensor], noise: Any, run: Any) -> dic
     norms |= more
     told = {f"dynamics/{key}": value for key, value in metrics.items()}
     told |= {f"latent/{key}": value for key, value in latent_metrics.items()} | {"bonus/mean": bonus.mean()}
-    return core.report({**losses, **behaviour}, {**told, **imagined}, norms)
+    return core.report({**losses, **ends, **behaviour}, {**told, **imagined}, norms)

@@ -229,15 +229,42 @@ class TruncatedNormal(NamedTuple):
         return (0.5 * math.log(2 * math.pi * math.e) + torch.log(self.std * mass) + edge).sum(-1)
 
 
-def lambda_returns(reward: Tensor, value: Tensor, gamma: float, lambda_: float) -> Tensor:
-    """DreamerV2 Eq. 4: G_i = r_i + gamma [(1 - lambda) v_{i+1} + lambda G_{i+1}], G_H = v_H.
+def lambda_returns(reward: Tensor, value: Tensor, gamma: Tensor, lambda_: float) -> Tensor:
+    """DreamerV2 Eq. 4: G_i = r_i + gamma_i [(1 - lambda) v_{i+1} + lambda G_{i+1}], G_H = v_H.
 
-    Rewards and values (H+1, N) -> (H+1, N), the last of which is v_H.
+    Rewards, values and discounts (H+1, N) -> (H+1, N), the last of which is v_H.
     """
     returns = [value[-1]]
     for i in reversed(range(len(reward) - 1)):
-        returns.insert(0, reward[i] + gamma * ((1 - lambda_) * value[i + 1] + lambda_ * returns[0]))
+        returns.insert(0, reward[i] + gamma[i] * ((1 - lambda_) * value[i + 1] + lambda_ * returns[0]))
     return torch.stack(returns)
+
+
+def continuation_loss(w: Weights, feat: Tensor, is_terminal: Tensor, layers: int) -> dict[str, Tensor]:
+    """DreamerV2 Eq. 2, -ln p(gamma_t | s_t), of "goes on" or "ends": features (B, T, F). Only where the weights have the head."""
+    if not named_in(w, "continuation."):
+        return {}
+    goes_on = sigmoid(mlp(w, "continuation.", feat, layers)[..., 0])
+    return {"continue": -torch.where(is_terminal, torch.log(1 - goes_on), torch.log(goes_on)).mean()}
+
+
+def discounts(w: Weights, feat: Tensor, gamma: float, layers: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """gamma_i of imagined features (H+1, N, F), the weights of the losses, (H+1, N) both, and the metric of the head.
+
+    gamma_i is the constant, with the head times the probability that the episode goes on after state i. A weight is the product of
+    gamma_j over the states j before i: how likely state i is reached, and how much it counts.
+    """
+    goes_on = sigmoid(mlp(w, "continuation.", feat, layers)[..., 0]) if named_in(w, "continuation.") else None
+    each = gamma * (torch.ones(feat.shape[:-1], dtype=feat.dtype) if goes_on is None else goes_on)
+    weights = [torch.ones_like(each[0])]
+    for i in range(len(each) - 1):
+        weights.append(weights[-1] * each[i].detach())
+    return each, torch.stack(weights), {} if goes_on is None else {"imagined/continue": goes_on.mean()}
+
+
+def named_in(w: Weights, prefix: str) -> bool:
+    """Whether there are weights of this prefix."""
+    return any(name.startswith(prefix) for name in w)
 
 
 def behaviour_losses(
@@ -254,9 +281,9 @@ def behaviour_losses(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Losses "actor" and "critic" of imagined trajectories from states (N, ...), and their metrics.
 
-    DreamerV2 Eqs. 5 and 6 with gradients through the dynamics (rho = 0), weighed by gamma^i; values of the returns are the slow
-    critic's. IPV: the action at state i first shows in the reward of state i+1, so the actor's return starts there. ``reward``: features
-    (..., F) -> (...). A step draws (N, A) for the action, then (N, S, C).
+    DreamerV2 Eqs. 5 and 6 with gradients through the dynamics (rho = 0), weighed by `discounts`; values of the returns are the
+    slow critic's. IPV: the action at state i first shows in the reward of state i+1, so the actor's return starts there. ``reward``:
+    features (..., F) -> (...). A step draws (N, A) for the action, then (N, S, C).
     """
     state, feats, entropies = start, [start.feat], []
     for _ in range(behaviour.horizon):
@@ -268,21 +295,22 @@ def behaviour_losses(
     feat = torch.stack(feats)  # (H+1, N, F)
     rewards = reward(feat)
     slow = mlp(w, "behaviour.slow_critic.", feat, layers)[..., 0]
-    returns = lambda_returns(rewards, slow, behaviour.discount, behaviour.lambda_)
+    gamma, weight, told = discounts(w, feat, behaviour.discount, layers)
+    returns = lambda_returns(rewards, slow, gamma, behaviour.lambda_)
     horizon = behaviour.horizon
     actor, critic, value_sum = torch.tensor(0.0), torch.tensor(0.0), torch.tensor(0.0)
     for i in range(horizon):
-        gamma = behaviour.discount**i
         if i + 1 < horizon:
-            actor = actor - gamma * (returns[i + 1] + behaviour.entropy * entropies[i]).mean() / (horizon - 1)
+            actor = actor - (weight[i] * (returns[i + 1] + behaviour.entropy * entropies[i])).mean() / (horizon - 1)
         value = mlp(w, "behaviour.critic.", feats[i].detach(), layers)[..., 0]
-        critic = critic + gamma * (0.5 * (value - returns[i].detach()) ** 2).mean() / horizon
+        critic = critic + (weight[i] * 0.5 * (value - returns[i].detach()) ** 2).mean() / horizon
         value_sum = value_sum + value.mean()
     metrics = {
         "imagined/reward": rewards.mean(),
         "imagined/return": returns[:-1].mean(),
         "imagined/value": value_sum / horizon,
         "actor/entropy": torch.stack(entropies).mean(),
+        **told,
     }
     return {"actor": actor, "critic": critic}, metrics
 

@@ -178,7 +178,9 @@ def finetune(state: Any, batch: Mapping[str, Tensor], noise: Any, run: Any) -> d
     losses, metrics, states, code, x = observed(w, batch, batch["action"], noise, run, True)
     predicted = core.mlp(w, "reward.", states.feat, model.reward_layers)[..., 0]
     losses["reward"] = 0.5 * ((predicted - batch["reward"]) ** 2).mean()
-    scales = {**weights_of(model), "reward": model.reward_weight}
+    ends = core.continuation_loss(w, states.feat, batch["is_terminal"], model.reward_layers)
+    losses |= ends
+    scales = {**weights_of(model), "reward": model.reward_weight, **dict.fromkeys(ends, 1.0)}
     if run.stage == "finetune" and model.distillation:
         mean, log_variance = (part.detach() for part in encoder(w, "teacher.", x))
         teacher = torch.softmax(mean + torch.exp(log_variance / 2) * noise.normal(mean.shape), 1)
@@ -187,7 +189,7 @@ def finetune(state: Any, batch: Mapping[str, Tensor], noise: Any, run: Any) -> d
         eta = weight(model, int(state.weights["agent_steps"]))
         losses["distillation"], scales["distillation"] = eta * model.distillation_frames * distance, 1.0
         metrics |= {"distillation/kl": distance, "distillation/weight": torch.tensor(eta)}
-    names = core.named(state, *MODEL, "reward.")
+    names = core.named(state, *MODEL, "reward.", "continuation.")
     norms = {"model": core.adam_step(state, w, summed(losses, scales), names, lr=run.online.lr, optim=run.optim)}
     starts = State(*(part.detach().flatten(0, 1) for part in states))
     behaviour, imagined, found = behaviour_update(state, starts, run, noise)
@@ -210,14 +212,14 @@ def behaviour_update(
     feat = torch.stack(feats)  # (H+1, N, F)
     rewards = core.mlp(w, "reward.", feat, model.reward_layers)[..., 0]
     slow = core.mlp(w, "behaviour.slow_critic.", feat, model.critic_layers)[..., 0]
-    returns = core.lambda_returns(rewards, slow, behaviour.discount, behaviour.lambda_)
+    gamma, weight, told = core.discounts(w, feat, behaviour.discount, model.reward_layers)
+    returns = core.lambda_returns(rewards, slow, gamma, behaviour.lambda_)
     actor, critic, values = torch.tensor(0.0), torch.tensor(0.0), torch.tensor(0.0)
     for i in range(horizon):
-        gamma = behaviour.discount**i
         if i + 1 < horizon:
-            actor = actor - gamma * (returns[i + 1] + behaviour.entropy * entropies[i]).mean() / (horizon - 1)
+            actor = actor - (weight[i] * (returns[i + 1] + behaviour.entropy * entropies[i])).mean() / (horizon - 1)
         value = core.mlp(w, "behaviour.critic.", feats[i].detach(), model.critic_layers)[..., 0]
-        critic = critic + gamma * (0.5 * (value - returns[i].detach()) ** 2).mean() / horizon
+        critic = critic + (weight[i] * 0.5 * (value - returns[i].detach()) ** 2).mean() / horizon
         values = values + value.mean() / horizon
     losses = {"actor": actor, "critic": critic}
     metrics = {
@@ -225,6 +227,7 @@ def behaviour_update(
         "imagined/return": returns[:-1].mean(),
         "imagined/value": values,
         "actor/entropy": torch.stack(entropies).mean(),
+        **told,
     }
     norms = {}
     for name, lr in (("actor", run.online.actor_lr), ("critic", run.online.critic_lr)):

@@ -26,8 +26,10 @@ def train(state: Any, batch: Mapping[str, Tensor], noise: Any, run: Any) -> dict
         "kl": kl,
         "reward": (0.5 * (reward - batch["reward"]) ** 2).mean(),
     }
+    ends = core.continuation_loss(w, post.feat, batch["is_terminal"], world.layers)
     total = world.image_weight * losses["image"] + model.beta * losses["kl"] + world.reward_weight * losses["reward"]
-    names = core.named(state, "image.", "dynamics.", "reward.")
+    losses, total = losses | ends, total + sum(ends.values())
+    names = core.named(state, "image.", "dynamics.", "reward.", "continuation.")
     norms = {"model": core.adam_step(state, w, total, names, lr=online.lr, optim=run.optim)}
 
     behaviour, metrics, more = core.behaviour_update(state, post, run, sizes, noise)

@@ -57,13 +57,15 @@ def finetune(state: Any, batch: Mapping[str, Tensor], noise: Any, run: Any, pret
     z_image, s_image = context.losses(state, w, [z.feat, s.feat], around, truth, world, noise)
     rewards, metrics = reward_losses(state, w, s.feat, z.feat, batch, run)
     losses |= {"latent_image": z_image, "latent_kl": z_kl, "image": s_image, "kl": s_kl, **rewards}
+    ends = core.continuation_loss(w, s.feat, batch["is_terminal"], world.layers)
+    losses, scales = losses | ends, scales | dict.fromkeys(ends, 1.0)
     scales |= {"latent_image": world.image_weight, "image": world.image_weight, "kl": model.beta_s}
     scales["latent_kl"] = model.beta_z if model.beta_z_finetune is None else model.beta_z_finetune
     scales |= {"reward": world.reward_weight, "reward_representative": model.beta_r * world.reward_weight}
     # Motion encoder and latent dynamics learn slowly where they were loaded (4.4); what was loaded is frozen at first (IPV)
     slow, frozen = (online.pretrained_lr_factor, online.freeze_updates) if pretrained else (1.0, 0)
     old = [f"{name}." for name in ("motion", "latent") if name in loaded(run)]
-    new = ["image.decoder.", "adapter.", "dynamics.", "reward.", "reward_representative."]
+    new = ["image.decoder.", "adapter.", "dynamics.", "reward.", "reward_representative.", "continuation."]
     new += [f"{name}." for name in ("motion", "latent") if name not in loaded(run)]
     groups = {
         **({"motion": (old, online.lr * slow, frozen)} if old else {}),

@@ -44,12 +44,15 @@ def finetune(state: Any, batch: Mapping[str, Tensor], noise: Any, run: Any, pret
     z_kl, z_metrics = core.balanced_kl(z.logits, z_prior, world.kl_balance, model.free_nats)
     s_kl, s_metrics = core.balanced_kl(s.logits, s_prior, world.kl_balance, model.free_nats)
     rewards, metrics = reward_losses(state, w, s.feat, z.feat, batch, run)
-    losses = {"image": image, "kl": s_kl, "latent_kl": z_kl, **rewards}
+    ends = core.continuation_loss(w, s.feat, batch["is_terminal"], world.layers)
+    losses = {"image": image, "kl": s_kl, "latent_kl": z_kl, **rewards, **ends}
     scales = {"image": world.image_weight, "kl": model.beta_s, "latent_kl": model.beta_z_finetune}
     scales |= {"reward": world.reward_weight, "reward_representative": model.beta_r * world.reward_weight}
+    scales |= dict.fromkeys(ends, 1.0)
     # One optimiser for the encoders and the model without actions, held back where the encoders were loaded
     held = pretrained and "image" in loaded(run)
     old, new = ["image.encoder.", "image.context_encoder."], ["image.decoder.", "dynamics.", "reward.", "reward_representative."]
+    new.append("continuation.")
     (old if "latent" in loaded(run) else new).append("latent.")
     groups = {
         "encoder": (old, online.lr * (online.pretrained_lr_factor if held else 1.0), online.freeze_updates if held else 0),

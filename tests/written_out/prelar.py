@@ -163,8 +163,11 @@ def finetune(state: Any, batch: Mapping[str, Tensor], noise: Any, run: Any) -> d
     losses = {"image": images.image_loss(images.decode(state, w, post.feat, world, side), truth), "kl": kl, **rewards}
     scales = {"image": world.image_weight, "kl": model.beta, "reward": world.reward_weight}
     scales["reward_representative"] = model.beta_r * world.reward_weight
+    ends = core.continuation_loss(w, post.feat, batch["is_terminal"], world.layers)
+    losses, scales = losses | ends, scales | dict.fromkeys(ends, 1.0)
     held = "image" in ipv.loaded(run)
     first, new = ["image.encoder."], ["image.decoder.", "mapping.", "reward.", "reward_representative."]
+    new.append("continuation.")
     (first if "latent" in ipv.loaded(run) and not model.free_latent else new).append("latent.")
     rate = online.lr * (online.pretrained_lr_factor if held else 1.0)
     if held and state.update < online.freeze_updates:

@@ -44,11 +44,12 @@ from localmotion.methods.sizes import presets
 from localmotion.models import stacked
 from localmotion.models.actor_critic import ActorCritic
 from localmotion.models.bonus import WINDOW, IntrinsicBonus
+from localmotion.models.continuation import continuation_losses, continuation_scales, make_continuation
 from localmotion.models.heads import MLP
 from localmotion.models.image import ImageModel
 from localmotion.models.rssm import RSSM, RSSMState, kl_loss
 from localmotion.models.stacked import Carry
-from localmotion.suites import DMC_SUITES
+from localmotion.suites import DMC_SUITES, ENDS
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class APV(Method):
         online={"pretrained_lr_factor": 1.0},
     )
     # On DMC, APV plays 1000 random agent steps first, each of 2 env steps.
-    SUITES = {suite: {"model": {"embed_input": True}, "online": {"prefill": 2_000}} for suite in DMC_SUITES}
+    SUITES = {**ENDS, **{suite: {"model": {"embed_input": True}, "online": {"prefill": 2_000}} for suite in DMC_SUITES}}
 
     def __init__(self, config: APVConfig, *, image_size: int, action_dim: int | None) -> None:
         super().__init__(config, image_size=image_size, action_dim=action_dim)
@@ -110,6 +111,7 @@ class APV(Method):
         self.reward = MLP(feat, 1, units=world.units, layers=world.layers)  # r + lambda r_int
         self.bonus = IntrinsicBonus(feat)
         self.behaviour = ActorCritic.configured(feat, action_dim, world, config.behaviour)
+        self.continuation = make_continuation(config.behaviour, feat, units=world.units, layers=world.layers)
 
     @classmethod
     def lengths(cls, config: Any, stage: str) -> tuple[int, int | None]:
@@ -145,13 +147,14 @@ class APV(Method):
             "kl": kl,
             "latent_kl": latent_kl,
             "reward": 0.5 * (reward - target).square().mean(),
+            **continuation_losses(self.continuation, feat, batch),
         }
         metrics = {f"dynamics/{key}": value for key, value in metrics.items()} | {"bonus/mean": bonus.mean()}
         metrics |= {f"latent/{key}": value for key, value in latent_metrics.items()}
         return losses, metrics, state.starts()
 
     def behaviour_losses(self, start: RSSMState) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        return self.behaviour.losses(start, self.dynamics, lambda feat: self.reward(feat).squeeze(-1))
+        return self.behaviour.losses(start, self.dynamics, lambda feat: self.reward(feat).squeeze(-1), self.continuation)
 
     def loss_scales(self, stage: str) -> dict[str, float]:
         config, world = self.config, self.config.world
@@ -162,6 +165,7 @@ class APV(Method):
             "kl": config.beta_s,
             "latent_kl": config.beta_z_finetune,
             "reward": world.reward_weight,
+            **continuation_scales(config.behaviour),
         }
 
     def passes(self, stage: str) -> tuple[Pass, ...]:
@@ -172,7 +176,7 @@ class APV(Method):
     def groups(self, stage: str, rates: Rates) -> list[Group]:
         if stage == "pretrain":
             return [Group("model", list(self.parameters()), rates.lr)]
-        new = (self.dynamics, self.reward)
+        new = (self.dynamics, self.reward, self.continuation)
         return [*stacked_groups(self.image, self.latent, new, rates), *behaviour_groups(self.behaviour, rates)]
 
     def after_update(self, counters: Counters) -> None:

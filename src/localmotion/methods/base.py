@@ -203,8 +203,9 @@ def behaviour_groups(behaviour: ActorCritic, rates: Rates) -> list[Group]:
     ]
 
 
-def stacked_groups(image: ImageModel, latent: nn.Module, new: Iterable[nn.Module], rates: Rates) -> list[Group]:
-    """The groups of a fine-tuned world model: "encoder" holds encoder and latent model, "model" holds the decoder and ``new``.
+def stacked_groups(image: ImageModel, latent: nn.Module, new: Iterable[nn.Module | None], rates: Rates) -> list[Group]:
+    """The groups of a fine-tuned world model: "encoder" holds encoder and latent model, "model" holds the decoder and ``new``,
+    in which a module that a setting leaves out is None.
 
     If a checkpoint gives the encoder, "encoder" is frozen first and then learns at the slow rate. A latent model that no checkpoint
     gives belongs to "model".
@@ -212,7 +213,7 @@ def stacked_groups(image: ImageModel, latent: nn.Module, new: Iterable[nn.Module
     encoder, model = image.encoder_parameters(), image.decoder_parameters()
     (encoder if rates.loads("latent") else model).extend(latent.parameters())
     for module in new:
-        model.extend(module.parameters())
+        model.extend(module.parameters() if module else ())
     held = rates.loads("image")
     rate = rates.lr * (rates.slow if held else 1.0)
     return [Group("encoder", encoder, rate, rates.freeze_updates if held else 0), Group("model", model, rates.lr)]
@@ -227,7 +228,8 @@ class Method(nn.Module):
     PRESETS: ClassVar[dict[str, dict[str, Any]]]
     """Settings of the presets paper, small, tiny and debug. `methods/sizes.py` has the sizes that methods share."""
     SUITES: ClassVar[dict[str, dict[str, Any]]] = {}
-    """Settings of the method's own paper for a suite (`dmc`) or an environment (`metaworld:drawer-open`), on top of `suites.SUITES`."""
+    """Settings of the method's own paper for a suite (`dmc`) or an environment (`metaworld:drawer-open`), on top of `suites.SUITES`.
+    `suites.OWN` is the key of all environments outside the package."""
     stages: ClassVar[Mapping[str, Source]]
     """Names of the stages, which are also commands, and the source of their batches."""
     unread: ClassVar[Mapping[str, frozenset[str]]] = {}

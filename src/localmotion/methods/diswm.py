@@ -68,12 +68,13 @@ from localmotion.methods.base import (
 from localmotion.methods.sizes import BEHAVIOUR, budgets
 from localmotion.models.actor_critic import ActorCritic
 from localmotion.models.beta_vae import BetaVAEDecoder, BetaVAEEncoder
+from localmotion.models.continuation import continuation_losses, continuation_scales, make_continuation
 from localmotion.models.distributions import categorical_kl
 from localmotion.models.heads import MLP, begin_as_torch_
 from localmotion.models.image import image_losses
 from localmotion.models.rssm import Carry, RSSMState, beginning
 from localmotion.models.rssm_gaussian import GaussianRSSM, gaussian_kl_loss
-from localmotion.suites import DMC_SUITES
+from localmotion.suites import DMC_SUITES, ENDS
 
 STEPS_PER_UPDATE = 5
 """Agent steps that an update stands for where there is no environment: one update every 5 agent steps (release)."""
@@ -200,6 +201,7 @@ class DisWM(Method):
     PRESETS = _presets()
     # 500,000 agent steps of 2 env steps, 2,500 of them random. Windows are drawn uniformly in all suites. The palette changes half-way.
     SUITES = {
+        **ENDS,
         **{s: {"online": {"prioritize_ends": False}} for s in ("metaworld", "dmw")},
         **{s: {"online": {"env_steps": 1_000_000, "prefill": 5_000}, "model": {"reward_weight": 2.0}} for s in DMC_SUITES},
         "diswm": {"online": {"env_steps": 1_000_000, "prefill": 5_000, "phase_at": 0.5}, "model": {"reward_weight": 2.0}},
@@ -245,6 +247,9 @@ class DisWM(Method):
         begin_as_torch_(self.reward)
         begin_as_torch_(self.behaviour)
         self.behaviour.slow_critic.load_state_dict(self.behaviour.critic.state_dict())
+        self.continuation = make_continuation(behaviour, feat, units=config.units, layers=config.reward_layers)
+        if self.continuation:
+            begin_as_torch_(self.continuation)
         if config.distillation > 0:
             self.teacher = BetaVAEEncoder(config.code, **shape).requires_grad_(False).eval()
         self.register_buffer("agent_steps", torch.zeros((), dtype=torch.long))
@@ -282,8 +287,10 @@ class DisWM(Method):
         """Losses of the objective above, metrics, and the posterior states (B*T, ...)."""
         truth = images(batch)  # (B*T, 3, S, S)
         losses, metrics, state, code = self._observed(batch, truth, batch["action"], sample=True)
-        reward = self.reward(self.dynamics.feat(state)).squeeze(-1).float()  # (B, T)
+        feat = self.dynamics.feat(state)  # (B, T, F)
+        reward = self.reward(feat).squeeze(-1).float()  # (B, T)
         losses["reward"] = 0.5 * (reward - batch["reward"]).square().mean()
+        losses |= continuation_losses(self.continuation, feat, batch)
         if self.teacher is not None:
             distance, weight = self._distance(truth, code.flatten(0, 1)), self.distillation_weight()
             losses["distillation"] = weight * self.config.distillation_frames * distance
@@ -309,14 +316,14 @@ class DisWM(Method):
         return config.distillation * (1 - share).clamp(min=LEAST_SHARE)
 
     def behaviour_losses(self, start: RSSMState) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        return self.behaviour.losses(start, self.dynamics, lambda feat: self.reward(feat).squeeze(-1))
+        return self.behaviour.losses(start, self.dynamics, lambda feat: self.reward(feat).squeeze(-1), self.continuation)
 
     def loss_scales(self, stage: str) -> dict[str, float]:
         config = self.config
         scales = {"image": config.image_weight, "kl": config.beta, "code_kl": config.beta_code}
         if stage == "pretrain":
             return scales
-        scales["reward"] = config.reward_weight
+        scales |= {"reward": config.reward_weight} | continuation_scales(config.behaviour)
         return scales if self.teacher is None else scales | {"distillation": 1.0}
 
     def passes(self, stage: str) -> tuple[Pass, ...]:
@@ -328,8 +335,9 @@ class DisWM(Method):
         return imagination_passes(self, self.loss_scales(stage), ("model",))
 
     def groups(self, stage: str, rates: Rates) -> list[Group]:
-        parts = [self.encoder, self.dynamics, self.decoder, *([] if stage == "pretrain" else [self.reward])]
-        model = Group("model", [p for part in parts for p in part.parameters()], rates.lr)
+        heads = () if stage == "pretrain" else (self.reward, self.continuation)
+        parts = (self.encoder, self.dynamics, self.decoder, *heads)
+        model = Group("model", [p for part in parts if part for p in part.parameters()], rates.lr)
         return [model] if stage == "pretrain" else [model, *behaviour_groups(self.behaviour, rates)]
 
     def after_update(self, counters: Counters) -> None:

@@ -32,9 +32,11 @@ from localmotion.methods.base import (
 )
 from localmotion.methods.sizes import presets
 from localmotion.models.actor_critic import ActorCritic
+from localmotion.models.continuation import continuation_losses, continuation_scales, make_continuation
 from localmotion.models.heads import MLP
 from localmotion.models.image import ImageModel
 from localmotion.models.rssm import RSSM, Carry, RSSMState, beginning, kl_loss
+from localmotion.suites import ENDS
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class DreamerV2(Method):
     Config = DreamerV2Config
     stages = FROM_SCRATCH
     unread = dict.fromkeys(stages, HELD_RATES)
+    SUITES = ENDS
     PRESETS = presets(world={"encoder": "resnet", "context": False}, pretrain=False)
 
     def __init__(self, config: DreamerV2Config, *, image_size: int, action_dim: int | None) -> None:
@@ -70,6 +73,7 @@ class DreamerV2(Method):
         self.dynamics = RSSM.configured(world, embed_dim=self.image.embed_dim, action_dim=action_dim)
         self.reward = MLP(self.dynamics.feat_dim, 1, units=world.units, layers=world.layers)
         self.behaviour = ActorCritic.configured(self.dynamics.feat_dim, action_dim, world, config.behaviour)
+        self.continuation = make_continuation(config.behaviour, self.dynamics.feat_dim, units=world.units, layers=world.layers)
 
     # 1. Learning --------------------------------------------------------------------------------------------------------------
 
@@ -85,22 +89,25 @@ class DreamerV2(Method):
             "image": self.image.losses([feat], context, truth)[0],
             "kl": kl,
             "reward": 0.5 * (reward - batch["reward"]).square().mean(),
+            **continuation_losses(self.continuation, feat, batch),
         }
         metrics = {f"dynamics/{key}": value for key, value in metrics.items()}
         return losses, metrics, state.starts()
 
     def behaviour_losses(self, start: RSSMState) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        return self.behaviour.losses(start, self.dynamics, lambda feat: self.reward(feat).squeeze(-1))
+        return self.behaviour.losses(start, self.dynamics, lambda feat: self.reward(feat).squeeze(-1), self.continuation)
 
     def loss_scales(self, stage: str) -> dict[str, float]:
-        world = self.config.world
-        return {"image": world.image_weight, "kl": self.config.beta, "reward": world.reward_weight}
+        config, world = self.config, self.config.world
+        scales = {"image": world.image_weight, "kl": config.beta, "reward": world.reward_weight}
+        return scales | continuation_scales(config.behaviour)
 
     def passes(self, stage: str) -> tuple[Pass, ...]:
         return imagination_passes(self, self.loss_scales(stage), ("model",))
 
     def groups(self, stage: str, rates: Rates) -> list[Group]:
-        model = [p for module in (self.image, self.dynamics, self.reward) for p in module.parameters()]
+        parts = (self.image, self.dynamics, self.reward, self.continuation)
+        model = [p for module in parts if module for p in module.parameters()]
         return [Group("model", model, rates.lr), *behaviour_groups(self.behaviour, rates)]
 
     def after_update(self, counters: Counters) -> None:

@@ -56,12 +56,13 @@ from localmotion.methods.sizes import presets
 from localmotion.models.actor_critic import ActorCritic
 from localmotion.models.adapters import make_adapter
 from localmotion.models.bonus import WINDOW, IntrinsicBonus, dual_reward_losses
+from localmotion.models.continuation import continuation_losses, continuation_scales, make_continuation
 from localmotion.models.dae import DAECache, DAEConfig, MaskedMotion, Motion, atomic_actions, random_mask
 from localmotion.models.global_flow import GlobalFlow
 from localmotion.models.heads import MLP
 from localmotion.models.image import ImageModel
 from localmotion.models.rssm import RSSM, RSSMState, kl_loss
-from localmotion.suites import DMC_SUITES
+from localmotion.suites import DMC_SUITES, ENDS
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,7 @@ class DRP(Method):
     transfers = same("motion", "image", "latent")
     # As in IPV, which the paper follows where it is silent.
     SUITES = {
+        **ENDS,
         **{suite: {"model": {"embed_input": True, "beta_z_finetune": 0.0}} for suite in DMC_SUITES},
         "metaworld:drawer-open": {"model": {"context_erasing": False}},
     }
@@ -165,6 +167,7 @@ class DRP(Method):
         self.reward_representative = MLP(feat, 1, units=world.units, layers=world.layers)  # r
         self.bonus = IntrinsicBonus(feat)
         self.behaviour = ActorCritic.configured(feat, action_dim, world, config.behaviour)
+        self.continuation = make_continuation(config.behaviour, feat, units=world.units, layers=world.layers)
 
     @classmethod
     def lengths(cls, config: DRPConfig, stage: str) -> tuple[int, int | None]:
@@ -232,12 +235,13 @@ class DRP(Method):
             "image": image,
             "kl": kl,
             **dual_reward_losses(behavioural, representative, batch["reward"], bonus, weight=config.intrinsic_weight),
+            **continuation_losses(self.continuation, feat, batch),
         }
         metrics = {**{f"dynamics/{key}": value for key, value in metrics.items()}, "bonus/mean": bonus.mean()}
         return losses, metrics, state.starts()
 
     def behaviour_losses(self, start: RSSMState) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        return self.behaviour.losses(start, self.dynamics, lambda feat: self.reward(feat).squeeze(-1))
+        return self.behaviour.losses(start, self.dynamics, lambda feat: self.reward(feat).squeeze(-1), self.continuation)
 
     def loss_scales(self, stage: str) -> dict[str, float]:
         config, world = self.config, self.config.world
@@ -254,6 +258,7 @@ class DRP(Method):
             "kl": config.beta_s,
             "reward": world.reward_weight,
             "reward_representative": config.beta_r * world.reward_weight,
+            **continuation_scales(config.behaviour),
         }
 
     def passes(self, stage: str) -> tuple[Pass, ...]:
@@ -271,8 +276,8 @@ class DRP(Method):
         (slow if slowly else new).extend(self.image.decoder_parameters())
         for name in ("motion", "latent"):  # a part that no checkpoint gives learns at the full rate
             (slow if rates.loads(name) else new).extend(getattr(self, name).parameters())
-        for module in (self.adapter, self.dynamics, self.reward, self.reward_representative):
-            new.extend(module.parameters())
+        for module in (self.adapter, self.dynamics, self.reward, self.reward_representative, self.continuation):
+            new.extend(module.parameters() if module else ())
         factor = rates.slow if slowly else 1.0
         return [
             *([Group("motion", slow, rates.lr * rates.slow, rates.freeze_updates)] if slow else []),

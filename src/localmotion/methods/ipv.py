@@ -49,11 +49,12 @@ from localmotion.methods.sizes import presets
 from localmotion.models import stacked
 from localmotion.models.actor_critic import ActorCritic
 from localmotion.models.bonus import WINDOW, IntrinsicBonus, dual_reward_losses
+from localmotion.models.continuation import continuation_losses, continuation_scales, make_continuation
 from localmotion.models.heads import MLP
 from localmotion.models.image import ImageModel
 from localmotion.models.rssm import RSSM, RSSMState, kl_loss
 from localmotion.models.stacked import Carry
-from localmotion.suites import DMC_SUITES
+from localmotion.suites import DMC_SUITES, ENDS
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,7 @@ class IPV(Method):
         paper={"pretrain": {"updates": 1_200_000}, "online": {"pretrained_lr_factor": 1.0}}, online={"pretrained_lr_factor": 1.0}
     )
     SUITES = {
+        **ENDS,
         # On DMC, IPV plays 1000 random agent steps first, each of 2 env steps.
         **{suite: {"model": {"embed_input": True}, "online": {"prefill": 2_000}} for suite in DMC_SUITES},
         "metaworld:drawer-open": {"model": {"context_erasing": False}},
@@ -120,6 +122,7 @@ class IPV(Method):
         self.reward_representative = MLP(feat, 1, units=world.units, layers=world.layers)  # r
         self.bonus = IntrinsicBonus(feat)
         self.behaviour = ActorCritic.configured(feat, action_dim, world, config.behaviour)
+        self.continuation = make_continuation(config.behaviour, feat, units=world.units, layers=world.layers)
 
     @classmethod
     def lengths(cls, config: Any, stage: str) -> tuple[int, int | None]:
@@ -157,13 +160,14 @@ class IPV(Method):
             "kl": kl,
             "latent_kl": latent_kl,
             **dual_reward_losses(behavioural, representative, batch["reward"], bonus, weight=config.intrinsic_weight),
+            **continuation_losses(self.continuation, feat, batch),
         }
         metrics = {f"dynamics/{key}": value for key, value in metrics.items()} | {"bonus/mean": bonus.mean()}
         metrics |= {f"latent/{key}": value for key, value in latent_metrics.items()}
         return losses, metrics, state.starts()
 
     def behaviour_losses(self, start: RSSMState) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        return self.behaviour.losses(start, self.dynamics, lambda feat: self.reward(feat).squeeze(-1))
+        return self.behaviour.losses(start, self.dynamics, lambda feat: self.reward(feat).squeeze(-1), self.continuation)
 
     def loss_scales(self, stage: str) -> dict[str, float]:
         config, world = self.config, self.config.world
@@ -175,6 +179,7 @@ class IPV(Method):
             "latent_kl": config.beta_z_finetune,
             "reward": world.reward_weight,
             "reward_representative": config.beta_r * world.reward_weight,
+            **continuation_scales(config.behaviour),
         }
 
     def passes(self, stage: str) -> tuple[Pass, ...]:
@@ -185,7 +190,7 @@ class IPV(Method):
     def groups(self, stage: str, rates: Rates) -> list[Group]:
         if stage == "pretrain":
             return [Group("model", list(self.parameters()), rates.lr)]
-        new = (self.dynamics, self.reward, self.reward_representative)
+        new = (self.dynamics, self.reward, self.reward_representative, self.continuation)
         return [*stacked_groups(self.image, self.latent, new, rates), *behaviour_groups(self.behaviour, rates)]
 
     def after_update(self, counters: Counters) -> None:

@@ -63,13 +63,14 @@ from localmotion.methods.sizes import presets
 from localmotion.models.actor_critic import ActorCritic
 from localmotion.models.bonus import WINDOW, IntrinsicBonus, dual_reward_losses
 from localmotion.models.consistency import Form, consistency_loss, distances
+from localmotion.models.continuation import continuation_losses, continuation_scales, make_continuation
 from localmotion.models.encoders import xavier_all_
 from localmotion.models.heads import MLP
 from localmotion.models.image import ImageModel
 from localmotion.models.latent_windows import futures
 from localmotion.models.learned_actions import ActionMapping, Code, CodeShape, InverseDynamics, MappedDynamics
 from localmotion.models.rssm import RSSM, Carry, RSSMState, beginning, kl_loss
-from localmotion.suites import DMC_SUITES
+from localmotion.suites import DMC_SUITES, ENDS
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ class PreLAR(Method):
     wants = MOTION
     transfers = same("image", "latent")
     # On Meta-World, where the release was tried, 100 updates are frozen. Elsewhere the mapping network begins as untrained, too.
-    SUITES = {suite: {"online": {"freeze_updates": 100}} for suite in (*DMC_SUITES, "toy")}
+    SUITES = {**ENDS, **{suite: {"online": {"freeze_updates": 100}} for suite in (*DMC_SUITES, "toy")}}
     # In a few hundred updates the paper's weight of the latent action's KL leaves it nearly empty (docs/decisions/0016).
     PRESETS = presets(
         paper={"online": {"pretrained_lr_factor": 1.0}},
@@ -161,6 +162,7 @@ class PreLAR(Method):
         self.behaviour = ActorCritic.configured(feat, action_dim, world, config.behaviour)
         xavier_all_(self)
         self.behaviour.slow_critic.load_state_dict(self.behaviour.critic.state_dict())
+        self.continuation = make_continuation(config.behaviour, feat, units=world.units, layers=world.layers)
 
     @classmethod
     def lengths(cls, config: Any, stage: str) -> tuple[int, int | None]:
@@ -218,19 +220,21 @@ class PreLAR(Method):
             "image": self.image.losses([feat], context, truth)[0],
             "kl": kl,
             **dual_reward_losses(behavioural, representative, reward, bonus, weight=config.intrinsic_weight),
+            **continuation_losses(self.continuation, feat, batch),
         }
         metrics = {f"latent/{key}": value for key, value in metrics.items()} | {"bonus/mean": bonus.mean()}
         return losses, metrics, state.starts()
 
     def behaviour_losses(self, start: RSSMState) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         dynamics = MappedDynamics(self.latent, self.mapping)
-        return self.behaviour.losses(start, dynamics, lambda feat: self.reward(feat).squeeze(-1))
+        return self.behaviour.losses(start, dynamics, lambda feat: self.reward(feat).squeeze(-1), self.continuation)
 
     def loss_scales(self, stage: str) -> dict[str, float]:
         config, world = self.config, self.config.world
         scales = {"image": world.image_weight, "kl": config.beta}
         if stage != "pretrain":
-            return {**scales, "reward": world.reward_weight, "reward_representative": config.beta_r * world.reward_weight}
+            scales |= {"reward": world.reward_weight, "reward_representative": config.beta_r * world.reward_weight}
+            return scales | continuation_scales(config.behaviour)
         if config.action_output != "deterministic":
             scales["action_kl"] = config.beta_action
         if config.consistency != "none":
@@ -245,7 +249,7 @@ class PreLAR(Method):
     def groups(self, stage: str, rates: Rates) -> list[Group]:
         if stage == "pretrain":
             return [Group("model", list(self.parameters()), rates.lr)]
-        new = [self.mapping, self.reward, self.reward_representative]
+        new: list[nn.Module | None] = [self.mapping, self.reward, self.reward_representative, self.continuation]
         held: nn.Module = self.latent
         if self.config.free_latent:
             held, new = nn.Module(), [self.latent, *new]

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from localmotion.config import BehaviourConfig, WorldModelConfig
+from localmotion.errors import ConfigError
+from localmotion.models.continuation import Continuation
 from localmotion.models.distributions import TruncatedNormal
 from localmotion.models.heads import MLP, actor_distribution
 from localmotion.models.returns import lambda_return
@@ -65,12 +67,14 @@ class ActorCritic(nn.Module):
             slow_every,
         )
         self.register_buffer("updates", torch.zeros((), dtype=torch.long))
+        self.continues = False
+        """Whether `losses` needs a head of continuation."""
         self._updates_seen = -1  # copy of `updates` on the host, so no update waits for a GPU
 
     @classmethod
     def configured(cls, feat_dim: int, action_dim: int, world: WorldModelConfig, behaviour: BehaviourConfig) -> ActorCritic:
         """Build with the sizes and constants of a method's settings."""
-        return cls(
+        made = cls(
             feat_dim,
             action_dim,
             units=world.units,
@@ -81,6 +85,8 @@ class ActorCritic(nn.Module):
             entropy=behaviour.entropy,
             slow_every=behaviour.slow_critic_every,
         )
+        made.continues = behaviour.continuation
+        return made
 
     def policy(self, feat: Tensor) -> TruncatedNormal:
         """Action distribution on [-1, 1]^A at features (..., F)."""
@@ -92,7 +98,11 @@ class ActorCritic(nn.Module):
         return policy.rsample() if explore else policy.mode
 
     def losses(
-        self, start: RSSMState, rssm: Dynamics, reward: Callable[[Tensor], Tensor]
+        self,
+        start: RSSMState,
+        rssm: Dynamics,
+        reward: Callable[[Tensor], Tensor],
+        continuation: Continuation | None = None,
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Actor and critic losses from imagined trajectories.
 
@@ -102,7 +112,18 @@ class ActorCritic(nn.Module):
             G_i = r_i + gamma [(1 - lambda) v_{i+1} + lambda G_{i+1}],  G_H = v_H                                   (Eq. 10)
             critic: mean_i gamma^i 1/2 (v(f_i) - sg G_i)^2, i = 0..H-1                                              (Eq. 11)
             actor:  -mean_i gamma^i (G_{i+1} + eta H[pi(.|f_i)]), i = 0..H-2                                        (Eq. 12)
+
+        With a head of ``continuation`` gamma c_i takes the place of gamma (DreamerV2, arXiv 2010.02193, Eqs. 4 to 6). c_i is the
+        probability that the episode goes on after state i, so it multiplies all that follows r_i:
+
+            G_i = r_i + gamma c_i [(1 - lambda) v_{i+1} + lambda G_{i+1}],  and w_i = sg prod_{j<i} gamma c_j in the place of gamma^i
+
+        The actor's gradient flows through c_i. So it learns to avoid ends.
+
+        Raises ConfigError where the settings want a head and the method has none.
         """
+        if self.continues and continuation is None:
+            raise ConfigError("model.behaviour.continuation=true: this method has no continuation head; set it to false")
         feats, entropies, state = [rssm.feat(start)], [], start
         for _ in range(self.horizon):
             dist = self.policy(feats[-1].detach())
@@ -112,8 +133,13 @@ class ActorCritic(nn.Module):
         feat = torch.stack(feats)  # (H+1, N, F)
         rewards = reward(feat).float()  # (H+1, N)
         values = self.slow_critic(feat).squeeze(-1).float()  # (H+1, N)
-        returns = lambda_return(rewards[:-1], values[1:], values[-1], discount=self.discount, lambda_=self.lambda_)  # (H, N)
+        discount: float | Tensor = self.discount
         weight = (self.discount ** torch.arange(self.horizon, device=feat.device, dtype=torch.float32)).unsqueeze(1)  # (H, 1)
+        if continuation is not None:
+            goes_on = continuation.probability(feat)  # (H+1, N)
+            discount = self.discount * goes_on[:-1]  # (H, N)
+            weight = torch.cat([torch.ones_like(discount[:1]), discount[:-1].detach()]).cumprod(0)  # (H, N)
+        returns = lambda_return(rewards[:-1], values[1:], values[-1], discount=discount, lambda_=self.lambda_)  # (H, N)
         entropy = torch.stack(entropies).float()  # (H, N)
         actor = -(weight[:-1] * (returns[1:] + self.entropy * entropy[:-1])).mean()
         value = self.critic(feat[:-1].detach()).squeeze(-1).float()  # (H, N)
@@ -124,6 +150,8 @@ class ActorCritic(nn.Module):
             "imagined/value": value.mean().detach(),
             "actor/entropy": entropy.mean().detach(),
         }
+        if continuation is not None:
+            metrics["imagined/continue"] = goes_on.mean().detach()
         return {"actor": actor, "critic": critic}, metrics
 
     def after_update(self) -> None:

@@ -13,13 +13,14 @@ import yaml
 
 from localmotion import methods
 from localmotion.config import PRESETS, RunConfig, Stage, assign, full_name, leaves, update
+from localmotion.envs import is_own
 from localmotion.errors import CheckpointError, ConfigError, unknown_name
 from localmotion.files import MAX_TEXT, check_tree, one_line, read_bytes, read_json, refuse_links
 from localmotion.limits import limits, wanted
 from localmotion.methods.base import VIDEO, Source
 from localmotion.perception.trust import check_recipe
 from localmotion.recipe import Recipe, read_recipe
-from localmotion.suites import SUITES
+from localmotion.suites import OWN, SUITES
 
 
 def compose(
@@ -74,7 +75,7 @@ def _layers(
     settings: tuple[str, ...] | list[str],
 ) -> RunConfig:
     config = RunConfig(method=cls.name, stage=stage, model=cls.Config(), preset=preset, env=env)
-    suite = env.partition(":")[0]
+    suite = OWN if is_own(env) else env.partition(":")[0]
     if suite in SUITES:
         config = update(config, SUITES[suite], ignore_unknown=True)
     for name in (suite, env.removesuffix("-v3")):

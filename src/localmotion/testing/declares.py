@@ -16,7 +16,7 @@ from localmotion.suites import SUITES
 from localmotion.testing.batches import ACTIONS, SIZE
 from localmotion.testing.rules import Found, Rule, Subject, require, rule
 
-ENVS = ("metaworld:reach", "dmc:walker_run", "dmcr:hopper_stand", "toy:dot")
+ENVS = ("metaworld:reach", "dmc:walker_run", "dmcr:hopper_stand", "toy:dot", "gym:Pendulum-v1")
 """One environment of each kind of suite."""
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from localmotion import methods
 from localmotion.acting.observer import make_observer
-from localmotion.config import RunConfig
+from localmotion.config import BehaviourConfig, RunConfig
 from localmotion.envs import check_env, is_own
 from localmotion.envs.goals import check_goals
 from localmotion.errors import CheckpointError, ConfigError, LocalmotionError, SimulationError
@@ -248,6 +248,17 @@ def check_phases(run: RunConfig, env: object) -> None:
     if phase >= count:
         reason = f"begins with its last phase, {phase}" if count else "has no phases"
         raise ConfigError(f"online.phase_at={run.online.phase_at:g}: {run.env} {reason}; set it to null")
+
+
+def about_ends(run: RunConfig) -> str:
+    """What to say where an episode ends by the task's rules, for a run whose method then still expects reward. "": it does not."""
+    behaviour = getattr(run.model, "behaviour", None)
+    if not isinstance(behaviour, BehaviourConfig) or behaviour.continuation:
+        return ""
+    return (
+        f"{run.data or run.env}: an episode ended by the task's rules (terminated), and {run.method} expects reward after such an end;"
+        " set model.behaviour.continuation=true in a new run to learn that none follows"
+    )
 
 
 def never_learned(run: RunConfig) -> LocalmotionError:

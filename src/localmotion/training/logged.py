@@ -14,9 +14,11 @@ from torch import Tensor
 from localmotion import ranks
 from localmotion.acting.observer import Observer
 from localmotion.config import RunConfig
+from localmotion.console import say
 from localmotion.methods.base import GOAL, MASK, MOTION, VIDEO, Method
 from localmotion.recording.logs import EpisodeSampler
 from localmotion.runs.rundir import RunDir
+from localmotion.training.checks import about_ends
 from localmotion.training.loop import Clock, Loop
 from localmotion.training.trials import Trials
 from localmotion.training.update import Updater
@@ -73,6 +75,7 @@ class LoggedLoop(Loop):
                 lead=lead,
             )
         self.trials = Trials(run, out, method, self.compute, make, lambda: self.stop.check()) if make else None
+        self.ends = about_ends(run)  # to be said at the first end by the task's rules
         self.spent |= {"data": 0.0, "eval": 0.0}
 
     @property
@@ -100,6 +103,9 @@ class LoggedLoop(Loop):
             if self.video:
                 found["video_image"] = self.video.batch(self.updater.update)["image"]
             batch = self.compute.to_device(found)
+        if self.ends and found["is_terminal"].any():
+            say(self.ends)
+            self.ends = ""
         self.learn(batch)
 
     def measure(self, final: bool) -> None:

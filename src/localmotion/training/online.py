@@ -23,7 +23,7 @@ from localmotion.perception.companding import Companding
 from localmotion.replay import Replay
 from localmotion.runs import checkpoint
 from localmotion.runs.rundir import RunDir
-from localmotion.training.checks import never_learned
+from localmotion.training.checks import about_ends, never_learned
 from localmotion.training.loop import ActingLoop
 from localmotion.training.pace import Pace, updates_due
 from localmotion.training.playing import Playing
@@ -87,6 +87,7 @@ class OnlineLoop(ActingLoop):
         self.phase = 0  # number of changes to the next phase so far
         self.learned = False  # whether the agent (not the random policy) played the last complete episode
         self.faults = 0
+        self.ends = about_ends(run)  # to be said at the first end by the task's rules
         self.spent |= {"act": 0.0, "replay": 0.0}
         self.pace = Pace(self.total, online)
 
@@ -207,6 +208,9 @@ class OnlineLoop(ActingLoop):
         self.playing, self.learned = None, playing.learning
         self.episode += 1
         self.faults = 0
+        if self.ends and playing.record["is_terminal"]:
+            say(self.ends)
+            self.ends = ""
         self._log_episode(playing.total, len(playing.actions), not playing.learning, playing.success, playing.cut)
 
     def _log_episode(self, total: float, length: int, random: bool, success: float | None, cut: bool) -> None:
