@@ -23,12 +23,15 @@ from localmotion.models.returns import lambda_return
 from localmotion.models.rssm import RSSMState
 from localmotion.recipe import Recipe
 from localmotion.recording.collect import collect
+from localmotion.runs import checkpoint
 from localmotion.runs.settings import compose
 from localmotion.training import trials
 from localmotion.training.finetune import finetune
+from localmotion.training.interrupt import Interrupted, StopRequest
 from localmotion.training.update import Updater
 from method_batches import ACTIONS, AGENTS, CPU, groups_of, make, make_batch
 from test_learning import Line
+from test_resume import Stops
 
 IMAGINING = [name for name in AGENTS if isinstance(getattr(methods.get(name).Config(), "behaviour", None), BehaviourConfig)]
 WALK = "own_envs:drawn"
@@ -270,6 +273,22 @@ def test_a_run_says_once_that_its_method_does_not_learn_of_ends(
     log = (path / "metrics.jsonl").read_text()
     assert log.count('"random": ') > 3
     assert ("loss/continue" in log, "imagined/continue" in log) == (env == WALK and not more,) * 2
+
+
+def test_a_run_with_the_head_in_pieces_is_the_whole_run(own: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = finetune(run_of(), tmp_path / "whole")
+    stops = Stops(monkeypatch, 45)
+    with pytest.raises(Interrupted):
+        finetune(run_of(), tmp_path / "pieces")
+    del stops
+    monkeypatch.setattr(StopRequest, "check", lambda _: None)
+    pieces = finetune(run_of(), tmp_path / "pieces")
+    one, other = (checkpoint.read(checkpoint.newest(path), "weights") for path in (whole, pieces))
+    assert any(key.startswith("continuation.") for key in one)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    with pytest.raises(ConfigError, match=r"model\.behaviour\.continuation \(True there, False now\)"):
+        finetune(run_of("continuation=false"), pieces)
 
 
 def test_a_run_on_logged_episodes_says_so_too(own: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
