@@ -340,7 +340,7 @@ def test_a_run_trains_evaluates_and_resumes_to_the_same_weights(tmp_path: Path, 
     assert {"loss/repval", "grad/model", "return_range/scale"} <= set(next(row for row in rows if row["kind"] == "train"))
     saved, calls = OnlineLoop.save, []
 
-    def stop(self: Any) -> None:
+    def stop(self: Any, **_: Any) -> None:
         if calls:
             raise SystemExit
         calls.append(1)

@@ -476,11 +476,11 @@ def test_a_file_has_nothing_imported(name: str, tmp_path: Path, capsys: pytest.C
         ["evaluate", str(run)],
         ["collect", "toy:dot", "--out", out, "--policy", str(run)],
         ["study", str(tmp_path / "s.yaml"), "--out", out],
-        ["study", str(tmp_path / "hidden.yaml"), "--out", out],
         ["evaluate", str(run), "--trust-env", f"{name}2"],
     ):
         said = fails(capsys, *command)
         assert f"is imported only if you name it: --trust-env {name}" in said, said
+    assert "env is not a setting here" in fails(capsys, "study", str(tmp_path / "hidden.yaml"), "--out", out)
     with pytest.raises(ConfigError, match="is imported only if you name it"):
         load_run(run)
     assert "theirs_code" not in sys.modules

@@ -148,7 +148,7 @@ def test_interrupted_finetuning_resumes_to_the_same_weights(
     saved = OnlineLoop.save
     calls = {"left": 2}
 
-    def stop(self: Any) -> None:
+    def stop(self: Any, **_: Any) -> None:
         if calls["left"] == 0:
             raise SystemExit
         calls["left"] -= 1
