@@ -12,7 +12,7 @@ import torch
 from localmotion.cli import main
 from localmotion.config import RunConfig
 from localmotion.errors import ConfigError
-from localmotion.models.bonus import IntrinsicBonus
+from localmotion.models.bonus import IntrinsicBonus, behavioural_loss
 from localmotion.runs import checkpoint
 from localmotion.runs.settings import compose
 from localmotion.training.finetune import finetune
@@ -72,6 +72,20 @@ def test_a_bonus_window_ends_where_its_episode_ends() -> None:
     for t, end in enumerate((5, 5, 5, 5, 5, 7, 7, 12)):
         expected = feat[0, t : min(t + 5, end)].mean(0) @ bonus.projection
         torch.testing.assert_close(members[t], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_the_actor_learns_of_rewards_at_the_end_of_an_episode() -> None:
+    """Only if the sequence shows the end: elsewhere the last positions have no window, as in the releases."""
+    time, first = 9, torch.zeros(3, 9, dtype=torch.bool)
+    first[:, 0] = first[2, 7] = True
+    terminal = torch.zeros(3, time, dtype=torch.bool)
+    terminal[1, -1] = True
+    batch = {"reward": torch.zeros(3, time), "is_first": first, "is_terminal": terminal}
+    predicted = torch.ones(3, time, requires_grad=True)
+    behavioural_loss(predicted, batch, torch.zeros(3, 5), weight=0.1).backward()
+    assert predicted.grad is not None
+    learned = [(row > 0).nonzero().flatten().tolist() for row in predicted.grad]
+    assert learned == [list(range(5)), list(range(9)), list(range(7))]  # goes on; ends by the task; another follows
 
 
 @pytest.mark.parametrize("name", AGENTS)

@@ -55,14 +55,12 @@ def online(state: Any, batch: Mapping[str, Tensor], noise: Any, run: Any) -> dic
     latent_kl, latent_metrics = core.balanced_kl(latent.logits, latent_prior, world.kl_balance, model.free_nats)
     kl, metrics = core.balanced_kl(post.logits, prior, world.kl_balance, model.free_nats)
     bonus = core.intrinsic_bonus(state, phi, batch["is_first"])
-    count = bonus.shape[1]
-    target = batch["reward"][:, :count] + model.intrinsic_weight * bonus
-    reward = core.mlp(w, "reward.", post.feat[:, :count], world.layers)[..., 0]
+    reward = core.mlp(w, "reward.", post.feat, world.layers)[..., 0]
     losses = {
         "image": images.image_loss(images.decode(state, w, post.feat, world), truth),
         "kl": kl,
         "latent_kl": latent_kl,
-        "reward": (0.5 * (reward - target) ** 2).mean(),
+        "reward": core.behavioural_loss(reward, batch, bonus, model.intrinsic_weight),
     }
     total = world.image_weight * losses["image"] + model.beta_s * kl + model.beta_z_finetune * latent_kl
     ends = core.continuation_loss(w, post.feat, batch["is_terminal"], world.layers)

@@ -362,6 +362,20 @@ def intrinsic_bonus(state: Any, phi: Tensor, is_first: Tensor, prefix: str = "bo
     return (found / (mean + 1e-8)).reshape(batch, -1)
 
 
+def behavioural_loss(predicted: Tensor, batch: Any, bonus: Tensor, weight: float) -> Tensor:
+    """Half the mean squared error against r + weight r_int, (B, T), at the positions where a window begins, and at those after the last
+    window's first that are of its episode, if the sequence shows that it ends: another begins there, or the last position is terminal.
+    """
+    errors, (rows, time), windows = [], predicted.shape, bonus.shape[1]
+    for b in range(rows):
+        for t in range(time):
+            begun = batch["is_first"][b, windows : t + 1].any()  # another episode than the last window's
+            ends = batch["is_terminal"][b, -1] or batch["is_first"][b, t + 1 :].any()
+            if t < windows or (ends and not begun):
+                errors.append(predicted[b, t] - batch["reward"][b, t] - weight * bonus[b, min(t, windows - 1)])
+    return (0.5 * torch.stack(errors) ** 2).mean()
+
+
 # 6. Optimisation --------------------------------------------------------------------------------------------------------------
 
 

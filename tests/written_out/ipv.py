@@ -66,14 +66,13 @@ def finetune(state: Any, batch: Mapping[str, Tensor], noise: Any, run: Any, pret
 def reward_losses(
     state: Any, w: core.Weights, feat: Tensor, phi: Tensor, batch: Mapping[str, Tensor], run: Any
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The representative head learns r at every position, the behavioural one r + lambda r_int where a window of five begins."""
+    """The representative head learns r at every position, the behavioural one r + lambda r_int (`core.behavioural_loss`)."""
     novel = core.intrinsic_bonus(state, phi, batch["is_first"])
-    layers, count = run.model.world.layers, novel.shape[1]
-    target = batch["reward"][:, :count] + run.model.intrinsic_weight * novel
-    behavioural = core.mlp(w, "reward.", feat[:, :count], layers)[..., 0]
+    layers = run.model.world.layers
+    behavioural = core.mlp(w, "reward.", feat, layers)[..., 0]
     representative = core.mlp(w, "reward_representative.", feat, layers)[..., 0]
     losses = {
-        "reward": (0.5 * (behavioural - target) ** 2).mean(),
+        "reward": core.behavioural_loss(behavioural, batch, novel, run.model.intrinsic_weight),
         "reward_representative": (0.5 * (representative - batch["reward"]) ** 2).mean(),
     }
     return losses, {"bonus/mean": novel.mean()}

@@ -43,7 +43,7 @@ from localmotion.methods.base import (
 from localmotion.methods.sizes import presets
 from localmotion.models import stacked
 from localmotion.models.actor_critic import ActorCritic
-from localmotion.models.bonus import WINDOW, IntrinsicBonus
+from localmotion.models.bonus import WINDOW, IntrinsicBonus, behavioural_loss
 from localmotion.models.continuation import continuation_losses, continuation_scales, make_continuation
 from localmotion.models.heads import MLP
 from localmotion.models.image import ImageModel
@@ -140,13 +140,12 @@ class APV(Method):
         feat = self.dynamics.feat(state)  # (B, T, F)
         kl, metrics = kl_loss(state.logits, prior, balance=balance, free=free)
         bonus = self.bonus(phi.detach().float(), is_first)  # (B, T - 4): where a window of 5 fits
-        target = batch["reward"][:, : bonus.shape[1]] + config.intrinsic_weight * bonus  # (B, T - 4)
-        reward = self.reward(feat[:, : bonus.shape[1]]).squeeze(-1).float()  # (B, T - 4)
+        reward = self.reward(feat).squeeze(-1)  # (B, T)
         losses = {
             "image": self.image.losses([feat], context, truth)[0],
             "kl": kl,
             "latent_kl": latent_kl,
-            "reward": 0.5 * (reward - target).square().mean(),
+            "reward": behavioural_loss(reward, batch, bonus, weight=config.intrinsic_weight),
             **continuation_losses(self.continuation, feat, batch),
         }
         metrics = {f"dynamics/{key}": value for key, value in metrics.items()} | {"bonus/mean": bonus.mean()}

@@ -224,7 +224,7 @@ class DRP(Method):
         feat = self.dynamics.feat(state)  # (B, T, F)
         kl, metrics = kl_loss(state.logits, prior, balance=config.world.kl_balance, free=config.free_nats)
         latent_image, image = self.image.losses([latent_feat, feat], context, truth)  # from z (Eq. 8) and s (Eq. 9), one call
-        # The representative head learns r at all T. The behavioural head learns r + lambda r_int where a bonus window fits.
+        # The representative head learns r at all T, the behavioural one r + lambda r_int: where a bonus window fits, and at an end.
         bonus = self.bonus(latent_feat.detach().float(), is_first)  # (B, T - 4)
         behavioural = self.reward(feat).squeeze(-1)  # (B, T)
         representative = self.reward_representative(feat).squeeze(-1)  # (B, T)
@@ -234,7 +234,7 @@ class DRP(Method):
             "latent_kl": latent_kl,
             "image": image,
             "kl": kl,
-            **dual_reward_losses(behavioural, representative, batch["reward"], bonus, weight=config.intrinsic_weight),
+            **dual_reward_losses(behavioural, representative, batch, bonus, weight=config.intrinsic_weight),
             **continuation_losses(self.continuation, feat, batch),
         }
         metrics = {**{f"dynamics/{key}": value for key, value in metrics.items()}, "bonus/mean": bonus.mean()}

@@ -151,7 +151,7 @@ class IPV(Method):
         feat = self.dynamics.feat(state)  # (B, T, F)
         kl, metrics = kl_loss(state.logits, prior, balance=balance, free=free)
         (image,) = self.image.losses([feat], context, truth)
-        # The representative head learns r at all T. The behavioural head learns r + lambda r_int where a bonus window fits.
+        # The representative head learns r at all T, the behavioural one r + lambda r_int: where a bonus window fits, and at an end.
         bonus = self.bonus(phi.detach().float(), is_first)  # (B, T - 4)
         behavioural = self.reward(feat).squeeze(-1)  # (B, T)
         representative = self.reward_representative(feat).squeeze(-1)  # (B, T)
@@ -159,7 +159,7 @@ class IPV(Method):
             "image": image,
             "kl": kl,
             "latent_kl": latent_kl,
-            **dual_reward_losses(behavioural, representative, batch["reward"], bonus, weight=config.intrinsic_weight),
+            **dual_reward_losses(behavioural, representative, batch, bonus, weight=config.intrinsic_weight),
             **continuation_losses(self.continuation, feat, batch),
         }
         metrics = {f"dynamics/{key}": value for key, value in metrics.items()} | {"bonus/mean": bonus.mean()}

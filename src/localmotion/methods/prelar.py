@@ -211,15 +211,14 @@ class PreLAR(Method):
         state, prior = self.latent.observe(embed, self.mapping(batch["action"]), is_first)  # state, (B, T, S, C)
         feat = self.latent.feat(state)  # (B, T, F)
         kl, metrics = kl_loss(state.logits, prior, balance=config.world.kl_balance, free=config.free_nats)
-        reward = batch["reward"]  # (B, T)
         # Without a bonus no window ends the targets, so the reward is learnt at all positions (release).
-        bonus = self.bonus(embed.detach().float(), is_first) if config.intrinsic_weight else torch.zeros_like(reward)
+        bonus = self.bonus(embed.detach().float(), is_first) if config.intrinsic_weight else torch.zeros_like(batch["reward"])
         behavioural = self.reward(feat).squeeze(-1)  # (B, T)
         representative = self.reward_representative(feat).squeeze(-1)  # (B, T)
         losses = {
             "image": self.image.losses([feat], context, truth)[0],
             "kl": kl,
-            **dual_reward_losses(behavioural, representative, reward, bonus, weight=config.intrinsic_weight),
+            **dual_reward_losses(behavioural, representative, batch, bonus, weight=config.intrinsic_weight),
             **continuation_losses(self.continuation, feat, batch),
         }
         metrics = {f"latent/{key}": value for key, value in metrics.items()} | {"bonus/mean": bonus.mean()}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -66,17 +68,32 @@ class IntrinsicBonus(nn.Module):
         return raw / (self.mean + 1e-8)
 
 
+def behavioural_loss(predicted: Tensor, batch: Mapping[str, Tensor], bonus: Tensor, *, weight: float) -> Tensor:
+    """Half the mean squared error of the behavioural reward head: ``predicted`` (B, T) learns reward plus ``weight`` times the bonus.
+
+    ``batch`` has reward, is_first and is_terminal, (B, T); ``bonus`` is (B, T - window + 1). Positions count if they have a window, as in
+    IPV's release. Not as there: if an episode ends after the last window has begun, its positions up to the end count too, with the bonus
+    of that window. Otherwise the actor would never learn of a reward at the end of an episode. An end is a new start within the sequence,
+    or is_terminal at its last position.
+    """
+    reward, windows = batch["reward"], bonus.shape[1]
+    after = batch["is_first"][:, windows:]  # (B, window - 1)
+    ends = after.any(1, keepdim=True) | batch["is_terminal"][:, -1:]  # (B, 1)
+    same = after.to(torch.uint8).cumsum(1) == 0  # (B, window - 1)
+    counts = torch.cat([torch.ones_like(bonus, dtype=torch.bool), same & ends], 1)  # (B, T)
+    target = reward + weight * torch.cat([bonus, bonus[:, -1:].expand_as(after)], 1)  # (B, T)
+    errors = (predicted.float() - target).square() * counts
+    return 0.5 * errors.sum() / counts.sum()
+
+
 def dual_reward_losses(
-    behavioural: Tensor, representative: Tensor, reward: Tensor, bonus: Tensor, *, weight: float
+    behavioural: Tensor, representative: Tensor, batch: Mapping[str, Tensor], bonus: Tensor, *, weight: float
 ) -> dict[str, Tensor]:
     """Losses "reward" and "reward_representative" of two reward heads, half the mean squared error (IPV, arXiv 2305.18499; DRP, Eq. 9).
 
-    The representative head (B, T) learns ``reward`` (B, T). The behavioural one (B, T) learns reward plus ``weight`` times the bonus
-    (B, T - window + 1), at the positions that have one.
+    The representative head (B, T) learns the reward at all positions. The behavioural one (B, T): `behavioural_loss`.
     """
-    count = bonus.shape[1]
-    target = reward[:, :count] + weight * bonus  # (B, T - window + 1)
     return {
-        "reward": 0.5 * (behavioural[:, :count].float() - target).square().mean(),
-        "reward_representative": 0.5 * (representative.float() - reward).square().mean(),
+        "reward": behavioural_loss(behavioural, batch, bonus, weight=weight),
+        "reward_representative": 0.5 * (representative.float() - batch["reward"]).square().mean(),
     }
