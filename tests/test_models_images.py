@@ -144,7 +144,7 @@ def test_composite_adds_the_context_frame_where_the_mask_says_so(stem: str) -> N
 
 @pytest.mark.parametrize("depth", [2, 5])
 def test_plain_cnns_have_the_depth_of_the_settings(depth: int) -> None:
-    model = ImageModel(WorldModelConfig(encoder="cnn", depth=depth), image_size=64)
+    model = ImageModel(WorldModelConfig(encoder="cnn", context=False, depth=depth), image_size=64)
     assert model.embed_dim == 8 * depth * 2 * 2
     assert next(model.encoder.parameters()).shape == (depth, 3, 4, 4)
     assert [m.in_channels for m in model.decoder.modules() if isinstance(m, nn.ConvTranspose2d)] == [
@@ -174,7 +174,9 @@ def test_plain_cnn_shapes() -> None:
     with pytest.raises(ValueError, match="64x64"):
         CNNDecoder(10, image_size=32)
     with pytest.raises(ValueError, match="64x64"):
-        ImageModel(WorldModelConfig(encoder="cnn"), image_size=128)
+        ImageModel(WorldModelConfig(encoder="cnn", context=False), image_size=128)
+    with pytest.raises(ConfigError, match=r"world\.encoder=cnn has no context frame: add world\.context=false"):
+        ImageModel(WorldModelConfig(encoder="cnn"), image_size=64)
 
 
 def test_erasing_is_a_rectangle_and_its_generator_decides() -> None:

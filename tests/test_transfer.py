@@ -121,7 +121,7 @@ def test_parts_that_differ_between_methods_are_told(tmp_path: Path) -> None:
         ("drp", (), "image,image", ConfigError, "twice"),
         ("drp", ("deter=64",), "image,latent", CheckpointError, "other shapes"),
         ("ipv", ("deter=64",), "", CheckpointError, "other shapes"),
-        ("ipv", ("encoder=cnn",), "image", CheckpointError, "lacks|unknown"),
+        ("ipv", ("encoder=cnn", "context=false"), "image", CheckpointError, "lacks|unknown"),
         ("apv", (), "latent,reward", ConfigError, "part of apv to load 'reward'"),
     ],
 )

@@ -29,7 +29,7 @@ WORLD = {
 }
 PAPER = {**PLAIN, "context_side": 4, "image_weight": 0.3, "reward_weight": 0.6, "kl_balance": 0.7}
 """The paper's residual networks: convolutions on pixels, batch normalisation, no copying."""
-CNN = {**WORLD, "depth": 1, "encoder": "cnn"}
+CNN = {**WORLD, "depth": 1, "encoder": "cnn", "context": False}
 """DreamerV2's plain networks, which take 64 pixels and no context."""
 BEHAVIOUR = {"horizon": 3, "discount": 0.9, "lambda_": 0.8, "entropy": 0.3, "slow_critic_every": 2}
 ENDING = {**BEHAVIOUR, "continuation": True}

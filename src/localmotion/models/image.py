@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from localmotion.config import WorldModelConfig
+from localmotion.errors import ConfigError
 from localmotion.models.decoders import CNNDecoder, ResNetDecoder
 from localmotion.models.encoders import CNNEncoder, ResNetEncoder, from_blocks, random_erasing, to_blocks
 
@@ -94,10 +95,12 @@ def image_losses(decoded: Tensor, truth: Tensor, source: Tensor | None = None) -
 
 
 class ImageModel(nn.Module):
-    """Encoder, optional context encoder (separate weights), decoder."""
+    """Encoder, optional context encoder (separate weights), decoder. Raises ConfigError for a context with plain networks."""
 
     def __init__(self, config: WorldModelConfig, *, image_size: int) -> None:
         super().__init__()
+        if config.encoder == "cnn" and config.context:
+            raise ConfigError("world.encoder=cnn has no context frame: add world.context=false, or keep world.encoder=resnet")
         feat = config.stoch * config.classes + config.deter
         self.blocks = config.encoder == "resnet" and config.stem == "unshuffle"
         self.context_encoder: ResNetEncoder | None = None
