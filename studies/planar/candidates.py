@@ -4,7 +4,8 @@
     python studies/planar/candidates.py 100 "drp, 16 points"      # some
     python studies/planar/candidates.py --table                   # of the rows
 
-Data, pre-training and probes are those of tier1.py; videos and policies of cheetah run are those of tier3.py.
+Data, pre-training and probes are those of tier1.py; videos and policies of cheetah run are those of tier3.py. The policies of the committed
+rows had 1,500 updates; now tier3.py has 1,000.
 No sealed body is seen. Cheetah run is a task of tiers 2 and 3; here it has other episodes. A row of rows/candidates.jsonl holds an
 arm and a seed:
 

@@ -26,6 +26,7 @@ import tier3
 import tier3_analysis
 from matplotlib.figure import Figure
 from shared import rows_of
+from tier2_analysis import Pairs
 
 from localmotion.evaluation.contrasts import Interval
 from localmotion.report.style import GRID, INK, MUTED, PALETTE, styled
@@ -33,6 +34,8 @@ from localmotion.report.style import GRID, INK, MUTED, PALETTE, styled
 HERE = Path(__file__).parent
 PROSE = (HERE / "README.md", HERE.parents[1] / "README.md")
 SEEDS = 8
+STUDENT = 2.3646
+"""0.975 quantile of Student's t with seven degrees of freedom."""
 BLOCK = re.compile(r"(<!-- tables\.py: (.+?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 HEADS = {"links": "linear probe", "links_pose": "network with the pose", "actions": "actions"}
 DEVELOPED = {
@@ -75,6 +78,10 @@ SHOWN = {
     "prelar": "PreLAR",
     "drp, image": "DRP's image model alone",
     "drp, own": "DRP, the body's own videos",
+    "drp, no context": "DRP without the context frame",
+    "drp, no context, scratch": "the same, not pre-trained",
+    "drp, no context, image": "its image model alone",
+    "global flow, no context": "Global Flow without it",
 }
 """Arms of tiers 1 and 2 in the figure and in the project's README."""
 COLOURS = {"confirmed": PALETTE[0], "refuted": PALETTE[1], "undecided": MUTED, "": MUTED}
@@ -90,6 +97,8 @@ class Found(NamedTuple):
     said: str
     each: tuple[float, ...] = ()
     """By task, in tier 2."""
+    student: tuple[float, float] = (0.0, 0.0)
+    """Student's interval over the seeds, in tier 2."""
 
     def cell(self) -> str:
         x = self.interval
@@ -160,41 +169,51 @@ def kept() -> list[str]:
 # -- tier 2 -------------------------------------------------------------------------------------------------------------
 
 
-def tier2_found() -> Iterator[Found]:
-    """Contrasts of the primary measure, those without a verdict last."""
+def over_tasks(names: Sequence[str], families: Mapping[str, Pairs], beside: Pairs = ()) -> Iterator[Found]:
+    """Contrasts of tier 2's primary measure that have all seeds. Those of ``beside`` come last and have no verdict."""
     tasks = tier2.SETS["tasks"]
-    scores = tier2_analysis.read(rows_of("tier2-tasks"), tier2_analysis.PRIMARY)
-    families = {**tier2_analysis.FAMILIES, "beside": tier2_analysis.BESIDE}
-    asked = {pair for pairs in tier2_analysis.FAMILIES.values() for pair in pairs}
-    for of, against, each, x, p, q, said in tier2_analysis.contrasts(scores, tasks, families, tier2_analysis.SMALLEST):
-        if len(tier2_analysis.paired(scores, of, against, tasks)) == SEEDS:
+    scores = tier2_analysis.read([row for name in names for row in rows_of(f"{name}-tasks")], tier2_analysis.PRIMARY)
+    asked = {pair for pairs in families.values() for pair in pairs}
+    lists = {**families, "beside": beside}
+    for of, against, each, x, p, q, said in tier2_analysis.contrasts(scores, tasks, lists, tier2_analysis.SMALLEST):
+        means = tier2_analysis.paired(scores, of, against, tasks).mean(1)
+        if len(means) == SEEDS:
             registered = (of, against) in asked
-            yield Found(of, against, x, q if registered else p, said if registered else "", tuple(each))
+            half = STUDENT * float(means.std(ddof=1)) / SEEDS**0.5
+            student = (float(means.mean()) - half, float(means.mean()) + half)
+            yield Found(of, against, x, q if registered else p, said if registered else "", tuple(each), student)
 
 
-def tier2_contrasts(shown: Mapping[str, str]) -> list[str]:
+def tier2_found() -> Iterator[Found]:
+    return over_tasks(["tier2"], tier2_analysis.FAMILIES, tier2_analysis.BESIDE)
+
+
+def second_found() -> Iterator[Found]:
+    return over_tasks(["tier2", "second"], second_round.FAMILIES)
+
+
+def task_contrasts(contrasts: Iterator[Found]) -> list[str]:
+    """All of each contrast, with Student's interval and each task."""
     rows = []
-    for x in tier2_found():
-        verdict = f"**{x.said}**" if x.said else "none asked"
-        interval = f"{x.interval.low:+.3f} to {x.interval.high:+.3f}"
-        each = (f"{value:+.3f}" for value in x.each)
-        rows.append(
-            [
-                f"{shown.get(x.of, x.of)} - {shown.get(x.against, x.against)}",
-                f"{x.interval.point:+.3f}",
-                interval,
-                f"{x.p:.4f}",
-                verdict,
-                *each,
-            ]
-        )
-    return markdown(["", "difference", "95 % interval", "p", "verdict", *tier2.SETS["tasks"]], rows)
+    for x in contrasts:
+        cells = [f"{x.of} - {x.against}", f"{x.interval.point:+.3f}", f"{x.interval.low:+.3f} to {x.interval.high:+.3f}"]
+        cells += [f"{x.student[0]:+.3f} to {x.student[1]:+.3f}", f"{x.p:.4f}"]
+        rows.append([*cells, f"**{x.said}**" if x.said else "none asked", *(f"{value:+.3f}" for value in x.each)])
+    heads = ["", "difference", "95 % interval", "Student's interval", "p", "verdict", *tier2.SETS["tasks"]]
+    return markdown(heads, rows)
 
 
-def tier2_scores() -> list[str]:
-    tasks, found = tier2.SETS["tasks"], rows_of("tier2-tasks")
+def tier2_short() -> list[str]:
+    """Contrasts with a verdict, of tier 2 and of the second round, under their long names."""
+    found = [x for x in (*tier2_found(), *second_found()) if x.said]
+    return markdown(["", "difference"], [[f"{SHOWN[x.of]} - {SHOWN[x.against]}", x.cell()] for x in found])
+
+
+def task_scores(name: str, arms: Sequence[str]) -> list[str]:
+    """All measures of tier 2: means over the tasks, of arms with all seeds."""
+    tasks, found = tier2.SETS["tasks"], rows_of(f"{name}-tasks")
     tables, rows = [tier2_analysis.read(found, measure) for measure in tier2_analysis.MEASURES], []
-    for arm in tier2.ARMS:
+    for arm in arms:
         seeds = [s for s in range(SEEDS) if all((s, task) in tables[0].get(arm, {}) for task in tasks)]
         if len(seeds) == SEEDS:
             means = [[float(np.mean([scores[arm][s, task] for task in tasks])) for s in seeds] for scores in tables]
@@ -215,9 +234,11 @@ BLOCKS: dict[str, Callable[[], list[str]]] = {
     "tier 1, contrasts": lambda: tier1_table(analysis.OF, [*HEADS]),
     "tier 1, kept": kept,
     "tier 1, short": tier1_short,
-    "tier 2, scores": tier2_scores,
-    "tier 2, contrasts": lambda: tier2_contrasts({}),
-    "tier 2, named": lambda: tier2_contrasts(SHOWN),
+    "tier 2, scores": lambda: task_scores("tier2", [*tier2.ARMS]),
+    "tier 2, contrasts": lambda: task_contrasts(tier2_found()),
+    "tier 2, short": tier2_short,
+    "second round, scores": lambda: task_scores("second", second_round.REGISTERED),
+    "second round, contrasts": lambda: task_contrasts(second_found()),
     "second round, pilot": second_round.pilot,
     "candidates": lambda: candidates.table(rows_of("candidates")),
 }
@@ -283,7 +304,9 @@ def panels() -> dict[str, Sequence[Found]]:
         f"Tier 1, velocities of links of unseen bodies, {HEADS[metric]}": [*tier1_contrasts(metric).values()]
         for metric in ("links", "links_pose")
     }
-    return {**first, "Tier 2, pose from the state of a world model after few updates": [*tier2_found()]}
+    title = "pose from the state of a world model after few updates"
+    found = {**first, f"Tier 2, {title}": [*tier2_found()]}
+    return found | ({f"Second round, {title}": second} if (second := [*second_found()]) else {})
 
 
 def main() -> None:

@@ -7,11 +7,12 @@ Codes are those of tier1.py: pre-trained on its 16 bodies and frozen, so no code
 of 105 frames of the expert of studies/experts with noise 0.4; 200 to learn from, 40 to score. Exact motion goes to the codes that use it.
 
 1. A policy watches the videos, without actions: from the last three pictures it predicts the code of the motion that follows (each number
-   of the code with mean 0 and deviation 1, squared error, 1,500 updates on 64 frames, the same frames for all arms of a seed).
+   of the code with mean 0 and deviation 1, squared error, 1,000 updates on 64 frames, the same frames for all arms of a seed).
 2. Ridge regression to the action is fitted on N labelled steps of the same videos, the first N of a random order of the seed: from the
    predicted code ("code"), and from the network's last maps, of which the code is an affine map ("features").
 
-So a code helps if it can be foreseen from pictures and says what to do. `bc` is the same network, trained on the N labelled steps alone.
+So a code helps if it can be foreseen from pictures and says what to do. `bc` is the same network, trained on the N labelled steps alone; its
+figures stand under "features".
 With `actions` the code is the action itself, of all frames: what labels for all videos would be worth. `exact flow` is the flow on a
 grid of 8 x 8.
 
@@ -20,7 +21,7 @@ A row of rows/ holds an arm, a seed and a task:
     foreseen        R2 of the predicted code on the episodes that are scored
     code policy, features policy
                     number of labels: R2 of the actions, against those of the expert with its noise, on the same episodes
-    code returns, features returns
+    features returns
                     number of labels: returns of 10 episodes of 500 agent steps, without noise
     expert, random  mean returns of the expert without noise, and of uniform random actions
 
@@ -74,7 +75,7 @@ SEEDS = {"dev": 10, "tasks": 0}
 """Of the recordings: development does not see the episodes of the study."""
 LEARNED, SCORED, STEPS, NOISE = 200, 40, 104, 0.4
 LABELS, PLAYED = (50, 200, 1_000, 5_000), (200, 5_000)
-STACK, WIDTHS, UPDATES, BATCH, RATE = 3, (16, 32, 32), 1_500, 64, 1e-3
+STACK, WIDTHS, UPDATES, BATCH, RATE = 3, (16, 32, 32), 1_000, 64, 1e-3
 EPISODES, AGENT_STEPS = 10, 500
 FOLDS = 5
 PARTS = {"features": 0, "code": 1}
@@ -277,14 +278,14 @@ def row_of(arm: str, seed: int, task: str, videos: Videos, work: Path) -> dict[s
     for labels in LABELS:
         known = labelled(videos, labels, seed)
         if net is None:
-            acts = {"code": reading(learned(videos, videos.actions, known, UPDATES, seed), "code")}
+            acts = {"features": reading(learned(videos, videos.actions, known, UPDATES, seed), "code")}
         else:
             acts = {part: decided(reading(net, part), videos, known) for part in PARTS}
         for part, act in acts.items():
             answer = predicted(act, videos, scored).clip(-1, 1)
             row.setdefault(f"{part} policy", {})[str(labels)] = round(r_squared(answer, true), 4)
-            if labels in PLAYED:
-                row.setdefault(f"{part} returns", {})[str(labels)] = played(task, act, seed)
+            if labels in PLAYED and part == "features":
+                row.setdefault("features returns", {})[str(labels)] = played(task, act, seed)
     expert = json.loads((HERE.parent / "experts" / task / "expert.json").read_text())
     rng = np.random.default_rng(seed)
     random = played(task, lambda stack: rng.uniform(-1, 1, (len(stack), videos.actions.shape[2])).astype(np.float32), seed)

@@ -6,8 +6,8 @@ python studies/planar/tier3_analysis.py --simulate .1  # on made-up scores of kn
     actions   area under R2 of the actions over the logarithm of 50 to 5,000 labels; R2 below 0 counts as 0
     returns   (return - random) / (expert - random), mean of 200 and 5,000 labels
 
-Both for the regression from the predicted code and for that from the network's last maps ("features"). `bc` has one form, which stands
-for both. The seed is the unit, averaged over the tasks.
+Actions by the regression from the predicted code and by that from the network's last maps ("features"), returns by the second alone. `bc` has
+one form, which stands for both. The seed is the unit, averaged over the tasks.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ MEASURES = {
     "features actions": "R² of actions by labels, from the features",
     "features returns": "score by labels, from the features",
     "code actions": "R² of actions by labels, from the code",
-    "code returns": "score by labels, from the code",
 }
 SMALLEST = {"actions": 0.02, "returns": 0.05}
 PRIMARY = "features actions"
@@ -47,16 +46,16 @@ def score(returns: Sequence[float], row: Mapping[str, Any]) -> float:
     return float((np.mean(returns) - row["random"]) / (row["expert"] - row["random"]))
 
 
-def figure(row: Mapping[str, Any], part: str, kind: str) -> Any:
-    """R2 or returns by labels."""
-    return row.get(f"{part} {kind}") or row[f"code {kind}"]
+def policy(row: Mapping[str, Any], part: str) -> Any:
+    """R2 of the actions by labels."""
+    return row.get(f"{part} policy") or row["features policy"]
 
 
 def value(row: Mapping[str, Any], measure: str) -> float:
     part, kind = measure.split()
     if kind == "actions":
-        return area({"": figure(row, part, "policy")}, "")
-    return float(np.mean([score(returns, row) for returns in figure(row, part, "returns").values()]))
+        return area({"": policy(row, part)}, "")
+    return float(np.mean([score(returns, row) for returns in row["features returns"].values()]))
 
 
 def read(rows: Sequence[Mapping[str, Any]], measure: str) -> Scores:
@@ -70,7 +69,7 @@ def table(rows: Sequence[Mapping[str, Any]], task: str, part: str) -> list[str]:
     """Markdown: every arm in a task, mean over its seeds."""
     if not any(row["task"] == task for row in rows):
         return []
-    labels, played = ([*figure(rows[0], part, kind)] for kind in ("policy", "returns"))
+    labels, played = [*policy(rows[0], part)], [*rows[0]["features returns"]] if part == "features" else []
     heads = [f"{task}, {part}", "seeds", "foreseen", *(f"R², {n}" for n in labels), *(f"score, {n}" for n in played)]
     out = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for arm in dict.fromkeys(str(row["arm"]) for row in rows):
@@ -78,8 +77,8 @@ def table(rows: Sequence[Mapping[str, Any]], task: str, part: str) -> list[str]:
         if not mine:
             continue
         cells = [[row["foreseen"] for row in mine if row["foreseen"] is not None]]
-        cells += [[figure(row, part, "policy")[n] for row in mine] for n in labels]
-        cells += [[score(figure(row, part, "returns")[n], row) for row in mine] for n in played]
+        cells += [[policy(row, part)[n] for row in mine] for n in labels]
+        cells += [[score(row["features returns"][n], row) for row in mine] for n in played]
         out.append(f"| {arm} | {len(mine)} | " + " | ".join(map(shown, cells)) + " |")
     return out
 
