@@ -11,8 +11,8 @@ of 105 frames of the expert of studies/experts with noise 0.4; 200 to learn from
 2. Ridge regression to the action is fitted on N labelled steps of the same videos, the first N of a random order of the seed: from the
    predicted code ("code"), and from the network's last maps, of which the code is an affine map ("features").
 
-So a code helps if it can be foreseen from pictures and says what to do. `bc` is the same network, trained on the N labelled steps alone; its
-figures stand under "features".
+So a code helps if it can be foreseen from pictures and says what to do. `bc` is the same network, trained on the N labelled steps alone;
+its figures stand under "features".
 With `actions` the code is the action itself, of all frames: what labels for all videos would be worth. `exact flow` is the flow on a
 grid of 8 x 8.
 

@@ -6,8 +6,8 @@ python studies/planar/tier3_analysis.py --simulate .1  # on made-up scores of kn
     actions   area under R2 of the actions over the logarithm of 50 to 5,000 labels; R2 below 0 counts as 0
     returns   (return - random) / (expert - random), mean of 200 and 5,000 labels
 
-Actions by the regression from the predicted code and by that from the network's last maps ("features"), returns by the second alone. `bc` has
-one form, which stands for both. The seed is the unit, averaged over the tasks.
+Actions by the regression from the predicted code and by that from the network's last maps ("features"), returns by the second alone. `bc`
+has one form, which stands for both. The seed is the unit, averaged over the tasks.
 """
 
 from __future__ import annotations
