@@ -75,11 +75,9 @@ SEEDS = {"dev": 10, "tasks": 0}
 """Of the recordings: development does not see the episodes of the study."""
 LEARNED, SCORED, STEPS, NOISE = 200, 40, 104, 0.4
 LABELS, PLAYED = (50, 200, 1_000, 5_000), (200, 5_000)
-STACK, WIDTHS, UPDATES, BATCH, RATE = 3, (16, 32, 32), 1_000, 64, 1e-3
+STACK, WIDTHS, UPDATES, BATCH, RATE = 3, (8, 16, 32), 1_000, 64, 1e-3
 EPISODES, AGENT_STEPS = 10, 500
 FOLDS = 5
-PARTS = {"features": 0, "code": 1}
-"""What an action is read from: place in what `LatentEncoder.both` gives."""
 ARMS = (
     "drp",
     "recompose",
@@ -246,46 +244,49 @@ def standard(code: Floats) -> Floats:
     return scaled
 
 
-def watched(arm: str, seed: int, videos: Videos, work: Path) -> tuple[LatentEncoder, float]:
-    """The policy that watched the videos, and how well it foresees the code."""
+def target(arm: str, seed: int, videos: Videos, work: Path) -> Floats:
+    """(n, STEPS, d) what the policy of an arm foresees."""
     if arm == "actions":
-        code = videos.actions
-    else:
-        found, compute = model(arm, seed, trees.DEV, work, "dev") if CODES[arm][0] else (None, None)
-        code = coded(found, compute, videos.store)
-    code, scored = standard(code), videos.steps(LEARNED, LEARNED + SCORED)
-    net = learned(videos, code, videos.steps(0, LEARNED), UPDATES, seed)
-    return net, round(r_squared(predicted(net, videos, scored), code[scored[:, 0], scored[:, 1]]), 4)
-
-
-def reading(net: LatentEncoder, part: str) -> Act:
-    """A part of what the network makes of what the policy sees: (k, 3 * STACK, S, S) -> (k, d)."""
-    return lambda stack: net.both(stack)[PARTS[part]].numpy()
-
-
-def decided(of: Act, videos: Videos, known: NDArray[np.int64]) -> Act:
-    """Actions by ridge regression from what ``of`` gives, fitted on labelled steps."""
-    weights, bias = regression(predicted(of, videos, known), videos.actions[known[:, 0], known[:, 1]], known[:, 0])
-    return lambda stack: of(stack) @ weights + bias
+        return standard(videos.actions)
+    found, compute = model(arm, seed, trees.DEV, work, "dev") if CODES[arm][0] else (None, None)
+    return standard(coded(found, compute, videos.store))
 
 
 def row_of(arm: str, seed: int, task: str, videos: Videos, work: Path) -> dict[str, Any]:
     """The figures of an arm."""
-    scored = videos.steps(LEARNED, LEARNED + SCORED)
-    true = videos.actions[scored[:, 0], scored[:, 1]]
-    net, foreseen = (None, None) if arm == "bc" else watched(arm, seed, videos, work)
-    row: dict[str, Any] = {"foreseen": foreseen}
-    for labels in LABELS:
-        known = labelled(videos, labels, seed)
-        if net is None:
-            acts = {"features": reading(learned(videos, videos.actions, known, UPDATES, seed), "code")}
-        else:
-            acts = {part: decided(reading(net, part), videos, known) for part in PARTS}
-        for part, act in acts.items():
-            answer = predicted(act, videos, scored).clip(-1, 1)
-            row.setdefault(f"{part} policy", {})[str(labels)] = round(r_squared(answer, true), 4)
-            if labels in PLAYED and part == "features":
-                row.setdefault("features returns", {})[str(labels)] = played(task, act, seed)
+    known, scored = labelled(videos, LABELS[-1], seed), videos.steps(LEARNED, LEARNED + SCORED)
+    right, true = (videos.actions[steps[:, 0], steps[:, 1]] for steps in (known, scored))
+    row: dict[str, Any] = {"foreseen": None}
+
+    def measure(part: str, labels: int, act: Act, answer: Floats) -> None:
+        row.setdefault(f"{part} policy", {})[str(labels)] = round(r_squared(answer.clip(-1, 1), true), 4)
+        if labels in PLAYED and part == "features":
+            row.setdefault("features returns", {})[str(labels)] = played(task, act, seed)
+
+    if arm == "bc":
+        for labels in LABELS:
+            cloned = learned(videos, videos.actions, known[:labels], UPDATES, seed)
+            measure("features", labels, lambda stack, net=cloned: net(stack).numpy(), predicted(cloned, videos, scored))
+    else:
+        code = target(arm, seed, videos, work)
+        net = learned(videos, code, videos.steps(0, LEARNED), UPDATES, seed)
+
+        def both(stack: Tensor) -> Floats:
+            """(k, F + d) the network's last maps, and the predicted code."""
+            beside: Floats = torch.cat(net.both(stack), 1).numpy()
+            return beside
+
+        x, x_scored = (predicted(both, videos, steps) for steps in (known, scored))
+        parts = {"features": slice(0, net.features), "code": slice(net.features, None)}
+        row["foreseen"] = round(r_squared(x_scored[:, parts["code"]], code[scored[:, 0], scored[:, 1]]), 4)
+        for labels in LABELS:
+            for part, columns in parts.items():
+                weights, bias = regression(x[:labels, columns], right[:labels], known[:labels, 0])
+
+                def act(stack: Tensor, weights: Floats = weights, bias: Floats = bias, columns: slice = columns) -> Floats:
+                    return both(stack)[:, columns] @ weights + bias
+
+                measure(part, labels, act, x_scored[:, columns] @ weights + bias)
     expert = json.loads((HERE.parent / "experts" / task / "expert.json").read_text())
     rng = np.random.default_rng(seed)
     random = played(task, lambda stack: rng.uniform(-1, 1, (len(stack), videos.actions.shape[2])).astype(np.float32), seed)
