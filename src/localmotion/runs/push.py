@@ -208,7 +208,7 @@ def _word(word: str) -> str:
         parsed = json.loads(text)
     except ValueError:
         return name + str(without_places(text))
-    return name + (json.dumps(without_places(parsed)) if isinstance(parsed, (dict, list)) else text)
+    return name + (json.dumps(without_places(parsed)) if isinstance(parsed, (dict, list, str)) else text)
 
 
 def _last(path: str) -> str:
