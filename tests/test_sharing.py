@@ -132,7 +132,9 @@ def test_commands_keep_what_is_no_place() -> None:
     text = 'localmotion finetune --checkpoint hf:me/x --data=/a/b --set \'env_options={"look": "textured"}\' --run runs/x'
     assert command_line(text) == text.replace("/a/b", "b")
     assert command_line("x 'open /a/b") == "x 'open b"
-    assert command_line("pretrain --set 'data=\"/a/b c/d\"' seed=0") == "pretrain --set 'data=\"d\"' seed=0"  # as a study writes it
+    assert (
+        command_line("pretrain --set 'data=\"/a/b c/d\"' seed=0") == "pretrain --set 'data=\"d\"' seed=0"
+    )  # as a study writes it
 
 
 def test_what_cannot_be_pushed_is_one_clear_line(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Does behaviour need fewer labelled actions with a code of motion that was learned on other bodies? (tier 3; not registered yet)
+"""Does behaviour need fewer labelled actions with a code of motion that was learned on other bodies? (tier 3, PREREG-tier3.md)
 
     python studies/planar/tier3.py dev 100                    # walker run and cheetah run, other episodes; all arms
     python studies/planar/tier3.py tasks 0 drp bc             # cheetah run, hopper stand, walker run; refused before the registration
