@@ -148,7 +148,6 @@ def make_batch(update: int = 0, count: int = B) -> dict[str, Tensor]:
         "action": torch.from_numpy(np.tanh(state.standard_normal((count, T, A)))).float(),
         "reward": torch.from_numpy(state.standard_normal((count, T))).float(),
         "is_first": is_first,
-        "is_terminal": torch.zeros_like(is_first),
     }
 
 

@@ -71,14 +71,16 @@ class IntrinsicBonus(nn.Module):
 def behavioural_loss(predicted: Tensor, batch: Mapping[str, Tensor], bonus: Tensor, *, weight: float) -> Tensor:
     """Half the mean squared error of the behavioural reward head: ``predicted`` (B, T) learns reward plus ``weight`` times the bonus.
 
-    ``batch`` has reward, is_first and is_terminal, (B, T); ``bonus`` is (B, T - window + 1). Positions count if they have a window, as in
-    IPV's release. Not as there: if an episode ends after the last window has begun, its positions up to the end count too, with the bonus
-    of that window. Otherwise the actor would never learn of a reward at the end of an episode. An end is a new start within the sequence,
-    or is_terminal at its last position.
+    ``batch`` has reward, is_first and, if episodes can end, is_terminal, (B, T); ``bonus`` is (B, T - window + 1). Positions count if they
+    have a window, as in IPV's release. Not as there: if an episode ends after the last window has begun, its positions up to the end count
+    too, with the bonus of that window. Otherwise the actor would never learn of a reward at the end of an episode. An end is a new start
+    within the sequence, or is_terminal at its last position.
     """
     reward, windows = batch["reward"], bonus.shape[1]
     after = batch["is_first"][:, windows:]  # (B, window - 1)
-    ends = after.any(1, keepdim=True) | batch["is_terminal"][:, -1:]  # (B, 1)
+    ends = after.any(1, keepdim=True)  # (B, 1)
+    if "is_terminal" in batch:
+        ends = ends | batch["is_terminal"][:, -1:]
     same = after.to(torch.uint8).cumsum(1) == 0  # (B, window - 1)
     counts = torch.cat([torch.ones_like(bonus, dtype=torch.bool), same & ends], 1)  # (B, T)
     target = reward + weight * torch.cat([bonus, bonus[:, -1:].expand_as(after)], 1)  # (B, T)
