@@ -75,6 +75,24 @@ def played(fails: Fails, episodes: int, at: str = "step", **more: Any) -> Rollou
     )
 
 
+class Winner(Coin):
+    """It has a success in its info only where there is one, in every fifth seed."""
+
+    def step(self, action: Any) -> Any:
+        *found, _ = super().step(action)
+        return (*found, {"success": True} if self.steps == 3 and self.seed % 5 == 0 else {})
+
+
+def test_an_episode_without_a_signal_of_success_is_a_failure_where_another_has_one() -> None:
+    """Groups of 5 episodes: most have no signal at all."""
+    found = evaluate(lambda: random_policy(1, 0), lambda: Observer(Winner(lambda seed: False, ""), None), seed=3, episodes=40)
+    true = [float(episode_seed(3, "eval", index, 1) % 5 == 0) for index in range(40)]
+    assert found.successes == true
+    assert 0 < found.summary()["success_rate"] == np.mean(true) < 0.5
+    never = evaluate(lambda: random_policy(1, 0), lambda: Observer(Winner(lambda seed: False, ""), None), seed=3, episodes=1)
+    assert (never.successes == []) == (true[0] == 0)
+
+
 def seeds_of(*episodes: int, attempts: int = 1) -> set[int]:
     return {episode_seed(3, "eval", index, attempt) for index in episodes for attempt in range(1, attempts + 1)}
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from localmotion.acting.episodes import FAULTS
@@ -504,26 +505,30 @@ def test_a_kill_while_an_old_checkpoint_is_removed_leaves_none_that_is_half(
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["0000000003", "0000000004"]
 
 
-def full_disk(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+def full_disk(monkeypatch: pytest.MonkeyPatch, after: int, error: Exception | None = None) -> None:
     """Files of tensors can be written so many times; from then on a part of them can."""
+    error = error or OSError(28, "No space left on device")
     write, count = checkpoint.save_file, [0]
 
     def limited(tensors: Any, path: Path) -> None:
         count[0] += 1
         if count[0] > after:
             path.write_bytes(b"a part of it")
-            raise OSError(28, "No space left on device")
+            raise error
         write(tensors, path)
 
     monkeypatch.setattr(checkpoint, "save_file", limited)
 
 
 @pytest.mark.parametrize("after", [2, 3])
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), SafetensorError("No space left on device (os error 28)")]
+)
 def test_a_disk_that_is_full_in_the_middle_of_a_checkpoint_leaves_the_one_before(
-    after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    error: Exception, after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "checkpoints").mkdir()
-    full_disk(monkeypatch, after)
+    full_disk(monkeypatch, after, error)
     kept = checkpoint.save(tmp_path / "checkpoints", 1, **small_state())
     with pytest.raises(CheckpointError, match=r"0000000002.*No space left on device.*previous one is kept"):
         checkpoint.save(tmp_path / "checkpoints", 2, **small_state())

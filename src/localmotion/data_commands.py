@@ -42,13 +42,13 @@ def scan(args: argparse.Namespace) -> None:
     from localmotion.video.scan import manifest_path
     from localmotion.video.scan import scan as scan_videos
 
-    if args.manifest:
-        check_output(args.manifest, ConfigError)
+    path = manifest_path(args.manifest) if args.manifest else None
+    if path:
+        check_output(path, ConfigError)
     videos = local_videos(args.videos, args.camera)
     if not args.decode:
-        _list_only(args, videos)
+        _list_only(args, videos, path)
         return
-    path = manifest_path(args.manifest) if args.manifest else None
     journal = path and path.with_name(f"{path.name}.scanned")
     with progress("scan", 1, "videos") as advance:
         found = scan_videos(
@@ -71,17 +71,17 @@ def scan(args: argparse.Namespace) -> None:
         raise LocalmotionError(message)
 
 
-def _list_only(args: argparse.Namespace, videos: Path) -> None:
+def _list_only(args: argparse.Namespace, videos: Path, path: Path | None) -> None:
     """`localmotion scan --no-decode`"""
     from localmotion.console import progress, say
     from localmotion.video.history import Limits
     from localmotion.video.manifest import list_videos
 
-    if not args.manifest:
+    if path is None:
         raise ConfigError("--no-decode: only lists the videos; give the list to write with --manifest FILE")
     limits = Limits(args.min_frames, args.max_frames, args.max_clips)
     with progress("list", 1, "videos") as advance:
-        lines = list_videos(args.manifest, videos, limits, list_file=args.list_file, camera=args.camera, progress=advance)
+        lines = list_videos(path, videos, limits, list_file=args.list_file, camera=args.camera, progress=advance)
     for line in lines:
         say(line)
 
@@ -93,6 +93,8 @@ def extract(args: argparse.Namespace) -> None:
     from localmotion.perception.extract import extract_folder
     from localmotion.runs.datasets import local_videos
 
+    if args.shard_clips is not None and args.shard_clips < 1:
+        raise ConfigError(f"--shard-clips {args.shard_clips}: at least one video in a shard")
     if args.launch or args.jobs or args.pack != 1 or args.launch_option:
         launch_commands.launch_extract(args)
         return
@@ -114,10 +116,10 @@ def extract(args: argparse.Namespace) -> None:
             camera=args.camera,
             list_file=args.list_file,
             min_frames=25 if args.min_frames is None else args.min_frames,
-            max_frames=args.max_frames or 300,
+            max_frames=300 if args.max_frames is None else args.max_frames,
             max_clips=args.max_clips,
             workers=args.workers if args.workers is not None else cores(),
-            shard_clips=args.shard_clips or 32,
+            shard_clips=32 if args.shard_clips is None else args.shard_clips,
             progress=advance,
             together=args.together,
             **limits_of(args),
@@ -131,13 +133,14 @@ def _extract_part(args: argparse.Namespace) -> None:
     from localmotion.console import progress, say
     from localmotion.machine import cores
     from localmotion.perception import extract_shards
+    from localmotion.video.scan import manifest_path
 
     fixed = ("videos", "list_file", "camera", "min_frames", "max_frames", "max_clips")
-    if given := [name for name in fixed if getattr(args, name)]:
+    if given := [name for name in fixed if getattr(args, name) not in (None, "")]:
         raise ConfigError(f"extract --manifest: {given[0]} is a part of the manifest; give it to localmotion scan --manifest")
     with progress("extract", 1, "videos") as advance:
         summary = extract_shards(
-            args.manifest,
+            manifest_path(args.manifest),
             args.out,
             recipe_of(args),
             args.part,
@@ -176,6 +179,7 @@ def inspect(args: argparse.Namespace) -> None:
     from localmotion.video.store import ClipStore
 
     check_output(args.out, ConfigError, suffixes=(".png", ".mp4"))
-    clip = int(args.clip) if args.clip and args.clip.isdigit() else args.clip
-    draw(ClipStore(args.store), args.out, clip)
+    store = ClipStore(args.store)
+    number = args.clip and args.clip.isdigit() and args.clip not in store.ids
+    draw(store, args.out, int(args.clip) if number else args.clip)
     say(f"wrote {args.out}")

@@ -4,7 +4,7 @@
     python studies/planar/tables.py --check    # only say which are not what the rows give
 
 A table stands in a page between `<!-- tables.py: NAME -->` and `<!-- end -->`; `BLOCKS` has the names. Tables hold what has all eight
-seeds, and tier*.md everything. Verdicts are those of the registered scripts, analysis.py and tier2_analysis.py.
+seeds, and tier*.md everything. Verdicts are those of the registered scripts, analysis.py, tier2_analysis.py and tier3_analysis.py.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from matplotlib.figure import Figure
 from shared import rows_of
 from tier2_analysis import Pairs
 
-from localmotion.evaluation.contrasts import Interval
+from localmotion.evaluation.contrasts import Interval, verdict
 from localmotion.report.style import GRID, INK, MUTED, PALETTE, styled
 
 HERE = Path(__file__).parent
@@ -82,8 +82,11 @@ SHOWN = {
     "drp, no context, scratch": "the same, not pre-trained",
     "drp, no context, image": "its image model alone",
     "global flow, no context": "Global Flow without it",
+    "bc": "no code, the labelled steps alone",
+    "drp, 16 points": "DRP with sixteen points",
+    "recompose, 16 points": "DRP + recompose, sixteen points",
 }
-"""Arms of tiers 1 and 2 in the figure and in the project's README."""
+"""Arms of all tiers in the figure and in the project's README."""
 COLOURS = {"confirmed": PALETTE[0], "refuted": PALETTE[1], "undecided": MUTED, "": MUTED}
 
 
@@ -225,6 +228,50 @@ def tier2_page(kind: str) -> list[str]:
     return tier2_analysis.page(rows_of(f"tier2-{kind}"))
 
 
+# -- tier 3 -------------------------------------------------------------------------------------------------------------
+
+
+def tier3_found() -> Iterator[Found]:
+    """Contrasts of the primary measure that have all seeds, those without a verdict last."""
+    tasks = tier3.SETS["tasks"]
+    scores = tier3_analysis.read(rows_of("tier3-tasks"), tier3_analysis.PRIMARY)
+    for pairs in (*tier3_analysis.FAMILIES.values(), tier3_analysis.BESIDE):
+        asked = pairs is not tier3_analysis.BESIDE
+        for of, against, both, x, p, q in tier3_analysis.contrasts(scores, tasks, pairs):
+            if len(both) == SEEDS:
+                said = verdict(x, tier3_analysis.SMALLEST["actions"]) if asked else ""
+                yield Found(of, against, x, q if asked else p, said, tuple(both.mean(0)))
+
+
+def tier3_contrasts() -> list[str]:
+    rows = []
+    for x in tier3_found():
+        cells = [
+            f"{x.of} - {x.against}",
+            f"{x.interval.point:+.3f}",
+            f"{x.interval.low:+.3f} to {x.interval.high:+.3f}",
+            f"{x.p:.4f}",
+        ]
+        rows.append([*cells, f"**{x.said}**" if x.said else "none asked", *(f"{value:+.3f}" for value in x.each)])
+    return markdown(["", "difference", "95 % interval", "p", "verdict", *tier3.SETS["tasks"]], rows)
+
+
+def tier3_scores() -> list[str]:
+    """All measures: means over the tasks, of arms with all seeds."""
+    tasks, found = tier3.SETS["tasks"], rows_of("tier3-tasks")
+    tables, rows = [tier3_analysis.read(found, measure) for measure in tier3_analysis.MEASURES], []
+    for arm in tier3.ARMS:
+        if all((s, task) in tables[0].get(arm, {}) for s in range(SEEDS) for task in tasks):
+            means = [[float(np.mean([scores[arm][s, task] for task in tasks])) for s in range(SEEDS)] for scores in tables]
+            rows.append([arm, *map(spread, means)])
+    return markdown(["arm", *tier3_analysis.MEASURES.values()], rows)
+
+
+def tier3_short() -> list[str]:
+    found = [x for x in tier3_found() if x.said]
+    return markdown(["", "difference"], [[f"{SHOWN[x.of]} - {SHOWN[x.against]}", x.cell()] for x in found])
+
+
 # -- pages --------------------------------------------------------------------------------------------------------------
 
 
@@ -240,6 +287,9 @@ BLOCKS: dict[str, Callable[[], list[str]]] = {
     "second round, scores": lambda: task_scores("second", second_round.REGISTERED),
     "second round, contrasts": lambda: task_contrasts(second_found()),
     "second round, pilot": second_round.pilot,
+    "tier 3, scores": tier3_scores,
+    "tier 3, contrasts": tier3_contrasts,
+    "tier 3, short": tier3_short,
     "candidates": lambda: candidates.table(rows_of("candidates")),
 }
 PAGES: dict[str, Callable[[], list[str]]] = {
@@ -305,8 +355,12 @@ def panels() -> dict[str, Sequence[Found]]:
         for metric in ("links", "links_pose")
     }
     title = "pose from the state of a world model after few updates"
-    found = {**first, f"Tier 2, {title}": [*tier2_found()]}
-    return found | ({f"Second round, {title}": second} if (second := [*second_found()]) else {})
+    later = {
+        f"Tier 2, {title}": [*tier2_found()],
+        f"Second round, {title}": [*second_found()],
+        "Tier 3, actions from few labels, by policies that foresee a code": [*tier3_found()],
+    }
+    return first | {name: found for name, found in later.items() if found}
 
 
 def main() -> None:

@@ -54,7 +54,7 @@ class Rollout:
     returns: list[float] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
     successes: list[float] = field(default_factory=list)
-    """For each episode, 1.0 if any agent step signalled success. Empty if the suite has no success signal."""
+    """For each episode, 1.0 if any agent step signalled success. Empty if no episode had a signal, true or false."""
     frames: NDArray[np.uint8] | None = None
     """Pictures (T, S, S, 3) of the first episode."""
     plans: Planned | None = None
@@ -191,13 +191,14 @@ def evaluate(
     """
     pool = observers if observers is not None else []
     together = max(len(pool), min(at_once, episodes))
-    complete: dict[int, tuple[float, int, list[float]]] = {}  # return, length, success if there is one, by episode
+    complete: dict[int, tuple[float, int, list[float]]] = {}  # return, length, success if its group signalled one, by episode
     out = Rollout()
 
     def result() -> Rollout:
         ends = [complete[index] for index in sorted(complete)]
         out.returns, out.lengths = [end[0] for end in ends], [end[1] for end in ends]
-        out.successes = [success for end in ends for success in end[2]]
+        signals = any(end[2] for end in ends)  # some environments say it only where it is true
+        out.successes = [end[2][0] if end[2] else 0.0 for end in ends] if signals else []
         return out
 
     wanted, attempt, in_a_row = list(range(episodes)), 1, 0

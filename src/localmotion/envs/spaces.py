@@ -99,10 +99,18 @@ class Observations:
         return found
 
     def image(self, seen: Mapping[str, Any], key: str) -> NDArray[np.uint8]:
-        """A picture part as (H, W, 3) uint8. Floats in 0..1 are multiplied by 255 and rounded. Raises as `vector`."""
+        """A picture part as (H, W, 3) uint8. Floats in 0..1 are multiplied by 255 and rounded.
+
+        Raises as `vector`, and for floats where the space has none or the other way round: their range is then not known.
+        """
         value, space = np.asarray(_value(seen, key)), self.parts[key]
         if value.shape != space.shape:
             raise EnvError(f"observation {key!r} has shape {value.shape}, its space says {space.shape}")
+        if (value.dtype.kind == "f") != (space.dtype.kind == "f"):
+            raise EnvError(
+                f"observation {key!r} is a picture of {value.dtype}, its space says {space.dtype}; return what the space says: uint8 in 0..255,"
+                " or floats in 0..1"
+            )
         if value.dtype.kind == "f":
             _check_finite(key, value)
             value = np.rint(255 * np.clip(value, 0, 1))

@@ -66,8 +66,8 @@ class Collected:
         frames = sum(episode["frames"] for episode in self.episodes)
         out = [f"{len(self.episodes)} videos, {frames:,} frames in {self.path} ({self.new} new)"]
         text = f"return {returns.mean():.1f} +- {returns.std():.1f}"
-        met = [episode["success"] for episode in self.episodes if "success" in episode]
-        return [*out, f"{text}, success {np.mean(met):.0%}" if met else text]
+        met = [episode.get("success", 0.0) for episode in self.episodes]  # some environments say it only where it is true
+        return [*out, f"{text}, success {np.mean(met):.0%}" if any("success" in episode for episode in self.episodes) else text]
 
 
 def collect(

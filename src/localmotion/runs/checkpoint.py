@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -162,9 +163,10 @@ def write(target: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapp
         os.replace(temporary, target)
         _sync(folder)
         shutil.rmtree(replaced, ignore_errors=True)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors has an error class of its own for a full disk
         shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointError(f"{target}: checkpoint could not be written ({error.strerror or error}){kept}") from error
+        cause = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{target}: checkpoint could not be written ({cause}){kept}") from error
 
 
 def complete(folder: Path) -> list[Path]:

@@ -307,6 +307,15 @@ def _read_log(log: Log, notices: list[str], live: bool) -> None:
         notices.append(f"metrics.jsonl has {log.bad} unreadable line{'s' * (log.bad > 1)}, left out (a killed run leaves one).")
 
 
+def _count_failures(lines: Mapping[str, list[Line]]) -> None:
+    """Success is 0 where a line has none and another has one: some environments say it only where it is true."""
+    for kind, name in (("eval", "success_rate"), ("episode", "success")):
+        found = lines.get(kind, [])
+        if any(name in line for line in found):
+            for line in found:
+                line.setdefault(name, 0.0)
+
+
 def read_run(path: str | Path, log: Log | None = None) -> RunData:
     """Read a run directory.
 
@@ -324,6 +333,7 @@ def read_run(path: str | Path, log: Log | None = None) -> RunData:
     refuse_links(path, CheckpointError)
     live, log = log is not None, log or Log(metrics)
     _read_log(log, notices, live)
+    _count_failures(log.lines)
     return RunData(
         path=path,
         config=_read_dict(path / "config.json", notices),
