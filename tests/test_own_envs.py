@@ -25,7 +25,7 @@ from localmotion.errors import ConfigError, EnvError, SimulationError
 from localmotion.runs.load import load_run
 from localmotion.runs.settings import compose
 from localmotion.training.study import load_study
-from own_envs import NUMBERS, Walk, picture
+from own_envs import NUMBERS, Walk, drawn, picture
 from refusals import fails
 
 CHOICES, DRAWN = "own_envs:choices", "own_envs:drawn"
@@ -500,3 +500,19 @@ def test_ids_of_gymnasium_need_no_trust(monkeypatch: pytest.MonkeyPatch, tmp_pat
     run = foreign_run(tmp_path, "gym:CartPole-v1")
     with pytest.raises(Exception, match="holds no complete checkpoint"):
         load_run(run)
+
+
+@pytest.mark.parametrize(("said", "given"), [(np.uint8, np.float32), (np.float32, np.uint8)])
+def test_a_picture_of_another_kind_than_its_space_is_refused(said: Any, given: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A resizing wrapper that returns floats in 0..255 gave pictures that were white everywhere."""
+    space = spaces.Box(0, 255 if said == np.uint8 else 1, (16, 16, 3), said)
+    seen = Walk(space, spaces.Discrete(3))
+    monkeypatch.setattr(seen, "observation", lambda: np.full((16, 16, 3), 100, given))
+    env = GymEnv("own", seen, size=16)
+    with pytest.raises(EnvError, match=f"is a picture of {np.dtype(given)}, its space says {np.dtype(said)}"):
+        env.reset(seed=1)
+
+
+def test_films_keep_their_speed_with_an_action_repeat() -> None:
+    env = GymEnv("own", drawn(render_mode="rgb_array"), size=16, action_repeat=3)
+    assert env.metadata["render_fps"] == 2  # 7 env steps a second

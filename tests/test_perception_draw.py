@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 import pytest
 
+from localmotion.cli import main
 from localmotion.errors import StoreError
 from localmotion.perception.draw import _tail, flow_colours, inspect
 from localmotion.video.decode import probe, video_ref
@@ -57,3 +59,19 @@ def test_what_cannot_be_drawn_is_named(store: Path, tmp_path: Path) -> None:
         inspect(clips, tmp_path / "a.png", 8)
     with pytest.raises(StoreError, match=r"\.png or \.mp4"):
         inspect(clips, tmp_path / "a.gif", 0)
+
+
+def test_an_id_of_digits_is_no_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jester's clips are called 00001 and so on."""
+    asked: list[Any] = []
+
+    class Store:
+        ids = ("00000", "00001", "00003")
+
+        def __init__(self, path: Path) -> None: ...
+
+    monkeypatch.setattr("localmotion.video.store.ClipStore", Store)
+    monkeypatch.setattr("localmotion.perception.draw.inspect", lambda store, out, clip: asked.append(clip))
+    for clip in ("00001", "2", "other"):
+        main(["inspect", str(tmp_path), "--out", str(tmp_path / "a.png"), "--clip", clip])
+    assert asked == ["00001", 2, "other"]

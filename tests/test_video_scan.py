@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from localmotion.cli import main
 from localmotion.errors import LocalmotionError, VideoError
 from localmotion.video import workers
 from localmotion.video.scan import ScanReport, VideoReport, scan
@@ -253,3 +254,21 @@ def test_a_defect_of_the_function_is_raised_and_workers_end() -> None:
 def test_decoding_workers_do_not_load_torch() -> None:
     code = "import sys, localmotion.video.scan; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("decode", [[], ["--no-decode"]])
+def test_a_manifest_without_extension_is_a_folder_each_time(
+    decode: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A scan that was cut off goes on with the same command; extract takes the same name."""
+    (tmp_path / "videos").mkdir()
+    encode(tmp_path / "videos" / "a.mp4", moving_square(30))
+    for _ in range(2):
+        main(["scan", str(tmp_path / "videos"), "--manifest", str(tmp_path / "list"), "--workers", "1", *decode])
+    assert (tmp_path / "list" / "manifest.jsonl").is_file()
+    shards = ["--size", "16", "--percept-size", "32", "--workers", "1"]
+    main(["extract", "--manifest", str(tmp_path / "list"), "--out", str(tmp_path / "store"), *shards])
+    for flag, said in (("--max-frames", "max_frames 0"), ("--shard-clips", "--shard-clips 0")):
+        with pytest.raises(SystemExit):
+            main(["extract", str(tmp_path / "videos"), "--out", str(tmp_path / "other"), flag, "0"])
+        assert said in capsys.readouterr().err

@@ -106,10 +106,10 @@ class Observations:
         value, space = np.asarray(_value(seen, key)), self.parts[key]
         if value.shape != space.shape:
             raise EnvError(f"observation {key!r} has shape {value.shape}, its space says {space.shape}")
-        if (value.dtype.kind == "f") != (space.dtype.kind == "f"):
+        if (value.dtype.kind == "f") != (space.dtype != np.uint8):
             raise EnvError(
-                f"observation {key!r} is a picture of {value.dtype}, its space says {space.dtype}; return what the space says: uint8 in 0..255,"
-                " or floats in 0..1"
+                f"observation {key!r} is a picture of {value.dtype}, its space says {space.dtype}; return what the space says:"
+                " uint8 in 0..255, or floats in 0..1"
             )
         if value.dtype.kind == "f":
             _check_finite(key, value)
