@@ -420,6 +420,7 @@ BASE = ("model.behaviour.horizon=3", "layers=1")
 UNCLIPPED = "optim.clip=1e12"  # one norm for a whole group would let each gradient change every step
 NEEDS: dict[str, tuple[str, ...]] = {
     **{f"world.context_{part}": ("context=true",) for part in ("mask", "dropout", "side", "copy")},
+    "world.encoder": ("context=false",),
     **{f"action_{part}": ("action_output=discrete",) for part in ("codes", "classes")},
     "distillation_steps": ("cross_domain=true",),
     "tokenizer.adversarial_from": ("adversarial=0.1",),

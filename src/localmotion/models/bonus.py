@@ -85,7 +85,7 @@ def behavioural_loss(predicted: Tensor, batch: Mapping[str, Tensor], bonus: Tens
     counts = torch.cat([torch.ones_like(bonus, dtype=torch.bool), same & ends], 1)  # (B, T)
     target = reward + weight * torch.cat([bonus, bonus[:, -1:].expand_as(after)], 1)  # (B, T)
     errors = (predicted.float() - target).square() * counts
-    return 0.5 * errors.sum() / counts.sum()
+    return 0.5 * errors.sum() / ranks.mean(counts.sum().float())  # ranks may have other numbers of positions that count
 
 
 def dual_reward_losses(
