@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,9 @@ def test_every_limit_cuts_as_it_says() -> None:
             assert [start for start, _ in spans] == [limits.max_frames * n for n in range(len(spans))]
             left = frames - (spans[-1][1] if spans else 0)
             assert left < limits.least or limits.max_clips == len(spans)
+            kept = replace(limits, keep_rest=True).spans(frames)
+            assert kept[:-1] == spans[:-1]
+            assert not spans or kept[-1] == (spans[-1][0], spans[-1][1] if limits.max_clips == len(spans) else frames)
     names = [clip_id("a.mp4", n * 300, (n + 1) * 300) for n in range(400)]
     assert names == sorted(names)
     assert len(set(names)) == 400

@@ -16,10 +16,12 @@ import pytest
 from lerobot_files import ACTION, CAMERAS, DATA, FPS, LENGTHS, TASKS, picture, read_picture, row
 from localmotion.cli import main
 from localmotion.errors import ConfigError, MissingExtraError, StoreError, VideoError
+from localmotion.perception import extract_shards
 from localmotion.perception.extract import extract_folder
 from localmotion.recipe import Recipe
 from localmotion.recording.logs import EpisodeSampler, action_dim
 from localmotion.video.decode import iter_frames, probe
+from localmotion.video.history import Limits
 from localmotion.video.lerobot import ABOUT, commands, read_data_set
 from localmotion.video.refs import Part, VideoRef
 from localmotion.video.scan import scan
@@ -138,7 +140,7 @@ def test_a_store_of_a_data_set_is_one_of_logged_episodes(tmp_path: Path) -> None
     store = extracted(tmp_path / "store", max_frames=10)
     assert store.ids == ["episode_000000", "episode_000001", "episode_000001#000010-000017", "episode_000002"]
     assert store.labels[1:3] == [TASKS[1]] * 2
-    assert store.lengths.tolist() == [10, 10, 7, 9]  # two frames at the end of the first are too few
+    assert store.lengths.tolist() == [12, 10, 7, 9]  # two frames are too few for a clip of their own
     assert action_dim(store) == len(ACTION)
     whole = read_data_set(DATA / "v30", CAMERAS[0]).refs[1].rows.read(1)  # type: ignore[union-attr]
     for name, array in whole.items():  # a later clip begins with what led to its first frame
@@ -150,6 +152,43 @@ def test_a_store_of_a_data_set_is_one_of_logged_episodes(tmp_path: Path) -> None
     given = commands(tmp_path / "store", store.window("action", 2))
     np.testing.assert_allclose(given[:, 0], [row(1, t)["action"] for t in range(9, 16)], atol=1e-4)
     np.testing.assert_array_equal(commands(tmp_path / "store", np.array([9, -9, 0])), [[12, 0, 7]])  # never beyond the data set
+
+
+@pytest.mark.parametrize(("least", "most"), [(5, 8), (2, 4), (8, 8), (7, 10), (5, 300)])
+def test_no_reward_and_no_end_of_an_episode_is_lost(tmp_path: Path, least: int, most: int) -> None:
+    store = extracted(tmp_path / "store", min_frames=least, max_frames=most)
+    refs = read_data_set(DATA / "v30", CAMERAS[0]).refs
+    for ref, frames in zip(refs, LENGTHS, strict=True):
+        mine = [at for at, name in enumerate(store.ids) if name.partition("#")[0] == ref.id]
+        assert sum(store.lengths[mine]) == frames
+        assert min(store.lengths[mine]) >= least
+        for name, array in ref.rows.read(1).items():  # type: ignore[union-attr]
+            np.testing.assert_array_equal(np.concatenate([store.window(name, at) for at in mine]), array)
+    scan(Path(f"lerobot:{DATA / 'v30'}"), camera=CAMERAS[0], min_frames=least, workers=0).save(
+        tmp_path / "m.jsonl", max_frames=most
+    )
+    extract_shards(tmp_path / "m.jsonl", tmp_path / "parts", RECIPE, 0, 1, workers=0)
+    parts = ClipStore(tmp_path / "parts")
+    assert (parts.ids, parts.lengths.tolist()) == (store.ids, store.lengths.tolist())
+
+
+def test_the_goal_of_a_clip_is_the_end_of_its_episode(tmp_path: Path) -> None:
+    store = extracted(tmp_path / "store", min_frames=5, max_frames=6)
+    sampler = EpisodeSampler(store, 4, 32, 0, goal=True)
+    batch, seen = sampler.batch(0), set()
+    for image, goal in zip(batch["image"].numpy()[:, 0], batch["goal"].numpy(), strict=True):
+        clip = next(at for at in range(len(store)) if (store.window("frames", at) == image).all((1, 2, 3)).any())
+        last = max(at for at in range(len(store)) if store.videos[at] == store.videos[clip])
+        assert (goal == store.window("frames", last)[-1]).all()
+        seen.add(clip != last)
+    assert seen == {False, True}
+
+
+def test_episodes_that_lost_their_rest_are_extracted_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:  # as earlier versions cut them
+        patch.setattr(Limits, "keep_rest", property(lambda self: False, lambda self, value: None), raising=False)
+        assert extracted(tmp_path / "store", max_frames=10).lengths.tolist() == [10, 10, 7, 9]
+    assert sorted(extracted(tmp_path / "store", max_frames=10).lengths.tolist()) == [7, 9, 10, 12]
 
 
 def test_a_stride_cuts_actions_as_it_cuts_frames(tmp_path: Path) -> None:

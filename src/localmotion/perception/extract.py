@@ -188,7 +188,11 @@ def _spans(ref: VideoRef, recipe: Recipe, limits: Limits, memory: int | None) ->
         if len(frames) < limits.least:
             if last is None:
                 raise _TooShortError(ref, len(frames), limits.min_frames)
-            yield replace(last, last=True, left_out=len(frames))
+            if limits.keep_rest and len(frames):
+                whole = np.concatenate([last.frames, frames])
+                yield replace(last, last=True, frames=whole, info=found.take() | last.info)
+            else:
+                yield replace(last, last=True, left_out=len(frames))
             return
         if last is not None:
             yield last
@@ -282,7 +286,8 @@ def extract_folder(
     ``videos`` is a folder, or a LeRobot data set, `lerobot:PATH`, seen through ``camera``. The clips of a data set also have its actions,
     rewards and states (`video.lerobot.Logged.layout`), so stages that learn from logged episodes can use the store.
 
-    A video is cut into consecutive clips of ``max_frames`` stored frames. A rest shorter than ``min_frames`` is left out and counted.
+    A video is cut into consecutive clips of ``max_frames`` stored frames. A rest shorter than ``min_frames`` is left out and counted;
+    of a data set it becomes a part of the clip before it, so that no reward and no end of an episode is lost.
     ``max_clips`` limits the clips per video (None: all); frames after them are not read. A video that is damaged anywhere before is
     rejected as a whole, and the store records the reason.
 
@@ -308,9 +313,9 @@ def extract_folder(
     if together is not None and together < 1:
         raise ConfigError(f"together={together}: a worker takes at least one video")
     began = time.monotonic()
-    limits = Limits(min_frames, max_frames, max_clips)
-    check_limits(limits)
+    check_limits(Limits(min_frames, max_frames, max_clips))
     listed, data = open_videos(videos, list_file, camera)
+    limits = Limits(min_frames, max_frames, max_clips, keep_rest=data is not None)
     refs = {ref.id: ref for ref in unambiguous(listed)}
     extra = mask_layout(recipe.size) if recipe.mask else {}
     if data:

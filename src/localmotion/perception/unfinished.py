@@ -68,7 +68,8 @@ def make_plan(writer: ClipStoreWriter, refs: dict[str, VideoRef], limits: Limits
 
 def stamp_of(ref: VideoRef, limits: Limits) -> dict[str, Any]:
     """What identifies the video that a result was made from."""
-    return {**size_and_time(ref), "label": ref.label, "max_frames": limits.max_frames}
+    rest = {"min_frames": limits.min_frames} if limits.keep_rest else {}  # the first clip has the same id with a rest and without
+    return {**size_and_time(ref), "label": ref.label, "max_frames": limits.max_frames, **rest}
 
 
 def video_record(ref: VideoRef, done: VideoDone, stamp: dict[str, Any], limits: Limits) -> dict[str, Any]:

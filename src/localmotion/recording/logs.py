@@ -61,7 +61,8 @@ class EpisodeSampler:
         image (B,T,S,S,3) uint8   action (B,T,A) float32   reward (B,T) float32   is_terminal, is_first (B,T) bool
         flow, tracks, visible, track_id as in `video.sample.WindowSampler`, if ``motion``
         mask (B,T,S,S) bool, if ``mask``
-        goal (B,T,S,S,3) uint8, if ``goal``: the last picture of the episode
+        goal (B,T,S,S,3) uint8, if ``goal``: the last stored picture of the episode. Long episodes of a data set are several clips; the
+            goal of each is the last picture of the last one
 
     Args:
         store: a store of `collect --store`, or any other store with the arrays of `logged`.
@@ -105,7 +106,8 @@ class EpisodeSampler:
         self.store, self.length, self.batch_size, self.seed, self.rows = store, length, batch_size, seed, rows
         self.prioritize_ends = prioritize_ends
         self.action_dim = action_dim(store)
-        self._motion, self._goal = layout(store, motion, mask), goal
+        self._motion = layout(store, motion, mask)
+        self._last = {video: clip for clip, video in enumerate(store.videos)} if goal else {}  # clips of a video are in order
         store.require_clips()
         kept = np.array([not is_heldout(video, heldout_fraction) for video in store.videos])
         self.clips = np.flatnonzero(kept & (store.lengths >= 2))
@@ -135,14 +137,15 @@ class EpisodeSampler:
             "is_first": np.zeros(shape, np.bool_),
         }
         seen = {name: np.empty((*shape, *entry), dtype) for name, (entry, dtype) in self._motion.items()}
-        goals = {"goal": np.empty_like(seen["image"])} if self._goal else {}
+        goals = {"goal": np.empty_like(seen["image"])} if self._last else {}
         for row, pieces in enumerate(drawn):
             for piece in pieces:
                 part = (row, slice(piece.at, piece.at + piece.length))
                 read_window(self.store, piece.clip, piece.start, {name: array[part] for name, array in seen.items()})
                 self._read(piece, {name: array[part] for name, array in plain.items()})
                 for array in goals.values():
-                    array[part] = self.store.window("frames", piece.clip, int(self.store.lengths[piece.clip]) - 1)
+                    last = self._last[self.store.videos[piece.clip]]
+                    array[part] = self.store.window("frames", last, int(self.store.lengths[last]) - 1)
         return {name: torch.from_numpy(array) for name, array in (seen | plain | goals).items()}
 
     def _pieces(self, rng: np.random.Generator) -> list[_Piece]:

@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ class Limits:
     max_frames: int
     max_clips: int | None = None
     """Maximum number of clips per video; None for all."""
+    keep_rest: bool = False
+    """Whether a rest below `min_frames` becomes a part of the clip before it, so that no reward and no end of a logged episode is lost."""
 
     @property
     def least(self) -> int:
@@ -36,13 +38,22 @@ class Limits:
         return max(self.min_frames, 2)
 
     def spans(self, frames: int) -> list[tuple[int, int]]:
-        """(start, stop) of the clips of a video with ``frames`` frames: `max_frames` each, without a rest below `min_frames`."""
+        """(start, stop) of the clips of a video with ``frames`` frames: `max_frames` each. A rest below `min_frames` is left out, or
+        with `keep_rest` it belongs to the clip before it."""
         starts = list(range(0, frames, self.max_frames))[: self.max_clips]
         spans = [(start, min(start + self.max_frames, frames)) for start in starts]
-        return [(start, stop) for start, stop in spans if stop - start >= self.least]
+        found = [(start, stop) for start, stop in spans if stop - start >= self.least]
+        if self.keep_rest and found and len(found) < len(spans):
+            found[-1] = found[-1][0], spans[-1][1]
+        return found
 
-    def to_json(self) -> dict[str, int | None]:
-        return asdict(self)
+    def to_json(self) -> dict[str, int | bool | None]:
+        return {key: value for key, value in asdict(self).items() if key != "keep_rest" or value}
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> Limits:
+        """The limits of a record or header by `to_json`. Those of earlier versions never kept a rest."""
+        return cls(found["min_frames"], found["max_frames"], found["max_clips"], found.get("keep_rest", False))
 
 
 def clip_id(video: str, start: int, stop: int) -> str:
@@ -111,7 +122,7 @@ def outdated(known: Known, ref: VideoRef, limits: Limits) -> str:
         return "" if known.reason == ref.fault[0] else "changed"
     if record.get("fault") or _changed(record, ref, known.reason == "unreadable"):
         return "changed"
-    before = Limits(record["min_frames"], record["max_frames"], record["max_clips"])
+    before = Limits.from_json(record)
     if known.reason not in ("", "too_short"):
         return "limits" if before.max_clips != limits.max_clips else ""
     if record["more"] and (limits.max_clips is None or limits.max_clips > known.clips):
@@ -123,7 +134,10 @@ def check_record(record: dict[str, Any]) -> bool:
     """Whether a line of `videos.jsonl` is one that this version understands."""
     numbers = all(type(record.get(key)) is int and record[key] >= 0 for key in ("frames", "min_frames", "max_frames", "left_out"))
     optional = all(type(record.get(key)) in (int, type(None)) for key in ("bytes", "mtime_ns", "max_clips"))
-    kinds = type(record.get("more")) is bool and type(record.get("content")) in (str, type(None))
+    kinds = type(record.get("more")) is type(record.get("keep_rest", False)) is bool and type(record.get("content")) in (
+        str,
+        type(None),
+    )
     return numbers and optional and kinds and record["max_frames"] > 0
 
 

@@ -21,7 +21,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
@@ -66,7 +66,7 @@ class Manifest:
             if header.get("version") != VERSION:
                 raise ValueError(f"is of version {header.get('version')!r:.40}, this program reads {VERSION}")
             self.header: dict[str, Any] = header
-            self.limits = Limits(*(header[key] for key in ("min_frames", "max_frames", "max_clips")))
+            self.limits = Limits.from_json(header)
             self.videos: int = header["videos"]
             self.source: str = header["source"]
             self.camera: str = header["camera"]
@@ -163,9 +163,11 @@ def write_manifest(
 ) -> Manifest:
     """Write the manifest of the videos ``refs`` of ``source`` (see `open_videos`). Continues an unfinished one.
 
-    Sizes and times are read by ``threads`` threads, because a file system in the network answers slowly, but many at once. ``details``:
-    further values of a line. Raises ConfigError for invalid limits, LocalmotionError if it cannot be written or another process writes it.
+    Of a data set's episodes the rest is kept (`Limits.keep_rest`). Sizes and times are read by ``threads`` threads, because a file system
+    in the network answers slowly, but many at once. ``details``: further values of a line. Raises ConfigError for invalid limits,
+    LocalmotionError if it cannot be written or another process writes it.
     """
+    limits = replace(limits, keep_rest=is_lerobot(source))
     check_limits(limits)
     refs = sorted(unambiguous(refs), key=lambda ref: ref.id)
     root = str(source) if is_lerobot(source) else str(Path(source).resolve())
