@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -21,9 +22,11 @@ from localmotion.cli import main
 from localmotion.config import RunConfig, Stage
 from localmotion.envs.base import PixelEnv
 from localmotion.errors import CheckpointError, EnvError, LocalmotionError, SimulationError
+from localmotion.files import write_json
 from localmotion.methods.dreamer_v2 import DreamerV2
 from localmotion.methods.drp import DRP
-from localmotion.runs import checkpoint
+from localmotion.runs import checkpoint, rundir
+from localmotion.runs.rundir import RunDir
 from localmotion.runs.settings import compose
 from localmotion.training import optimizers
 from localmotion.training.finetune import finetune
@@ -555,3 +558,81 @@ def test_a_run_on_a_full_disk_says_so_and_goes_on_when_there_is_room(
     main(command)
     ours, theirs = (checkpoint.read(checkpoint.newest(path), "weights") for path in (tmp_path / "run", whole))
     assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full, a file that is always full")
+def test_a_log_on_a_full_disk_is_one_line_and_the_run_goes_on_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["train", "--method", "dreamer_v2", "--preset", "debug", "--env", "toy:dot", "--run", str(tmp_path / "run")]
+    command += ["--precision", "fp32", "--device", "cpu", "--threads", "1", "--env_steps", "200", "--prefill", "60"]
+    command += ["--warmup_updates", "2", "--online.eval_every", "100000", "--online.save_every", "60", "--online.log_every", "1"]
+    log, write, count = RunDir.log, rundir.write_json, [0]
+
+    def full(out: RunDir, kind: str, **values: Any) -> None:
+        count[0] += 1
+        out.metrics_path = Path("/dev/full") if count[0] > 20 else out.metrics_path
+        log(out, kind, **values)
+
+    def unwritten(path: Path, value: Any) -> None:
+        if count[0] > 20:
+            raise OSError(28, "No space left on device")
+        write(path, value)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDir, "log", full)
+        patch.setattr(rundir, "write_json", unwritten)
+        with pytest.raises(SystemExit) as left:
+            main(command)
+    assert left.value.code == 2
+    warning, error = capsys.readouterr().err.strip().splitlines()[-2:]
+    assert "status.json: cannot be written (No space left on device)" in warning  # it does not hide what ended the run
+    assert error.startswith("error: /dev/full: cannot be written (No space left on device); what was complete is kept")
+    main(command)
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "finished"
+
+
+def test_a_run_that_could_not_begin_on_a_full_disk_begins_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, value: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rundir, "write_json", full)
+        with pytest.raises(CheckpointError, match=r"run/config.json: cannot be written \(No space left on device\)"):
+            RunDir(tmp_path / "run", few_steps())
+    for name in ("media", "checkpoints"):  # as a kill or an earlier version leaves them
+        (tmp_path / "run" / name).mkdir(exist_ok=True)
+    (tmp_path / "run" / "config.json.tmp").write_text("{")
+    RunDir(tmp_path / "run", few_steps())
+    assert (tmp_path / "run" / "config.json").exists()
+    (tmp_path / "other" / "media").mkdir(parents=True)
+    (tmp_path / "other" / "media" / "mine.mp4").write_text("")
+    with pytest.raises(CheckpointError, match="not empty and not a run"):
+        RunDir(tmp_path / "other", few_steps())
+
+
+def test_a_failed_write_leaves_no_part_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def part(path: Path, text: str) -> int:
+        path.write_bytes(text[:5].encode())
+        raise OSError(28, "No space left on device")
+
+    write_json(tmp_path / "a.json", {"kept": True})
+    monkeypatch.setattr(Path, "write_text", part)
+    with pytest.raises(OSError, match="No space"):
+        write_json(tmp_path / "a.json", {"kept": False})
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+    assert json.loads((tmp_path / "a.json").read_text()) == {"kept": True}
+
+
+@pytest.mark.parametrize("number", [28, 30, 122])
+def test_any_write_on_a_full_disk_is_one_line(
+    number: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(args: Any) -> None:
+        raise OSError(number, os.strerror(number), "/data/film.mp4")
+
+    monkeypatch.setattr("localmotion.commands.info", full)
+    with pytest.raises(SystemExit) as left:
+        main(["info"])
+    assert left.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: /data/film.mp4: cannot be written ({os.strerror(number)}); what was")

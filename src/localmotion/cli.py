@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from localmotion import __version__, commands, data_commands, launch_commands
 from localmotion.errors import ConfigError, LocalmotionError, unknown_name
-from localmotion.files import trust_links
+from localmotion.files import DISK, disk_fault, trust_links
 from localmotion.foreign import trust_env
 from localmotion.machine import launched
 from localmotion.video.remote import place_of
@@ -490,6 +490,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.call(args)
     except LocalmotionError as error:
         errors.print(f"{f'rank {rank}: ' if count > 1 else ''}error: {error}", markup=False, style="red")
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        errors.print(f"{f'rank {rank}: ' if count > 1 else ''}error: {disk_fault(error)}", markup=False, style="red")
         sys.exit(2)
     except KeyboardInterrupt as interruption:
         errors.print("interrupted; finished work is kept, and the same command goes on from there", style="yellow")

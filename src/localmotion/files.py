@@ -95,8 +95,25 @@ def read_json(path: Path, error: type[LocalmotionError], fix: str, *, limit: int
 def write_json(path: Path, value: Any) -> None:
     """Write JSON through a temporary file in the same folder, so that a reader never sees an incomplete file."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=1, sort_keys=True, default=str) + "\n")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(json.dumps(value, indent=1, sort_keys=True, default=str) + "\n")
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG}
+"""Errors of a disk that is full, not writable any more, or broken. They can hit every write, and no program can prevent them."""
+
+
+def disk_fault(error: OSError, file: str | Path = "") -> str:
+    """One line about an error of `DISK`. ``file``: what was written, if the error does not know it (an open file has no name)."""
+    place = one_line(file or error.filename or "a file")
+    what = "cannot be written" if file or error.errno != errno.EIO else "cannot be read or written"
+    retry = "what was complete is kept, and the same command goes on from there when the disk takes files again"
+    return f"{place}: {what} ({one_line(error.strerror or error)}); {retry}"
 
 
 def links_out_of(root: Path, deep: bool = True, only: Path | None = None) -> Iterator[Path]:

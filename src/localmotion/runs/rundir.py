@@ -15,9 +15,9 @@ from typing import Any
 
 from localmotion import ranks
 from localmotion.config import RunConfig, leaves, to_dict
-from localmotion.console import say
+from localmotion.console import errors, say
 from localmotion.errors import CheckpointError, ConfigError, LocalmotionError
-from localmotion.files import LOCK, check_output, locked, parse_json, read_json, refuse_links, write_json
+from localmotion.files import LOCK, check_output, disk_fault, locked, parse_json, read_json, refuse_links, write_json
 from localmotion.runs.settings import from_dict
 from localmotion.runs.source import commit
 
@@ -119,6 +119,25 @@ def claimed(path: Path, what: str = "run") -> Iterator[None]:
                     path.rmdir()
 
 
+@contextlib.contextmanager
+def _writing(file: Path) -> Iterator[None]:
+    """Raise CheckpointError if ``file`` of a run cannot be written inside this context, as on a full disk."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(disk_fault(error, file)) from error
+
+
+def _untouched(path: Path) -> bool:
+    """Whether nothing is in a directory but what a run makes before its settings: a kill or a full disk may end it there."""
+    made = (
+        entry.name in ("media", "checkpoints") and entry.is_dir() and not any(entry.iterdir())
+        for entry in path.iterdir()
+        if entry.name not in (LOCK, "config.json.tmp")
+    )
+    return all(made)
+
+
 class RunDir:
     """Creates a run directory, or reopens one with the same settings to continue it.
 
@@ -132,7 +151,7 @@ class RunDir:
         config = to_dict(run)
         if path.exists() and not path.is_dir():
             raise CheckpointError(f"{path}: is a file; choose another --run")
-        if path.exists() and any(entry.name != LOCK for entry in path.iterdir()):
+        if path.exists() and not _untouched(path):
             if not (path / "config.json").exists():
                 raise CheckpointError(f"{path}: not empty and not a run (no config.json); choose another --run")
             refuse_links(path, CheckpointError)
@@ -142,10 +161,13 @@ class RunDir:
                 if begun(path):
                     raise
                 say(f"{path}: nothing was played or learned there with its other settings; it gets those of this command")
-        (path / "media").mkdir(parents=True, exist_ok=True)
-        (path / "checkpoints").mkdir(exist_ok=True)
-        write_json(path / "config.json", config)
-        with (path / "command.txt").open("a") as file:
+        with _writing(path / "config.json"):  # first: it says that this is a run
+            path.mkdir(parents=True, exist_ok=True)
+            write_json(path / "config.json", config)
+        with _writing(path):
+            (path / "media").mkdir(exist_ok=True)
+            (path / "checkpoints").mkdir(exist_ok=True)
+        with _writing(path / "command.txt"), (path / "command.txt").open("a") as file:
             file.write(shlex.join(["localmotion", *sys.argv[1:]]) + "\n")
         self.metrics_path = path / "metrics.jsonl"
         self.began = time.time()
@@ -174,16 +196,25 @@ class RunDir:
 
     def environment(self, values: Mapping[str, Any]) -> None:
         """Save versions, the commit and the decisions at the start (device, GL, environment description)."""
-        write_json(self.path / "environment.json", {"versions": versions(), "commit": commit(), **values})
+        with _writing(self.path / "environment.json"):
+            write_json(self.path / "environment.json", {"versions": versions(), "commit": commit(), **values})
 
     def status(self, state: str, **more: Any) -> None:
         """state: running, finished, interrupted or failed."""
-        write_json(self.path / "status.json", {"state": state, "time": time.time(), **more})
+        with _writing(self.path / "status.json"):
+            write_json(self.path / "status.json", {"state": state, "time": time.time(), **more})
+
+    def ended(self, state: str, **more: Any) -> None:
+        """`status` of a run that an error or a signal ends. Never raises: a full disk must not hide what ended the run."""
+        try:
+            self.status(state, **more)
+        except LocalmotionError as error:
+            errors.print(f"warning: {error}", markup=False)
 
     def log(self, kind: str, **values: Any) -> None:
         """Append one line to metrics.jsonl."""
         line = {"kind": kind, "wall": round(time.time() - self.began, 3), **values}
-        with self.metrics_path.open("a") as file:
+        with _writing(self.metrics_path), self.metrics_path.open("a") as file:
             file.write(json.dumps(line, default=float) + "\n")
 
     def metrics_offset(self) -> int:
@@ -193,7 +224,7 @@ class RunDir:
     def truncate_metrics(self, offset: int) -> None:
         """Drop lines that follow the checkpoint from which the run resumes. The run writes them again."""
         if self.metrics_path.exists() and self.metrics_path.stat().st_size > offset:
-            with self.metrics_path.open("r+b") as file:
+            with _writing(self.metrics_path), self.metrics_path.open("r+b") as file:
                 file.truncate(offset)
 
 

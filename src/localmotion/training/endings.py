@@ -48,24 +48,24 @@ def recorded(out: RunDir, method: Method, where: Callable[[], dict[str, int]], s
                 saved = save()
             except BaseException as error:  # a full disk, or a second Ctrl-C
                 why = {} if isinstance(error, KeyboardInterrupt) else {"error": str(error)}
-                out.status("interrupted", **where(), **why)
+                out.ended("interrupted", **where(), **why)
                 raise
-            out.status("interrupted", **where())
+            out.ended("interrupted", **where())
             if saved:
                 unit, count = next(iter(where().items()))
                 say(f"interrupted at {unit.replace('_', ' ')} {count}, saved; the same command goes on from there")
             raise
         except KeyboardInterrupt:
-            out.status("interrupted", **where())
+            out.ended("interrupted", **where())
             raise
         except DivergedError as error:
             explained = dump(out.path, method, error)
-            out.status("failed", **where(), error=str(explained))
+            out.ended("failed", **where(), error=str(explained))
             raise explained from error
         except BaseException as error:
             try:
                 if isinstance(error, EnvError) and ranks.alone():  # saving needs all ranks
                     save()
             finally:
-                out.status("failed", **where(), error=str(error))
+                out.ended("failed", **where(), error=str(error))
             raise
