@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,9 +27,10 @@ from localmotion.acting.trees import leaves_of, with_leaves
 from localmotion.cli import main
 from localmotion.compute import choose
 from localmotion.config import RunConfig
-from localmotion.errors import CheckpointError
+from localmotion.errors import CheckpointError, ConfigError
 from localmotion.runs import checkpoint
 from localmotion.runs.load import load_run
+from localmotion.runs.rundir import check_stores
 from localmotion.runs.settings import compose
 from localmotion.training import trials
 from localmotion.training.endings import recorded
@@ -36,6 +38,7 @@ from localmotion.training.finetune import finetune
 from localmotion.training.interrupt import Interrupted, StopRequest
 from localmotion.training.pretrain import pretrain
 from localmotion.training.update import Updater
+from localmotion.video.store import ClipStore, ClipStoreWriter
 from method_batches import AGENTS, CPU, make, make_batch
 from waiting import holds, wait_until
 
@@ -298,7 +301,7 @@ def test_a_second_ctrl_c_stops_at_once(ctrl_c: None) -> None:
 def test_a_signal_during_the_last_save_does_not_cut_it_short(fails: bool, ctrl_c: None) -> None:
     """Slurm sends a warning, and later the end. A disk that is full leaves no run that seems to go on."""
     states: list[tuple[str, dict[str, Any]]] = []
-    out: Any = SimpleNamespace(status=lambda state, **more: states.append((state, more)))
+    out: Any = SimpleNamespace(ended=lambda state, **more: states.append((state, more)))
     method: Any = None
     saved: list[int] = []
 
@@ -423,3 +426,57 @@ def test_a_deterministic_run_has_kernels_for_everything(name: str) -> None:
         assert all(torch.isfinite(value).all() for value in metrics.values())
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+# --- the clips of a run -------------------------------------------------------------------------------------------------
+
+
+def copied(store: Path, out: Path, clips: Iterable[int], prefix: str = "") -> Path:
+    """A store with some clips of another."""
+    old = ClipStore(store)
+    writer = ClipStoreWriter.open(out, old.size, old.recipe, old.recipe_hash, old.tracks)
+    writer.write_shard(0, [replace(clip, id=prefix + clip.id) for clip in map(old.clip, clips)])
+    return out
+
+
+def test_a_run_goes_on_with_the_same_clips_only(store: Path, tmp_path: Path) -> None:
+    def run(data: Path, updates: int, **flags: str) -> RunConfig:
+        settings = (f"pretrain.updates={updates}", "pretrain.save_every=2", "pretrain.log_every=1")
+        return compose("apv", "pretrain", preset="debug", flags={"data": str(data), "threads": 1, **flags}, settings=settings)
+
+    first = pretrain(run(store, 2), tmp_path / "run")
+    fewer = copied(store, tmp_path / "fewer", range(len(ClipStore(store)) - 1))
+    before = lines(first)
+    with pytest.raises(
+        ConfigError, match=r"fewer: holds other clips than those that the run .*run learned from \(\d+ clips with"
+    ):
+        pretrain(run(fewer, 4), first)
+    assert lines(first) == before  # nothing that was done is lost
+    moved = Path(shutil.copytree(store, tmp_path / "moved"))
+    assert_same(pretrain(run(store, 4), tmp_path / "whole"), pretrain(run(moved, 4), first))
+
+
+def test_clips_that_were_still_being_extracted_are_said_not_refused(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "checkpoints" / "0000000001").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "0000000001" / "COMPLETE").write_text("")
+    clips = ClipStore(store)
+    known = {**clips.contents(), "clips": 3, "hash": "other"}
+    (tmp_path / "environment.json").write_text(json.dumps({"stores": {"data": known | {"missing": 1}}}))
+    check_stores(tmp_path, {"data": clips})
+    assert "batches are others than those of a run that was not stopped" in capsys.readouterr().out
+    (tmp_path / "environment.json").write_text(json.dumps({"stores": {"data": known}}))
+    with pytest.raises(ConfigError, match="and then it had 3 clips"):
+        check_stores(tmp_path, {"data": clips})
+    (tmp_path / "environment.json").write_text("{}")  # of an earlier version
+    check_stores(tmp_path, {"data": clips})
+
+
+def test_the_contents_of_a_store_are_its_clips(store: Path, tmp_path: Path) -> None:
+    old = ClipStore(store)
+    assert ClipStore(copied(store, tmp_path / "same", range(len(old)))).contents() == old.contents()
+    assert ClipStore(copied(store, tmp_path / "fewer", range(1, len(old)))).contents() != old.contents()
+    renamed = ClipStore(copied(store, tmp_path / "renamed", range(len(old)), prefix="x")).contents()
+    assert {**renamed, "hash": ""} == {**old.contents(), "hash": ""}
+    assert renamed["hash"] != old.contents()["hash"]

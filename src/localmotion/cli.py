@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from localmotion import __version__, commands, data_commands, launch_commands
 from localmotion.errors import ConfigError, LocalmotionError, unknown_name
-from localmotion.files import DISK, disk_fault, trust_links
+from localmotion.files import told, trust_links
 from localmotion.foreign import trust_env
 from localmotion.machine import launched
 from localmotion.video.remote import place_of
@@ -488,13 +488,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if count > 1 and args.command not in (*TRAINING, stage):
             raise ConfigError(f"{args.command} runs in one process, and torchrun started {count}; start it without torchrun")
         args.call(args)
-    except LocalmotionError as error:
-        errors.print(f"{f'rank {rank}: ' if count > 1 else ''}error: {error}", markup=False, style="red")
-        sys.exit(2)
-    except OSError as error:
-        if error.errno not in DISK:
-            raise
-        errors.print(f"{f'rank {rank}: ' if count > 1 else ''}error: {disk_fault(error)}", markup=False, style="red")
+    except (LocalmotionError, OSError) as error:
+        errors.print(f"{f'rank {rank}: ' if count > 1 else ''}error: {told(error)}", markup=False, style="red")
         sys.exit(2)
     except KeyboardInterrupt as interruption:
         errors.print("interrupted; finished work is kept, and the same command goes on from there", style="yellow")

@@ -108,6 +108,15 @@ DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG}
 """Errors of a disk that is full, not writable any more, or broken. They can hit every write, and no program can prevent them."""
 
 
+def told(error: LocalmotionError | OSError) -> str:
+    """The line that the command line prints for an error. Raises it again if it is an OSError that says nothing of the disk."""
+    if not isinstance(error, OSError):
+        return str(error)
+    if error.errno not in DISK:
+        raise error
+    return disk_fault(error)
+
+
 def disk_fault(error: OSError, file: str | Path = "") -> str:
     """One line about an error of `DISK`. ``file``: what was written, if the error does not know it (an open file has no name)."""
     place = one_line(file or error.filename or "a file")

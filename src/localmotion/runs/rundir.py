@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from localmotion import ranks
 from localmotion.config import RunConfig, leaves, to_dict
@@ -21,8 +21,11 @@ from localmotion.files import LOCK, check_output, disk_fault, locked, parse_json
 from localmotion.runs.settings import from_dict
 from localmotion.runs.source import commit
 
+if TYPE_CHECKING:
+    from localmotion.video.store import ClipStore
+
 # Settings that may differ when a run continues. They change its length and its machine, but not what it computes
-# (except for rounding).
+# (except for rounding). A store may lie at another place, but must hold the same clips (`check_stores`).
 MAY_CHANGE = {
     "pretrain.updates",
     "online.env_steps",
@@ -32,6 +35,7 @@ MAY_CHANGE = {
     "cuda_graph",
     "compile",
     "data",
+    "rehearsal.data",
     "checkpoint",
     "label",
     "online.replay_storage",
@@ -89,6 +93,28 @@ def read_environment(path: Path | None) -> dict[str, Any]:
         return {}
     file = path / "environment.json"
     return read_json(file, CheckpointError, "restore it from where the run was made") if file.exists() else {}
+
+
+def check_stores(path: Path, stores: Mapping[str, ClipStore]) -> None:
+    """Raise ConfigError if the run that has begun in ``path`` learned from other clips than those of ``stores``, by their setting.
+
+    Batches are drawn from the clips of a store by their numbers, so with other clips a run that goes on is not the run that was stopped.
+    A run that began while shards of its store were missing goes on with those that are there now, and says so. Runs of earlier versions
+    did not note their clips; nothing is checked for them.
+    """
+    known = read_environment(earlier(path)).get("stores", {})
+    for name, store in stores.items():
+        before, now = known.get(name), store.contents()
+        if before and before != now:
+            held = [f"{found.get('clips', 0):,} clips with {found.get('frames', 0):,} frames" for found in (before, now)]
+            what = f"other {held[1]}" if held[0] == held[1] else f"{held[1]}, and then it had {held[0]}"
+            if before.get("missing"):
+                say(f"{store.path}: {what}: from here on, batches are others than those of a run that was not stopped")
+                continue
+            raise ConfigError(
+                f"{store.path}: holds other clips than those that the run {path} learned from ({what}); give {name} with the same"
+                f" clips, or another --run to begin with these"
+            )
 
 
 @contextlib.contextmanager

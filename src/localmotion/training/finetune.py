@@ -23,7 +23,7 @@ from localmotion.methods.base import MOTION, Method, Source
 from localmotion.recipe import Recipe
 from localmotion.recording.logs import action_dim
 from localmotion.runs.load import built
-from localmotion.runs.rundir import claimed, earlier, read_environment, run_dir
+from localmotion.runs.rundir import check_stores, claimed, earlier, read_environment, run_dir
 from localmotion.runs.settings import recipe_of, with_recipe
 from localmotion.runs.sharing import local_run, pinned
 from localmotion.training import graphs
@@ -88,6 +88,7 @@ def _logged(run: RunConfig, path: Path, cls: type[Method]) -> Path:
             " logs do not hold them"
         )
     store = ClipStore(Path(run.data))
+    check_stores(path, {"data": store})
     if store.missing:
         say(store.missing_line())
     recipe = streaming_recipe(recipe_of(store.recipe, store.path), run.motion)
@@ -154,7 +155,7 @@ def _as_logged(run: RunConfig) -> RunConfig:
 def _begun(run: RunConfig, path: Path, size: int, dim: int) -> tuple[Method, Updater]:
     """Build the method, load its pre-trained weights (if any), and build its updater."""
     if run.rehearsal.data:
-        check_clips(run, size)
+        check_clips(run, size, path)
     compute = choose(run, read_environment(earlier(path)))
     torch.manual_seed(run.seed)
     method = built(run, size, dim).to(compute.device)

@@ -92,6 +92,9 @@ class LoggedLoop(Loop):
             f"{self.total:,} updates ({online.batch_size} x {online.length}); {judged}",
         ]
 
+    def stores(self) -> dict[str, ClipStore]:
+        return {"data": self.store} | super().stores()
+
     def record(self) -> dict[str, Any]:
         transitions = int(self.sampler.frames.sum()) - len(self.sampler.clips)
         about = about_of(self.store.path)  # whoever uses the agent needs the ranges of its actions

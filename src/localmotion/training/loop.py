@@ -36,6 +36,7 @@ from localmotion.training.interrupt import Interrupted, StopRequest
 from localmotion.training.rehearsal import Rehearsal
 from localmotion.training.trials import Trials
 from localmotion.training.update import Updater, to_floats
+from localmotion.video.store import ClipStore
 
 
 class Clock:
@@ -132,6 +133,10 @@ class Loop(ABC):
     @abstractmethod
     def lines(self) -> list[str]:
         """Lines that the run prints at its start: first the method and its data, then further decisions."""
+
+    def stores(self) -> dict[str, ClipStore]:
+        """The stores that the run learns from, by their setting. It may go on only with the same clips (`rundir.check_stores`)."""
+        return {"rehearsal.data": self.rehearsal.store} if self.rehearsal else {}
 
     def record(self) -> dict[str, Any]:
         """Further entries for environment.json, beside device and parameters."""
@@ -274,7 +279,9 @@ class Loop(ABC):
     def _announce(self) -> None:
         counts = self.method.parameter_counts()
         together = {} if ranks.alone() else {"ranks": ranks.world()}
-        self.out.environment({**self.compute.record(), **together, "parameters": counts, **self.record()})
+        stores = {name: store.contents() for name, store in self.stores().items()}
+        known = {"stores": stores} if stores else {}
+        self.out.environment({**self.compute.record(), **together, "parameters": counts, **known, **self.record()})
         first, *rest = self.lines()
         about = [self.rehearsal.about] if self.rehearsal else []
         for line in (first, "parameters " + ", ".join(f"{k} {v / 1e6:.2f}M" for k, v in counts.items()), *rest, *about):

@@ -18,7 +18,7 @@ from localmotion.evaluation.heldout import measure_heldout
 from localmotion.methods.base import LABELS, Method
 from localmotion.recording.logs import EpisodeSampler
 from localmotion.runs.load import built
-from localmotion.runs.rundir import RunDir, claimed, earlier, read_environment, run_dir
+from localmotion.runs.rundir import RunDir, check_stores, claimed, earlier, read_environment, run_dir
 from localmotion.runs.sharing import pinned
 from localmotion.training import graphs
 from localmotion.training.checks import check_ranks, check_video_stage
@@ -46,6 +46,7 @@ def pretrain(run: RunConfig, path: Path) -> Path:
 
 def _pretrain(run: RunConfig, path: Path) -> Path:
     store = ClipStore(place_of(run.data))
+    check_stores(path, {"data": store})
     if store.missing:
         say(store.missing_line())
     train, heldout = _sampler(store, run, "train"), _heldout(store, run)
@@ -90,6 +91,9 @@ class VideoLoop(Loop):
 
     def lines(self) -> list[str]:
         return [f"{self.run.method}, {self.run.stage} on {len(self.store)} clips ({self.run.data}), {self.compute.note}"]
+
+    def stores(self) -> dict[str, ClipStore]:
+        return {"data": self.store} | super().stores()
 
     def record(self) -> dict[str, Any]:
         return {"recipe": self.store.recipe}

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -24,6 +25,7 @@ from localmotion.config import RunConfig
 from localmotion.console import say
 from localmotion.errors import ConfigError
 from localmotion.methods.base import MOTION, Batch, Method, Pass
+from localmotion.runs.rundir import check_stores
 from localmotion.runs.settings import recipe_of
 from localmotion.training.windows import windows
 from localmotion.video.remote import place_of
@@ -41,10 +43,10 @@ class Rehearsal:
     def __init__(self, run: RunConfig) -> None:
         """Raises StoreError for a store that cannot be read or has no clip that is long enough."""
         name, settings = run.rehearsal.data, run.pretrain
-        store = ClipStore(place_of(name))
-        if store.missing:
-            say(store.missing_line())
-        self.sampler = windows(store, replace(run, stage=STAGE))
+        self.store = ClipStore(place_of(name))
+        if self.store.missing:
+            say(self.store.missing_line())
+        self.sampler = windows(self.store, replace(run, stage=STAGE))
         self.about = f"rehearsal: {settings.batch_size} x {settings.length} frames of {name} in each update"
 
     def batch(self, update: int) -> dict[str, Tensor]:
@@ -57,15 +59,17 @@ class Rehearsal:
         self.sampler.close()
 
 
-def check_clips(run: RunConfig, size: int) -> None:
+def check_clips(run: RunConfig, size: int, path: Path) -> None:
     """Raise ConfigError for clips whose pictures or motion do not fit the run's, StoreError for those that cannot be read.
 
+    Also for other clips than those of the run in ``path``, if it has begun.
     ``size``: pixels of the run's pictures.
     """
     name = run.rehearsal.data
     store = ClipStore(place_of(name))
     if store.size != size:
         raise ConfigError(f"{name}: has pictures of {store.size} pixels, the run of {size}; extract it again")
+    check_stores(path, {"rehearsal.data": store})
     if methods.get(run.method).needs(run.model, STAGE) & MOTION and run.recipe is not None:
         clips = streaming_recipe(recipe_of(store.recipe, store.path), run.motion)
         if clips.hash() != run.recipe.hash():

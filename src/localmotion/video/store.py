@@ -185,6 +185,19 @@ class ClipStore:
         entries = [(index, entry) for index in self._shard_indices for entry in read_rejected(self.path, index)]
         return [entry for index, entry in entries if not self._replaced(entry["id"], index)]
 
+    def contents(self) -> dict[str, Any]:
+        """What the store holds, JSON-able: number of clips and frames, a hash of its recipe and of the ids and lengths of its clips, and
+        the number of shards that its manifest has and the store has not yet.
+
+        Two stores with equal contents give the same batches, as far as this can be told without reading their pictures.
+        """
+        digest = hashlib.blake2b(self.recipe_hash.encode(), digest_size=16, person=b"lm-store")
+        for name in self.ids:
+            digest.update(name.encode("utf-8", "surrogateescape") + b"\0")
+        digest.update(np.ascontiguousarray(self.lengths, "<i8").tobytes())
+        found = {"clips": len(self), "frames": int(self.lengths.sum()), "hash": digest.hexdigest()}
+        return found | ({"missing": len(self.missing)} if self.missing else {})
+
     def require_clips(self) -> None:
         """Raise StoreError with the reasons if the store has no clip."""
         if len(self):
