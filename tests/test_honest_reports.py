@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -463,6 +464,36 @@ def test_runs_are_grouped_by_task_and_origin_and_the_best_group_heads_the_page(t
     _, tiles = results.results(gathered, "dmc:walker_walk", gathered.groups[:2])
     assert tiles[0][0] == "300 ± 100"
     assert "drp, pre-trained; drp, from scratch 100;" in tiles[0][1]
+
+
+def test_the_training_curve_is_of_every_episode_also_of_those_that_end_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parallel environments end several episodes at one env step. Before, only the last of them counted."""
+    from localmotion.report import plots, results
+
+    path = planted(tmp_path / "r", 0, [1.0, 2.0])
+    few = [(10, 1.0), (10, 3.0), (20, 5.0), (20, math.inf)]
+    report_runs.write_lines(
+        path / "metrics.jsonl", [{"kind": "episode", "env_step": x, "return": y, "random": False} for x, y in few]
+    )
+    drawn: list[plots.CurveGroup] = []
+    monkeypatch.setattr(plots, "learning_curves", lambda groups, **_: drawn.extend(groups) or b"<svg></svg>")
+    gathered = results.Gathered([read_run(path)])
+    results.results(gathered, "dmc:walker_walk", gathered.groups)
+    (curve,) = drawn[-1].curves
+    assert (curve.env_steps.tolist(), curve.values.tolist()) == ([10, 20], [2, 5])
+    assert "r: 1 returns of training episodes are not finite and left out." in gathered.missing
+
+    rng = np.random.default_rng(0)
+    xs = np.repeat(np.arange(25.0), rng.integers(1, 9, 25))  # more episodes than bins
+    ys = rng.normal(size=len(xs))
+    curve = results.binned(xs, ys, bins=10)
+    assert len(curve.values) <= 10
+    np.testing.assert_allclose(results.binned(xs, ys, bins=1000).values, [ys[xs == x].mean() for x in range(25)])
+    one = results.binned(np.full(100, 7.0), np.arange(100.0))  # all episodes end at once
+    assert (one.env_steps.tolist(), one.values.tolist()) == ([7], [49.5])
+    assert results.binned(np.arange(80.0), np.arange(80.0)).values.tolist() == [2 * i + 0.5 for i in range(40)]
 
 
 def test_without_a_measured_floor_the_random_episodes_count_and_no_others(tmp_path: Path) -> None:

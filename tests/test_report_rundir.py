@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -104,17 +105,43 @@ def test_wall_time_adds_up_over_sessions(tmp_path: Path) -> None:
     assert read_run(path).wall_seconds() == 150
 
 
-@given(st.lists(st.integers(0, 30), max_size=40))
-def test_superseding_keeps_the_newest_value_of_a_strictly_rising_line(steps: list[int]) -> None:
-    xs = np.array(steps, dtype=np.float64)
-    keep = superseded_by_none(xs)
-    kept = xs[keep]
-    assert (np.diff(kept) > 0).all()
-    if steps:
+@pytest.mark.parametrize("clock", [True, False], ids=["wall", "no wall"])
+def test_episodes_that_end_together_are_all_kept_and_a_session_that_wrote_again_replaces_them(
+    tmp_path: Path, clock: bool
+) -> None:
+    """Three parallel environments end episodes at env step 20 and 40. The run stops, and writes step 40 again with other returns."""
+    path = tmp_path / "r"
+    path.mkdir()
+    rows = [(20, 1.0, 5), (20, 2.0, 5), (20, 6.0, 5), (40, 7.0, 9), (40, 8.0, 9)]
+    rows += [(30, 3.0, 8)] * (not clock)  # only a smaller count tells that a session began
+    rows += [(40, 10.0, 3), (40, 20.0, 3), (40, 60.0, 4)]
+    lines = [
+        {"kind": "episode", "env_step": step, "return": value, **({"wall": wall} if clock else {})} for step, value, wall in rows
+    ]
+    write_lines(path / "metrics.jsonl", lines)
+    run = read_run(path)
+    steps, values = run.every("episode", "return")
+    between = [] if clock else [(30.0, 3.0)]
+    expected = [(20.0, 1.0), (20.0, 2.0), (20.0, 6.0), *between, (40.0, 10.0), (40.0, 20.0), (40.0, 60.0)]
+    assert list(zip(steps.tolist(), values.tolist(), strict=True)) == expected
+    steps, values = run.series("episode", "return")
+    assert list(zip(steps.tolist(), values.tolist(), strict=True)) == [(20.0, 6.0), *between, (40.0, 60.0)]
+
+
+@given(st.lists(st.tuples(st.integers(0, 30), st.one_of(st.just(math.nan), st.integers(0, 5).map(float))), max_size=40))
+def test_superseding_keeps_what_no_later_session_wrote_again(rows: list[tuple[int, float]]) -> None:
+    xs, walls = np.array(rows, dtype=np.float64).reshape(-1, 2).T
+    kept = xs[keep := superseded_by_none(xs, walls)]
+    assert (np.diff(kept) >= 0).all()
+    if rows:
         assert keep[-1]
         assert kept[0] == xs.min()
-    # Against the definition: an entry stays exactly when nothing equal or smaller comes after it.
-    assert keep.tolist() == [all(later > x for later in steps[i + 1 :]) for i, x in enumerate(steps)]
+    # Against the definition: a session begins where a count or the clock falls.
+    session = [0]
+    for (x, wall), (next_x, next_wall) in itertools.pairwise(rows):
+        session.append(session[-1] + (next_x < x or next_wall < wall))
+    again = [any(session[j] > session[i] and rows[j][0] <= rows[i][0] for j in range(i + 1, len(rows))) for i in range(len(rows))]
+    assert keep.tolist() == [not found for found in again]
 
 
 def test_runs_are_grouped_by_env_method_and_origin(tmp_path: Path) -> None:

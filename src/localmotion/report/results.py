@@ -16,7 +16,7 @@ from localmotion.report import media, plots
 from localmotion.report.memory import recall, recalled, stamp
 from localmotion.report.page import Block, Notice, Picture, Row, Table
 from localmotion.report.style import plain, score, short
-from localmotion.runs.read import Line, RunData, flatten, names, number
+from localmotion.runs.read import Floats, Line, RunData, flatten, names, number
 
 R = TypeVar("R")
 
@@ -197,7 +197,7 @@ def results(report: Gathered, env: str, groups: Sequence[Group]) -> tuple[list[B
             tiles.append(_headline(env, name, [g for _, g in drawn], floor, percent))
     if floor_missing := [g for g in groups if random_score(g.runs, "return_mean") is None]:
         report.missing.append(f"The random policy in {env} was not measured for {', '.join(g.label for g in floor_missing)}.")
-    blocks += _training_episodes(env, groups)
+    blocks += _training_episodes(report, env, groups)
     blocks += _films(report, groups)
     if not blocks:
         blocks.append(Notice(f"The runs in {env} have no evaluations, episodes or films yet."))
@@ -330,17 +330,32 @@ def _final_table(drawn: Sequence[tuple[Group, plots.CurveGroup]], floor: Floor |
     return Table(header, rows, caption)
 
 
-def _training_episodes(env: str, groups: Sequence[Group]) -> list[Block]:
+def binned(xs: Floats, ys: Floats, bins: int = 40) -> Curve:
+    """Means of both in at most ``bins`` bins with about equal numbers of entries. ``xs`` (n,) never decreases.
+
+    Entries with one x share a bin, so the x of the bins increase strictly and no entry is left out.
+    """
+    _, first, same = np.unique(xs, return_index=True, return_inverse=True)
+    _, place = np.unique(first[same] * min(bins, len(xs)) // len(xs), return_inverse=True)
+    count = np.bincount(place)
+    return Curve(np.bincount(place, xs) / count, np.bincount(place, ys) / count)
+
+
+def _training_episodes(report: Gathered, env: str, groups: Sequence[Group]) -> list[Block]:
     drawn = []
     for group in groups:
         curves = []
         for run in group.runs:
             lines = [line for line in run.lines.get("episode", ()) if line.get("random") is not True]
             trained = replace(run, lines={"episode": lines})
-            steps, values = plots.thin(*trained.series("episode", "return"), points=40)
+            steps, values = trained.every("episode", "return")
             good = np.isfinite(values)
+            if not good.all():
+                report.missing.append(
+                    f"{run.name}: {int((~good).sum())} returns of training episodes are not finite and left out."
+                )
             if good.any():
-                curves.append(Curve(steps[good], values[good]))
+                curves.append(binned(steps[good], values[good]))
         if curves:
             drawn.append(plots.CurveGroup(group.label, tuple(curves)))
     if not drawn:

@@ -145,16 +145,24 @@ class RunData:
         """Names of the fields that hold a number in any line of this kind, sorted."""
         return sorted({k for line in self.lines.get(kind, ()) for k, v in line.items() if is_number(v)})
 
-    def series(self, kind: str, key: str, x: str = "env_step") -> tuple[Floats, Floats]:
-        """``key`` against ``x`` over the lines of one kind that have both: two (n,) vectors, x strictly increasing.
+    def every(self, kind: str, key: str, x: str = "env_step") -> tuple[Floats, Floats]:
+        """``key`` against ``x`` of each line of one kind that has both: two (n,) vectors, x never decreases.
 
-        A resumed run may write some lines again. If x decreases, the later lines replace the earlier ones from that x
-        on. Non-finite values stay, as NaN or infinity.
+        Several lines may have one x: parallel environments end episodes at the same env step. A resumed run may write some lines again; the
+        later ones replace the earlier ones from their x on (`superseded_by_none`). Non-finite values stay, as NaN or infinity.
         """
-        pairs = [(line[x], line[key]) for line in self.lines.get(kind, ()) if is_number(line.get(x)) and is_number(line.get(key))]
-        xs, ys = np.array(pairs, dtype=np.float64).reshape(-1, 2).T
-        keep = superseded_by_none(xs)
+        lines = [line for line in self.lines.get(kind, ()) if number(line, x) is not None and is_number(line.get(key))]
+        walls = [line["wall"] if is_number(line.get("wall")) else np.nan for line in lines]
+        rows = [(line[x], line[key], wall) for line, wall in zip(lines, walls, strict=True)]
+        xs, ys, clock = np.array(rows, dtype=np.float64).reshape(-1, 3).T
+        keep = superseded_by_none(xs, clock)
         return xs[keep], ys[keep]
+
+    def series(self, kind: str, key: str, x: str = "env_step") -> tuple[Floats, Floats]:
+        """As `every`, with one value for each x, that of its last line: x strictly increasing."""
+        xs, ys = self.every(kind, key, x)
+        last = np.append(xs[1:] > xs[:-1], True)[: len(xs)]
+        return xs[last], ys[last]
 
     def last(self, kind: str) -> Line | None:
         """The newest line of a kind, None if there is none."""
@@ -182,10 +190,15 @@ class RunData:
         return [found[name] for name in sorted(found)]
 
 
-def superseded_by_none(xs: Floats) -> NDArray[np.bool_]:
-    """(n,) True where no later entry is equal or smaller, so these entries increase strictly. False if not finite."""
-    xs = np.where(np.isfinite(xs), xs, np.inf)
-    return xs < np.append(np.minimum.accumulate(xs[::-1])[::-1], np.inf)[1:]
+def superseded_by_none(xs: Floats, walls: Floats) -> NDArray[np.bool_]:
+    """(n,) True where no later session has an entry with an equal or smaller x, so x never decreases over these entries.
+
+    ``xs``, ``walls`` (n,): finite counts, and seconds since the session began (NaN: not known). A session begins where one of them falls.
+    """
+    falls = (xs[1:] < xs[:-1]) | (walls[1:] < walls[:-1])
+    session = np.append(0, np.cumsum(falls))[: len(xs)]
+    least = np.append(np.minimum.accumulate(xs[::-1])[::-1], np.inf)  # of this entry and all later ones
+    return xs < least[np.searchsorted(session, session, side="right")]
 
 
 def is_number(value: Any) -> TypeGuard[int | float]:
