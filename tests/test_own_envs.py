@@ -16,15 +16,20 @@ import torch
 from gymnasium import spaces
 
 from localmotion import foreign
+from localmotion.acting.episodes import evaluate, run_episodes
 from localmotion.acting.observer import Observer
+from localmotion.acting.policy import random_policy
 from localmotion.config import to_dict
 from localmotion.envs import check_env, make_env, trust_env
 from localmotion.envs.gym_env import GymEnv
 from localmotion.envs.spaces import read_actions, read_observations
 from localmotion.errors import ConfigError, EnvError, SimulationError
+from localmotion.evaluation.films import save_film
 from localmotion.runs.load import load_run
 from localmotion.runs.settings import compose
 from localmotion.training.study import load_study
+from localmotion.video.decode import probe
+from localmotion.video.listing import VideoRef
 from own_envs import NUMBERS, Walk, drawn, picture
 from refusals import fails
 
@@ -516,3 +521,27 @@ def test_a_picture_of_another_kind_than_its_space_is_refused(said: Any, given: A
 def test_films_keep_their_speed_with_an_action_repeat() -> None:
     env = GymEnv("own", drawn(render_mode="rgb_array"), size=16, action_repeat=3)
     assert env.metadata["render_fps"] == 2  # 7 env steps a second
+
+
+def test_films_of_evaluations_have_the_speed_of_real_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Control rate / action repeat where the environment knows it, and 25 pictures a second elsewhere."""
+    silent = drawn(render_mode="rgb_array")
+    monkeypatch.setattr(silent, "metadata", {"render_modes": ["rgb_array"]})
+    played: list[tuple[Any, float]] = [
+        (GymEnv("own", drawn(render_mode="rgb_array"), size=16, action_repeat=3, time_limit=6), 2),
+        (GymEnv("own", silent, size=16, time_limit=6), 25),
+        (make_env("toy:dot", size=16, time_limit=6), 25),
+        (make_env("planar:reacher_easy", size=16, time_limit=6), 25),
+        (make_env("planar:reacher_easy", size=16, time_limit=6, action_repeat=1), 50),
+        (make_env("planar:walker_run", size=16, time_limit=6), 20),
+    ]
+    for number, (env, rate) in enumerate(played):
+        observer = Observer(env, None)
+        policy = random_policy(observer.action_dim, 0, discrete=observer.discrete)
+        path = tmp_path / f"{number}.mp4"
+        save_film(
+            evaluate(lambda policy=policy: policy, lambda observer=observer: observer, seed=0, episodes=1, keep_frames=True), path
+        )
+        assert probe(VideoRef(path.name, path, "file")).fps == pytest.approx(rate), env.name
+    save_film(run_episodes([observer], [0], policy), tmp_path / "none.mp4")
+    assert not (tmp_path / "none.mp4").exists()  # no pictures were kept

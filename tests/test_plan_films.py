@@ -16,6 +16,7 @@ from localmotion.acting.observer import Observer
 from localmotion.acting.policy import MethodPolicy, Plan
 from localmotion.compute import PLAIN
 from localmotion.envs import make_env
+from localmotion.envs.toy import LayeredEnv
 from localmotion.errors import LocalmotionError
 from localmotion.evaluation.evaluate import evaluate_run
 from localmotion.evaluation.films import CHOSEN, GAP, LINE, MOST, SIDE, film, panel, save_plans
@@ -23,7 +24,7 @@ from localmotion.report import media, strips
 from localmotion.report.build import report
 from localmotion.runs.settings import compose
 from localmotion.training.finetune import finetune
-from localmotion.video.decode import iter_frames
+from localmotion.video.decode import iter_frames, probe
 from localmotion.video.listing import VideoRef
 from small_planner import AHEAD, CANDIDATES, Planner, PlannerConfig
 
@@ -180,6 +181,7 @@ def test_files_of_plans_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 def test_a_run_that_plans_has_films_and_a_page_with_its_plans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(methods, "_METHODS", dict(methods._METHODS))
     methods.register("planner", "small_planner", "Planner")
+    monkeypatch.setattr(LayeredEnv, "metadata", {"render_modes": ["rgb_array"], "render_fps": 9})
     options = {**FLAGS, "env_options": {"time_limit": 7}}
     path = finetune(compose("planner", "train", preset="debug", env="toy:block", flags=options, settings=FEW), tmp_path / "run")
     with_film = evaluate_run(path, episodes=2, video=tmp_path / "film.mp4")
@@ -187,6 +189,7 @@ def test_a_run_that_plans_has_films_and_a_page_with_its_plans(tmp_path: Path, mo
     for file in (tmp_path / "film.mp4", sorted((path / "media").glob("eval_*.mp4"))[-1]):
         frames = list(iter_frames(VideoRef("film", file, "file"), None))
         assert len(frames) == 8
+        assert probe(VideoRef("film", file, "file")).fps == pytest.approx(9)
         assert frames[0].shape == (448, 608, 3)
     newest = [row for row in map(json.loads, (path / "metrics.jsonl").read_text().splitlines()) if row["kind"] == "eval"][-1]
     assert str(np.load(path / "media" / "plans_eval.npz")["when"]) == f"env step {newest['env_step']}"

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -193,6 +194,16 @@ def test_films_and_pictures_are_sent_once_for_each_step(run: Path) -> None:
     (run / "media/masked_x.npz").write_bytes(b"cut")  # never shown, and no harm
     again.catch_up()
     assert steps("media/openloop_heldout") == [1, 2]
+
+
+@pytest.mark.parametrize("rate", [5, 25, 50, 80])
+def test_a_gif_has_the_speed_of_its_film(rate: int, tmp_path: Path) -> None:
+    frames = np.random.default_rng(0).integers(0, 255, (4 * rate, 16, 16, 3)).astype(np.uint8)
+    write_video(tmp_path / "film.mp4", frames, fps=rate)
+    done, found = cv2.imdecodeanimation(np.frombuffer(trackers.gif(tmp_path / "film.mp4"), np.uint8))
+    assert done
+    assert sum(found.durations) == pytest.approx(4000, rel=0.1)  # GIFs count in hundredths of a second
+    assert min(found.durations) >= 50  # browsers slow down what is faster than 20 ms
 
 
 # -- TensorBoard ------------------------------------------------------------------------------------------------------------

@@ -19,6 +19,8 @@ AT_ONCE = 5
 """Evaluation episodes that are played in lockstep."""
 FINAL_EPISODES = 10
 """The last evaluation of a run plays at least as many."""
+FILM_RATE = 25.0
+"""Pictures per second of films from environments that do not know how long a step takes."""
 FAULTS = 3
 """Failures of an environment without a complete episode between them that end training, an evaluation or a collection."""
 
@@ -61,6 +63,8 @@ class Rollout:
     """What was planned in the first episode, if it has pictures and the method shows its plans."""
     faults: list[tuple[int, SimulationError]] = field(default_factory=list)
     """Each failure of an environment: number of the episode (of the environment, in `run_episodes`) and error."""
+    frame_rate: float = FILM_RATE
+    """Pictures of ``frames`` per second of real time."""
 
     def summary(self) -> dict[str, Any]:
         """Fields of an "eval" line."""
@@ -152,6 +156,7 @@ def run_episodes(
         np.stack(frames) if filmed else None,
         Planned(np.stack(seen), goal, plans) if plans and filmed else None,
         sorted(faults.items()),
+        observers[0].frame_rate or FILM_RATE,
     )
 
 
@@ -221,7 +226,7 @@ def evaluate(
                 if place not in failed:
                     complete[index] = part.returns[place], part.lengths[place], part.successes[place : place + 1]
             if film:
-                out.frames, out.plans = part.frames, part.plans
+                out.frames, out.plans, out.frame_rate = part.frames, part.plans, part.frame_rate
             for place in sorted(failed, reverse=True):
                 shut(pool.pop(place).env)
             out.faults += [(group[place], error) for place, error in part.faults]

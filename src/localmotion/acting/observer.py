@@ -56,6 +56,12 @@ class Observer:
         assert shape is not None
         return int(shape[0])
 
+    @property
+    def frame_rate(self) -> float | None:
+        """Agent steps per second of real time. None if the environment does not know it."""
+        rate = getattr(self.env, "metadata", {}).get("render_fps")
+        return float(rate) if rate and np.isfinite(rate) and rate > 0 else None
+
     def spec(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """Shapes and dtypes of a replay record."""
         boxes: dict[str, Any] = self.env.observation_space.spaces  # type: ignore[attr-defined]

@@ -50,7 +50,8 @@ class PixelEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         ConfigError: a setting out of range.
     """
 
-    metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 20}
+    metadata: dict[str, Any] = {"render_modes": ["rgb_array"]}
+    """With ``render_fps``, agent steps per second of real time, in environments that know it."""
     has_success: ClassVar[bool] = False
     discrete: bool = False
     """Whether an action is one of A, given as a one-hot vector, instead of A numbers in [-1, 1]."""

@@ -63,9 +63,8 @@ class GymEnv(PixelEnv):
         self.discrete, self.recorded = self.actions.discrete, self.observations.numbers
         self.action_space = self.actions.box()  # type: ignore[assignment]
         self.action_space.seed(seed)
-        rate = inner.metadata.get("render_fps")  # of env steps
-        rate = max(1, round(rate / self.action_repeat)) if rate else self.metadata["render_fps"]
-        self.metadata = {**self.metadata, "render_fps": rate}
+        if rate := inner.metadata.get("render_fps"):  # of env steps
+            self.metadata = {**self.metadata, "render_fps": max(1, round(rate / self.action_repeat))}
         self._set_space(self._pictures)
         self._seen: Mapping[str, Any] = {}
         self._at = 0  # env steps of this episode

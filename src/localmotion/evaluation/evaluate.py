@@ -18,13 +18,12 @@ from localmotion.acting.policy import MethodPolicy, random_policy
 from localmotion.envs import check_env
 from localmotion.envs.goals import check_goals
 from localmotion.errors import CheckpointError, ConfigError
-from localmotion.evaluation.films import film
+from localmotion.evaluation.films import save_film
 from localmotion.files import check_output, read_json
 from localmotion.methods.base import MOTION
 from localmotion.runs.load import Which, at_least, load_run
 from localmotion.runs.rundir import write_json
 from localmotion.runs.settings import read_config
-from localmotion.video.write import write_video
 
 VIDEOS = (".mp4",)
 """File endings of films that can be written."""
@@ -49,7 +48,7 @@ def evaluate_run(
         episodes: number of episodes.
         seed: decides everything random. Default: the run's seed. For the best weights the default is the next seed,
             because training chose these weights on the episodes of the run's seed.
-        video: film of the first episode, .mp4.
+        video: film of the first episode, .mp4, at the speed of real time (25 pictures per second where the environment does not know it).
         device: as `--device`.
         policy: "agent", or "random" for the floor.
         which: "newest" weights, or "best" for those of the best evaluation during training.
@@ -106,8 +105,8 @@ def evaluate_run(
         return MethodPolicy(method, compute, explore=False, window=run.online.length)
 
     def measured(result: Rollout) -> dict[str, Any]:
-        if video is not None and result.frames is not None:
-            write_video(video, film(result), fps=25)
+        if video is not None:
+            save_film(result, video)
         changed = {"env_options": dict(env_options)} if env_options else {}
         return {**result.summary(), "env": run.env, **changed, "policy": policy, "seed": base}
 

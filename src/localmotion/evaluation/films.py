@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from localmotion.acting.episodes import Planned, Rollout
 from localmotion.acting.policy import Plan
+from localmotion.video.write import write_video
 
 Picture = NDArray[np.uint8]
 SIDE, GAP, LINE = 192, 8, 20
@@ -23,6 +24,12 @@ STRIP = 6
 """Largest number of frames of a plan in a film."""
 KEPT, AHEAD = 4, 8
 """Plans that are kept for the report, and largest number of frames of each."""
+
+
+def save_film(rollout: Rollout, path: Path) -> None:
+    """Write `film` as an mp4 at the speed of real time, if the evaluation kept pictures."""
+    if rollout.frames is not None:
+        write_video(path, film(rollout), fps=rollout.frame_rate)
 
 
 def film(rollout: Rollout) -> Iterable[Picture]:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 
-from localmotion.video.decode import iter_frames
+from localmotion.video.decode import iter_frames, probe
 from localmotion.video.listing import VideoRef
 
 PROJECT = "localmotion"
@@ -197,13 +197,16 @@ TRACKERS: dict[str, type[Tracker]] = {"tensorboard": TensorBoard, "wandb": Wandb
 
 
 def gif(film: Path, frames: int = 250) -> bytes:
-    """An animated GIF of every second frame of a film, at most ``frames``: TensorBoard shows no videos."""
+    """An animated GIF of a film at its speed, at most ``frames`` with about 80 ms each: TensorBoard shows no videos."""
     import cv2
 
     animation: Any = cv2.Animation()
-    pictures = iter_frames(VideoRef(film.name, film, "file"), None, stride=2, max_frames=frames)
+    ref = VideoRef(film.name, film, "file")
+    rate = probe(ref).fps or 25.0
+    stride = max(1, round(0.08 * rate))
+    pictures = iter_frames(ref, None, stride=stride, max_frames=frames)
     animation.frames = [np.ascontiguousarray(picture[..., ::-1]) for picture in pictures]
-    animation.durations = np.full(len(animation.frames), 80)  # ms, for 25 frames per second
+    animation.durations = np.full(len(animation.frames), round(1000 * stride / rate))  # ms
     done, data = cv2.imencodeanimation(".gif", animation)
     if not done:
         raise ValueError(f"{film.name}: cannot be written as GIF")

@@ -13,11 +13,10 @@ from localmotion.acting.policy import MethodPolicy, Policy
 from localmotion.compute import Compute
 from localmotion.config import RunConfig
 from localmotion.console import say
-from localmotion.evaluation.films import film, save_plans
+from localmotion.evaluation.films import save_film, save_plans
 from localmotion.methods.base import Method
 from localmotion.runs import checkpoint
 from localmotion.runs.rundir import RunDir
-from localmotion.video.write import write_video
 
 
 class Trials:
@@ -52,8 +51,7 @@ class Trials:
         result = self._play(count, final)
         self.out.log("eval", **counters, **result.summary(), seed=self.run.seed, final=final)
         media = self.out.path / "media"
-        if result.frames is not None:
-            write_video(media / f"eval_{number:09d}.mp4", film(result), fps=25)
+        save_film(result, media / f"eval_{number:09d}.mp4")
         if result.plans is not None:
             save_plans(result.plans, media / "plans_eval.npz", f"{unit} {number:,}")
         found = [float(np.mean(result.successes or [0.0])), float(np.mean(result.returns))]
