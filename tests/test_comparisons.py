@@ -15,7 +15,7 @@ from localmotion.report import plots
 from localmotion.report.build import report
 from localmotion.report.comparisons import comparisons, contrast_table
 from localmotion.report.page import Block, Fold, Notice, Picture, Table
-from localmotion.report.results import Gathered
+from localmotion.report.results import Gathered, averages, results
 from localmotion.report.table import write_table
 from localmotion.runs.read import read_run
 from report_runs import base, write_lines
@@ -249,3 +249,116 @@ def test_many_pairs_are_folded(tmp_path: Path) -> None:
     assert [fold.note for fold in folds] == ["15 pairs"]
     assert isinstance(folds[0].blocks[0], Table)
     assert folds[0].blocks[0].rows[0][:3] == ["v5", "v4", "1.00"]
+
+
+# --- runs that have not finished --------------------------------------------------------------------------------------
+
+
+def begun(root: Path) -> list[Path]:
+    """Two variants with two finished seeds each. A third seed runs, and one variant has only a run that failed. Both would change all."""
+    made = [run(root, label, WALKER, seed, value, random=0.0) for label, value in (("a", 30.0), ("b", 60.0)) for seed in (0, 1)]
+    made += [run(root, "a", WALKER, 2, 900.0, state="running"), run(root, "c", WALKER, 0, 800.0, state="failed")]
+    return made
+
+
+def test_the_table_counts_finished_runs_and_names_the_others(tmp_path: Path) -> None:
+    lines = write_table(begun(tmp_path / "runs"), tmp_path, "a", None, ["d (not begun)"], ["old-0", "old-1"])
+    assert lines[2:5] == [
+        f"| {WALKER} | a | 2 | 1,000 | return_mean | 30.0 | 0.0 | 30.0 | 30.0 to 30.0 | 1.000 |",
+        f"| {WALKER} | b | 2 | 1,000 | return_mean | 60.0 | 0.0 | 60.0 | 60.0 to 60.0 | 2.000 |",
+        f"| {WALKER} | random policy | - | - | return_mean | 0.000 | - | - | - | - |",
+    ]
+    assert lines[5:] == [
+        "",
+        "Runs without a result: a-planar_walker_run-2 (running), c-planar_walker_run-0 (failed), d (not begun).",
+        "",
+        "Runs that the study file does not have, left out: old-0, old-1.",
+    ]
+    curves = json.loads((tmp_path / "curves.json").read_text())
+    found = {(curve["method"], curve["seed"]): (curve["state"], curve["ys"][-1]) for curve in curves}
+    assert found["a", 0] == ("finished", 30.0)
+    assert (found["a", 2], found["c", 0]) == (("running", 900.0), ("failed", 800.0))
+    many = write_table(begun(tmp_path / "more"), tmp_path, missing=[f"m{n} (not begun)" for n in range(30)])[-1]
+    assert many.endswith("m17 (not begun) and 12 more.")
+
+
+def test_the_page_compares_finished_runs_and_shows_the_others_apart(tmp_path: Path, drawn: list[Mapping[str, Profile]]) -> None:
+    made = begun(tmp_path)
+    data = gathered(made)
+    aggregates, pairs, scale = tables(comparisons(data, data.groups))
+    assert [list(profiles) for profiles in drawn] == [["b", "a"]]
+    assert [row[:3] for row in aggregates.rows] == [["b", "2", "1.000"], ["a", "2", "0.500"]]
+    assert pairs.rows == [["b", "a", "1.00", "[1.00, 1.00]"]]
+    assert scale.rows == [["walker_run", "0.000, random policy", "60.0, mean of b"]]
+    blocks, tiles = results(data, WALKER, data.groups)
+    final, so_far = tables(blocks)
+    assert [row[:5] for row in final.rows] == [
+        ["a", "2", "1K", "4", "30.0"],
+        ["b", "2", "1K", "4", "60.0"],
+        ["random policy", "–", "–", "–", "0.000"],
+    ]
+    assert so_far.rows == [["a", "2", "running", "1K", "900"], ["c", "0", "failed", "1K", "800"]]
+    assert tiles == [("60.0 ± 0.0", f"Episode return in {WALKER}: b; a 30.0 ± 0.0; random policy 0.000")]
+    page = report(made, tmp_path / "page.html", None, None, ["d (not begun)"], ["old-0"]).read_text()
+    assert "Runs without a result: a-planar_walker_run-2 (running), c-planar_walker_run-0 (failed), d (not begun)." in page
+    assert "Runs that the study file does not have, left out: old-0." in page
+    assert "An open circle ends the curve of a run that has not finished." in page
+
+
+def test_a_study_that_has_no_finished_run_yet_has_curves_and_no_numbers(tmp_path: Path) -> None:
+    made = [run(tmp_path, label, env, 0, 9.0, state="running") for label in "ab" for env in (WALKER, HOPPER)]
+    made += [run(tmp_path, f"v{n}", WALKER, 0, 9.0, state="interrupted") for n in range(10)]
+    data = gathered(made)
+    blocks, tiles = results(data, WALKER, [group for group in data.groups if group.env == WALKER])
+    assert tiles == []
+    assert tables(blocks) == []
+    (fold,) = [block for block in blocks if isinstance(block, Fold)]  # many rows
+    assert fold.note == "12 runs"
+    assert any(isinstance(block, Picture) for block in blocks)
+    assert comparisons(data, data.groups) == []
+    assert write_table(made, tmp_path)[2:4] == [
+        "",
+        f"Runs without a result: {', '.join(path.name + ' (running)' for path in made[:4])}, "
+        + ", ".join(path.name + " (interrupted)" for path in made[4:])
+        + ".",
+    ]
+    report(made, tmp_path / "page.html")
+
+
+def test_a_reference_and_a_contrast_are_of_finished_runs(tmp_path: Path) -> None:
+    family = Contrasts((Contrast("b", "a", (WALKER,), (0, 1, 2)),))
+    table, notes = contrast_table(gathered(begun(tmp_path)), family, "a")
+    (row,) = rows_of(table)
+    assert (row["seeds"], row["difference"]) == ("2 of 3", "+1.00")  # 60 / 30 - 1, and not by the mean with 900
+    assert "b against a: 1 of 3 seeds are left out, because they lack a finished run." in notes
+
+
+def test_an_average_over_tasks_ends_with_finished_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = [run(tmp_path, "a", env, seed, 10.0 + seed) for env in (WALKER, HOPPER) for seed in (0, 1)]
+    made += [run(tmp_path, "a", WALKER, 2, 900.0), run(tmp_path, "a", HOPPER, 2, 900.0, state="running")]
+    found: list[plots.CurveGroup] = []
+    monkeypatch.setattr(plots, "learning_curves", lambda groups, **_: found.extend(groups) or b"<svg></svg>")
+    data = gathered(made)
+    averages(data, data.groups)
+    (group,) = found
+    assert len(group.curves) == 3
+    assert group.unfinished == {2}
+    assert group.final is not None
+    assert group.final.scores == (10.0, 11.0)
+
+
+def test_a_finished_run_without_an_evaluation_is_named(tmp_path: Path) -> None:
+    made = [run(tmp_path, "a", WALKER, seed, 5.0) for seed in (0, 1)]
+    write_lines(made[1] / "metrics.jsonl", [{"kind": "eval", "env_step": 10, "return_mean": float("nan")}])
+    lines = write_table(made, tmp_path)
+    assert f"Runs without a result: {made[1].name} (finished, no evaluation)." in lines
+    assert f"{made[1].name}: 1 values of return_mean are not finite and left out." in lines
+
+
+def test_a_run_that_never_succeeded_counts_where_others_signal_success(tmp_path: Path) -> None:
+    """Some environments signal success only where it is true. Such a run was left out, and the mean was too high."""
+    made = [run(tmp_path, "a", REACH, 0, 5.0, success_rate=0.5), run(tmp_path, "a", REACH, 1, 5.0)]
+    lines = write_table(made, tmp_path)
+    assert "| a | 2 | 1,000 | success_rate | 25 % |" in lines[2]
+    assert f"{made[1].name} never signalled success, as other runs in {REACH} did. It counts as 0." in lines
+    assert not any("success" in line for line in write_table(made[1:], tmp_path))

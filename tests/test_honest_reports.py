@@ -129,6 +129,7 @@ class Counts:
     """An environment whose reward is known: ``scale`` times the step's number and the action; success once, in the middle."""
 
     action_dim = 2
+    frame_rate = None
 
     def __init__(self, length: int, scale: float) -> None:
         self.length, self.scale, self.seeds = length, scale, list[int]()

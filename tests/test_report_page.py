@@ -276,6 +276,17 @@ def test_missing_pieces_are_sentences(tmp_path: Path) -> None:
         assert sentence in said, sentence
 
 
+def test_figures_of_a_pre_training_that_runs_are_marked(tmp_path: Path) -> None:
+    run = pretrain_run(tmp_path / "pre", media=False)
+    assert "not finished" not in read(report([run], tmp_path / "r.html")).said()
+    (run / "status.json").write_text('{"state": "running"}')
+    said = read(report([run], tmp_path / "r.html")).said()
+    assert "pre has not finished (running). Its figures here are the newest so far." in said
+    assert "pre, not finished: held-out masked error" in said
+    assert "pre, not finished: open-loop PSNR" in said
+    assert "Runs without a result: pre (running)." in said
+
+
 class Trap:
     def __reduce__(self) -> tuple[Any, ...]:
         return (Path("pickle_was_run").touch, ())

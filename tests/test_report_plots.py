@@ -296,6 +296,22 @@ def test_a_seed_that_stopped_early_makes_the_mean_dashed() -> None:
     assert dashed not in plots.learning_curves([plots.CurveGroup("a", (long, long))], title="t")
 
 
+def test_the_curve_of_an_unfinished_run_ends_in_an_open_circle_and_the_legend_counts_it() -> None:
+    two = curves(2)
+    final = summarise([40.0])
+
+    def texts(group: plots.CurveGroup) -> tuple[list[str], int]:
+        figure = plots.learning_curves.__wrapped__.__wrapped__([group], title="t")  # type: ignore[attr-defined]
+        circles = [line for line in figure.axes[0].lines if line.get_markerfacecolor() == "none"]
+        for circle, at in zip(circles, sorted(group.unfinished), strict=True):
+            assert (circle.get_xdata()[0], circle.get_ydata()[0]) == (two[at].env_steps[-1], two[at].values[-1])
+        return [text.get_text() for text in figure.texts][:-1], len(circles)  # without the title
+
+    assert texts(plots.CurveGroup("a", two, final)) == (["a", "final 40.0, 2 seeds"], 0)
+    assert texts(plots.CurveGroup("a", two, final, frozenset({1}))) == (["a", "final 40.0, 1 of 2 seeds"], 1)
+    assert texts(plots.CurveGroup("a", two, None, frozenset({0, 1}))) == (["a", "2 seeds, 2 unfinished"], 2)
+
+
 @given(st.lists(st.one_of(st.floats(-10, 10), st.just(math.nan)), min_size=1, max_size=400), st.integers(1, 50))
 def test_thinning_keeps_the_mean_and_the_gaps(values: list[float], points: int) -> None:
     x, y = plots.thin(np.arange(len(values)), values, points)

@@ -9,9 +9,11 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import report_runs
 from localmotion.cli import main
 from localmotion.errors import ConfigError
 from localmotion.evaluation.contrasts import Contrast, Contrasts
@@ -275,6 +277,64 @@ def test_an_interrupted_study_lets_its_runs_save(number: int, code: int, ctrl_c:
         process.kill()
     assert state(run) == "interrupted"
     assert any((run / "checkpoints").iterdir())
+
+
+def test_results_are_of_the_finished_runs_of_the_file_as_it_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One seed runs, one has not begun. A variant was renamed after its runs, and its new name must not be averaged with them."""
+    out, label = tmp_path / "out", "entropy, entropy 0.01"
+
+    def made(name: str, variant: str, seed: int, value: float, state: str = "finished", **more: Any) -> None:
+        path = out / "runs" / name
+        settings = {"method": "dreamer_v2", "stage": "train", "preset": "debug", "seed": seed, "env": "toy:dot"}
+        report_runs.base(path, {**settings, "label": variant, "checkpoint": ""}, state)
+        if value:
+            report_runs.write_lines(
+                path / "metrics.jsonl", [{"kind": "eval", "env_step": 160, "return_mean": value, "episodes": 2}]
+            )
+
+    made("DreamerV2-toy_dot-0", "DreamerV2", 0, 10.0)
+    made("DreamerV2-toy_dot-1", "DreamerV2", 1, 12.0, "running")
+    made("DreamerV2-toy_dot-2", "DreamerV2", 2, 900.0)  # seed 2 is no longer in the file
+    made("entropy_entropy_0.01-toy_dot-0", label, 0, 20.0)
+    made("entropy_entropy_0.1-toy_dot-0", "entropy, entropy 0.1", 0, 800.0)
+    made("former-toy_dot-0", "former", 0, 0.0, "failed")  # it has logged nothing
+    (out / "runs" / "note").mkdir()  # no run
+
+    def edited(path: Path, *_: Any, **__: Any) -> None:
+        path.write_text("variants: [")  # while the runs go on
+
+    monkeypatch.setattr("localmotion.training.study.run_study", edited)
+    text = ONE.replace("seeds: [0]}", "seeds: [0, 3]}")
+    main(["study", str(write(tmp_path, text)), "--out", str(out)])
+    table = (out / "table.md").read_text()
+    assert "| toy:dot | DreamerV2 | 1 | 160 | return_mean | 10.0 |" in table
+    assert f"| toy:dot | {label} | 1 | 160 | return_mean | 20.0 |" in table
+    said = (
+        "Runs without a result: DreamerV2-toy_dot-1 (running), entropy_entropy_0.01-toy_dot-3 (not begun).",
+        "Runs that the study file does not have, left out: DreamerV2-toy_dot-2, entropy_entropy_0.1-toy_dot-0, former-toy_dot-0.",
+    )
+    page, printed = (out / "report.html").read_text(), " ".join(capsys.readouterr().out.split())
+    for line in said:
+        assert line in table
+        assert line in page
+        assert line in printed
+    assert not re.search(r"\b[89]00\b", re.sub(r"<svg.*?</svg>|<style.*?</style>|data:[^\"]*", "", page, flags=re.DOTALL))
+    curves = json.loads((out / "curves.json").read_text())
+    assert sorted((c["method"], c["seed"], c["state"]) for c in curves) == [
+        ("DreamerV2", 0, "finished"),
+        ("DreamerV2", 1, "running"),
+        (label, 0, "finished"),
+    ]
+
+
+def test_a_study_without_a_run_that_logged_anything_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("localmotion.training.study.run_study", lambda *_, **__: (tmp_path / "out").mkdir())
+    main(["study", str(write(tmp_path, ONE)), "--out", str(tmp_path / "out")])
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert "Runs without a result: DreamerV2-toy_dot-0 (not begun), entropy_entropy_0.01-toy_dot-0 (not begun), Dream" in table
+    assert not (tmp_path / "out" / "report.html").exists()
 
 
 def test_labels_become_names_of_directories() -> None:

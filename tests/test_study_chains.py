@@ -195,6 +195,15 @@ def test_the_page_draws_returns_against_labels_only_where_there_are_several_budg
     assert title not in report(runs[:2], tmp_path / "one.html").read_text()
 
 
+def test_scores_by_labels_are_of_finished_runs(runs: list[Path], tmp_path: Path) -> None:
+    going = decoded(tmp_path / "going", "LAPO, labels 20", 20, 2, 900.0)
+    (going / "status.json").write_text('{"state": "running"}')
+    rows = write_table([*runs, going], tmp_path)
+    task = "planar:walker_run, from logged episodes"
+    assert f"| {task} | LAPO | return_mean | 21.0 ± 1.0 | 101 ± 1 | - |" in rows
+    assert "Runs without a result: going (running)." in rows
+
+
 def test_runs_without_a_study_are_not_averaged_over_budgets(tmp_path: Path) -> None:
     made = [decoded(tmp_path / f"{labels}", "", labels, 0, labels, transitions=(labels or 5_000)) for labels in (20, 100, 0)]
     rows = write_table(made, tmp_path)

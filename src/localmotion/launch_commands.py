@@ -66,21 +66,20 @@ def study(args: argparse.Namespace) -> None:
     from localmotion.console import say
     from localmotion.report.build import report
     from localmotion.report.table import write_table
-    from localmotion.training.study import RunsFailedError, run_study, state
+    from localmotion.training.study import RunsFailedError, run_study, runs_of
     from localmotion.training.study_file import read_study
 
+    given = read_study(args.file)  # before the runs: a file that is edited meanwhile must not lose the report
     failed: RunsFailedError | None = None
     try:
         run_study(args.file, args.out, _launch_of(args), track=args.track)
     except RunsFailedError as error:  # raised again below, after the report of the other runs
         failed = error
-    runs = sorted(path.parent for path in (args.out / "runs").glob("*/metrics.jsonl"))
+    runs, missing, left_out = runs_of(args.out, given.jobs)
+    for line in write_table(runs, args.out, given.reference, given.contrasts, missing, left_out):
+        say(line)
     if runs:
-        given = read_study(args.file)
-        states = {job.name: state(args.out / "runs" / job.name) for job in given.jobs}
-        missing = [f"{name} ({found or 'not begun'})" for name, found in states.items() if found != "finished"]
-        for line in write_table(runs, args.out, given.reference, given.contrasts, missing):
-            say(line)
-        say(f"wrote {report(runs, args.out / 'report.html', given.reference, given.contrasts)}")
+        page = report(runs, args.out / "report.html", given.reference, given.contrasts, missing, left_out)
+        say(f"wrote {page}")
     if failed:
         raise failed

@@ -31,7 +31,7 @@ from localmotion.methods.base import images
 from localmotion.recipe import Recipe
 from localmotion.report.budgets import score_of
 from localmotion.report.plots import DASHES, tsne_scatter
-from localmotion.report.results import Gathered, Group, eval_curve, mean_over_tasks
+from localmotion.report.results import Gathered, Group, eval_curve, finished, mean_over_tasks
 from localmotion.report.strips import strip_times
 from localmotion.report.style import GRID, GROUND, PALETTE, plain, score, short_ticks, styled
 from localmotion.runs.load import load_run
@@ -47,10 +47,10 @@ Panel = tuple[str, bool, dict[str, Sequence[Curve]]]
 
 
 def gathered(here: Path, runs: Path) -> tuple[Gathered, dict[tuple[str, str], Group]]:
-    """The runs of the study in ``here``, and its groups of seeds by environment and variant."""
+    """The runs of the study in ``here``, and its groups of finished seeds by environment and variant."""
     paths = [runs / job.name for job in load_study(here / "study.yaml")]
     data = Gathered([read_run(path) for path in paths if (path / "metrics.jsonl").exists()])
-    return data, {(group.env, group.label): group for group in data.groups}
+    return data, {(group.env, group.label): group for group in finished(data.groups)}
 
 
 def curves_of(data: Gathered, group: Group) -> list[Curve]:
@@ -73,7 +73,9 @@ def curves(figure: Mapping[str, Any], here: Path, runs: Path, data: Path, tasks:
     if figure.get("average"):
         key = "success_rate" if all(percent for _, percent, _ in panels) else "return_mean"
         whole = {label: [groups[env, label] for env in shown.values() if (env, label) in groups] for label in labels}
-        means = {label: mean_over_tasks(found, g, key) for label, g in whole.items() if len(g) == len(shown)}
+        means = {
+            label: [curve for _, curve in mean_over_tasks(found, g, key)] for label, g in whole.items() if len(g) == len(shown)
+        }
         panels.append((f"Average of {len(shown)} tasks", key == "success_rate", means))
     draw_panels(panels, labels).savefig(here / "figure.png", dpi=150)
     return [here / "figure.png", here / "curves.json"]
@@ -113,7 +115,7 @@ def draw_panels(panels: Sequence[Panel], labels: Sequence[str]) -> Figure:
     names = [label for label in labels if label in handles]
     figure.legend(
         [handles[name] for name in names], [plain(name) for name in names], loc="outside lower center",
-        ncols=min(len(names), columns + 1), frameon=False, fontsize=9,
+        ncols=max(1, min(len(names), columns + 1)), frameon=False, fontsize=9,
     )  # fmt: skip
     figure.set_facecolor(GROUND)
     return figure

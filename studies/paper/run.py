@@ -25,7 +25,7 @@ from localmotion.errors import ConfigError, LocalmotionError
 from localmotion.launch import Launch
 from localmotion.report.build import report
 from localmotion.report.table import write_table
-from localmotion.training.study import RunsFailedError, run_study
+from localmotion.training.study import RunsFailedError, run_study, runs_of
 from localmotion.training.study_file import load_study
 
 HERE = Path(__file__).resolve().parent
@@ -116,18 +116,18 @@ def make(name: str, scale: str, out: Path, data: Path, jobs: int) -> None:
     provide(name, scale, data)
     failed: RunsFailedError | None = None
     runs: list[Path] = []
+    missing: list[str] = []
     if study:
         (here / "study.yaml").write_text(yaml.safe_dump(study, sort_keys=False, allow_unicode=True))
         try:
             run_study(here / "study.yaml", out, Launch(jobs=jobs))
         except RunsFailedError as error:  # raised again below
             failed = error
-        runs = [out / "runs" / job.name for job in load_study(here / "study.yaml")]
-        runs = [run for run in runs if (run / "metrics.jsonl").exists()]
+        runs, missing, _ = runs_of(out, load_study(here / "study.yaml"))  # other runs there are of other figures
     if runs:
         if "variants" in study:
-            write_table(runs, here)
-        say(f"page: {report(runs, here / 'report.html')}")
+            write_table(runs, here, missing=missing)
+        say(f"page: {report(runs, here / 'report.html', missing=missing)}")
     tasks: Mapping[str, str] = read("common", scale)["tasks"]
     if failed is None or figure["shows"] in ("curves", "table"):
         for path in drawing.SHOW[figure["shows"]](figure, here, out / "runs", data, tasks):

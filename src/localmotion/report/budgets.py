@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from localmotion.evaluation.statistics import Summary, final_scores, summarise
-from localmotion.report.results import Gathered, Group, budget, eval_curve
+from localmotion.report.results import Gathered, Group, budget, eval_curve, finished
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ def score_of(group: Group) -> str:
 
 
 def by_budget(report: Gathered, groups: Sequence[Group]) -> list[Budgets]:
-    """The variants whose runs were given a number of labels. A variant with all labels has the number of all transitions."""
+    """The finished runs of variants that were given a number of labels. A variant with all labels has the number of all transitions."""
+    groups = finished(groups)
     chosen = {(group.env, variant_of(group)) for group in groups if any(run.setting("labels", 0) for run in group.runs)}
     found: dict[tuple[str, str], dict[int, Summary]] = {}
     for group in groups:

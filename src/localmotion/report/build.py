@@ -29,7 +29,7 @@ from localmotion.report.page import (
     Tiles,
     build_page,
 )
-from localmotion.report.results import Gathered, Group, averages, origin, results
+from localmotion.report.results import Gathered, Group, averages, not_counted, origin, results
 from localmotion.report.style import short
 from localmotion.runs.read import Line, RunData, flatten, number, read_run
 
@@ -81,6 +81,9 @@ def _heldout(report: Gathered) -> tuple[list[Block], list[tuple[str, str]]]:
         if line is None:
             report.missing.append(_no_figures(run))
             continue
+        if not run.finished:
+            blocks.append(Notice(f"{run.name} has not finished ({run.state}). Its figures here are the newest so far."))
+        name = run.name if run.finished else f"{run.name}, not finished"
         errors = {
             k.removeprefix("masked/"): v
             for k in line
@@ -99,12 +102,12 @@ def _heldout(report: Gathered) -> tuple[list[Block], list[tuple[str, str]]]:
                 " lower is better. The longest bar is the ratio to the best of these predictors."
             )
             blocks.append(Picture(chart, caption, "Ratio of the model's error to each trivial predictor"))
-            tiles.append((f"{best:.2f}", f"{run.name}: held-out masked error divided by that of the best trivial predictor"))
+            tiles.append((f"{best:.2f}", f"{name}: held-out masked error divided by that of the best trivial predictor"))
         scores = {k: v for k in _PREDICTORS if (v := number(line, f"psnr/{k}")) is not None}
         if scores and (first := next(iter(scores))) != "last_frame":
             others = [f"{_PREDICTORS[k]} {v:.1f}" for k, v in scores.items() if k != first]
             others += [text] if (text := about_open_loop(run)) else []
-            tiles.append((f"{scores[first]:.1f} dB", "; ".join([f"{run.name}: open-loop PSNR {_PREDICTORS[first]}", *others])))
+            tiles.append((f"{scores[first]:.1f} dB", "; ".join([f"{name}: open-loop PSNR {_PREDICTORS[first]}", *others])))
         blocks += _horizon(run, line)
         own = [k for k in line if k.startswith("figure/")]
         rows = [[k.removeprefix("figure/").replace("_", " "), _cell(line, k, ".4g")] for k in own]
@@ -296,15 +299,23 @@ def _settings(runs: Sequence[RunData]) -> list[Block]:
 
 
 def report(
-    run_dirs: Sequence[str | Path], out: str | Path, reference: Reference | None = None, contrasts: Contrasts | None = None
+    run_dirs: Sequence[str | Path],
+    out: str | Path,
+    reference: Reference | None = None,
+    contrasts: Contrasts | None = None,
+    missing: Sequence[str] = (),
+    left_out: Sequence[str] = (),
 ) -> Path:
     """Write one self-contained HTML page about one or more run directories and return its path.
 
     Online runs are grouped by environment, method, origin (pre-trained or from scratch) and preset; seeds of a group
     become one curve with its spread. Variants that ran on the same tasks are compared over them, on the scale of ``reference``
-    if there is one; a study's ``contrasts`` have a table. The page lists what is missing or damaged. Raises CheckpointError if no
-    directory is given, or one is not a run directory or given twice; OSError if ``out`` cannot be written (the old file
-    is kept).
+    if there is one; a study's ``contrasts`` have a table. A run that has not finished is drawn and marked, and counts in no other table,
+    average or comparison. The page lists what is missing or damaged. ``missing``, ``left_out``: runs of a study that it names
+    (`results.not_counted`).
+
+    Raises CheckpointError if no directory is given, or one is not a run directory or given twice; OSError if ``out`` cannot be
+    written (the old file is kept).
     """
     paths = [Path(p) for p in run_dirs]
     if not paths:
@@ -312,7 +323,7 @@ def report(
     if len({p.resolve() for p in paths}) < len(paths):
         raise CheckpointError("a run directory is given twice; name each once")
     data = Gathered([read_run(p) for p in paths])
-    title, sections = sections_of(data, reference, contrasts)
+    title, sections = sections_of(data, reference, contrasts, missing, left_out)
     count = f"{len(data.runs)} run{'s' * (len(data.runs) > 1)}"
     page = build_page(
         title,
@@ -324,9 +335,13 @@ def report(
 
 
 def sections_of(
-    data: Gathered, reference: Reference | None = None, contrasts: Contrasts | None = None
+    data: Gathered,
+    reference: Reference | None = None,
+    contrasts: Contrasts | None = None,
+    missing: Sequence[str] = (),
+    left_out: Sequence[str] = (),
 ) -> tuple[str, list[Section]]:
-    """Title and sections of the page about some runs."""
+    """Title and sections of the page about some runs. Arguments as those of `report`."""
     groups = data.groups
     envs = list(dict.fromkeys(g.env for g in groups))
 
@@ -394,6 +409,7 @@ def sections_of(
         elif absent and any(could_save(run, absent.partition("media/")[2].partition("_")[0]) for run in data.runs):
             data.missing.append(absent)
     sections.append(Section("Runs and settings", [_runs_table(data.runs), *_settings(data.runs)]))
+    data.missing += not_counted(data.runs, missing, left_out)
     data.missing += [f"{run.name}: {text}" for run in data.runs for text in run.notices]
     if data.missing:
         sections.append(Section("Not in this report", [Notice(text) for text in dict.fromkeys(data.missing)]))

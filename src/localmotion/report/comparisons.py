@@ -23,7 +23,7 @@ from localmotion.report import plots
 from localmotion.report.budgets import score_of
 from localmotion.report.memory import recall
 from localmotion.report.page import Block, Fold, Notice, Picture, Table
-from localmotion.report.results import Gathered, Group, eval_curve, random_score
+from localmotion.report.results import Gathered, Group, eval_curve, finished, random_score
 from localmotion.report.style import score
 from localmotion.runs.read import RunData
 
@@ -143,7 +143,7 @@ def _explained(contrasts: Contrasts, found: Sequence[_Paired]) -> list[str]:
 def _paired(report: Gathered, contrast: Contrast, reference: Reference | None, notes: list[str]) -> _Paired:
     """The scores of the seeds that have a finished run of both variants in every task of the contrast."""
     name = f"{contrast.of} against {contrast.against}"
-    groups = {(g.runs[0].env, g.label): g for g in report.groups}
+    groups = {(g.runs[0].env, g.label): g for g in finished(report.groups)}
     sides: tuple[list[dict[int | None, float]], ...] = ([], [])  # of, against: for each task the score of each seed
     units = []
     for task in contrast.tasks:
@@ -157,7 +157,7 @@ def _paired(report: Gathered, contrast: Contrast, reference: Reference | None, n
         units.append(unit)
         for side, label in zip(sides, (contrast.of, contrast.against), strict=True):
             curves = _curves(report, groups[task, label], key) if (task, label) in groups else []
-            side.append({run.seed: scale(float(curve.values[-1])) for run, curve in curves if run.state == "finished"})
+            side.append({run.seed: scale(float(curve.values[-1])) for run, curve in curves})
     paired = [seed for seed in contrast.seeds if all(seed in scores for side in sides for scores in side)]
     if len(units := list(dict.fromkeys(units))) > 1 and paired:
         notes.append(
@@ -187,10 +187,10 @@ def comparisons(report: Gathered, groups: Sequence[Group], reference: Reference 
     A comparison needs variants that all have the same tasks. Of such sets, the one with the most variants x tasks is taken. A
     variant needs at least two runs in all. Returns are on the reference's scale, or else 0 is the random policy's score and 1 the
     best of these variants' means. Success rates stay.
-    Runs on logged episodes are a suite of their own.
+    Runs on logged episodes are a suite of their own. Only finished runs count.
     """
     suites: dict[str, dict[str, list[Group]]] = {}
-    for group in groups:
+    for group in finished(groups):
         suite = group.env.partition(":")[0] + ", from logged episodes" * (group.unit == "updates")
         suites.setdefault(suite, {}).setdefault(group.env, []).append(group)
     return [block for suite, tasks in suites.items() for block in _suite(report, suite, tasks, reference)]

@@ -75,6 +75,8 @@ class CurveGroup:
     label: str
     curves: tuple[Curve, ...]
     final: Summary | None = None
+    unfinished: frozenset[int] = frozenset()
+    """Places in ``curves`` of runs that have not finished. ``final`` is without them."""
 
 
 @_chart
@@ -91,8 +93,8 @@ def learning_curves(
 
     Each group has one colour: a thick line for the mean, a band for mean +- population standard deviation over seeds, a
     thin line per seed. The mean is dashed where not all seeds have a value (see `aggregate_curves`). ``random_policy``
-    is a dotted line; ``percent`` shows values in [0, 1] as percentages. Raises ValueError without groups or for a group
-    without curves.
+    is a dotted line; ``percent`` shows values in [0, 1] as percentages. The curve of an unfinished run ends in an open circle. Raises
+    ValueError without groups or for a group without curves.
     """
     if not groups:
         raise ValueError("no curves to draw")
@@ -120,6 +122,9 @@ def learning_curves(
             band.env_steps, solid, color=colour, linewidth=2.2, marker=marker, markersize=6, markeredgecolor=GROUND,
             markeredgewidth=0.6, solid_capstyle="round",
         )  # fmt: skip
+        ends = [(group.curves[at].env_steps[-1], group.curves[at].values[-1]) for at in sorted(group.unfinished)]
+        for x, y in ends:
+            axes.plot(x, y, color=colour, marker="o", markersize=8, markerfacecolor="none", linestyle="")
         lines = _legend_entry(figure, lines, unit, colour, shape if marker else "o", names[group.label], group, percent)
     if random_policy is not None:
         axes.axhline(random_policy, color=MUTED, linewidth=1.3, linestyle=(0, (1, 2)))
@@ -205,9 +210,11 @@ def _legend_entry(
     """One entry of the table beside the curves; returns where the next one starts, in figure fractions. ``unit``: 3.9 inches."""
     figure.add_artist(Line2D([0.715], [top - 0.03 * unit], color=colour, marker=marker, markersize=7, linestyle=""))
     figure.text(0.735, top - 0.03 * unit, name, fontsize=9.5, weight="bold", va="center")
-    seeds = f"{len(group.curves)} seed{'s' * (len(group.curves) > 1)}"
-    text = seeds
+    count, going = len(group.curves), len(group.unfinished)
+    seeds = f"{count} seed{'s' * (count > 1)}"
+    text = seeds + f", {going} unfinished" * (going > 0)
     if group.final is not None:
+        seeds = f"{count - going} of {seeds}" if going else seeds
         spread = group.final.std if len(group.final.scores) > 1 else None
         text = f"final {score(group.final.mean, spread, percent=percent)}, {seeds}"
     figure.text(0.735, top - 0.09 * unit, text, fontsize=9.5, color=MUTED, va="center")

@@ -14,7 +14,7 @@ from localmotion.errors import LocalmotionError
 from localmotion.evaluation.statistics import Curve, Summary, aggregate_curves, final_scores, summarise
 from localmotion.report import media, plots
 from localmotion.report.memory import recall, recalled, stamp
-from localmotion.report.page import Block, Notice, Picture, Row, Table
+from localmotion.report.page import Block, Fold, Notice, Picture, Row, Table
 from localmotion.report.style import plain, score, short
 from localmotion.runs.read import Floats, Line, RunData, flatten, names, number
 
@@ -40,6 +40,40 @@ class Group:
         return "updates" if self.runs[0].offline else "env steps"
 
 
+def finished(groups: Iterable[Group]) -> list[Group]:
+    """The groups with only their finished runs. A group without any is left out. Tables, averages and comparisons count these."""
+    kept = [replace(group, runs=tuple(run for run in group.runs if run.finished)) for group in groups]
+    return [group for group in kept if group.runs]
+
+
+def not_counted(runs: Iterable[RunData], missing: Sequence[str] = (), left_out: Sequence[str] = ()) -> list[str]:
+    """Sentences that name the runs which count in no table: unfinished ones of ``runs``, and others.
+
+    ``missing``: runs of a study that have no numbers yet. ``left_out``: runs in its folder that are not in its file.
+    """
+    going = [f"{run.name} ({why})" for run in runs if (why := _lack(run))]
+    texts = []
+    for what, found in (
+        ("Runs without a result", [*going, *missing]),
+        ("Runs that the study file does not have, left out", left_out),
+    ):
+        if found:
+            texts.append(f"{what}: {', '.join(found[:20])}{f' and {len(found) - 20} more' * (len(found) > 20)}.")
+    return texts
+
+
+def _lack(run: RunData) -> str:
+    """Why a run has no result, "" if it has one."""
+    if not run.finished:
+        return {"unknown": "state unknown"}.get(run.state, run.state)
+    scored = any(number(line, "return_mean") is not None for line in run.lines.get("eval", ()))
+    return "" if scored or not _acts(run) else "finished, no evaluation"
+
+
+def _acts(run: RunData) -> bool:
+    return run.stage != "pretrain" and bool(run.env)
+
+
 def origin(run: RunData) -> str:
     """ "pre-trained" for a run that started from a checkpoint, else "from scratch"."""
     return "pre-trained" if run.checkpoint else "from scratch"
@@ -54,7 +88,7 @@ def budget(run: RunData) -> str:
 
 def group_runs(runs: Sequence[RunData]) -> list[Group]:
     """Online runs by environment and label, or else method, origin, preset and label budget, in the order of their first run."""
-    online = [run for run in runs if run.stage != "pretrain" and run.env]
+    online = [run for run in runs if _acts(run)]
     presets, budgets = {run.preset for run in online}, {run.setting("labels", 0) for run in online}
     found: dict[tuple[str, str], list[RunData]] = {}
     for run in online:
@@ -78,6 +112,10 @@ def differing_settings(runs: Sequence[RunData]) -> list[str]:
     return sorted(k for k in {k for f in flat for k in f} if len({f.get(k) for f in flat}) > 1)
 
 
+def _signals(run: RunData) -> bool:
+    return any("success_rate" in line for line in run.lines.get("eval", ()))
+
+
 @dataclass
 class Gathered:
     """The runs of a report, and sentences about data that could not be shown."""
@@ -88,9 +126,19 @@ class Gathered:
     def __post_init__(self) -> None:
         shown = names([run.path for run in self.runs])
         self.runs = [replace(run, shown=name) for run, name in zip(self.runs, shown, strict=True)]
+        signals = {run.env for run in self.runs if _signals(run)}
+        self.runs = [self._failures(run) if run.env in signals and not _signals(run) else run for run in self.runs]
         self.groups = group_runs(self.runs)
         several = len({g.env for g in self.groups}) > 1
         self._labels = {run.path: f"{g.label}, {g.env}" if several else g.label for g in self.groups for run in g.runs}
+
+    def _failures(self, run: RunData) -> RunData:
+        """A run that never succeeded, with a success rate of 0: some environments signal success only where it is true."""
+        lines = run.lines.get("eval", [])
+        if not lines or not _acts(run):
+            return run
+        self.missing.append(f"{run.name} never signalled success, as other runs in {run.env} did. It counts as 0.")
+        return replace(run, lines={**run.lines, "eval": [{"success_rate": 0.0, **line} for line in lines]})
 
     def label(self, run: RunData) -> str:
         """Name of a run in a chart of all runs: its group's label, or its own name."""
@@ -171,9 +219,9 @@ def results(report: Gathered, env: str, groups: Sequence[Group]) -> tuple[list[B
     for key, name, percent in (("success_rate", "Success rate", True), ("return_mean", "Episode return", False)):
         drawn: list[tuple[Group, plots.CurveGroup]] = []
         for group in groups:
-            curves = tuple(c for run in group.runs if (c := eval_curve(report, run, key)) is not None)
+            curves = [((run,), c) for run in group.runs if (c := eval_curve(report, run, key)) is not None]
             if curves:
-                drawn.append((group, plots.CurveGroup(group.label, curves, recall(summarise, final_scores(curves)))))
+                drawn.append((group, _curve_group(group.label, curves)))
             elif key == "return_mean":
                 report.missing.append(f"{group.label} in {env} has no evaluations yet.")
         if not drawn:
@@ -191,10 +239,12 @@ def results(report: Gathered, env: str, groups: Sequence[Group]) -> tuple[list[B
             f"{name} of evaluation episodes. Thick: mean over seeds; shade: one population standard deviation; thin:"
             " each seed; dashed: not all seeds have come this far. Nothing is extrapolated."
         )
+        caption += _OPEN * any(curves.unfinished for _, curves in drawn)
         blocks.append(Picture(chart, caption, f"Learning curves: {name.lower()} in {env}"))
-        blocks.append(_final_table(drawn, floor, percent, name))
-        if not tiles:
-            tiles.append(_headline(env, name, [g for _, g in drawn], floor, percent))
+        if ended := [(finished([group])[0], _ended(curves)) for group, curves in drawn if curves.final]:
+            blocks.append(_final_table(ended, floor, percent, name))
+            tiles = tiles or [_headline(env, name, [curves for _, curves in ended], floor, percent)]
+    blocks += _so_far(groups)
     if floor_missing := [g for g in groups if random_score(g.runs, "return_mean") is None]:
         report.missing.append(f"The random policy in {env} was not measured for {', '.join(g.label for g in floor_missing)}.")
     blocks += _training_episodes(report, env, groups)
@@ -227,19 +277,60 @@ def averages(report: Gathered, groups: Sequence[Group]) -> list[Block]:
         drawn = []
         for label, members in whole.items():
             if means := mean_over_tasks(report, members, key):
-                drawn.append(plots.CurveGroup(label, means, recall(summarise, final_scores(means))))
+                drawn.append(_curve_group(label, means))
         if drawn:
             title = f"{name}, average over {len(tasks)} tasks of {suite}"
             chart = plots.learning_curves(drawn, title=title, ylabel=name.lower(), percent=percent)
             caption = (
                 f"Mean over {', '.join(tasks)} for each seed. Thick: mean over seeds; shade: one population standard deviation."
             )
+            caption += _OPEN * any(curves.unfinished for curves in drawn)
             blocks.append(Picture(chart, caption, f"Learning curves: {title}"))
     return blocks
 
 
-def mean_over_tasks(report: Gathered, groups: Sequence[Group], key: str) -> tuple[Curve, ...]:
-    """One curve for each seed that all groups (one per task) have: the mean over tasks where all have a value."""
+_OPEN = " An open circle ends the curve of a run that has not finished. It does not count in the numbers."
+
+
+def _curve_group(label: str, found: Sequence[tuple[Sequence[RunData], Curve]]) -> plots.CurveGroup:
+    """Curves with the runs that each is of. The final numbers are those of finished runs."""
+    unfinished = frozenset(at for at, (runs, _) in enumerate(found) if not all(run.finished for run in runs))
+    ended = [curve for at, (_, curve) in enumerate(found) if at not in unfinished]
+    final = recall(summarise, final_scores(ended)) if ended else None
+    return plots.CurveGroup(label, tuple(curve for _, curve in found), final, unfinished)
+
+
+def _ended(group: plots.CurveGroup) -> plots.CurveGroup:
+    """The same without unfinished runs."""
+    kept = tuple(curve for at, curve in enumerate(group.curves) if at not in group.unfinished)
+    return plots.CurveGroup(group.label, kept, group.final)
+
+
+def _so_far(groups: Sequence[Group]) -> list[Block]:
+    """A table of the runs of an environment that have not finished, one by one."""
+    rows = []
+    for group in groups:
+        for run in group.runs:
+            if run.finished:
+                continue
+            line = run.last("eval")
+            values = [number(line, key) for key in ("success_rate", "return_mean")]
+            shown = [score(value, percent=at == 0) for at, value in enumerate(values) if value is not None]
+            steps = number(line, group.unit.replace(" ", "_")[:-1])
+            seed = "–" if run.seed is None else str(run.seed)
+            at = "–" if steps is None else short(steps)
+            rows.append([group.label, seed, run.state, at, ", ".join(shown) or "–"])
+    if not rows:
+        return []
+    header = ["not finished", "seed", "state", groups[0].unit, "last evaluation"]
+    table = Table(
+        header, rows, "Runs that have not finished, as far as they are. They count in no other table, average or comparison."
+    )
+    return [table if len(rows) <= 10 else Fold("Runs that have not finished", [table], f"{len(rows)} runs")]
+
+
+def mean_over_tasks(report: Gathered, groups: Sequence[Group], key: str) -> list[tuple[list[RunData], Curve]]:
+    """One curve for each seed that all groups (one per task) have, with its runs: the mean over tasks where all have a value."""
     curves = []
     by_seed = [{run.seed: run for run in group.runs} for group in groups]
     for seed in by_seed[0]:
@@ -249,8 +340,8 @@ def mean_over_tasks(report: Gathered, groups: Sequence[Group], key: str) -> tupl
             continue
         band = aggregate_curves(found)
         if band.complete.any():
-            curves.append(Curve(band.env_steps[band.complete], band.mean[band.complete]))
-    return tuple(curves)
+            curves.append((runs, Curve(band.env_steps[band.complete], band.mean[band.complete])))
+    return curves
 
 
 def _doubts(group: Group) -> list[str]:
@@ -355,13 +446,14 @@ def _training_episodes(report: Gathered, env: str, groups: Sequence[Group]) -> l
                     f"{run.name}: {int((~good).sum())} returns of training episodes are not finite and left out."
                 )
             if good.any():
-                curves.append(binned(steps[good], values[good]))
+                curves.append(((run,), binned(steps[good], values[good])))
         if curves:
-            drawn.append(plots.CurveGroup(group.label, tuple(curves)))
+            drawn.append(replace(_curve_group(group.label, curves), final=None))
     if not drawn:
         return []
     chart = plots.learning_curves(drawn, title=f"Return of training episodes in {env}", ylabel="episode return")
     caption = "Episodes played while learning, with exploration noise, averaged in at most 40 bins per run."
+    caption += _OPEN * any(curves.unfinished for curves in drawn)
     return [Picture(chart, caption, f"Return of training episodes in {env}")]
 
 

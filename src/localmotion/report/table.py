@@ -11,7 +11,7 @@ from localmotion.evaluation.contrasts import Contrasts
 from localmotion.evaluation.statistics import final_scores, summarise
 from localmotion.report.budgets import by_budget, labels_of, score_of, variant_of
 from localmotion.report.comparisons import Reference, contrast_table, reference_scale
-from localmotion.report.results import Gathered, eval_curve, floor_of
+from localmotion.report.results import Gathered, eval_curve, finished, floor_of, not_counted
 from localmotion.report.style import score
 from localmotion.runs.read import read_run
 
@@ -22,6 +22,7 @@ def write_table(
     reference: Reference | None = None,
     contrasts: Contrasts | None = None,
     missing: Sequence[str] = (),
+    left_out: Sequence[str] = (),
 ) -> list[str]:
     """Write ``out/table.md`` and ``out/curves.json`` of online runs and return the table's lines.
 
@@ -29,10 +30,12 @@ def write_table(
     evaluation, IQM with its 95 % bootstrap interval over seeds. With a ``reference`` (`comparisons.Reference`) the last column is the
     mean as a share of it. Variants with label budgets have a second table: mean and standard deviation at each number of labelled
     transitions. ``contrasts`` have a table of differences over paired seeds (`comparisons.contrast_table`).
-    ``missing``: runs that have not finished, which a last line names.
+    Only finished runs count. Last lines name the others, as `results.not_counted` does: unfinished runs of ``run_dirs``, ``missing`` and
+    ``left_out``.
 
-    curves.json is a list of {task, method, seed, score, labels, variant, xs (env steps, or updates of runs on logged episodes), ys}.
-    ``labels`` is the number of labelled transitions or null, ``variant`` the method's label without it.
+    curves.json is a list of {task, method, seed, state, score, labels, variant, xs (env steps, or updates of runs on logged episodes), ys},
+    also of unfinished runs. ``state`` is "finished" for a run that counts in the table. ``labels`` is the number of labelled transitions or
+    null, ``variant`` the method's label without it.
     """
     data = Gathered([read_run(path) for path in run_dirs])
     rows = [
@@ -46,13 +49,14 @@ def write_table(
     for group in data.groups:
         key = score_of(group)
         percent = key == "success_rate"
-        found = [(run, curve) for run in group.runs if (curve := eval_curve(data, run, key)) is not None]
+        drawn = [(run, curve) for run in group.runs if (curve := eval_curve(data, run, key)) is not None]
+        about = {"score": key, "labels": labels_of(group), "variant": variant_of(group)}
+        for run, curve in drawn:
+            points = {"xs": curve.env_steps.astype(int).tolist(), "ys": curve.values.tolist()}
+            curves.append({"task": group.env, "method": group.label, "seed": run.seed, "state": run.state, **about, **points})
+        found = [(run, curve) for run, curve in drawn if run.finished]
         if not found:
             continue
-        about = {"labels": labels_of(group), "variant": variant_of(group)}
-        for run, curve in found:
-            points = {"xs": curve.env_steps.astype(int).tolist(), "ys": curve.values.tolist()}
-            curves.append({"task": group.env, "method": group.label, "seed": run.seed, "score": key, **about, **points})
         final = summarise(final_scores([curve for _, curve in found]))
         ends = sorted({int(curve.env_steps[-1]) for _, curve in found})
         ci = final.interval
@@ -83,9 +87,8 @@ def write_table(
         rows += ["", f"| {' | '.join(table.header)} |", "|" + "---|" * len(table.header)]
         rows += [f"| {' | '.join(row)} |".replace("–", "-") for row in table.rows]
         rows += [line for note in notes for line in ("", note)]
-    if missing:
-        shown = ", ".join(missing[:20]) + (f" and {len(missing) - 20} more" if len(missing) > 20 else "")
-        rows += ["", f"Runs without a result: {shown}."]
+    said = [*data.missing, *not_counted(data.runs, missing, left_out)]
+    rows += [line for text in dict.fromkeys(said) for line in ("", text)]
     _replace(out / "table.md", "\n".join(rows) + "\n")
     _replace(out / "curves.json", json.dumps(curves, indent=1) + "\n")
     return rows
@@ -94,8 +97,9 @@ def write_table(
 def _random_rows(data: Gathered, reference: bool) -> tuple[list[str], list[str]]:
     """A row of the random policy for each task and score of its variants, and sentences about rows that are left out."""
     rows, unknown = [], []
-    for env in dict.fromkeys(group.env for group in data.groups):
-        groups = [group for group in data.groups if group.env == env]
+    ended = finished(data.groups)
+    for env in dict.fromkeys(group.env for group in ended):
+        groups = [group for group in ended if group.env == env]
         runs = [run for group in groups for run in group.runs]
         for key in dict.fromkeys(map(score_of, groups)):
             floor = floor_of(runs, key)
@@ -122,7 +126,7 @@ def _label_table(data: Gathered) -> list[str]:
     found = by_budget(data, data.groups)
     if not found:
         return []
-    keys = {(group.env, variant_of(group)): score_of(group) for group in data.groups}
+    keys = {(group.env, variant_of(group)): score_of(group) for group in finished(data.groups)}
     budgets = sorted({labels for row in found for labels in row.scores})
     rows = ["", f"| task | variant | score |{''.join(f' {labels:,} labels |' for labels in budgets)}"]
     rows.append("|---|---|---|" + "---|" * len(budgets))

@@ -119,6 +119,11 @@ class RunData:
         return str(self.status.get("state", "unknown"))
 
     @property
+    def finished(self) -> bool:
+        """Whether it has come to its end. Only then its last evaluation is a result."""
+        return self.state == "finished"
+
+    @property
     def label(self) -> str:
         """The run's label in its study, "" outside a study."""
         return str(self.config.get("label", "") or "")

@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from localmotion import methods
 from localmotion.console import say
@@ -78,6 +79,33 @@ def state(run: Path) -> str:
         return str(read_json(run / "status.json", LocalmotionError, "").get("state", ""))
     except LocalmotionError:  # the file is missing or incomplete: the run begins or continues
         return ""
+
+
+class Found(NamedTuple):
+    """What the folder of a study holds."""
+
+    runs: list[Path]
+    """Runs of the study file that have logged something, sorted by name."""
+    missing: list[str]
+    """Its other runs, with their states."""
+    left_out: list[str]
+    """Names of runs in the folder that are not in the study file."""
+
+
+def runs_of(out: Path, jobs: Sequence[Job]) -> Found:
+    """The runs below ``out``/runs that belong to ``jobs``. Others stay on disk, for example those of a variant that was renamed."""
+    there = {path.parent for name in ("config.json", "metrics.jsonl") for path in (out / "runs").glob(f"*/{name}")}
+    known = {out / "runs" / job.name: job for job in jobs}
+    runs = sorted(path for path in known if (path / "metrics.jsonl").is_file())
+    begun = set(runs)
+    missing = [f"{job.name} ({_unlogged(path)})" for path, job in known.items() if path not in begun]
+    return Found(runs, missing, sorted(path.name for path in there - set(known)))
+
+
+def _unlogged(path: Path) -> str:
+    """The state of a run without metrics.jsonl, in words."""
+    found = state(path)
+    return "finished, but its metrics.jsonl is missing" if found == "finished" else found or "not begun"
 
 
 def _starts(out: Path, todo: Sequence[Job]) -> dict[str, str]:
@@ -181,4 +209,4 @@ def _differences(before: Sequence[str], now: Sequence[str]) -> str:
     return ", ".join(differ[:5]) + (f" and {len(differ) - 5} more" if len(differ) > 5 else "") or "their order"
 
 
-__all__ = ["RunsFailedError", "load_study", "run_study", "slug", "state"]
+__all__ = ["RunsFailedError", "load_study", "run_study", "runs_of", "slug", "state"]
