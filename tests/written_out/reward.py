@@ -121,18 +121,16 @@ def finetune(
         error, fit = ((named - taken) ** 2).mean(), latent.shared(named.detach(), taken)
         total = losses["policy"] + ppo.value_weight * losses["value"] + ppo.entropy * losses["entropy"]
         slow = run.online.lr * run.online.pretrained_lr_factor if state.update >= run.online.freeze_updates else 0.0
-        learning = float(state.weights["heads.learning"])
         norms = {}
         for group, part, loss, lr in (
             ("policy", "policy.", total, slow),
             ("heads", "heads.", total, run.online.lr),
-            ("decoder", "head.", learning * error, ppo.decoder_lr),
+            ("decoder", "head.", error, ppo.decoder_lr),
         ):
             names = core.named(state, part, without=["heads.share", "heads.learning"])
             optim = SimpleNamespace(clip=run.optim.clip, eps=run.optim.eps, weight_decay=0.0)
             norms[group] = core.adam_step(state, w, loss, names, lr=lr, optim=optim)
-        state.weights["heads.learning"] = torch.tensor(float(ppo.decoder_until > 0))  # no share of the stage is over
-        return core.report({**losses, "action": learning * error}, {**metrics, "action/r2": fit}, norms)
+        return core.report({**losses, "action": error}, {**metrics, "action/r2": fit}, norms)
 
     return update
 

@@ -18,6 +18,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from math import inf
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
@@ -153,6 +154,8 @@ class Pass(NamedTuple):
     """Groups that this pass steps. No other gradients are computed. It may name a group that a run leaves empty."""
     every: int = 1
     """The pass runs once in this many updates."""
+    until: float = inf
+    """The pass runs while the completed share of the stage, in [0, 1], is below this."""
 
 
 def trained(method: nn.Module, *parts: str) -> list[nn.Parameter]:

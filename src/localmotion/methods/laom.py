@@ -232,8 +232,6 @@ class LAOM(Method):
             with torch.no_grad():
                 for slow, fast in zip(self.target.parameters(), self.encoder.parameters(), strict=True):
                     slow.lerp_(fast, self.config.tau)
-        elif counters.stage == "finetune":
-            self.heads.count(counters.progress, self.config.ppo.decoder_until)
 
     # 2. A policy over latent actions --------------------------------------------------------------------------------------------
 
@@ -274,13 +272,13 @@ class LAOM(Method):
         return rollout_losses(self._chosen, self.head, self.heads, batch, STACK, self.config.ppo)
 
     def pair_losses(self, batch: Batch) -> tuple[Losses, Metrics]:
-        """The decoder learns the actions of a rollout from the latent actions of the frozen inverse model, while `decoder_until` lasts."""
+        """The decoder learns the actions of a rollout from the latent actions of the frozen inverse model."""
         frames = 2 * pictures(batch["image"])
         ends, begin, known = played_steps(batch["is_first"], STACK)
         with torch.no_grad():
             z = self._latents(stacks(frames, ends, STACK, begin), stacks(frames, ends + 1, STACK, begin))[1].float()  # (N, Z)
         losses, metrics = action_error(self.head, z, batch, known)
-        return {"action": losses["action"] * self.heads.learning}, metrics
+        return losses, metrics
 
     # Stages ---------------------------------------------------------------------------------------------------------------------
 
@@ -289,7 +287,7 @@ class LAOM(Method):
         return latent_scales(stage, first, self.config.ppo)
 
     def passes(self, stage: str) -> tuple[Pass, ...]:
-        return latent_passes(self, stage, self.loss_scales(stage))
+        return latent_passes(self, stage, self.loss_scales(stage), self.config.ppo.decoder_until)
 
     def groups(self, stage: str, rates: Rates) -> list[Group]:
         if stage == "finetune":

@@ -47,7 +47,6 @@ from localmotion.methods.base import (
     MOTION,
     NO_AGENT_RATES,
     Batch,
-    Counters,
     Group,
     Losses,
     Method,
@@ -267,15 +266,11 @@ class LAPO(Method):
         return rollout_losses(self.policy.both, self.head, self.heads, batch, self.seen, self.config.ppo)
 
     def pair_losses(self, batch: Batch) -> tuple[Losses, Metrics]:
-        """The decoder learns the actions of a rollout from the latent actions of the frozen inverse model, while `decoder_until` lasts."""
+        """The decoder learns the actions of a rollout from the latent actions of the frozen inverse model."""
         frames = pictures(batch["image"])
         ends, begin, known = played_steps(batch["is_first"], self.before)
         losses, metrics = action_error(self.head, frozen(self.inverse, self._step(frames, ends, begin)), batch, known)
-        return {"action": losses["action"] * self.heads.learning}, metrics
-
-    def after_update(self, counters: Counters) -> None:
-        if counters.stage == "finetune":
-            self.heads.count(counters.progress, self.config.ppo.decoder_until)
+        return losses, metrics
 
     # Stages ---------------------------------------------------------------------------------------------------------------------
 
@@ -285,7 +280,7 @@ class LAPO(Method):
         return latent_scales(stage, first, self.config.ppo)
 
     def passes(self, stage: str) -> tuple[Pass, ...]:
-        return latent_passes(self, stage, self.loss_scales(stage))
+        return latent_passes(self, stage, self.loss_scales(stage), self.config.ppo.decoder_until)
 
     def groups(self, stage: str, rates: Rates) -> list[Group]:
         config = self.config

@@ -31,8 +31,10 @@ class LearnsLatentActions(Protocol):
     def pair_losses(self, batch: Batch) -> tuple[Losses, Metrics]: ...
 
 
-def latent_passes(method: LearnsLatentActions, stage: str, scales: Mapping[str, float]) -> tuple[Pass, ...]:
+def latent_passes(method: LearnsLatentActions, stage: str, scales: Mapping[str, float], until: float) -> tuple[Pass, ...]:
     """The passes of a stage: one, or in `finetune` PPO and then the decoder, if ``scales`` has its loss "action".
+
+    The decoder learns in the share ``until`` of the stage. After it, its pass costs nothing.
 
     PPO's gradient goes through the decoder into the policy, but does not change the decoder. That pass runs first, so that the first
     update of a rollout sees the policy that acted.
@@ -40,7 +42,7 @@ def latent_passes(method: LearnsLatentActions, stage: str, scales: Mapping[str, 
     if stage == "finetune":
         own = {name: weight for name, weight in scales.items() if name != "action"}
         reward = Pass(lambda batch, _: (*method.reward_losses(batch), None), own, ("policy", "heads"))
-        pairs = Pass(lambda batch, _: (*method.pair_losses(batch), None), {"action": 1.0}, ("decoder",))
+        pairs = Pass(lambda batch, _: (*method.pair_losses(batch), None), {"action": 1.0}, ("decoder",), until=until)
         return (reward, pairs) if "action" in scales else (reward,)
     losses = {"pretrain": method.pretrain_losses, "clone": method.clone_losses, "decode": method.decode_losses}[stage]
     return (Pass(lambda batch, _: (*losses(batch), None), scales, ("model",)),)

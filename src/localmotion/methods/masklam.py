@@ -41,7 +41,6 @@ from localmotion.methods.base import (
     MASK,
     NO_AGENT_RATES,
     Batch,
-    Counters,
     Group,
     Losses,
     Method,
@@ -270,16 +269,12 @@ class MaskLAM(Method):
         return rollout_losses(self.policy.both, self.head, self.heads, batch, STACK, self.config.ppo)
 
     def pair_losses(self, batch: Batch) -> tuple[Losses, Metrics]:
-        """The decoder learns the actions of a rollout from the latent actions of the frozen inverse model, while `decoder_until` lasts."""
+        """The decoder learns the actions of a rollout from the latent actions of the frozen inverse model."""
         seen = self._inputs(pictures(batch["image"]), self._masks(batch))
         ends, begin, known = played_steps(batch["is_first"], STACK)
         z = frozen(self.inverse, self._steps(seen, ends, ends + 1, begin))  # (N, Z)
         losses, metrics = action_error(self.head, z, batch, known)
-        return {"action": losses["action"] * self.heads.learning}, metrics
-
-    def after_update(self, counters: Counters) -> None:
-        if counters.stage == "finetune":
-            self.heads.count(counters.progress, self.config.ppo.decoder_until)
+        return losses, metrics
 
     # Stages ---------------------------------------------------------------------------------------------------------------------
 
@@ -287,7 +282,7 @@ class MaskLAM(Method):
         return latent_scales(stage, {"image": 1.0}, self.config.ppo)
 
     def passes(self, stage: str) -> tuple[Pass, ...]:
-        return latent_passes(self, stage, self.loss_scales(stage))
+        return latent_passes(self, stage, self.loss_scales(stage), self.config.ppo.decoder_until)
 
     def groups(self, stage: str, rates: Rates) -> list[Group]:
         if stage == "finetune":

@@ -157,7 +157,6 @@ class RewardHeads(nn.Module):
     """
 
     share: Tensor
-    learning: Tensor
 
     def __init__(self, features: int, actions: int, *, log_std: float, noise: float) -> None:
         super().__init__()
@@ -165,15 +164,11 @@ class RewardHeads(nn.Module):
         self.action, self.value = zero_linear(features, actions), zero_linear(features, 1)
         self.log_std = nn.Parameter(torch.full((actions,), log_std))
         self.register_buffer("share", torch.zeros(()))
-        self.register_buffer("learning", torch.ones(()))  # 1 while the decoder learns, then 0
+        self.register_buffer("learning", torch.ones(()))  # not used any more; checkpoints of earlier versions have it
 
     def begin(self, share: float) -> None:
         """Let the action head act, with this share."""
         self.share.fill_(share)
-
-    def count(self, progress: float, until: float) -> None:
-        """Set whether the decoder still learns: while ``progress``, the completed share of the stage, is below ``until``."""
-        self.learning.fill_(float(progress < until))
 
     def mean(self, decoded: Tensor, features: Tensor) -> Tensor:
         """Mean actions (N, A), not clipped, of decoded actions (N, A) and features (N, F)."""

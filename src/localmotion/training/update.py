@@ -116,7 +116,9 @@ class Updater:
 
         Returns detached losses, metrics and gradient norms. With a graph, the next update overwrites them.
         """
-        due = tuple(index for index, each in enumerate(self.passes) if self.update % each.every == 0)
+        due = tuple(
+            index for index, each in enumerate(self.passes) if self.update % each.every == 0 and self.progress < each.until
+        )
         return self._apply(self._works.setdefault(due, partial(self._run, due)), batch)
 
     def _run(self, due: tuple[int, ...], batch: Batch) -> dict[str, Tensor]:
