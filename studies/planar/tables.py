@@ -1,10 +1,10 @@
 """Every table and figure of this study from its committed rows, in seconds.
 
-    python studies/planar/tables.py            # writes tier*.md, contrasts.png, and the tables in README.md, here and of the project
+    python studies/planar/tables.py            # writes tier*.md, contrasts.png, returns.png, and the tables of both README.md
     python studies/planar/tables.py --check    # only say which are not what the rows give
 
 A table stands in a page between `<!-- tables.py: NAME -->` and `<!-- end -->`; `BLOCKS` has the names. Tables hold what has all eight
-seeds, and tier*.md everything. Verdicts are those of the registered scripts, analysis.py, tier2_analysis.py and tier3_analysis.py.
+seeds, and tier*.md everything. Verdicts are those of the registered scripts analysis.py, tier2_analysis.py, tier3_analysis.py, tier4.py.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ import tier2
 import tier2_analysis
 import tier3
 import tier3_analysis
+import tier4
+import tier4_rivals
 from matplotlib.figure import Figure
 from shared import rows_of
 from tier2_analysis import Pairs
@@ -272,6 +274,31 @@ def tier3_short() -> list[str]:
     return markdown(["", "difference"], [[f"{SHOWN[x.of]} - {SHOWN[x.against]}", x.cell()] for x in found])
 
 
+# -- tier 4 -------------------------------------------------------------------------------------------------------------
+
+
+def tier4_rows() -> list[dict[str, Any]]:
+    """Rows of arms that have all seeds."""
+    rows = rows_of("tier4-task")
+    return [row for row in rows if sum(other["arm"] == row["arm"] for other in rows) == SEEDS]
+
+
+def tier4_found() -> Iterator[Found]:
+    """Contrasts that have all seeds."""
+    scores = tier4.read(tier4_rows())
+    for pairs in tier4.FAMILIES.values():
+        for of, against, _, x, _, q in tier3_analysis.contrasts(scores, [tier4.TASK], pairs):
+            yield Found(of, against, x, q, verdict(x, tier4.SMALLEST))
+
+
+def tier4_short() -> list[str]:
+    rows = []
+    for found in tier4_found():
+        x, pair = found.interval, f"{SHOWN[found.of]} - {SHOWN[found.against]}"
+        rows.append([pair, f"{x.point:+.1f} ({x.low:+.1f} to {x.high:+.1f}) **{found.said}**"])
+    return markdown(["", "difference of the mean return"], rows)
+
+
 # -- pages --------------------------------------------------------------------------------------------------------------
 
 
@@ -290,6 +317,9 @@ BLOCKS: dict[str, Callable[[], list[str]]] = {
     "tier 3, scores": tier3_scores,
     "tier 3, contrasts": tier3_contrasts,
     "tier 3, short": tier3_short,
+    "tier 4, scores": lambda: tier4.score_table(tier4_rows()),
+    "tier 4, contrasts": lambda: tier4.contrast_table(tier4_rows(), verdicts=True),
+    "tier 4, short": tier4_short,
     "candidates": lambda: candidates.table(rows_of("candidates")),
 }
 PAGES: dict[str, Callable[[], list[str]]] = {
@@ -300,6 +330,9 @@ PAGES: dict[str, Callable[[], list[str]]] = {
     "tier2-tasks.md": lambda: tier2_page("tasks"),
     "tier3-dev.md": lambda: tier3_analysis.page(rows_of("tier3-dev"), tier3.SETS["dev"]),
     "tier3-tasks.md": lambda: tier3_analysis.page(rows_of("tier3-tasks"), tier3.SETS["tasks"]),
+    "tier4-dev.md": lambda: tier4.page("dev"),
+    "tier4-task.md": lambda: tier4.page("task"),
+    "tier4-rivals-task.md": lambda: tier4_rivals.page("task"),
     "second-dev.md": lambda: second_round.table("dev"),
     "second-tasks.md": lambda: second_round.table("tasks"),
 }
@@ -349,6 +382,31 @@ def forest(panels: Mapping[str, Sequence[Found]]) -> Figure:
     return figure
 
 
+@styled
+def returns(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Evaluations of tier 4 by env steps: thick the mean over seeds, thin each seed. A panel for each form of DRP."""
+    forms = {"DRP": ("drp", "scratch"), "DRP without the context frame": ("drp, no context", "drp, no context, scratch")}
+    known = {str(row["arm"]) for row in rows}
+    forms = {title: arms for title, arms in forms.items() if known & set(arms)}
+    figure = Figure(figsize=(4.8 * len(forms), 3.4), layout="constrained")
+    axes: Any = figure.subplots(1, len(forms), sharey=True, squeeze=False)
+    for axis, (title, arms) in zip(axes[0], forms.items(), strict=True):
+        for arm, colour, name in zip(arms, PALETTE, ("pre-trained on other bodies", "not pre-trained"), strict=False):
+            found = [row["evaluations"] for row in rows if row["arm"] == arm]
+            if not found:
+                continue
+            steps = np.array([*map(int, found[0])])
+            curves = np.array([[np.mean(played) for played in one.values()] for one in found])
+            axis.plot(steps, curves.T, color=colour, linewidth=0.7, alpha=0.5)
+            axis.plot(steps, curves.mean(0), color=colour, linewidth=2.4, label=f"{name}, {len(found)} seeds")
+        axis.set_title(title, loc="left", fontsize=10)
+        axis.set_xlabel("env steps in cheetah run")
+        axis.grid(color=GRID, linewidth=0.6)
+        axis.legend(loc="upper left", fontsize=8, frameon=False)
+    axes[0, 0].set_ylabel("return of evaluation episodes")
+    return figure
+
+
 def panels() -> dict[str, Sequence[Found]]:
     first = {
         f"Tier 1, velocities of links of unseen bodies, {HEADS[metric]}": [*tier1_contrasts(metric).values()]
@@ -374,7 +432,9 @@ def main() -> None:
     for page, text in pages.items():
         page.write_text(text)
     forest(panels()).savefig(HERE / "contrasts.png", dpi=130)
-    print("written: " + (", ".join(page.name for page in stale) or "nothing new") + ", contrasts.png")
+    if rows := tier4_rows():
+        returns(rows).savefig(HERE / "returns.png", dpi=130)
+    print("written: " + (", ".join(page.name for page in stale) or "nothing new") + ", contrasts.png, returns.png")
 
 
 if __name__ == "__main__":
